@@ -1,0 +1,19 @@
+"""Expert-parallel communication for Mixture-of-Experts models in JAX.
+
+The public surface; everything else is private.
+"""
+
+from importlib.metadata import version as _version
+
+from jax_deepep.communicator import Communicator as Communicator
+from jax_deepep.communicator import CommunicatorStats as CommunicatorStats
+from jax_deepep.errors import CommunicatorError as CommunicatorError
+from jax_deepep.errors import InvalidRoutingError as InvalidRoutingError
+from jax_deepep.errors import PeerTimeoutError as PeerTimeoutError
+from jax_deepep.ops.combine import combine as combine
+from jax_deepep.ops.dispatch import dispatch as dispatch
+from jax_deepep.ops.handle import ExpertMajor as ExpertMajor
+from jax_deepep.ops.handle import Handle as Handle
+from jax_deepep.ops.handle import TokenMajor as TokenMajor
+
+__version__ = _version("jax_deepep")

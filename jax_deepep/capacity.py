@@ -1,0 +1,36 @@
+"""How many rows an op needs: pure arithmetic, used when tracing."""
+
+from typing import Literal
+
+Layout = Literal["expert", "token"]
+INT32_MAX = 2**31 - 1
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def worst_case_rows(
+    *,
+    layout: Layout,
+    num_ranks: int,
+    num_tokens: int,
+    num_experts_per_tok: int,
+    num_local_experts: int,
+    alignment: int,
+) -> int:
+    """Return the rows that one device can receive at most, so that nothing is ever dropped.
+
+    Expert-major: every token of every rank sends one row to each of min(K, L) experts here, and
+    each of the L groups may be padded by alignment − 1 rows. Token-major: one row per token.
+    """
+    if layout == "token":
+        return round_up(num_ranks * num_tokens, alignment)
+    rows = num_ranks * num_tokens * min(num_experts_per_tok, num_local_experts)
+    return round_up(rows + num_local_experts * (alignment - 1), alignment)
+
+
+def num_groups(layout: Layout, num_local_experts: int) -> int:
+    """Return how many groups the rows of one device form: one per local expert, or one in all."""
+    return num_local_experts if layout == "expert" else 1

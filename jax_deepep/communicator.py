@@ -1,0 +1,360 @@
+"""The communicator: who exchanges rows with whom, made once, outside of jit."""
+
+import hashlib
+import itertools
+import math
+import operator
+import weakref
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_deepep import native_module
+from jax_deepep.capacity import INT32_MAX
+from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
+from jax_deepep.topology import Topology
+
+Implementation = Literal["auto", "native", "xla"]
+Mode = Literal["auto", "throughput", "low_latency"]
+
+# A program names its communicator by the order of creation, which every process agrees on and
+# every run repeats; an id is never used again, so that an old program cannot meet a new one.
+_creation_order = itertools.count()
+
+
+@dataclass(frozen=True)
+class CommunicatorStats:
+    """What crossed a communicator since it was made or last asked.
+
+    Arrays are [num_groups, R, R], indexed [group, rank, peer]; ranks of other processes are zero.
+
+    Attributes:
+        rows_sent: int64, rows that rank sent to peer, itself included.
+        rows_received: int64, rows that rank received from peer.
+        seconds_waited: float64, how long ops of rank waited until peer arrived.
+    """
+
+    rows_sent: np.ndarray
+    rows_received: np.ndarray
+    seconds_waited: np.ndarray
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Communicator:
+    """An expert-parallel group of devices, and what its ops need to exchange rows.
+
+    Frozen and hashable by identity: a static argument, free to be closed over by jitted functions.
+    Any number of communicators may live at once. Also a context manager that closes itself.
+
+    **Collective:** every process of the mesh makes the same communicators in the same order.
+
+    Args:
+        mesh: the device mesh; further axes (data, fsdp, …) are allowed, and each slice along
+            `axis_name` is a group of its own.
+        axis_name: the expert-parallel axis, or a tuple of axes, outermost first.
+        num_experts: E, a multiple of the group size R; device r owns experts [r·E/R, (r+1)·E/R).
+        num_experts_per_tok: K, entries per token in `topk_idx`; 1 ≤ K ≤ E.
+        max_tokens: most tokens per device and op.
+        hidden_size: H, elements of a row.
+        implementation: "native" for our own kernels, "xla" for JAX collectives, which run on every
+            platform; "auto" takes the native one where the platform and topology have it. The
+            attribute holds what was chosen.
+        mode: "auto" or "throughput"; "low_latency" is not in this version. The attribute holds
+            what was chosen.
+        num_sms: CUDA: SMs that one op may occupy; None = chosen from the shape.
+        timeout_s: seconds, the longest any wait on a peer may last.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+    """
+
+    mesh: Mesh
+    axis_name: str | tuple[str, ...] = "expert"
+    _: KW_ONLY
+    num_experts: int
+    num_experts_per_tok: int
+    max_tokens: int
+    hidden_size: int
+    implementation: Implementation = "auto"
+    mode: Mode = "auto"
+    num_sms: int | None = None
+    timeout_s: float = 600.0
+    topology: Topology = field(init=False)
+    id: int = field(init=False)
+    _why: str = field(init=False)
+    _native: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        axis_names = _checked_axis_names(self.mesh, self.axis_name)
+        topology = Topology.of(self.mesh, axis_names)
+        _check_sizes(self, topology.num_ranks)
+        implementation, why = _chosen_implementation(self.implementation, topology)
+        self._set("implementation", implementation)
+        self._set("mode", "throughput")
+        self._set("topology", topology)
+        self._set("id", next(_creation_order))
+        self._set("_why", why)
+        self._set("_native", None)
+        if implementation == "native":
+            self._set("_native", self._make_native())
+            weakref.finalize(self, native_module.release, self._native)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _make_native(self) -> Any:
+        places = [
+            (device.id, group, rank)
+            for (group, rank), device in np.ndenumerate(self.topology.groups)
+        ]
+        return native_module.load().Communicator(
+            id=self.id,
+            fingerprint=self.fingerprint,
+            places=places,
+            num_ranks=self.size,
+            num_groups=len(self.topology.groups),
+            num_experts=self.num_experts,
+            num_topk=self.num_experts_per_tok,
+            max_tokens=self.max_tokens,
+            hidden_size=self.hidden_size,
+            timeout_s=float(self.timeout_s),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Communicator #{self.id}({self.size} ranks along {self.axis_name!r}, "
+            f"{self.num_experts} experts, {self.implementation})"
+        )
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The expert-parallel axes as a tuple, outermost first."""
+        return self.topology.axis_names
+
+    @property
+    def size(self) -> int:
+        """R, devices in one expert-parallel group."""
+        return self.topology.num_ranks
+
+    @property
+    def num_local_experts(self) -> int:
+        """L = E / R, experts that one device owns."""
+        return self.num_experts // self.size
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of memory that this process holds for the communicator between ops."""
+        return 0 if self._native is None else self._native.buffer_bytes
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits that differ when the arguments do; a compiled program carries them."""
+        facts = (self.size, len(self.topology.groups), self.axis_names, self.num_experts,
+                 self.num_experts_per_tok, self.max_tokens, self.hidden_size)  # fmt: skip
+        digest = hashlib.sha256(repr(facts).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return getattr(self, "_closed", False)
+
+    def describe(self) -> str:
+        """Return one screen: topology, transport, buffers, mode, and why they were chosen."""
+        mesh = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        groups, processes = len(self.topology.groups), len(self.topology.processes)
+        state = "closed" if self.closed else self._broken_message() or "ready"
+        if self.implementation == "xla":
+            transport = "JAX collectives over the mesh axes"
+        elif processes == 1:
+            transport = "process memory: peers' arrays are read in place"
+        else:
+            transport = "shared memory between the processes of this host"
+        rows = [
+            ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
+            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names)}; "
+                       f"{processes} process(es)"),
+            ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
+                        f"{self.num_experts_per_tok} per token"),
+            ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),
+            ("implementation", f"{self.implementation} ({self._why})"),
+            ("transport", transport),
+            ("mode", self.mode),
+            ("buffers", f"{self.buffer_bytes / 2**20:.1f} MiB held between ops"),
+            ("timeout", f"{self.timeout_s:g} s"),
+            ("state", state),
+        ]  # fmt: skip
+        lines = [f"Communicator #{self.id}", *(f"  {name:<15} {text}" for name, text in rows)]
+        return "\n".join(lines)
+
+    def stats(self) -> CommunicatorStats:
+        """Return rows sent and received and time waited per peer, since the last call.
+
+        Raises:
+            CommunicatorError: with implementation="xla", which does not count.
+        """
+        if self._native is None:
+            raise CommunicatorError(
+                'stats: implementation="xla" counts nothing; use implementation="native".'
+            )
+        return CommunicatorStats(*self._native.take_stats())
+
+    def check(self) -> None:
+        """Wait for the ops launched so far and raise what they met. Local and sticky.
+
+        An op launched so far is one whose program has a live result in this process, or that has
+        begun.
+
+        Raises:
+            PeerTimeoutError: a peer did not arrive in time; the communicator is broken.
+            InvalidRoutingError: `topk_idx` held invalid entries; the communicator still works.
+        """
+        self._wait_for_ops()
+        self._raise_if_broken()
+        if self._native is not None and (text := self._native.invalid_routing):
+            raise InvalidRoutingError(text)
+
+    def _wait_for_ops(self) -> None:
+        for array in jax.live_arrays():
+            if not array.is_deleted():
+                array.block_until_ready()
+        if self._native is not None:
+            self._native.wait_for_ops()
+
+    def _broken_message(self) -> str:
+        return "" if self._native is None else self._native.broken
+
+    def _raise_if_broken(self) -> None:
+        if message := self._broken_message():
+            raise PeerTimeoutError(message)
+
+    def raise_if_unusable(self) -> None:
+        """Raise if no op may be traced with this communicator: it is closed or broken."""
+        if self.closed:
+            raise CommunicatorError(
+                f"comm: {self!r} is closed; make a new Communicator and trace again."
+            )
+        self._raise_if_broken()
+
+    def close(self) -> None:
+        """Wait for running ops, then free what the communicator holds. Local; may be repeated.
+
+        Tracing with it raises afterwards; a program compiled before fails with a clear error.
+        """
+        if not self.closed:
+            if self._native is not None:
+                self._wait_for_ops()
+                self._native.close()
+            self._set("_closed", True)
+
+    def __enter__(self) -> "Communicator":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __copy__(self) -> "Communicator":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Communicator":
+        return self
+
+
+def _checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh: got {type(mesh).__name__}; takes a jax.sharding.Mesh of devices, for example "
+            'jax.make_mesh((8,), ("expert",)).'
+        )
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, Sequence) or not names or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
+    for name in names:
+        if name not in mesh.axis_names:
+            raise ValueError(f"axis_name: got {name!r}; takes an axis of mesh: {mesh.axis_names}.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name: got {axis_name!r}; takes every axis once.")
+    return tuple(names)
+
+
+def _check_sizes(comm: Communicator, num_ranks: int) -> None:
+    for name in ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms"):
+        value = getattr(comm, name)
+        if value is None and name == "num_sms":
+            continue
+        try:
+            number = operator.index(value)
+        except TypeError:
+            number = None
+        if number is None or isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}; takes a positive integer.")
+        if number < 1:
+            raise ValueError(f"{name}: got {number}; takes a positive integer.")
+    if comm.num_experts % num_ranks:
+        below = comm.num_experts - comm.num_experts % num_ranks
+        raise ValueError(
+            f"num_experts: got {comm.num_experts} for {num_ranks} devices along {comm.axis_name!r};"
+            f" takes a multiple of {num_ranks}, for example {below + num_ranks}."
+        )
+    if comm.num_experts_per_tok > comm.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok: got {comm.num_experts_per_tok}; takes at most num_experts="
+            f"{comm.num_experts}, because a token goes to an expert once."
+        )
+    if num_ranks * comm.max_tokens > INT32_MAX:
+        raise ValueError(
+            f"max_tokens: got {comm.max_tokens} on each of {num_ranks} devices; takes at most "
+            f"{INT32_MAX // num_ranks} (token numbers are int32)."
+        )
+    timeout_s: Any = comm.timeout_s
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+        raise TypeError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive number.")
+    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+        raise ValueError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive finite number.")
+    if comm.mode not in ("auto", "throughput", "low_latency"):
+        raise ValueError(f'mode: got {comm.mode!r}; takes "auto", "throughput" or "low_latency".')
+    if comm.mode == "low_latency":
+        raise ValueError(
+            'mode: got "low_latency", which is not in this version; takes "auto" or "throughput".'
+        )
+
+
+def _chosen_implementation(requested: Any, topology: Topology) -> tuple[str, str]:
+    """Return "native" or "xla", and why."""
+    if requested not in ("auto", "native", "xla"):
+        raise ValueError(f'implementation: got {requested!r}; takes "auto", "native" or "xla".')
+    if requested == "xla":
+        return "xla", "as asked"
+    obstacle = _obstacle_to_native(topology)
+    if not obstacle:
+        return "native", "as asked" if requested == "native" else "auto: available here"
+    if requested == "native":
+        raise ValueError(
+            f'implementation: got "native", but {obstacle}; takes "xla" here, or "auto".'
+        )
+    return "xla", f"auto: {obstacle}"
+
+
+def _obstacle_to_native(topology: Topology) -> str:
+    """Return why the native implementation cannot serve `topology`, or an empty string."""
+    if topology.platforms != {"cpu"}:
+        platforms = ", ".join(sorted(topology.platforms))
+        return f"this version has native ops for the platform cpu only, not for {platforms}"
+    if len(topology.processes) > 1:
+        return (
+            f"the mesh spans {len(topology.processes)} processes, and this version's native ops "
+            "serve the devices of one"
+        )
+    return native_module.obstacle()
+
+

@@ -1,0 +1,20 @@
+"""What goes wrong between devices, as exceptions that a program can tell apart."""
+
+
+class CommunicatorError(RuntimeError):
+    """The communicator cannot be used: it is closed, broken, or was made differently elsewhere."""
+
+
+class PeerTimeoutError(CommunicatorError):
+    """A peer did not arrive at an op within `timeout_s`; the communicator is broken.
+
+    The message names the op, the waiting rank, the missing peers and the step that was expected
+    and seen of each.
+    """
+
+
+class InvalidRoutingError(CommunicatorError):
+    """`topk_idx` held entries outside [−1, num_experts), or one expert twice in a row.
+
+    The entries were ignored and the communicator still works; raised by `Communicator.check()`.
+    """

@@ -1,0 +1,52 @@
+"""Every private or version-dependent JAX name that the package uses, in one place.
+
+Supported: JAX 0.10.2 (the last for Python 3.11) and JAX 0.11.2 (Python 3.12).
+"""
+
+from typing import Any
+
+import jax
+from jax._src import core as _core
+from jax._src import dispatch as _dispatch
+from jax.extend.core import Primitive as Primitive
+from jax.interpreters import batching as batching
+from jax.interpreters import mlir as mlir
+
+ShapedArray = _core.ShapedArray
+
+
+def apply_primitive(primitive: Primitive, *args: Any, **params: Any) -> Any:
+    """Run a primitive outside of any transformation, by compiling it alone."""
+    return _dispatch.apply_primitive(primitive, *args, **params)
+
+
+def manual_axes() -> tuple[str, ...]:
+    """Return the mesh axes that are manual here, that is, inside `shard_map`."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def axis_sizes_here() -> dict[str, int]:
+    """Return name and size of the mesh axes in scope; empty outside of any mesh."""
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def varying_axes(value: Any) -> frozenset[str]:
+    """Return the manual axes along which `value` may differ between devices."""
+    return frozenset(jax.typeof(value).manual_axis_type.varying)
+
+
+def as_varying(value: Any, axes: frozenset[str]) -> Any:
+    """Mark `value` as differing along `axes` too; its gradient is then summed over the added ones.
+
+    Without replication checks (`shard_map(..., check_vma=False)`) this changes nothing.
+    """
+    missing = axes - varying_axes(value)
+    ordered = tuple(name for name in manual_axes() if name in missing)
+    return jax.lax.pcast(value, ordered, to="varying") if ordered else value
+
+
+def array_like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
+    """Return the type of an array that varies over the mesh like `aval`."""
+    sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
+    dtype = jax.numpy.dtype(dtype)
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)

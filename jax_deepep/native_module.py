@@ -1,0 +1,53 @@
+"""Finds the native modules and registers their custom calls with XLA.
+
+A native module is a table of capsules; nothing happens when it is imported but that.
+"""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import jax
+
+PLATFORM_MODULES = {"cpu": "jax_deepep._cpu"}
+
+
+@functools.cache
+def _find() -> tuple[ModuleType | None, str]:
+    """Import and register the native module; return it, or why there is none."""
+    if os.environ.get("JAX_DEEPEP_NATIVE") == "0":
+        return None, "JAX_DEEPEP_NATIVE=0 switches native ops off"
+    try:
+        module = importlib.import_module(PLATFORM_MODULES["cpu"])
+    except ImportError as error:
+        return None, f"the native module is not built ({error}); build it with: pip install ."
+    # A state type must be known before the first target whose instantiate stage returns it.
+    for name, type_info in module.state_types().items():
+        jax.ffi.register_ffi_type(name, type_info, platform="cpu")
+    for name, stages in module.targets().items():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu", api_version=1)
+    return module, ""
+
+
+def obstacle() -> str:
+    """Return why there are no native ops for CPU devices, or an empty string."""
+    return _find()[1]
+
+
+def load() -> ModuleType:
+    """Return the native module.
+
+    Raises:
+        ImportError: there is none.
+    """
+    module, why_not = _find()
+    if module is None:
+        raise ImportError(why_not)
+    return module
+
+
+def release(native_communicator: Any) -> None:
+    """Close a native communicator that Python has let go of."""
+    native_communicator.close()

@@ -1,0 +1,104 @@
+"""Both gradients on one page: the transpose of dispatch is combine, and back.
+
+Let S be the linear map that copies tokens to rows. Dispatch computes rows = S x, and combine
+computes out = bias + Sᵀ (w · y), row by row. Hence
+
+    dispatch:  x̄ = Sᵀ r̄ows (a combine with w = 1),  w̄_topk = w̄_rows carried back to [T, K]
+    combine:   ȳ = w · S ōut (a dispatch along the known routes, scaled),  w̄_rows = ⟨S ōut, y⟩,
+               b̄ias = ōut
+
+Every step reads only rows of a token, so what stands in the others reaches no gradient. The
+gradient of combine for y is zero in the rows of no token.
+"""
+
+from functools import partial
+
+import jax
+
+from jax_deepep.ops.handle import Handle, RouteShape
+from jax_deepep.ops.implementations import implementation_of
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch(
+    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+) -> tuple[jax.Array, Handle]:
+    """Decide the routes of `topk_idx` and carry `x` along them."""
+    return implementation_of(shape.comm).dispatch(shape, x, topk_idx, topk_weights)
+
+
+def _dispatch_forward(shape, x, topk_idx, topk_weights):
+    tokens, handle = dispatch(shape, x, topk_idx, topk_weights)
+    return (tokens, handle), handle.destination
+
+
+def _dispatch_backward(shape, destination, gradients):
+    tokens, handle = gradients
+    x, topk_weights = implementation_of(shape.comm).combine(
+        shape, tokens, destination, row_gradients=handle.weights
+    )
+    return x, None, topk_weights
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def redispatch(
+    shape: RouteShape,
+    x: jax.Array,
+    source: jax.Array,
+    destination: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """Carry other data along known routes."""
+    tokens, _ = implementation_of(shape.comm).redispatch(shape, x, source, group_sizes)
+    return tokens
+
+
+def _redispatch_forward(shape, x, source, destination, group_sizes):
+    return redispatch(shape, x, source, destination, group_sizes), destination
+
+
+def _redispatch_backward(shape, destination, tokens):
+    x, _ = implementation_of(shape.comm).combine(shape, tokens, destination)
+    return x, None, None, None
+
+
+redispatch.defvjp(_redispatch_forward, _redispatch_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(
+    shape: RouteShape,
+    y: jax.Array,
+    weights: jax.Array | None,
+    bias: jax.Array | None,
+    source: jax.Array,
+    destination: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:
+    """Carry `y` back to the tokens, weighted, and sum it."""
+    out, _ = implementation_of(shape.comm).combine(
+        shape, y, destination, weights=weights, bias=bias
+    )
+    return out
+
+
+def _combine_forward(shape, y, weights, bias, source, destination, group_sizes):
+    out = combine(shape, y, weights, bias, source, destination, group_sizes)
+    # Only the weights' gradient needs y again; without it y can be freed.
+    residual_y = None if weights is None else y
+    return out, (residual_y, weights, bias is not None, source, group_sizes)
+
+
+def _combine_backward(shape, residuals, out):
+    y, weights, has_bias, source, group_sizes = residuals
+    y_gradient, weight_gradient = implementation_of(shape.comm).redispatch(
+        shape, out, source, group_sizes, weights=weights, y=y, zero_rest=True
+    )
+    bias_gradient = out if has_bias else None
+    return y_gradient, weight_gradient, bias_gradient, None, None, None
+
+
+combine.defvjp(_combine_forward, _combine_backward)

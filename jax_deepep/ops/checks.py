@@ -1,0 +1,131 @@
+"""Checks of arguments at trace time. Errors name the argument, what it got, what it takes."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepep import jax_compat
+from jax_deepep.communicator import Communicator
+from jax_deepep.ops.handle import Handle
+
+ROW_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def check_comm(comm: Any, op: str) -> None:
+    """Raise unless `comm` is a communicator that can still be used."""
+    if not isinstance(comm, Communicator):
+        raise TypeError(
+            f"comm: got {type(comm).__name__}; {op} takes the jax_deepep.Communicator that was "
+            "made outside of jit."
+        )
+    comm.raise_if_unusable()
+
+
+def check_integer(name: str, value: Any, *, minimum: int) -> None:
+    """Raise unless `value` is a static integer of at least `minimum`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(
+            f"{name}: got {value!r}; takes a Python integer (a static value, known when tracing)."
+        ) from None
+    if number < minimum:
+        raise ValueError(f"{name}: got {number}; takes an integer of at least {minimum}.")
+
+
+def check_rows_dtype(name: str, value: Any) -> None:
+    """Raise unless `value` is an array of a dtype that rows can have."""
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+    if value.dtype.name not in ROW_DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES)}. "
+            f"Cast it: {name}.astype(jnp.bfloat16)."
+        )
+
+
+def check_array(
+    name: str, value: Any, shape: tuple[int | None, ...], *, names: str, dtype: Any = None
+) -> None:
+    """Raise unless `value` has `dtype` and `shape`; None stands for any size."""
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+    if dtype is not None and value.dtype != dtype:
+        wanted = jnp.dtype(dtype).name
+        raise TypeError(
+            f"{name}: got dtype {value.dtype.name}; takes {wanted}. "
+            f"Cast it: {name}.astype(jnp.{wanted})."
+        )
+    same = len(value.shape) == len(shape) and all(
+        wanted is None or got == wanted for got, wanted in zip(value.shape, shape, strict=True)
+    )
+    if not same:
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {names} = [{sizes}].")
+
+
+def check_handle(handle: Any, comm: Communicator) -> None:
+    """Raise unless `handle` came from a dispatch of `comm` and has its per-device shapes."""
+    if not isinstance(handle, Handle):
+        raise TypeError(
+            f"handle: got {type(handle).__name__}; takes the jax_deepep.Handle that dispatch "
+            "returned."
+        )
+    shape = handle.route_shape
+    if shape.comm is not comm:
+        raise ValueError(
+            f"handle: got one of another communicator ({shape.comm!r}); takes one that dispatch "
+            f"returned with comm={comm!r}."
+        )
+    if handle.source.shape != (shape.capacity,):
+        raise ValueError(
+            f"handle: got source of shape {tuple(handle.source.shape)}; takes the per-device shape "
+            f"[capacity] = [{shape.capacity}]. A handle that left shard_map with an added leading "
+            "axis must lose it again: jax.tree.map(lambda leaf: leaf[0], handle)."
+        )
+
+
+def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
+    """Raise unless `op` is called per device; return the mesh axes that its results vary along."""
+    if comm.mesh.size == 1:
+        return frozenset()
+    sizes = jax_compat.axis_sizes_here()
+    manual = jax_compat.manual_axes()
+    for axis, size in comm.mesh.shape.items():
+        if size > 1 and axis not in manual:
+            raise ValueError(
+                f"{op}: the mesh axis {axis!r} of size {size} is not manual here (manual: "
+                f"{manual or 'none'}); {op} takes per-device values. Call it inside "
+                "jax.shard_map(..., mesh=comm.mesh) over all mesh axes."
+            )
+        if sizes.get(axis, 1) != size:
+            raise ValueError(
+                f"{op}: the mesh axis {axis!r} has size {sizes[axis]} here, but {size} in "
+                "comm.mesh; use one mesh for both."
+            )
+    for axis, size in sizes.items():
+        if size > 1 and axis not in comm.mesh.shape:
+            raise ValueError(
+                f"{op}: the mesh here has an axis {axis!r} of size {size} that comm.mesh does not "
+                "have; make the communicator with the mesh of the program."
+            )
+    return frozenset(comm.axis_names) & frozenset(manual)
+
+
+def vary_together(axes: frozenset[str], *values: Any) -> tuple[Any, ...]:
+    """Mark all arrays as varying along `axes` and along every axis that one of them varies along.
+
+    Results of an op differ between the devices of a group whatever its operands do, and operands of
+    one primitive must agree in how they vary.
+    """
+    for value in values:
+        if value is not None:
+            axes = axes | jax_compat.varying_axes(value)
+    return tuple(
+        None if value is None else jax_compat.as_varying(jnp.asarray(value), axes)
+        for value in values
+    )

@@ -1,0 +1,76 @@
+"""combine: carry the experts' results back to the tokens and sum them."""
+
+import jax
+
+from jax_deepep.communicator import Communicator
+from jax_deepep.ops import autodiff
+from jax_deepep.ops.checks import (
+    check_array,
+    check_call_site,
+    check_comm,
+    check_handle,
+    check_rows_dtype,
+    vary_together,
+)
+from jax_deepep.ops.handle import Handle
+
+
+def combine(
+    y: jax.Array,
+    handle: Handle,
+    *,
+    comm: Communicator,
+    weighted: bool | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Sum the rows of every token over its experts, on the device that the token came from.
+
+    The device d of the experts sums p_d = Σ_k w[t, k] · y[row(t, k)] over its own k in ascending
+    order, in float32 with products and sums rounded separately, rounded once to `y.dtype`. Then
+    out[t] = bias[t] + p_0 + p_1 + …, in float32 from left to right over the devices that hold a
+    row of t, rounded once to `y.dtype`. Every native implementation gives exactly these bits;
+    "xla" gives them up to float32 rounding, because XLA may contract a multiply and an add.
+
+    **Collective:** as `jax_deepep.dispatch`.
+
+    Args:
+        y: [C, H] bfloat16, float16 or float32, in the layout of the dispatch. Rows of no token are
+            ignored, whatever they hold. Differentiable.
+        handle: what the dispatch returned. Its router weights are differentiable.
+        comm: the communicator of the dispatch.
+        weighted: multiply each row by its router weight. None = True for expert-major rows, False
+            for token-major rows, whose sums over local experts are the caller's.
+        bias: [T, H] of `y.dtype` or None, added to the sum (a shared expert, a residual).
+            Differentiable.
+
+    Returns:
+        [T, H] of `y.dtype`. A token with no expert yields its bias, or 0.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
+    """
+    check_comm(comm, "combine")
+    check_handle(handle, comm)
+    check_rows_dtype("y", y)
+    shape = handle.route_shape
+    check_array("y", y, (shape.capacity, comm.hidden_size), names="[capacity, hidden_size]")
+    if weighted is None:
+        weighted = shape.layout == "expert"
+    if not isinstance(weighted, bool):
+        raise TypeError(f"weighted: got {weighted!r}; takes True, False or None.")
+    if weighted and shape.layout == "token":
+        raise ValueError(
+            "weighted: got True for token-major rows; takes None or False there. A token-major row "
+            "stands for all its experts on the device: weight and sum them with "
+            "dispatched.topk_weights before combine."
+        )
+    if bias is not None:
+        names = "[T, hidden_size], of y's dtype"
+        check_array(
+            "bias", bias, (shape.num_tokens, comm.hidden_size), dtype=y.dtype, names=names
+        )
+    axes = check_call_site(comm, "combine")
+    weights = handle.weights if weighted else None
+    routes = (handle.source, handle.destination, handle.group_sizes)
+    return autodiff.combine(shape, *vary_together(axes, y, weights, bias, *routes))

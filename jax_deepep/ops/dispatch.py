@@ -1,0 +1,183 @@
+"""dispatch: carry every token to the devices of its experts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepep.capacity import INT32_MAX, Layout, worst_case_rows
+from jax_deepep.communicator import Communicator
+from jax_deepep.ops import autodiff
+from jax_deepep.ops.checks import (
+    check_array,
+    check_call_site,
+    check_comm,
+    check_handle,
+    check_integer,
+    check_rows_dtype,
+    vary_together,
+)
+from jax_deepep.ops.handle import ExpertMajor, Handle, RouteShape, TokenMajor
+
+
+def dispatch(
+    x: jax.Array,
+    topk_idx: jax.Array | None = None,
+    topk_weights: jax.Array | None = None,
+    *,
+    comm: Communicator,
+    layout: Layout = "expert",
+    capacity: int | None = None,
+    expert_capacity: int | None = None,
+    alignment: int = 1,
+    wire: str | None = None,
+    handle: Handle | None = None,
+) -> tuple[ExpertMajor | TokenMajor, Handle]:
+    """Send every token to the devices of its experts, each row straight to its final place.
+
+    **Collective:** every device of the expert-parallel group calls it with the same shapes, inside
+    `shard_map` with all mesh axes larger than 1 manual; inside `lax.cond` or `lax.while_loop` the
+    predicate must be the same on the whole group.
+
+    Equivalent on one device (R = 1, E experts, nothing dropped) to:
+        t, k = jnp.divmod(jnp.argsort(topk_idx.ravel(), stable=True), K); tokens = x[t]
+
+    Args:
+        x: [T, H] bfloat16, float16 or float32; T ≤ `comm.max_tokens`, H = `comm.hidden_size`.
+            Differentiable.
+        topk_idx: int32 [T, K], global expert ids, −1 = no expert.
+        topk_weights: float32 [T, K], router weights. Differentiable.
+        comm: the communicator, static.
+        layout: "expert" for rows grouped by local expert (`ExpertMajor`), "token" for one row per
+            (token, device) (`TokenMajor`).
+        capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, with
+            which nothing is dropped. Rows that do not fit are dropped, last in the order first;
+            padding counts.
+        expert_capacity: rows that each expert takes at most, last in its order dropped first;
+            layout "expert" only. None = no limit.
+        alignment: rows of a group are padded with zero rows to a multiple of this.
+        wire: None; other formats are not in this version.
+        handle: send other data along the routes of an earlier dispatch: no counting, no exchange
+            of layout. `topk_idx` and `topk_weights` are left out then, and layout, capacity and
+            alignment are those of the handle.
+
+    Returns:
+        (`ExpertMajor` or `TokenMajor`, `Handle`).
+
+    Raises:
+        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
+    """
+    check_comm(comm, "dispatch")
+    check_rows_dtype("x", x)
+    check_array("x", x, (None, comm.hidden_size), names="[T, hidden_size]")
+    if wire is not None:
+        raise ValueError(
+            f"wire: got {wire!r}; this version takes None (rows travel in the dtype of x). "
+            "Quantised wire formats are not available yet."
+        )
+    axes = check_call_site(comm, "dispatch")
+    if handle is not None:
+        return _dispatch_along(handle, x, topk_idx, topk_weights, comm, capacity, axes)
+    if topk_idx is None or topk_weights is None:
+        raise TypeError(
+            "topk_idx, topk_weights: got None; dispatch takes both, or handle= of an earlier "
+            "dispatch to send other data along the same routes."
+        )
+    num_tokens, num_topk = x.shape[0], comm.num_experts_per_tok
+    if num_tokens > comm.max_tokens:
+        raise ValueError(
+            f"x: got {num_tokens} tokens; the communicator takes at most max_tokens="
+            f"{comm.max_tokens}. Make it with a larger max_tokens."
+        )
+    routing = {"names": "[T, num_experts_per_tok]"}
+    check_array("topk_idx", topk_idx, (num_tokens, num_topk), dtype=jnp.int32, **routing)
+    check_array("topk_weights", topk_weights, (num_tokens, num_topk), dtype=jnp.float32, **routing)
+
+    shape = _route_shape(comm, layout, num_tokens, capacity, expert_capacity, alignment)
+    tokens, handle = autodiff.dispatch(shape, *vary_together(axes, x, topk_idx, topk_weights))
+    return _received(tokens, handle), handle
+
+
+def _route_shape(
+    comm: Communicator,
+    layout: Any,
+    num_tokens: int,
+    capacity: int | None,
+    expert_capacity: int | None,
+    alignment: int,
+) -> RouteShape:
+    """Check the static arguments and complete them."""
+    if layout not in ("expert", "token"):
+        raise ValueError(f'layout: got {layout!r}; takes "expert" or "token".')
+    check_integer("alignment", alignment, minimum=1)
+    if expert_capacity is not None:
+        check_integer("expert_capacity", expert_capacity, minimum=0)
+        if layout == "token":
+            raise ValueError(
+                f"expert_capacity: got {expert_capacity} with layout='token', whose rows belong "
+                "to no single expert; takes None there. Use layout='expert', or capacity."
+            )
+    worst_case = worst_case_rows(
+        layout=layout,
+        num_ranks=comm.size,
+        num_tokens=num_tokens,
+        num_experts_per_tok=comm.num_experts_per_tok,
+        num_local_experts=comm.num_local_experts,
+        alignment=alignment,
+    )
+    if capacity is None:
+        capacity = worst_case
+    check_integer("capacity", capacity, minimum=0)
+    if capacity % alignment:
+        raise ValueError(
+            f"capacity: got {capacity} with alignment={alignment}; takes a multiple of alignment, "
+            f"for example {capacity - capacity % alignment + alignment}."
+        )
+    if comm.size * capacity > INT32_MAX:
+        raise ValueError(
+            f"capacity: got {capacity} rows on each of {comm.size} devices; takes at most "
+            f"{INT32_MAX // comm.size} (row numbers are int32). Pass a smaller capacity."
+        )
+    return RouteShape(comm, layout, num_tokens, capacity, alignment, expert_capacity)
+
+
+def _dispatch_along(
+    handle: Handle,
+    x: jax.Array,
+    topk_idx: jax.Array | None,
+    topk_weights: jax.Array | None,
+    comm: Communicator,
+    capacity: int | None,
+    axes: frozenset[str],
+) -> tuple[ExpertMajor | TokenMajor, Handle]:
+    check_handle(handle, comm)
+    shape = handle.route_shape
+    for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: got an array together with handle=; takes None then, because the handle "
+                "has the routes already."
+            )
+    if capacity not in (None, shape.capacity):
+        raise ValueError(
+            f"capacity: got {capacity}; takes None or the handle's own, {shape.capacity}."
+        )
+    if x.shape[0] != shape.num_tokens:
+        raise ValueError(
+            f"x: got {x.shape[0]} tokens; takes as many as the dispatch that made the handle, "
+            f"{shape.num_tokens}."
+        )
+    tokens = autodiff.redispatch(
+        shape,
+        *vary_together(axes, x, handle.source, handle.destination, handle.group_sizes),
+    )
+    return _received(tokens, handle), handle
+
+
+def _received(tokens: jax.Array, handle: Handle) -> ExpertMajor | TokenMajor:
+    """Show received rows in the terms of their layout."""
+    mask = handle.source >= 0
+    if handle.route_shape.layout == "expert":
+        return ExpertMajor(tokens, handle.group_sizes, handle.num_rows, handle.weights, mask)
+    return TokenMajor(tokens, handle.local_experts, handle.weights, handle.num_rows[0], mask)

@@ -1,0 +1,111 @@
+"""What travels between the ops: the routes of one dispatch, and the arrays that it returns."""
+
+from dataclasses import dataclass, field
+
+import jax
+
+from jax_deepep.capacity import Layout
+from jax_deepep.communicator import Communicator
+
+
+def _static() -> dict[str, bool]:
+    return {"static": True}
+
+
+@dataclass(frozen=True)
+class RouteShape:
+    """The static part of a dispatch: what is known before any token is.
+
+    Attributes:
+        comm: the communicator.
+        layout: "expert" or "token".
+        num_tokens: T, tokens of this device.
+        capacity: C, rows of the received arrays.
+        alignment: rows of a group are padded to a multiple of this.
+        expert_capacity: rows that one expert takes at most, or None.
+    """
+
+    comm: Communicator
+    layout: Layout
+    num_tokens: int
+    capacity: int
+    alignment: int
+    expert_capacity: int | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Handle:
+    """The routes of one dispatch: a pytree of device arrays with static metadata.
+
+    Rows are *sent* from a token's device and *received* on an expert's device, so a device holds
+    both ends: `source` for the rows that it received, `destination` for the tokens that it sent.
+
+    Attributes:
+        source: int32 [C], for each received row source device · `max_tokens` + token, −1 in every
+            row that is none.
+        destination: int32 [T, K], for each entry of `topk_idx` the device · C + row that it went
+            to, −1 where it went nowhere.
+        weights: float32, router weights on the receiving side: [C] expert-major, [C, K]
+            token-major. The gradient of `topk_weights` flows through it.
+        local_experts: int32 [C, K] token-major: local expert of each k or −1; [0, K] expert-major.
+        group_sizes: int32 [G], rows of each group, padding included (G = L expert-major, else 1).
+        num_rows: int32 [G], rows of each group without the padding.
+        num_received: int32 [], rows sent to this device, before dropping.
+        num_dropped: int32 [], those of them that did not fit.
+        num_invalid: int32 [], entries of this device's `topk_idx` that were ignored: outside
+            [−1, E), or an expert named before in the same row (the lowest k is kept).
+        route_shape: static.
+    """
+
+    source: jax.Array
+    destination: jax.Array
+    weights: jax.Array
+    local_experts: jax.Array
+    group_sizes: jax.Array
+    num_rows: jax.Array
+    num_received: jax.Array
+    num_dropped: jax.Array
+    num_invalid: jax.Array
+    route_shape: RouteShape = field(metadata=_static())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertMajor:
+    """Received rows grouped by local expert; inside an expert by (source device, source token).
+
+    Attributes:
+        tokens: [C, H], one row per (token, local expert). Rows that fill a group up to
+            `alignment` are zero; rows after the last group are not written and may hold NaN.
+        group_sizes: int32 [L], rows of each expert, rounded up to `alignment`.
+        num_rows: int32 [L], the same without the padding.
+        weights: float32 [C], the router weight of each row, 0 where there is none.
+        mask: bool [C], the rows of a token.
+    """
+
+    tokens: jax.Array
+    group_sizes: jax.Array
+    num_rows: jax.Array
+    weights: jax.Array
+    mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenMajor:
+    """Received rows, one per (token, device), ordered by (source device, source token).
+
+    Attributes:
+        tokens: [C, H]; rows after the last one are not written and may hold NaN.
+        topk_idx: int32 [C, K], local expert or −1, every k in its own column.
+        topk_weights: float32 [C, K], 0 where `topk_idx` is −1.
+        num_tokens: int32 [], how many rows there are.
+        mask: bool [C], the rows of a token.
+    """
+
+    tokens: jax.Array
+    topk_idx: jax.Array
+    topk_weights: jax.Array
+    num_tokens: jax.Array
+    mask: jax.Array

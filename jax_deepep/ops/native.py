@@ -1,0 +1,220 @@
+"""implementation="native": the verbs as XLA custom calls, one JAX primitive each.
+
+A primitive states shapes and attributes, nothing else; the work is in `xla_ffi/`. An optional
+operand or result that is absent travels as an array of no elements.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_deepep import jax_compat
+from jax_deepep.capacity import num_groups
+from jax_deepep.jax_compat import ShapedArray, batching, mlir
+from jax_deepep.ops.handle import Handle, RouteShape
+
+LAYOUT_CODES = {"expert": 0, "token": 1}
+NO_LIMIT = -1
+
+
+def _define_primitive(
+    verb: str, output_types: Callable[..., list[ShapedArray]], platform: str = "cpu"
+) -> jax_compat.Primitive:
+    """Make the primitive of a verb from `output_types(*operand types, **parameters)`.
+
+    All parameters become attributes of the custom call, with `shape` spelled out.
+    """
+    primitive = jax_compat.Primitive(f"jax_deepep_{verb}")
+    primitive.multiple_results = True
+    primitive.def_impl(partial(jax_compat.apply_primitive, primitive))
+    primitive.def_abstract_eval(output_types)
+
+    def lower(ctx: Any, *operands: Any, shape: RouteShape, **flags: Any) -> Any:
+        attributes = _attributes(shape, with_limits=verb == "dispatch")
+        return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
+
+    mlir.register_lowering(primitive, lower, platform=platform)
+
+    def batch(
+        operands: Sequence[Any], dims: Sequence[int | None], **parameters: Any
+    ) -> tuple[list[Any], list[int]]:
+        # One op after the other: the ranks of a group must meet for each of them anyway.
+        mapped = [i for i, dim in enumerate(dims) if dim is not batching.not_mapped]
+
+        def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
+            values = list(operands)
+            for i, value in zip(mapped, slices, strict=True):
+                values[i] = value
+            return primitive.bind(*values, **parameters)
+
+        stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
+        results = lax.map(one, stacked)
+        return results, [0] * len(results)
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
+    attributes = {
+        "comm": shape.comm.id,
+        "fingerprint": shape.comm.fingerprint,
+        "layout": LAYOUT_CODES[shape.layout],
+    }
+    if with_limits:
+        limit = shape.expert_capacity
+        attributes["alignment"] = shape.alignment
+        attributes["expert_capacity"] = NO_LIMIT if limit is None else limit
+    return attributes
+
+
+def _rank(shape: RouteShape) -> jax.Array:
+    """Return this device's rank: the native side checks that it is the one it expects."""
+    if shape.comm.mesh.size == 1:
+        return jnp.int32(0)
+    return lax.axis_index(shape.comm.axis_names)
+
+
+def _or_nothing(value: jax.Array | None, dtype: Any) -> jax.Array:
+    return jnp.zeros((0,), dtype) if value is None else value
+
+
+def _dispatch_types(
+    rank: ShapedArray,
+    x: ShapedArray,
+    topk_idx: ShapedArray,
+    topk_weights: ShapedArray,
+    *,
+    shape: RouteShape,
+) -> list[ShapedArray]:
+    capacity, num_topk = shape.capacity, shape.comm.num_experts_per_tok
+    groups = num_groups(shape.layout, shape.comm.num_local_experts)
+    expert_major = shape.layout == "expert"
+    array = partial(jax_compat.array_like, x)
+    return [
+        array((capacity, x.shape[1]), x.dtype),  # tokens
+        array((capacity,), jnp.int32),  # source
+        array(topk_idx.shape, jnp.int32),  # destination
+        array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights
+        array((0 if expert_major else capacity, num_topk), jnp.int32),  # local_experts
+        array((groups,), jnp.int32),  # group_sizes
+        array((groups,), jnp.int32),  # num_rows
+        array((), jnp.int32),  # num_received
+        array((), jnp.int32),  # num_dropped
+        array((), jnp.int32),  # num_invalid
+    ]
+
+
+dispatch_p = _define_primitive("dispatch", _dispatch_types)
+
+
+def dispatch(
+    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+) -> tuple[jax.Array, Handle]:
+    """Implement `implementations.dispatch`."""
+    tokens, source, destination, weights, local_experts, *counts = dispatch_p.bind(
+        _rank(shape), x, topk_idx, topk_weights, shape=shape
+    )
+    return tokens, Handle(source, destination, weights, local_experts, *counts, shape)
+
+
+def _redispatch_types(
+    rank: ShapedArray,
+    x: ShapedArray,
+    source: ShapedArray,
+    group_sizes: ShapedArray,
+    weights: ShapedArray,
+    y: ShapedArray,
+    *,
+    shape: RouteShape,
+    zero_rest: bool,
+    weighted: bool,
+    with_products: bool,
+) -> list[ShapedArray]:
+    array = partial(jax_compat.array_like, x)
+    return [
+        array((shape.capacity, x.shape[1]), x.dtype),  # rows
+        array((shape.capacity if with_products else 0,), jnp.float32),  # products
+    ]
+
+
+redispatch_p = _define_primitive("redispatch", _redispatch_types)
+
+
+def redispatch(
+    shape: RouteShape,
+    x: jax.Array,
+    source: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    weights: jax.Array | None = None,
+    y: jax.Array | None = None,
+    zero_rest: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Implement `implementations.redispatch`."""
+    rows, products = redispatch_p.bind(
+        _rank(shape),
+        x,
+        source,
+        group_sizes,
+        _or_nothing(weights, jnp.float32),
+        _or_nothing(y, x.dtype),
+        shape=shape,
+        zero_rest=zero_rest,
+        weighted=weights is not None,
+        with_products=y is not None,
+    )
+    return rows, products if y is not None else None
+
+
+def _combine_types(
+    rank: ShapedArray,
+    y: ShapedArray,
+    destination: ShapedArray,
+    weights: ShapedArray,
+    bias: ShapedArray,
+    row_gradients: ShapedArray,
+    *,
+    shape: RouteShape,
+    weighted: bool,
+    with_bias: bool,
+    with_gradients: bool,
+) -> list[ShapedArray]:
+    array = partial(jax_compat.array_like, y)
+    entries = destination.shape if with_gradients else (0, destination.shape[1])
+    return [
+        array((shape.num_tokens, y.shape[1]), y.dtype),  # out
+        array(entries, jnp.float32),  # gradients
+    ]
+
+
+combine_p = _define_primitive("combine", _combine_types)
+
+
+def combine(
+    shape: RouteShape,
+    y: jax.Array,
+    destination: jax.Array,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    row_gradients: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Implement `implementations.combine`."""
+    out, gradients = combine_p.bind(
+        _rank(shape),
+        y,
+        destination,
+        _or_nothing(weights, jnp.float32),
+        _or_nothing(bias, y.dtype),
+        _or_nothing(row_gradients, jnp.float32),
+        shape=shape,
+        weighted=weights is not None,
+        with_bias=bias is not None,
+        with_gradients=row_gradients is not None,
+    )
+    return out, gradients if row_gradients is not None else None

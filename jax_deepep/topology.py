@@ -1,0 +1,44 @@
+"""Who is where: the expert-parallel groups of a mesh, derived from its device grid."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The devices of a mesh as expert-parallel groups.
+
+    Attributes:
+        groups: devices, object array [num_groups, num_ranks]; every slice of the mesh along the
+            expert-parallel axes is a group, and a device's rank is its column.
+        axis_names: the expert-parallel axes, outermost first.
+    """
+
+    groups: np.ndarray
+    axis_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, axis_names: Sequence[str]) -> "Topology":
+        """Cut `mesh` into one group per coordinate along the axes that are not `axis_names`."""
+        positions = [mesh.axis_names.index(name) for name in axis_names]
+        grid = np.moveaxis(mesh.devices, positions, range(-len(positions), 0))
+        num_ranks = int(np.prod([mesh.shape[name] for name in axis_names]))
+        return cls(grid.reshape(-1, num_ranks), tuple(axis_names))
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices in one group."""
+        return self.groups.shape[1]
+
+    @property
+    def platforms(self) -> set[str]:
+        """Platforms of the devices, such as {"cpu"}."""
+        return {device.platform for device in self.groups.flat}
+
+    @property
+    def processes(self) -> set[int]:
+        """Process indices that own a device of the mesh."""
+        return {device.process_index for device in self.groups.flat}

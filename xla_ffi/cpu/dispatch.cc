@@ -1,0 +1,225 @@
+// dispatch on CPU: the algorithm in plain C++, where a newcomer reads it first.
+//
+// 1. Count: every source's entries per group.
+// 2. Plan: prefix sums over the sources give each entry its final row, and drop what does not fit.
+// 3. Address: write both ends of every route.
+// 4. Move: every rank pulls its rows from where the sources have them.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/communicator.h"
+#include "cpu/op.h"
+#include "cpu/row_math.h"
+#include "cpu/threads.h"
+#include "cpu/row_moves.h"
+#include "routing/group_rows.h"
+
+namespace jax_deepep {
+namespace {
+
+// Routes of one dispatch of one group. A group of rows is numbered over all ranks:
+// rank * groups_per_rank + group on that rank.
+class Router {
+ public:
+  Router(const GroupShape& shape, const std::vector<const DispatchParams*>& ranks)
+      : shape_(shape),
+        route_(ranks[0]->route),
+        ranks_(ranks),
+        groups_per_rank_(NumGroups(shape, route_)),
+        num_groups_(groups_per_rank_ * shape.num_ranks),
+        first_(static_cast<size_t>(shape.num_ranks) * num_groups_, 0),
+        groups_(num_groups_),
+        received_(shape.num_ranks, 0) {}
+
+  void Route() {
+    const int64_t routing_bytes = int64_t{route_.num_tokens} * shape_.num_topk * 16;
+    ParallelFor(shape_.num_ranks, 1, routing_bytes, [this](int64_t begin, int64_t end) {
+      for (int64_t source = begin; source < end; ++source) Count(static_cast<int>(source));
+    });
+    Plan();
+    ParallelFor(shape_.num_ranks, 1, routing_bytes, [this](int64_t begin, int64_t end) {
+      for (int64_t source = begin; source < end; ++source) Address(static_cast<int>(source));
+    });
+    ParallelFor(shape_.num_ranks, 1, int64_t{route_.capacity} * 8, [this](int64_t begin, int64_t end) {
+      for (int64_t rank = begin; rank < end; ++rank) FinishRank(static_cast<int>(rank));
+    });
+  }
+
+ private:
+  int32_t* First(int source) { return first_.data() + static_cast<size_t>(source) * num_groups_; }
+
+  // The group that entry k belongs to, over all ranks.
+  int32_t GroupOf(int32_t expert) const {
+    return route_.layout == Layout::kExpertMajor ? expert : expert / shape_.num_local_experts();
+  }
+
+  // Call visit(token, k, topk_idx of the token) for the valid entries of a source, in order.
+  template <typename Visit>
+  void ForEachEntry(int source, Visit visit) const {
+    const int32_t* topk_idx = ranks_[source]->topk_idx;
+    for (int32_t token = 0; token < route_.num_tokens; ++token, topk_idx += shape_.num_topk) {
+      for (int k = 0; k < shape_.num_topk; ++k) {
+        if (IsValidEntry(topk_idx, k, shape_.num_experts)) visit(token, k, topk_idx);
+      }
+    }
+  }
+
+  bool EntryMakesRow(const int32_t* topk_idx, int k) const {
+    return MakesRow(topk_idx, k, shape_.num_experts, shape_.num_local_experts(), route_.layout);
+  }
+
+  void Count(int source) {
+    int32_t* counts = First(source);
+    ForEachEntry(source, [&](int32_t, int k, const int32_t* topk_idx) {
+      if (EntryMakesRow(topk_idx, k)) ++counts[GroupOf(topk_idx[k])];
+    });
+  }
+
+  void Plan() {
+    for (int rank = 0; rank < shape_.num_ranks; ++rank) {
+      int64_t offset = 0;
+      for (int local = 0; local < groups_per_rank_; ++local) {
+        const int group = rank * groups_per_rank_ + local;
+        int32_t before = 0;
+        for (int source = 0; source < shape_.num_ranks; ++source) {
+          int32_t& first = First(source)[group];
+          const int32_t count = first;
+          first = before;
+          before += count;
+        }
+        groups_[group] = PlaceGroup(before, route_, &offset);
+        received_[rank] += before;
+      }
+    }
+  }
+
+  void Address(int source) {
+    const int num_topk = shape_.num_topk;
+    const DispatchParams& own = *ranks_[source];
+    std::fill_n(own.destination, int64_t{route_.num_tokens} * num_topk, kNone);
+    std::vector<int32_t> next(First(source), First(source) + num_groups_);
+    ForEachEntry(source, [&](int32_t token, int k, const int32_t* topk_idx) {
+      const int32_t expert = topk_idx[k];
+      const int rank = expert / shape_.num_local_experts();
+      const int32_t group = GroupOf(expert);
+      const bool makes_row = EntryMakesRow(topk_idx, k);
+      // A token-major entry that makes no row shares the one that its token made last.
+      const int32_t place = makes_row ? next[group]++ : next[group] - 1;
+      if (place >= groups_[group].kept) return;
+      const int64_t row = groups_[group].offset + place;
+      const int64_t entry = int64_t{token} * num_topk + k;
+      own.destination[entry] = static_cast<int32_t>(int64_t{rank} * route_.capacity + row);
+      const DispatchParams& peer = *ranks_[rank];
+      if (makes_row) peer.source[row] = source * shape_.max_tokens + token;
+      if (route_.layout == Layout::kExpertMajor) {
+        peer.weights[row] = own.topk_weights[entry];
+        return;
+      }
+      float* weights = peer.weights + row * num_topk;
+      int32_t* local_experts = peer.local_experts + row * num_topk;
+      if (makes_row) {
+        std::fill_n(weights, num_topk, 0.0f);
+        std::fill_n(local_experts, num_topk, kNone);
+      }
+      weights[k] = own.topk_weights[entry];
+      local_experts[k] = expert % shape_.num_local_experts();
+    });
+  }
+
+  // Fill in the rows that no source addressed, and the counts.
+  void FinishRank(int rank) {
+    const DispatchParams& own = *ranks_[rank];
+    int64_t kept = 0, end = 0;
+    for (int local = 0; local < groups_per_rank_; ++local) {
+      const GroupRows& group = groups_[rank * groups_per_rank_ + local];
+      own.group_sizes[local] = static_cast<int32_t>(group.padded);
+      own.num_rows[local] = static_cast<int32_t>(group.kept);
+      kept += group.kept;
+      if (group.kept == 0) continue;
+      MarkEmpty(own, group.offset + group.kept, group.offset + group.padded);
+      end = group.offset + group.padded;
+    }
+    MarkEmpty(own, end, route_.capacity);
+    *own.num_received = static_cast<int32_t>(received_[rank]);
+    *own.num_dropped = static_cast<int32_t>(received_[rank] - kept);
+  }
+
+  void MarkEmpty(const DispatchParams& own, int64_t begin, int64_t end) const {
+    const int64_t count = end - begin;
+    std::fill_n(own.source + begin, count, kNone);
+    if (route_.layout == Layout::kExpertMajor) {
+      std::fill_n(own.weights + begin, count, 0.0f);
+    } else {
+      std::fill_n(own.weights + begin * shape_.num_topk, count * shape_.num_topk, 0.0f);
+      std::fill_n(own.local_experts + begin * shape_.num_topk, count * shape_.num_topk, kNone);
+    }
+  }
+
+  const GroupShape& shape_;
+  const RouteShape& route_;
+  const std::vector<const DispatchParams*>& ranks_;
+  const int32_t groups_per_rank_;
+  const int32_t num_groups_;
+  std::vector<int32_t> first_;  // [source][group]: counts, then entries of earlier sources
+  std::vector<GroupRows> groups_;
+  std::vector<int64_t> received_;  // per rank
+};
+
+int32_t CountInvalid(const GroupShape& shape, const DispatchParams& params) {
+  int32_t count = 0;
+  const int32_t* topk_idx = params.topk_idx;
+  for (int32_t token = 0; token < params.route.num_tokens; ++token, topk_idx += shape.num_topk) {
+    for (int k = 0; k < shape.num_topk; ++k) {
+      count += topk_idx[k] != kNone && !IsValidEntry(topk_idx, k, shape.num_experts);
+    }
+  }
+  return count;
+}
+
+}  // namespace
+
+template <>
+const char* DispatchOp::name() const {
+  return "dispatch";
+}
+
+template <>
+void DispatchOp::RunGroup(Communicator& comm, int group,
+                          const std::vector<std::unique_ptr<Op>>& ops) const {
+  const std::vector<const DispatchParams*> ranks = Collect(ops);
+  const GroupShape& shape = comm.shape();
+  Router(shape, ranks).Route();
+  std::vector<RowMove> moves;
+  std::vector<const void*> sources;
+  for (size_t rank = 0; rank < ranks.size(); ++rank) {
+    const DispatchParams& params = *ranks[rank];
+    const int32_t num_invalid = CountInvalid(shape, params);
+    *params.num_invalid = num_invalid;
+    if (num_invalid > 0) comm.ReportInvalidRouting(group, static_cast<int>(rank), num_invalid);
+    sources.push_back(params.x);
+    RowMove move;
+    move.source = params.source;
+    move.group_sizes = params.group_sizes;
+    move.rows = params.tokens;
+    moves.push_back(move);
+  }
+  MoveRows(comm, group, params_.route, sources, moves);
+}
+
+template <>
+void DispatchOp::Abandon(const Communicator& comm) const {
+  const GroupShape& shape = comm.shape();
+  const RouteShape& route = params_.route;
+  const int64_t capacity = route.capacity, num_topk = shape.num_topk;
+  const bool expert_major = route.layout == Layout::kExpertMajor;
+  FillNaN(route.row_type, params_.tokens, capacity * shape.hidden_size);
+  FillNaN(params_.weights, expert_major ? capacity : capacity * num_topk);
+  std::fill_n(params_.source, capacity, kNone);
+  std::fill_n(params_.destination, route.num_tokens * num_topk, kNone);
+  if (!expert_major) std::fill_n(params_.local_experts, capacity * num_topk, kNone);
+  std::fill_n(params_.group_sizes, NumGroups(shape, route), 0);
+  std::fill_n(params_.num_rows, NumGroups(shape, route), 0);
+  *params_.num_received = *params_.num_dropped = *params_.num_invalid = 0;
+}
+
+}  // namespace jax_deepep

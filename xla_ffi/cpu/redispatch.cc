@@ -1,0 +1,119 @@
+// redispatch on CPU, and the movement of rows that dispatch shares with it.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "cpu/communicator.h"
+#include "cpu/op.h"
+#include "cpu/row_math.h"
+#include "cpu/row_moves.h"
+#include "cpu/threads.h"
+
+namespace jax_deepep {
+namespace {
+
+// Results larger than this leave the cache anyway.
+constexpr int64_t kStreamAboveBytes = 4 << 20;
+
+constexpr int64_t kRowsPerRange = 32;
+
+}  // namespace
+
+void MoveRows(Communicator& comm, int group, const RouteShape& route,
+              const std::vector<const void*>& sources, const std::vector<RowMove>& moves) {
+  const GroupShape& shape = comm.shape();
+  const int num_groups = NumGroups(shape, route);
+  const size_t row_bytes = shape.hidden_size * BytesOf(route.row_type);
+
+  // One index over the rows of all ranks, so that a rank with many rows gets many threads.
+  std::vector<int64_t> first_row(moves.size() + 1, 0);
+  std::vector<int64_t> end_of_groups(moves.size());
+  for (size_t rank = 0; rank < moves.size(); ++rank) {
+    const int32_t* sizes = moves[rank].group_sizes;
+    end_of_groups[rank] = std::accumulate(sizes, sizes + num_groups, int64_t{0});
+    const int64_t rows = moves[rank].zero_rest ? route.capacity : end_of_groups[rank];
+    first_row[rank + 1] = first_row[rank] + rows;
+    PreferLargePages(moves[rank].rows, rows * row_bytes);
+  }
+  const int64_t num_rows = first_row.back();
+  const bool streaming = num_rows * static_cast<int64_t>(row_bytes) > kStreamAboveBytes;
+
+  ParallelFor(num_rows, kRowsPerRange, 2 * row_bytes, [&](int64_t begin, int64_t end) {
+    int rank = static_cast<int>(
+        std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1);
+    for (int64_t index = begin; index < end; ++index) {
+      while (index >= first_row[rank + 1]) ++rank;
+      const RowMove& move = moves[rank];
+      const int64_t row = index - first_row[rank];
+      const int64_t offset = row * static_cast<int64_t>(row_bytes);
+      char* to = static_cast<char*>(move.rows) + offset;
+      const int32_t code = row < end_of_groups[rank] ? move.source[row] : kNone;
+      if (code == kNone) {
+        std::memset(to, 0, row_bytes);
+        if (move.products != nullptr) move.products[row] = 0.0f;
+        continue;
+      }
+      const char* from = static_cast<const char*>(sources[code / shape.max_tokens]) +
+                         static_cast<int64_t>(code % shape.max_tokens) * row_bytes;
+      if (move.weights == nullptr) {
+        CopyRow(to, from, row_bytes, streaming);
+      } else {
+        ScaleRow(route.row_type, to, from, move.weights[row], shape.hidden_size);
+      }
+      if (move.products != nullptr) {
+        move.products[row] = DotRows(route.row_type, from,
+                                     static_cast<const char*>(move.y) + offset, shape.hidden_size);
+      }
+    }
+    FinishStreaming();
+  });
+
+  for (size_t rank = 0; rank < moves.size(); ++rank) {
+    std::vector<int64_t> from_source(moves.size(), 0);
+    for (int64_t row = 0; row < end_of_groups[rank]; ++row) {
+      const int32_t code = moves[rank].source[row];
+      if (code != kNone) ++from_source[code / shape.max_tokens];
+    }
+    for (size_t source = 0; source < moves.size(); ++source) {
+      comm.CountRows(group, static_cast<int>(source), static_cast<int>(rank), from_source[source]);
+    }
+  }
+}
+
+template <>
+const char* RedispatchOp::name() const {
+  return "redispatch";
+}
+
+template <>
+void RedispatchOp::RunGroup(Communicator& comm, int group,
+                            const std::vector<std::unique_ptr<Op>>& ops) const {
+  std::vector<RowMove> moves;
+  std::vector<const void*> sources;
+  for (const RedispatchParams* params : Collect(ops)) {
+    sources.push_back(params->x);
+    RowMove move;
+    move.source = params->source;
+    move.group_sizes = params->group_sizes;
+    move.weights = params->weights;
+    move.y = params->y;
+    move.rows = params->rows;
+    move.products = params->products;
+    move.zero_rest = params->zero_rest;
+    if (move.products != nullptr && !move.zero_rest) {
+      std::fill_n(move.products, params->route.capacity, 0.0f);
+    }
+    moves.push_back(move);
+  }
+  MoveRows(comm, group, params_.route, sources, moves);
+}
+
+template <>
+void RedispatchOp::Abandon(const Communicator& comm) const {
+  const RouteShape& route = params_.route;
+  FillNaN(route.row_type, params_.rows, int64_t{route.capacity} * comm.shape().hidden_size);
+  if (params_.products != nullptr) FillNaN(params_.products, route.capacity);
+}
+
+}  // namespace jax_deepep

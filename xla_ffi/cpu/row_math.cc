@@ -1,0 +1,268 @@
+#include "cpu/row_math.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+// The compiler makes one version of a function per instruction set and picks one when loading, so
+// that a wheel built anywhere is fast everywhere. Contraction is off (see CMakeLists.txt): every
+// version gives the same bits.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define JAX_DEEPEP_ALL_ISAS \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define JAX_DEEPEP_ALL_ISAS
+#endif
+#define JAX_DEEPEP_INLINE inline __attribute__((always_inline))
+
+namespace jax_deepep {
+namespace {
+
+JAX_DEEPEP_INLINE uint32_t BitsOf(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+JAX_DEEPEP_INLINE float FloatOf(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+struct Float32 {
+  using Storage = float;
+  static JAX_DEEPEP_INLINE float Load(float value) { return value; }
+  static JAX_DEEPEP_INLINE float Store(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static JAX_DEEPEP_INLINE float Load(uint16_t bits) {
+    return FloatOf(static_cast<uint32_t>(bits) << 16);
+  }
+  // Round to nearest, ties to even.
+  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
+    const uint32_t bits = BitsOf(value);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const uint32_t quiet_nan = (bits >> 16) | 0x40u;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  // Multiplying by powers of two rebiases the exponent and normalises subnormals exactly.
+  static JAX_DEEPEP_INLINE float Load(uint16_t bits) {
+    const uint32_t sign = (static_cast<uint32_t>(bits) & 0x8000u) << 16;
+    const uint32_t magnitude = (static_cast<uint32_t>(bits) & 0x7fffu) << 13;
+    const uint32_t finite = BitsOf(FloatOf(magnitude) * FloatOf(0x77800000u));  // * 2^112
+    const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
+    return FloatOf((magnitude >= 0x0f800000u ? special : finite) | sign);
+  }
+  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
+    const uint32_t bits = BitsOf(value);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    // Normal results: round to nearest even on the 13 bits that go.
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    // Subnormal results: adding 0.5 leaves the wanted bits at the end of the mantissa, rounded by
+    // the addition itself.
+    const uint32_t subnormal = BitsOf(FloatOf(magnitude) + 0.5f) - BitsOf(0.5f);
+    uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
+    result = magnitude >= 0x47800000u - 0x1000u ? 0x7c00u : result;  // rounds up to infinity
+    result = magnitude > 0x7f800000u ? 0x7e00u : result;
+    return static_cast<uint16_t>(result | sign);
+  }
+};
+
+template <typename Type>
+JAX_DEEPEP_INLINE void Scale(void* to, const void* from, float scale, int64_t size) {
+  auto* out = static_cast<typename Type::Storage*>(to);
+  const auto* in = static_cast<const typename Type::Storage*>(from);
+  for (int64_t i = 0; i < size; ++i) out[i] = Type::Store(Type::Load(in[i]) * scale);
+}
+
+// Sixteen running sums, then a fixed tree: wide enough for any vector unit, and the same order on
+// all of them.
+template <typename Type>
+JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
+  constexpr int kLanes = 16;
+  const auto* left = static_cast<const typename Type::Storage*>(a);
+  const auto* right = static_cast<const typename Type::Storage*>(b);
+  float sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      sums[lane] += Type::Load(left[i + lane]) * Type::Load(right[i + lane]);
+    }
+  }
+  for (int lane = 0; i < size; ++i, ++lane) sums[lane] += Type::Load(left[i]) * Type::Load(right[i]);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+  }
+  return sums[0];
+}
+
+template <typename Type>
+JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, const Term* terms, int num_terms,
+                           int64_t size) {
+  using Storage = typename Type::Storage;
+  constexpr int64_t kBlock = 256;  // two blocks of floats stay in the first-level cache
+  float total[kBlock];
+  float part[kBlock];
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int64_t count = std::min(kBlock, size - begin);
+    const auto* from_bias = static_cast<const Storage*>(bias) + (bias == nullptr ? 0 : begin);
+    for (int64_t i = 0; i < count; ++i) {
+      total[i] = bias == nullptr ? 0.0f : Type::Load(from_bias[i]);
+    }
+    for (int term = 0; term < num_terms;) {
+      const int32_t rank = terms[term].rank;
+      const auto* row = static_cast<const Storage*>(terms[term].row) + begin;
+      const float weight = terms[term].weight;
+      for (int64_t i = 0; i < count; ++i) part[i] = Type::Load(row[i]) * weight;
+      for (++term; term < num_terms && terms[term].rank == rank; ++term) {
+        const auto* next = static_cast<const Storage*>(terms[term].row) + begin;
+        const float next_weight = terms[term].weight;
+        for (int64_t i = 0; i < count; ++i) part[i] += Type::Load(next[i]) * next_weight;
+      }
+      for (int64_t i = 0; i < count; ++i) total[i] += Type::Load(Type::Store(part[i]));
+    }
+    auto* to = static_cast<Storage*>(out) + begin;
+    for (int64_t i = 0; i < count; ++i) to[i] = Type::Store(total[i]);
+  }
+}
+
+JAX_DEEPEP_ALL_ISAS void ScaleFloat32(void* to, const void* from, float scale, int64_t size) {
+  Scale<Float32>(to, from, scale, size);
+}
+JAX_DEEPEP_ALL_ISAS void ScaleFloat16(void* to, const void* from, float scale, int64_t size) {
+  Scale<Float16>(to, from, scale, size);
+}
+JAX_DEEPEP_ALL_ISAS void ScaleBFloat16(void* to, const void* from, float scale, int64_t size) {
+  Scale<BFloat16>(to, from, scale, size);
+}
+JAX_DEEPEP_ALL_ISAS float DotFloat32(const void* a, const void* b, int64_t size) {
+  return Dot<Float32>(a, b, size);
+}
+JAX_DEEPEP_ALL_ISAS float DotFloat16(const void* a, const void* b, int64_t size) {
+  return Dot<Float16>(a, b, size);
+}
+JAX_DEEPEP_ALL_ISAS float DotBFloat16(const void* a, const void* b, int64_t size) {
+  return Dot<BFloat16>(a, b, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumFloat32(void* out, const void* bias, const Term* terms, int num_terms,
+                                    int64_t size) {
+  Sum<Float32>(out, bias, terms, num_terms, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumFloat16(void* out, const void* bias, const Term* terms, int num_terms,
+                                    int64_t size) {
+  Sum<Float16>(out, bias, terms, num_terms, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumBFloat16(void* out, const void* bias, const Term* terms, int num_terms,
+                                     int64_t size) {
+  Sum<BFloat16>(out, bias, terms, num_terms, size);
+}
+
+}  // namespace
+
+void CopyRow(void* to, const void* from, size_t bytes, bool streaming) {
+#if defined(__x86_64__)
+  const bool aligned = (reinterpret_cast<uintptr_t>(to) | bytes) % 64 == 0;
+  if (streaming && aligned) {
+    auto* out = static_cast<__m128i*>(to);
+    const auto* in = static_cast<const __m128i*>(from);
+    for (size_t i = 0; i < bytes / 16; i += 4) {
+      const __m128i a = _mm_loadu_si128(in + i), b = _mm_loadu_si128(in + i + 1);
+      const __m128i c = _mm_loadu_si128(in + i + 2), d = _mm_loadu_si128(in + i + 3);
+      _mm_stream_si128(out + i, a);
+      _mm_stream_si128(out + i + 1, b);
+      _mm_stream_si128(out + i + 2, c);
+      _mm_stream_si128(out + i + 3, d);
+    }
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+void FinishStreaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return ScaleFloat32(to, from, scale, size);
+    case RowType::kFloat16:
+      return ScaleFloat16(to, from, scale, size);
+    case RowType::kBFloat16:
+      return ScaleBFloat16(to, from, scale, size);
+  }
+}
+
+float DotRows(RowType type, const void* a, const void* b, int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return DotFloat32(a, b, size);
+    case RowType::kFloat16:
+      return DotFloat16(a, b, size);
+    case RowType::kBFloat16:
+      return DotBFloat16(a, b, size);
+  }
+  return 0.0f;
+}
+
+void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
+              int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return SumFloat32(out, bias, terms, num_terms, size);
+    case RowType::kFloat16:
+      return SumFloat16(out, bias, terms, num_terms, size);
+    case RowType::kBFloat16:
+      return SumBFloat16(out, bias, terms, num_terms, size);
+  }
+}
+
+void FillNaN(RowType type, void* values, int64_t count) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  switch (type) {
+    case RowType::kFloat32:
+      return FillNaN(static_cast<float*>(values), count);
+    case RowType::kFloat16:
+      std::fill_n(static_cast<uint16_t*>(values), count, Float16::Store(nan));
+      return;
+    case RowType::kBFloat16:
+      std::fill_n(static_cast<uint16_t*>(values), count, BFloat16::Store(nan));
+      return;
+  }
+}
+
+void FillNaN(float* values, int64_t count) {
+  std::fill_n(values, count, std::numeric_limits<float>::quiet_NaN());
+}
+
+void PreferLargePages(void* memory, size_t bytes) {
+  constexpr size_t kWorthIt = 4 << 20;
+  if (bytes < kWorthIt) return;
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + page - 1) / page * page;
+  const uintptr_t last = (begin + bytes) / page * page;
+  // Advice only: where it is refused, small pages do.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+}  // namespace jax_deepep

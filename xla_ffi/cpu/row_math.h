@@ -1,0 +1,45 @@
+// Arithmetic on single rows: copy, scale, dot, and the weighted sum of combine.
+#ifndef JAX_DEEPEP_CPU_ROW_MATH_H_
+#define JAX_DEEPEP_CPU_ROW_MATH_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "interface/geometry.h"
+
+namespace jax_deepep {
+
+// Copy a row of `bytes`. Streaming goes past the cache, for rows that will not be read soon;
+// FinishStreaming() must follow on the same thread before another thread may read them.
+void CopyRow(void* to, const void* from, size_t bytes, bool streaming);
+void FinishStreaming();
+
+// to[i] = from[i] * scale in float32, rounded once.
+void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t size);
+
+// The sum over i of a[i] * b[i] in float32, in a fixed order that does not depend on the machine.
+float DotRows(RowType type, const void* a, const void* b, int64_t size);
+
+// One summand of a token: a row on some rank, and its weight.
+struct Term {
+  const void* row;
+  float weight;
+  int32_t rank;  // terms of one rank stand together
+};
+
+// out = bias + p_0 + p_1 + ..., where p_d is the sum over the terms of one rank, rounded to `type`;
+// all sums from left to right in float32, products rounded separately. A null bias is zero.
+void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
+              int64_t size);
+
+// Fill with NaN.
+void FillNaN(RowType type, void* values, int64_t count);
+void FillNaN(float* values, int64_t count);
+
+// Ask for large pages where `bytes` are worth it: a fresh result is otherwise faulted in 4 KiB at a
+// time, which costs more than the copy.
+void PreferLargePages(void* memory, size_t bytes);
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CPU_ROW_MATH_H_

@@ -1,0 +1,114 @@
+#include "cpu/threads.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+namespace jax_deepep {
+namespace {
+
+constexpr std::chrono::seconds kIdleLifetime(20);
+
+// Below this much memory traffic, waking a second thread costs more than it saves.
+constexpr int64_t kBytesWorthSharing = 128 << 10;
+
+class OwnThreads {
+ public:
+  void Run(std::function<void()> task) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    tasks_.push_back(std::move(task));
+    if (static_cast<int>(tasks_.size()) <= num_idle_) {
+      wake_.notify_one();
+      return;
+    }
+    lock.unlock();
+    std::thread([this] { Loop(); }).detach();
+  }
+
+ private:
+  void Loop() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      if (tasks_.empty()) {
+        ++num_idle_;
+        const bool woken = wake_.wait_for(lock, kIdleLifetime, [this] { return !tasks_.empty(); });
+        --num_idle_;
+        if (!woken) return;
+      }
+      std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+      task = nullptr;  // what it captured is released outside the lock
+      lock.lock();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  int num_idle_ = 0;
+};
+
+}  // namespace
+
+void RunOnOwnThread(std::function<void()> task) {
+  // Never destroyed: detached threads may outlive static destructors.
+  static OwnThreads* const threads = new OwnThreads;
+  threads->Run(std::move(task));
+}
+
+int NumCores() {
+  static const int num_cores = [] {
+    cpu_set_t mask;
+    if (sched_getaffinity(0, sizeof(mask), &mask) == 0) return std::max(1, CPU_COUNT(&mask));
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  }();
+  return num_cores;
+}
+
+void ParallelFor(int64_t count, int64_t grain, int64_t bytes_per_item,
+                 const std::function<void(int64_t, int64_t)>& body) {
+  if (count <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t num_ranges = (count + grain - 1) / grain;
+  const int num_threads =
+      count * bytes_per_item < kBytesWorthSharing
+          ? 1
+          : static_cast<int>(std::min<int64_t>(NumCores(), num_ranges));
+
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable all_left;
+    int num_inside = 0;
+  } shared;
+  auto work = [&shared, &body, grain, count] {
+    while (true) {
+      const int64_t begin = shared.next.fetch_add(grain, std::memory_order_relaxed);
+      if (begin >= count) return;
+      body(begin, std::min(begin + grain, count));
+    }
+  };
+  shared.num_inside = num_threads - 1;
+  for (int helper = 1; helper < num_threads; ++helper) {
+    RunOnOwnThread([&shared, &work] {
+      work();
+      // Under the lock, because `shared` is gone as soon as the waiter sees the last one leave.
+      std::lock_guard<std::mutex> lock(shared.mutex);
+      if (--shared.num_inside == 0) shared.all_left.notify_one();
+    });
+  }
+  work();
+  std::unique_lock<std::mutex> lock(shared.mutex);
+  shared.all_left.wait(lock, [&shared] { return shared.num_inside == 0; });
+}
+
+}  // namespace jax_deepep

@@ -1,0 +1,25 @@
+// Threads of our own. XLA's are never blocked and never borrowed: see xla_ffi/README.md.
+#ifndef JAX_DEEPEP_CPU_THREADS_H_
+#define JAX_DEEPEP_CPU_THREADS_H_
+
+#include <cstdint>
+#include <functional>
+
+namespace jax_deepep {
+
+// Run `task` on a thread that nothing else waits for. The task may block for as long as it likes:
+// there is always another thread for the next one. Idle threads are reused, then end.
+void RunOnOwnThread(std::function<void()> task);
+
+// Cores that this process may use.
+int NumCores();
+
+// Call body(begin, end) over disjoint ranges that cover [0, count), on up to NumCores() threads,
+// and return when all are done. `count * bytes_per_item` decides whether sharing pays; ranges are
+// at least `grain` items.
+void ParallelFor(int64_t count, int64_t grain, int64_t bytes_per_item,
+                 const std::function<void(int64_t begin, int64_t end)>& body);
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CPU_THREADS_H_

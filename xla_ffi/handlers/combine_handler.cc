@@ -1,0 +1,73 @@
+// combine as a custom call: decode, check, join.
+#include <memory>
+
+#include "handlers/call_site.h"
+#include "handlers/handlers.h"
+
+namespace jax_deepep {
+namespace {
+
+ffi::Future Combine(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuffer rank,
+                    ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
+                    ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients,
+                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
+                    int64_t layout, bool weighted, bool with_bias, bool with_gradients, int64_t,
+                    int64_t) {
+  const GroupShape& shape = site->comm->shape();
+  CombineParams params;
+  RouteShape& route = params.route;
+  route.layout = static_cast<Layout>(layout);
+  route.row_type = RowTypeOf(y.element_type()).value_or(RowType::kFloat32);
+  route.num_tokens = static_cast<int32_t>(destination.element_count() / shape.num_topk);
+  route.capacity = static_cast<int32_t>(y.element_count() / shape.hidden_size);
+
+  const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
+  const int64_t tokens = int64_t{route.num_tokens} * shape.hidden_size;
+  const int64_t capacity = route.capacity;
+  const bool expert_major = route.layout == Layout::kExpertMajor;
+  std::string error;
+  if (!RowTypeOf(y.element_type())) error = "y has a dtype that rows cannot have";
+  CheckBuffer(y, y.element_type(), capacity * shape.hidden_size, "y", &error);
+  CheckBuffer(destination, ffi::S32, entries, "destination", &error);
+  if (weighted) CheckBuffer(weights, ffi::F32, capacity, "weights", &error);
+  if (with_bias) CheckBuffer(bias, y.element_type(), tokens, "bias", &error);
+  if (with_gradients) {
+    CheckBuffer(row_gradients, ffi::F32, expert_major ? capacity : capacity * shape.num_topk,
+                "row_gradients", &error);
+    CheckBuffer(*gradients, ffi::F32, entries, "gradients", &error);
+  }
+  CheckBuffer(*out, y.element_type(), tokens, "out", &error);
+
+  params.y = y.untyped_data();
+  params.weights = DataOrNull<const float>(weights);
+  params.row_gradients = DataOrNull<const float>(row_gradients);
+  params.destination = static_cast<const int32_t*>(destination.untyped_data());
+  params.bias = DataOrNull<const void>(bias);
+  params.out = out->untyped_data();
+  params.gradients = DataOrNull<float>(*gradients);
+  return JoinRanks(site, run, device, rank, error, std::make_unique<CombineOp>(params));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CombineHandler, Combine,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::State<CallSite>>()
+                                  .Ctx<ffi::RunId>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()  // rank
+                                  .Arg<ffi::AnyBuffer>()  // y
+                                  .Arg<ffi::AnyBuffer>()  // destination
+                                  .Arg<ffi::AnyBuffer>()  // weights, or nothing
+                                  .Arg<ffi::AnyBuffer>()  // bias, or nothing
+                                  .Arg<ffi::AnyBuffer>()  // row_gradients, or nothing
+                                  .Ret<ffi::AnyBuffer>()  // out
+                                  .Ret<ffi::AnyBuffer>()  // gradients, with row_gradients
+                                  .Attr<int64_t>("layout")
+                                  .Attr<bool>("weighted")
+                                  .Attr<bool>("with_bias")
+                                  .Attr<bool>("with_gradients")
+                                  .Attr<int64_t>("comm")
+                                  .Attr<int64_t>("fingerprint"));
+
+}  // namespace jax_deepep

@@ -1,0 +1,93 @@
+// dispatch as a custom call: decode, check, join. Also the instantiate stage of all verbs.
+#include <memory>
+
+#include "handlers/call_site.h"
+#include "handlers/handlers.h"
+
+namespace jax_deepep {
+namespace {
+
+ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuffer rank,
+                     ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
+                     ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> source,
+                     ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
+                     ffi::Result<ffi::AnyBuffer> local_experts,
+                     ffi::Result<ffi::AnyBuffer> group_sizes, ffi::Result<ffi::AnyBuffer> num_rows,
+                     ffi::Result<ffi::AnyBuffer> num_received,
+                     ffi::Result<ffi::AnyBuffer> num_dropped,
+                     ffi::Result<ffi::AnyBuffer> num_invalid, int64_t layout, int64_t alignment,
+                     int64_t expert_capacity, int64_t, int64_t) {
+  const GroupShape& shape = site->comm->shape();
+  DispatchParams params;
+  RouteShape& route = params.route;
+  route.layout = static_cast<Layout>(layout);
+  route.row_type = RowTypeOf(x.element_type()).value_or(RowType::kFloat32);
+  route.num_tokens = static_cast<int32_t>(x.element_count() / shape.hidden_size);
+  route.capacity = static_cast<int32_t>(source->element_count());
+  route.alignment = static_cast<int32_t>(alignment);
+  route.expert_capacity = expert_capacity;
+
+  const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
+  const int64_t capacity = route.capacity, num_groups = NumGroups(shape, route);
+  const bool expert_major = route.layout == Layout::kExpertMajor;
+  std::string error;
+  if (!RowTypeOf(x.element_type())) error = "x has a dtype that rows cannot have";
+  CheckBuffer(x, x.element_type(), int64_t{route.num_tokens} * shape.hidden_size, "x", &error);
+  CheckBuffer(topk_idx, ffi::S32, entries, "topk_idx", &error);
+  CheckBuffer(topk_weights, ffi::F32, entries, "topk_weights", &error);
+  CheckBuffer(*tokens, x.element_type(), capacity * shape.hidden_size, "tokens", &error);
+  CheckBuffer(*destination, ffi::S32, entries, "destination", &error);
+  CheckBuffer(*weights, ffi::F32, expert_major ? capacity : capacity * shape.num_topk, "weights",
+              &error);
+  CheckBuffer(*local_experts, ffi::S32, expert_major ? 0 : capacity * shape.num_topk,
+              "local_experts", &error);
+  CheckBuffer(*group_sizes, ffi::S32, num_groups, "group_sizes", &error);
+  CheckBuffer(*num_rows, ffi::S32, num_groups, "num_rows", &error);
+
+  params.x = x.untyped_data();
+  params.topk_idx = static_cast<const int32_t*>(topk_idx.untyped_data());
+  params.topk_weights = static_cast<const float*>(topk_weights.untyped_data());
+  params.tokens = tokens->untyped_data();
+  params.source = static_cast<int32_t*>(source->untyped_data());
+  params.destination = static_cast<int32_t*>(destination->untyped_data());
+  params.weights = static_cast<float*>(weights->untyped_data());
+  params.local_experts = DataOrNull<int32_t>(*local_experts);
+  params.group_sizes = static_cast<int32_t*>(group_sizes->untyped_data());
+  params.num_rows = static_cast<int32_t*>(num_rows->untyped_data());
+  params.num_received = static_cast<int32_t*>(num_received->untyped_data());
+  params.num_dropped = static_cast<int32_t*>(num_dropped->untyped_data());
+  params.num_invalid = static_cast<int32_t*>(num_invalid->untyped_data());
+  return JoinRanks(site, run, device, rank, error, std::make_unique<DispatchOp>(params));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstantiateHandler, InstantiateCallSite,
+                              ffi::Ffi::BindInstantiate().Attrs());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DispatchHandler, Dispatch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::State<CallSite>>()
+                                  .Ctx<ffi::RunId>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()  // rank
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // topk_idx
+                                  .Arg<ffi::AnyBuffer>()  // topk_weights
+                                  .Ret<ffi::AnyBuffer>()  // tokens
+                                  .Ret<ffi::AnyBuffer>()  // source
+                                  .Ret<ffi::AnyBuffer>()  // destination
+                                  .Ret<ffi::AnyBuffer>()  // weights
+                                  .Ret<ffi::AnyBuffer>()  // local_experts
+                                  .Ret<ffi::AnyBuffer>()  // group_sizes
+                                  .Ret<ffi::AnyBuffer>()  // num_rows
+                                  .Ret<ffi::AnyBuffer>()  // num_received
+                                  .Ret<ffi::AnyBuffer>()  // num_dropped
+                                  .Ret<ffi::AnyBuffer>()  // num_invalid
+                                  .Attr<int64_t>("layout")
+                                  .Attr<int64_t>("alignment")
+                                  .Attr<int64_t>("expert_capacity")
+                                  .Attr<int64_t>("comm")
+                                  .Attr<int64_t>("fingerprint"));
+
+}  // namespace jax_deepep

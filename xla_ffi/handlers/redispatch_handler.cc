@@ -1,0 +1,69 @@
+// redispatch as a custom call: decode, check, join.
+#include <memory>
+
+#include "handlers/call_site.h"
+#include "handlers/handlers.h"
+
+namespace jax_deepep {
+namespace {
+
+ffi::Future Redispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuffer rank,
+                       ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer group_sizes,
+                       ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::Result<ffi::AnyBuffer> rows,
+                       ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
+                       bool weighted, bool with_products, int64_t, int64_t) {
+  const GroupShape& shape = site->comm->shape();
+  RedispatchParams params;
+  RouteShape& route = params.route;
+  route.layout = static_cast<Layout>(layout);
+  route.row_type = RowTypeOf(x.element_type()).value_or(RowType::kFloat32);
+  route.num_tokens = static_cast<int32_t>(x.element_count() / shape.hidden_size);
+  route.capacity = static_cast<int32_t>(source.element_count());
+  params.zero_rest = zero_rest;
+
+  const int64_t capacity = route.capacity;
+  std::string error;
+  if (!RowTypeOf(x.element_type())) error = "x has a dtype that rows cannot have";
+  CheckBuffer(x, x.element_type(), int64_t{route.num_tokens} * shape.hidden_size, "x", &error);
+  CheckBuffer(source, ffi::S32, capacity, "source", &error);
+  CheckBuffer(group_sizes, ffi::S32, NumGroups(shape, route), "group_sizes", &error);
+  if (weighted) CheckBuffer(weights, ffi::F32, capacity, "weights", &error);
+  if (with_products) {
+    CheckBuffer(y, x.element_type(), capacity * shape.hidden_size, "y", &error);
+    CheckBuffer(*products, ffi::F32, capacity, "products", &error);
+  }
+  CheckBuffer(*rows, x.element_type(), capacity * shape.hidden_size, "rows", &error);
+
+  params.x = x.untyped_data();
+  params.source = static_cast<const int32_t*>(source.untyped_data());
+  params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
+  params.weights = DataOrNull<const float>(weights);
+  params.y = DataOrNull<const void>(y);
+  params.rows = rows->untyped_data();
+  params.products = DataOrNull<float>(*products);
+  return JoinRanks(site, run, device, rank, error, std::make_unique<RedispatchOp>(params));
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(RedispatchHandler, Redispatch,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::State<CallSite>>()
+                                  .Ctx<ffi::RunId>()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Arg<ffi::AnyBuffer>()  // rank
+                                  .Arg<ffi::AnyBuffer>()  // x
+                                  .Arg<ffi::AnyBuffer>()  // source
+                                  .Arg<ffi::AnyBuffer>()  // group_sizes
+                                  .Arg<ffi::AnyBuffer>()  // weights, or nothing
+                                  .Arg<ffi::AnyBuffer>()  // y, or nothing
+                                  .Ret<ffi::AnyBuffer>()  // rows
+                                  .Ret<ffi::AnyBuffer>()  // products, with y
+                                  .Attr<int64_t>("layout")
+                                  .Attr<bool>("zero_rest")
+                                  .Attr<bool>("weighted")
+                                  .Attr<bool>("with_products")
+                                  .Attr<int64_t>("comm")
+                                  .Attr<int64_t>("fingerprint"));
+
+}  // namespace jax_deepep

@@ -1,0 +1,31 @@
+// dispatch: decide the routes of topk_idx and carry rows along them.
+#ifndef JAX_DEEPEP_INTERFACE_DISPATCH_H_
+#define JAX_DEEPEP_INTERFACE_DISPATCH_H_
+
+#include "interface/geometry.h"
+
+namespace jax_deepep {
+
+// What one rank brings to a dispatch. Letters as in GroupShape and RouteShape; G = NumGroups.
+struct DispatchParams {
+  RouteShape route;
+  // Operands.
+  const void* x = nullptr;              // [T, H] of route.row_type
+  const int32_t* topk_idx = nullptr;    // [T, K] global expert, or kNone
+  const float* topk_weights = nullptr;  // [T, K]
+  // Results. Rows of `tokens` after the last group are not written.
+  void* tokens = nullptr;            // [C, H]
+  int32_t* source = nullptr;         // [C] source rank * max_tokens + token, or kNone
+  int32_t* destination = nullptr;    // [T, K] rank * C + row, or kNone
+  float* weights = nullptr;          // [C] expert-major, [C, K] token-major
+  int32_t* local_experts = nullptr;  // [C, K] token-major, else nothing
+  int32_t* group_sizes = nullptr;    // [G] rows with padding
+  int32_t* num_rows = nullptr;       // [G] rows without
+  int32_t* num_received = nullptr;   // [] rows sent to this rank, before dropping
+  int32_t* num_dropped = nullptr;    // []
+  int32_t* num_invalid = nullptr;    // [] entries of topk_idx that were ignored
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_DISPATCH_H_

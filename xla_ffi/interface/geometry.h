@@ -1,0 +1,50 @@
+// The sizes that one op works with. Shared by handlers and every platform's verbs.
+#ifndef JAX_DEEPEP_INTERFACE_GEOMETRY_H_
+#define JAX_DEEPEP_INTERFACE_GEOMETRY_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_deepep {
+
+enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
+
+enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+constexpr size_t BytesOf(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
+
+// Stands for "no limit" where a limit is a number of rows.
+inline constexpr int64_t kNoLimit = -1;
+
+// Marks an entry that went nowhere, a row of no token, and "no expert" in topk_idx.
+inline constexpr int32_t kNone = -1;
+
+// What a communicator fixes for all its ops.
+struct GroupShape {
+  int32_t num_ranks = 0;    // R
+  int32_t num_experts = 0;  // E, over all ranks
+  int32_t num_topk = 0;     // K, entries per token
+  int32_t max_tokens = 0;   // most tokens per rank; the base of the codes in `source`
+  int32_t hidden_size = 0;  // H, elements per row
+
+  int32_t num_local_experts() const { return num_experts / num_ranks; }
+};
+
+// What one op adds to that; the same on every rank.
+struct RouteShape {
+  Layout layout = Layout::kExpertMajor;
+  RowType row_type = RowType::kFloat32;
+  int32_t num_tokens = 0;              // T
+  int32_t capacity = 0;                // C, rows of the received arrays
+  int32_t alignment = 1;               // rows of a group are padded to a multiple of this
+  int64_t expert_capacity = kNoLimit;  // most rows of one expert
+};
+
+// The rows of one rank form groups: one per local expert, or one in all.
+inline int32_t NumGroups(const GroupShape& group, const RouteShape& route) {
+  return route.layout == Layout::kExpertMajor ? group.num_local_experts() : 1;
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_GEOMETRY_H_

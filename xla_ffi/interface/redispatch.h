@@ -1,0 +1,26 @@
+// redispatch: carry other rows along known routes; scaled, it is the gradient of combine.
+#ifndef JAX_DEEPEP_INTERFACE_REDISPATCH_H_
+#define JAX_DEEPEP_INTERFACE_REDISPATCH_H_
+
+#include "interface/geometry.h"
+
+namespace jax_deepep {
+
+// What one rank brings to a redispatch: rows = weights * x[source], products = <x[source], y>.
+struct RedispatchParams {
+  RouteShape route;
+  bool zero_rest = false;  // write zeros to the rows after the last group too
+  // Operands.
+  const void* x = nullptr;               // [T, H] of route.row_type
+  const int32_t* source = nullptr;       // [C]
+  const int32_t* group_sizes = nullptr;  // [G]
+  const float* weights = nullptr;        // [C], or null for 1
+  const void* y = nullptr;               // [C, H], or null where no products are wanted
+  // Results.
+  void* rows = nullptr;       // [C, H]
+  float* products = nullptr;  // [C], with y; 0 in rows of no token
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_REDISPATCH_H_

@@ -1,0 +1,77 @@
+// Which row an entry gets: prefix sums and row arithmetic, the same on host and device.
+//
+// 1. Every source counts its entries per group (a group is a local expert of some rank, or a rank).
+// 2. first[source][group] = entries of earlier sources in the group.
+// 3. A group keeps its first rows: at most expert_capacity, and what fits before row C.
+// 4. row = offset of the group + first[source][group] + place among the source's own entries.
+#ifndef JAX_DEEPEP_ROUTING_GROUP_ROWS_H_
+#define JAX_DEEPEP_ROUTING_GROUP_ROWS_H_
+
+#include <cstdint>
+
+#include "interface/geometry.h"
+
+#ifdef __CUDACC__
+#define JAX_DEEPEP_HOST_DEVICE __host__ __device__
+#else
+#define JAX_DEEPEP_HOST_DEVICE
+#endif
+
+namespace jax_deepep {
+
+JAX_DEEPEP_HOST_DEVICE inline int64_t RoundUp(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Whether entry k of a token's topk_idx names an expert for the first time in its row.
+JAX_DEEPEP_HOST_DEVICE inline bool IsValidEntry(const int32_t* topk_idx, int k,
+                                                int32_t num_experts) {
+  if (topk_idx[k] < 0 || topk_idx[k] >= num_experts) return false;
+  for (int earlier = 0; earlier < k; ++earlier) {
+    if (topk_idx[earlier] == topk_idx[k]) return false;
+  }
+  return true;
+}
+
+// Whether a valid entry k makes a row of its own: always expert-major; token-major, the first valid
+// entry of each rank does, and later ones share its row.
+JAX_DEEPEP_HOST_DEVICE inline bool MakesRow(const int32_t* topk_idx, int k, int32_t num_experts,
+                                            int32_t num_local_experts, Layout layout) {
+  if (layout == Layout::kExpertMajor) return true;
+  for (int earlier = 0; earlier < k; ++earlier) {
+    if (IsValidEntry(topk_idx, earlier, num_experts) &&
+        topk_idx[earlier] / num_local_experts == topk_idx[k] / num_local_experts) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Where the rows of one group stand on their rank.
+struct GroupRows {
+  int64_t offset = 0;  // first row
+  int64_t kept = 0;    // rows of tokens, after dropping
+  int64_t padded = 0;  // the same, rounded up to the alignment
+};
+
+// Place a group behind the one that ended at `offset` (before dropping); `received` rows want in.
+// Returns the group, and moves `offset` to where the next one starts.
+JAX_DEEPEP_HOST_DEVICE inline GroupRows PlaceGroup(int64_t received, const RouteShape& route,
+                                                   int64_t* offset) {
+  int64_t wanted = received;
+  if (route.expert_capacity != kNoLimit && wanted > route.expert_capacity) {
+    wanted = route.expert_capacity;
+  }
+  const int64_t room = route.capacity - *offset;
+  GroupRows group;
+  group.offset = *offset;
+  group.kept = room < 0 ? 0 : (wanted < room ? wanted : room);
+  // The capacity is a multiple of the alignment, so that padding fits where the rows do.
+  group.padded = RoundUp(group.kept, route.alignment);
+  *offset += RoundUp(wanted, route.alignment);
+  return group;
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_ROUTING_GROUP_ROWS_H_
