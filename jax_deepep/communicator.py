@@ -1,7 +1,6 @@
 """The communicator: who exchanges rows with whom, made once, outside of jit."""
 
 import hashlib
-import itertools
 import math
 import operator
 import weakref
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import native_module
+from jax_deepep import bootstrap, cpu_threads, native_module
 from jax_deepep.capacity import INT32_MAX
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
 from jax_deepep.topology import Topology
@@ -24,7 +23,7 @@ Mode = Literal["auto", "throughput", "low_latency"]
 
 # A program names its communicator by the order of creation, which every process agrees on and
 # every run repeats; an id is never used again, so that an old program cannot meet a new one.
-_creation_order = itertools.count()
+_next_id = 0
 
 
 @dataclass(frozen=True)
@@ -90,32 +89,74 @@ class Communicator:
     _native: Any = field(init=False)
 
     def __post_init__(self) -> None:
+        global _next_id
         axis_names = _checked_axis_names(self.mesh, self.axis_name)
         topology = Topology.of(self.mesh, axis_names)
+        self._set("topology", topology)
+        exchange = None
+        new_id = _next_id
+        obstacles = {jax.process_index(): _obstacle_to_native(topology)}
+        hosts = {bootstrap.host_identity()}
+        if topology.processes != {jax.process_index()}:
+            # Before the arguments are checked here: an error that only one process sees would leave
+            # the others waiting for it.
+            exchange = self._exchange_between_processes()
+            mine = {
+                "arguments": self._arguments(),
+                "next_id": _next_id,
+                "obstacle": obstacles[jax.process_index()],
+                "host": bootstrap.host_identity(),
+            }
+            all_facts = exchange.all_gather("arguments", mine)
+            arguments = {process: facts["arguments"] for process, facts in all_facts.items()}
+            bootstrap.check_same_arguments(arguments, topology.describe_process)
+            new_id = max(facts["next_id"] for facts in all_facts.values())
+            obstacles = {process: facts["obstacle"] for process, facts in all_facts.items()}
+            hosts = {facts["host"] for facts in all_facts.values()}
         _check_sizes(self, topology.num_ranks)
-        implementation, why = _chosen_implementation(self.implementation, topology)
+        implementation, why = _chosen_implementation(self.implementation, obstacles, hosts)
+        _next_id = new_id + 1
         self._set("implementation", implementation)
         self._set("mode", "throughput")
-        self._set("topology", topology)
-        self._set("id", next(_creation_order))
+        self._set("id", new_id)
         self._set("_why", why)
         self._set("_native", None)
         if implementation == "native":
-            self._set("_native", self._make_native())
+            self._set("_native", self._make_native(exchange))
             weakref.finalize(self, native_module.release, self._native)
+
+    def _exchange_between_processes(self) -> bootstrap.Exchange:
+        timeout_s = self.timeout_s if isinstance(self.timeout_s, (int, float)) else 600.0
+        topology = self.topology
+        if jax.process_index() not in topology.processes:
+            raise ValueError(
+                f"mesh: got one without a device of this process ({jax.process_index()}); only the "
+                "processes of a mesh make its communicators."
+            )
+        return bootstrap.Exchange(topology.processes, timeout_s, topology.describe_process)
+
+    def _arguments(self) -> dict[str, str]:
+        """Return the arguments as text that is equal between processes when they are."""
+        mesh = f"{dict(self.mesh.shape)} of devices {[d.id for d in self.mesh.devices.flat]}"
+        names = ("axis_name", "num_experts", "num_experts_per_tok", "max_tokens", "hidden_size",
+                 "implementation", "mode", "num_sms", "timeout_s")  # fmt: skip
+        return {"mesh": mesh, **{name: repr(getattr(self, name)) for name in names}}
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _make_native(self) -> Any:
+    def _make_native(self, exchange: bootstrap.Exchange | None) -> Any:
+        local = sum(d.process_index == jax.process_index() for d in self.topology.groups.flat)
+        cpu_threads.warn_of_too_few_threads(local)
         places = [
-            (device.id, group, rank)
+            (device.id, group, rank, device.process_index)
             for (group, rank), device in np.ndenumerate(self.topology.groups)
         ]
-        return native_module.load().Communicator(
+        native = native_module.load().Communicator(
             id=self.id,
             fingerprint=self.fingerprint,
             places=places,
+            process=jax.process_index(),
             num_ranks=self.size,
             num_groups=len(self.topology.groups),
             num_experts=self.num_experts,
@@ -124,6 +165,12 @@ class Communicator:
             hidden_size=self.hidden_size,
             timeout_s=float(self.timeout_s),
         )
+        if exchange is not None:
+            descriptors = exchange.send_descriptor_to_all(native.segment_descriptor)
+            for process, descriptor in descriptors.items():
+                native.attach_peer(process, descriptor)
+            native.start()
+        return native
 
     def __repr__(self) -> str:
         return (
@@ -329,13 +376,20 @@ def _check_sizes(comm: Communicator, num_ranks: int) -> None:
         )
 
 
-def _chosen_implementation(requested: Any, topology: Topology) -> tuple[str, str]:
-    """Return "native" or "xla", and why."""
+def _chosen_implementation(
+    requested: Any, obstacles: dict[int, str], hosts: set[str]
+) -> tuple[str, str]:
+    """Return "native" or "xla", and why; `obstacles` has each process's own, or an empty text."""
     if requested not in ("auto", "native", "xla"):
         raise ValueError(f'implementation: got {requested!r}; takes "auto", "native" or "xla".')
     if requested == "xla":
         return "xla", "as asked"
-    obstacle = _obstacle_to_native(topology)
+    obstacle = next((text for text in obstacles.values() if text), "")
+    if not obstacle and len(hosts) > 1:
+        obstacle = (
+            "the processes of the mesh cannot share memory (they are on different hosts, in "
+            "different network namespaces, or of different users)"
+        )
     if not obstacle:
         return "native", "as asked" if requested == "native" else "auto: available here"
     if requested == "native":
@@ -346,15 +400,8 @@ def _chosen_implementation(requested: Any, topology: Topology) -> tuple[str, str
 
 
 def _obstacle_to_native(topology: Topology) -> str:
-    """Return why the native implementation cannot serve `topology`, or an empty string."""
+    """Return why native ops cannot serve `topology` in this process, or an empty string."""
     if topology.platforms != {"cpu"}:
         platforms = ", ".join(sorted(topology.platforms))
         return f"this version has native ops for the platform cpu only, not for {platforms}"
-    if len(topology.processes) > 1:
-        return (
-            f"the mesh spans {len(topology.processes)} processes, and this version's native ops "
-            "serve the devices of one"
-        )
     return native_module.obstacle()
-
-

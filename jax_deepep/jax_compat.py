@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
+from jax._src import distributed as _distributed
+from jax._src import xla_bridge as _xla_bridge
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
@@ -18,6 +20,23 @@ ShapedArray = _core.ShapedArray
 def apply_primitive(primitive: Primitive, *args: Any, **params: Any) -> Any:
     """Run a primitive outside of any transformation, by compiling it alone."""
     return _dispatch.apply_primitive(primitive, *args, **params)
+
+
+def backends_are_initialized() -> bool:
+    """Return whether JAX has looked for devices already."""
+    return _xla_bridge.backends_are_initialized()
+
+
+def coordination_client() -> Any:
+    """Return the client of JAX's coordination service: a key-value store between processes.
+
+    Raises:
+        RuntimeError: `jax.distributed.initialize()` was not called.
+    """
+    client = _distributed.global_state.client
+    if client is None:
+        raise RuntimeError("jax.distributed.initialize() must be called first, in every process")
+    return client
 
 
 def manual_axes() -> tuple[str, ...]:

@@ -11,6 +11,9 @@ from typing import Any
 
 import jax
 
+# JAX records this event after it has compiled a program or loaded it from its cache.
+PROGRAM_COMPILED = "/jax/core/compile/backend_compile_duration"
+
 PLATFORM_MODULES = {"cpu": "jax_deepep._cpu"}
 
 
@@ -28,6 +31,9 @@ def _find() -> tuple[ModuleType | None, str]:
         jax.ffi.register_ffi_type(name, type_info, platform="cpu")
     for name, stages in module.targets().items():
         jax.ffi.register_ffi_target(name, stages, platform="cpu", api_version=1)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: module.finish_program() if event == PROGRAM_COMPILED else None
+    )
     return module, ""
 
 

@@ -38,6 +38,15 @@ class Topology:
         """Platforms of the devices, such as {"cpu"}."""
         return {device.platform for device in self.groups.flat}
 
+    def describe_process(self, process: int) -> str:
+        """Return the name of a process in errors: the ranks that it has."""
+        ranks = sorted(
+            {rank for (_, rank), d in np.ndenumerate(self.groups) if d.process_index == process}
+        )
+        if len(ranks) == 1:
+            return f"rank {ranks[0]} (process {process})"
+        return f"ranks {', '.join(map(str, ranks))} (process {process})"
+
     @property
     def processes(self) -> set[int]:
         """Process indices that own a device of the mesh."""

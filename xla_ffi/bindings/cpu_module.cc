@@ -53,8 +53,8 @@ nb::dict Targets() {
 }
 
 std::shared_ptr<Communicator> MakeCommunicator(
-    int64_t id, int64_t fingerprint, const std::vector<std::tuple<int64_t, int, int>>& places,
-    int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk, int32_t max_tokens,
+    int64_t id, int64_t fingerprint, const std::vector<std::tuple<int64_t, int, int, int>>& places,
+    int32_t process, int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk, int32_t max_tokens,
     int32_t hidden_size, double timeout_s) {
   CommunicatorConfig config;
   config.id = id;
@@ -65,8 +65,11 @@ std::shared_ptr<Communicator> MakeCommunicator(
   config.shape.max_tokens = max_tokens;
   config.shape.hidden_size = hidden_size;
   config.num_groups = num_groups;
+  config.process = process;
   config.timeout_s = timeout_s;
-  for (const auto& [device, group, rank] : places) config.places.push_back({device, group, rank});
+  for (const auto& [device, group, rank, process_of_device] : places) {
+    config.places.push_back({device, group, rank, process_of_device});
+  }
   return Communicator::Create(std::move(config));
 }
 
@@ -86,12 +89,15 @@ NB_MODULE(_cpu, module) {
   nb::set_leak_warnings(false);
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
+  module.def("finish_program", &FinishProgram);
   nb::class_<Communicator>(module, "Communicator")
       .def(nb::new_(&MakeCommunicator), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
-           nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
+           nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
            nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
-      // Peers' arrays are read in place, so that no row passes through memory of our own.
-      .def_prop_ro("buffer_bytes", [](const Communicator&) { return 0; })
+      .def_prop_ro("segment_descriptor", &Communicator::segment_descriptor)
+      .def("attach_peer", &Communicator::AttachPeer, nb::arg("process"), nb::arg("descriptor"))
+      .def("start", &Communicator::Start)
+      .def_prop_ro("buffer_bytes", &Communicator::buffer_bytes)
       .def_prop_ro("broken", &Communicator::broken)
       .def_prop_ro("invalid_routing", &Communicator::invalid_routing)
       .def("wait_for_ops", &Communicator::WaitForOps, nb::call_guard<nb::gil_scoped_release>())

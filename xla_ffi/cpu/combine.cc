@@ -1,6 +1,8 @@
 // combine on CPU: every source pulls the rows of its tokens from the ranks that hold them and sums
 // them in the order of the contract: ranks ascending, on a rank k ascending.
 #include <algorithm>
+#include <atomic>
+#include <utility>
 #include <vector>
 
 #include "cpu/communicator.h"
@@ -20,18 +22,185 @@ struct Entry {
   int32_t k;
 };
 
-// Collect the entries of a token by rank, and by k on a rank; return how many there are.
-int CollectEntries(const int32_t* destination, int num_topk, int32_t capacity, Entry* entries) {
-  int count = 0;
-  for (int k = 0; k < num_topk; ++k) {
-    if (destination[k] == kNone) continue;
-    const Entry entry{destination[k] / capacity, destination[k] % capacity, k};
-    int at = count++;
-    for (; at > 0 && entries[at - 1].rank > entry.rank; --at) entries[at] = entries[at - 1];
-    entries[at] = entry;
+// Combine of one group. Where the group spans processes, a rank's sums p_d for tokens of other
+// processes go through its window: a token and a rank share one row there, however many of the
+// token's experts the rank has.
+class GroupCombine {
+ public:
+  GroupCombine(const GroupShape& shape, const RouteShape& route,
+               std::vector<const CombineParams*> ranks, const std::vector<RankWindow>& windows)
+      : shape_(shape),
+        route_(route),
+        ranks_(std::move(ranks)),
+        windows_(windows),
+        expert_major_(route.layout == Layout::kExpertMajor),
+        row_bytes_(shape.hidden_size * static_cast<int64_t>(BytesOf(route.row_type))) {}
+
+  void PublishDestinations() const {
+    const int64_t entries = int64_t{route_.num_tokens} * shape_.num_topk;
+    for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+      if (!IsHere(rank)) continue;
+      std::copy_n(ranks_[rank]->destination, entries, windows_[rank].entries);
+    }
   }
-  return count;
-}
+
+  // For every rank here and every token of another process: p_d, and the gradients of its entries.
+  void PublishSums() const {
+    ForEachToken([this](int source) { return !IsHere(source); },
+                 [this](int source, int64_t token, Scratch& scratch) {
+                   const int count = CollectEntries(source, token, &scratch);
+                   for (int i = 0; i < count;) {
+                     const int32_t rank = scratch.entries[i].rank;
+                     int end = i + 1;
+                     while (end < count && scratch.entries[end].rank == rank) ++end;
+                     if (IsHere(rank)) PublishSum(source, token, rank, i, end, &scratch);
+                     i = end;
+                   }
+                 });
+  }
+
+  // For every token here: the sum over its ranks.
+  void SumTokens(const GroupRun& run) const {
+    for (const CombineParams* params : ranks_) {
+      if (params != nullptr) PreferLargePages(params->out, route_.num_tokens * row_bytes_);
+    }
+    const size_t num_ranks = ranks_.size();
+    std::vector<std::atomic<int64_t>> sums_from(num_ranks * num_ranks);
+    ForEachToken([this](int source) { return IsHere(source); },
+                 [this, &sums_from](int source, int64_t token, Scratch& scratch) {
+                   const int count = CollectEntries(source, token, &scratch);
+                   SumToken(source, token, count, &scratch);
+                   for (int i = 0; i < count; ++i) {
+                     if (!FirstOnRank(scratch, i)) continue;
+                     sums_from[source * ranks_.size() + scratch.entries[i].rank].fetch_add(
+                         1, std::memory_order_relaxed);
+                   }
+                 });
+    for (size_t source = 0; source < num_ranks; ++source) {
+      if (!IsHere(source)) continue;
+      for (size_t rank = 0; rank < num_ranks; ++rank) {
+        run.comm.CountRows(run.group, static_cast<int>(rank), static_cast<int>(source),
+                           sums_from[source * num_ranks + rank]);
+      }
+    }
+  }
+
+ private:
+  // Per thread, so that nothing is allocated per token.
+  struct Scratch {
+    std::vector<Entry> entries;
+    std::vector<Term> terms;
+  };
+
+  bool IsHere(size_t rank) const { return ranks_[rank] != nullptr; }
+
+  static bool FirstOnRank(const Scratch& scratch, int i) {
+    return i == 0 || scratch.entries[i - 1].rank != scratch.entries[i].rank;
+  }
+
+  template <typename Select, typename Visit>
+  void ForEachToken(Select select, Visit visit) const {
+    std::vector<int> sources;
+    for (size_t rank = 0; rank < ranks_.size(); ++rank) {
+      if (select(static_cast<int>(rank))) sources.push_back(static_cast<int>(rank));
+    }
+    const int64_t count = static_cast<int64_t>(sources.size()) * route_.num_tokens;
+    const int64_t token_bytes = row_bytes_ * (shape_.num_topk + 1);
+    ParallelFor(count, kTokensPerRange, token_bytes, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      scratch.entries.resize(shape_.num_topk);
+      scratch.terms.resize(shape_.num_topk);
+      for (int64_t index = begin; index < end; ++index) {
+        visit(sources[index / route_.num_tokens], index % route_.num_tokens, scratch);
+      }
+    });
+  }
+
+  // Collect the entries of a token by rank, and by k on a rank; return how many there are.
+  int CollectEntries(int source, int64_t token, Scratch* scratch) const {
+    const int32_t* destination =
+        (IsHere(source) ? ranks_[source]->destination : windows_[source].entries) +
+        token * shape_.num_topk;
+    std::vector<Entry>& entries = scratch->entries;
+    int count = 0;
+    for (int k = 0; k < shape_.num_topk; ++k) {
+      if (destination[k] == kNone) continue;
+      const Entry entry{destination[k] / route_.capacity, destination[k] % route_.capacity, k};
+      int at = count++;
+      for (; at > 0 && entries[at - 1].rank > entry.rank; --at) entries[at] = entries[at - 1];
+      entries[at] = entry;
+    }
+    return count;
+  }
+
+  // Where the sum of a rank of another process stands, or is written to by this one.
+  char* SumOf(int rank, int source, int64_t token) const {
+    return windows_[rank].sums + (int64_t{source} * shape_.max_tokens + token) * row_bytes_;
+  }
+  float* GradientsOf(int rank, int source, int64_t token) const {
+    return windows_[rank].entry_gradients +
+           (int64_t{source} * shape_.max_tokens + token) * shape_.num_topk;
+  }
+
+  Term RowTerm(const Entry& entry) const {
+    const CombineParams& peer = *ranks_[entry.rank];
+    return {static_cast<const char*>(peer.y) + entry.row * row_bytes_,
+            peer.weights == nullptr ? 1.0f : peer.weights[entry.row], entry.rank};
+  }
+
+  float GradientOf(const Entry& entry) const {
+    const int64_t row = entry.row;
+    return ranks_[entry.rank]->row_gradients[expert_major_ ? row : row * shape_.num_topk + entry.k];
+  }
+
+  void PublishSum(int source, int64_t token, int rank, int begin, int end, Scratch* scratch) const {
+    int num_terms = 0;
+    for (int i = begin; i < end; ++i) {
+      // Token-major, all entries of a token on a rank share one row.
+      if (i == begin || expert_major_) scratch->terms[num_terms++] = RowTerm(scratch->entries[i]);
+    }
+    SumTerms(route_.row_type, SumOf(rank, source, token), /*bias=*/nullptr, scratch->terms.data(),
+             num_terms, shape_.hidden_size);
+    if (ranks_[rank]->row_gradients == nullptr) return;
+    for (int i = begin; i < end; ++i) {
+      GradientsOf(rank, source, token)[scratch->entries[i].k] = GradientOf(scratch->entries[i]);
+    }
+  }
+
+  void SumToken(int source, int64_t token, int count, Scratch* scratch) const {
+    const CombineParams& own = *ranks_[source];
+    int num_terms = 0;
+    for (int i = 0; i < count; ++i) {
+      const Entry& entry = scratch->entries[i];
+      const bool first_on_rank = FirstOnRank(*scratch, i);
+      if (!IsHere(entry.rank)) {
+        if (!first_on_rank) continue;
+        scratch->terms[num_terms++] = {SumOf(entry.rank, source, token), 1.0f, entry.rank};
+      } else if (first_on_rank || expert_major_) {
+        scratch->terms[num_terms++] = RowTerm(entry);
+      }
+    }
+    const void* bias =
+        own.bias == nullptr ? nullptr : static_cast<const char*>(own.bias) + token * row_bytes_;
+    SumTerms(route_.row_type, static_cast<char*>(own.out) + token * row_bytes_, bias,
+             scratch->terms.data(), num_terms, shape_.hidden_size);
+    if (own.gradients == nullptr) return;
+    float* gradients = own.gradients + token * shape_.num_topk;
+    std::fill_n(gradients, shape_.num_topk, 0.0f);
+    for (int i = 0; i < count; ++i) {
+      const Entry& entry = scratch->entries[i];
+      gradients[entry.k] = IsHere(entry.rank) ? GradientOf(entry)
+                                              : GradientsOf(entry.rank, source, token)[entry.k];
+    }
+  }
+
+  const GroupShape& shape_;
+  const RouteShape& route_;
+  const std::vector<const CombineParams*> ranks_;  // null for ranks of other processes
+  const std::vector<RankWindow>& windows_;
+  const bool expert_major_;
+  const int64_t row_bytes_;
+};
 
 }  // namespace
 
@@ -41,69 +210,23 @@ const char* CombineOp::name() const {
 }
 
 template <>
-void CombineOp::RunGroup(Communicator& comm, int group,
-                         const std::vector<std::unique_ptr<Op>>& ops) const {
-  const std::vector<const CombineParams*> ranks = Collect(ops);
-  const GroupShape& shape = comm.shape();
-  const RouteShape& route = params_.route;
-  const int num_topk = shape.num_topk;
-  const bool expert_major = route.layout == Layout::kExpertMajor;
-  const int64_t row_bytes = shape.hidden_size * static_cast<int64_t>(BytesOf(route.row_type));
-  for (const CombineParams* params : ranks) {
-    PreferLargePages(params->out, route.num_tokens * row_bytes);
+uint64_t CombineOp::Fingerprint() const {
+  const uint64_t flags = (params_.weights != nullptr ? 1 : 0) | (params_.bias != nullptr ? 2 : 0) |
+                         (params_.row_gradients != nullptr ? 4 : 0);
+  return HashOf(params_.route, 3 + (flags << 8));
+}
+
+template <>
+bool CombineOp::RunGroup(GroupRun& run) const {
+  const GroupCombine combine(run.comm.shape(), params_.route, Collect(run), run.windows);
+  if (run.spans_processes()) {
+    combine.PublishDestinations();
+    if (!run.meet()) return false;
+    combine.PublishSums();
+    if (!run.meet()) return false;
   }
-
-  // Rows that a token takes from a rank are summed there first: (token, rank) is what travels.
-  std::vector<std::vector<int64_t>> sums_from(ranks.size(), std::vector<int64_t>(ranks.size(), 0));
-  std::mutex sums_mutex;
-
-  const int64_t num_tokens = int64_t{route.num_tokens} * shape.num_ranks;
-  const int64_t token_bytes = row_bytes * (num_topk + 1);
-  ParallelFor(num_tokens, kTokensPerRange, token_bytes, [&](int64_t begin, int64_t end) {
-    std::vector<Entry> entries(num_topk);
-    std::vector<Term> terms(num_topk);
-    std::vector<std::pair<int, int>> seen;  // (source, rank) of each sum
-    for (int64_t index = begin; index < end; ++index) {
-      const int source = static_cast<int>(index / route.num_tokens);
-      const int64_t token = index % route.num_tokens;
-      const CombineParams& own = *ranks[source];
-      const int count = CollectEntries(own.destination + token * num_topk, num_topk,
-                                       route.capacity, entries.data());
-      int num_terms = 0;
-      for (int i = 0; i < count; ++i) {
-        const Entry& entry = entries[i];
-        const CombineParams& peer = *ranks[entry.rank];
-        const bool first_on_rank = i == 0 || entries[i - 1].rank != entry.rank;
-        if (first_on_rank) seen.emplace_back(source, entry.rank);
-        // Token-major, all entries of a token on a rank share one row.
-        if (!expert_major && !first_on_rank) continue;
-        terms[num_terms++] = {static_cast<const char*>(peer.y) + entry.row * row_bytes,
-                              peer.weights == nullptr ? 1.0f : peer.weights[entry.row], entry.rank};
-      }
-      const void* bias = own.bias == nullptr
-                             ? nullptr
-                             : static_cast<const char*>(own.bias) + token * row_bytes;
-      SumTerms(route.row_type, static_cast<char*>(own.out) + token * row_bytes, bias, terms.data(),
-               num_terms, shape.hidden_size);
-      if (own.gradients == nullptr) continue;
-      float* gradients = own.gradients + token * num_topk;
-      std::fill_n(gradients, num_topk, 0.0f);
-      for (int i = 0; i < count; ++i) {
-        const Entry& entry = entries[i];
-        const int64_t at = expert_major ? entry.row : int64_t{entry.row} * num_topk + entry.k;
-        gradients[entry.k] = ranks[entry.rank]->row_gradients[at];
-      }
-    }
-    std::lock_guard<std::mutex> lock(sums_mutex);
-    for (const auto& [source, rank] : seen) ++sums_from[source][rank];
-  });
-
-  for (size_t source = 0; source < ranks.size(); ++source) {
-    for (size_t rank = 0; rank < ranks.size(); ++rank) {
-      comm.CountRows(group, static_cast<int>(rank), static_cast<int>(source),
-                     sums_from[source][rank]);
-    }
-  }
+  combine.SumTokens(run);
+  return true;
 }
 
 template <>

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <sstream>
+#include <stdexcept>
 #include <utility>
 
 #include "cpu/threads.h"
@@ -19,6 +20,11 @@ struct Registry {
 Registry& TheRegistry() {
   static Registry* const registry = new Registry;  // outlives every thread
   return *registry;
+}
+
+std::chrono::steady_clock::duration Seconds(double seconds) {
+  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+      std::chrono::duration<double>(seconds));
 }
 
 }  // namespace
@@ -57,14 +63,49 @@ std::shared_ptr<Communicator> Communicator::Find(int64_t id, int64_t fingerprint
 }
 
 Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config)) {
-  for (const Place& place : config_.places) places_[place.device] = place;
-  const size_t num_ranks = shape().num_ranks;
-  const size_t num_places = config_.num_groups * num_ranks;
+  for (const Place& place : config_.places) {
+    places_[place.device] = place;
+    if (place.process == config_.process && groups_.count(place.group) == 0) {
+      groups_[place.group] = std::make_unique<LocalGroup>(config_, place.group);
+    }
+  }
+  const size_t num_places = static_cast<size_t>(config_.num_groups) * shape().num_ranks;
   steps_.assign(num_places, 0);
-  traffic_.rows_sent.assign(num_places * num_ranks, 0);
-  traffic_.rows_received.assign(num_places * num_ranks, 0);
-  traffic_.seconds_waited.assign(num_places * num_ranks, 0.0);
+  taken_.rows_sent.assign(num_places * shape().num_ranks, 0);
+  taken_.rows_received = taken_.rows_sent;
+  seconds_waited_.assign(num_places * shape().num_ranks, 0.0);
+  const SegmentLayout layout(config_, config_.process);
+  if (!layout.empty()) {
+    auto segment = std::make_unique<SharedSegment>();
+    const std::string error = segment->Create(layout.control_bytes(), layout.window_bytes());
+    if (!error.empty()) throw std::runtime_error(error);
+    segments_[config_.process] = std::move(segment);
+  }
   watchdog_ = std::thread([this] { WatchDeadlines(); });
+}
+
+int Communicator::segment_descriptor() const {
+  const auto own = segments_.find(config_.process);
+  return own == segments_.end() ? -1 : own->second->descriptor();
+}
+
+void Communicator::AttachPeer(int process, int descriptor) {
+  const SegmentLayout layout(config_, process);
+  auto segment = std::make_unique<SharedSegment>();
+  const std::string error =
+      segment->Attach(descriptor, layout.control_bytes(), layout.window_bytes());
+  if (!error.empty()) {
+    throw std::runtime_error("memory of process " + std::to_string(process) + ": " + error);
+  }
+  segments_[process] = std::move(segment);
+}
+
+void Communicator::Start() {
+  for (auto& [index, group] : groups_) {
+    if (!group->spans_processes()) continue;
+    group->Connect(config_, segments_);
+    group->worker = std::thread([this, group = group.get()] { ServeGroup(*group); });
+  }
 }
 
 Communicator::~Communicator() {
@@ -74,6 +115,11 @@ Communicator::~Communicator() {
   }
   watchdog_wake_.notify_all();
   watchdog_.join();
+  for (auto& [index, group] : groups_) {
+    if (!group->worker.joinable()) continue;
+    group->exchange->Wake();
+    group->worker.join();
+  }
 }
 
 size_t Communicator::Index(int group, int rank) const {
@@ -89,13 +135,20 @@ const Place* Communicator::FindPlace(int64_t device) const {
   return found == places_.end() ? nullptr : &found->second;
 }
 
-void Communicator::Join(const Key& key, const Place& place, std::unique_ptr<Op> op) {
+void Communicator::Join(const void* instruction, int64_t call, int64_t run, const Place& place,
+                        std::unique_ptr<Op> op) {
+  LocalGroup& group = GroupOf(place.group);
+  Key key{place.group, {run, call, op->Fingerprint()}, instruction};
+  if (group.spans_processes()) key.instruction = nullptr;
+
   std::unique_lock<std::mutex> lock(mutex_);
   ++num_running_;
   const int64_t step = ++steps_[Index(place.group, place.rank)];
   if (!broken_.empty()) {
     lock.unlock();
-    AbandonLater(std::move(op));
+    std::vector<std::unique_ptr<Op>> ops;
+    ops.push_back(std::move(op));
+    Finish(std::move(ops), /*abandon=*/true);
     return;
   }
   Meeting& meeting = meetings_[key];
@@ -103,60 +156,123 @@ void Communicator::Join(const Key& key, const Place& place, std::unique_ptr<Op> 
   if (meeting.num_arrived == 0) {
     meeting.ranks.resize(shape().num_ranks);
     meeting.arrivals.resize(shape().num_ranks);
-    meeting.steps.assign(shape().num_ranks, 0);
     meeting.first_rank = place.rank;
-    meeting.deadline = now + std::chrono::duration_cast<Clock::duration>(
-                                 std::chrono::duration<double>(config_.timeout_s));
+    meeting.step = step;
+    meeting.deadline = now + Seconds(config_.timeout_s);
     watchdog_wake_.notify_one();
   }
   meeting.ranks[place.rank] = std::move(op);
   meeting.arrivals[place.rank] = now;
-  meeting.steps[place.rank] = step;
-  if (++meeting.num_arrived < shape().num_ranks) return;
-
+  ++meeting.num_arrived;
+  if (group.spans_processes()) {
+    const bool announced = group.exchange->Announce(key.op, place.rank, step);
+    lock.unlock();
+    if (!announced) Break(Named("too many ops are in flight", place.group));
+    return;
+  }
+  if (meeting.num_arrived < shape().num_ranks) return;
   Meeting complete = std::move(meeting);
   meetings_.erase(key);
-  for (int rank = 0; rank < shape().num_ranks; ++rank) {
-    for (int peer = 0; peer < shape().num_ranks; ++peer) {
-      const std::chrono::duration<double> waited = complete.arrivals[peer] - complete.arrivals[rank];
-      double& total = traffic_.seconds_waited[Index(place.group, rank, peer)];
-      total += std::max(0.0, waited.count());
+  lock.unlock();
+  RunOnOwnThread([comm = shared_from_this(), &group,
+                  meeting = std::make_shared<Meeting>(std::move(complete))] {
+    comm->Run(group, std::move(*meeting));
+  });
+}
+
+// Do the work of an op that all ranks have come to. On a thread of ours, which may block.
+void Communicator::Run(LocalGroup& group, Meeting meeting) {
+  GroupRun run{*this, group.group, std::move(meeting.ranks), group.windows, nullptr};
+  const Op& op = *run.ranks[meeting.first_rank];
+  std::vector<Clock::time_point> arrivals = std::move(meeting.arrivals);
+  std::string error;
+  bool complete = true;
+  if (group.spans_processes()) {
+    run.meet = [&] { return group.exchange->Meet(op.name(), meeting.first_rank, &error); };
+    for (int rank = 0; rank < shape().num_ranks; ++rank) {
+      if (group.is_local(rank)) group.exchange->SetArrival(rank, arrivals[rank]);
+    }
+    // Only now has every process left the op before, so that windows may be written again.
+    complete = run.meet();
+    for (int rank = 0; complete && rank < shape().num_ranks; ++rank) {
+      arrivals[rank] = group.exchange->Arrival(rank);
     }
   }
-  lock.unlock();
-  Start(key, std::move(complete));
+  if (complete) {
+    CountWaiting(group, arrivals);
+    complete = op.RunGroup(run);
+  }
+  if (!complete) Break(Named(error, group.group));
+  Finish(std::move(run.ranks), /*abandon=*/!complete);
 }
 
-void Communicator::Start(const Key& key, Meeting meeting) {
-  auto ranks = std::make_shared<std::vector<std::unique_ptr<Op>>>(std::move(meeting.ranks));
-  const int32_t group = std::get<int32_t>(key);
-  RunOnOwnThread([comm = shared_from_this(), ranks, group] {
-    ranks->front()->RunGroup(*comm, group, *ranks);
-    // A completion continues XLA's program inline and may block there, in a collective that waits
-    // for the other devices: each needs a thread of its own.
-    for (size_t rank = 1; rank < ranks->size(); ++rank) {
-      RunOnOwnThread([comm, op = std::shared_ptr<Op>(std::move((*ranks)[rank]))] {
-        comm->EndOps(1);
-        op->done();
-      });
-    }
-    comm->EndOps(1);
-    ranks->front()->done();
-  });
-}
-
-void Communicator::AbandonLater(std::unique_ptr<Op> op) {
-  RunOnOwnThread([comm = shared_from_this(), op = std::shared_ptr<Op>(std::move(op))] {
-    op->Abandon(*comm);
-    comm->EndOps(1);
-    op->done();
-  });
-}
-
-void Communicator::EndOps(int count) {
+void Communicator::CountWaiting(const LocalGroup& group,
+                                const std::vector<Clock::time_point>& arrivals) {
   std::lock_guard<std::mutex> lock(mutex_);
-  num_running_ -= count;
-  if (num_running_ == 0) ops_ended_.notify_all();
+  for (int rank = 0; rank < shape().num_ranks; ++rank) {
+    if (!group.is_local(rank)) continue;
+    for (int peer = 0; peer < shape().num_ranks; ++peer) {
+      const std::chrono::duration<double> waited = arrivals[peer] - arrivals[rank];
+      seconds_waited_[Index(group.group, rank, peer)] += std::max(0.0, waited.count());
+    }
+  }
+}
+
+// End parts of ops, after giving up their results if `abandon`. A completion continues XLA's program
+// inline and may block there, in a collective that waits for the other devices: each part needs a
+// thread of its own.
+void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon) {
+  for (auto& op : ops) {
+    if (op == nullptr) continue;
+    RunOnOwnThread([comm = shared_from_this(), op = std::shared_ptr<Op>(std::move(op)), abandon] {
+      if (abandon) op->Abandon(*comm);
+      {
+        std::lock_guard<std::mutex> lock(comm->mutex_);
+        if (--comm->num_running_ == 0) comm->ops_ended_.notify_all();
+      }
+      op->done();
+    });
+  }
+}
+
+// Run the ops that span processes, in the order on which all of them agree.
+void Communicator::ServeGroup(LocalGroup& group) {
+  while (!stopping_) {
+    const std::optional<OpName> op = group.exchange->NextScheduled();
+    if (std::string message = group.exchange->BrokenByPeer(); !message.empty()) {
+      Break(std::move(message));
+    }
+    if (!op.has_value()) continue;
+    std::unique_lock<std::mutex> lock(mutex_);
+    const auto found = meetings_.find(Key{group.group, *op, nullptr});
+    if (found == meetings_.end()) continue;  // abandoned meanwhile
+    Meeting meeting = std::move(found->second);
+    meetings_.erase(found);
+    lock.unlock();
+    if (meeting.num_arrived == group.num_local_ranks) {
+      Run(group, std::move(meeting));
+      continue;
+    }
+    Finish(std::move(meeting.ranks), /*abandon=*/true);
+    Break(Named("two calls of one program bear the same number", group.group));
+  }
+}
+
+// Give up: end all ops that wait, and every later one at once. Under the lock, a meeting is either
+// taken here or by the one who runs it, never both: no one begins to read its buffers afterwards.
+void Communicator::Break(std::string message) {
+  std::map<Key, Meeting> abandoned;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (broken_.empty()) broken_ = std::move(message);
+    message = broken_;
+    abandoned = std::move(meetings_);
+    meetings_.clear();
+  }
+  for (auto& [index, group] : groups_) {
+    if (group->exchange != nullptr) group->exchange->Break(message);
+  }
+  for (auto& [key, meeting] : abandoned) Finish(std::move(meeting.ranks), /*abandon=*/true);
 }
 
 void Communicator::WatchDeadlines() {
@@ -173,38 +289,50 @@ void Communicator::WatchDeadlines() {
       watchdog_wake_.wait_until(lock, deadline);
       continue;
     }
-    // Under the lock, a meeting is either taken here or completed in Join, never both: from here on
-    // no one can begin to read these buffers.
-    broken_ = DescribeTimeout(late->first, late->second);
-    std::map<Key, Meeting> abandoned = std::move(meetings_);
-    meetings_.clear();
-    lock.unlock();
-    for (auto& [key, meeting] : abandoned) {
-      for (auto& op : meeting.ranks) {
-        if (op != nullptr) AbandonLater(std::move(op));
-      }
+    std::string missing = DescribeMissing(late->first, late->second);
+    if (missing.empty()) {
+      // All have come; the op waits behind others of this process, which have deadlines themselves.
+      late->second.deadline = Clock::now() + Seconds(config_.timeout_s);
+      continue;
     }
+    const int32_t group = late->first.group;
+    lock.unlock();
+    Break(Named(missing, group));
     lock.lock();
   }
 }
 
-std::string Communicator::DescribeTimeout(const Key& key, const Meeting& meeting) const {
-  const int32_t group = std::get<int32_t>(key);
-  const int waiting = meeting.first_rank;
-  std::ostringstream text;
-  text << meeting.ranks[waiting]->name() << " on rank " << waiting;
-  if (config_.num_groups > 1) text << " of group " << group;
-  text << " (communicator #" << config_.id << ") waited " << config_.timeout_s
-       << " s (timeout_s) for ";
+int64_t Communicator::StepOf(const LocalGroup& group, int rank) const {
+  return group.is_local(rank) ? steps_[Index(group.group, rank)] : group.exchange->StepOf(rank);
+}
+
+// Who has not come to an op, or nothing if all have.
+std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting) const {
+  const LocalGroup& group = *groups_.at(key.group);
   std::ostringstream missing;
   int num_missing = 0;
   for (int rank = 0; rank < shape().num_ranks; ++rank) {
-    if (meeting.ranks[rank] != nullptr) continue;
-    missing << (num_missing++ ? ", " : "") << rank << " (expected at step " << meeting.steps[waiting]
-            << ", seen at step " << steps_[Index(group, rank)] << ")";
+    const bool came = group.is_local(rank) ? meeting.ranks[rank] != nullptr
+                                           : group.exchange->HasAnnounced(key.op, rank);
+    if (came) continue;
+    missing << (num_missing++ ? ", " : "") << rank << " (expected at step " << meeting.step
+            << ", seen at step " << StepOf(group, rank) << ")";
   }
-  text << (num_missing == 1 ? "rank " : "ranks ") << missing.str()
-       << ". The communicator is broken: its ops return NaN and zero counts from now on. Find out "
+  if (num_missing == 0) return "";
+  std::ostringstream text;
+  text << meeting.ranks[meeting.first_rank]->name() << " on rank " << meeting.first_rank
+       << " waited " << config_.timeout_s << " s (timeout_s) for "
+       << (num_missing == 1 ? "rank " : "ranks ") << missing.str();
+  return text.str();
+}
+
+// Complete the description of a failure with where it was and what to do.
+std::string Communicator::Named(const std::string& failure, int group) const {
+  if (failure.find("(communicator #") != std::string::npos) return failure;  // a peer's, complete
+  std::ostringstream text;
+  text << failure << " (communicator #" << config_.id;
+  if (config_.num_groups > 1) text << ", group " << group;
+  text << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
           "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
           "was only slow.";
   return text.str();
@@ -251,18 +379,41 @@ void Communicator::ReportInvalidRouting(int group, int rank, int64_t count) {
 }
 
 void Communicator::CountRows(int group, int from, int to, int64_t rows) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  traffic_.rows_sent[Index(group, from, to)] += rows;
-  traffic_.rows_received[Index(group, to, from)] += rows;
+  const LocalGroup& local = *groups_.at(group);
+  RowCounters* counters = local.rows_received[local.self];
+  counters[static_cast<size_t>(to) * shape().num_ranks + from].fetch_add(rows);
 }
 
 Traffic Communicator::TakeTraffic() {
   std::lock_guard<std::mutex> lock(mutex_);
-  Traffic taken = traffic_;
-  std::fill(traffic_.rows_sent.begin(), traffic_.rows_sent.end(), 0);
-  std::fill(traffic_.rows_received.begin(), traffic_.rows_received.end(), 0);
-  std::fill(traffic_.seconds_waited.begin(), traffic_.seconds_waited.end(), 0.0);
-  return taken;
+  Traffic now{std::vector<int64_t>(taken_.rows_sent.size(), 0),
+              std::vector<int64_t>(taken_.rows_sent.size(), 0), seconds_waited_};
+  const int num_ranks = shape().num_ranks;
+  for (const auto& [index, group] : groups_) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      if (!group->is_local(rank)) continue;
+      for (int peer = 0; peer < num_ranks; ++peer) {
+        const RowCounters* own = group->rows_received[group->self];
+        const RowCounters* peers = group->rows_received[group->process_of[peer]];
+        const size_t at = Index(index, rank, peer);
+        now.rows_received[at] = own[static_cast<size_t>(rank) * num_ranks + peer];
+        now.rows_sent[at] = peers[static_cast<size_t>(peer) * num_ranks + rank];
+      }
+    }
+  }
+  Traffic since = now;
+  for (size_t at = 0; at < now.rows_sent.size(); ++at) {
+    since.rows_sent[at] -= taken_.rows_sent[at];
+    since.rows_received[at] -= taken_.rows_received[at];
+  }
+  taken_ = std::move(now);
+  std::fill(seconds_waited_.begin(), seconds_waited_.end(), 0.0);
+  return since;
+}
+
+size_t Communicator::buffer_bytes() const {
+  const auto own = segments_.find(config_.process);
+  return own == segments_.end() ? 0 : own->second->resident_bytes();
 }
 
 }  // namespace jax_deepep

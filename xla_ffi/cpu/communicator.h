@@ -2,6 +2,7 @@
 #ifndef JAX_DEEPEP_CPU_COMMUNICATOR_H_
 #define JAX_DEEPEP_CPU_COMMUNICATOR_H_
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -14,28 +15,13 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cpu/local_group.h"
 #include "cpu/op.h"
 #include "interface/geometry.h"
 
 namespace jax_deepep {
 
-// A device of the mesh.
-struct Place {
-  int64_t device = 0;  // JAX's id, which XLA's CPU client gives as the device ordinal
-  int32_t group = 0;
-  int32_t rank = 0;
-};
-
-struct CommunicatorConfig {
-  int64_t id = 0;
-  int64_t fingerprint = 0;
-  GroupShape shape;
-  int32_t num_groups = 0;
-  double timeout_s = 0;
-  std::vector<Place> places;
-};
-
-// Counters per (group, rank, peer), flattened in this order.
+// Counters per (group, rank, peer), flattened in this order; zero for ranks of other processes.
 struct Traffic {
   std::vector<int64_t> rows_sent;
   std::vector<int64_t> rows_received;
@@ -44,7 +30,8 @@ struct Traffic {
 
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
-  // Create and register; an id is used once in the life of a process.
+  // Create and register; an id is used once in the life of a process. Where groups span processes,
+  // AttachPeer for each of the others and Start must follow.
   static std::shared_ptr<Communicator> Create(CommunicatorConfig config);
 
   // The communicator that a program names, or null with the reason in `why_not`.
@@ -52,20 +39,28 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
 
   ~Communicator();
 
+  // The descriptor of the memory that this process shares with its peers, or -1 if there is none.
+  int segment_descriptor() const;
+
+  // Take over the descriptor of a peer's memory; throws std::runtime_error if it does not fit.
+  void AttachPeer(int process, int descriptor);
+
+  // Begin to serve the groups that span processes.
+  void Start();
+
   const CommunicatorConfig& config() const { return config_; }
   const GroupShape& shape() const { return config_.shape; }
 
   // Where a device stands, or null if it is not in the mesh.
   const Place* FindPlace(int64_t device) const;
 
-  // Identifies one op of one group: an instruction of one loaded program, in one run of it. A loop
-  // comes back to the same key, but only after the device is through with it.
-  using Key = std::tuple<const void* /*instruction*/, int64_t /*run*/, int32_t /*group*/>;
-
-  // Hand in one rank's part. The last rank to come starts the work; each part's `done` is then
-  // called on a thread of its own. Returns at once. On a broken communicator, and when a peer stays
-  // away for timeout_s, parts are abandoned: nothing of theirs is touched after `done`.
-  void Join(const Key& key, const Place& place, std::unique_ptr<Op> op);
+  // Hand in one rank's part of an op: the `call`-th of our custom calls in a program, named
+  // `instruction` in this process, in one run of it. A loop comes back to the same name, but only
+  // after the device is through with it. The last rank to come starts the work; each part's `done`
+  // is then called on a thread of its own. Returns at once. On a broken communicator, and when a
+  // peer stays away for timeout_s, parts are abandoned: nothing of theirs is touched after `done`.
+  void Join(const void* instruction, int64_t call, int64_t run, const Place& place,
+            std::unique_ptr<Op> op);
 
   // Wait until no op has begun and not ended. Bounded, because every op is.
   void WaitForOps();
@@ -81,49 +76,70 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::string invalid_routing() const;
   void ReportInvalidRouting(int group, int rank, int64_t count);
 
-  // Add rows that went from one rank to another.
+  // Add rows that a rank of this process received.
   void CountRows(int group, int from, int to, int64_t rows);
 
-  // Return the counters and start again from zero.
+  // Return what was counted since the last call.
   Traffic TakeTraffic();
+
+  // Bytes of shared memory that this process has filled.
+  size_t buffer_bytes() const;
 
  private:
   using Clock = std::chrono::steady_clock;
+
+  struct Key {
+    int32_t group;
+    OpName op;
+    const void* instruction;  // tells calls apart where all ranks are of this process, else null
+
+    bool operator<(const Key& other) const {
+      return std::tie(group, op, instruction) < std::tie(other.group, other.op, other.instruction);
+    }
+  };
 
   // An op that some ranks of a group have come to.
   struct Meeting {
     std::vector<std::unique_ptr<Op>> ranks;
     std::vector<Clock::time_point> arrivals;
-    std::vector<int64_t> steps;  // of each rank that came: its how-manieth op this is
     int num_arrived = 0;
     int first_rank = 0;
+    int64_t step = 0;  // of the first rank: its how-manieth op this is
     Clock::time_point deadline;
   };
 
   explicit Communicator(CommunicatorConfig config);
 
   void WatchDeadlines();
-  void Start(const Key& key, Meeting meeting);
-  void AbandonLater(std::unique_ptr<Op> op);
-  void EndOps(int count);
-  std::string DescribeTimeout(const Key& key, const Meeting& meeting) const;
+  void ServeGroup(LocalGroup& group);
+  void Run(LocalGroup& group, Meeting meeting);
+  void CountWaiting(const LocalGroup& group, const std::vector<Clock::time_point>& arrivals);
+  void Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon);
+  void Break(std::string message);
+  std::string DescribeMissing(const Key& key, const Meeting& meeting) const;
+  std::string Named(const std::string& failure, int group) const;
+  int64_t StepOf(const LocalGroup& group, int rank) const;
+  LocalGroup& GroupOf(int group) { return *groups_.at(group); }
   size_t Index(int group, int rank) const;
   size_t Index(int group, int rank, int peer) const;
 
   const CommunicatorConfig config_;
   std::unordered_map<int64_t, Place> places_;
+  std::map<int, std::unique_ptr<SharedSegment>> segments_;  // by process
+  std::map<int, std::unique_ptr<LocalGroup>> groups_;
 
   mutable std::mutex mutex_;
   std::condition_variable ops_ended_;
   std::condition_variable watchdog_wake_;
   std::map<Key, Meeting> meetings_;
-  std::vector<int64_t> steps_;  // per (group, rank): ops joined
+  std::vector<int64_t> steps_;  // per (group, rank): ops that ranks of this process have come to
   int64_t num_running_ = 0;     // parts joined and not yet done
   bool closed_ = false;
-  bool stopping_ = false;
+  std::atomic<bool> stopping_{false};
   std::string broken_;
   std::string invalid_routing_;
-  Traffic traffic_;
+  Traffic taken_;                       // counters when they were last asked for
+  std::vector<double> seconds_waited_;  // since then
   std::thread watchdog_;
 };
 

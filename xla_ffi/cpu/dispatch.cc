@@ -21,9 +21,9 @@ namespace {
 // rank * groups_per_rank + group on that rank.
 class Router {
  public:
-  Router(const GroupShape& shape, const std::vector<const DispatchParams*>& ranks)
+  Router(const GroupShape& shape, const std::vector<DispatchParams>& ranks)
       : shape_(shape),
-        route_(ranks[0]->route),
+        route_(ranks[0].route),
         ranks_(ranks),
         groups_per_rank_(NumGroups(shape, route_)),
         num_groups_(groups_per_rank_ * shape.num_ranks),
@@ -56,7 +56,7 @@ class Router {
   // Call visit(token, k, topk_idx of the token) for the valid entries of a source, in order.
   template <typename Visit>
   void ForEachEntry(int source, Visit visit) const {
-    const int32_t* topk_idx = ranks_[source]->topk_idx;
+    const int32_t* topk_idx = ranks_[source].topk_idx;
     for (int32_t token = 0; token < route_.num_tokens; ++token, topk_idx += shape_.num_topk) {
       for (int k = 0; k < shape_.num_topk; ++k) {
         if (IsValidEntry(topk_idx, k, shape_.num_experts)) visit(token, k, topk_idx);
@@ -95,8 +95,10 @@ class Router {
 
   void Address(int source) {
     const int num_topk = shape_.num_topk;
-    const DispatchParams& own = *ranks_[source];
-    std::fill_n(own.destination, int64_t{route_.num_tokens} * num_topk, kNone);
+    const DispatchParams& own = ranks_[source];
+    if (own.destination != nullptr) {
+      std::fill_n(own.destination, int64_t{route_.num_tokens} * num_topk, kNone);
+    }
     std::vector<int32_t> next(First(source), First(source) + num_groups_);
     ForEachEntry(source, [&](int32_t token, int k, const int32_t* topk_idx) {
       const int32_t expert = topk_idx[k];
@@ -108,8 +110,11 @@ class Router {
       if (place >= groups_[group].kept) return;
       const int64_t row = groups_[group].offset + place;
       const int64_t entry = int64_t{token} * num_topk + k;
-      own.destination[entry] = static_cast<int32_t>(int64_t{rank} * route_.capacity + row);
-      const DispatchParams& peer = *ranks_[rank];
+      if (own.destination != nullptr) {
+        own.destination[entry] = static_cast<int32_t>(int64_t{rank} * route_.capacity + row);
+      }
+      const DispatchParams& peer = ranks_[rank];
+      if (peer.source == nullptr) return;
       if (makes_row) peer.source[row] = source * shape_.max_tokens + token;
       if (route_.layout == Layout::kExpertMajor) {
         peer.weights[row] = own.topk_weights[entry];
@@ -128,7 +133,8 @@ class Router {
 
   // Fill in the rows that no source addressed, and the counts.
   void FinishRank(int rank) {
-    const DispatchParams& own = *ranks_[rank];
+    const DispatchParams& own = ranks_[rank];
+    if (own.source == nullptr) return;
     int64_t kept = 0, end = 0;
     for (int local = 0; local < groups_per_rank_; ++local) {
       const GroupRows& group = groups_[rank * groups_per_rank_ + local];
@@ -157,7 +163,7 @@ class Router {
 
   const GroupShape& shape_;
   const RouteShape& route_;
-  const std::vector<const DispatchParams*>& ranks_;
+  const std::vector<DispatchParams>& ranks_;  // results are null for ranks of other processes
   const int32_t groups_per_rank_;
   const int32_t num_groups_;
   std::vector<int32_t> first_;  // [source][group]: counts, then entries of earlier sources
@@ -184,26 +190,62 @@ const char* DispatchOp::name() const {
 }
 
 template <>
-void DispatchOp::RunGroup(Communicator& comm, int group,
-                          const std::vector<std::unique_ptr<Op>>& ops) const {
-  const std::vector<const DispatchParams*> ranks = Collect(ops);
-  const GroupShape& shape = comm.shape();
-  Router(shape, ranks).Route();
-  std::vector<RowMove> moves;
+uint64_t DispatchOp::Fingerprint() const {
+  return HashOf(params_.route, /*verb_and_flags=*/1);
+}
+
+template <>
+bool DispatchOp::RunGroup(GroupRun& run) const {
+  const GroupShape& shape = run.comm.shape();
+  const RouteShape& route = params_.route;
+  const std::vector<const DispatchParams*> here = Collect(run);
+  if (run.spans_processes()) {
+    for (size_t rank = 0; rank < here.size(); ++rank) {
+      if (here[rank] == nullptr) continue;
+      const RankWindow& window = run.windows[rank];
+      const size_t entries = static_cast<size_t>(route.num_tokens) * shape.num_topk;
+      PublishRows(shape, route, here[rank]->x, window);
+      std::copy_n(here[rank]->topk_idx, entries, window.entries);
+      std::copy_n(here[rank]->topk_weights, entries, window.entry_weights);
+    }
+    if (!run.meet()) return false;
+  }
+  std::vector<DispatchParams> ranks;
   std::vector<const void*> sources;
-  for (size_t rank = 0; rank < ranks.size(); ++rank) {
-    const DispatchParams& params = *ranks[rank];
+  for (size_t rank = 0; rank < here.size(); ++rank) {
+    DispatchParams params;
+    if (here[rank] != nullptr) {
+      params = *here[rank];
+    } else {
+      params.route = route;
+      params.x = run.windows[rank].x;
+      params.topk_idx = run.windows[rank].entries;
+      params.topk_weights = run.windows[rank].entry_weights;
+    }
+    ranks.push_back(params);
+    sources.push_back(params.x);
+  }
+
+  Router(shape, ranks).Route();
+
+  std::vector<RowMove> moves;
+  for (size_t rank = 0; rank < here.size(); ++rank) {
+    if (here[rank] == nullptr) continue;
+    const DispatchParams& params = ranks[rank];
     const int32_t num_invalid = CountInvalid(shape, params);
     *params.num_invalid = num_invalid;
-    if (num_invalid > 0) comm.ReportInvalidRouting(group, static_cast<int>(rank), num_invalid);
-    sources.push_back(params.x);
+    if (num_invalid > 0) {
+      run.comm.ReportInvalidRouting(run.group, static_cast<int>(rank), num_invalid);
+    }
     RowMove move;
+    move.rank = static_cast<int>(rank);
     move.source = params.source;
     move.group_sizes = params.group_sizes;
     move.rows = params.tokens;
     moves.push_back(move);
   }
-  MoveRows(comm, group, params_.route, sources, moves);
+  MoveRows(run, route, sources, moves);
+  return true;
 }
 
 template <>

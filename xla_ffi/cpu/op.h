@@ -2,11 +2,13 @@
 #ifndef JAX_DEEPEP_CPU_OP_H_
 #define JAX_DEEPEP_CPU_OP_H_
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "cpu/group_exchange.h"
 #include "interface/combine.h"
 #include "interface/dispatch.h"
 #include "interface/redispatch.h"
@@ -14,6 +16,21 @@
 namespace jax_deepep {
 
 class Communicator;
+class Op;
+
+// One op of one group, all of whose ranks have come.
+struct GroupRun {
+  Communicator& comm;
+  int group = 0;
+  // Every rank's part; null for ranks of other processes.
+  std::vector<std::unique_ptr<Op>> ranks;
+  // Every rank's shared memory; empty where all ranks are of this process.
+  std::vector<RankWindow> windows;
+  // Wait for the other processes of the group. False: the op cannot go on and is to be abandoned.
+  std::function<bool()> meet;
+
+  bool spans_processes() const { return !windows.empty(); }
+};
 
 // Holds pointers into XLA's buffers, which stay valid until `done` is called and not longer.
 class Op {
@@ -22,16 +39,20 @@ class Op {
 
   virtual const char* name() const = 0;
 
-  // Do the work of the whole group: `ranks[r]` is the part of rank r, and all are of one verb.
-  // Called on one of them, on a thread that may block.
-  virtual void RunGroup(Communicator& comm, int group,
-                        const std::vector<std::unique_ptr<Op>>& ranks) const = 0;
+  // A hash of what must be the same on all ranks.
+  virtual uint64_t Fingerprint() const = 0;
+
+  // Do the work of this process's ranks, all of one verb. Called on one of them, on a thread that
+  // may block. False: a barrier failed.
+  virtual bool RunGroup(GroupRun& run) const = 0;
 
   // Write what an op leaves that met no peer: counts 0, floats NaN.
   virtual void Abandon(const Communicator& comm) const = 0;
 
   std::function<void()> done;
 };
+
+uint64_t HashOf(const RouteShape& route, uint64_t verb_and_flags);
 
 // A verb's parameters as an op; RunGroup and Abandon stand in the verb's own file.
 template <typename Params>
@@ -40,16 +61,18 @@ class VerbOp final : public Op {
   explicit VerbOp(const Params& params) : params_(params) {}
 
   const char* name() const override;
-  void RunGroup(Communicator& comm, int group,
-                const std::vector<std::unique_ptr<Op>>& ranks) const override;
+  uint64_t Fingerprint() const override;
+  bool RunGroup(GroupRun& run) const override;
   void Abandon(const Communicator& comm) const override;
 
  private:
-  // The parameters of all ranks, in order.
-  static std::vector<const Params*> Collect(const std::vector<std::unique_ptr<Op>>& ranks) {
+  // The parameters of all ranks, in order; null for ranks of other processes.
+  static std::vector<const Params*> Collect(const GroupRun& run) {
     std::vector<const Params*> all;
-    all.reserve(ranks.size());
-    for (const auto& op : ranks) all.push_back(&static_cast<const VerbOp&>(*op).params_);
+    all.reserve(run.ranks.size());
+    for (const auto& op : run.ranks) {
+      all.push_back(op == nullptr ? nullptr : &static_cast<const VerbOp&>(*op).params_);
+    }
     return all;
   }
 

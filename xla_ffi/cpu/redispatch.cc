@@ -20,35 +20,34 @@ constexpr int64_t kRowsPerRange = 32;
 
 }  // namespace
 
-void MoveRows(Communicator& comm, int group, const RouteShape& route,
-              const std::vector<const void*>& sources, const std::vector<RowMove>& moves) {
-  const GroupShape& shape = comm.shape();
+void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
+              const std::vector<RowMove>& moves) {
+  const GroupShape& shape = run.comm.shape();
   const int num_groups = NumGroups(shape, route);
   const size_t row_bytes = shape.hidden_size * BytesOf(route.row_type);
 
   // One index over the rows of all ranks, so that a rank with many rows gets many threads.
   std::vector<int64_t> first_row(moves.size() + 1, 0);
   std::vector<int64_t> end_of_groups(moves.size());
-  for (size_t rank = 0; rank < moves.size(); ++rank) {
-    const int32_t* sizes = moves[rank].group_sizes;
-    end_of_groups[rank] = std::accumulate(sizes, sizes + num_groups, int64_t{0});
-    const int64_t rows = moves[rank].zero_rest ? route.capacity : end_of_groups[rank];
-    first_row[rank + 1] = first_row[rank] + rows;
-    PreferLargePages(moves[rank].rows, rows * row_bytes);
+  for (size_t i = 0; i < moves.size(); ++i) {
+    const int32_t* sizes = moves[i].group_sizes;
+    end_of_groups[i] = std::accumulate(sizes, sizes + num_groups, int64_t{0});
+    const int64_t rows = moves[i].zero_rest ? route.capacity : end_of_groups[i];
+    first_row[i + 1] = first_row[i] + rows;
+    PreferLargePages(moves[i].rows, rows * row_bytes);
   }
   const int64_t num_rows = first_row.back();
   const bool streaming = num_rows * static_cast<int64_t>(row_bytes) > kStreamAboveBytes;
 
   ParallelFor(num_rows, kRowsPerRange, 2 * row_bytes, [&](int64_t begin, int64_t end) {
-    int rank = static_cast<int>(
-        std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1);
+    size_t i = std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1;
     for (int64_t index = begin; index < end; ++index) {
-      while (index >= first_row[rank + 1]) ++rank;
-      const RowMove& move = moves[rank];
-      const int64_t row = index - first_row[rank];
+      while (index >= first_row[i + 1]) ++i;
+      const RowMove& move = moves[i];
+      const int64_t row = index - first_row[i];
       const int64_t offset = row * static_cast<int64_t>(row_bytes);
       char* to = static_cast<char*>(move.rows) + offset;
-      const int32_t code = row < end_of_groups[rank] ? move.source[row] : kNone;
+      const int32_t code = row < end_of_groups[i] ? move.source[row] : kNone;
       if (code == kNone) {
         std::memset(to, 0, row_bytes);
         if (move.products != nullptr) move.products[row] = 0.0f;
@@ -69,16 +68,25 @@ void MoveRows(Communicator& comm, int group, const RouteShape& route,
     FinishStreaming();
   });
 
-  for (size_t rank = 0; rank < moves.size(); ++rank) {
-    std::vector<int64_t> from_source(moves.size(), 0);
-    for (int64_t row = 0; row < end_of_groups[rank]; ++row) {
-      const int32_t code = moves[rank].source[row];
+  for (size_t i = 0; i < moves.size(); ++i) {
+    std::vector<int64_t> from_source(sources.size(), 0);
+    for (int64_t row = 0; row < end_of_groups[i]; ++row) {
+      const int32_t code = moves[i].source[row];
       if (code != kNone) ++from_source[code / shape.max_tokens];
     }
-    for (size_t source = 0; source < moves.size(); ++source) {
-      comm.CountRows(group, static_cast<int>(source), static_cast<int>(rank), from_source[source]);
+    for (size_t source = 0; source < sources.size(); ++source) {
+      run.comm.CountRows(run.group, static_cast<int>(source), moves[i].rank, from_source[source]);
     }
   }
+}
+
+void PublishRows(const GroupShape& shape, const RouteShape& route, const void* x,
+                 const RankWindow& window) {
+  const size_t row_bytes = shape.hidden_size * BytesOf(route.row_type);
+  ParallelFor(route.num_tokens, kRowsPerRange, 2 * row_bytes, [&](int64_t begin, int64_t end) {
+    std::memcpy(window.x + begin * row_bytes, static_cast<const char*>(x) + begin * row_bytes,
+                (end - begin) * row_bytes);
+  });
 }
 
 template <>
@@ -87,13 +95,34 @@ const char* RedispatchOp::name() const {
 }
 
 template <>
-void RedispatchOp::RunGroup(Communicator& comm, int group,
-                            const std::vector<std::unique_ptr<Op>>& ops) const {
-  std::vector<RowMove> moves;
+uint64_t RedispatchOp::Fingerprint() const {
+  const uint64_t flags = (params_.zero_rest ? 1 : 0) | (params_.weights != nullptr ? 2 : 0) |
+                         (params_.y != nullptr ? 4 : 0);
+  return HashOf(params_.route, 2 + (flags << 8));
+}
+
+template <>
+bool RedispatchOp::RunGroup(GroupRun& run) const {
+  const std::vector<const RedispatchParams*> here = Collect(run);
   std::vector<const void*> sources;
-  for (const RedispatchParams* params : Collect(ops)) {
-    sources.push_back(params->x);
+  for (size_t rank = 0; rank < here.size(); ++rank) {
+    if (here[rank] == nullptr) {
+      sources.push_back(run.windows[rank].x);
+      continue;
+    }
+    sources.push_back(here[rank]->x);
+    if (run.spans_processes()) {
+      PublishRows(run.comm.shape(), params_.route, here[rank]->x, run.windows[rank]);
+    }
+  }
+  if (run.spans_processes() && !run.meet()) return false;
+
+  std::vector<RowMove> moves;
+  for (size_t rank = 0; rank < here.size(); ++rank) {
+    const RedispatchParams* params = here[rank];
+    if (params == nullptr) continue;
     RowMove move;
+    move.rank = static_cast<int>(rank);
     move.source = params->source;
     move.group_sizes = params->group_sizes;
     move.weights = params->weights;
@@ -106,7 +135,8 @@ void RedispatchOp::RunGroup(Communicator& comm, int group,
     }
     moves.push_back(move);
   }
-  MoveRows(comm, group, params_.route, sources, moves);
+  MoveRows(run, params_.route, sources, moves);
+  return true;
 }
 
 template <>

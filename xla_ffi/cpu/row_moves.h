@@ -4,13 +4,14 @@
 
 #include <vector>
 
-#include "cpu/communicator.h"
+#include "cpu/op.h"
 #include "interface/geometry.h"
 
 namespace jax_deepep {
 
 // What one rank pulls; null where a part is not wanted. See RedispatchParams.
 struct RowMove {
+  int rank = 0;
   const int32_t* source = nullptr;
   const int32_t* group_sizes = nullptr;
   const float* weights = nullptr;
@@ -20,9 +21,13 @@ struct RowMove {
   bool zero_rest = false;
 };
 
-// Let every rank pull its rows from `sources[rank]`, [T, H] each.
-void MoveRows(Communicator& comm, int group, const RouteShape& route,
-              const std::vector<const void*>& sources, const std::vector<RowMove>& moves);
+// Let ranks of this process pull their rows from `sources`, [T, H] of every rank of the group.
+void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
+              const std::vector<RowMove>& moves);
+
+// Copy a rank's rows x [T, H] to where other processes can read them.
+void PublishRows(const GroupShape& shape, const RouteShape& route, const void* x,
+                 const RankWindow& window);
 
 }  // namespace jax_deepep
 

@@ -9,6 +9,10 @@ const XLA_FFI_TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
 namespace {
 
+// Calls instantiated since the thread's last program. XLA instantiates those of one program in the
+// order of its thunks, which is the same wherever the same program is compiled.
+thread_local int64_t calls_in_program = 0;
+
 ffi::Future Failed(ffi::Error error) {
   ffi::Promise promise;
   ffi::Future future(promise);
@@ -18,12 +22,15 @@ ffi::Future Failed(ffi::Error error) {
 
 }  // namespace
 
+void FinishProgram() { calls_in_program = 0; }
+
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::Dictionary attributes) {
   const ffi::ErrorOr<int64_t> comm_id = attributes.get<int64_t>("comm");
   const ffi::ErrorOr<int64_t> fingerprint = attributes.get<int64_t>("fingerprint");
   if (!comm_id.has_value()) return ffi::Unexpected(comm_id.error());
   if (!fingerprint.has_value()) return ffi::Unexpected(fingerprint.error());
   auto site = std::make_unique<CallSite>();
+  site->number = calls_in_program++;
   std::string why_not;
   site->comm = Communicator::Find(*comm_id, *fingerprint, &why_not);
   if (site->comm == nullptr) {
@@ -82,7 +89,7 @@ ffi::Future JoinRanks(CallSite* site, ffi::RunId run, int64_t device, const ffi:
   ffi::Promise promise;
   ffi::Future future(promise);
   op->done = [promise]() mutable { promise.SetAvailable(); };
-  comm.Join({site, run.run_id, place->group}, *place, std::move(op));
+  comm.Join(site, site->number, run.run_id, *place, std::move(op));
   return future;
 }
 

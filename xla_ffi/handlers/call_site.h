@@ -25,7 +25,13 @@ struct CallSite {
   static const XLA_FFI_TypeInfo info;
 
   std::shared_ptr<Communicator> comm;
+  // The how-manieth call of ours in its program: the same in every process.
+  int64_t number = 0;
 };
+
+// Tell that this thread has finished compiling or loading a program: calls of the next one are
+// numbered from zero again, whatever programs another process has compiled meanwhile.
+void FinishProgram();
 
 // The instantiate stage of every verb.
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::Dictionary attributes);

@@ -1,0 +1,128 @@
+// How the processes of one group agree on the order of ops, and meet inside an op.
+//
+// XLA:CPU runs independent ops in an order that differs between devices. So every rank announces
+// the ops that it comes to; the group's first process, the leader, schedules an op once all ranks
+// have announced it; and every process runs the scheduled ops one after the other, with the same
+// sequence of barriers. All of it is counters and rings in shared memory, and a doorbell per process.
+#ifndef JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_
+#define JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "interface/geometry.h"
+#include "transport/shared_memory.h"
+
+namespace jax_deepep {
+
+// Identifies an op: a run of a program, the how-manieth call of ours in it, and a hash of what the
+// call does, so that programs that differ between processes never meet.
+struct OpName {
+  int64_t run = 0;
+  int64_t call = 0;
+  uint64_t what = 0;
+
+  std::tuple<int64_t, int64_t, uint64_t> AsTuple() const { return {run, call, what}; }
+  bool operator<(const OpName& other) const { return AsTuple() < other.AsTuple(); }
+  bool operator==(const OpName& other) const { return AsTuple() == other.AsTuple(); }
+};
+
+// The memory of one rank that other processes read. All of it is written by the rank's own process.
+struct RankWindow {
+  char* x = nullptr;                // [max_tokens, H] rows of up to 4-byte elements
+  int32_t* entries = nullptr;       // [max_tokens, K] topk_idx, or destination
+  float* entry_weights = nullptr;   // [max_tokens, K]
+  char* sums = nullptr;             // [R, max_tokens, H] p_d of every rank's tokens
+  float* entry_gradients = nullptr; // [R, max_tokens, K]
+
+  static size_t Bytes(const GroupShape& shape);
+  static RankWindow At(char* memory, const GroupShape& shape);
+};
+
+// What the processes of a group write for each other, one per process and group.
+struct ControlBlock {
+  static constexpr int kRingSize = 4096;  // ops announced and not yet scheduled
+  static constexpr int kMaxRanks = 1024;  // of one group
+  static constexpr int kMessageBytes = 2048;
+
+  struct Announcement {
+    OpName op;
+    int32_t rank;
+  };
+
+  Doorbell doorbell;
+  std::atomic<uint64_t> num_announced;  // entries ever written to `announced`
+  Announcement announced[kRingSize];
+  std::atomic<uint64_t> num_scheduled;  // the leader's: entries ever written to `scheduled`
+  OpName scheduled[kRingSize];
+  std::atomic<uint64_t> barriers;  // barriers that this process has come to
+  std::atomic<int64_t> steps[kMaxRanks];        // ops that each rank of this process has come to
+  std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each came to the op that runs now
+  std::atomic<uint32_t> broken;                 // set after `message`
+  char message[kMessageBytes];
+};
+
+class GroupExchange {
+ public:
+  // `blocks` are those of the group's processes, the leader's first, and `self` is the index of this
+  // one; `process_of` gives the index of each rank's process. All memory outlives the exchange.
+  GroupExchange(std::vector<ControlBlock*> blocks, int self, std::vector<int> process_of,
+                double timeout_s);
+
+  using Clock = std::chrono::steady_clock;
+
+  // Announce that a rank of this process has come to an op. One caller at a time. Returns false if
+  // there is no room, because too many ops are in flight.
+  bool Announce(const OpName& op, int rank, int64_t step);
+
+  // Wait for the next scheduled op, for at most a moment; the leader schedules meanwhile.
+  std::optional<OpName> NextScheduled();
+
+  // Wait until every process of the group has come here as often as this one; returns false and
+  // fills `error` if one did not in time or broke the communicator. `op_name` is for the error.
+  bool Meet(const char* op_name, int waiting_rank, std::string* error);
+
+  // Tell all processes of the group that the communicator is broken.
+  void Break(const std::string& message);
+
+  // What a process of the group broke the communicator with, or nothing.
+  std::string BrokenByPeer() const;
+
+  // Whether a rank has announced an op, as far back as the ring reaches.
+  bool HasAnnounced(const OpName& op, int rank) const;
+
+  // How many ops a rank has come to.
+  int64_t StepOf(int rank) const;
+
+  // When a rank came to the op that runs now, on the host's monotonic clock. Set before the first
+  // barrier of an op, read after it.
+  void SetArrival(int rank, Clock::time_point time);
+  Clock::time_point Arrival(int rank) const;
+
+  void Wake();
+
+ private:
+  void ScheduleReady();
+  void RingAll();
+
+  const std::vector<ControlBlock*> blocks_;
+  const int self_;
+  const std::vector<int> process_of_;
+  const double timeout_s_;
+  uint64_t num_taken_ = 0;             // of the leader's schedule
+  uint64_t num_barriers_ = 0;          // that this process has come to
+  std::vector<uint64_t> num_read_;     // leader: of each process's announcements
+  std::map<OpName, int> num_pending_;  // leader: ranks that announced an op not yet scheduled
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_

@@ -1,0 +1,88 @@
+#include "cpu/local_group.h"
+
+#include <algorithm>
+#include <set>
+
+namespace jax_deepep {
+namespace {
+
+constexpr size_t kCacheLine = 64;
+
+size_t Aligned(size_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+
+std::set<int> ProcessesOf(const CommunicatorConfig& config, int group) {
+  std::set<int> processes;
+  for (const Place& place : config.places) {
+    if (place.group == group) processes.insert(place.process);
+  }
+  return processes;
+}
+
+}  // namespace
+
+SegmentLayout::SegmentLayout(const CommunicatorConfig& config, int process) : shape_(config.shape) {
+  const auto num_ranks = static_cast<size_t>(shape_.num_ranks);
+  for (int group = 0; group < config.num_groups; ++group) {
+    const std::set<int> processes = ProcessesOf(config, group);
+    if (processes.size() < 2 || processes.count(process) == 0) continue;
+    control_[group] = control_bytes_;
+    control_bytes_ += Aligned(sizeof(ControlBlock)) + Aligned(num_ranks * num_ranks * sizeof(RowCounters));
+    for (const Place& place : config.places) {
+      if (place.group != group || place.process != process) continue;
+      windows_[{group, place.rank}] = window_bytes_;
+      window_bytes_ += RankWindow::Bytes(shape_);
+    }
+  }
+}
+
+ControlBlock* SegmentLayout::Control(const SharedSegment& segment, int group) const {
+  return reinterpret_cast<ControlBlock*>(segment.control() + control_.at(group));
+}
+
+RowCounters* SegmentLayout::Counters(const SharedSegment& segment, int group) const {
+  return reinterpret_cast<RowCounters*>(segment.control() + control_.at(group) +
+                                        Aligned(sizeof(ControlBlock)));
+}
+
+RankWindow SegmentLayout::Window(const SharedSegment& segment, int group, int rank) const {
+  return RankWindow::At(segment.windows() + windows_.at({group, rank}), shape_);
+}
+
+LocalGroup::LocalGroup(const CommunicatorConfig& config, int group)
+    : group(group), process_of(config.shape.num_ranks, 0) {
+  const std::set<int> ordered = ProcessesOf(config, group);
+  processes.assign(ordered.begin(), ordered.end());
+  const auto index_of = [this](int process) {
+    return static_cast<int>(std::find(processes.begin(), processes.end(), process) -
+                            processes.begin());
+  };
+  self = index_of(config.process);
+  for (const Place& place : config.places) {
+    if (place.group != group) continue;
+    process_of[place.rank] = index_of(place.process);
+    num_local_ranks += place.process == config.process;
+  }
+  if (spans_processes()) return;
+  const size_t num_counters = static_cast<size_t>(config.shape.num_ranks) * config.shape.num_ranks;
+  own_rows_received.reset(new RowCounters[num_counters]());
+  rows_received.push_back(own_rows_received.get());
+}
+
+void LocalGroup::Connect(const CommunicatorConfig& config,
+                         const std::map<int, std::unique_ptr<SharedSegment>>& segments) {
+  std::vector<ControlBlock*> blocks;
+  windows.resize(process_of.size());
+  for (size_t index = 0; index < processes.size(); ++index) {
+    const SharedSegment& segment = *segments.at(processes[index]);
+    const SegmentLayout layout(config, processes[index]);
+    blocks.push_back(layout.Control(segment, group));
+    rows_received.push_back(layout.Counters(segment, group));
+    for (size_t rank = 0; rank < process_of.size(); ++rank) {
+      if (process_of[rank] != static_cast<int>(index)) continue;
+      windows[rank] = layout.Window(segment, group, static_cast<int>(rank));
+    }
+  }
+  exchange = std::make_unique<GroupExchange>(std::move(blocks), self, process_of, config.timeout_s);
+}
+
+}  // namespace jax_deepep

@@ -1,0 +1,86 @@
+// A group that has ranks in this process: who they are, and what is shared with the other ones.
+#ifndef JAX_DEEPEP_CPU_LOCAL_GROUP_H_
+#define JAX_DEEPEP_CPU_LOCAL_GROUP_H_
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/group_exchange.h"
+#include "interface/geometry.h"
+#include "transport/shared_memory.h"
+
+namespace jax_deepep {
+
+// A device of the mesh.
+struct Place {
+  int64_t device = 0;  // JAX's id, which XLA's CPU client gives as the device ordinal
+  int32_t group = 0;
+  int32_t rank = 0;
+  int32_t process = 0;
+};
+
+struct CommunicatorConfig {
+  int64_t id = 0;
+  int64_t fingerprint = 0;
+  GroupShape shape;
+  int32_t num_groups = 0;
+  int32_t process = 0;  // this one
+  double timeout_s = 0;
+  std::vector<Place> places;
+};
+
+// Rows that each rank received from each: [R to, R from], written by the process of `to`.
+using RowCounters = std::atomic<int64_t>;
+
+// Where the parts of a group stand in the segment of one process. Every process computes the same.
+class SegmentLayout {
+ public:
+  SegmentLayout(const CommunicatorConfig& config, int process);
+
+  size_t control_bytes() const { return control_bytes_; }
+  size_t window_bytes() const { return window_bytes_; }
+  bool empty() const { return control_.empty(); }
+
+  ControlBlock* Control(const SharedSegment& segment, int group) const;
+  RowCounters* Counters(const SharedSegment& segment, int group) const;
+  RankWindow Window(const SharedSegment& segment, int group, int rank) const;
+
+ private:
+  GroupShape shape_;
+  std::map<int, size_t> control_;                    // by group
+  std::map<std::pair<int, int>, size_t> windows_;    // by group and rank
+  size_t control_bytes_ = 0;
+  size_t window_bytes_ = 0;
+};
+
+struct LocalGroup {
+  LocalGroup(const CommunicatorConfig& config, int group);
+
+  // Set up what is shared, once all segments are attached.
+  void Connect(const CommunicatorConfig& config,
+               const std::map<int, std::unique_ptr<SharedSegment>>& segments);
+
+  bool spans_processes() const { return processes.size() > 1; }
+  bool is_local(int rank) const { return process_of[rank] == self; }
+
+  int group = 0;
+  int self = 0;                  // index of this process among `processes`
+  std::vector<int> processes;    // ascending; the first leads
+  std::vector<int> process_of;   // of each rank, an index into `processes`
+  int num_local_ranks = 0;
+
+  std::unique_ptr<GroupExchange> exchange;   // where it spans processes
+  std::vector<RankWindow> windows;           // likewise, of every rank
+  std::vector<RowCounters*> rows_received;   // of each of `processes`
+  std::unique_ptr<RowCounters[]> own_rows_received;  // where it does not span processes
+  std::thread worker;
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CPU_LOCAL_GROUP_H_
