@@ -1,10 +1,7 @@
 """The communicator: who exchanges rows with whom, made once, outside of jit."""
 
 import hashlib
-import math
-import operator
 import weakref
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -13,8 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import bootstrap, cpu_threads, native_module
-from jax_deepep.capacity import INT32_MAX
+from jax_deepep import arguments, bootstrap, cpu_threads, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
 from jax_deepep.topology import Topology
 
@@ -90,12 +86,12 @@ class Communicator:
 
     def __post_init__(self) -> None:
         global _next_id
-        axis_names = _checked_axis_names(self.mesh, self.axis_name)
+        axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
         topology = Topology.of(self.mesh, axis_names)
         self._set("topology", topology)
         exchange = None
         new_id = _next_id
-        obstacles = {jax.process_index(): _obstacle_to_native(topology)}
+        obstacles = {jax.process_index(): arguments.obstacle_to_native(topology)}
         hosts = {bootstrap.host_identity()}
         if topology.processes != {jax.process_index()}:
             # Before the arguments are checked here: an error that only one process sees would leave
@@ -108,13 +104,13 @@ class Communicator:
                 "host": bootstrap.host_identity(),
             }
             all_facts = exchange.all_gather("arguments", mine)
-            arguments = {process: facts["arguments"] for process, facts in all_facts.items()}
-            bootstrap.check_same_arguments(arguments, topology.describe_process)
+            everyones = {process: facts["arguments"] for process, facts in all_facts.items()}
+            bootstrap.check_same_arguments(everyones, topology.describe_process)
             new_id = max(facts["next_id"] for facts in all_facts.values())
             obstacles = {process: facts["obstacle"] for process, facts in all_facts.items()}
             hosts = {facts["host"] for facts in all_facts.values()}
-        _check_sizes(self, topology.num_ranks)
-        implementation, why = _chosen_implementation(self.implementation, obstacles, hosts)
+        arguments.check_sizes(self, topology.num_ranks)
+        implementation, why = arguments.chosen_implementation(self.implementation, obstacles, hosts)
         _next_id = new_id + 1
         self._set("implementation", implementation)
         self._set("mode", "throughput")
@@ -165,7 +161,8 @@ class Communicator:
             hidden_size=self.hidden_size,
             timeout_s=float(self.timeout_s),
         )
-        if exchange is not None:
+        if native.segment_descriptor >= 0:
+            assert exchange is not None  # a group spans processes
             descriptors = exchange.send_descriptor_to_all(native.segment_descriptor)
             for process, descriptor in descriptors.items():
                 native.attach_peer(process, descriptor)
@@ -315,93 +312,3 @@ class Communicator:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Communicator":
         return self
-
-
-def _checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
-    if not isinstance(mesh, Mesh):
-        raise TypeError(
-            f"mesh: got {type(mesh).__name__}; takes a jax.sharding.Mesh of devices, for example "
-            'jax.make_mesh((8,), ("expert",)).'
-        )
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, Sequence) or not names or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
-    for name in names:
-        if name not in mesh.axis_names:
-            raise ValueError(f"axis_name: got {name!r}; takes an axis of mesh: {mesh.axis_names}.")
-    if len(set(names)) != len(names):
-        raise ValueError(f"axis_name: got {axis_name!r}; takes every axis once.")
-    return tuple(names)
-
-
-def _check_sizes(comm: Communicator, num_ranks: int) -> None:
-    for name in ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms"):
-        value = getattr(comm, name)
-        if value is None and name == "num_sms":
-            continue
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-        if number is None or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}; takes a positive integer.")
-        if number < 1:
-            raise ValueError(f"{name}: got {number}; takes a positive integer.")
-    if comm.num_experts % num_ranks:
-        below = comm.num_experts - comm.num_experts % num_ranks
-        raise ValueError(
-            f"num_experts: got {comm.num_experts} for {num_ranks} devices along {comm.axis_name!r};"
-            f" takes a multiple of {num_ranks}, for example {below + num_ranks}."
-        )
-    if comm.num_experts_per_tok > comm.num_experts:
-        raise ValueError(
-            f"num_experts_per_tok: got {comm.num_experts_per_tok}; takes at most num_experts="
-            f"{comm.num_experts}, because a token goes to an expert once."
-        )
-    if num_ranks * comm.max_tokens > INT32_MAX:
-        raise ValueError(
-            f"max_tokens: got {comm.max_tokens} on each of {num_ranks} devices; takes at most "
-            f"{INT32_MAX // num_ranks} (token numbers are int32)."
-        )
-    timeout_s: Any = comm.timeout_s
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
-        raise TypeError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive number.")
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
-        raise ValueError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive finite number.")
-    if comm.mode not in ("auto", "throughput", "low_latency"):
-        raise ValueError(f'mode: got {comm.mode!r}; takes "auto", "throughput" or "low_latency".')
-    if comm.mode == "low_latency":
-        raise ValueError(
-            'mode: got "low_latency", which is not in this version; takes "auto" or "throughput".'
-        )
-
-
-def _chosen_implementation(
-    requested: Any, obstacles: dict[int, str], hosts: set[str]
-) -> tuple[str, str]:
-    """Return "native" or "xla", and why; `obstacles` has each process's own, or an empty text."""
-    if requested not in ("auto", "native", "xla"):
-        raise ValueError(f'implementation: got {requested!r}; takes "auto", "native" or "xla".')
-    if requested == "xla":
-        return "xla", "as asked"
-    obstacle = next((text for text in obstacles.values() if text), "")
-    if not obstacle and len(hosts) > 1:
-        obstacle = (
-            "the processes of the mesh cannot share memory (they are on different hosts, in "
-            "different network namespaces, or of different users)"
-        )
-    if not obstacle:
-        return "native", "as asked" if requested == "native" else "auto: available here"
-    if requested == "native":
-        raise ValueError(
-            f'implementation: got "native", but {obstacle}; takes "xla" here, or "auto".'
-        )
-    return "xla", f"auto: {obstacle}"
-
-
-def _obstacle_to_native(topology: Topology) -> str:
-    """Return why native ops cannot serve `topology` in this process, or an empty string."""
-    if topology.platforms != {"cpu"}:
-        platforms = ", ".join(sorted(topology.platforms))
-        return f"this version has native ops for the platform cpu only, not for {platforms}"
-    return native_module.obstacle()

@@ -75,7 +75,7 @@ Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config
   taken_.rows_received = taken_.rows_sent;
   seconds_waited_.assign(num_places * shape().num_ranks, 0.0);
   const SegmentLayout layout(config_, config_.process);
-  if (!layout.empty()) {
+  if (layout.needed()) {
     auto segment = std::make_unique<SharedSegment>();
     const std::string error = segment->Create(layout.control_bytes(), layout.window_bytes());
     if (!error.empty()) throw std::runtime_error(error);

@@ -24,7 +24,10 @@ SegmentLayout::SegmentLayout(const CommunicatorConfig& config, int process) : sh
   const auto num_ranks = static_cast<size_t>(shape_.num_ranks);
   for (int group = 0; group < config.num_groups; ++group) {
     const std::set<int> processes = ProcessesOf(config, group);
-    if (processes.size() < 2 || processes.count(process) == 0) continue;
+    if (processes.size() < 2) continue;
+    needed_ = true;
+    if (processes.count(process) == 0) continue;
+    control_bytes_ = Aligned(control_bytes_);
     control_[group] = control_bytes_;
     control_bytes_ += Aligned(sizeof(ControlBlock)) + Aligned(num_ranks * num_ranks * sizeof(RowCounters));
     for (const Place& place : config.places) {

@@ -44,7 +44,8 @@ class SegmentLayout {
 
   size_t control_bytes() const { return control_bytes_; }
   size_t window_bytes() const { return window_bytes_; }
-  bool empty() const { return control_.empty(); }
+  // Whether any group of the communicator spans processes, so that all processes share memory.
+  bool needed() const { return needed_; }
 
   ControlBlock* Control(const SharedSegment& segment, int group) const;
   RowCounters* Counters(const SharedSegment& segment, int group) const;
@@ -54,7 +55,8 @@ class SegmentLayout {
   GroupShape shape_;
   std::map<int, size_t> control_;                    // by group
   std::map<std::pair<int, int>, size_t> windows_;    // by group and rank
-  size_t control_bytes_ = 0;
+  bool needed_ = false;
+  size_t control_bytes_ = 1;
   size_t window_bytes_ = 0;
 };
 
