@@ -17,7 +17,7 @@
 // version gives the same bits.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define JAX_DEEPEP_ALL_ISAS \
-  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define JAX_DEEPEP_ALL_ISAS
 #endif
@@ -38,9 +38,12 @@ JAX_DEEPEP_INLINE float FloatOf(uint32_t bits) {
   return value;
 }
 
+// A row type converts to float32, rounds a float32 to what it can hold (to nearest, ties to even),
+// and converts back. All without branches, so that loops over them become vector code.
 struct Float32 {
   using Storage = float;
   static JAX_DEEPEP_INLINE float Load(float value) { return value; }
+  static JAX_DEEPEP_INLINE float Round(float value) { return value; }
   static JAX_DEEPEP_INLINE float Store(float value) { return value; }
 };
 
@@ -49,28 +52,32 @@ struct BFloat16 {
   static JAX_DEEPEP_INLINE float Load(uint16_t bits) {
     return FloatOf(static_cast<uint32_t>(bits) << 16);
   }
-  // Round to nearest, ties to even.
-  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
+  // The rounded value, in the upper half of the word.
+  static JAX_DEEPEP_INLINE uint32_t RoundedBits(float value) {
     const uint32_t bits = BitsOf(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return value != value ? bits | 0x400000u : rounded;
+  }
+  static JAX_DEEPEP_INLINE float Round(float value) {
+    return FloatOf(RoundedBits(value) & 0xffff0000u);
+  }
+  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
+    return static_cast<uint16_t>(RoundedBits(value) >> 16);
   }
 };
 
 struct Float16 {
   using Storage = uint16_t;
   // Multiplying by powers of two rebiases the exponent and normalises subnormals exactly.
-  static JAX_DEEPEP_INLINE float Load(uint16_t bits) {
-    const uint32_t sign = (static_cast<uint32_t>(bits) & 0x8000u) << 16;
-    const uint32_t magnitude = (static_cast<uint32_t>(bits) & 0x7fffu) << 13;
-    const uint32_t finite = BitsOf(FloatOf(magnitude) * FloatOf(0x77800000u));  // * 2^112
+  static JAX_DEEPEP_INLINE float FromBits(uint32_t half) {
+    const uint32_t sign = (half & 0x8000u) << 16;
+    const uint32_t magnitude = (half & 0x7fffu) << 13;
+    const uint32_t finite = BitsOf(FloatOf(magnitude) * 0x1p112f);
     const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
     return FloatOf((magnitude >= 0x0f800000u ? special : finite) | sign);
   }
-  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
+  static JAX_DEEPEP_INLINE uint32_t ToBits(float value) {
     const uint32_t bits = BitsOf(value);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
     // Normal results: round to nearest even on the 13 bits that go.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -78,9 +85,14 @@ struct Float16 {
     // the addition itself.
     const uint32_t subnormal = BitsOf(FloatOf(magnitude) + 0.5f) - BitsOf(0.5f);
     uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-    result = magnitude >= 0x47800000u - 0x1000u ? 0x7c00u : result;  // rounds up to infinity
+    result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and more round up to infinity
     result = magnitude > 0x7f800000u ? 0x7e00u : result;
-    return static_cast<uint16_t>(result | sign);
+    return result | ((bits >> 16) & 0x8000u);
+  }
+  static JAX_DEEPEP_INLINE float Load(uint16_t bits) { return FromBits(bits); }
+  static JAX_DEEPEP_INLINE float Round(float value) { return FromBits(ToBits(value)); }
+  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
+    return static_cast<uint16_t>(ToBits(value));
   }
 };
 
@@ -105,40 +117,56 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
       sums[lane] += Type::Load(left[i + lane]) * Type::Load(right[i + lane]);
     }
   }
-  for (int lane = 0; i < size; ++i, ++lane) sums[lane] += Type::Load(left[i]) * Type::Load(right[i]);
+  for (int lane = 0; i < size; ++i, ++lane) {
+    sums[lane] += Type::Load(left[i]) * Type::Load(right[i]);
+  }
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
   }
   return sums[0];
 }
 
+// `count` columns of the sum over terms; inlined with a constant count for the bulk of a row.
+template <typename Type>
+JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Type::Storage* bias,
+                                  const Term* terms, int num_terms, int64_t begin, int64_t count,
+                                  float* total, float* part) {
+  using Storage = typename Type::Storage;
+  for (int64_t i = 0; i < count; ++i) total[i] = bias == nullptr ? 0.0f : Type::Load(bias[i]);
+  for (int term = 0; term < num_terms;) {
+    const int32_t rank = terms[term].rank;
+    const auto* row = static_cast<const Storage*>(terms[term].row) + begin;
+    const float weight = terms[term].weight;
+    if (++term == num_terms || terms[term].rank != rank) {
+      for (int64_t i = 0; i < count; ++i) total[i] += Type::Round(Type::Load(row[i]) * weight);
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i) part[i] = Type::Load(row[i]) * weight;
+    for (; term < num_terms && terms[term].rank == rank; ++term) {
+      const auto* next = static_cast<const Storage*>(terms[term].row) + begin;
+      const float next_weight = terms[term].weight;
+      for (int64_t i = 0; i < count; ++i) part[i] += Type::Load(next[i]) * next_weight;
+    }
+    for (int64_t i = 0; i < count; ++i) total[i] += Type::Round(part[i]);
+  }
+  for (int64_t i = 0; i < count; ++i) out[i] = Type::Store(total[i]);
+}
+
 template <typename Type>
 JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, const Term* terms, int num_terms,
                            int64_t size) {
   using Storage = typename Type::Storage;
-  constexpr int64_t kBlock = 256;  // two blocks of floats stay in the first-level cache
-  float total[kBlock];
-  float part[kBlock];
+  constexpr int64_t kBlock = 2048;  // long runs of a row for the prefetcher, in the first-level cache still
+  alignas(64) float total[kBlock];
+  alignas(64) float part[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int64_t count = std::min(kBlock, size - begin);
-    const auto* from_bias = static_cast<const Storage*>(bias) + (bias == nullptr ? 0 : begin);
-    for (int64_t i = 0; i < count; ++i) {
-      total[i] = bias == nullptr ? 0.0f : Type::Load(from_bias[i]);
-    }
-    for (int term = 0; term < num_terms;) {
-      const int32_t rank = terms[term].rank;
-      const auto* row = static_cast<const Storage*>(terms[term].row) + begin;
-      const float weight = terms[term].weight;
-      for (int64_t i = 0; i < count; ++i) part[i] = Type::Load(row[i]) * weight;
-      for (++term; term < num_terms && terms[term].rank == rank; ++term) {
-        const auto* next = static_cast<const Storage*>(terms[term].row) + begin;
-        const float next_weight = terms[term].weight;
-        for (int64_t i = 0; i < count; ++i) part[i] += Type::Load(next[i]) * next_weight;
-      }
-      for (int64_t i = 0; i < count; ++i) total[i] += Type::Load(Type::Store(part[i]));
-    }
     auto* to = static_cast<Storage*>(out) + begin;
-    for (int64_t i = 0; i < count; ++i) to[i] = Type::Store(total[i]);
+    const auto* from = bias == nullptr ? nullptr : static_cast<const Storage*>(bias) + begin;
+    if (size - begin >= kBlock) {
+      SumColumns<Type>(to, from, terms, num_terms, begin, kBlock, total, part);
+    } else {
+      SumColumns<Type>(to, from, terms, num_terms, begin, size - begin, total, part);
+    }
   }
 }
 
