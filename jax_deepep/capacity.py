@@ -1,12 +1,13 @@
 """How many rows an op needs: pure arithmetic, used when tracing."""
 
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+Number = TypeVar("Number", bound=Any)  # an int, or an array of them
 Layout = Literal["expert", "token"]
 INT32_MAX = 2**31 - 1
 
 
-def round_up(value: int, multiple: int) -> int:
+def round_up(value: Number, multiple: int) -> Number:
     """Return the smallest multiple of `multiple` that is at least `value`."""
     return -(-value // multiple) * multiple
 

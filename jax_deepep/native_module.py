@@ -6,6 +6,7 @@ A native module is a table of capsules; nothing happens when it is imported but 
 import functools
 import importlib
 import os
+import pathlib
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +26,7 @@ def _find() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module(PLATFORM_MODULES["cpu"])
     except ImportError as error:
-        return None, f"the native module is not built ({error}); build it with: pip install ."
+        return None, f"the native module is not built ({error}); {_remedy()}"
     # A state type must be known before the first target whose instantiate stage returns it.
     for name, type_info in module.state_types().items():
         jax.ffi.register_ffi_type(name, type_info, platform="cpu")
@@ -35,6 +36,13 @@ def _find() -> tuple[ModuleType | None, str]:
         lambda event, *_, **__: module.finish_program() if event == PROGRAM_COMPILED else None
     )
     return module, ""
+
+
+def _remedy() -> str:
+    package = pathlib.Path(__file__).parent
+    if (package.parent / "pyproject.toml").exists():
+        return f"jax_deepep was imported from the checkout {package.parent}: run pip install -e . there"
+    return "install the package with pip on a machine with a C++17 compiler"
 
 
 def obstacle() -> str:

@@ -14,6 +14,7 @@ gradient of combine for y is zero in the rows of no token.
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from jax_deepep.ops.handle import Handle, RouteShape
 from jax_deepep.ops.implementations import implementation_of
@@ -41,6 +42,16 @@ def _dispatch_backward(shape, destination, gradients):
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def without_integer_tangents(handle: Handle) -> Handle:
+    """Cut the integer leaves of a handle out of differentiation.
+
+    custom_vjp gives its integer results tangents of dtype float0. Under vmap(spmd_axis_name=...) with
+    check_vma=True, JAX (0.10.2 and 0.11.2) gets their types wrong where a second custom_vjp takes them.
+    An operation on bits has no tangent, and `| 0` costs nothing when compiled.
+    """
+    return jax.tree.map(lambda leaf: leaf | 0 if leaf.dtype == jnp.int32 else leaf, handle)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -78,7 +78,13 @@ def dispatch(
         )
     axes = check_call_site(comm, "dispatch")
     if handle is not None:
-        return _dispatch_along(handle, x, topk_idx, topk_weights, comm, capacity, axes)
+        options = {
+            "layout": layout,
+            "capacity": capacity,
+            "expert_capacity": expert_capacity,
+            "alignment": alignment,
+        }
+        return _dispatch_along(handle, x, topk_idx, topk_weights, comm, options, axes)
     if topk_idx is None or topk_weights is None:
         raise TypeError(
             "topk_idx, topk_weights: got None; dispatch takes both, or handle= of an earlier "
@@ -96,6 +102,7 @@ def dispatch(
 
     shape = _route_shape(comm, layout, num_tokens, capacity, expert_capacity, alignment)
     tokens, handle = autodiff.dispatch(shape, *vary_together(axes, x, topk_idx, topk_weights))
+    handle = autodiff.without_integer_tangents(handle)
     return _received(tokens, handle), handle
 
 
@@ -148,7 +155,7 @@ def _dispatch_along(
     topk_idx: jax.Array | None,
     topk_weights: jax.Array | None,
     comm: Communicator,
-    capacity: int | None,
+    options: dict[str, Any],
     axes: frozenset[str],
 ) -> tuple[ExpertMajor | TokenMajor, Handle]:
     check_handle(handle, comm)
@@ -159,10 +166,11 @@ def _dispatch_along(
                 f"{name}: got an array together with handle=; takes None then, because the handle "
                 "has the routes already."
             )
-    if capacity not in (None, shape.capacity):
-        raise ValueError(
-            f"capacity: got {capacity}; takes None or the handle's own, {shape.capacity}."
-        )
+    defaults = {"layout": "expert", "alignment": 1}
+    for name, value in options.items():
+        default, own = defaults.get(name), getattr(shape, name)
+        if value not in (default, own):
+            raise ValueError(f"{name}: got {value!r}; takes {default!r} or the handle's own, {own!r}.")
     if x.shape[0] != shape.num_tokens:
         raise ValueError(
             f"x: got {x.shape[0]} tokens; takes as many as the dispatch that made the handle, "

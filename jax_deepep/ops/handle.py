@@ -48,7 +48,8 @@ class Handle:
             to, −1 where it went nowhere.
         weights: float32, router weights on the receiving side: [C] expert-major, [C, K]
             token-major. The gradient of `topk_weights` flows through it.
-        local_experts: int32 [C, K] token-major: local expert of each k or −1; [0, K] expert-major.
+        local_experts: int32 [C, K] token-major: local expert of each k or −1; None expert-major, not an
+            array of no elements, because XLA of JAX 0.11.2 crashes on one that enters a shard_map.
         group_sizes: int32 [G], rows of each group, padding included (G = L expert-major, else 1).
         num_rows: int32 [G], rows of each group without the padding.
         num_received: int32 [], rows sent to this device, before dropping.
@@ -61,7 +62,7 @@ class Handle:
     source: jax.Array
     destination: jax.Array
     weights: jax.Array
-    local_experts: jax.Array
+    local_experts: jax.Array | None
     group_sizes: jax.Array
     num_rows: jax.Array
     num_received: jax.Array

@@ -40,10 +40,10 @@ def _define_primitive(
     mlir.register_lowering(primitive, lower, platform=platform)
 
     def batch(
-        operands: Sequence[Any], dims: Sequence[int | None], **parameters: Any
+        operands: Sequence[Any], dims: Sequence[Any], **parameters: Any
     ) -> tuple[list[Any], list[int]]:
         # One op after the other: the ranks of a group must meet for each of them anyway.
-        mapped = [i for i, dim in enumerate(dims) if dim is not batching.not_mapped]
+        mapped = [i for i, dim in enumerate(dims) if dim is not None]
 
         def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
             values = list(operands)
@@ -96,7 +96,7 @@ def _dispatch_types(
     expert_major = shape.layout == "expert"
     array = partial(jax_compat.array_like, x)
     return [
-        array((capacity, x.shape[1]), x.dtype),  # tokens
+        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle in order
         array((capacity,), jnp.int32),  # source
         array(topk_idx.shape, jnp.int32),  # destination
         array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights
@@ -116,10 +116,8 @@ def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[jax.Array, Handle]:
     """Implement `implementations.dispatch`."""
-    tokens, source, destination, weights, local_experts, *counts = dispatch_p.bind(
-        _rank(shape), x, topk_idx, topk_weights, shape=shape
-    )
-    return tokens, Handle(source, destination, weights, local_experts, *counts, shape)
+    tokens, *leaves = dispatch_p.bind(_rank(shape), x, topk_idx, topk_weights, shape=shape)
+    return tokens, Handle(*leaves, shape)
 
 
 def _redispatch_types(

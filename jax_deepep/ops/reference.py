@@ -29,18 +29,16 @@ def _rank(shape: RouteShape) -> jax.Array:
 def _valid_entries(topk_idx: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """Return (bool mask of entries that count, int32 [] count of entries that are wrong)."""
     inside = (topk_idx >= 0) & (topk_idx < num_experts)
-    k = jnp.arange(topk_idx.shape[-1])
     same = topk_idx[..., :, None] == topk_idx[..., None, :]
-    repeated = jnp.any(same & (k[None, :] < k[:, None]), axis=-1)
+    repeated = jnp.any(jnp.tril(same, -1), axis=-1)
     valid = inside & ~repeated
     return valid, jnp.sum((topk_idx != -1) & ~valid, dtype=jnp.int32)
 
 
 def _first_of_each_device(device: jax.Array, valid: jax.Array) -> jax.Array:
     """Mark for every (token, device) its first valid k."""
-    k = jnp.arange(device.shape[-1])
     same = (device[..., :, None] == device[..., None, :]) & valid[..., None, :]
-    return valid & ~jnp.any(same & (k[None, :] < k[:, None]), axis=-1)
+    return valid & ~jnp.any(jnp.tril(same, -1), axis=-1)
 
 
 def dispatch(
@@ -65,23 +63,22 @@ def dispatch(
         makes_row = _first_of_each_device(device, valid)
         group = jnp.where(makes_row, device, num_ranks * groups_here)
 
-    # The place of every entry inside its group, in the order (source device, token, k).
+    # The place of every entry inside its group, in the order (source device, token, k). One more
+    # group at the end takes the entries that make no row.
     flat_group = group.reshape(-1)
+    received = jnp.zeros(num_ranks * groups_here + 1, jnp.int32).at[flat_group].add(1)
+    first = jnp.cumsum(received) - received
     order = jnp.argsort(flat_group, stable=True)
-    first = jnp.searchsorted(flat_group[order], flat_group[order])
-    place = jnp.zeros_like(flat_group).at[order].set(
-        (jnp.arange(flat_group.size) - first).astype(jnp.int32)
-    )
+    place = jnp.arange(flat_group.size, dtype=jnp.int32) - first[flat_group[order]]
+    place = jnp.zeros_like(flat_group).at[order].set(place)
 
-    received = jnp.zeros(num_ranks * groups_here + 1, jnp.int32).at[flat_group].add(1)[:-1]
-    received = received.reshape(num_ranks, groups_here)
+    received = received[:-1].reshape(num_ranks, groups_here)
     limit = received if shape.expert_capacity is None else shape.expert_capacity
     wanted = jnp.minimum(received, limit)
     padded = round_up(wanted, shape.alignment)
     offset = jnp.cumsum(padded, axis=1) - padded
     kept = jnp.clip(capacity - offset, 0, wanted)
 
-    # One more group at the end takes the entries that make no row.
     safe_offset = jnp.append(offset.reshape(-1), 0)[flat_group]
     safe_kept = jnp.append(kept.reshape(-1), 0)[flat_group]
     row = jnp.where(place < safe_kept, safe_offset + place, NOT_A_ROW).reshape(device.shape)
@@ -95,13 +92,13 @@ def dispatch(
     # My rows: scatter by row; index `capacity` collects what is not mine and is cut off.
     mine = (row >= 0) & (device == rank)
     target = jnp.where(mine, row, capacity)
-    code = jnp.arange(num_ranks)[:, None] * comm.max_tokens + jnp.arange(shape.num_tokens)
+    code = jnp.arange(num_ranks)[:, None] * comm.max_tokens + jnp.arange(shape.num_tokens)[None, :]
     code = jnp.broadcast_to(code[..., None], row.shape).astype(jnp.int32)
     source = jnp.full(capacity + 1, NOT_A_ROW, jnp.int32).at[target].set(code)[:capacity]
     num_topk = comm.num_experts_per_tok
     if shape.layout == "expert":
         weights = jnp.zeros(capacity + 1, jnp.float32).at[target].set(everyones_weights)
-        local_experts = jnp.zeros((0, num_topk), jnp.int32)
+        local_experts = None
     else:
         k = jnp.broadcast_to(jnp.arange(num_topk), row.shape)
         weights = jnp.zeros((capacity + 1, num_topk), jnp.float32)
@@ -145,8 +142,8 @@ def redispatch(
     rows = jnp.where(live, rows, jnp.zeros((), x.dtype))
     products = None
     if y is not None:
-        y = jnp.where(live, y, jnp.zeros((), y.dtype)).astype(jnp.float32)
-        products = jnp.sum(rows.astype(jnp.float32) * y, axis=1)
+        live_y = jnp.where(live, y, jnp.zeros((), y.dtype)).astype(jnp.float32)
+        products = jnp.sum(rows.astype(jnp.float32) * live_y, axis=1)
     if weights is not None:
         rows = (rows.astype(jnp.float32) * weights[:, None]).astype(x.dtype)
     return rows, products
@@ -164,10 +161,15 @@ def combine(
     """Implement `implementations.combine`."""
     comm, capacity = shape.comm, shape.capacity
     num_ranks = comm.size
+    if capacity == 0:  # one row that no entry points to, because nothing can be taken from no rows
+        capacity = 1
+        y = jnp.zeros((1, y.shape[1]), y.dtype)
+        weights = None if weights is None else jnp.zeros(1, weights.dtype)
+        if row_gradients is not None:
+            row_gradients = jnp.zeros((1, *row_gradients.shape[1:]), row_gradients.dtype)
     everyones = _gather(shape, destination)  # [R, T, K]
-    mine = (everyones >= 0) & (everyones // capacity == _rank(shape)) if capacity else (
-        jnp.zeros(everyones.shape, bool))  # fmt: skip
-    row = jnp.where(mine, everyones % max(capacity, 1), capacity)
+    mine = (everyones >= 0) & (everyones // capacity == _rank(shape))
+    row = jnp.where(mine, everyones % capacity, capacity)
 
     gradients = None
     if row_gradients is not None:

@@ -54,8 +54,8 @@ nb::dict Targets() {
 
 std::shared_ptr<Communicator> MakeCommunicator(
     int64_t id, int64_t fingerprint, const std::vector<std::tuple<int64_t, int, int, int>>& places,
-    int32_t process, int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk, int32_t max_tokens,
-    int32_t hidden_size, double timeout_s) {
+    int32_t process, int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk,
+    int32_t max_tokens, int32_t hidden_size, double timeout_s) {
   CommunicatorConfig config;
   config.id = id;
   config.fingerprint = fingerprint;
@@ -80,8 +80,8 @@ nb::ndarray<nb::numpy, T> Matrix(const CommunicatorConfig& config, const std::ve
   std::copy(values.begin(), values.end(), data);
   nb::capsule owner(data, [](void* memory) noexcept { delete[] static_cast<T*>(memory); });
   const auto num_ranks = static_cast<size_t>(config.shape.num_ranks);
-  return nb::ndarray<nb::numpy, T>(data, {static_cast<size_t>(config.num_groups), num_ranks, num_ranks},
-                                   owner);
+  return nb::ndarray<nb::numpy, T>(
+      data, {static_cast<size_t>(config.num_groups), num_ranks, num_ranks}, owner);
 }
 
 NB_MODULE(_cpu, module) {
@@ -92,8 +92,8 @@ NB_MODULE(_cpu, module) {
   module.def("finish_program", &FinishProgram);
   nb::class_<Communicator>(module, "Communicator")
       .def(nb::new_(&MakeCommunicator), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
-           nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
-           nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
+           nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
+           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
       .def_prop_ro("segment_descriptor", &Communicator::segment_descriptor)
       .def("attach_peer", &Communicator::AttachPeer, nb::arg("process"), nb::arg("descriptor"))
       .def("start", &Communicator::Start)

@@ -189,8 +189,8 @@ class GroupCombine {
     std::fill_n(gradients, shape_.num_topk, 0.0f);
     for (int i = 0; i < count; ++i) {
       const Entry& entry = scratch->entries[i];
-      gradients[entry.k] = IsHere(entry.rank) ? GradientOf(entry)
-                                              : GradientsOf(entry.rank, source, token)[entry.k];
+      gradients[entry.k] =
+          IsHere(entry.rank) ? GradientOf(entry) : GradientsOf(entry.rank, source, token)[entry.k];
     }
   }
 

@@ -71,9 +71,6 @@ Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config
   }
   const size_t num_places = static_cast<size_t>(config_.num_groups) * shape().num_ranks;
   steps_.assign(num_places, 0);
-  taken_.rows_sent.assign(num_places * shape().num_ranks, 0);
-  taken_.rows_received = taken_.rows_sent;
-  seconds_waited_.assign(num_places * shape().num_ranks, 0.0);
   const SegmentLayout layout(config_, config_.process);
   if (layout.needed()) {
     auto segment = std::make_unique<SharedSegment>();
@@ -124,10 +121,6 @@ Communicator::~Communicator() {
 
 size_t Communicator::Index(int group, int rank) const {
   return static_cast<size_t>(group) * shape().num_ranks + rank;
-}
-
-size_t Communicator::Index(int group, int rank, int peer) const {
-  return Index(group, rank) * shape().num_ranks + peer;
 }
 
 const Place* Communicator::FindPlace(int64_t device) const {
@@ -199,28 +192,16 @@ void Communicator::Run(LocalGroup& group, Meeting meeting) {
     }
   }
   if (complete) {
-    CountWaiting(group, arrivals);
+    group.CountWaiting(arrivals);
     complete = op.RunGroup(run);
   }
   if (!complete) Break(Named(error, group.group));
   Finish(std::move(run.ranks), /*abandon=*/!complete);
 }
 
-void Communicator::CountWaiting(const LocalGroup& group,
-                                const std::vector<Clock::time_point>& arrivals) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (int rank = 0; rank < shape().num_ranks; ++rank) {
-    if (!group.is_local(rank)) continue;
-    for (int peer = 0; peer < shape().num_ranks; ++peer) {
-      const std::chrono::duration<double> waited = arrivals[peer] - arrivals[rank];
-      seconds_waited_[Index(group.group, rank, peer)] += std::max(0.0, waited.count());
-    }
-  }
-}
-
-// End parts of ops, after giving up their results if `abandon`. A completion continues XLA's program
-// inline and may block there, in a collective that waits for the other devices: each part needs a
-// thread of its own.
+// End parts of ops, after giving up their results if `abandon`. A completion continues XLA's
+// program inline and may block there, in a collective that waits for the other devices: each part
+// needs a thread of its own.
 void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon) {
   for (auto& op : ops) {
     if (op == nullptr) continue;
@@ -332,9 +313,10 @@ std::string Communicator::Named(const std::string& failure, int group) const {
   std::ostringstream text;
   text << failure << " (communicator #" << config_.id;
   if (config_.num_groups > 1) text << ", group " << group;
-  text << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
-          "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
-          "was only slow.";
+  text
+      << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
+         "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
+         "was only slow.";
   return text.str();
 }
 
@@ -379,36 +361,16 @@ void Communicator::ReportInvalidRouting(int group, int rank, int64_t count) {
 }
 
 void Communicator::CountRows(int group, int from, int to, int64_t rows) {
-  const LocalGroup& local = *groups_.at(group);
-  RowCounters* counters = local.rows_received[local.self];
-  counters[static_cast<size_t>(to) * shape().num_ranks + from].fetch_add(rows);
+  GroupOf(group).CountRows(from, to, rows);
 }
 
 Traffic Communicator::TakeTraffic() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  Traffic now{std::vector<int64_t>(taken_.rows_sent.size(), 0),
-              std::vector<int64_t>(taken_.rows_sent.size(), 0), seconds_waited_};
-  const int num_ranks = shape().num_ranks;
-  for (const auto& [index, group] : groups_) {
-    for (int rank = 0; rank < num_ranks; ++rank) {
-      if (!group->is_local(rank)) continue;
-      for (int peer = 0; peer < num_ranks; ++peer) {
-        const RowCounters* own = group->rows_received[group->self];
-        const RowCounters* peers = group->rows_received[group->process_of[peer]];
-        const size_t at = Index(index, rank, peer);
-        now.rows_received[at] = own[static_cast<size_t>(rank) * num_ranks + peer];
-        now.rows_sent[at] = peers[static_cast<size_t>(peer) * num_ranks + rank];
-      }
-    }
-  }
-  Traffic since = now;
-  for (size_t at = 0; at < now.rows_sent.size(); ++at) {
-    since.rows_sent[at] -= taken_.rows_sent[at];
-    since.rows_received[at] -= taken_.rows_received[at];
-  }
-  taken_ = std::move(now);
-  std::fill(seconds_waited_.begin(), seconds_waited_.end(), 0.0);
-  return since;
+  const size_t size =
+      static_cast<size_t>(config_.num_groups) * shape().num_ranks * shape().num_ranks;
+  Traffic traffic{std::vector<int64_t>(size), std::vector<int64_t>(size),
+                  std::vector<double>(size)};
+  for (auto& [index, group] : groups_) group->TakeTraffic(&traffic);
+  return traffic;
 }
 
 size_t Communicator::buffer_bytes() const {

@@ -21,13 +21,6 @@
 
 namespace jax_deepep {
 
-// Counters per (group, rank, peer), flattened in this order; zero for ranks of other processes.
-struct Traffic {
-  std::vector<int64_t> rows_sent;
-  std::vector<int64_t> rows_received;
-  std::vector<double> seconds_waited;
-};
-
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   // Create and register; an id is used once in the life of a process. Where groups span processes,
@@ -113,7 +106,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void WatchDeadlines();
   void ServeGroup(LocalGroup& group);
   void Run(LocalGroup& group, Meeting meeting);
-  void CountWaiting(const LocalGroup& group, const std::vector<Clock::time_point>& arrivals);
   void Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon);
   void Break(std::string message);
   std::string DescribeMissing(const Key& key, const Meeting& meeting) const;
@@ -121,7 +113,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   int64_t StepOf(const LocalGroup& group, int rank) const;
   LocalGroup& GroupOf(int group) { return *groups_.at(group); }
   size_t Index(int group, int rank) const;
-  size_t Index(int group, int rank, int peer) const;
 
   const CommunicatorConfig config_;
   std::unordered_map<int64_t, Place> places_;
@@ -138,8 +129,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::atomic<bool> stopping_{false};
   std::string broken_;
   std::string invalid_routing_;
-  Traffic taken_;                       // counters when they were last asked for
-  std::vector<double> seconds_waited_;  // since then
   std::thread watchdog_;
 };
 

@@ -10,8 +10,8 @@
 #include "cpu/communicator.h"
 #include "cpu/op.h"
 #include "cpu/row_math.h"
-#include "cpu/threads.h"
 #include "cpu/row_moves.h"
+#include "cpu/threads.h"
 #include "routing/group_rows.h"
 
 namespace jax_deepep {
@@ -40,9 +40,10 @@ class Router {
     ParallelFor(shape_.num_ranks, 1, routing_bytes, [this](int64_t begin, int64_t end) {
       for (int64_t source = begin; source < end; ++source) Address(static_cast<int>(source));
     });
-    ParallelFor(shape_.num_ranks, 1, int64_t{route_.capacity} * 8, [this](int64_t begin, int64_t end) {
-      for (int64_t rank = begin; rank < end; ++rank) FinishRank(static_cast<int>(rank));
-    });
+    ParallelFor(shape_.num_ranks, 1, int64_t{route_.capacity} * 8,
+                [this](int64_t begin, int64_t end) {
+                  for (int64_t rank = begin; rank < end; ++rank) FinishRank(static_cast<int>(rank));
+                });
   }
 
  private:

@@ -3,7 +3,8 @@
 // XLA:CPU runs independent ops in an order that differs between devices. So every rank announces
 // the ops that it comes to; the group's first process, the leader, schedules an op once all ranks
 // have announced it; and every process runs the scheduled ops one after the other, with the same
-// sequence of barriers. All of it is counters and rings in shared memory, and a doorbell per process.
+// sequence of barriers. All of it is counters and rings in shared memory, and a doorbell per
+// process.
 #ifndef JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_
 #define JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_
 
@@ -37,11 +38,11 @@ struct OpName {
 
 // The memory of one rank that other processes read. All of it is written by the rank's own process.
 struct RankWindow {
-  char* x = nullptr;                // [max_tokens, H] rows of up to 4-byte elements
-  int32_t* entries = nullptr;       // [max_tokens, K] topk_idx, or destination
-  float* entry_weights = nullptr;   // [max_tokens, K]
-  char* sums = nullptr;             // [R, max_tokens, H] p_d of every rank's tokens
-  float* entry_gradients = nullptr; // [R, max_tokens, K]
+  char* x = nullptr;                 // [max_tokens, H] rows of up to 4-byte elements
+  int32_t* entries = nullptr;        // [max_tokens, K] topk_idx, or destination
+  float* entry_weights = nullptr;    // [max_tokens, K]
+  char* sums = nullptr;              // [R, max_tokens, H] p_d of every rank's tokens
+  float* entry_gradients = nullptr;  // [R, max_tokens, K]
 
   static size_t Bytes(const GroupShape& shape);
   static RankWindow At(char* memory, const GroupShape& shape);
@@ -63,7 +64,7 @@ struct ControlBlock {
   Announcement announced[kRingSize];
   std::atomic<uint64_t> num_scheduled;  // the leader's: entries ever written to `scheduled`
   OpName scheduled[kRingSize];
-  std::atomic<uint64_t> barriers;  // barriers that this process has come to
+  std::atomic<uint64_t> barriers;               // barriers that this process has come to
   std::atomic<int64_t> steps[kMaxRanks];        // ops that each rank of this process has come to
   std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each came to the op that runs now
   std::atomic<uint32_t> broken;                 // set after `message`
@@ -72,8 +73,9 @@ struct ControlBlock {
 
 class GroupExchange {
  public:
-  // `blocks` are those of the group's processes, the leader's first, and `self` is the index of this
-  // one; `process_of` gives the index of each rank's process. All memory outlives the exchange.
+  // `blocks` are those of the group's processes, the leader's first, and `self` is the index of
+  // this one; `process_of` gives the index of each rank's process. All memory outlives the
+  // exchange.
   GroupExchange(std::vector<ControlBlock*> blocks, int self, std::vector<int> process_of,
                 double timeout_s);
 

@@ -29,7 +29,8 @@ SegmentLayout::SegmentLayout(const CommunicatorConfig& config, int process) : sh
     if (processes.count(process) == 0) continue;
     control_bytes_ = Aligned(control_bytes_);
     control_[group] = control_bytes_;
-    control_bytes_ += Aligned(sizeof(ControlBlock)) + Aligned(num_ranks * num_ranks * sizeof(RowCounters));
+    control_bytes_ +=
+        Aligned(sizeof(ControlBlock)) + Aligned(num_ranks * num_ranks * sizeof(RowCounters));
     for (const Place& place : config.places) {
       if (place.group != group || place.process != process) continue;
       windows_[{group, place.rank}] = window_bytes_;
@@ -65,8 +66,11 @@ LocalGroup::LocalGroup(const CommunicatorConfig& config, int group)
     process_of[place.rank] = index_of(place.process);
     num_local_ranks += place.process == config.process;
   }
-  if (spans_processes()) return;
   const size_t num_counters = static_cast<size_t>(config.shape.num_ranks) * config.shape.num_ranks;
+  taken_.rows_sent.assign(num_counters, 0);
+  taken_.rows_received.assign(num_counters, 0);
+  seconds_waited_.assign(num_counters, 0.0);
+  if (spans_processes()) return;
   own_rows_received.reset(new RowCounters[num_counters]());
   rows_received.push_back(own_rows_received.get());
 }
@@ -86,6 +90,43 @@ void LocalGroup::Connect(const CommunicatorConfig& config,
     }
   }
   exchange = std::make_unique<GroupExchange>(std::move(blocks), self, process_of, config.timeout_s);
+}
+
+void LocalGroup::CountRows(int from, int to, int64_t rows) {
+  rows_received[self][static_cast<size_t>(to) * process_of.size() + from].fetch_add(rows);
+}
+
+void LocalGroup::CountWaiting(const std::vector<GroupExchange::Clock::time_point>& arrivals) {
+  std::lock_guard<std::mutex> lock(traffic_mutex_);
+  const size_t num_ranks = process_of.size();
+  for (size_t rank = 0; rank < num_ranks; ++rank) {
+    if (!is_local(static_cast<int>(rank))) continue;
+    for (size_t peer = 0; peer < num_ranks; ++peer) {
+      const std::chrono::duration<double> waited = arrivals[peer] - arrivals[rank];
+      seconds_waited_[rank * num_ranks + peer] += std::max(0.0, waited.count());
+    }
+  }
+}
+
+void LocalGroup::TakeTraffic(Traffic* traffic) {
+  std::lock_guard<std::mutex> lock(traffic_mutex_);
+  const size_t num_ranks = process_of.size();
+  for (size_t rank = 0; rank < num_ranks; ++rank) {
+    if (!is_local(static_cast<int>(rank))) continue;
+    for (size_t peer = 0; peer < num_ranks; ++peer) {
+      const size_t at = rank * num_ranks + peer;
+      const size_t to = group * num_ranks * num_ranks + at;
+      // Rows are counted by who receives them.
+      const int64_t received = rows_received[self][at];
+      const int64_t sent = rows_received[process_of[peer]][peer * num_ranks + rank];
+      traffic->rows_received[to] = received - taken_.rows_received[at];
+      traffic->rows_sent[to] = sent - taken_.rows_sent[at];
+      traffic->seconds_waited[to] = seconds_waited_[at];
+      taken_.rows_received[at] = received;
+      taken_.rows_sent[at] = sent;
+      seconds_waited_[at] = 0.0;
+    }
+  }
 }
 
 }  // namespace jax_deepep

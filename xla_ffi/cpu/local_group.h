@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -34,6 +35,14 @@ struct CommunicatorConfig {
   std::vector<Place> places;
 };
 
+// What crossed a communicator, per (group, rank, peer), flattened in this order; zero for ranks of
+// other processes.
+struct Traffic {
+  std::vector<int64_t> rows_sent;
+  std::vector<int64_t> rows_received;
+  std::vector<double> seconds_waited;
+};
+
 // Rows that each rank received from each: [R to, R from], written by the process of `to`.
 using RowCounters = std::atomic<int64_t>;
 
@@ -53,8 +62,8 @@ class SegmentLayout {
 
  private:
   GroupShape shape_;
-  std::map<int, size_t> control_;                    // by group
-  std::map<std::pair<int, int>, size_t> windows_;    // by group and rank
+  std::map<int, size_t> control_;                  // by group
+  std::map<std::pair<int, int>, size_t> windows_;  // by group and rank
   bool needed_ = false;
   size_t control_bytes_ = 1;
   size_t window_bytes_ = 0;
@@ -67,20 +76,34 @@ struct LocalGroup {
   void Connect(const CommunicatorConfig& config,
                const std::map<int, std::unique_ptr<SharedSegment>>& segments);
 
+  // Add rows that a rank of this process received.
+  void CountRows(int from, int to, int64_t rows);
+
+  // Add how long each rank of this process waited for each other, given when they came to an op.
+  void CountWaiting(const std::vector<GroupExchange::Clock::time_point>& arrivals);
+
+  // Fill in this group's part of `traffic` with what was counted since the last call.
+  void TakeTraffic(Traffic* traffic);
+
   bool spans_processes() const { return processes.size() > 1; }
   bool is_local(int rank) const { return process_of[rank] == self; }
 
   int group = 0;
-  int self = 0;                  // index of this process among `processes`
-  std::vector<int> processes;    // ascending; the first leads
-  std::vector<int> process_of;   // of each rank, an index into `processes`
+  int self = 0;                 // index of this process among `processes`
+  std::vector<int> processes;   // ascending; the first leads
+  std::vector<int> process_of;  // of each rank, an index into `processes`
   int num_local_ranks = 0;
 
-  std::unique_ptr<GroupExchange> exchange;   // where it spans processes
-  std::vector<RankWindow> windows;           // likewise, of every rank
-  std::vector<RowCounters*> rows_received;   // of each of `processes`
+  std::unique_ptr<GroupExchange> exchange;           // where it spans processes
+  std::vector<RankWindow> windows;                   // likewise, of every rank
+  std::vector<RowCounters*> rows_received;           // of each of `processes`
   std::unique_ptr<RowCounters[]> own_rows_received;  // where it does not span processes
   std::thread worker;
+
+ private:
+  std::mutex traffic_mutex_;
+  Traffic taken_;                       // counters [R, R] when they were last asked for
+  std::vector<double> seconds_waited_;  // [R, R] since then
 };
 
 }  // namespace jax_deepep

@@ -156,7 +156,8 @@ template <typename Type>
 JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, const Term* terms, int num_terms,
                            int64_t size) {
   using Storage = typename Type::Storage;
-  constexpr int64_t kBlock = 2048;  // long runs of a row for the prefetcher, in the first-level cache still
+  constexpr int64_t kBlock =
+      2048;  // long runs of a row for the prefetcher, in the first-level cache still
   alignas(64) float total[kBlock];
   alignas(64) float part[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {

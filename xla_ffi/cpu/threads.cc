@@ -79,10 +79,9 @@ void ParallelFor(int64_t count, int64_t grain, int64_t bytes_per_item,
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t num_ranges = (count + grain - 1) / grain;
-  const int num_threads =
-      count * bytes_per_item < kBytesWorthSharing
-          ? 1
-          : static_cast<int>(std::min<int64_t>(NumCores(), num_ranges));
+  const int num_threads = count * bytes_per_item < kBytesWorthSharing
+                              ? 1
+                              : static_cast<int>(std::min<int64_t>(NumCores(), num_ranges));
 
   struct Shared {
     std::atomic<int64_t> next{0};

@@ -34,7 +34,8 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::Dictionary attr
   std::string why_not;
   site->comm = Communicator::Find(*comm_id, *fingerprint, &why_not);
   if (site->comm == nullptr) {
-    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + why_not));
+    return ffi::Unexpected(
+        ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + why_not));
   }
   return site;
 }
@@ -57,8 +58,8 @@ void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count
   const auto got = static_cast<int64_t>(buffer.element_count());
   if (!error->empty() || (buffer.element_type() == type && got == count)) return;
   std::ostringstream text;
-  text << name << " has " << got << " elements of " << buffer.element_type() << ", expected " << count
-       << " of " << type;
+  text << name << " has " << got << " elements of " << buffer.element_type() << ", expected "
+       << count << " of " << type;
   *error = text.str();
 }
 
@@ -77,7 +78,8 @@ ffi::Future JoinRanks(CallSite* site, ffi::RunId run, int64_t device, const ffi:
       believed != place->rank) {
     return Failed(ffi::Error::InvalidArgument(
         prefix + "the program runs device " + std::to_string(device) + " as rank " +
-        std::to_string(believed) + ", but it is rank " + std::to_string(place->rank) + " of " + name +
+        std::to_string(believed) + ", but it is rank " + std::to_string(place->rank) + " of " +
+        name +
         "; use shard_map with comm.mesh, or make the communicator with the mesh of the program"));
   }
   if (comm.closed()) {

@@ -59,8 +59,7 @@ std::string SharedSegment::Attach(int descriptor, size_t control_bytes, size_t w
 }
 
 std::string SharedSegment::Map(bool own) {
-  void* control =
-      mmap(nullptr, control_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_, 0);
+  void* control = mmap(nullptr, control_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_, 0);
   if (control == MAP_FAILED) return Failure("mmap");
   control_ = static_cast<char*>(control);
   if (window_bytes_ == 0) return "";
