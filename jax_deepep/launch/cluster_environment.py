@@ -1,0 +1,201 @@
+"""Which launcher am I, of how many, and where is the first? Pure functions of variables and arguments.
+
+A cluster's own starter (srun, mpirun, a Kubernetes Job) starts launchers, usually one per host; each
+launcher then starts its ranks. The order of belief follows JAX: Open MPI before SLURM, because mpirun
+inside an allocation leaves SLURM variables around that describe its own daemons, not the ranks.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jax_deepep.launch.kubernetes_job import KubernetesJob, read_job
+
+LOOPBACK = "127.0.0.1"
+
+
+class PlaceError(ValueError):
+    """The arguments and variables do not say where this launcher belongs."""
+
+
+@dataclass(frozen=True)
+class LauncherPlace:
+    """One launcher among those of a job."""
+
+    index: int  # this launcher, from 0; launcher 0 starts rank 0
+    count: int
+    coordinator: str  # host name or address of launcher 0
+    port: int | None = None  # where launcher 0 listens; None: derived from the job
+    local_index: int = 0  # this launcher among those on the same host
+    job: str = ""  # what tells this job from others on the same hosts
+    found_in: str = "the command line"
+
+
+def place_from_arguments(
+    hosts: str | None, coordinator: str | None, node_rank: int | None, environ: Mapping[str, str] = os.environ
+) -> LauncherPlace:
+    """Return the place that `--hosts`, `--coordinator` and `--node-rank` describe.
+
+    Args:
+        hosts: "host0,host1,…", or how many there are.
+        coordinator: "host" or "host:port"; by default the first of `hosts`.
+        node_rank: which of the hosts this one is; by default the one whose name or address is this
+            machine's, or what Kubernetes says.
+        environ: variables, for `JOB_COMPLETION_INDEX`.
+    """
+    address, port = split_address(coordinator) if coordinator is not None else (None, None)
+    names: list[str] = []
+    if hosts is None:
+        count = 1
+    elif hosts.isdigit():
+        count = int(hosts)
+    else:
+        names = [name.strip() for name in hosts.split(",")]
+        count = len(names)
+    if count < 1 or "" in names:
+        raise PlaceError(f"--hosts: got {hosts!r}; takes 'host0,host1,…' or a number of hosts >= 1")
+    if address is None:
+        if count > 1 and not names:
+            raise PlaceError(
+                f"--hosts: got the number {count}, which does not say where rank 0 is; "
+                "add --coordinator HOST[:PORT], or list the hosts by name"
+            )
+        address = names[0] if names else LOOPBACK
+    if node_rank is None:
+        node_rank = 0 if count == 1 else _own_index(names, environ)
+    if not 0 <= node_rank < count:
+        raise PlaceError(
+            f"--node-rank: got {node_rank}; takes 0..{count - 1}, one for each of the {count} hosts"
+        )
+    return LauncherPlace(node_rank, count, address, port, job=f"{hosts} {coordinator}")
+
+
+def split_address(address: str) -> tuple[str, int | None]:
+    """Split "host", "host:port", "[v6]" or "[v6]:port"."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\[\]\s]+)(?::(\d{1,5}))?", address)
+    if match is None or not 0 < int(match[2] or 1) < 65536:
+        raise PlaceError(
+            f"--coordinator: got {address!r}; takes HOST or HOST:PORT, for example 10.0.0.1:6000"
+        )
+    return match[1].strip("[]"), int(match[2]) if match[2] else None
+
+
+def place_from_cluster(
+    environ: Mapping[str, str],
+    coordinator: str | None = None,
+    kubernetes: Callable[[Mapping[str, str]], KubernetesJob] = read_job,
+) -> LauncherPlace | None:
+    """Return the place that a cluster's variables describe, or None outside of clusters.
+
+    Args:
+        environ: the launcher's variables.
+        coordinator: "host" or "host:port", where the variables do not say it, or say it wrong.
+        kubernetes: reads the Job of this pod; replaced in tests.
+    """
+    place = _place_from_variables(environ, coordinator is not None, kubernetes)
+    if place is None or coordinator is None:
+        return place
+    address, port = split_address(coordinator)
+    return replace(place, coordinator=address, port=port)
+
+
+def _place_from_variables(
+    environ: Mapping[str, str],
+    coordinator_known: bool,
+    kubernetes: Callable[[Mapping[str, str]], KubernetesJob],
+) -> LauncherPlace | None:
+    for find in (_open_mpi, _slurm, _pmi):
+        place = find(environ)
+        if place is not None:
+            if place.coordinator == "" and not coordinator_known:
+                raise PlaceError(
+                    f"--coordinator: the variables of {place.found_in} do not say where the first "
+                    "process runs; add --coordinator HOST[:PORT] "
+                    "(which launcher this is, and of how many, is known)"
+                )
+            return place
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        job = kubernetes(environ)
+        index = int(environ["JOB_COMPLETION_INDEX"])
+        return LauncherPlace(index, job.parallelism, job.coordinator, job=job.name, found_in="Kubernetes")
+    return None
+
+
+def _own_index(names: Sequence[str], environ: Mapping[str, str]) -> int:
+    mine = [index for index, name in enumerate(names) if _is_this_machine(name)]
+    if len(mine) == 1:
+        return mine[0]
+    if not mine and "JOB_COMPLETION_INDEX" in environ:
+        return int(environ["JOB_COMPLETION_INDEX"])
+    found = "none of --hosts is" if not mine else f"{', '.join(names[i] for i in mine)} are all"
+    raise PlaceError(
+        f"--node-rank: {found} this machine, so it must be given: 0 on the first host, 1 on the next, …"
+    )
+
+
+def _is_this_machine(name: str) -> bool:
+    own = socket.gethostname()
+    if name in (own, own.split(".")[0]):
+        return True
+    try:
+        family, _, _, _, address = socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind(address)  # only an address of this machine can be bound
+    except OSError:
+        return False
+    return True
+
+
+def _open_mpi(environ: Mapping[str, str]) -> LauncherPlace | None:
+    if "OMPI_COMM_WORLD_RANK" not in environ or "OMPI_COMM_WORLD_SIZE" not in environ:
+        return None
+    count = int(environ["OMPI_COMM_WORLD_SIZE"])
+    address = LOOPBACK
+    if int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0")) != count:
+        # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", the machine that mpirun runs on
+        uri = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+        address = (uri[1] or uri[2]) if uri is not None else ""  # Open MPI 5 has no such variable
+    return LauncherPlace(
+        int(environ["OMPI_COMM_WORLD_RANK"]), count, address,
+        local_index=int(environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")),
+        job=environ.get("OMPI_MCA_orte_hnp_uri", environ.get("PMIX_NAMESPACE", "")), found_in="Open MPI",
+    )  # fmt: skip
+
+
+def _slurm(environ: Mapping[str, str]) -> LauncherPlace | None:
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if any(name not in environ for name in names):
+        return None  # also in a shell of salloc, where no step has been started
+    count = int(environ["SLURM_NTASKS"])
+    if int(environ.get("PMI_SIZE", count)) != count:
+        return None  # srun started another starter's daemons, and that one started us
+    return LauncherPlace(
+        int(environ["SLURM_PROCID"]), count,
+        first_slurm_host(environ["SLURM_STEP_NODELIST"]) if count > 1 else LOOPBACK,
+        local_index=int(environ["SLURM_LOCALID"]),
+        job=f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}", found_in="SLURM",
+    )  # fmt: skip
+
+
+def first_slurm_host(node_list: str) -> str:
+    """Return the first name of "node001", "node001,other", "node[001-015],other" or "a[1,3]b-x"."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", node_list)
+    if match is None:
+        raise PlaceError(
+            f"SLURM_STEP_NODELIST: got {node_list!r}; expected a host list such as node[001-004]"
+        )
+    return "".join(part or "" for part in match.groups())
+
+
+def _pmi(environ: Mapping[str, str]) -> LauncherPlace | None:
+    if "PMI_RANK" not in environ or "PMI_SIZE" not in environ:
+        return None
+    count = int(environ["PMI_SIZE"])
+    all_here = count == 1 or int(environ.get("MPI_LOCALNRANKS", "0")) == count
+    return LauncherPlace(
+        int(environ["PMI_RANK"]), count, LOOPBACK if all_here else "",
+        local_index=int(environ.get("MPI_LOCALRANKID", "0")),
+        job=environ.get("PMI_JOBID", ""), found_in="PMI",
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""What the launcher says when a job has failed; the first failing rank comes last, with its traceback."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jax_deepep.launch.job_watch import JobOutcome
+from jax_deepep.launch.local_processes import RankProcess
+from jax_deepep.launch.pytest_report import pytest_summary
+from jax_deepep.launch.rank_logs import last_words
+from jax_deepep.launch.rank_names import rank_names
+
+
+def say(text: str) -> None:
+    """Print a line of the launcher's own."""
+    sys.stdout.flush()
+    print(f"[launch] {text}", file=sys.stderr, flush=True)
+
+
+def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> None:
+    """Say what happened on this host."""
+    if outcome.signal is not None:
+        say(f"got {signal.Signals(outcome.signal).name}; all ranks were ended. Logs: {log_dir}")
+        return
+    for line in pytest_summary([rank.place for rank in ranks], shown=ranks[0].rank):
+        say(line)
+    if outcome.elsewhere is not None:
+        say(f"the job failed on another host ({outcome.elsewhere}); the ranks here were ended")
+        return
+    if outcome.first is None or outcome.first.end is None:
+        return
+    first, end = outcome.first, outcome.first.end
+    for rank in ranks:
+        if (
+            rank is not first
+            and rank.end is not None
+            and rank.end.status != 0
+            and rank.rank not in outcome.ended
+        ):
+            say(f"rank {rank.rank} failed later: {rank.end.how}")
+    if outcome.ended:
+        say(f"{rank_names(outcome.ended)} ended by the launcher, because rank {first.rank} had failed")
+    if first.rank == 0:
+        aborted = [rank.rank for rank in ranks if rank.is_consequence()]
+        if aborted:
+            say(
+                "rank 0 hosts JAX's coordinator: it died, and JAX then aborts the others. "
+                f"So the end of {rank_names(aborted)} is a consequence, not a cause"
+            )
+        else:
+            say("rank 0 hosts JAX's coordinator: nothing can go on without it")
+    _show_stacks(outcome, ranks)
+    say(f"rank {first.rank} failed first: {end.how}. The end of its log ({first.log.path}):")
+    words = last_words(first.log.path, outcome.first_log_bytes)
+    for line in words or ["(it printed nothing)"]:
+        print(f"[{first.rank}] {line}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def _show_stacks(outcome: JobOutcome, ranks: Sequence[RankProcess]) -> None:
+    """After a hang, show where every rank was; after a plain failure, say where that is written."""
+    written = [rank for rank in ranks if _has_content(rank.place.stacks_file)]
+    if not any(rank.end is not None and rank.end.hung for rank in ranks):
+        dumped = [rank.rank for rank in written if rank.rank in outcome.ended]
+        if dumped:
+            say(f"where {rank_names(dumped)} stood at that moment: {ranks[0].place.log_dir}/rank*.stacks")
+        return
+    for rank in sorted(written, key=lambda rank: rank is outcome.first):
+        say(f"stacks of rank {rank.rank}:")
+        for line in rank.place.stacks_file.read_text(errors="replace").splitlines():
+            print(f"[{rank.rank}] {line}", file=sys.stderr)
+
+
+def _has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

@@ -1,0 +1,254 @@
+"""Launchers of one job meet, agree on a port for JAX's coordinator, and tell each other of failures.
+
+Launcher 0 listens; the others connect and stay connected. So no port has to be chosen by hand and
+guessed to be free, hosts may start different numbers of ranks, and a rank that dies on one host ends
+the ranks of all hosts within seconds: JAX alone would notice after its heartbeat timeout of 100 s.
+
+Messages are JSON, one a line. Launcher 0 passes every failure on to the others.
+"""
+
+import hashlib
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jax_deepep.launch.cluster_environment import LauncherPlace, PlaceError
+from jax_deepep.launch.rank_environment import JobPlace
+
+_FIRST_PORT, _NUM_PORTS, _CANDIDATES = 20000, 12000, 8  # below the ports that the kernel hands out
+Message = dict[str, Any]
+
+
+class HostLink:
+    """The connections of this launcher: to all others for launcher 0, to launcher 0 for the others."""
+
+    def __init__(
+        self, job: JobPlace, is_first: bool, reserved: socket.socket | None, peers: dict[socket.socket, int]
+    ) -> None:
+        self.job = job
+        self.is_first = is_first
+        self.peers = peers  # connection -> index of the launcher at its other end
+        self._reserved = reserved  # holds the coordinator's port for rank 0, which may bind it beside us
+        self._partial: dict[socket.socket, bytes] = dict.fromkeys(peers, b"")
+
+    def receive(self, peer: socket.socket) -> list[Message]:
+        """Return what a readable connection brought; `{"gone": index}` if it was closed."""
+        try:
+            data = peer.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            return [{"gone": self.peers.pop(peer)}]
+        *lines, self._partial[peer] = (self._partial[peer] + data).split(b"\n")
+        messages = [json.loads(line) for line in lines]
+        if self.is_first:
+            for message in messages:
+                if "failed" in message:
+                    self.send(message, other_than=peer)
+        return messages
+
+    def send(self, message: Message, other_than: socket.socket | None = None) -> None:
+        """Send to every connected launcher; one that is gone is noticed when reading."""
+        for peer in self.peers:
+            if peer is not other_than:
+                try:
+                    peer.sendall(_encode(message))
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        """Hang up, and give the reserved port back."""
+        for peer in [*self.peers, *([self._reserved] if self._reserved else [])]:
+            peer.close()
+
+
+def meet(place: LauncherPlace, num_local: int, timeout_s: float, cancelled: Callable[[], bool]) -> HostLink:
+    """Find the other launchers of the job.
+
+    Args:
+        place: this launcher among the others.
+        num_local: how many ranks it starts.
+        timeout_s: the longest to wait for the others.
+        cancelled: asked now and then; true ends the wait with `InterruptedError`.
+    """
+    deadline = time.monotonic() + timeout_s
+    if place.index == 0:
+        return _welcome_others(place, num_local, deadline, cancelled)
+    return _join_first(place, num_local, deadline, cancelled)
+
+
+def _bind_address(place: LauncherPlace) -> str:
+    """Where launcher 0 and JAX's coordinator listen: the named address and nothing else."""
+    try:
+        address = socket.getaddrinfo(place.coordinator, None, type=socket.SOCK_STREAM)[0][4][0]
+    except OSError as error:
+        raise PlaceError(f"--coordinator: {place.coordinator!r} is not a known host ({error})") from error
+    named_loopback = place.coordinator == "localhost" or place.coordinator.startswith(("127.", "::1"))
+    if str(address).startswith("127.") and not named_loopback:
+        # Many a /etc/hosts maps the machine's own name to 127.0.1.1, where no other host can reach it.
+        return "0.0.0.0"
+    return str(address)
+
+
+def _reserve_port(address: str, port: int) -> socket.socket:
+    # With SO_REUSEPORT, JAX's coordinator (gRPC sets it too) can bind the port while we hold it, and
+    # nobody else gets it in between. A socket that does not listen takes no connections.
+    holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        holder.bind((address, port))
+    except OSError as error:
+        holder.close()
+        raise PlaceError(
+            f"--coordinator: cannot listen on {address}:{port or 'any port'} ({error.strerror}); it must "
+            "be an address of the first host, with a port that is free there or with none"
+        ) from error
+    return holder
+
+
+def _in_url(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _ports(place: LauncherPlace) -> list[int]:
+    if place.port is not None:
+        return [place.port]
+    start = int(_fingerprint(place)[:8], 16)
+    return [_FIRST_PORT + (start + step * 37) % _NUM_PORTS for step in range(_CANDIDATES)]
+
+
+def _fingerprint(place: LauncherPlace) -> str:
+    who = f"{place.coordinator} {place.port} {place.count} {place.job} {os.getuid()}"
+    return hashlib.sha256(who.encode()).hexdigest()
+
+
+def _encode(message: Message) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _welcome_others(
+    place: LauncherPlace, num_local: int, deadline: float, cancelled: Callable[[], bool]
+) -> HostLink:
+    address = _bind_address(place)
+    met: dict[int, tuple[socket.socket, int]] = {}
+    if place.count > 1:
+        with _listen(place, address) as listener:
+            while len(met) < place.count - 1:
+                missing = sorted(set(range(1, place.count)) - set(met))
+                _check_wait(deadline, cancelled, f"launchers {missing} of {place.count} did not come")
+                try:
+                    peer = listener.accept()[0]
+                except TimeoutError:
+                    continue
+                hello = _read_line(peer)
+                if hello.get("job") != _fingerprint(place) or hello["index"] not in missing:
+                    peer.sendall(_encode({"refused": True}))
+                    peer.close()
+                    continue
+                peer.sendall(_encode({"welcome": True}))
+                met[hello["index"]] = (peer, hello["num_local"])
+    reserved = _reserve_port(address, place.port or 0 if place.count == 1 else 0)
+    port = reserved.getsockname()[1]
+    counts = [num_local, *(met[index][1] for index in sorted(met))]
+    common: Message = {"coordinator": _in_url(place.coordinator, port), "num_ranks": sum(counts)}
+    for index, (peer, _) in met.items():
+        peer.sendall(_encode({**common, "first_rank": sum(counts[:index])}))
+        peer.settimeout(10)
+    job = JobPlace(
+        0,
+        num_local,
+        sum(counts),
+        common["coordinator"],
+        _in_url(address, port),
+        place.local_index * num_local,
+    )
+    return HostLink(job, True, reserved, {peer: index for index, (peer, _) in met.items()})
+
+
+def _listen(place: LauncherPlace, address: str) -> socket.socket:
+    tried: list[int] = []
+    for port in _ports(place):
+        try:
+            listener = socket.create_server(
+                (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET
+            )
+        except OSError:
+            tried.append(port)
+            continue
+        listener.settimeout(0.2)
+        return listener
+    raise PlaceError(
+        f"--coordinator: cannot listen on {address}, port {' or '.join(map(str, tried))}; it must be an "
+        "address of the first host (--node-rank 0), with a port that is free there: --coordinator HOST:PORT"
+    )
+
+
+def _join_first(
+    place: LauncherPlace, num_local: int, deadline: float, cancelled: Callable[[], bool]
+) -> HostLink:
+    hello = {"job": _fingerprint(place), "index": place.index, "num_local": num_local}
+    while True:
+        for port in _ports(place):
+            _check_wait(
+                deadline, cancelled, f"launcher 0 was not found at {place.coordinator}, ports {_ports(place)}"
+            )
+            try:
+                peer = socket.create_connection((place.coordinator, port), timeout=2)
+            except OSError:
+                continue
+            try:
+                peer.sendall(_encode(hello))
+                if not _read_line(peer).get("welcome"):
+                    peer.close()
+                    continue
+            except (OSError, ValueError):  # somebody else's port
+                peer.close()
+                continue
+            agreed = _wait_for_line(peer, deadline, cancelled)
+            job = JobPlace(
+                agreed["first_rank"], num_local, agreed["num_ranks"], agreed["coordinator"],
+                agreed["coordinator"], place.local_index * num_local,
+            )  # fmt: skip
+            peer.settimeout(10)
+            return HostLink(job, False, None, {peer: 0})
+        time.sleep(0.2)
+
+
+def _read_line(peer: socket.socket) -> Message:
+    peer.settimeout(5)
+    line = b""
+    try:
+        while not line.endswith(b"\n") and len(line) < 4096:
+            byte = peer.recv(1)  # one by one: nothing behind the line may be swallowed
+            if not byte:
+                return {}
+            line += byte
+        message = json.loads(line)
+    except (OSError, ValueError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _wait_for_line(peer: socket.socket, deadline: float, cancelled: Callable[[], bool]) -> Message:
+    with selectors.DefaultSelector() as selector:
+        selector.register(peer, selectors.EVENT_READ)
+        while not selector.select(0.2):
+            _check_wait(deadline, cancelled, "some other launchers did not come")
+    message = _read_line(peer)
+    if "first_rank" not in message:
+        raise PlaceError("launcher 0 went away while the others were still coming; see its output")
+    return message
+
+
+def _check_wait(deadline: float, cancelled: Callable[[], bool], what: str) -> None:
+    if cancelled():
+        raise InterruptedError
+    if time.monotonic() > deadline:
+        raise PlaceError(
+            f"--start-timeout: {what} in time; start the same line on every host, and see that --hosts, "
+            "--coordinator and the number of hosts are the same everywhere"
+        )

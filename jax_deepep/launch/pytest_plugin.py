@@ -1,0 +1,179 @@
+"""pytest under the launcher: every rank runs the same tests, and one report is made of them.
+
+The launcher activates this plugin through `PYTEST_PLUGINS`; in a pytest that no launcher started it
+does nothing. It joins the job before any test touches a backend, puts a deadline on every test, and writes
+down what happens, for the launcher to read (`pytest_report`).
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_deepep.launch.rank_environment import PREFIX, PYTEST_PLUGIN, LaunchedRank, launched_rank
+
+_DEFAULT_TIMEOUT_S = 300.0
+_TIMEOUT_VARIABLE = PREFIX + "TEST_TIMEOUT"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the deadline, as an option and as an ini value."""
+    parser.getgroup("jax_deepep.launch").addoption(
+        "--launch-test-timeout", type=float, default=None, metavar="SECONDS",
+        help="Under python -m jax_deepep.launch: a test that takes longer ends the run "
+        "with the stacks of every rank. "
+        f"Also the ini value launch_test_timeout, or the variable {_TIMEOUT_VARIABLE}. "
+        f"Default {_DEFAULT_TIMEOUT_S:g}.",
+    )  # fmt: skip
+    parser.addini("launch_test_timeout", "deadline of a test under python -m jax_deepep.launch, in seconds")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Join the job, before conftest files and plugins can start a backend."""
+    place = launched_rank()
+    plugins = [name for name in os.environ.get("PYTEST_PLUGINS", "").split(",") if name]
+    if place is None or PYTEST_PLUGIN not in plugins:
+        return
+    # A pytest that a test starts is no rank: it must not join the job a second time.
+    plugins.remove(PYTEST_PLUGIN)
+    os.environ["PYTEST_PLUGINS"] = ",".join(plugins)
+    _refuse_conflicts(config)
+    _keep_files_apart(config, place)
+    config.pluginmanager.register(_RankSession(config, place), "jax_deepep_launch_rank")
+
+
+def _refuse_conflicts(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", default=None):
+        raise pytest.UsageError(
+            "-n/--numprocesses (pytest-xdist): the launcher's ranks are the processes; leave it out"
+        )
+    with contextlib.suppress(ValueError):
+        if float(config.getini("faulthandler_timeout") or 0) > 0:
+            raise pytest.UsageError(
+                "faulthandler_timeout: Python has one such timer, and the launcher's deadline needs it; "
+                "use --launch-test-timeout, or -o faulthandler_timeout=0"
+            )
+
+
+def _keep_files_apart(config: pytest.Config, place: LaunchedRank) -> None:
+    """Let no two ranks write the same file. Rank 0 keeps the names that were asked for."""
+    if place.rank == 0:
+        return
+    for option in ("xmlpath", "basetemp"):
+        path = config.getoption(option, default=None)
+        if path:
+            path = Path(str(path))
+            setattr(config.option, option, str(path.with_name(f"{path.stem}.rank{place.rank}{path.suffix}")))
+    cache = getattr(config, "cache", None)
+    if cache is not None:
+        cache.set = lambda key, value: None
+
+
+class _RankSession:
+    """The hooks of one rank's session."""
+
+    def __init__(self, config: pytest.Config, place: LaunchedRank) -> None:
+        self._place = place
+        self._timeout_s = _timeout(config)
+        self._orderly = False
+        self._status = 0
+        self._events = place.state_file("pytest").open("a", buffering=1)
+        self._stacks = place.stacks_file.open("a", buffering=1)
+        if not place.state_file("dumps").exists():  # pytest was started by a shell script, say
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is left of it when Python ends
+            faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
+            place.state_file("dumps").write_text(str(os.getpid()))
+        self._arm()
+        import jax
+
+        if not jax.distributed.is_initialized():
+            jax.distributed.initialize()
+
+    def _arm(self) -> None:
+        # A thread of C, not of Python: it fires also when a native call that hangs holds the GIL. It does not
+        # end the process: its connections would break, and the other ranks would run on before their stacks
+        # are taken. The launcher sees the dump, asks the others for theirs, and then ends all.
+        faulthandler.dump_traceback_later(self._timeout_s, file=self._stacks)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._events.write(json.dumps(event) + "\n")
+
+    def pytest_report_header(self) -> str:
+        return (
+            f"jax_deepep.launch: rank {self._place.rank} of {self._place.num_ranks}, "
+            f"{self._timeout_s:g} s per test, logs of all ranks in {self._place.log_dir}"
+        )
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._write({"collected": [item.nodeid for item in session.items]})
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        self._arm()
+        self._write({"started": item.nodeid})
+        try:
+            return (yield)
+        finally:
+            self._write({"finished": item.nodeid})
+            self._arm()  # between tests, and for what follows the last one
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note_failure(report, report.when or "call")
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note_failure(report, "collection")
+
+    def _note_failure(self, report: pytest.TestReport | pytest.CollectReport, when: str) -> None:
+        if report.failed:
+            text = report.longreprtext
+            crash = getattr(report.longrepr, "reprcrash", None)
+            message = crash.message if crash is not None else text
+            self._write({"failed": report.nodeid, "when": when, "message": message, "text": text})
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self._status = int(exitstatus)
+        ran_through = self._status in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        )
+        self._orderly = ran_through and not session.shouldstop and not session.shouldfail
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self) -> None:
+        """Leave the job together with the others; alone, if the others may still be in their tests."""
+        import jax
+
+        if self._orderly:
+            self._arm()
+            jax.distributed.shutdown()  # type: ignore[no-untyped-call]
+        elif self._status != 0:
+            # Stopped early (-x, an internal error, a collection error): the other ranks may wait for this one
+            # in a collective. The launcher ends them when it reads this.
+            failed = self._place.state_file("failed")
+            if not failed.exists():
+                failed.write_text(str(self._status))
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _timeout(config: pytest.Config) -> float:
+    given: Any = config.getoption("--launch-test-timeout")
+    if given is None:
+        given = (
+            config.getini("launch_test_timeout") or os.environ.get(_TIMEOUT_VARIABLE) or _DEFAULT_TIMEOUT_S
+        )
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise pytest.UsageError(f"--launch-test-timeout: got {given!r}; takes seconds > 0, for example 300")
+    return seconds

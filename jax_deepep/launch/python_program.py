@@ -1,0 +1,109 @@
+"""Run a Python program inside a rank, and tell the launcher at once when it fails.
+
+Run as a script, with the standard library alone, between the interpreter and the program:
+`python -u python_program.py train.py …`, also with `-m module` or `-c code`.
+
+Why: when a rank raises after `jax.distributed.initialize()`, Python prints the traceback and then
+runs JAX's exit handler, which waits up to five minutes for the other ranks, while they wait for this one in
+a collective. Seen from outside, nobody has died. So the failure is reported here, before the exit
+handlers run. The launcher then ends the job, and this rank's handlers still get its grace period.
+"""
+
+import contextlib
+import faulthandler
+import io
+import os
+import runpy
+import signal
+import sys
+import types
+from typing import Any
+
+
+def main() -> None:
+    """Do what `python ARGUMENTS` would do."""
+    state = _state_path()
+    if state is not None:
+        _dump_stacks_on_request(state)
+    arguments = sys.argv[1:]
+    try:
+        _run(arguments)
+    except SystemExit as error:
+        if error.code is not None and error.code != 0:
+            _report(state, error.code & 0xFF if isinstance(error.code, int) else 1)
+        raise
+    except KeyboardInterrupt:
+        raise  # Python itself then dies by SIGINT, as callers expect
+    except BaseException as error:
+        _print_without_this_file(error)
+        _report(state, 1)
+        sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
+    kind, rest = arguments[0], arguments[1:]
+    # This file's own folder must not be importable; what replaces it depends on how the program is named.
+    # With -P or -I Python had not added it in the first place.
+    own_path = not sys.flags.safe_path
+    if kind == "-m":
+        if own_path:
+            sys.path[0] = os.getcwd()
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        return
+    if own_path:
+        sys.path[0] = "" if kind == "-c" else os.path.dirname(os.path.realpath(kind))
+    # A new, lasting __main__: threads and exit handlers may use it after the program's last line.
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    if kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        code = compile(rest[0], "<string>", "exec")
+    else:
+        sys.argv = arguments
+        module.__file__ = kind
+        with io.open_code(os.path.abspath(kind)) as file:
+            code = compile(file.read(), kind, "exec")
+    names: dict[str, Any] = module.__dict__
+    names["__builtins__"] = __builtins__
+    exec(code, names)
+
+
+def _print_without_this_file(error: BaseException) -> None:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+        traceback = traceback.tb_next
+    sys.excepthook(type(error), error.with_traceback(traceback), traceback)
+    with contextlib.suppress(Exception):
+        sys.stderr.flush()
+
+
+def _state_path() -> str | None:
+    folder, rank = os.environ.get("JAX_DEEPEP_LAUNCH_LOG_DIR"), os.environ.get("JAX_DEEPEP_LAUNCH_RANK")
+    return None if folder is None or rank is None else os.path.join(folder, ".launch", f"rank{rank}")
+
+
+def _report(state: str | None, status: int) -> None:
+    if state is None:
+        return
+    with contextlib.suppress(OSError), open(state + ".failed.new", "w") as file:
+        file.write(str(status))
+        file.close()
+        os.replace(state + ".failed.new", state + ".failed")
+
+
+def _dump_stacks_on_request(state: str) -> None:
+    """On SIGUSR1 write the stack of every thread where the launcher will look for it."""
+    folder, name = os.path.split(state)
+    with contextlib.suppress(OSError):
+        stacks = os.open(
+            os.path.join(os.path.dirname(folder), name + ".stacks"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
+        # Python takes its handler away while it ends: a request that comes then must not kill.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        with open(state + ".dumps", "w") as file:
+            file.write(str(os.getpid()))
+
+
+main()

@@ -1,0 +1,184 @@
+"""The variables that make a process rank r of R.
+
+How a bare `jax.distributed.initialize()` finds its place. JAX takes the coordinator's address, the
+address it binds and the local devices from variables of its own (`JAX_COORDINATOR_ADDRESS`,
+`JAX_COORDINATOR_BIND_ADDRESS`, `JAX_LOCAL_DEVICE_IDS`), but has none for the number of processes and
+the process id: these come only from its cluster detection. Of the clusters it knows, SLURM's is
+nothing but five variables, is the same in every JAX from 0.10 to 0.11 and asks no network and no
+further package; Open MPI's changed with Open MPI 5 and now wants mpi4py. So a rank is presented to
+JAX as a SLURM task, and the variables of Open MPI, which JAX would believe first, are taken from it.
+A `ClusterEnv` subclass of our own would be tidier to read, but JAX sees it only after somebody has
+imported it, in every interpreter, also behind a shell script: there is no way to have that from
+outside without `sitecustomize`. Variables pass through everything.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX = "JAX_DEEPEP_LAUNCH_"
+PYTEST_PLUGIN = "jax_deepep.launch.pytest_plugin"
+_SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+_JAX_PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS")
+_DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\S+")
+
+
+@dataclass(frozen=True)
+class JobPlace:
+    """Where the ranks of this host stand in the whole job."""
+
+    first_rank: int
+    num_local: int
+    num_ranks: int
+    coordinator: str  # host:port that every rank connects to
+    coordinator_bind: str  # host:port that rank 0 listens on
+    first_local_index: int = 0  # ranks of other launchers on this host come first, with their devices
+
+    @property
+    def ranks(self) -> range:
+        """The ranks that this launcher starts."""
+        return range(self.first_rank, self.first_rank + self.num_local)
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What the command line says about the devices of each rank."""
+
+    platform: str | None = None  # "cpu", "cuda"; None: JAX's own choice
+    devices_per_process: int | None = None
+    share_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class LaunchedRank:
+    """What a rank knows about itself, without JAX."""
+
+    rank: int
+    num_ranks: int
+    local_rank: int
+    log_dir: Path
+
+    def state_file(self, kind: str) -> Path:
+        """A file through which the rank tells its launcher something: dumps, failed, pytest."""
+        return self.log_dir / ".launch" / f"rank{self.rank}.{kind}"
+
+    @property
+    def stacks_file(self) -> Path:
+        """Where the rank dumps its stacks when it hangs, or when another rank failed."""
+        return self.log_dir / f"rank{self.rank}.stacks"
+
+
+def launched_rank(environ: Mapping[str, str] = os.environ) -> LaunchedRank | None:
+    """Return the place of this process in its job, or None if no launcher started it."""
+    if PREFIX + "RANK" not in environ:
+        return None
+    return LaunchedRank(
+        rank=int(environ[PREFIX + "RANK"]),
+        num_ranks=int(environ[PREFIX + "NUM_RANKS"]),
+        local_rank=int(environ[PREFIX + "LOCAL_RANK"]),
+        log_dir=Path(environ[PREFIX + "LOG_DIR"]),
+    )
+
+
+def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables without what an outer launcher has put there.
+
+    A rank (a test, say) may itself run a launcher: the inner job must not take the outer one's ranks
+    for a SLURM cluster, nor join its coordinator.
+    """
+    clean = dict(environ)
+    if PREFIX + "RANK" in clean:
+        ours = [name for name in clean if name.startswith(PREFIX) and name != PREFIX + "TEST_TIMEOUT"]
+        for name in [*_SLURM_TASK, *_JAX_PLACE, *ours]:
+            clean.pop(name, None)
+        plugins = [
+            name for name in clean.pop("PYTEST_PLUGINS", "").split(",") if name not in ("", PYTEST_PLUGIN)
+        ]
+        if plugins:
+            clean["PYTEST_PLUGINS"] = ",".join(plugins)
+    return clean
+
+
+def rank_environ(
+    base: Mapping[str, str], place: JobPlace, local_rank: int, settings: RankSettings, log_dir: Path
+) -> dict[str, str]:
+    """Return the environment of one rank.
+
+    Args:
+        base: the launcher's own environment, already without an outer launch.
+        place: where this host's ranks stand.
+        local_rank: which of them, from 0.
+        settings: devices, as given on the command line.
+        log_dir: absolute; where the rank's files go.
+    """
+    rank = place.first_rank + local_rank
+    index = place.first_local_index + local_rank
+    env = {name: value for name, value in base.items() if not _misleads_jax(name)}
+    env.update(
+        {
+            "SLURM_JOB_ID": base.get("SLURM_JOB_ID", "0"),
+            "SLURM_STEP_NODELIST": base.get("SLURM_STEP_NODELIST", place.coordinator.rsplit(":", 1)[0]),
+            "SLURM_NTASKS": str(place.num_ranks),
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(index),
+            "JAX_COORDINATOR_ADDRESS": place.coordinator,
+            "JAX_COORDINATOR_BIND_ADDRESS": place.coordinator_bind,
+            "JAX_LOCAL_DEVICE_IDS": _local_device_ids(index, settings),
+            PREFIX + "RANK": str(rank),
+            PREFIX + "NUM_RANKS": str(place.num_ranks),
+            PREFIX + "LOCAL_RANK": str(local_rank),
+            PREFIX + "LOG_DIR": str(log_dir),
+        }
+    )
+    # Output goes through a pipe, which Python would buffer by blocks: a dying rank would take its
+    # last words along. A segfault or an abort should say where in the program it happened.
+    env.setdefault("PYTHONUNBUFFERED", "1")
+    env.setdefault("PYTHONFAULTHANDLER", "1")
+    if settings.platform is not None:
+        env["JAX_PLATFORMS"] = settings.platform
+    _set_cpu_devices(env, settings)
+    if settings.share_gpu:
+        # Preallocation stays as it is (on, in JAX): a preallocated pool is what peers can map.
+        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.8 / place.num_local:.4f}"
+        env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # NCCL >= 2.30; older ones refuse ranks that share a GPU
+    plugins = [name for name in env.get("PYTEST_PLUGINS", "").split(",") if name not in ("", PYTEST_PLUGIN)]
+    env["PYTEST_PLUGINS"] = ",".join([*plugins, PYTEST_PLUGIN])
+    _keep_package_importable(env)
+    return env
+
+
+def _misleads_jax(name: str) -> bool:
+    return name.startswith("OMPI_COMM_WORLD_") or name in ("OMPI_MCA_orte_hnp_uri", *_JAX_PLACE)
+
+
+def _local_device_ids(index: int, settings: RankSettings) -> str:
+    if settings.share_gpu:
+        return "0"
+    count = settings.devices_per_process or 1
+    return ",".join(str(device) for device in range(index * count, (index + 1) * count))
+
+
+def _set_cpu_devices(env: dict[str, str], settings: RankSettings) -> None:
+    count = settings.devices_per_process
+    if count is None and settings.platform == "cpu":
+        count = 1
+    if count is not None:
+        flags = _DEVICE_COUNT_FLAG.sub("", env.get("XLA_FLAGS", "")).split()
+        env["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={count}"])
+    if settings.platform != "cuda" and "NPROC" not in env:
+        # XLA's CPU thread pool has as many threads as cores, or as NPROC says. Collectives of several
+        # devices block its threads: with fewer than two per device, programs in flight deadlock.
+        env["NPROC"] = str(max(len(os.sched_getaffinity(0)), 2 * (count or 1)))
+
+
+def _keep_package_importable(env: dict[str, str]) -> None:
+    """Let the ranks import this very package, also from a checkout that is not installed.
+
+    `python -m` puts the current folder on the path, the `pytest` command does not. An installed
+    package needs nothing, and its site-packages must not leak into another interpreter.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):
+        env["PYTHONPATH"] = os.pathsep.join(part for part in (env.get("PYTHONPATH"), str(root)) if part)

@@ -1,0 +1,66 @@
+"""What the ranks print: each line on the console with its rank, everything in one file per rank."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_LONGEST_LINE = 65536
+_SHOWN_LINES = 60
+_TRACEBACKS = ("Traceback (most recent call last)", "Fatal Python error", "  + Exception Group Traceback")
+
+
+class RankLog:
+    """One rank's output, as it comes."""
+
+    def __init__(self, rank: int, path: Path, on_console: Callable[[], bool]) -> None:
+        self.rank = rank
+        self.path = path
+        self._file = path.open("wb", buffering=0)
+        self._on_console = on_console
+        self._partial = b""
+
+    def write(self, data: bytes) -> None:
+        """Keep the bytes; show the lines that are complete."""
+        self._file.write(data)
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > _LONGEST_LINE:
+            lines.append(self._partial)
+            self._partial = b""
+        if lines and self._on_console():
+            show(self.rank, lines)
+
+    def close(self) -> None:
+        """Show what was printed without a line end."""
+        if self._partial and self._on_console():
+            show(self.rank, [self._partial])
+        self._partial = b""
+        self._file.close()
+
+
+def show(rank: int, lines: list[bytes]) -> None:
+    """Print whole lines, each with its rank, in one write so that ranks do not mix inside a line."""
+    prefix = b"[%d] " % rank
+    sys.stdout.buffer.write(b"".join(prefix + line + b"\n" for line in lines))
+    sys.stdout.buffer.flush()
+
+
+def last_words(path: Path, length: int) -> list[str]:
+    """Return the end of a log's first `length` bytes: the last traceback, or else the last lines."""
+    with path.open("rb") as file:
+        begin = max(0, length - 262144)
+        file.seek(begin)
+        lines = file.read(length - begin).decode(errors="replace").splitlines()
+    starts = [index for index, line in enumerate(lines) if line.startswith(_TRACEBACKS)]
+    start = starts[-1] if starts else max(0, len(lines) - _SHOWN_LINES // 2)
+    # A chained exception is understood from its first cause.
+    for earlier in reversed(starts[:-1]):
+        between = "\n".join(lines[earlier:start])
+        if "exception was the direct cause" in between or "another exception occurred" in between:
+            start = earlier
+        else:
+            break
+    # What follows the traceback is mostly libraries on their way out; the traceback itself is kept whole.
+    shown = lines[start : start + _SHOWN_LINES * 2]
+    if len(lines) > start + len(shown):
+        shown.append(f"… {len(lines) - start - len(shown)} more lines")
+    return shown

@@ -1,0 +1,193 @@
+"""Which launcher is this, and what does a rank's environment say? Pure functions, no processes."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_deepep.launch.cluster_environment import (
+    LauncherPlace,
+    PlaceError,
+    first_slurm_host,
+    place_from_arguments,
+    place_from_cluster,
+    split_address,
+)
+from jax_deepep.launch.kubernetes_job import KubernetesError, KubernetesJob, read_job
+from jax_deepep.launch.python_command import through_python_program
+from jax_deepep.launch.rank_environment import (
+    PREFIX,
+    JobPlace,
+    RankSettings,
+    launched_rank,
+    rank_environ,
+    without_launch,
+)
+
+SLURM = {
+    "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+}  # fmt: skip
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3", "HOSTNAME": "moe-3"}
+PLACE = JobPlace(4, 4, 8, "10.0.0.1:6000", "10.0.0.1:6000")
+
+
+def environ_of(
+    local_rank: int, settings: RankSettings, base: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    return rank_environ(base or {}, PLACE, local_rank, settings, Path("/logs"))
+
+
+def test_outside_of_clusters_there_is_no_place() -> None:
+    assert place_from_cluster({}) is None
+    assert place_from_cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # a shell of salloc
+    assert place_from_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a pod of its own
+
+
+def test_slurm() -> None:
+    assert place_from_cluster(SLURM) == LauncherPlace(2, 4, "gpu03", job="77.2", found_in="SLURM")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node001", "node001"), ("node001,host2", "node001"), ("node[001-015],host2", "node001"),
+        ("node[001,007-015],host2", "node001"), ("a[2-3]-ib,b", "a2-ib"),
+    ],
+)  # fmt: skip
+def test_first_slurm_host(nodes: str, first: str) -> None:
+    assert first_slurm_host(nodes) == first
+
+
+def test_open_mpi_is_believed_before_slurm() -> None:
+    place = place_from_cluster({**SLURM, **OPEN_MPI})
+    assert place is not None
+    assert (place.index, place.count, place.coordinator, place.found_in) == (1, 2, "10.96.0.1", "Open MPI")
+
+
+def test_open_mpi_5_on_one_host_and_on_several() -> None:
+    variables = {name: value for name, value in OPEN_MPI.items() if name.startswith("OMPI_COMM")}
+    here = place_from_cluster(
+        {**variables, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    )
+    assert here is not None
+    assert (here.coordinator, here.local_index) == ("127.0.0.1", 1)
+    with pytest.raises(PlaceError, match=r"Open MPI do not say where .* add --coordinator"):
+        place_from_cluster(variables)
+    told = place_from_cluster(variables, "10.0.0.5:6000")
+    assert told is not None
+    assert (told.index, told.count, told.coordinator, told.port) == (1, 2, "10.0.0.5", 6000)
+
+
+def test_pmi() -> None:
+    variables = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
+    place = place_from_cluster(variables)
+    assert place is not None
+    assert (place.index, place.count, place.coordinator, place.local_index) == (1, 2, "127.0.0.1", 1)
+    with pytest.raises(PlaceError, match="--coordinator"):
+        place_from_cluster({**variables, "MPI_LOCALNRANKS": "1"})
+
+
+def test_kubernetes() -> None:
+    job = KubernetesJob("moe", 8, "moe-0.pods")
+    place = place_from_cluster(POD, kubernetes=lambda _: job)
+    assert place == LauncherPlace(3, 8, "moe-0.pods", job="moe", found_in="Kubernetes")
+
+
+def test_kubernetes_job() -> None:
+    def fetch(_: Mapping[str, str], name: str) -> dict[str, Any]:
+        assert name == "moe"
+        return {"spec": {"parallelism": 8, "template": {"spec": {"subdomain": subdomain}}}}
+
+    subdomain: str | None = "pods"
+    assert read_job(POD, fetch) == KubernetesJob("moe", 8, "moe-0.pods")
+    subdomain = None
+    with pytest.raises(KubernetesError, match="headless Service"):
+        read_job(POD, fetch)
+    with pytest.raises(KubernetesError, match="give --hosts NUMBER_OF_PODS"):
+        read_job({**POD, "HOSTNAME": "other"}, fetch)
+
+
+def test_places_from_arguments() -> None:
+    assert place_from_arguments(None, None, None).coordinator == "127.0.0.1"
+    place = place_from_arguments("a,b,c", None, 2)
+    assert (place.index, place.count, place.coordinator, place.port) == (2, 3, "a", None)
+    place = place_from_arguments("2", "10.0.0.1:6000", 1)
+    assert (place.index, place.count, place.coordinator, place.port) == (1, 2, "10.0.0.1", 6000)
+    assert place_from_arguments("192.0.2.1,127.0.0.1", None, None).index == 1  # 192.0.2.x belongs to nobody
+    assert place_from_arguments("4", "moe-0.pods", None, POD).index == 3
+    for hosts in ("0", "a,,b"):
+        with pytest.raises(PlaceError, match="--hosts: got"):
+            place_from_arguments(hosts, "a", 0)
+
+
+def test_addresses() -> None:
+    assert split_address("host") == ("host", None)
+    assert split_address("[fe80::1]:80") == ("fe80::1", 80)
+    for bad in ("", "a:0", "a:99999", "a:b", "a:1:2"):
+        with pytest.raises(PlaceError, match="takes HOST or HOST:PORT"):
+            split_address(bad)
+
+
+def test_a_rank_is_a_slurm_task_to_jax() -> None:
+    env = environ_of(
+        1, RankSettings("cpu", 2), {**OPEN_MPI, "XLA_FLAGS": "--a --xla_force_host_platform_device_count=9"}
+    )
+    assert (env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]) == ("5", "8", "1")
+    assert env["JAX_COORDINATOR_ADDRESS"] == env["JAX_COORDINATOR_BIND_ADDRESS"] == "10.0.0.1:6000"
+    assert env["JAX_LOCAL_DEVICE_IDS"] == "2,3"
+    assert env["JAX_PLATFORMS"] == "cpu"
+    assert env["XLA_FLAGS"] == "--a --xla_force_host_platform_device_count=2"
+    assert int(env["NPROC"]) >= 4
+    assert not [name for name in env if name.startswith("OMPI")]
+    place = launched_rank(env)
+    assert place is not None
+    assert (place.rank, place.num_ranks, place.local_rank, place.log_dir) == (5, 8, 1, Path("/logs"))
+
+
+def test_what_the_user_has_set_stays() -> None:
+    assert environ_of(0, RankSettings("cpu", 8), {"NPROC": "3"})["NPROC"] == "3"
+    assert "NPROC" not in environ_of(0, RankSettings("cuda"))
+    assert "JAX_PLATFORMS" not in environ_of(0, RankSettings())
+    assert environ_of(0, RankSettings(), {"PYTEST_PLUGINS": "mine"})["PYTEST_PLUGINS"].startswith("mine,")
+
+
+def test_an_inner_launcher_does_not_see_the_outer_one() -> None:
+    inner = without_launch(environ_of(0, RankSettings()))
+    assert place_from_cluster(inner) is None
+    assert not [name for name in inner if name.startswith((PREFIX, "JAX_COORDINATOR", "PYTEST"))]
+    assert without_launch(SLURM) == SLURM
+
+
+def test_python_commands_are_recognised(tmp_path: Path) -> None:
+    script = tmp_path / "s.py"
+    script.write_text("")
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!{sys.executable}\n")
+    tool.chmod(0o755)
+    python = sys.executable
+    for command, position in (
+        ([python, str(script), "-m"], 1), ([python, "-u", "-X", "dev", "-m", "pytest"], 4),
+        ([python, "-c", "1"], 1),
+        ([str(tool), "x"], 1),
+    ):  # fmt: skip
+        result = through_python_program(command)
+        assert Path(result[position]).name == "python_program.py"
+        assert (
+            result[:position] + result[position + 1 :]
+            == ([python] if command[0] == str(tool) else []) + command
+        )
+    for command in (
+        ["sh", "-c", "true"],
+        [python, "-V"],
+        [python],
+        [python, "-um", "pytest"],
+        ["no-such-program"],
+    ):
+        assert through_python_program(command) == command

@@ -1,0 +1,129 @@
+"""pytest under the launcher: the same tests on every rank, and one report of them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from launcher_runs import launch, program
+
+pytestmark = pytest.mark.skipif(
+    "JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="starts launchers of its own: run it outside of one"
+)
+
+SUM = """
+import jax, jax.numpy as jnp, time
+from jax.experimental.multihost_utils import process_allgather
+
+def test_every_rank_is_here():
+    ranks = process_allgather(jnp.ones(()) * jax.process_index())
+    assert ranks.sum() == sum(range(jax.process_count()))
+"""
+
+
+def run_pytest(folder: Path, text: str, *options: str, ranks: int = 2) -> tuple[int, str]:
+    program(folder, SUM + text, "test_sample.py")
+    return launch(
+        "-n", str(ranks), "--platform", "cpu", "--grace", "1", "--log-dir", folder / "log",
+        "--", sys.executable, "-m", "pytest", "test_sample.py", *options, cwd=folder,
+    )  # fmt: skip
+
+
+def test_passing_tests_are_reported_once(tmp_path: Path) -> None:
+    status, output = run_pytest(tmp_path, "", "--junitxml", "report.xml", ranks=2)
+    assert status == 0, output
+    assert output.count("1 passed") == 1
+    assert "1 passed" in (tmp_path / "log" / "rank1.log").read_text()
+    assert (tmp_path / "report.xml").exists()
+    assert (tmp_path / "report.rank1.xml").exists()
+
+
+def test_a_failure_on_one_rank_is_reported_with_the_rank(tmp_path: Path) -> None:
+    text = """
+def test_only_rank_one_fails():
+    assert jax.process_index() == 0, "not rank zero"
+
+def test_all_fail():
+    assert jax.process_count() == 99
+
+def test_after_failures_the_ranks_still_agree():
+    test_every_rank_is_here()
+"""
+    status, output = run_pytest(tmp_path, text)
+    assert status == 1, output
+    assert "1 failed, 3 passed" in output
+    assert "FAILED test_sample.py::test_only_rank_one_fails on rank 1 of ranks 0-1" in output
+    assert "FAILED test_sample.py::test_all_fail on ranks 0-1 of ranks 0-1" in output
+    assert "[1] E       AssertionError: not rank zero" in output
+    summary = output[output.index("[launch] FAILED") :]
+    assert summary.count("test_all_fail on") == 1
+    assert "2 failed, 2 passed" in (tmp_path / "log" / "rank1.log").read_text()
+
+
+def test_a_hang_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
+    text = """
+def rank_one_sleeps_here():
+    time.sleep(300)
+
+def test_hangs():
+    if jax.process_index() == 1:
+        rank_one_sleeps_here()
+    assert process_allgather(jnp.ones(())).sum() == 2
+"""
+    # The other rank's deadline is later, so that its stacks can only come from being asked for them.
+    (tmp_path / "conftest.py").write_text(
+        "import os\n"
+        "def pytest_cmdline_main(config):\n"
+        "    config.option.launch_test_timeout = {'0': 200.0, '1': 8.0}["
+        "os.environ['JAX_DEEPEP_LAUNCH_RANK']]\n"
+    )
+    status, output = run_pytest(tmp_path, text)
+    assert status == 1, output
+    assert "NOT FINISHED test_sample.py::test_hangs on ranks 0-1 of ranks 0-1" in output
+    stacks = output[output.index("stacks of rank") :]
+    assert stacks.index("stacks of rank 0") < stacks.index("stacks of rank 1")
+    of_zero, of_one = stacks.split("stacks of rank 1")
+    assert "in test_hangs" in of_zero
+    assert "process_allgather" in of_zero
+    assert "Timeout (" in of_one
+    assert "in rank_one_sleeps_here" in of_one
+    assert "rank 1 failed first: a test ran past its deadline" in output
+
+
+def test_a_rank_that_stops_early_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    text = """
+def test_only_rank_one_fails():
+    assert jax.process_index() == 0
+
+def test_needs_everybody():
+    test_every_rank_is_here()
+"""
+    status, output = run_pytest(tmp_path, text, "-x")
+    assert status == 1, output
+    assert "FAILED test_sample.py::test_only_rank_one_fails on rank 1 of ranks 0-1" in output
+
+
+def test_ranks_that_collect_different_tests_are_told_so(tmp_path: Path) -> None:
+    text = """
+import pytest
+
+@pytest.mark.parametrize("rank", [jax.process_index()])
+def test_own(rank):
+    assert rank == 0
+"""
+    status, output = run_pytest(tmp_path, text)
+    assert status == 1, output
+    assert "did not collect the same tests: number 2 is test_sample.py::test_own[0] on rank 0" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--launch-test-timeout", "0"], "--launch-test-timeout: got 0.0; takes seconds > 0"),
+        (["-o", "faulthandler_timeout=5"], "use --launch-test-timeout"),
+    ],
+)
+def test_bad_options_are_explained(tmp_path: Path, options: list[str], words: str) -> None:
+    status, output = run_pytest(tmp_path, "", *options, ranks=1)
+    assert status == 4, output
+    assert words in output
