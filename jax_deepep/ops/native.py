@@ -117,7 +117,20 @@ def dispatch(
 ) -> tuple[jax.Array, Handle]:
     """Implement `implementations.dispatch`."""
     tokens, *leaves = dispatch_p.bind(_rank(shape), x, topk_idx, topk_weights, shape=shape)
-    return tokens, Handle(*leaves, shape)
+    source, destination, weights, local_experts, group_sizes, num_rows, *counts = leaves
+    num_received, num_dropped, num_invalid = counts
+    return tokens, Handle(
+        source=source,
+        destination=destination,
+        weights=weights,
+        local_experts=local_experts if shape.layout == "token" else None,
+        group_sizes=group_sizes,
+        num_rows=num_rows,
+        num_received=num_received,
+        num_dropped=num_dropped,
+        num_invalid=num_invalid,
+        route_shape=shape,
+    )
 
 
 def _redispatch_types(

@@ -151,7 +151,7 @@ void Communicator::Join(const void* instruction, int64_t call, int64_t run, cons
     meeting.arrivals.resize(shape().num_ranks);
     meeting.first_rank = place.rank;
     meeting.step = step;
-    meeting.deadline = now + Seconds(config_.timeout_s);
+    SetDeadline(group, &meeting);
     watchdog_wake_.notify_one();
   }
   meeting.ranks[place.rank] = std::move(op);
@@ -231,7 +231,9 @@ void Communicator::ServeGroup(LocalGroup& group) {
     meetings_.erase(found);
     lock.unlock();
     if (meeting.num_arrived == group.num_local_ranks) {
+      group.runs_op = true;
       Run(group, std::move(meeting));
+      group.runs_op = false;
       continue;
     }
     Finish(std::move(meeting.ranks), /*abandon=*/true);
@@ -270,15 +272,15 @@ void Communicator::WatchDeadlines() {
       watchdog_wake_.wait_until(lock, deadline);
       continue;
     }
-    std::string missing = DescribeMissing(late->first, late->second);
+    const LocalGroup& group = GroupOf(late->first.group);
+    const std::string missing = DescribeMissing(late->first, late->second);
     if (missing.empty()) {
-      // All have come; the op waits behind others of this process, which have deadlines themselves.
-      late->second.deadline = Clock::now() + Seconds(config_.timeout_s);
+      // The op waits behind others of this process, which have deadlines themselves.
+      SetDeadline(group, &late->second);
       continue;
     }
-    const int32_t group = late->first.group;
     lock.unlock();
-    Break(Named(missing, group));
+    Break(Named(missing, group.group));
     lock.lock();
   }
 }
@@ -287,23 +289,38 @@ int64_t Communicator::StepOf(const LocalGroup& group, int rank) const {
   return group.is_local(rank) ? steps_[Index(group.group, rank)] : group.exchange->StepOf(rank);
 }
 
-// Who has not come to an op, or nothing if all have.
+void Communicator::SetDeadline(const LocalGroup& group, Meeting* meeting) {
+  meeting->deadline = Clock::now() + Seconds(config_.timeout_s);
+  if (group.exchange != nullptr) meeting->num_taken = group.exchange->num_taken();
+}
+
+// Who keeps an op from running, or nothing if it is other ops of this process.
 std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting) const {
   const LocalGroup& group = *groups_.at(key.group);
-  std::ostringstream missing;
-  int num_missing = 0;
+  std::vector<int> missing;
   for (int rank = 0; rank < shape().num_ranks; ++rank) {
     const bool came = group.is_local(rank) ? meeting.ranks[rank] != nullptr
                                            : group.exchange->HasAnnounced(key.op, rank);
-    if (came) continue;
-    missing << (num_missing++ ? ", " : "") << rank << " (expected at step " << meeting.step
-            << ", seen at step " << StepOf(group, rank) << ")";
+    if (!came) missing.push_back(rank);
   }
-  if (num_missing == 0) return "";
+  const char* manner = "";
+  if (missing.empty()) {
+    // All have come, so that only the leader can be at fault: it has to schedule the op.
+    if (group.runs_op || group.exchange->num_taken() != meeting.num_taken) return "";
+    manner = ", then stopped";
+    for (int rank = 0; rank < shape().num_ranks; ++rank) {
+      if (group.process_of[rank] == 0) missing.push_back(rank);
+    }
+  }
   std::ostringstream text;
   text << meeting.ranks[meeting.first_rank]->name() << " on rank " << meeting.first_rank
-       << " waited " << config_.timeout_s << " s (timeout_s) for "
-       << (num_missing == 1 ? "rank " : "ranks ") << missing.str();
+       << " waited " << config_.timeout_s << " s (timeout_s) for ";
+  const char* separator = missing.size() == 1 ? "rank " : "ranks ";
+  for (const int rank : missing) {
+    text << separator << rank << " (expected at step " << meeting.step << ", seen at step "
+         << StepOf(group, rank) << manner << ")";
+    separator = ", ";
+  }
   return text.str();
 }
 

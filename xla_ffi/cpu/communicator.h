@@ -99,6 +99,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     int first_rank = 0;
     int64_t step = 0;  // of the first rank: its how-manieth op this is
     Clock::time_point deadline;
+    uint64_t num_taken = 0;  // scheduled ops that this process had taken up when that was set
   };
 
   explicit Communicator(CommunicatorConfig config);
@@ -108,6 +109,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void Run(LocalGroup& group, Meeting meeting);
   void Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon);
   void Break(std::string message);
+  void SetDeadline(const LocalGroup& group, Meeting* meeting);
   std::string DescribeMissing(const Key& key, const Meeting& meeting) const;
   std::string Named(const std::string& failure, int group) const;
   int64_t StepOf(const LocalGroup& group, int rank) const;

@@ -98,6 +98,9 @@ class GroupExchange {
   // What a process of the group broke the communicator with, or nothing.
   std::string BrokenByPeer() const;
 
+  // How many scheduled ops this process has taken up.
+  uint64_t num_taken() const { return num_taken_; }
+
   // Whether a rank has announced an op, as far back as the ring reaches.
   bool HasAnnounced(const OpName& op, int rank) const;
 
@@ -119,10 +122,10 @@ class GroupExchange {
   const int self_;
   const std::vector<int> process_of_;
   const double timeout_s_;
-  uint64_t num_taken_ = 0;             // of the leader's schedule
-  uint64_t num_barriers_ = 0;          // that this process has come to
-  std::vector<uint64_t> num_read_;     // leader: of each process's announcements
-  std::map<OpName, int> num_pending_;  // leader: ranks that announced an op not yet scheduled
+  std::atomic<uint64_t> num_taken_{0};  // of the leader's schedule
+  uint64_t num_barriers_ = 0;           // that this process has come to
+  std::vector<uint64_t> num_read_;      // leader: of each process's announcements
+  std::map<OpName, int> num_pending_;   // leader: ranks that announced an op not yet scheduled
 };
 
 }  // namespace jax_deepep

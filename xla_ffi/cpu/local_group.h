@@ -99,6 +99,7 @@ struct LocalGroup {
   std::vector<RowCounters*> rows_received;           // of each of `processes`
   std::unique_ptr<RowCounters[]> own_rows_received;  // where it does not span processes
   std::thread worker;
+  std::atomic<bool> runs_op{false};  // the worker is inside an op, whose waits have deadlines
 
  private:
   std::mutex traffic_mutex_;

@@ -1,5 +1,6 @@
 #include "handlers/call_site.h"
 
+#include <atomic>
 #include <sstream>
 
 namespace jax_deepep {
@@ -9,9 +10,10 @@ const XLA_FFI_TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
 namespace {
 
-// Calls instantiated since the thread's last program. XLA instantiates those of one program in the
-// order of its thunks, which is the same wherever the same program is compiled.
-thread_local int64_t calls_in_program = 0;
+// Calls instantiated since the last program was finished. XLA instantiates those of one program one
+// after the other, in the order of its thunks, which is the same wherever the same program is
+// compiled; on which thread it does so differs between versions.
+std::atomic<int64_t> calls_in_program{0};
 
 ffi::Future Failed(ffi::Error error) {
   ffi::Promise promise;

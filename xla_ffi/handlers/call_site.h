@@ -29,8 +29,8 @@ struct CallSite {
   int64_t number = 0;
 };
 
-// Tell that this thread has finished compiling or loading a program: calls of the next one are
-// numbered from zero again, whatever programs another process has compiled meanwhile.
+// Tell that JAX has compiled or loaded a program: calls of the next one are numbered from zero
+// again, whatever programs another process has compiled meanwhile.
 void FinishProgram();
 
 // The instantiate stage of every verb.

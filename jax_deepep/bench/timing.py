@@ -1,0 +1,86 @@
+"""Rounds in which all contenders take turns, and what is kept of them."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+# Run something once and return its seconds.
+Timer = Callable[[Callable[[], Any]], float]
+
+MIN_ROUNDS = 5  # below this, percentiles mean nothing
+
+# Before each run, so that it pays less for what the one before left behind: right after a large run of
+# xla, dispatch + combine took twice the CPU time natively. 0.3 s did not remove all of it either.
+SETTLE_S = 0.03
+
+
+def wall_clock(run: Callable[[], Any]) -> float:
+    """Return seconds from the launch until all results are there."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    seconds = time.perf_counter() - start
+    del result  # freed outside of the measurement
+    return seconds
+
+
+# What measures on a platform. A CUDA timer, by events on the streams, belongs here.
+TIMERS: dict[str, Timer] = {"cpu": wall_clock}
+
+
+def timer_for(platform: str) -> Timer:
+    """Return what measures on `platform`; where there is nothing better, the wall clock."""
+    return TIMERS.get(platform, wall_clock)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of many runs.
+
+    Attributes:
+        median, p10, p90: seconds.
+        runs: how many there were.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Spread":
+        """Summarise `seconds`."""
+        p10, median, p90 = np.percentile(seconds, [10, 50, 90])
+        return cls(float(median), float(p10), float(p90), len(seconds))
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], Any]], *, repeats: int, limit_s: float, timer: Timer
+) -> dict[str, list[float]]:
+    """Time every contender once per round, so that a slow moment of the machine meets all of them.
+
+    Args:
+        contenders: what to run, by name; every one runs twice before anything counts.
+        repeats: rounds; fewer, but at least MIN_ROUNDS, where they would take longer than limit_s.
+        limit_s: seconds.
+        timer: what measures a run.
+
+    Returns:
+        Seconds of each round by name; entry i of all names is of one round.
+    """
+    names = list(contenders)
+    for name in names:
+        timer(contenders[name])
+    round_s = sum(SETTLE_S + timer(contenders[name]) for name in names)
+    rounds = min(repeats, max(MIN_ROUNDS, int(limit_s / max(round_s, 1e-9))))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        # Another one begins each time: none always comes after the same one, whose traces are in the cache.
+        for place in range(len(names)):
+            name = names[(number + place) % len(names)]
+            time.sleep(SETTLE_S)
+            seconds[name].append(timer(contenders[name]))
+    return seconds
