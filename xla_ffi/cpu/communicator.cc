@@ -244,6 +244,14 @@ void Communicator::ServeGroup(LocalGroup& group) {
 // Give up: end all ops that wait, and every later one at once. Under the lock, a meeting is either
 // taken here or by the one who runs it, never both: no one begins to read its buffers afterwards.
 void Communicator::Break(std::string message) {
+  // Who broke it first knows best who was missing: one that was stopped itself would blame others.
+  for (const auto& [index, group] : groups_) {
+    if (group->exchange == nullptr) continue;
+    if (std::string first = group->exchange->BrokenByPeer(); !first.empty()) {
+      message = std::move(first);
+      break;
+    }
+  }
   std::map<Key, Meeting> abandoned;
   {
     std::lock_guard<std::mutex> lock(mutex_);
