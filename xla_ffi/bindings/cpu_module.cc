@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/communicator.h"
+#include "cpu/registry.h"
 #include "handlers/call_site.h"
 #include "handlers/handlers.h"
 
@@ -70,7 +71,9 @@ std::shared_ptr<Communicator> MakeCommunicator(
   for (const auto& [device, group, rank, process_of_device] : places) {
     config.places.push_back({device, group, rank, process_of_device});
   }
-  return Communicator::Create(std::move(config));
+  auto comm = std::make_shared<Communicator>(std::move(config));
+  Register(comm);
+  return comm;
 }
 
 // Give values [num_groups, R, R] to NumPy, which frees them.

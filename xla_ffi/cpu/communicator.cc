@@ -10,57 +10,12 @@
 namespace jax_deepep {
 namespace {
 
-// From ids in programs to communicators. Weak, so that a closed communicator goes away; an id is
-// never used again, so that an old program cannot meet a new communicator.
-struct Registry {
-  std::mutex mutex;
-  std::unordered_map<int64_t, std::weak_ptr<Communicator>> by_id;
-};
-
-Registry& TheRegistry() {
-  static Registry* const registry = new Registry;  // outlives every thread
-  return *registry;
-}
-
 std::chrono::steady_clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(seconds));
 }
 
 }  // namespace
-
-std::shared_ptr<Communicator> Communicator::Create(CommunicatorConfig config) {
-  const int64_t id = config.id;
-  std::shared_ptr<Communicator> comm(new Communicator(std::move(config)));
-  Registry& registry = TheRegistry();
-  std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.by_id[id] = comm;
-  return comm;
-}
-
-std::shared_ptr<Communicator> Communicator::Find(int64_t id, int64_t fingerprint,
-                                                 std::string* why_not) {
-  std::shared_ptr<Communicator> comm;
-  {
-    Registry& registry = TheRegistry();
-    std::lock_guard<std::mutex> lock(registry.mutex);
-    if (const auto found = registry.by_id.find(id); found != registry.by_id.end()) {
-      comm = found->second.lock();
-    }
-  }
-  const std::string name = "communicator #" + std::to_string(id);
-  if (comm == nullptr) {
-    *why_not = "this program uses " + name +
-               ", which does not exist in this process (any more); make the same communicators in "
-               "the same order as the process that traced the program did";
-  } else if (comm->config().fingerprint != fingerprint) {
-    *why_not = "this program uses " + name +
-               ", which was made with other arguments here than where the program was traced; make "
-               "the same communicators in the same order";
-    comm = nullptr;
-  }
-  return comm;
-}
 
 Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config)) {
   for (const Place& place : config_.places) {

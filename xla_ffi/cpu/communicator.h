@@ -23,13 +23,9 @@ namespace jax_deepep {
 
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
-  // Create and register; an id is used once in the life of a process. Where groups span processes,
-  // AttachPeer for each of the others and Start must follow.
-  static std::shared_ptr<Communicator> Create(CommunicatorConfig config);
-
-  // The communicator that a program names, or null with the reason in `why_not`.
-  static std::shared_ptr<Communicator> Find(int64_t id, int64_t fingerprint, std::string* why_not);
-
+  // Where groups span processes, AttachPeer for each of the others and Start must follow. Throws
+  // std::runtime_error if there is no memory to share.
+  explicit Communicator(CommunicatorConfig config);
   ~Communicator();
 
   // The descriptor of the memory that this process shares with its peers, or -1 if there is none.
@@ -101,8 +97,6 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     Clock::time_point deadline;
     uint64_t num_taken = 0;  // scheduled ops that this process had taken up when that was set
   };
-
-  explicit Communicator(CommunicatorConfig config);
 
   void WatchDeadlines();
   void ServeGroup(LocalGroup& group);

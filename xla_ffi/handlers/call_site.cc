@@ -3,6 +3,8 @@
 #include <atomic>
 #include <sstream>
 
+#include "cpu/registry.h"
+
 namespace jax_deepep {
 
 ffi::TypeId CallSite::id = {};
@@ -34,7 +36,7 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::Dictionary attr
   auto site = std::make_unique<CallSite>();
   site->number = calls_in_program++;
   std::string why_not;
-  site->comm = Communicator::Find(*comm_id, *fingerprint, &why_not);
+  site->comm = FindCommunicator(*comm_id, *fingerprint, &why_not);
   if (site->comm == nullptr) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + why_not));

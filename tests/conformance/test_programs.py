@@ -1,0 +1,130 @@
+"""What one problem alone cannot show: many routings of one program, and many communicators in one."""
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from implementations import IMPLEMENTATIONS, assert_same_bits, assert_same_sums, communicator_or_skip
+from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
+from problems import Problem, inputs_of
+
+import jax_deepep as ep
+
+pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_many_random_routings(layout: str, implementation: str) -> None:
+    """One compiled program against the oracle, from sparse to skewed to mostly invalid routings."""
+    problem = Problem("many routings", num_topk=4, layout=layout, capacity=16, alignment=4)
+    comm = communicator_or_skip(problem, implementation)
+    inputs = inputs_of(problem)
+
+    def body(x, topk_idx, topk_weights, y):
+        dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+        out = ep.combine(y, handle, comm=comm)
+        counts = (handle.num_received, handle.num_dropped, handle.num_invalid)
+        return dispatched.tokens, handle.source, counts, out
+
+    program = jax.jit(per_device(body, problem.mesh, problem.axis_name))
+    rng = np.random.default_rng(3)
+    spec = device_axis(problem.mesh, problem.axis_name)
+    x, topk_weights, y = inputs.x, inputs.topk_weights, np.nan_to_num(inputs.y, nan=3.5)
+    for _ in range(25):
+        lowest, highest = rng.integers(-6, 1), rng.integers(1, 14)
+        topk_idx = rng.integers(lowest, highest, inputs.topk_idx.shape).astype(np.int32)
+        tokens, source, counts, out = fetch(
+            program(*put_on_mesh((x, topk_idx, topk_weights, y), problem.mesh, spec))
+        )
+        for group in range(2):
+            of_group = slice(4 * group, 4 * group + 4)
+            routes = oracle.route(
+                topk_idx[of_group],
+                topk_weights[of_group],
+                num_experts=problem.num_experts,
+                max_tokens=problem.max_tokens,
+                **problem.dispatch_options,
+            )
+            np.testing.assert_array_equal(source[of_group], routes.source)
+            expected = oracle.carry(routes, x[of_group])
+            assert_same_bits(tokens[of_group][routes.mask], expected[routes.mask])
+            for count, name in zip(counts, ("num_received", "num_dropped", "num_invalid"), strict=True):
+                np.testing.assert_array_equal(count[of_group], getattr(routes, name))
+            expected = oracle.combine(routes, y[of_group], weighted=layout == "expert")
+            assert_same_sums(out[of_group], expected, implementation)
+
+
+def test_communicators_of_different_shapes_in_one_program(implementation: str) -> None:
+    """Three on one mesh, one of them with other axes; the results of each feed the next."""
+    first = Problem("first", num_experts=8, num_topk=2, max_tokens=9)
+    second = Problem("second", num_experts=32, num_topk=6, layout="token")
+    third = Problem("third", num_experts=4, num_topk=1, alignment=8, capacity=16)
+    problems = (first, second, third)
+    comms = [communicator_or_skip(problem, implementation) for problem in problems]
+    inputs = [inputs_of(problem) for problem in problems]
+
+    def program(x, *routings):
+        outs = []
+        for problem, comm, routing in zip(problems, comms, routings, strict=True):
+            dispatched, handle = ep.dispatch(x, *routing, comm=comm, **problem.dispatch_options)
+            x = ep.combine(dispatched.tokens, handle, comm=comm, weighted=False, bias=x)
+            outs.append(x)
+        return outs
+
+    routings = [(each.topk_idx, each.topk_weights) for each in inputs]
+    outs = run_per_device(program, first.mesh, first.axis_name, inputs[0].x, *routings)
+    x = inputs[0].x
+    for out, each in zip(outs, inputs, strict=True):
+        of_group = each.by_group(x)
+        x = each.from_oracle(
+            lambda routes, group, of_group=of_group: oracle.combine(
+                routes, oracle.carry(routes, of_group[group]), weighted=False, bias=of_group[group]
+            )
+        )
+        assert_same_sums(out, x, implementation)
+        x = out  # the next one starts from the same bits
+
+
+def test_communicators_along_different_axes_in_one_program(implementation: str) -> None:
+    """Groups of four along one axis, of two along the other, and of all eight along both."""
+    along_expert = Problem("along expert", "node 2 × expert 4", num_topk=2)
+    mesh = along_expert.mesh
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "max_tokens": 6, "hidden_size": 8}
+    communicator_or_skip(along_expert, implementation).close()
+    axes = ["expert", "node", ("node", "expert"), ("expert", "node")]
+    comms = [ep.Communicator(mesh, axis, **sizes, implementation=implementation) for axis in axes]
+    inputs = inputs_of(along_expert)
+
+    def program(x, topk_idx, topk_weights):
+        sources = []
+        for comm in comms:
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+            sources.append((handle.source, dispatched.num_rows))
+        return sources
+
+    arrays = (inputs.x, inputs.topk_idx, inputs.topk_weights)
+    results = run_per_device(program, mesh, ("node", "expert"), *arrays)
+    in_mesh = np.arange(8).reshape(2, 4)
+    groups_along = [in_mesh, in_mesh.T, in_mesh.reshape(1, 8), in_mesh.T.reshape(1, 8)]
+    for groups, (source, num_rows) in zip(groups_along, results, strict=True):
+        for group in groups:
+            routes = oracle.route(
+                inputs.topk_idx[group], inputs.topk_weights[group], num_experts=8, max_tokens=6
+            )
+            np.testing.assert_array_equal(source[group], routes.source)
+            np.testing.assert_array_equal(num_rows[group], routes.num_rows)
+
+
+def test_weighted_by_default_for_expert_major_rows(implementation: str) -> None:
+    problem = Problem("weighted", num_topk=3)
+    comm = communicator_or_skip(problem, implementation)
+    inputs = inputs_of(problem)
+
+    def program(x, topk_idx, topk_weights, y):
+        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+        return [ep.combine(y, handle, comm=comm, weighted=weighted) for weighted in (None, True, False)]
+
+    arrays = (inputs.x, inputs.topk_idx, inputs.topk_weights, inputs.y)
+    default, weighted, unweighted = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    assert_same_bits(default, weighted)
+    assert (default != unweighted).any()

@@ -1,0 +1,59 @@
+"""Sets the process up before JAX is imported: eight CPU devices, unless something else was asked for."""
+
+import faulthandler
+import os
+import sys
+
+# The launcher and the user come first: only what they left open is filled in.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# XLA's CPU client sizes its pool of threads by this. Its own collectives block one thread per device, so
+# that a small machine with eight devices would deadlock without it.
+os.environ.setdefault("NPROC", "16")
+
+import jax
+import pytest
+
+from jax_deepep.launch import launched_rank
+
+DEADLINE_S = 300.0  # of one test, everything included; a hang becomes a traceback of every thread
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_stderr = None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _stderr
+    _stderr = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")  # pytest's capture must not swallow it
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return (
+        f"jax {jax.__version__}: {jax.device_count()} {jax.default_backend()} devices "
+        f"in {jax.process_count()} process(es), NPROC={os.environ['NPROC']}"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
+    if launched_rank() is not None:  # the launcher has a deadline of its own, for all ranks together
+        return (yield)
+    faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=_stderr)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if any(device.platform == "gpu" for device in jax.devices()):
+        return
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; there is none here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)

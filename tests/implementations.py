@@ -1,0 +1,39 @@
+"""The implementations under test: a new one adds itself here and runs every suite."""
+
+import jax
+import numpy as np
+import pytest
+from problems import Problem
+
+import jax_deepep as ep
+
+IMPLEMENTATIONS = ["native", "xla"]
+EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
+
+
+def communicator_or_skip(problem: Problem, implementation: str, **options) -> ep.Communicator:
+    """Make the communicator of a problem; skip where the native ops do not serve several processes."""
+    try:
+        return problem.communicator(implementation, **options)
+    except ValueError as error:
+        if implementation == "native" and jax.process_count() > 1 and "processes" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    as_bits = np.dtype(f"u{got.dtype.itemsize}")
+    np.testing.assert_array_equal(got.view(as_bits), expected.view(as_bits))
+
+
+def assert_same_sums(got: np.ndarray, expected: np.ndarray, implementation: str) -> None:
+    """Compare results of combine as exactly as the implementation promises."""
+    if implementation in EXACT:
+        assert_same_bits(got, expected)
+        return
+    assert got.dtype == expected.dtype
+    # One unit of rounding in float32 may tip the rounding to the dtype of y, once per device.
+    unit = {"float32": 2.0**-22, "float16": 2.0**-9, "bfloat16": 2.0**-6}[got.dtype.name]
+    np.testing.assert_allclose(got.astype(np.float32), expected.astype(np.float32), rtol=unit, atol=4 * unit)

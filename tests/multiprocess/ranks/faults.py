@@ -1,0 +1,255 @@
+"""One fault, named by the first argument: what the victim does, and what the others find.
+
+Every process has one device and is one rank of the only group, so that rank and process are the same.
+"""
+
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, leave_without_the_dead, meet, report
+
+import jax_deepep as ep
+
+TIMEOUT_S = 4.0
+VICTIM = int(ARGUMENTS[1])
+SURVIVORS = [rank for rank in range(NUM_PROCESSES) if rank != VICTIM]
+NUM_EXPERTS, NUM_TOPK = 2 * NUM_PROCESSES, 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compiled program of four ops, dispatch and combine and their gradients, and its operands."""
+
+    comm: ep.Communicator
+    program: jax.stages.Compiled
+    operands: tuple[jax.Array, ...]
+
+    @classmethod
+    def of(cls, num_tokens: int, hidden_size: int) -> "Step":
+        """Make a communicator and compile the program for it. Collective."""
+        mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
+        comm = ep.Communicator(
+            mesh, num_experts=NUM_EXPERTS, num_experts_per_tok=NUM_TOPK, max_tokens=num_tokens,
+            hidden_size=hidden_size, implementation="native", timeout_s=TIMEOUT_S,
+        )  # fmt: skip
+
+        def results(x, topk_idx, topk_weights):
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+            out = ep.combine(3 * dispatched.tokens, handle, comm=comm)
+            # Rows after the last group are not written, unless the op was abandoned.
+            written = dispatched.mask | (handle.num_received == 0)
+            return out, {
+                "tokens": jnp.where(written[:, None], dispatched.tokens, 0),
+                "weights": dispatched.weights,
+                "counts": jnp.concatenate([dispatched.group_sizes, dispatched.num_rows]),
+                "totals": jnp.stack([handle.num_received, handle.num_dropped, handle.num_invalid])[None, :],
+                "mask": dispatched.mask,
+            }
+
+        def with_gradients(x, topk_idx, topk_weights):
+            def loss(x, topk_weights):
+                out, rest = results(x, topk_idx, topk_weights)
+                return jnp.sum(out * out), rest | {"out": out}
+
+            gradients, rest = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, topk_weights)
+            return rest | dict(zip(("gradient of x", "gradient of topk_weights"), gradients, strict=True))
+
+        rng = np.random.default_rng(0)
+        num_rows = NUM_PROCESSES * num_tokens
+        experts = np.tile(np.arange(NUM_EXPERTS, dtype=np.int32), (num_rows, 1))
+        arrays = (
+            rng.normal(size=(num_rows, hidden_size)).astype(np.float32),
+            rng.permuted(experts, axis=1)[:, :NUM_TOPK],
+            rng.uniform(0.5, 1.0, size=(num_rows, NUM_TOPK)).astype(np.float32),
+        )
+        sharding = NamedSharding(mesh, P("expert"))
+        operands = tuple(jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays)
+        mapped = jax.shard_map(with_gradients, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        return cls(comm, jax.jit(mapped).lower(*operands).compile(), operands)
+
+    def run(self) -> dict[str, np.ndarray]:
+        """Run once; return this rank's part of the results."""
+        results = self.program(*self.operands)
+        return {name: np.asarray(array.addressable_data(0)) for name, array in results.items()}
+
+
+def is_abandoned(results: dict[str, np.ndarray]) -> bool:
+    """Return whether all results are what an op leaves that met no peer: NaN, 0 and False."""
+    floats = [array for array in results.values() if array.dtype == np.float32]
+    others = [array for array in results.values() if array.dtype != np.float32]
+    return all(np.isnan(array).all() for array in floats) and not any(array.any() for array in others)
+
+
+def is_same(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(results[name], expected[name], equal_nan=True) for name in expected)
+
+
+def report_abandoned(step: Step, results: dict[str, np.ndarray]) -> None:
+    """Report what the contract says about an op that a peer did not come to."""
+    first, again = error_of(step.comm.check), error_of(step.comm.check)
+    begin = time.monotonic()
+    later = step.run()
+    report(
+        "abandoned",
+        results=is_abandoned(results),
+        error=first,
+        sticky=first == again,
+        later_results=is_abandoned(later),
+        later_seconds=time.monotonic() - begin,
+        trace_error=error_of(lambda: _trace(step)),
+        device_works=float(jnp.arange(4.0).sum()) == 6.0,
+        state=step.comm.describe().splitlines()[-1],
+    )
+
+
+def _trace(step: Step) -> None:
+    def dispatch(*operands):
+        return ep.dispatch(*operands, comm=step.comm)[0].tokens
+
+    mapped = jax.shard_map(dispatch, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"))
+    jax.jit(mapped).lower(*step.operands)
+
+
+def first_step(num_tokens: int = 8, hidden_size: int = 16) -> tuple[Step, dict[str, np.ndarray]]:
+    """Run a first step that all ranks come to."""
+    step = Step.of(num_tokens, hidden_size)
+    meet("programs are compiled")
+    results = step.run()
+    step.comm.check()
+    report("first step", abandoned=is_abandoned(results))
+    meet("first step")
+    return step, results
+
+
+def dies_before_the_op() -> None:
+    step, _ = first_step()
+    if RANK == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    report_abandoned(step, step.run())
+    leave_without_the_dead()
+
+
+def raises_before_the_op() -> None:
+    step, _ = first_step()
+    if RANK == VICTIM:
+        raise ValueError("the data loader of this rank failed")
+    report_abandoned(step, step.run())
+
+
+def dies_after_the_op() -> None:
+    step, first = first_step()
+    results = step.run()
+    if RANK == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step.comm.check()
+    step.comm.close()
+    report("unharmed", same=is_same(results, first))
+    leave_without_the_dead()
+
+
+def _run_until_abandoned(step: Step, first: dict[str, np.ndarray], fault: int) -> dict[str, np.ndarray]:
+    """Send the victim a signal at some moment; return the first results that are not right."""
+    for number in range(100_000):
+        results = step.run()
+        if not all(np.array_equal(results[name], first[name]) for name in ("out", "gradient of x")):
+            report("steps before", steps=number)
+            return results
+        if RANK == VICTIM and number == 0:  # all others are in the loop as well
+            _signal_after_a_moment(fault)
+    raise AssertionError("the victim never went away")
+
+
+def _signal_after_a_moment(number: int) -> None:
+    delay_s = random.Random(ARGUMENTS[2]).uniform(0, 0.5)
+
+    def send() -> None:
+        time.sleep(delay_s)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def dies_during_ops() -> None:
+    step, first = first_step(num_tokens=256, hidden_size=1024)
+    results = _run_until_abandoned(step, first, signal.SIGKILL)
+    _report_partly_abandoned(step, results)
+    leave_without_the_dead()
+
+
+def _report_partly_abandoned(step: Step, results: dict[str, np.ndarray]) -> None:
+    """The step that broke may have got through its first ops: what follows them is NaN all the same."""
+    error = error_of(step.comm.check)
+    last = is_abandoned({name: results[name] for name in ("gradient of x", "gradient of topk_weights")})
+    report("broke in a step", error=error, gradients=last)
+    report_abandoned(step, step.run())
+
+
+def stalls_before_the_op() -> None:
+    step, first = first_step()
+    other = Step.of(8, 16)
+    meet("other program is compiled")
+    other_first = other.run()
+    meet("other first step")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+    report("ready")
+    if RANK == VICTIM:
+        signal.sigwait({signal.SIGCONT})  # the test stops this process now, and continues it
+    results = step.run()
+    report_abandoned(step, results)
+    _go_on_with_others(step, first, other, other_first)
+
+
+def stalls_during_ops() -> None:
+    step, first = first_step(num_tokens=256, hidden_size=1024)
+    other = Step.of(8, 16)
+    meet("other program is compiled")
+    other_first = other.run()
+    meet("other first step")
+    results = _run_until_abandoned(step, first, signal.SIGSTOP)
+    _report_partly_abandoned(step, results)
+    _go_on_with_others(step, first, other, other_first)
+
+
+def _go_on_with_others(
+    step: Step, first: dict[str, np.ndarray], other: Step, other_first: dict[str, np.ndarray]
+) -> None:
+    """The late one is back: nothing else was hurt, and a new communicator takes over."""
+    before = {name: array.copy() for name, array in first.items()}
+    meet("all are back")
+    num_tokens, hidden_size = step.operands[0].shape
+    new = Step.of(num_tokens // NUM_PROCESSES, hidden_size)
+    meet("new program is compiled")
+    other_again, new_results = other.run(), new.run()
+    other.comm.check()
+    new.comm.check()
+    report(
+        "unharmed",
+        other=is_same(other_again, other_first),
+        new=is_same(new_results, before),
+        earlier=is_same(first, before),
+        still_broken=error_of(step.comm.check),
+    )
+    meet("done")
+
+
+def process_0_dies() -> None:
+    step, _ = first_step()
+    if RANK == VICTIM:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step.run()
+    step.comm.check()
+    sys.exit(0)  # not reached
+
+
+join()
+globals()[ARGUMENTS[0]]()

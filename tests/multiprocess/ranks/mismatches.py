@@ -1,0 +1,70 @@
+"""Processes that make their communicators with different arguments, and one that makes none.
+
+Arguments: the rank that differs. Every process has one device and is one rank.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
+
+import jax_deepep as ep
+
+DIFFERENT = int(ARGUMENTS[0]) == RANK
+OTHERS = {
+    "num_experts": 2 * NUM_PROCESSES,
+    "num_experts_per_tok": 1,
+    "max_tokens": 5,
+    "hidden_size": 24,
+    "timeout_s": 9.0,
+    "implementation": "xla",
+    "mode": "throughput",
+}
+
+
+def make(**different) -> ep.Communicator:
+    arguments = {
+        "num_experts": NUM_PROCESSES,
+        "num_experts_per_tok": 2,
+        "max_tokens": 4,
+        "hidden_size": 16,
+        "timeout_s": 4.0,
+        "implementation": "native",
+    }
+    mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
+    return ep.Communicator(mesh, **arguments | different)
+
+
+def norm_of_dispatched(comm: ep.Communicator) -> float:
+    """Send every rank's row of ones to the two experts of a token."""
+
+    def program(x):
+        topk_idx = jnp.tile(jnp.array([[0, 1]], jnp.int32), (comm.max_tokens, 1))
+        weights = jnp.full(topk_idx.shape, 0.5, jnp.float32)
+        topk_idx = jax.lax.pcast(topk_idx, ("expert",), to="varying")
+        weights = jax.lax.pcast(weights, ("expert",), to="varying")
+        dispatched, handle = ep.dispatch(x, topk_idx, weights, comm=comm)
+        return ep.combine(dispatched.tokens, handle, comm=comm)
+
+    sharding = jax.NamedSharding(comm.mesh, P("expert"))
+    x = jnp.ones((NUM_PROCESSES * comm.max_tokens, comm.hidden_size), device=sharding)
+    out = jax.jit(jax.shard_map(program, mesh=comm.mesh, in_specs=P("expert"), out_specs=P("expert")))(x)
+    return float(out.addressable_data(0).mean())
+
+
+join()
+for name, value in OTHERS.items():
+    meet(f"before {name}")
+    report(name, error=error_of(lambda n=name, v=value: make(**({n: v} if DIFFERENT else {}))))
+
+meet("before the equal ones")
+comm = make(timeout_s=60.0)
+report("equal arguments", mean=norm_of_dispatched(comm))
+
+meet("before the absence")
+begin = time.monotonic()
+if not DIFFERENT:
+    report("absence", error=error_of(make), seconds=time.monotonic() - begin)
+meet("the end")

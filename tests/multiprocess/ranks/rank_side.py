@@ -1,0 +1,59 @@
+"""The inside of a rank: how the scripts of this folder join the others, report to the test, and leave.
+
+A script runs as `python script.py ADDRESS RANK NUM_PROCESSES [ARGUMENTS]`, see ../rank_processes.py.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import jax
+from leftovers import shared_segments
+
+from jax_deepep import jax_compat
+
+ADDRESS = sys.argv[1]
+RANK = int(sys.argv[2])
+NUM_PROCESSES = int(sys.argv[3])
+ARGUMENTS = sys.argv[4:]
+
+REPORT = "REPORT "  # begins a line of findings, for ../rank_processes.py
+MEETING_MS = 60_000
+
+
+def join() -> None:
+    """Connect to the coordinator; the first thing that a script does."""
+    jax.distributed.initialize(
+        ADDRESS, NUM_PROCESSES, RANK, initialization_timeout=60, shutdown_timeout_seconds=30
+    )
+
+
+def meet(name: str, processes: Sequence[int] | None = None) -> None:
+    """Wait for the other processes outside of any program; a name is used once."""
+    jax_compat.coordination_client().wait_at_barrier(name, MEETING_MS, process_ids=processes)
+
+
+def report(name: str, **findings: Any) -> None:
+    """Tell the test what was found, in JSON values, and which shared memory this process holds."""
+    line = json.dumps({"name": name, "segments": sorted(shared_segments()), **findings})
+    sys.stdout.write(f"{REPORT}{line}\n")  # at once, so that a kill cannot part the line from its end
+    sys.stdout.flush()
+
+
+def leave_without_the_dead() -> NoReturn:
+    """End the process without JAX's own goodbye, which waits for all processes, the dead ones too."""
+    sys.stdout.flush()
+    if RANK == 0:
+        sys.stdin.buffer.read()  # until all others have ended
+    os._exit(0)
+
+
+def error_of(function: Callable[[], Any]) -> str:
+    """Call a function that must raise; return the type and the text of its error."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"

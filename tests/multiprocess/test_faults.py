@@ -1,0 +1,192 @@
+"""What the survivors find when a rank dies, stalls, raises, or was started differently.
+
+Every test ends by itself, long before its hard deadline, and leaves no process and no shared memory.
+"""
+
+import re
+import signal
+
+import pytest
+from rank_processes import RankProcesses, starts_its_own_processes
+
+pytestmark = starts_its_own_processes
+
+NUM_PROCESSES = 3
+TIMEOUT_S = 4  # as in ranks/faults.py
+DEADLINE_S = 60.0  # a run takes about 12 s on two cores
+
+KILLED = -signal.SIGKILL
+
+
+def faults(name: str, victim: int, *arguments: object) -> RankProcesses:
+    return RankProcesses("faults", NUM_PROCESSES, (name, victim, *arguments), deadline_s=DEADLINE_S)
+
+
+def survivors_of(victim: int) -> list[int]:
+    return [rank for rank in range(NUM_PROCESSES) if rank != victim]
+
+
+def assert_abandoned(report: dict, victim: int) -> None:
+    """Check what a rank found on the broken communicator: NaN and zeros, at once and for ever."""
+    assert report["results"]
+    assert report["later_results"]
+    assert report["later_seconds"] < TIMEOUT_S / 2
+    assert report["error"].startswith("PeerTimeoutError: ")
+    assert report["sticky"]
+    assert report["trace_error"] == report["error"]
+    assert report["device_works"]
+    assert "timeout_s" in report["state"]
+    assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) .*for rank {victim} \(", report["error"])
+    assert "then make a new Communicator" in report["error"]
+
+
+def assert_names_steps(error: str, victim: int, expected: int, seen: int) -> None:
+    waiting = "|".join(str(rank) for rank in survivors_of(victim))
+    wanted = (
+        rf"dispatch on rank ({waiting}) waited {TIMEOUT_S} s \(timeout_s\) for rank {victim} "
+        rf"\(expected at step {expected}, seen at step {seen}\) \(communicator #\d+\)"
+    )
+    assert re.search(wanted, error), error
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_rank_dies_before_an_op(victim: int) -> None:
+    with faults("dies_before_the_op", victim) as run:
+        run.finish({victim: KILLED})
+        for rank in survivors_of(victim):
+            report = run.wait_for_report(rank, "abandoned")
+            assert_abandoned(report, victim)
+            assert_names_steps(report["error"], victim, expected=5, seen=4)
+        run.assert_nothing_is_left()
+
+
+def test_a_rank_raises_before_an_op() -> None:
+    with faults("raises_before_the_op", 1) as run:
+        run.finish({1: 1})
+        assert "ValueError: the data loader of this rank failed" in run.ranks[1].text()
+        for rank in survivors_of(1):
+            report = run.wait_for_report(rank, "abandoned")
+            assert_abandoned(report, 1)
+            assert_names_steps(report["error"], 1, expected=5, seen=4)
+        run.assert_nothing_is_left()
+
+
+def test_a_rank_dies_after_an_op_that_nobody_follows() -> None:
+    with faults("dies_after_the_op", 1) as run:
+        run.finish({1: KILLED})
+        for rank in survivors_of(1):
+            assert run.wait_for_report(rank, "unharmed")["same"]
+        run.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_rank_dies_at_any_moment_of_many_ops(seed: int) -> None:
+    victim = 1 + seed % 2
+    with faults("dies_during_ops", victim, seed) as run:
+        run.finish({victim: KILLED})
+        assert_survivors_agree(run, victim)
+        run.assert_nothing_is_left()
+
+
+def assert_survivors_agree(run: RankProcesses, victim: int) -> None:
+    """Check that the survivors lost the same step, and that nothing of it could be trained on."""
+    steps = {run.wait_for_report(rank, "steps before")["steps"] for rank in survivors_of(victim)}
+    assert len(steps) == 1
+    for rank in survivors_of(victim):
+        assert run.wait_for_report(rank, "broke in a step")["gradients"]
+        assert_abandoned(run.wait_for_report(rank, "abandoned"), victim)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_rank_stalls_before_an_op_and_returns(victim: int) -> None:
+    with faults("stalls_before_the_op", victim) as run:
+        for rank in range(NUM_PROCESSES):
+            run.wait_for_report(rank, "ready")
+        run.ranks[victim].signal(signal.SIGSTOP)
+        for rank in survivors_of(victim):
+            report = run.wait_for_report(rank, "abandoned")
+            assert_abandoned(report, victim)
+            assert_names_steps(report["error"], victim, expected=5, seen=4)
+        run.ranks[victim].signal(signal.SIGCONT)
+        assert_late_rank_does_no_harm(run, victim)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_stalls_at_any_moment_of_many_ops_and_returns(victim: int) -> None:
+    with faults("stalls_during_ops", victim, victim) as run:
+        for rank in survivors_of(victim):
+            run.wait_for_report(rank, "abandoned")
+        assert_survivors_agree(run, victim)
+        run.ranks[victim].signal(signal.SIGCONT)
+        assert_late_rank_does_no_harm(run, victim)
+
+
+def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
+    """Check that the late rank finds its communicator broken as well, and all others whole."""
+    run.finish({})
+    assert_abandoned(run.wait_for_report(victim, "abandoned"), victim)
+    for rank in range(NUM_PROCESSES):
+        report = run.wait_for_report(rank, "unharmed")
+        assert report["other"], "a communicator that lived beside the broken one"
+        assert report["new"], "a communicator made after it"
+        assert report["earlier"], "results from before"
+        assert report["still_broken"].startswith("PeerTimeoutError: ")
+    run.assert_nothing_is_left()
+
+
+def test_the_process_of_the_coordinator_dies() -> None:
+    with faults("process_0_dies", 0) as run:
+        codes = run.finish()
+        assert codes[0] == KILLED
+        assert all(code != 0 for code in codes)
+        run.assert_nothing_is_left()
+
+
+@pytest.fixture(scope="module")
+def mismatches():
+    with RankProcesses("mismatches", NUM_PROCESSES, (1,), deadline_s=DEADLINE_S) as run:
+        run.finish({})
+        yield run
+
+
+@pytest.mark.parametrize(
+    ("argument", "usual", "other"),
+    [
+        ("num_experts", "3", "6"),
+        ("num_experts_per_tok", "2", "1"),
+        ("max_tokens", "4", "5"),
+        ("hidden_size", "16", "24"),
+        ("timeout_s", "4.0", "9.0"),
+        ("implementation", "'native'", "'xla'"),
+        ("mode", "'auto'", "'throughput'"),
+    ],
+)
+def test_arguments_differ_between_processes(
+    mismatches: RankProcesses, argument: str, usual: str, other: str
+) -> None:
+    for rank in range(NUM_PROCESSES):
+        error = mismatches.wait_for_report(rank, argument)["error"]
+        assert error.startswith(
+            f"CommunicatorError: {argument}: rank 0 (process 0) got {usual}, "
+            f"but rank 1 (process 1) got {other};"
+        )
+
+
+def test_equal_arguments_work_after_different_ones(mismatches: RankProcesses) -> None:
+    for rank in range(NUM_PROCESSES):
+        assert mismatches.wait_for_report(rank, "equal arguments")["mean"] == 1.0
+
+
+def test_a_rank_makes_no_communicator(mismatches: RankProcesses) -> None:
+    for rank in survivors_of(1):
+        report = mismatches.wait_for_report(rank, "absence")
+        assert report["error"].startswith(
+            f"PeerTimeoutError: making a communicator on rank {rank} (process {rank}) waited "
+            f"{TIMEOUT_S} s (timeout_s)"
+        )
+        assert "for rank 1 (process 1)" in report["error"]
+        assert TIMEOUT_S - 0.5 < report["seconds"] < 3 * TIMEOUT_S
+
+
+def test_mismatches_leave_nothing_behind(mismatches: RankProcesses) -> None:
+    mismatches.assert_nothing_is_left()

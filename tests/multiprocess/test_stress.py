@@ -1,0 +1,51 @@
+"""Many steps with random routing, random stalls, and every row checked.
+
+A default run takes some seconds. Before a release, 10,000 steps, which take some minutes on two cores:
+
+    JAX_DEEPEP_STRESS_STEPS=10000 pytest -s tests/multiprocess/test_stress.py
+
+It prints resident memory, file descriptors and threads of every process after its first steps and after its
+last. Figures that grow with the number of steps are a leak.
+"""
+
+import faulthandler
+import os
+
+import pytest
+from rank_processes import RankProcesses, starts_its_own_processes
+
+pytestmark = starts_its_own_processes
+
+NUM_STEPS = int(os.environ.get("JAX_DEEPEP_STRESS_STEPS", "300"))
+NUM_PROCESSES = 4
+DEADLINE_S = 90 + 0.2 * NUM_STEPS
+
+# The allocators of XLA and Python keep what they once had: this much is noise, however many steps.
+GROWTH_MIB = 24
+GROWTH_DESCRIPTORS = 2
+GROWTH_THREADS = 8  # completions run on threads that come and go
+
+
+@pytest.fixture
+def own_deadline(request: pytest.FixtureRequest) -> None:
+    """Take the place of the suite's deadline for one test, which is meant for short ones."""
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.mark.usefixtures("own_deadline")
+def test_nothing_is_lost_mixed_up_or_leaked() -> None:
+    with RankProcesses("stress", NUM_PROCESSES, (NUM_STEPS,), deadline_s=DEADLINE_S) as run:
+        run.finish({})
+        reports = [run.wait_for_report(rank, "figures") for rank in range(NUM_PROCESSES)]
+        for rank, report in enumerate(reports):
+            print(f"process {rank}, {NUM_STEPS} steps: {report}")
+        run.assert_nothing_is_left()
+    for report in reports:
+        before, after = report["before"], report["after"]
+        assert after["resident_mib"] - before["resident_mib"] < GROWTH_MIB
+        assert after["descriptors"] - before["descriptors"] <= GROWTH_DESCRIPTORS
+        assert after["threads"] - before["threads"] <= GROWTH_THREADS
+        assert after["segments_open"] == before["segments_open"] == NUM_PROCESSES
+    assert sum(report["rows_sent"] for report in reports) == sum(
+        report["rows_received"] for report in reports
+    )

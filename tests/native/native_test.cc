@@ -1,0 +1,190 @@
+// Checks of the plain C++ that every platform shares: prints each failure, returns how many there were.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/row_math.h"
+#include "routing/group_rows.h"
+
+namespace jax_deepep {
+namespace {
+
+int failures = 0;
+
+void Check(bool holds, const char* what, long detail = 0) {
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED: %s (%ld)\n", what, detail);
+}
+
+float FloatOf(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// The value of a 16-bit pattern, by the definition of the format: exponent bits, mantissa bits.
+double ValueOf(uint16_t pattern, int exponent_bits, int mantissa_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = (pattern >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int mantissa = pattern & ((1 << mantissa_bits) - 1);
+  const double sign = pattern & 0x8000 ? -1.0 : 1.0;
+  if (exponent == (1 << exponent_bits) - 1) {
+    return mantissa ? std::numeric_limits<double>::quiet_NaN()
+                    : sign * std::numeric_limits<double>::infinity();
+  }
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+// One 16-bit row element as float32, by way of a float32 dot product with one.
+float Load(RowType type, uint16_t pattern) {
+  const uint16_t one = type == RowType::kFloat16 ? 0x3c00 : 0x3f80;
+  return DotRows(type, &pattern, &one, 1);
+}
+
+// A float32 rounded to a 16-bit type: 1 * scale.
+uint16_t Store(RowType type, float value) {
+  const uint16_t one = type == RowType::kFloat16 ? 0x3c00 : 0x3f80;
+  uint16_t result;
+  ScaleRow(type, &result, &one, value, 1);
+  return result;
+}
+
+void CheckConversions(RowType type, int exponent_bits, int mantissa_bits) {
+  const uint16_t infinity = static_cast<uint16_t>(((1 << exponent_bits) - 1) << mantissa_bits);
+  for (long pattern = 0; pattern < 65536; ++pattern) {
+    const auto bits = static_cast<uint16_t>(pattern);
+    const double value = ValueOf(bits, exponent_bits, mantissa_bits);
+    const float loaded = Load(type, bits);
+    if (std::isnan(value)) {
+      Check(std::isnan(loaded), "NaN loads as NaN", pattern);
+      Check(std::isnan(Load(type, Store(type, loaded))), "NaN stores as NaN", pattern);
+      continue;
+    }
+    Check(loaded == value, "a pattern loads as its value", pattern);
+    // The sum in DotRows starts at +0, which takes the sign of -0; Store must keep it.
+    if (value != 0) Check(Store(type, loaded) == bits, "a value stores as its own pattern", pattern);
+    if (std::isinf(value) || (bits & 0x7fff) + 1 == infinity) continue;
+
+    // Between this pattern and the next one away from zero: the middle is exact in float32.
+    const auto next = static_cast<uint16_t>(bits + 1);
+    const auto middle = static_cast<float>((value + ValueOf(next, exponent_bits, mantissa_bits)) / 2);
+    if (middle == 0 || std::abs(middle) < std::numeric_limits<float>::min()) continue;
+    const float outwards = std::copysign(std::numeric_limits<float>::infinity(), middle);
+    Check(Store(type, middle) == (bits & 1 ? next : bits), "a tie goes to the even pattern", pattern);
+    Check(Store(type, std::nextafter(middle, 0.0f)) == bits, "below the tie goes down", pattern);
+    Check(Store(type, std::nextafter(middle, outwards)) == next, "above the tie goes up", pattern);
+  }
+  Check(Store(type, -0.0f) == 0x8000, "minus zero keeps its sign");
+  Check(Store(type, std::numeric_limits<float>::infinity()) == infinity, "infinity stays");
+  // The first value that is not finite any more: half a unit above the largest.
+  const double largest = ValueOf(infinity - 1, exponent_bits, mantissa_bits);
+  const double unit = largest - ValueOf(infinity - 2, exponent_bits, mantissa_bits);
+  const auto overflow = static_cast<float>(largest + unit / 2);
+  Check(Store(type, overflow) == infinity, "half a unit above the largest is infinity");
+  Check(Store(type, std::nextafter(overflow, 0.0f)) == infinity - 1, "less than that is the largest");
+}
+
+void CheckTinyFloats() {
+  // float16: half of the smallest subnormal ties to zero, a little more becomes the smallest.
+  const float smallest = std::ldexp(1.0f, -24);
+  Check(Store(RowType::kFloat16, smallest / 2) == 0, "half of the smallest ties to zero");
+  Check(Store(RowType::kFloat16, std::nextafter(smallest / 2, 1.0f)) == 1, "more than half is the smallest");
+  Check(Store(RowType::kFloat16, FloatOf(1)) == 0, "a float32 subnormal is zero in float16");
+}
+
+// Sums against the words of the contract, with values whose order of rounding shows.
+void CheckSums() {
+  constexpr int kSize = 300;  // more than one block
+  std::vector<float> a(kSize), b(kSize), c(kSize), bias(kSize), out(kSize);
+  for (int i = 0; i < kSize; ++i) {
+    a[i] = 1.0f + static_cast<float>(i) * 1e-3f;
+    b[i] = -1.0f / static_cast<float>(i + 3);
+    c[i] = 3e7f + static_cast<float>(i);
+    bias[i] = 0.1f * static_cast<float>(i);
+  }
+  const float wa = 0.3f, wb = 0.7f, wc = 1.1f;
+  const Term terms[] = {{a.data(), wa, 0}, {b.data(), wb, 0}, {c.data(), wc, 2}};
+  SumTerms(RowType::kFloat32, out.data(), bias.data(), terms, 3, kSize);
+  for (int i = 0; i < kSize; ++i) {
+    const volatile float first = a[i] * wa, second = b[i] * wb, third = c[i] * wc;
+    const volatile float part = first + second;
+    const volatile float upto = bias[i] + part;
+    const volatile float total = upto + third;
+    Check(out[i] == total, "float32 sums round in the order of the contract", i);
+  }
+  SumTerms(RowType::kFloat32, out.data(), bias.data(), nullptr, 0, kSize);
+  Check(std::memcmp(out.data(), bias.data(), kSize * sizeof(float)) == 0, "no term leaves the bias");
+  SumTerms(RowType::kFloat32, out.data(), nullptr, nullptr, 0, kSize);
+  for (int i = 0; i < kSize; ++i) Check(out[i] == 0.0f, "no term and no bias leave zero", i);
+
+  // bfloat16 has eight significant bits: 256 + 1 on one rank is rounded away, before 256 is subtracted.
+  const uint16_t big = Store(RowType::kBFloat16, 256.0f), one = Store(RowType::kBFloat16, 1.0f);
+  const uint16_t minus = Store(RowType::kBFloat16, -256.0f);
+  const Term rounded[] = {{&big, 1.0f, 0}, {&one, 1.0f, 0}, {&minus, 1.0f, 1}};
+  uint16_t result;
+  SumTerms(RowType::kBFloat16, &result, nullptr, rounded, 3, 1);
+  Check(Load(RowType::kBFloat16, result) == 0.0f, "the sum of one rank is rounded to the row type");
+  const Term apart[] = {{&big, 1.0f, 0}, {&one, 1.0f, 1}, {&minus, 1.0f, 2}};
+  SumTerms(RowType::kBFloat16, &result, nullptr, apart, 3, 1);
+  Check(Load(RowType::kBFloat16, result) == 1.0f, "sums of several ranks stay in float32");
+}
+
+void CheckEntries() {
+  const int32_t row[] = {3, -1, 8, 3, 0, -2, 7, 1};
+  const bool valid[] = {true, false, false, false, true, false, true, true};
+  for (int k = 0; k < 8; ++k) Check(IsValidEntry(row, k, 8) == valid[k], "valid entries", k);
+  // Two experts per rank: 3 and 0 and 7 make a row on ranks 1, 0 and 3; 1 shares the row of 0.
+  const bool makes[] = {true, false, false, false, true, false, true, false};
+  for (int k = 0; k < 8; ++k) {
+    if (!valid[k]) continue;
+    Check(MakesRow(row, k, 8, 2, Layout::kTokenMajor) == makes[k], "token-major rows", k);
+    Check(MakesRow(row, k, 8, 2, Layout::kExpertMajor), "expert-major rows", k);
+  }
+}
+
+void CheckGroup(GroupRows got, int64_t offset, int64_t kept, int64_t padded, long number) {
+  Check(got.offset == offset && got.kept == kept && got.padded == padded, "a group's rows", number);
+}
+
+void CheckGroups() {
+  Check(RoundUp(0, 8) == 0 && RoundUp(1, 8) == 8 && RoundUp(8, 8) == 8 && RoundUp(9, 8) == 16, "RoundUp");
+  RouteShape route;
+  route.capacity = 16;
+  route.alignment = 4;
+  route.expert_capacity = 6;
+  int64_t offset = 0;
+  CheckGroup(PlaceGroup(3, route, &offset), 0, 3, 4, 0);  // fits; padded
+  CheckGroup(PlaceGroup(9, route, &offset), 4, 6, 8, 1);  // cut by expert_capacity
+  CheckGroup(PlaceGroup(0, route, &offset), 12, 0, 0, 2);  // empty
+  CheckGroup(PlaceGroup(5, route, &offset), 12, 4, 4, 3);  // cut by capacity
+  CheckGroup(PlaceGroup(1, route, &offset), 20, 0, 0, 4);  // no room
+  Check(offset == 24, "the end of the groups", static_cast<long>(offset));
+
+  // Sizes near the end of int32 are arithmetic in 64 bits.
+  route.capacity = 1 << 30;
+  route.alignment = 1;
+  route.expert_capacity = kNoLimit;
+  offset = 0;
+  PlaceGroup(int64_t{1} << 31, route, &offset);
+  CheckGroup(PlaceGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
+}
+
+}  // namespace
+}  // namespace jax_deepep
+
+int main() {
+  using namespace jax_deepep;
+  CheckConversions(RowType::kFloat16, 5, 10);
+  CheckConversions(RowType::kBFloat16, 8, 7);
+  CheckTinyFloats();
+  CheckSums();
+  CheckEntries();
+  CheckGroups();
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,18 @@
+"""Compiles and runs native_test.cc: row arithmetic against the formats' definitions, and rows of groups."""
+
+import pathlib
+import subprocess
+
+ROOT = pathlib.Path(__file__).parents[2]
+FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-ffp-contract=off")
+
+
+def test_row_math_and_group_rows(tmp_path: pathlib.Path) -> None:
+    program = tmp_path / "native_test"
+    sources = (ROOT / "tests/native/native_test.cc", ROOT / "xla_ffi/cpu/row_math.cc")
+    command = ["g++", *FLAGS, f"-I{ROOT / 'xla_ffi'}", *map(str, sources), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr
+    assert "0 failures" in ran.stdout

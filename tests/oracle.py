@@ -1,0 +1,277 @@
+"""The contract of dispatch and combine in NumPy, for one expert-parallel group.
+
+Written from the words of the contract alone, to be read as the specification. Arrays carry a leading
+axis of the R devices of the group: x [R, T, H], topk_idx [R, T, K], topk_weights [R, T, K], y [R, C, H].
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Token(NamedTuple):
+    """A token of the group: the device that it came from, and its number there."""
+
+    device: int
+    number: int
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def worst_case_capacity(
+    layout: str, num_devices: int, num_tokens: int, num_topk: int, num_local: int, alignment: int
+) -> int:
+    """Rows with which nothing is ever dropped."""
+    if layout == "token":
+        return round_up(num_devices * num_tokens, alignment)
+    rows = num_devices * num_tokens * min(num_topk, num_local) + num_local * (alignment - 1)
+    return round_up(rows, alignment)
+
+
+def valid_entries(topk_idx: np.ndarray, num_experts: int) -> np.ndarray:
+    """Entries that name an expert, for the first time in their row of [..., K]."""
+    valid = np.zeros(topk_idx.shape, bool)
+    for row in np.ndindex(topk_idx.shape[:-1]):
+        seen = set()
+        for k, expert in enumerate(topk_idx[row]):
+            if 0 <= expert < num_experts and expert not in seen:
+                valid[*row, k] = True
+                seen.add(expert)
+    return valid
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where every token goes: what a dispatch decides before it carries anything.
+
+    Attributes:
+        rows: for every device, its rows: the token of each or None where the alignment is filled up.
+        expert_of_row: for every device, the local expert of each row (0 in the token-major layout).
+        row_of: int [R, T, K], the row of each entry on the device of its expert, −1 where it went nowhere.
+    """
+
+    layout: str
+    num_experts: int
+    max_tokens: int
+    capacity: int
+    alignment: int
+    topk_idx: np.ndarray
+    topk_weights: np.ndarray
+    rows: list[list[Token | None]]
+    expert_of_row: list[list[int]]
+    row_of: np.ndarray
+    num_received: np.ndarray
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_local(self) -> int:
+        return self.num_experts // self.num_devices
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_local if self.layout == "expert" else 1
+
+    @property
+    def num_rows(self) -> np.ndarray:
+        """int32 [R, groups], rows of tokens."""
+        counts = np.zeros((self.num_devices, self.num_groups), np.int32)
+        for device, row, _ in self.live_rows():
+            counts[device, self.expert_of_row[device][row]] += 1
+        return counts
+
+    @property
+    def group_sizes(self) -> np.ndarray:
+        return round_up(self.num_rows, self.alignment)
+
+    @property
+    def num_dropped(self) -> np.ndarray:
+        return self.num_received - self.num_rows.sum(axis=1)
+
+    @property
+    def num_invalid(self) -> np.ndarray:
+        valid = valid_entries(self.topk_idx, self.num_experts)
+        return np.sum((self.topk_idx != -1) & ~valid, axis=(1, 2))
+
+    @property
+    def source(self) -> np.ndarray:
+        """int32 [R, C], source device · max_tokens + token, −1 in every row that is none."""
+        source = np.full((self.num_devices, self.capacity), -1, np.int32)
+        for device, row, token in self.live_rows():
+            source[device, row] = token.device * self.max_tokens + token.number
+        return source
+
+    @property
+    def mask(self) -> np.ndarray:
+        """bool [R, C], rows of a token."""
+        return self.source >= 0
+
+    @property
+    def written(self) -> np.ndarray:
+        """bool [R, C], rows of a token or of zeros; what stands in the others is not specified."""
+        return np.arange(self.capacity) < self.group_sizes.sum(axis=1)[:, None]
+
+    @property
+    def row_weights(self) -> np.ndarray:
+        """float32 [R, C], expert-major: the router weight of each row, 0 where there is none."""
+        weights = np.zeros((self.num_devices, self.capacity), np.float32)
+        for device, row, entry in self.entries():
+            weights[device, row] = self.topk_weights[entry]
+        return weights
+
+    @property
+    def row_topk(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token-major: int32 [R, C, K] local experts or −1, float32 [R, C, K] router weights or 0."""
+        shape = (self.num_devices, self.capacity, self.topk_idx.shape[-1])
+        local_experts, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+        for device, row, entry in self.entries():
+            k = entry[-1]
+            local_experts[device, row, k] = self.topk_idx[entry] % self.num_local
+            weights[device, row, k] = self.topk_weights[entry]
+        return local_experts, weights
+
+    def live_rows(self):
+        """Yield (device, row, token) for every row of a token."""
+        for device, rows in enumerate(self.rows):
+            for row, token in enumerate(rows):
+                if token is not None:
+                    yield device, row, token
+
+    def entries(self):
+        """Yield (device of the expert, row, index into topk_idx) for every entry that has a row."""
+        for entry in np.ndindex(self.topk_idx.shape):
+            if self.row_of[entry] >= 0:
+                yield int(self.topk_idx[entry]) // self.num_local, int(self.row_of[entry]), entry
+
+
+def route(
+    topk_idx: np.ndarray,
+    topk_weights: np.ndarray,
+    *,
+    num_experts: int,
+    max_tokens: int,
+    layout: str = "expert",
+    capacity: int | None = None,
+    expert_capacity: int | None = None,
+    alignment: int = 1,
+) -> Routes:
+    """Decide all routes of a dispatch."""
+    num_devices, num_tokens, num_topk = topk_idx.shape
+    num_local = num_experts // num_devices
+    if capacity is None:
+        capacity = worst_case_capacity(layout, num_devices, num_tokens, num_topk, num_local, alignment)
+    valid = valid_entries(topk_idx, num_experts)
+    row_of = np.full(topk_idx.shape, -1)
+    all_rows, all_experts, num_received = [], [], np.zeros(num_devices, np.int64)
+
+    for device in range(num_devices):
+        here = valid & (topk_idx // num_local == device)
+        rows: list[Token | None] = []
+        expert_of_row: list[int] = []
+        # Groups of rows one after the other: a local expert each, or all tokens of the device in one.
+        for group in range(num_local if layout == "expert" else 1):
+            wanted = here & (topk_idx % num_local == group) if layout == "expert" else here
+            tokens = [Token(*index) for index in np.argwhere(wanted.any(axis=-1)).tolist()]
+            num_received[device] += len(tokens)
+            kept = tokens[:expert_capacity]
+            for place, token in enumerate(kept):
+                row = len(rows) + place
+                if row < capacity:
+                    row_of[token][wanted[token]] = row
+            padded = round_up(len(kept), alignment)
+            rows += kept + [None] * (padded - len(kept))
+            expert_of_row += [group] * padded
+        all_rows.append(rows[:capacity])
+        all_experts.append(expert_of_row[:capacity])
+
+    return Routes(
+        layout, num_experts, max_tokens, capacity, alignment, topk_idx, topk_weights,
+        all_rows, all_experts, row_of, num_received,
+    )  # fmt: skip
+
+
+def carry(routes: Routes, x: np.ndarray) -> np.ndarray:
+    """Return the tokens [R, C, H] that arrive; rows that are not `written` are zero here."""
+    tokens = np.zeros((routes.num_devices, routes.capacity, x.shape[-1]), x.dtype)
+    for device, row, token in routes.live_rows():
+        tokens[device, row] = x[token]
+    return tokens
+
+
+def combine(routes: Routes, y: np.ndarray, *, weighted: bool, bias: np.ndarray | None = None) -> np.ndarray:
+    """Return out [R, T, H]: every token's rows summed, in exactly this order of roundings."""
+    num_devices, num_tokens, num_topk = routes.topk_idx.shape
+    out = np.zeros((num_devices, num_tokens, y.shape[-1]), y.dtype)
+    for token in np.ndindex(num_devices, num_tokens):
+        total = np.float32(0) if bias is None else bias[token].astype(np.float32)
+        for device in range(num_devices):
+            part = None
+            rows_used = set()  # token-major, all experts of a token on a device share one row
+            for k in range(num_topk):
+                row = routes.row_of[*token, k]
+                if row < 0 or routes.topk_idx[*token, k] // routes.num_local != device:
+                    continue
+                if routes.layout == "token" and row in rows_used:
+                    continue
+                rows_used.add(row)
+                weight = routes.topk_weights[*token, k] if weighted else np.float32(1)
+                product = weight * y[device, row].astype(np.float32)
+                part = product if part is None else part + product
+            if part is not None:
+                total = total + part.astype(y.dtype).astype(np.float32)
+        out[token] = np.asarray(total).astype(y.dtype)
+    return out
+
+
+@dataclass(frozen=True)
+class MoEGradients:
+    """Gradients of ⟨g, combine(y)⟩ for y = experts(dispatch(x)), in float64.
+
+    Attributes:
+        x: [R, T, H].
+        topk_weights: [R, T, K], 0 where an entry went nowhere.
+        bias: [R, T, H].
+        y: [R, C, H], zero in rows of no token.
+        expert_matrices: [E, H, H].
+    """
+
+    out: np.ndarray
+    x: np.ndarray
+    topk_weights: np.ndarray
+    bias: np.ndarray
+    y: np.ndarray
+    expert_matrices: np.ndarray
+
+
+def moe_gradients(
+    routes: Routes, x: np.ndarray, bias: np.ndarray, expert_matrices: np.ndarray, g: np.ndarray
+) -> MoEGradients:
+    """Differentiate a Mixture of linear Experts in closed form, densely.
+
+    P [R, T, K, E] is one where entry k of a token reached expert e:
+    out[t] = bias[t] + Σ_k Σ_e w[t,k] P[t,k,e] (x[t] · A[e]).
+    """
+    x, bias, matrices, g = (np.asarray(value, np.float64) for value in (x, bias, expert_matrices, g))
+    one_hot = np.zeros((*routes.topk_idx.shape, routes.num_experts))
+    for _, _, entry in routes.entries():
+        one_hot[*entry, routes.topk_idx[entry]] = 1
+    weights = np.asarray(routes.topk_weights, np.float64)
+    gate = np.einsum("rtk,rtke->rte", weights, one_hot)
+    results = np.einsum("rth,ehj->rtej", x, matrices)
+
+    y_gradient = np.zeros((routes.num_devices, routes.capacity, x.shape[-1]))
+    for device, row, (*token, k) in routes.entries():
+        y_gradient[device, row] += weights[*token, k] * g[tuple(token)]
+    return MoEGradients(
+        out=bias + np.einsum("rte,rtej->rtj", gate, results),
+        x=np.einsum("rte,ehj,rtj->rth", gate, matrices, g),
+        topk_weights=np.einsum("rtke,rtej,rtj->rtk", one_hot, results, g),
+        bias=g,
+        y=y_gradient,
+        expert_matrices=np.einsum("rth,rte,rtj->ehj", x, gate, g),
+    )

@@ -1,0 +1,236 @@
+"""Every problem that an implementation must get right, once, for all suites; each named after its point."""
+
+import functools
+import zlib
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+import oracle
+from jax.sharding import AxisType, Mesh
+from meshes import expert_axes, groups_of, mesh_named
+
+import jax_deepep as ep
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes and routing of one dispatch; `routing` names a function of this file."""
+
+    name: str
+    mesh_name: str = "data 2 × expert 4"
+    axis_types: AxisType = AxisType.Auto
+    num_tokens: int = 6
+    max_tokens: int = 6
+    hidden_size: int = 8
+    num_experts: int = 8
+    num_topk: int = 3
+    dtype: str = "float32"
+    layout: str = "expert"
+    capacity: int | None = None
+    expert_capacity: int | None = None
+    alignment: int = 1
+    routing: str = "random"
+
+    @property
+    def mesh(self) -> Mesh:
+        return mesh_named(self.mesh_name, self.axis_types)
+
+    @property
+    def axis_name(self) -> str | tuple[str, ...]:
+        return expert_axes(self.mesh_name)
+
+    @property
+    def dispatch_options(self) -> dict:
+        return {
+            "layout": self.layout,
+            "capacity": self.capacity,
+            "expert_capacity": self.expert_capacity,
+            "alignment": self.alignment,
+        }
+
+    def communicator(self, implementation: str, **options) -> ep.Communicator:
+        return ep.Communicator(
+            self.mesh,
+            self.axis_name,
+            num_experts=self.num_experts,
+            num_experts_per_tok=self.num_topk,
+            max_tokens=self.max_tokens,
+            hidden_size=self.hidden_size,
+            implementation=implementation,
+            **options,
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """NumPy arrays [devices, ...] in the order (group, rank), and the routes that follow, by group."""
+
+    x: np.ndarray
+    x2: np.ndarray
+    topk_idx: np.ndarray
+    topk_weights: np.ndarray
+    y: np.ndarray
+    bias: np.ndarray
+    routes: tuple[oracle.Routes, ...]
+
+    def by_group(self, array: np.ndarray) -> np.ndarray:
+        """Split [devices, ...] into [groups, R, ...]."""
+        return array.reshape(len(self.routes), len(array) // len(self.routes), *array.shape[1:])
+
+    def from_oracle(self, function) -> np.ndarray:
+        """Join function(routes, group) of all groups to [devices, ...]."""
+        return np.concatenate([function(routes, group) for group, routes in enumerate(self.routes)])
+
+
+@functools.cache
+def inputs_of(problem: Problem) -> Inputs:
+    """Return the same random inputs for a problem every time, in every process."""
+    rng = np.random.default_rng(zlib.crc32(problem.name.encode()))
+    num_groups, size = groups_of(problem.mesh, problem.axis_name)
+    tokens = (num_groups * size, problem.num_tokens)
+    dtype = DTYPES[problem.dtype]
+    topk_idx = globals()[f"_{problem.routing}_routing"](rng, problem, size, tokens)
+    topk_idx = topk_idx.astype(np.int32)
+    topk_weights = rng.uniform(0.1, 1.0, topk_idx.shape).astype(np.float32)
+    routes = tuple(
+        oracle.route(
+            idx,
+            weights,
+            num_experts=problem.num_experts,
+            max_tokens=problem.max_tokens,
+            **problem.dispatch_options,
+        )
+        for idx, weights in zip(
+            topk_idx.reshape(num_groups, size, *topk_idx.shape[1:]),
+            topk_weights.reshape(num_groups, size, *topk_idx.shape[1:]),
+            strict=True,
+        )
+    )
+    x, x2, bias = (rng.normal(size=(*tokens, problem.hidden_size)).astype(dtype) for _ in range(3))
+    y = rng.normal(size=(tokens[0], routes[0].capacity, problem.hidden_size)).astype(dtype)
+    # Whatever stands in rows of no token must not matter.
+    y[~np.concatenate([of_group.mask for of_group in routes])] = np.nan
+    return Inputs(x, x2, topk_idx, topk_weights, y, bias, routes)
+
+
+def _random_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    """Different experts per token, in no order."""
+    shuffled = np.argsort(rng.random((*tokens, problem.num_experts)), axis=-1)
+    return shuffled[..., : problem.num_topk]
+
+
+def _to_device_1_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    """Every token of the group goes to device 1 alone; what finds no expert there is −1."""
+    local = problem.num_experts // size
+    idx = np.full((*tokens, problem.num_topk), -1)
+    here = min(local, problem.num_topk)
+    idx[..., :here] = local + np.argsort(rng.random((*tokens, local)), axis=-1)[..., :here]
+    return idx
+
+
+def _none_to_device_0_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    """Device 0 of every group receives nothing."""
+    local = problem.num_experts // size
+    others = np.argsort(rng.random((*tokens, problem.num_experts - local)), axis=-1)
+    return local + others[..., : problem.num_topk]
+
+
+def _skewed_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    """Low experts are popular."""
+    noise = rng.random((*tokens, problem.num_experts)) + 0.15 * np.arange(problem.num_experts)
+    return np.argsort(noise, axis=-1)[..., : problem.num_topk]
+
+
+def _some_none_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    """Many entries are −1, whole rows among them."""
+    idx = _random_routing(rng, problem, size, tokens)
+    idx[rng.random(idx.shape) < 0.4] = -1
+    idx[:, 1] = -1
+    return idx
+
+
+def _all_none_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    return np.full((*tokens, problem.num_topk), -1)
+
+
+def _invalid_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
+    """Entries out of range on both sides, and experts named two and three times."""
+    idx = rng.integers(-3, problem.num_experts + 3, (*tokens, problem.num_topk))
+    idx[0, 0] = idx[0, 0, 0] = 2
+    idx[-1, -1, -1] = np.iinfo(np.int32).max
+    idx[-1, -1, 0] = np.iinfo(np.int32).min
+    return idx
+
+
+_ROUTINGS = [
+    Problem("random"),
+    Problem("one token", num_tokens=1, max_tokens=1),
+    Problem("top 1", num_topk=1),
+    Problem("top all", num_topk=8),
+    Problem("all to one device", routing="to_device_1"),
+    Problem("one device receives nothing", routing="none_to_device_0"),
+    Problem("some −1", routing="some_none"),
+    Problem("all −1", routing="all_none"),
+    Problem("invalid entries", routing="invalid", num_topk=5),
+    Problem("fewer tokens than max_tokens", num_tokens=5, max_tokens=11),
+    Problem("one expert per device", num_experts=4),
+    Problem("many experts per device", num_experts=32, num_topk=6),
+]
+
+_ROWS = [
+    Problem("hidden 37, bfloat16", dtype="bfloat16", hidden_size=37, num_topk=6),
+    Problem("hidden 37, float16", dtype="float16", hidden_size=37, num_topk=6),
+    Problem("hidden 1", hidden_size=1),
+    Problem("hidden 640, bfloat16", dtype="bfloat16", hidden_size=640, num_topk=6),
+    Problem("hidden 640", hidden_size=640, num_topk=6),
+]
+
+_LIMITS = [
+    Problem("capacity", capacity=9, routing="skewed"),
+    Problem("capacity 0", capacity=0),
+    Problem("capacity above the worst case", capacity=100),
+    Problem("expert capacity", expert_capacity=3, routing="skewed"),
+    Problem("expert capacity 0", expert_capacity=0),
+    Problem("alignment 8", alignment=8),
+    Problem("alignment 128", alignment=128, num_topk=2),
+    Problem("capacity, alignment 8", capacity=16, alignment=8, routing="skewed"),
+    Problem("expert capacity, alignment 8", expert_capacity=5, alignment=8, routing="skewed"),
+    Problem("both capacities", capacity=7, expert_capacity=5, routing="skewed"),
+    Problem("both capacities, alignment 4", capacity=12, expert_capacity=5, alignment=4, routing="skewed"),
+    Problem("limits and invalid entries", capacity=8, alignment=4, routing="invalid", dtype="bfloat16"),
+]
+
+_TOKEN_MAJOR = [
+    replace(problem, name=f"token-major, {problem.name}", layout="token", expert_capacity=None)
+    for problem in _ROUTINGS + _ROWS + _LIMITS
+    if problem.name
+    in {
+        "random", "one token", "top all", "all to one device", "one device receives nothing", "some −1",
+        "all −1", "invalid entries", "fewer tokens than max_tokens", "hidden 37, bfloat16", "capacity",
+        "capacity 0", "capacity, alignment 8", "many experts per device",
+    }
+]  # fmt: skip
+
+_MESHES = [
+    Problem(f"{mesh_name}, {layout}, {axis_types.name}", mesh_name, axis_types, layout=layout,
+            routing="some_none", num_experts=16, num_topk=4, dtype="bfloat16")
+    for mesh_name, layout, axis_types in [
+        ("expert 8", "expert", AxisType.Auto),
+        ("expert 8", "expert", AxisType.Explicit),
+        ("expert 8", "token", AxisType.Explicit),
+        ("data 2 × expert 4", "expert", AxisType.Explicit),
+        ("data 4 × expert 2", "expert", AxisType.Auto),
+        ("data 4 × expert 2", "token", AxisType.Auto),
+        ("expert 4 × data 2", "expert", AxisType.Explicit),
+        ("node 2 × expert 4", "expert", AxisType.Auto),
+        ("node 2 × expert 4", "expert", AxisType.Explicit),
+        ("node 2 × expert 4", "token", AxisType.Auto),
+        ("one device", "expert", AxisType.Auto),
+        ("one device", "token", AxisType.Explicit),
+    ]
+]  # fmt: skip
+
+PROBLEMS = _ROUTINGS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES

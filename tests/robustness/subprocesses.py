@@ -1,0 +1,52 @@
+"""Runs a piece of Python in a process of its own, so that a deadlock or a crash fails one test."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+TESTS = pathlib.Path(__file__).parents[1]
+
+PREAMBLE = """
+import faulthandler, os, time
+faulthandler.dump_traceback_later({timeout_s} - 5, exit=True)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+import jax.numpy as jnp
+import numpy as np
+import jax_deepep as ep
+from jax.sharding import PartitionSpec as P
+from meshes import device_axis, fetch, mesh_named, per_device, put_on_mesh
+"""
+
+
+def run_python(code: str, *, num_threads: int | None = None, timeout_s: int = 120) -> str:
+    """Run `code` on 8 CPU devices and return what it printed; fail with all of it if it does not end well.
+
+    `num_threads` is NPROC, the size of XLA's thread pool; None leaves it unset.
+    """
+    if jax.process_count() > 1:
+        pytest.skip("of one process alone: run these without the launcher")
+    environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
+    if num_threads is not None:
+        environment["NPROC"] = str(num_threads)
+    paths = [str(TESTS), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    program = PREAMBLE.format(timeout_s=timeout_s) + textwrap.dedent(code)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as expired:
+        pytest.fail(f"hung for {timeout_s} s\n{expired.stdout}\n{expired.stderr}")
+    assert ended.returncode == 0, f"exit status {ended.returncode}\n{ended.stdout}\n{ended.stderr[-8000:]}"
+    return ended.stdout

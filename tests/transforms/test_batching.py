@@ -1,0 +1,84 @@
+"""vmap over a leading axis of the operands, and over stages that are a mesh axis of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import IMPLEMENTATIONS, communicator_or_skip
+from jax.sharding import PartitionSpec as P
+from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
+from moe_layer import LAYER, PARAMETERS, assert_close, communicator, layer_inputs, masked_experts, moe
+from problems import Problem
+
+MESH, AXIS = LAYER.mesh, LAYER.axis_name
+BATCH = 3
+
+pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def test_vmap_inside_shard_map(implementation: str) -> None:
+    """Each element of the batch is a dispatch of its own, with routes of its own; with the gradient."""
+    comm = communicator(implementation)
+    inputs = layer_inputs()
+    topk_idx = np.stack([np.roll(inputs.topk_idx, shift, axis=1) for shift in range(BATCH)], axis=1)
+    x = np.stack([inputs.x * (1 + shift) for shift in range(BATCH)], axis=1)
+
+    def both(x, topk_weights, matrices, bias, topk_idx, g):
+        def layer(x, topk_weights, matrices, bias, topk_idx):
+            return moe(comm, x, topk_weights, matrices, bias, topk_idx, masked_experts)
+
+        def all_of(layer):
+            def outs(x, topk_weights, matrices, bias):
+                return layer(x, topk_weights, matrices, bias, topk_idx)
+
+            out, backward = jax.vjp(outs, x, topk_weights, matrices, bias)
+            return out, backward(jnp.stack([g] * BATCH))
+
+        def one_by_one(x, topk_weights, matrices, bias, topk_idx):
+            outs = [layer(x[i], topk_weights, matrices, bias, topk_idx[i]) for i in range(BATCH)]
+            return jnp.stack(outs)
+
+        return all_of(jax.vmap(layer, in_axes=(0, None, None, None, 0))), all_of(one_by_one)
+
+    arrays = (x, inputs.topk_weights, inputs.matrices, inputs.bias, topk_idx, inputs.g)
+    got, expected = run_per_device(both, MESH, AXIS, *arrays)
+    assert_close(got, expected)
+
+
+def test_vmap_of_a_shard_map(implementation: str) -> None:
+    """The batch is outside of shard_map and on no mesh axis."""
+    comm = communicator(implementation)
+    inputs = layer_inputs()
+    layer = jax.vmap(
+        per_device(lambda *operands: moe(comm, *operands, masked_experts), MESH, AXIS),
+        in_axes=(0, None, None, None, None),
+    )
+    spec = device_axis(MESH, AXIS)
+    x = put_on_mesh(np.stack([inputs.x] * BATCH), MESH, P(None, *spec))
+    rest = put_on_mesh(inputs.operands[1:], MESH, spec)
+    assert_close(fetch(jax.jit(layer)(x, *rest)), np.stack([inputs.out] * BATCH))
+
+
+def test_vmap_over_pipeline_stages(implementation: str) -> None:
+    """spmd_axis_name: the batch axis is the mesh axis `stage`, and every stage is a group of its own."""
+    problem = Problem("layer", mesh_name="stage 2 × expert 4", num_tokens=5, routing="some_none")
+    mesh = problem.mesh
+    comm = communicator_or_skip(problem, implementation)
+    inputs = layer_inputs(problem)
+
+    def body(*operands):
+        return moe(comm, *(array[0] for array in operands), masked_experts)[None]
+
+    stage = jax.shard_map(body, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=True)
+    layer = jax.vmap(stage, spmd_axis_name="stage")
+
+    def loss(operands, topk_idx, g):
+        out = layer(*operands, topk_idx)
+        return jnp.sum(out * g), out
+
+    by_stage = [array.reshape(2, 4, *array.shape[1:]) for array in (*inputs.operands, inputs.g)]
+    *operands, topk_idx, g = put_on_mesh(by_stage, mesh, P("stage", "expert"))
+    gradients, out = fetch(jax.jit(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
+    assert_close(out.reshape(inputs.out.shape), inputs.out)
+    for name, gradient, expected in zip(PARAMETERS, gradients, inputs.expected, strict=True):
+        assert_close({name: gradient.reshape(expected.shape)}, {name: expected})

@@ -1,0 +1,65 @@
+"""What compiled programs promise: export, the same bits on every run, and no hidden communication."""
+
+import re
+
+import jax
+import pytest
+from implementations import IMPLEMENTATIONS, assert_same_bits
+from meshes import device_axis, fetch, per_device, put_on_mesh
+from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe
+
+MESH, AXIS = LAYER.mesh, LAYER.axis_name
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+CUSTOM_CALLS = ("jax_deepep_dispatch", "jax_deepep_redispatch", "jax_deepep_combine")
+
+
+def training_step(implementation: str, *, check_vma: bool = True):
+    """Return a jitted function: the layer and its gradients on arrays [devices, ...], and operands."""
+    comm = communicator(implementation)
+    inputs = layer_inputs()
+
+    def step(*args):
+        *operands, topk_idx, g = args
+        out, backward = jax.vjp(lambda *operands: moe(comm, *operands, topk_idx), *operands)
+        return out, backward(g)
+
+    arrays = put_on_mesh((*inputs.operands, inputs.g), MESH, device_axis(MESH, AXIS))
+    return jax.jit(per_device(step, MESH, AXIS, check_vma=check_vma)), arrays
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_export_round_trip(implementation: str) -> None:
+    step, arrays = training_step(implementation)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
+    exported = jax.export.export(step, disabled_checks=checks)(*arrays)
+    again = jax.export.deserialize(exported.serialize())
+    out, gradients = fetch(jax.jit(again.call)(*arrays))
+    inputs = layer_inputs()
+    assert_close(out, inputs.out)
+    assert_close(gradients, inputs.expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_run_gives_the_same_bits(implementation: str) -> None:
+    step, arrays = training_step(implementation)
+    first = fetch(step(*arrays))
+    for _ in range(20):
+        jax.tree.map(assert_same_bits, fetch(step(*arrays)), first)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_native_programs_hold_no_collective(check_vma: bool) -> None:
+    """Forward and backward, the ops are all the communication there is."""
+    step, arrays = training_step("native", check_vma=check_vma)
+    text = step.lower(*arrays).compile().as_text()
+    assert set(re.findall(r'custom_call_target="(jax_deepep_\w+)"', text)) == set(CUSTOM_CALLS)
+    for collective in COLLECTIVES:
+        assert not re.search(rf"= .*\b{collective}(-start)?\(", text), collective
+
+
+def test_the_search_for_collectives_finds_them() -> None:
+    """The same search on the implementation that is made of them."""
+    step, arrays = training_step("xla")
+    text = step.lower(*arrays).compile().as_text()
+    found = {name for name in COLLECTIVES if re.search(rf"= .*\b{name}(-start)?\(", text)}
+    assert {"all-gather", "all-to-all"} <= found

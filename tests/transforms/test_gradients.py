@@ -1,0 +1,164 @@
+"""Gradients against the closed form in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import IMPLEMENTATIONS, assert_same_bits
+from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
+from moe_layer import LAYER, LAYERS, assert_close, communicator, layer_inputs, moe
+from problems import Problem, inputs_of
+
+import jax_deepep as ep
+
+by_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+by_layer = pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: problem.name)
+
+
+@by_implementation
+@by_layer
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradient_of_the_layer(problem: Problem, implementation: str, check_vma: bool) -> None:
+    """jax.grad through shard_map, for every differentiable operand."""
+    comm = communicator(implementation, problem)
+    inputs = layer_inputs(problem)
+    layer = per_device(
+        lambda *operands: moe(comm, *operands, **problem.dispatch_options),
+        problem.mesh, problem.axis_name, check_vma=check_vma,
+    )  # fmt: skip
+
+    def loss(operands, topk_idx, g):
+        return jnp.sum(layer(*operands, topk_idx) * g)
+
+    sharding = device_axis(problem.mesh, problem.axis_name)
+    *operands, topk_idx, g = put_on_mesh((*inputs.operands, inputs.g), problem.mesh, sharding)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(tuple(operands), topk_idx, g)
+    assert_close(fetch(value), np.sum(inputs.out * inputs.g), 1e-4)
+    assert_close(fetch(gradients), inputs.expected)
+
+
+@by_implementation
+@by_layer
+def test_vjp_inside_shard_map(problem: Problem, implementation: str) -> None:
+    """jax.vjp of per-device values, where a device's cotangent reaches the operands of its peers."""
+    comm = communicator(implementation, problem)
+    inputs = layer_inputs(problem)
+
+    def program(x, topk_weights, matrices, bias, topk_idx, g):
+        def layer(*operands):
+            return moe(comm, *operands, topk_idx, **problem.dispatch_options)
+
+        out, backward = jax.vjp(layer, x, topk_weights, matrices, bias)
+        return out, backward(g)
+
+    arrays = (*inputs.operands, inputs.g)
+    out, gradients = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    assert_close(out, inputs.out)
+    assert_close(gradients, inputs.expected)
+
+
+@by_implementation
+@by_layer
+def test_gradient_for_y_is_zero_in_rows_of_no_token(problem: Problem, implementation: str) -> None:
+    comm = communicator(implementation, problem)
+    inputs, rows = layer_inputs(problem), inputs_of(problem)
+
+    def program(x, topk_idx, topk_weights, y, g):
+        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+        _, backward = jax.vjp(lambda y: ep.combine(y, handle, comm=comm), y)
+        return backward(g)[0]
+
+    y = np.where(np.isnan(rows.y), np.inf, rows.y)
+    arrays = (rows.x, rows.topk_idx, rows.topk_weights, y, inputs.g)
+    gradient = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    assert_close(gradient, inputs.y_gradient)
+    np.testing.assert_array_equal(gradient[~inputs.mask], 0)
+
+
+@by_implementation
+def test_gradient_of_an_unweighted_combine(implementation: str) -> None:
+    """Without weights the gradient for y is the cotangent of its token, bit for bit."""
+    comm = communicator(implementation)
+    inputs, rows = layer_inputs(), inputs_of(LAYER)
+
+    def program(x, topk_idx, topk_weights, y, g):
+        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+        carried, _ = ep.dispatch(g, handle=handle, comm=comm)
+        _, backward = jax.vjp(lambda y: ep.combine(y, handle, comm=comm, weighted=False), y)
+        return backward(g)[0], jnp.where(carried.mask[:, None], carried.tokens, 0)
+
+    arrays = (rows.x, rows.topk_idx, rows.topk_weights, rows.y, inputs.g)
+    gradient, carried = run_per_device(program, LAYER.mesh, LAYER.axis_name, *arrays)
+    assert_same_bits(gradient, carried)
+
+
+@by_implementation
+@pytest.mark.parametrize("limit", [{}, {"capacity": 6}], ids=["everything arrives", "capacity"])
+def test_gradient_of_token_major_rows(implementation: str, limit: dict) -> None:
+    """Experts that weight and sum by themselves: the weights' gradient comes back through the rows."""
+    problem = Problem("token-major layer", layout="token", routing="invalid", **limit)
+    comm = communicator(implementation, problem)
+    rows = inputs_of(problem)
+    scales = np.linspace(0.5, 2.0, problem.num_experts, dtype=np.float32)  # expert e multiplies by scales[e]
+    local_scales = np.tile(scales.reshape(comm.size, -1), (len(rows.routes), 1))
+    g = layer_inputs().g[:, :1].repeat(problem.num_tokens, axis=1)
+
+    def program(x, topk_weights, topk_idx, local_scales, g):
+        def layer(x, topk_weights):
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+            factors = dispatched.topk_weights * jnp.where(
+                dispatched.topk_idx >= 0, local_scales[dispatched.topk_idx], 0
+            )
+            return ep.combine(dispatched.tokens * factors.sum(axis=1, keepdims=True), handle, comm=comm)
+
+        out, backward = jax.vjp(layer, x, topk_weights)
+        return out, backward(g)
+
+    arrays = (rows.x, rows.topk_weights, rows.topk_idx, local_scales, g)
+    out, (x_gradient, weight_gradient) = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    reached = np.concatenate([routes.row_of >= 0 for routes in rows.routes])
+    factor = np.where(reached, scales[np.clip(rows.topk_idx, 0, len(scales) - 1)].astype(np.float64), 0)
+    gate = np.sum(factor * rows.topk_weights, axis=-1, keepdims=True)
+    assert_close(out, rows.x * gate)
+    assert_close(x_gradient, g * gate)
+    assert_close(weight_gradient, factor * np.sum(rows.x * g, axis=-1, keepdims=True))
+
+
+@by_implementation
+def test_gradient_of_a_dispatch_along_a_handle(implementation: str) -> None:
+    comm = communicator(implementation)
+    inputs, rows = layer_inputs(), inputs_of(LAYER)
+
+    def program(x, topk_idx, topk_weights, x2, y):
+        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+        _, backward = jax.vjp(lambda x2: ep.dispatch(x2, handle=handle, comm=comm)[0].tokens, x2)
+        return backward(y)[0], ep.combine(y, handle, comm=comm, weighted=False)
+
+    arrays = (rows.x, rows.topk_idx, rows.topk_weights, inputs.x, rows.y)
+    gradient, combined = run_per_device(program, LAYER.mesh, LAYER.axis_name, *arrays)
+    assert_same_bits(gradient, combined)
+
+
+@by_implementation
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_have_the_dtype_of_their_operand(implementation: str, dtype: str) -> None:
+    problem = Problem(f"layer, {dtype}", dtype=dtype)
+    comm = communicator(implementation, problem)
+    rows = inputs_of(problem)
+
+    def program(x, topk_weights, topk_idx, bias):
+        def layer(x, topk_weights, bias):
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+            return ep.combine(dispatched.tokens, handle, comm=comm, bias=bias)
+
+        return jax.vjp(layer, x, topk_weights, bias)[1](jnp.ones_like(x))
+
+    arrays = (rows.x, rows.topk_weights, rows.topk_idx, rows.bias)
+    gradients = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    x_gradient, weight_gradient, bias_gradient = gradients
+    assert x_gradient.dtype == bias_gradient.dtype == rows.x.dtype
+    assert weight_gradient.dtype == np.float32
+    total = rows.topk_weights.sum(axis=-1, keepdims=True).repeat(problem.hidden_size, axis=-1)
+    assert_close(x_gradient.astype(np.float32), total, 2e-2)
+    expected = rows.x.astype(np.float64).sum(axis=-1, keepdims=True).repeat(problem.num_topk, axis=-1)
+    assert_close(weight_gradient, expected)

@@ -1,0 +1,75 @@
+"""Whatever stands in rows of no token reaches no result and no gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import IMPLEMENTATIONS
+from meshes import run_per_device
+from moe_layer import LAYERS, assert_close, communicator, layer_inputs
+from problems import Problem
+
+import jax_deepep as ep
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: problem.name)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=["nan", "inf"])
+def test_garbage_reaches_nothing(problem: Problem, implementation: str, garbage: float) -> None:
+    """Planted before the experts and after them, and in the cotangent of the tokens."""
+    comm = communicator(implementation, problem)
+    inputs = layer_inputs(problem)
+
+    @jax.custom_vjp
+    def plant(rows, mask):
+        return jnp.where(mask[:, None], rows, garbage)
+
+    def plant_forward(rows, mask):
+        return plant(rows, mask), mask
+
+    def plant_backward(mask, cotangent):
+        return jnp.where(mask[:, None], cotangent, garbage), None
+
+    plant.defvjp(plant_forward, plant_backward)
+
+    def program(x, topk_weights, matrices, bias, topk_idx, g):
+        def layer(x, topk_weights, matrices, bias):
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+            tokens = plant(dispatched.tokens, dispatched.mask)
+            # The experts themselves honour the mask; what is around them is ours.
+            live = jnp.where(dispatched.mask[:, None], tokens, 0)
+            y = jax.lax.ragged_dot(live, matrices, dispatched.group_sizes)
+            return ep.combine(plant(y, dispatched.mask), handle, comm=comm, bias=bias)
+
+        out, backward = jax.vjp(layer, x, topk_weights, matrices, bias)
+        x_bar, weights_bar, _, bias_bar = backward(g)
+        return out, x_bar, weights_bar, bias_bar
+
+    arrays = (*inputs.operands, inputs.g)
+    results = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    expected = (inputs.out, *(inputs.gradients[name] for name in ("x", "topk_weights", "bias")))
+    assert_close(results, expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: problem.name)
+def test_a_grouped_matmul_needs_no_mask(problem: Problem, implementation: str) -> None:
+    """ragged_dot honours group_sizes: garbage after the last group stays out, forward and backward."""
+    comm = communicator(implementation, problem)
+    inputs = layer_inputs(problem)
+
+    def program(x, topk_weights, matrices, bias, topk_idx, g):
+        def layer(x, topk_weights, matrices, bias):
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+            after = jnp.arange(len(dispatched.mask)) >= jnp.sum(dispatched.group_sizes)
+            tokens = jnp.where(after[:, None], jnp.nan, dispatched.tokens)
+            y = jax.lax.ragged_dot(tokens, matrices, dispatched.group_sizes)
+            return ep.combine(y, handle, comm=comm, bias=bias)
+
+        out, backward = jax.vjp(layer, x, topk_weights, matrices, bias)
+        return out, backward(g)
+
+    arrays = (*inputs.operands, inputs.g)
+    out, gradients = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    assert_close(out, inputs.out)
+    assert_close(gradients, inputs.expected)

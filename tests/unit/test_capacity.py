@@ -1,0 +1,62 @@
+"""How many rows the worst case takes."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+
+from jax_deepep.capacity import num_groups, round_up, worst_case_rows
+
+
+@pytest.mark.parametrize(
+    ("value", "multiple", "expected"), [(0, 8, 0), (1, 8, 8), (8, 8, 8), (9, 8, 16), (5, 1, 5)]
+)
+def test_round_up(value: int, multiple: int, expected: int) -> None:
+    assert round_up(value, multiple) == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_experts_per_tok", "num_local_experts", "alignment", "expected"),
+    [
+        ("expert", 2, 4, 1, 80),  # R·T·K
+        ("expert", 8, 4, 1, 160),  # no token goes to a device more than L times
+        ("expert", 2, 4, 8, 112),  # 80 + 4·7 = 108, rounded up
+        ("token", 2, 4, 1, 40),  # R·T
+        ("token", 8, 4, 16, 48),
+    ],
+)
+def test_worst_case(
+    layout: str, num_experts_per_tok: int, num_local_experts: int, alignment: int, expected: int
+) -> None:
+    rows = worst_case_rows(
+        layout=layout,
+        num_ranks=4,
+        num_tokens=10,
+        num_experts_per_tok=num_experts_per_tok,
+        num_local_experts=num_local_experts,
+        alignment=alignment,
+    )
+    assert rows == expected
+
+
+@pytest.mark.parametrize("alignment", [1, 2, 3, 8])
+def test_the_worst_case_drops_nothing(alignment: int) -> None:
+    """For every way in which two tokens can choose two of four experts on two devices."""
+    pairs = list(itertools.permutations(range(4), 2))
+    for first, second in itertools.product(pairs, pairs):
+        topk_idx = np.array([[first], [second]], np.int32)
+        routes = oracle.route(
+            topk_idx, np.ones_like(topk_idx, np.float32), num_experts=4, max_tokens=1, alignment=alignment
+        )
+        rows = worst_case_rows(
+            layout="expert", num_ranks=2, num_tokens=1, num_experts_per_tok=2, num_local_experts=2,
+            alignment=alignment,
+        )  # fmt: skip
+        assert routes.group_sizes.sum(axis=1).max() <= rows
+        assert not routes.num_dropped.any()
+
+
+def test_groups_of_rows() -> None:
+    assert num_groups("expert", 4) == 4
+    assert num_groups("token", 4) == 1

@@ -1,0 +1,217 @@
+"""The communicator as an object: attributes, identity, description, life and death."""
+
+import copy
+import dataclasses
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import IMPLEMENTATIONS
+from meshes import device_axis, fetch, mesh_named, per_device, put_on_mesh
+from moe_layer import LAYER, assert_close, layer_inputs, moe
+
+import jax_deepep as ep
+
+MESH = mesh_named("data 2 × expert 4")
+SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
+
+by_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def make(**options) -> ep.Communicator:
+    return ep.Communicator(MESH, "expert", **{**SIZES, **options})
+
+
+def layer_program(comm: ep.Communicator):
+    """Return the layer as a jitted function, and operands on the mesh."""
+    program = jax.jit(per_device(lambda *operands: moe(comm, *operands), MESH, "expert"))
+    return program, put_on_mesh(layer_inputs().operands, MESH, device_axis(MESH, "expert"))
+
+
+@by_implementation
+def test_arguments_are_attributes(implementation: str) -> None:
+    comm = make(implementation=implementation, num_sms=20, timeout_s=7.5)
+    assert comm.mesh is MESH
+    assert comm.axis_name == "expert"
+    for name, value in SIZES.items():
+        assert getattr(comm, name) == value
+    assert comm.implementation == implementation
+    assert comm.mode == "throughput"
+    assert comm.num_sms == 20
+    assert comm.timeout_s == 7.5
+    assert comm.size == 4
+    assert comm.num_local_experts == 2
+    assert comm.buffer_bytes >= 0
+
+
+def test_a_tuple_of_axes_is_one_group() -> None:
+    mesh = mesh_named("node 2 × expert 4")
+    comm = ep.Communicator(mesh, ("node", "expert"), **SIZES)
+    assert comm.axis_name == ("node", "expert")
+    assert comm.size == 8
+    assert comm.num_local_experts == 1
+
+
+def test_defaults() -> None:
+    comm = ep.Communicator(MESH, **SIZES)
+    assert comm.axis_name == "expert"
+    assert comm.num_sms is None
+    assert comm.timeout_s == 600.0
+
+
+def test_auto_takes_the_native_ops_on_cpu_and_says_so() -> None:
+    comm = make()
+    assert comm.implementation == "native"
+    assert "native (auto" in comm.describe()
+
+
+@by_implementation
+def test_equality_is_identity(implementation: str) -> None:
+    one, other = make(implementation=implementation), make(implementation=implementation)
+    assert one == one
+    assert one != other
+    assert len({one, other, one}) == 2
+    assert copy.deepcopy(one) is one
+    assert copy.copy(one) is one
+
+
+def test_a_communicator_is_a_static_argument() -> None:
+    comm = make()
+    traced = []
+
+    def double(value, comm):
+        traced.append(comm)
+        return 2 * value
+
+    function = jax.jit(double, static_argnames="comm")
+    assert function(jnp.float32(1), comm=comm) == 2
+    assert function(jnp.float32(3), comm=comm) == 6
+    assert traced == [comm]  # the second call found the first one's program
+
+
+def test_frozen() -> None:
+    comm = make()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        comm.max_tokens = 7
+
+
+@by_implementation
+def test_describe_is_one_screen(implementation: str) -> None:
+    text = make(implementation=implementation, timeout_s=7.5).describe()
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 120
+    for fact in ("data 2, expert 4", "2 of 4 devices along expert", implementation, "7.5 s", "ready", "cpu"):
+        assert fact in text
+
+
+def test_describe_says_when_it_is_closed() -> None:
+    comm = make()
+    comm.close()
+    assert "closed" in comm.describe()
+    assert "ready" not in comm.describe()
+
+
+@by_implementation
+def test_context_manager_closes(implementation: str) -> None:
+    with make(implementation=implementation) as comm:
+        program, operands = layer_program(comm)
+        assert_close(fetch(program(*operands)), layer_inputs().out)
+    with pytest.raises(ep.CommunicatorError, match="closed"):
+        jax.eval_shape(per_device(lambda *operands: moe(comm, *operands), MESH, "expert"), *operands)
+    comm.close()  # again does nothing
+
+
+def test_a_closed_communicator_fails_the_programs_compiled_before() -> None:
+    """With a clear error; the process and every other communicator go on."""
+    comm, other = make(), make()
+    program, operands = layer_program(comm)
+    fetch(program(*operands))
+    comm.close()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"is closed.*make a new Communicator"):
+        jax.block_until_ready(program(*operands))
+
+    program, operands = layer_program(other)
+    assert_close(fetch(program(*operands)), layer_inputs().out)
+    other.check()
+
+
+def test_a_failed_program_does_not_spoil_check() -> None:
+    """What failed with a closed communicator is no business of another one, while its result lives."""
+    comm, other = make(), make()
+    program, operands = layer_program(comm)
+    compiled = program.lower(*operands).compile()
+    comm.close()
+    failed = None
+    try:
+        failed = compiled(*operands)
+        jax.block_until_ready(failed)
+    except jax.errors.JaxRuntimeError as error:
+        assert "is closed" in str(error)  # noqa: PT017
+    else:
+        pytest.fail("the program ran with a closed communicator")
+    try:
+        other.check()
+        other.close()
+    finally:
+        del failed
+
+
+def test_close_waits_for_what_runs() -> None:
+    comm = make()
+    program, operands = layer_program(comm)
+    outs = [program(*operands) for _ in range(5)]
+    comm.close()
+    for out in outs:
+        assert_close(fetch(out), layer_inputs().out)
+
+
+@by_implementation
+def test_an_unused_communicator_is_collected(implementation: str) -> None:
+    comm = make(implementation=implementation)
+    program, operands = layer_program(comm)
+    fetch(program(*operands))
+    gone = weakref.ref(comm)
+    del comm, program
+    jax.clear_caches()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_program_outlives_its_communicator() -> None:
+    """Collected while a compiled program is still there: the program says so."""
+    comm = make()
+    program, operands = layer_program(comm)
+    compiled = program.lower(*operands).compile()
+    gone = weakref.ref(comm)
+    del comm, program
+    jax.clear_caches()
+    gc.collect()
+    if gone() is None:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="make a new Communicator"):
+            jax.block_until_ready(compiled(*operands))
+    else:  # the program holds it: then it works
+        assert_close(fetch(compiled(*operands)), layer_inputs().out)
+
+
+def test_stats_of_the_other_implementation() -> None:
+    with pytest.raises(ep.CommunicatorError, match='stats: implementation="xla"'):
+        make(implementation="xla").stats()
+
+
+def test_xla_has_nothing_to_check() -> None:
+    make(implementation="xla").check()
+
+
+def test_ranks_follow_the_mesh() -> None:
+    """The device order of a group is the mesh's, whatever the ids of the devices are."""
+    devices = np.array(jax.devices())[::-1].reshape(2, 4)
+    mesh = jax.sharding.Mesh(devices, ("data", "expert"))
+    comm = ep.Communicator(mesh, "expert", **SIZES)
+    inputs = layer_inputs()
+    program = jax.jit(per_device(lambda *operands: moe(comm, *operands), mesh, "expert"))
+    out = program(*put_on_mesh(inputs.operands, mesh, device_axis(mesh, "expert")))
+    assert_close(fetch(out), inputs.out)
+    assert LAYER.max_tokens == SIZES["max_tokens"]

@@ -1,0 +1,86 @@
+"""Errors of the communicator's arguments: each names the argument, what it got, and what it takes."""
+
+import jax
+import pytest
+from meshes import mesh_named
+
+import jax_deepep as ep
+
+ARGUMENTS = {
+    "axis_name": "expert", "num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8
+}  # fmt: skip
+
+# Arguments that differ from the good ones, the error, and words of it in order.
+CASES = [
+    ({"mesh": "expert"}, TypeError, r"mesh: got str; takes a jax\.sharding\.Mesh"),
+    ({"axis_name": 3}, TypeError, r"axis_name: got 3; takes a mesh axis or a tuple"),
+    ({"axis_name": ()}, TypeError, r"axis_name: got \(\); takes a mesh axis or a tuple"),
+    (
+        {"axis_name": "tensor"},
+        ValueError,
+        r"axis_name: got 'tensor'; takes an axis of mesh: .*expert",
+    ),
+    (
+        {"axis_name": ("data", "data")},
+        ValueError,
+        r"axis_name: .*takes every axis once",
+    ),
+    (
+        {"num_experts": 6},
+        ValueError,
+        r"num_experts: got 6 for 4 devices .*takes a multiple of 4.*8",
+    ),
+    ({"num_experts": 0}, ValueError, r"num_experts: got 0; takes a positive integer"),
+    ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a positive integer"),
+    ({"num_experts_per_tok": 9}, ValueError, r"num_experts_per_tok: got 9; takes at most num_experts=8"),
+    ({"num_experts_per_tok": True}, TypeError, r"num_experts_per_tok: got True; takes a positive integer"),
+    ({"max_tokens": -1}, ValueError, r"max_tokens: got -1; takes a positive integer"),
+    (
+        {"max_tokens": 2**30},
+        ValueError,
+        r"max_tokens: got 1073741824 .*takes at most 536870911",
+    ),
+    ({"hidden_size": "wide"}, TypeError, r"hidden_size: got 'wide'; takes a positive integer"),
+    ({"num_sms": 0}, ValueError, r"num_sms: got 0; takes a positive integer"),
+    (
+        {"implementation": "nccl"},
+        ValueError,
+        r'implementation: got \'nccl\'; takes "auto", "native"',
+    ),
+    ({"mode": "fast"}, ValueError, r'mode: got \'fast\'; takes "auto", "throughput" or "low_latency"'),
+    ({"timeout_s": 0}, ValueError, r"timeout_s: got 0; takes seconds, a positive finite number"),
+    ({"timeout_s": float("inf")}, ValueError, r"timeout_s: got inf; takes seconds, a positive finite number"),
+    ({"timeout_s": float("nan")}, ValueError, r"timeout_s: got nan; takes seconds, a positive finite number"),
+    ({"timeout_s": "10"}, TypeError, r"timeout_s: got '10'; takes seconds"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), CASES, ids=[str(case[0]) for case in CASES])
+def test_a_wrong_argument(wrong: dict, error: type[Exception], words: str) -> None:
+    arguments = {"mesh": mesh_named("data 2 × expert 4"), **ARGUMENTS, **wrong}
+    with pytest.raises(error, match=words):
+        ep.Communicator(**arguments)
+
+
+@pytest.mark.parametrize("missing", ["num_experts", "num_experts_per_tok", "max_tokens", "hidden_size"])
+def test_a_missing_argument(missing: str) -> None:
+    arguments = {name: value for name, value in ARGUMENTS.items() if name != missing}
+    with pytest.raises(TypeError, match=missing):
+        ep.Communicator(mesh_named("data 2 × expert 4"), **arguments)
+
+
+def test_sizes_are_named_never_positional() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        ep.Communicator(mesh_named("data 2 × expert 4"), "expert", 8, 3, 6, 8)
+
+
+def test_a_wrong_argument_leaves_nothing_behind() -> None:
+    """The next communicator works: no number of the order of creation is lost to one process alone."""
+    mesh = mesh_named("one device")
+    with pytest.raises(ValueError, match="num_experts"):
+        ep.Communicator(mesh, **{**ARGUMENTS, "num_experts": -4})
+    comm = ep.Communicator(mesh, **ARGUMENTS)
+    x = jax.numpy.ones((2, 8))
+    topk_idx, topk_weights = jax.numpy.array([[0, 1, 2]] * 2), jax.numpy.ones((2, 3))
+    dispatched, _ = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+    assert dispatched.num_rows.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]

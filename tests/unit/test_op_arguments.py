@@ -1,0 +1,211 @@
+"""Errors of dispatch and combine when tracing: each names the argument, what it got, and what it takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import IMPLEMENTATIONS
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_named, per_device
+
+import jax_deepep as ep
+
+MESH = mesh_named("data 2 × expert 4")
+SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
+
+
+@functools.cache
+def communicator(implementation: str = "native") -> ep.Communicator:
+    return ep.Communicator(MESH, "expert", **SIZES, implementation=implementation)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def comm(request: pytest.FixtureRequest) -> ep.Communicator:
+    return communicator(request.param)
+
+
+def trace(function) -> None:
+    """Trace a function of no operands inside shard_map over the whole mesh."""
+    mapped = per_device(lambda _: function(), MESH, "expert")
+    jax.eval_shape(mapped, jax.ShapeDtypeStruct((MESH.size,), jnp.float32))
+
+
+def dispatch(right_comm, **wrong):
+    operands = {
+        "x": jnp.zeros((5, 8)),
+        "topk_idx": jnp.zeros((5, 3), jnp.int32),
+        "topk_weights": jnp.zeros((5, 3)),
+        "comm": right_comm,
+    }
+    return ep.dispatch(**{**operands, **wrong})
+
+
+def combine(right_comm, dispatch_options: dict | None = None, **wrong):
+    dispatched, handle = dispatch(right_comm, **(dispatch_options or {}))
+    return ep.combine(**{"y": dispatched.tokens, "handle": handle, "comm": right_comm, **wrong})
+
+
+DISPATCH = [
+    ({"x": jnp.zeros((5, 7))}, ValueError, r"x: got shape \(5, 7\); takes \[T, hidden_size\] = \[any, 8\]"),
+    ({"x": jnp.zeros((5, 1, 8))}, ValueError, r"x: got shape \(5, 1, 8\); takes \[T, hidden_size\]"),
+    ({"x": jnp.zeros((7, 8))}, ValueError, r"x: got 7 tokens; .* takes at most max_tokens=6"),
+    ({"x": jnp.zeros((5, 8), jnp.int32)}, TypeError, r"x: got dtype int32; takes bfloat16, .*Cast it"),
+    ({"x": [[0.0] * 8]}, TypeError, r"x: got list; takes an array"),
+    ({"topk_idx": jnp.zeros((5, 3), jnp.int16)}, TypeError, r"topk_idx: got dtype int16; takes int32"),
+    ({"topk_idx": jnp.zeros((5, 4), jnp.int32)}, ValueError,
+     r"topk_idx: got shape \(5, 4\); takes \[T, num_experts_per_tok\] = \[5, 3\]"),
+    ({"topk_idx": None}, TypeError, r"topk_idx, topk_weights: got None; dispatch takes both, or handle="),
+    ({"topk_weights": jnp.zeros((4, 3))}, ValueError, r"topk_weights: got shape \(4, 3\); .* \[5, 3\]"),
+    ({"topk_weights": jnp.zeros((5, 3), jnp.bfloat16)}, TypeError,
+     r"topk_weights: got dtype bfloat16; takes float32.*Cast it"),
+    ({"comm": "expert"}, TypeError, r"comm: got str; dispatch takes the jax_deepep\.Communicator"),
+    ({"layout": "rows"}, ValueError, r"layout: got 'rows'; takes \"expert\" or \"token\""),
+    ({"alignment": 0}, ValueError, r"alignment: got 0; takes an integer of at least 1"),
+    ({"alignment": 2.0}, TypeError, r"alignment: got 2\.0; takes a Python integer"),
+    ({"capacity": -8}, ValueError, r"capacity: got -8; takes an integer of at least 0"),
+    ({"capacity": 12, "alignment": 8}, ValueError,
+     r"capacity: got 12 with alignment=8; takes a multiple of alignment, for example 16"),
+    ({"capacity": 2**30}, ValueError, r"capacity: got 1073741824 rows on each of 4 devices; takes at most"),
+    ({"capacity": "many"}, TypeError, r"capacity: got 'many'; takes a Python integer"),
+    ({"expert_capacity": -1}, ValueError, r"expert_capacity: got -1; takes an integer of at least 0"),
+    ({"expert_capacity": 4, "layout": "token"}, ValueError,
+     r"expert_capacity: got 4 with layout='token'.*takes None"),
+    ({"wire": "fp8"}, ValueError, r"wire: got 'fp8'; this version takes None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wrong", "error", "words"), DISPATCH, ids=[case[2][:40] for case in DISPATCH])
+def test_a_wrong_argument_of_dispatch(comm, wrong: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        trace(lambda: dispatch(comm, **wrong))
+
+
+def test_a_capacity_that_is_traced(comm) -> None:
+    with pytest.raises(TypeError, match=r"capacity: got .*; takes a Python integer \(a static value"):
+        trace(lambda: jax.jit(lambda capacity: dispatch(comm, capacity=capacity))(8))
+
+
+ALONG_A_HANDLE = [
+    ({"topk_idx": jnp.zeros((5, 3), jnp.int32)}, r"topk_idx: got an array together with handle=; takes None"),
+    ({"topk_weights": jnp.zeros((5, 3))}, r"topk_weights: got an array together with handle=; takes None"),
+    ({"capacity": 8}, r"capacity: got 8; takes None or the handle's own, 48"),
+    ({"x": jnp.zeros((4, 8))}, r"x: got 4 tokens; takes as many as the dispatch that made the handle, 5"),
+    ({"layout": "token"}, r"layout: got 'token'"),
+    ({"alignment": 8}, r"alignment: got 8"),
+    ({"expert_capacity": 2}, r"expert_capacity: got 2"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), ALONG_A_HANDLE, ids=[case[1][:30] for case in ALONG_A_HANDLE])
+def test_a_wrong_argument_along_a_handle(comm, wrong: dict, words: str) -> None:
+    def along():
+        _, handle = dispatch(comm, capacity=48)
+        return ep.dispatch(**{"x": jnp.zeros((5, 8)), "handle": handle, "comm": comm, **wrong})
+
+    with pytest.raises(ValueError, match=words):
+        trace(along)
+
+
+COMBINE = [
+    ({"y": jnp.zeros((40, 8))}, {}, ValueError, r"y: got shape \(40, 8\); takes \[capacity, .* \[16, 8\]"),
+    ({"y": jnp.zeros((16, 8), jnp.int8)}, {}, TypeError, r"y: got dtype int8; takes bfloat16, float16"),
+    ({"handle": (1, 2)}, {}, TypeError, r"handle: got tuple; takes the jax_deepep\.Handle"),
+    ({"comm": None}, {}, TypeError, r"comm: got NoneType; combine takes the jax_deepep\.Communicator"),
+    ({"weighted": 1}, {}, TypeError, r"weighted: got 1; takes True, False or None"),
+    ({"weighted": True}, {"layout": "token"}, ValueError, r"weighted: got True for token-major rows; takes"),
+    ({"bias": jnp.zeros((4, 8))}, {}, ValueError, r"bias: got shape \(4, 8\); takes \[T, .* = \[5, 8\]"),
+    ({"bias": jnp.zeros((5, 8), jnp.bfloat16)}, {}, TypeError, r"bias: got dtype bfloat16; takes float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "options", "error", "words"), COMBINE, ids=[case[3][:40] for case in COMBINE]
+)
+def test_a_wrong_argument_of_combine(
+    comm, wrong: dict, options: dict, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        trace(lambda: combine(comm, {"capacity": 16, **options}, **wrong))
+
+
+def test_a_handle_of_another_communicator(comm) -> None:
+    other = ep.Communicator(MESH, "expert", **SIZES, implementation=comm.implementation)
+    with pytest.raises(ValueError, match=r"handle: got one of another communicator .* takes one that"):
+        trace(lambda: combine(comm, comm=other))
+    other.close()
+
+
+def test_a_handle_that_kept_its_device_axis(comm) -> None:
+    def with_device_axis():
+        dispatched, handle = dispatch(comm)
+        handle = jax.tree.map(lambda leaf: leaf[None], handle)
+        return ep.combine(dispatched.tokens, handle, comm=comm)
+
+    words = r"handle: got source of shape .* must lose it again: jax\.tree\.map"
+    with pytest.raises(ValueError, match=words):
+        trace(with_device_axis)
+
+
+def test_outside_of_shard_map(comm) -> None:
+    words = r"dispatch: the mesh axis 'data' of size 2 is not manual here.*shard_map"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: dispatch(comm))
+
+
+def test_a_mesh_axis_that_is_not_manual(comm) -> None:
+    """All axes larger than 1 must be manual, not the expert-parallel ones alone."""
+    mapped = jax.shard_map(
+        lambda _: dispatch(comm)[0].mask,
+        mesh=MESH, in_specs=P(), out_specs=P(), axis_names={"expert"}, check_vma=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"dispatch: the mesh axis 'data' of size 2 is not manual here"):
+        jax.eval_shape(jax.jit(mapped), jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def test_combine_outside_of_shard_map(comm) -> None:
+    kept = []
+
+    def keep():
+        dispatched, handle = dispatch(comm)
+        kept.append(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), handle))
+        return dispatched.mask
+
+    trace(keep)
+    y = jnp.zeros((*kept[0].source.shape, 8))
+    with pytest.raises(ValueError, match=r"combine: the mesh axis 'data' of size 2 is not manual here"):
+        ep.combine(y, kept[0], comm=comm)
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "words"),
+    [
+        ("data 4 × expert 2", r"dispatch: the mesh axis 'data' has size 4 here, but 2 in comm\.mesh"),
+        ("expert 8", r"dispatch: the mesh axis 'data' of size 2 is not manual here"),
+        ("stage 2 × expert 4", r"dispatch: the mesh axis 'data' of size 2 is not manual here"),
+    ],
+)
+def test_another_mesh_than_the_communicators(comm, mesh_name: str, words: str) -> None:
+    mapped = per_device(lambda _: dispatch(comm)[0].mask, mesh_named(mesh_name), "expert")
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(mapped, jax.ShapeDtypeStruct((8,), jnp.float32))
+
+
+def test_a_mesh_with_an_axis_that_the_communicators_has_not() -> None:
+    comm = ep.Communicator(mesh_named("expert 8"), **SIZES)
+    larger = AbstractMesh((2, 8), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
+    words = r"dispatch: the mesh here has an axis 'data' of size 2 that comm\.mesh does not have"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(
+            per_device(lambda _: dispatch(comm)[0].mask, larger, "expert"),
+            jax.ShapeDtypeStruct((16,), jnp.float32),
+        )
+
+
+def test_a_closed_communicator_is_not_traced(comm) -> None:
+    closed = ep.Communicator(MESH, "expert", **SIZES, implementation=comm.implementation)
+    closed.close()
+    with pytest.raises(ep.CommunicatorError, match=r"comm: .*is closed; make a new Communicator"):
+        trace(lambda: dispatch(closed))

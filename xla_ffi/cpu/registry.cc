@@ -1,0 +1,51 @@
+#include "cpu/registry.h"
+
+#include <mutex>
+#include <unordered_map>
+
+namespace jax_deepep {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::weak_ptr<Communicator>> by_id;
+};
+
+Registry& TheRegistry() {
+  static Registry* const registry = new Registry;  // outlives every thread
+  return *registry;
+}
+
+}  // namespace
+
+void Register(const std::shared_ptr<Communicator>& comm) {
+  Registry& registry = TheRegistry();
+  std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.by_id[comm->config().id] = comm;
+}
+
+std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
+                                               std::string* why_not) {
+  std::shared_ptr<Communicator> comm;
+  {
+    Registry& registry = TheRegistry();
+    std::lock_guard<std::mutex> lock(registry.mutex);
+    if (const auto found = registry.by_id.find(id); found != registry.by_id.end()) {
+      comm = found->second.lock();
+    }
+  }
+  const std::string name = "communicator #" + std::to_string(id);
+  if (comm == nullptr) {
+    *why_not = "this program uses " + name +
+               ", which does not exist in this process (any more); make the same communicators in "
+               "the same order as the process that traced the program did";
+  } else if (comm->config().fingerprint != fingerprint) {
+    *why_not = "this program uses " + name +
+               ", which was made with other arguments here than where the program was traced; make "
+               "the same communicators in the same order";
+    comm = nullptr;
+  }
+  return comm;
+}
+
+}  // namespace jax_deepep
