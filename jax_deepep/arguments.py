@@ -73,9 +73,7 @@ def check_sizes(comm: Any, num_ranks: int) -> None:
         )
 
 
-def chosen_implementation(
-    requested: Any, obstacles: dict[int, str], hosts: set[str]
-) -> tuple[str, str]:
+def chosen_implementation(requested: Any, obstacles: dict[int, str], hosts: set[str]) -> tuple[str, str]:
     """Return "native" or "xla", and why; `obstacles` has each process's own, or an empty text."""
     if requested not in ("auto", "native", "xla"):
         raise ValueError(f'implementation: got {requested!r}; takes "auto", "native" or "xla".')
@@ -90,9 +88,7 @@ def chosen_implementation(
     if not obstacle:
         return "native", "as asked" if requested == "native" else "auto: available here"
     if requested == "native":
-        raise ValueError(
-            f'implementation: got "native", but {obstacle}; takes "xla" here, or "auto".'
-        )
+        raise ValueError(f'implementation: got "native", but {obstacle}; takes "xla" here, or "auto".')
     return "xla", f"auto: {obstacle}"
 
 

@@ -35,9 +35,7 @@ class Exchange:
         name_of: describes a process in errors, by the ranks that it has.
     """
 
-    def __init__(
-        self, processes: set[int], timeout_s: float, name_of: Callable[[int], str]
-    ) -> None:
+    def __init__(self, processes: set[int], timeout_s: float, name_of: Callable[[int], str]) -> None:
         self.processes = tuple(sorted(processes))
         self.process = jax.process_index()
         number = _num_exchanges.get(self.processes, 0)
@@ -93,9 +91,7 @@ class Exchange:
             listener.bind(f"\0{address}")
             listener.listen(len(self.processes))
             addresses = self.all_gather("descriptor", {"address": address})
-            server = threading.Thread(
-                target=self._serve_descriptor, args=(listener, descriptor), daemon=True
-            )
+            server = threading.Thread(target=self._serve_descriptor, args=(listener, descriptor), daemon=True)
             server.start()
             received: dict[int, int] = {}
             for process in self.processes:
@@ -145,9 +141,7 @@ def host_identity() -> str:
     return f"{boot}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"
 
 
-def check_same_arguments(
-    arguments: Mapping[int, Mapping[str, str]], name_of: Callable[[int], str]
-) -> None:
+def check_same_arguments(arguments: Mapping[int, Mapping[str, str]], name_of: Callable[[int], str]) -> None:
     """Raise if processes gave different arguments; `arguments` has each one's, as text, by process.
 
     Raises:

@@ -239,6 +239,8 @@ class Communicator:
     def stats(self) -> CommunicatorStats:
         """Return rows sent and received and time waited per peer, since the last call.
 
+        A row counts as sent when its receiver has it, which may be a moment after the sender's op.
+
         Raises:
             CommunicatorError: with implementation="xla", which does not count.
         """
@@ -280,9 +282,7 @@ class Communicator:
     def raise_if_unusable(self) -> None:
         """Raise if no op may be traced with this communicator: it is closed or broken."""
         if self.closed:
-            raise CommunicatorError(
-                f"comm: {self!r} is closed; make a new Communicator and trace again."
-            )
+            raise CommunicatorError(f"comm: {self!r} is closed; make a new Communicator and trace again.")
         self._raise_if_broken()
 
     def close(self) -> None:

@@ -40,9 +40,7 @@ class Topology:
 
     def describe_process(self, process: int) -> str:
         """Return the name of a process in errors: the ranks that it has."""
-        ranks = sorted(
-            {rank for (_, rank), d in np.ndenumerate(self.groups) if d.process_index == process}
-        )
+        ranks = sorted({rank for (_, rank), d in np.ndenumerate(self.groups) if d.process_index == process})
         if len(ranks) == 1:
             return f"rank {ranks[0]} (process {process})"
         return f"ranks {', '.join(map(str, ranks))} (process {process})"

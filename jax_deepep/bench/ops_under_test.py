@@ -113,9 +113,7 @@ def build(
 
 def empty_program(mesh: Mesh) -> Callable[[], Any]:
     """Return a program over all devices that does next to nothing: the price of a launch."""
-    add_one = jax.jit(
-        jax.shard_map(lambda value: value + 1, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
-    )
+    add_one = jax.jit(jax.shard_map(lambda value: value + 1, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS)))
     values = jax.device_put(jnp.zeros(mesh.size), jax.sharding.NamedSharding(mesh, P(AXIS)))
     return lambda: add_one(values)
 

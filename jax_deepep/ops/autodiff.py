@@ -90,9 +90,7 @@ def combine(
     group_sizes: jax.Array,
 ) -> jax.Array:
     """Carry `y` back to the tokens, weighted, and sum it."""
-    out, _ = implementation_of(shape.comm).combine(
-        shape, y, destination, weights=weights, bias=bias
-    )
+    out, _ = implementation_of(shape.comm).combine(shape, y, destination, weights=weights, bias=bias)
     return out
 
 

@@ -57,8 +57,7 @@ def check_array(
     if dtype is not None and value.dtype != dtype:
         wanted = jnp.dtype(dtype).name
         raise TypeError(
-            f"{name}: got dtype {value.dtype.name}; takes {wanted}. "
-            f"Cast it: {name}.astype(jnp.{wanted})."
+            f"{name}: got dtype {value.dtype.name}; takes {wanted}. Cast it: {name}.astype(jnp.{wanted})."
         )
     same = len(value.shape) == len(shape) and all(
         wanted is None or got == wanted for got, wanted in zip(value.shape, shape, strict=True)
@@ -72,8 +71,7 @@ def check_handle(handle: Any, comm: Communicator) -> None:
     """Raise unless `handle` came from a dispatch of `comm` and has its per-device shapes."""
     if not isinstance(handle, Handle):
         raise TypeError(
-            f"handle: got {type(handle).__name__}; takes the jax_deepep.Handle that dispatch "
-            "returned."
+            f"handle: got {type(handle).__name__}; takes the jax_deepep.Handle that dispatch returned."
         )
     shape = handle.route_shape
     if shape.comm is not comm:
@@ -126,6 +124,5 @@ def vary_together(axes: frozenset[str], *values: Any) -> tuple[Any, ...]:
         if value is not None:
             axes = axes | jax_compat.varying_axes(value)
     return tuple(
-        None if value is None else jax_compat.as_varying(jnp.asarray(value), axes)
-        for value in values
+        None if value is None else jax_compat.as_varying(jnp.asarray(value), axes) for value in values
     )

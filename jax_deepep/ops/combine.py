@@ -67,9 +67,7 @@ def combine(
         )
     if bias is not None:
         names = "[T, hidden_size], of y's dtype"
-        check_array(
-            "bias", bias, (shape.num_tokens, comm.hidden_size), dtype=y.dtype, names=names
-        )
+        check_array("bias", bias, (shape.num_tokens, comm.hidden_size), dtype=y.dtype, names=names)
     axes = check_call_site(comm, "combine")
     weights = handle.weights if weighted else None
     routes = (handle.source, handle.destination, handle.group_sizes)

@@ -188,4 +188,5 @@ def _received(tokens: jax.Array, handle: Handle) -> ExpertMajor | TokenMajor:
     mask = handle.source >= 0
     if handle.route_shape.layout == "expert":
         return ExpertMajor(tokens, handle.group_sizes, handle.num_rows, handle.weights, mask)
+    assert handle.local_experts is not None  # token-major
     return TokenMajor(tokens, handle.local_experts, handle.weights, handle.num_rows[0], mask)

@@ -39,9 +39,7 @@ def _define_primitive(
 
     mlir.register_lowering(primitive, lower, platform=platform)
 
-    def batch(
-        operands: Sequence[Any], dims: Sequence[Any], **parameters: Any
-    ) -> tuple[list[Any], list[int]]:
+    def batch(operands: Sequence[Any], dims: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[int]]:
         # One op after the other: the ranks of a group must meet for each of them anyway.
         mapped = [i for i, dim in enumerate(dims) if dim is not None]
 

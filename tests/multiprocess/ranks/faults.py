@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, leave_without_the_dead, meet, report
+from rank_side import (
+    ARGUMENTS,
+    MEETING_S,
+    NUM_PROCESSES,
+    RANK,
+    error_of,
+    join,
+    leave_without_the_dead,
+    meet,
+    report,
+)
 
 import jax_deepep as ep
 
@@ -200,10 +210,13 @@ def stalls_before_the_op() -> None:
     meet("other program is compiled")
     other_first = other.run()
     meet("other first step")
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})
+    continued = threading.Event()
+    signal.signal(signal.SIGCONT, lambda *_: continued.set())
     report("ready")
-    if RANK == VICTIM:
-        signal.sigwait({signal.SIGCONT})  # the test stops this process now, and continues it
+    if RANK == VICTIM:  # the test stops this process now, and continues it later
+        deadline = time.monotonic() + MEETING_S
+        while not continued.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)  # not in `wait`, which a signal that another thread takes does not end
     results = step.run()
     report_abandoned(step, results)
     _go_on_with_others(step, first, other, other_first)

@@ -20,7 +20,7 @@ NUM_PROCESSES = int(sys.argv[3])
 ARGUMENTS = sys.argv[4:]
 
 REPORT = "REPORT "  # begins a line of findings, for ../rank_processes.py
-MEETING_MS = 60_000
+MEETING_S = 60
 
 
 def join() -> None:
@@ -32,7 +32,7 @@ def join() -> None:
 
 def meet(name: str, processes: Sequence[int] | None = None) -> None:
     """Wait for the other processes outside of any program; a name is used once."""
-    jax_compat.coordination_client().wait_at_barrier(name, MEETING_MS, process_ids=processes)
+    jax_compat.coordination_client().wait_at_barrier(name, 1000 * MEETING_S, process_ids=processes)
 
 
 def report(name: str, **findings: Any) -> None:

@@ -1,0 +1,40 @@
+"""The conformance suite between processes, under the launcher: the same tests, the same eight devices.
+
+By default a selection, because every process compiles every program. All of it, some minutes per layout:
+
+    JAX_DEEPEP_WHOLE_CONFORMANCE=1 pytest tests/multiprocess/test_conformance_under_launcher.py
+"""
+
+import faulthandler
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from launcher_runs import ROOT, launcher
+from rank_processes import starts_its_own_processes
+
+pytestmark = starts_its_own_processes
+
+WHOLE = "JAX_DEEPEP_WHOLE_CONFORMANCE" in os.environ
+SELECTION = [] if WHOLE else ["-k", "native and (some or drop or invalid or node)"]
+DEADLINE_S = 1500 if WHOLE else 200
+
+
+@pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 4), (4, 2), (8, 1)])
+def test_conformance(num_processes: int, num_devices: int) -> None:
+    faulthandler.cancel_dump_traceback_later()  # this test has a deadline of its own
+    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance", *SELECTION]
+    options = ["-n", num_processes, "--platform", "cpu", "--devices-per-process", num_devices, "--"]
+    with launcher(*map(str, options), *suite, cwd=ROOT) as process:
+        try:
+            output, _ = process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)  # upon which it ends its ranks
+            output, _ = process.communicate(timeout=30)
+            pytest.fail(f"not through after {DEADLINE_S} s:\n{output}")
+    assert process.returncode == 0, output
+    assert re.search(r"\d+ passed", output), output
+    assert "skipped" not in output
