@@ -68,10 +68,10 @@ def test_one_replicated_operand_among_varying_ones(implementation: str, replicat
     operands = [put_on_mesh(a, MESH, spec) for a, spec in zip(arrays, specs, strict=True)]
     g = put_on_mesh(inputs.g, MESH, varying)
 
-    def weighted_sum(layer, g):
-        return lambda operands, topk_idx: jnp.sum(layer(*operands, topk_idx) * g)
+    def weighted_sum(layer):
+        return lambda operands, topk_idx, g: jnp.sum(layer(*operands, topk_idx) * g)
 
-    gradients = jax.jit(jax.grad(weighted_sum(layer, g)))(tuple(operands[:4]), operands[4])
+    gradients = jax.jit(jax.grad(weighted_sum(layer)))(tuple(operands[:4]), operands[4], g)
 
     # The same with a copy of the operand on every device, whose gradients are summed outside.
     copies = [
@@ -80,7 +80,7 @@ def test_one_replicated_operand_among_varying_ones(implementation: str, replicat
     ]
     *copies, topk_idx = put_on_mesh(copies, MESH, varying)
     all_varying = per_device(lambda *operands: moe(comm, *operands), MESH, AXIS)
-    expected = jax.jit(jax.grad(weighted_sum(all_varying, g)))(tuple(copies), topk_idx)
+    expected = jax.jit(jax.grad(weighted_sum(all_varying)))(tuple(copies), topk_idx, g)
     expected = [
         value.sum(axis=0) if name == replicated else value
         for name, value in zip(names[:4], fetch(expected), strict=True)
