@@ -12,7 +12,7 @@ from pathlib import Path
 import jax_deepep
 from jax_deepep.launch.rank_environment import without_launch
 
-ROOT = Path(next(iter(jax_deepep.__path__))).parent
+ROOT = Path(jax_deepep.__file__).parent.parent
 TIMEOUT_S = 90.0
 
 

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launcher_runs import ROOT, launcher
@@ -18,6 +19,7 @@ from rank_processes import starts_its_own_processes
 
 pytestmark = starts_its_own_processes
 
+CONFORMANCE = str(Path(__file__).parent.parent / "conformance")
 WHOLE = "JAX_DEEPEP_WHOLE_CONFORMANCE" in os.environ
 SELECTION = [] if WHOLE else ["-k", "native and (some or drop or invalid or node)"]
 DEADLINE_S = 1500 if WHOLE else 200
@@ -26,7 +28,7 @@ DEADLINE_S = 1500 if WHOLE else 200
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 4), (4, 2), (8, 1)])
 def test_conformance(num_processes: int, num_devices: int) -> None:
     faulthandler.cancel_dump_traceback_later()  # this test has a deadline of its own
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance", *SELECTION]
+    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CONFORMANCE, *SELECTION]
     options = ["-n", num_processes, "--platform", "cpu", "--devices-per-process", num_devices, "--"]
     with launcher(*map(str, options), *suite, cwd=ROOT) as process:
         try:

@@ -9,7 +9,7 @@ pytestmark = starts_its_own_processes
 
 ONE_PROCESS = (1, 8)
 LAYOUTS = [(2, 4), (4, 2), (8, 1)]  # processes, devices of each
-DEADLINE_S = 150.0
+DEADLINE_S = 120.0  # of one layout
 
 CASES = [
     "expert-major",
