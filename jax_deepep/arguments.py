@@ -63,7 +63,7 @@ def check_sizes(comm: Any, num_ranks: int) -> None:
     timeout_s: Any = comm.timeout_s
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
         raise TypeError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive number.")
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+    if not is_timeout(timeout_s):
         raise ValueError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive finite number.")
     if comm.mode not in ("auto", "throughput", "low_latency"):
         raise ValueError(f'mode: got {comm.mode!r}; takes "auto", "throughput" or "low_latency".')
@@ -71,6 +71,11 @@ def check_sizes(comm: Any, num_ranks: int) -> None:
         raise ValueError(
             'mode: got "low_latency", which is not in this version; takes "auto" or "throughput".'
         )
+
+
+def is_timeout(value: Any) -> bool:
+    """Return whether `value` is a number of seconds that a wait can last."""
+    return isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
 
 
 def chosen_implementation(requested: Any, obstacles: dict[int, str], hosts: set[str]) -> tuple[str, str]:

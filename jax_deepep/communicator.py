@@ -1,5 +1,6 @@
 """The communicator: who exchanges rows with whom, made once, outside of jit."""
 
+import contextlib
 import hashlib
 import weakref
 from dataclasses import KW_ONLY, dataclass, field
@@ -122,7 +123,7 @@ class Communicator:
             weakref.finalize(self, native_module.release, self._native)
 
     def _exchange_between_processes(self) -> bootstrap.Exchange:
-        timeout_s = self.timeout_s if isinstance(self.timeout_s, (int, float)) else 600.0
+        timeout_s = self.timeout_s if arguments.is_timeout(self.timeout_s) else 600.0
         topology = self.topology
         if jax.process_index() not in topology.processes:
             raise ValueError(
@@ -267,8 +268,11 @@ class Communicator:
 
     def _wait_for_ops(self) -> None:
         for array in jax.live_arrays():
-            if not array.is_deleted():
-                array.block_until_ready()
+            # A program that failed raises here, and one may give its result away meanwhile: both
+            # concern whoever uses the result, and neither leaves an op running.
+            with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
+                if not array.is_deleted():
+                    array.block_until_ready()
         if self._native is not None:
             self._native.wait_for_ops()
 

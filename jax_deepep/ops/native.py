@@ -1,7 +1,8 @@
 """implementation="native": the verbs as XLA custom calls, one JAX primitive each.
 
 A primitive states shapes and attributes, nothing else; the work is in `xla_ffi/`. An optional
-operand or result that is absent travels as an array of no elements.
+operand or result that is absent travels as one element, and a flag says so. (Not as none: XLA of JAX 0.11.2
+crashes on operands without elements.)
 """
 
 from collections.abc import Callable, Sequence
@@ -77,8 +78,8 @@ def _rank(shape: RouteShape) -> jax.Array:
     return lax.axis_index(shape.comm.axis_names)
 
 
-def _or_nothing(value: jax.Array | None, dtype: Any) -> jax.Array:
-    return jnp.zeros((0,), dtype) if value is None else value
+def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
+    return jnp.zeros((1,), dtype) if value is None else value
 
 
 def _dispatch_types(
@@ -98,7 +99,7 @@ def _dispatch_types(
         array((capacity,), jnp.int32),  # source
         array(topk_idx.shape, jnp.int32),  # destination
         array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights
-        array((0 if expert_major else capacity, num_topk), jnp.int32),  # local_experts
+        array((1,) if expert_major else (capacity, num_topk), jnp.int32),  # local_experts
         array((groups,), jnp.int32),  # group_sizes
         array((groups,), jnp.int32),  # num_rows
         array((), jnp.int32),  # num_received
@@ -147,7 +148,7 @@ def _redispatch_types(
     array = partial(jax_compat.array_like, x)
     return [
         array((shape.capacity, x.shape[1]), x.dtype),  # rows
-        array((shape.capacity if with_products else 0,), jnp.float32),  # products
+        array((shape.capacity if with_products else 1,), jnp.float32),  # products
     ]
 
 
@@ -170,8 +171,8 @@ def redispatch(
         x,
         source,
         group_sizes,
-        _or_nothing(weights, jnp.float32),
-        _or_nothing(y, x.dtype),
+        _or_placeholder(weights, jnp.float32),
+        _or_placeholder(y, x.dtype),
         shape=shape,
         zero_rest=zero_rest,
         weighted=weights is not None,
@@ -194,7 +195,7 @@ def _combine_types(
     with_gradients: bool,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, y)
-    entries = destination.shape if with_gradients else (0, destination.shape[1])
+    entries = destination.shape if with_gradients else (1,)
     return [
         array((shape.num_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients
@@ -218,9 +219,9 @@ def combine(
         _rank(shape),
         y,
         destination,
-        _or_nothing(weights, jnp.float32),
-        _or_nothing(bias, y.dtype),
-        _or_nothing(row_gradients, jnp.float32),
+        _or_placeholder(weights, jnp.float32),
+        _or_placeholder(bias, y.dtype),
+        _or_placeholder(row_gradients, jnp.float32),
         shape=shape,
         weighted=weights is not None,
         with_bias=bias is not None,

@@ -39,10 +39,10 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::Dictionary attr
 // Decode the row type, or nothing for one that rows cannot have.
 std::optional<RowType> RowTypeOf(ffi::DataType type);
 
-// An optional operand or result travels as an array of no elements when absent.
+// An optional operand or result travels as a placeholder when absent.
 template <typename T>
-T* DataOrNull(const ffi::AnyBuffer& buffer) {
-  return buffer.element_count() == 0 ? nullptr : static_cast<T*>(buffer.untyped_data());
+T* DataIf(bool present, const ffi::AnyBuffer& buffer) {
+  return present ? static_cast<T*>(buffer.untyped_data()) : nullptr;
 }
 
 // Check that `buffer` has `count` elements of `type`, or add to `error` what it has instead.

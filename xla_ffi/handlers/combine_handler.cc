@@ -39,12 +39,12 @@ ffi::Future Combine(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuff
   CheckBuffer(*out, y.element_type(), tokens, "out", &error);
 
   params.y = y.untyped_data();
-  params.weights = DataOrNull<const float>(weights);
-  params.row_gradients = DataOrNull<const float>(row_gradients);
+  params.weights = DataIf<const float>(weighted, weights);
+  params.row_gradients = DataIf<const float>(with_gradients, row_gradients);
   params.destination = static_cast<const int32_t*>(destination.untyped_data());
-  params.bias = DataOrNull<const void>(bias);
+  params.bias = DataIf<const void>(with_bias, bias);
   params.out = out->untyped_data();
-  params.gradients = DataOrNull<float>(*gradients);
+  params.gradients = DataIf<float>(with_gradients, *gradients);
   return JoinRanks(site, run, device, rank, error, std::make_unique<CombineOp>(params));
 }
 
@@ -58,11 +58,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CombineHandler, Combine,
                                   .Arg<ffi::AnyBuffer>()  // rank
                                   .Arg<ffi::AnyBuffer>()  // y
                                   .Arg<ffi::AnyBuffer>()  // destination
-                                  .Arg<ffi::AnyBuffer>()  // weights, or nothing
-                                  .Arg<ffi::AnyBuffer>()  // bias, or nothing
-                                  .Arg<ffi::AnyBuffer>()  // row_gradients, or nothing
+                                  .Arg<ffi::AnyBuffer>()  // weights, if weighted
+                                  .Arg<ffi::AnyBuffer>()  // bias, if with_bias
+                                  .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
                                   .Ret<ffi::AnyBuffer>()  // out
-                                  .Ret<ffi::AnyBuffer>()  // gradients, with row_gradients
+                                  .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
                                   .Attr<int64_t>("layout")
                                   .Attr<bool>("weighted")
                                   .Attr<bool>("with_bias")

@@ -39,8 +39,9 @@ ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuf
   CheckBuffer(*destination, ffi::S32, entries, "destination", &error);
   CheckBuffer(*weights, ffi::F32, expert_major ? capacity : capacity * shape.num_topk, "weights",
               &error);
-  CheckBuffer(*local_experts, ffi::S32, expert_major ? 0 : capacity * shape.num_topk,
-              "local_experts", &error);
+  if (!expert_major) {
+    CheckBuffer(*local_experts, ffi::S32, capacity * shape.num_topk, "local_experts", &error);
+  }
   CheckBuffer(*group_sizes, ffi::S32, num_groups, "group_sizes", &error);
   CheckBuffer(*num_rows, ffi::S32, num_groups, "num_rows", &error);
 
@@ -51,7 +52,7 @@ ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuf
   params.source = static_cast<int32_t*>(source->untyped_data());
   params.destination = static_cast<int32_t*>(destination->untyped_data());
   params.weights = static_cast<float*>(weights->untyped_data());
-  params.local_experts = DataOrNull<int32_t>(*local_experts);
+  params.local_experts = DataIf<int32_t>(!expert_major, *local_experts);
   params.group_sizes = static_cast<int32_t*>(group_sizes->untyped_data());
   params.num_rows = static_cast<int32_t*>(num_rows->untyped_data());
   params.num_received = static_cast<int32_t*>(num_received->untyped_data());
@@ -78,7 +79,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DispatchHandler, Dispatch,
                                   .Ret<ffi::AnyBuffer>()  // source
                                   .Ret<ffi::AnyBuffer>()  // destination
                                   .Ret<ffi::AnyBuffer>()  // weights
-                                  .Ret<ffi::AnyBuffer>()  // local_experts
+                                  .Ret<ffi::AnyBuffer>()  // local_experts, if token-major
                                   .Ret<ffi::AnyBuffer>()  // group_sizes
                                   .Ret<ffi::AnyBuffer>()  // num_rows
                                   .Ret<ffi::AnyBuffer>()  // num_received

@@ -37,10 +37,10 @@ ffi::Future Redispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyB
   params.x = x.untyped_data();
   params.source = static_cast<const int32_t*>(source.untyped_data());
   params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
-  params.weights = DataOrNull<const float>(weights);
-  params.y = DataOrNull<const void>(y);
+  params.weights = DataIf<const float>(weighted, weights);
+  params.y = DataIf<const void>(with_products, y);
   params.rows = rows->untyped_data();
-  params.products = DataOrNull<float>(*products);
+  params.products = DataIf<float>(with_products, *products);
   return JoinRanks(site, run, device, rank, error, std::make_unique<RedispatchOp>(params));
 }
 
@@ -55,10 +55,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RedispatchHandler, Redispatch,
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // source
                                   .Arg<ffi::AnyBuffer>()  // group_sizes
-                                  .Arg<ffi::AnyBuffer>()  // weights, or nothing
-                                  .Arg<ffi::AnyBuffer>()  // y, or nothing
+                                  .Arg<ffi::AnyBuffer>()  // weights, if weighted
+                                  .Arg<ffi::AnyBuffer>()  // y, if with_products
                                   .Ret<ffi::AnyBuffer>()  // rows
-                                  .Ret<ffi::AnyBuffer>()  // products, with y
+                                  .Ret<ffi::AnyBuffer>()  // products, if with_products
                                   .Attr<int64_t>("layout")
                                   .Attr<bool>("zero_rest")
                                   .Attr<bool>("weighted")
