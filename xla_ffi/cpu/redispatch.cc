@@ -18,6 +18,14 @@ constexpr int64_t kStreamAboveBytes = 4 << 20;
 
 constexpr int64_t kRowsPerRange = 32;
 
+// Rows that a thread writes in one go: enough that two threads seldom fault in the same large page
+// (2 MiB), which the kernel would then clear twice, and few enough to share the work evenly.
+int64_t RowsPerRange(int64_t num_rows, int64_t row_bytes) {
+  constexpr int64_t kBytesPerRange = 4 << 20;
+  const int64_t even = num_rows / (8 * NumCores());
+  return std::max(kRowsPerRange, std::min(kBytesPerRange / row_bytes, even));
+}
+
 }  // namespace
 
 void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
@@ -39,34 +47,36 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
   const int64_t num_rows = first_row.back();
   const bool streaming = num_rows * static_cast<int64_t>(row_bytes) > kStreamAboveBytes;
 
-  ParallelFor(num_rows, kRowsPerRange, 2 * row_bytes, [&](int64_t begin, int64_t end) {
-    size_t i = std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1;
-    for (int64_t index = begin; index < end; ++index) {
-      while (index >= first_row[i + 1]) ++i;
-      const RowMove& move = moves[i];
-      const int64_t row = index - first_row[i];
-      const int64_t offset = row * static_cast<int64_t>(row_bytes);
-      char* to = static_cast<char*>(move.rows) + offset;
-      const int32_t code = row < end_of_groups[i] ? move.source[row] : kNone;
-      if (code == kNone) {
-        std::memset(to, 0, row_bytes);
-        if (move.products != nullptr) move.products[row] = 0.0f;
-        continue;
-      }
-      const char* from = static_cast<const char*>(sources[code / shape.max_tokens]) +
-                         static_cast<int64_t>(code % shape.max_tokens) * row_bytes;
-      if (move.weights == nullptr) {
-        CopyRow(to, from, row_bytes, streaming);
-      } else {
-        ScaleRow(route.row_type, to, from, move.weights[row], shape.hidden_size);
-      }
-      if (move.products != nullptr) {
-        move.products[row] = DotRows(route.row_type, from,
-                                     static_cast<const char*>(move.y) + offset, shape.hidden_size);
-      }
-    }
-    FinishStreaming();
-  });
+  ParallelFor(
+      num_rows, RowsPerRange(num_rows, row_bytes), 2 * row_bytes, [&](int64_t begin, int64_t end) {
+        size_t i =
+            std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1;
+        for (int64_t index = begin; index < end; ++index) {
+          while (index >= first_row[i + 1]) ++i;
+          const RowMove& move = moves[i];
+          const int64_t row = index - first_row[i];
+          const int64_t offset = row * static_cast<int64_t>(row_bytes);
+          char* to = static_cast<char*>(move.rows) + offset;
+          const int32_t code = row < end_of_groups[i] ? move.source[row] : kNone;
+          if (code == kNone) {
+            std::memset(to, 0, row_bytes);
+            if (move.products != nullptr) move.products[row] = 0.0f;
+            continue;
+          }
+          const char* from = static_cast<const char*>(sources[code / shape.max_tokens]) +
+                             static_cast<int64_t>(code % shape.max_tokens) * row_bytes;
+          if (move.weights == nullptr) {
+            CopyRow(to, from, row_bytes, streaming);
+          } else {
+            ScaleRow(route.row_type, to, from, move.weights[row], shape.hidden_size);
+          }
+          if (move.products != nullptr) {
+            move.products[row] = DotRows(
+                route.row_type, from, static_cast<const char*>(move.y) + offset, shape.hidden_size);
+          }
+        }
+        FinishStreaming();
+      });
 
   for (size_t i = 0; i < moves.size(); ++i) {
     std::vector<int64_t> from_source(sources.size(), 0);
