@@ -93,7 +93,8 @@ class Communicator:
         exchange = None
         new_id = _next_id
         obstacles = {jax.process_index(): arguments.obstacle_to_native(topology)}
-        hosts = {bootstrap.host_identity()}
+        host = bootstrap.host_identity()
+        hosts = {host}
         if topology.processes != {jax.process_index()}:
             # Before the arguments are checked here: an error that only one process sees would leave
             # the others waiting for it.
@@ -102,7 +103,7 @@ class Communicator:
                 "arguments": self._arguments(),
                 "next_id": _next_id,
                 "obstacle": obstacles[jax.process_index()],
-                "host": bootstrap.host_identity(),
+                "host": host,
             }
             all_facts = exchange.all_gather("arguments", mine)
             everyones = {process: facts["arguments"] for process, facts in all_facts.items()}
