@@ -7,9 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jax_deepep import native_module
 from jax_deepep.capacity import INT32_MAX
-from jax_deepep.topology import Topology
 
 
 def checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
@@ -92,14 +90,15 @@ def chosen_implementation(requested: Any, obstacles: dict[int, str], hosts: set[
         )
     if not obstacle:
         return "native", "as asked" if requested == "native" else "auto: available here"
+    return without_native(requested, obstacle)
+
+
+def without_native(requested: Any, obstacle: str) -> tuple[str, str]:
+    """Return "xla" and why, because of `obstacle`.
+
+    Raises:
+        ValueError: native ops were demanded.
+    """
     if requested == "native":
         raise ValueError(f'implementation: got "native", but {obstacle}; takes "xla" here, or "auto".')
     return "xla", f"auto: {obstacle}"
-
-
-def obstacle_to_native(topology: Topology) -> str:
-    """Return why native ops cannot serve `topology` in this process, or an empty string."""
-    if topology.platforms != {"cpu"}:
-        platforms = ", ".join(sorted(topology.platforms))
-        return f"this version has native ops for the platform cpu only, not for {platforms}"
-    return native_module.obstacle()

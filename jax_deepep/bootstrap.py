@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -80,8 +80,10 @@ class Exchange:
                 "process of the mesh must make the same communicators in the same order."
             )
 
-    def send_descriptor_to_all(self, descriptor: int) -> dict[int, int]:
-        """Give an open file to all other processes of this host; return theirs, by process.
+    def send_descriptors_to_all(self, descriptors: Sequence[int]) -> dict[int, list[int]]:
+        """Give open files to all other processes of this host; return theirs, by process.
+
+        All processes give at least one and at most 253 (the kernel's limit for one message).
 
         Raises:
             PeerTimeoutError: some process did not come in time.
@@ -90,19 +92,22 @@ class Exchange:
             address = f"jax_deepep-{secrets.token_hex(16)}"
             listener.bind(f"\0{address}")
             listener.listen(len(self.processes))
-            addresses = self.all_gather("descriptor", {"address": address})
-            server = threading.Thread(target=self._serve_descriptor, args=(listener, descriptor), daemon=True)
+            mine = {"address": address, "count": len(descriptors)}
+            everyones = self.all_gather("descriptors", mine)
+            server = threading.Thread(
+                target=self._serve_descriptors, args=(listener, list(descriptors)), daemon=True
+            )
             server.start()
-            received: dict[int, int] = {}
+            received: dict[int, list[int]] = {}
             for process in self.processes:
                 if process != self.process:
-                    received[process] = self._receive_descriptor(addresses[process]["address"])
+                    received[process] = self._receive_descriptors(**everyones[process])
             # Nobody may stop serving before everybody has been served.
             self.all_gather("completion", {})
             server.join(self._seconds_left())
         return received
 
-    def _serve_descriptor(self, listener: socket.socket, descriptor: int) -> None:
+    def _serve_descriptors(self, listener: socket.socket, descriptors: list[int]) -> None:
         served = 0
         while served < len(self.processes) - 1:
             listener.settimeout(self._seconds_left())
@@ -112,19 +117,19 @@ class Exchange:
                 return
             with connection:
                 if _is_same_user(connection):
-                    socket.send_fds(connection, [b"d"], [descriptor])
+                    socket.send_fds(connection, [b"d"], descriptors)
                     served += 1
 
-    def _receive_descriptor(self, address: str) -> int:
+    def _receive_descriptors(self, address: str, count: int) -> list[int]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(self._seconds_left())
             connection.connect(f"\0{address}")
             if not _is_same_user(connection):
                 raise CommunicatorError("a process of another user listens in place of a peer")
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
-        if not descriptors:
+            _, descriptors, _, _ = socket.recv_fds(connection, 1, count)
+        if len(descriptors) != count:
             raise CommunicatorError("a peer closed its connection instead of sending its memory")
-        return descriptors[0]
+        return list(descriptors)
 
 
 def _is_same_user(connection: socket.socket) -> bool:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import arguments, bootstrap, cpu_threads, native_module
+from jax_deepep import arguments, bootstrap, native_communicator, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
 from jax_deepep.topology import Topology
 
@@ -92,7 +92,7 @@ class Communicator:
         self._set("topology", topology)
         exchange = None
         new_id = _next_id
-        obstacles = {jax.process_index(): arguments.obstacle_to_native(topology)}
+        obstacles = {jax.process_index(): native_communicator.obstacle(self)}
         host = bootstrap.host_identity()
         hosts = {host}
         if topology.processes != {jax.process_index()}:
@@ -112,7 +112,8 @@ class Communicator:
             obstacles = {process: facts["obstacle"] for process, facts in all_facts.items()}
             hosts = {facts["host"] for facts in all_facts.values()}
         arguments.check_sizes(self, topology.num_ranks)
-        implementation, why = arguments.chosen_implementation(self.implementation, obstacles, hosts)
+        requested = self.implementation
+        implementation, why = arguments.chosen_implementation(requested, obstacles, hosts)
         _next_id = new_id + 1
         self._set("implementation", implementation)
         self._set("mode", "throughput")
@@ -120,8 +121,14 @@ class Communicator:
         self._set("_why", why)
         self._set("_native", None)
         if implementation == "native":
-            self._set("_native", self._make_native(exchange))
-            weakref.finalize(self, native_module.release, self._native)
+            native, why_not = native_communicator.make(self, exchange)
+            if why_not:
+                implementation, why = arguments.without_native(requested, why_not)
+                self._set("implementation", implementation)
+                self._set("_why", why)
+                return
+            self._set("_native", native)
+            weakref.finalize(self, native_module.release, native)
 
     def _exchange_between_processes(self) -> bootstrap.Exchange:
         timeout_s = self.timeout_s if arguments.is_timeout(self.timeout_s) else 600.0
@@ -143,34 +150,6 @@ class Communicator:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _make_native(self, exchange: bootstrap.Exchange | None) -> Any:
-        local = sum(d.process_index == jax.process_index() for d in self.topology.groups.flat)
-        cpu_threads.warn_of_too_few_threads(local)
-        places = [
-            (device.id, group, rank, device.process_index)
-            for (group, rank), device in np.ndenumerate(self.topology.groups)
-        ]
-        native = native_module.load().Communicator(
-            id=self.id,
-            fingerprint=self.fingerprint,
-            places=places,
-            process=jax.process_index(),
-            num_ranks=self.size,
-            num_groups=len(self.topology.groups),
-            num_experts=self.num_experts,
-            num_topk=self.num_experts_per_tok,
-            max_tokens=self.max_tokens,
-            hidden_size=self.hidden_size,
-            timeout_s=float(self.timeout_s),
-        )
-        if native.segment_descriptor >= 0:
-            assert exchange is not None  # a group spans processes
-            descriptors = exchange.send_descriptor_to_all(native.segment_descriptor)
-            for process, descriptor in descriptors.items():
-                native.attach_peer(process, descriptor)
-            native.start()
-        return native
-
     def __repr__(self) -> str:
         return (
             f"Communicator #{self.id}({self.size} ranks along {self.axis_name!r}, "
@@ -181,6 +160,11 @@ class Communicator:
     def axis_names(self) -> tuple[str, ...]:
         """The expert-parallel axes as a tuple, outermost first."""
         return self.topology.axis_names
+
+    @property
+    def platform(self) -> str:
+        """The platform of the devices: "cpu", "cuda", "rocm" or "tpu"."""
+        return self.topology.platform
 
     @property
     def size(self) -> int:
@@ -217,6 +201,8 @@ class Communicator:
         state = "closed" if self.closed else self._broken_message() or "ready"
         if self.implementation == "xla":
             transport = "JAX collectives over the mesh axes"
+        elif self.platform == "cuda":
+            transport = f"peers' arrays are read in place, over NVLink or in one GPU; {self._native.num_blocks} SMs"
         elif processes == 1:
             transport = "process memory: peers' arrays are read in place"
         else:

@@ -39,6 +39,13 @@ def coordination_client() -> Any:
     return client
 
 
+def platform_of(device: jax.Device) -> str:
+    """Return "cpu", "cuda", "rocm" or "tpu": JAX calls both kinds of GPU "gpu"."""
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
 def manual_axes() -> tuple[str, ...]:
     """Return the mesh axes that are manual here, that is, inside `shard_map`."""
     return tuple(jax.sharding.get_abstract_mesh().manual_axes)

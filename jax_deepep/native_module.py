@@ -15,48 +15,58 @@ import jax
 # JAX records this event after it has compiled a program or loaded it from its cache.
 PROGRAM_COMPILED = "/jax/core/compile/backend_compile_duration"
 
-PLATFORM_MODULES = {"cpu": "jax_deepep._cpu"}
+# The module of a platform, the name under which XLA knows the platform, and what builds the module.
+_PLATFORMS = {
+    "cpu": ("jax_deepep._cpu", "cpu", "a C++17 compiler"),
+    "cuda": ("jax_deepep._cuda", "CUDA", "a C++17 compiler and a CUDA toolkit of 12.3 or newer"),
+}
 
 
 @functools.cache
-def _find() -> tuple[ModuleType | None, str]:
-    """Import and register the native module; return it, or why there is none."""
+def _find(platform: str) -> tuple[ModuleType | None, str]:
+    """Import and register the native module of a platform; return it, or why there is none."""
     if os.environ.get("JAX_DEEPEP_NATIVE") == "0":
         return None, "JAX_DEEPEP_NATIVE=0 switches native ops off"
+    name, xla_platform, needs = _PLATFORMS[platform]
     try:
-        module = importlib.import_module(PLATFORM_MODULES["cpu"])
+        module = importlib.import_module(name)
     except ImportError as error:
-        return None, f"the native module is not built ({error}); {_remedy()}"
+        return None, f"the native module for {platform} is not built ({error}); {_remedy(needs)}"
     # A state type must be known before the first target whose instantiate stage returns it.
-    for name, type_info in module.state_types().items():
-        jax.ffi.register_ffi_type(name, type_info, platform="cpu")
-    for name, stages in module.targets().items():
-        jax.ffi.register_ffi_target(name, stages, platform="cpu", api_version=1)
+    for type_name, type_info in module.state_types().items():
+        jax.ffi.register_ffi_type(type_name, type_info, platform=xla_platform)
+    for target, stages in module.targets().items():
+        jax.ffi.register_ffi_target(target, stages, platform=xla_platform, api_version=1)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: module.finish_program() if event == PROGRAM_COMPILED else None
     )
     return module, ""
 
 
-def _remedy() -> str:
+def _remedy(needs: str) -> str:
     package = pathlib.Path(__file__).parent
     if (package.parent / "pyproject.toml").exists():
-        return f"jax_deepep was imported from the checkout {package.parent}: run pip install -e . there"
-    return "install the package with pip on a machine with a C++17 compiler"
+        return (
+            f"jax_deepep was imported from the checkout {package.parent}: run pip install -e . there, "
+            f"on a machine with {needs}"
+        )
+    return f"install the package with pip on a machine with {needs}"
 
 
-def obstacle() -> str:
-    """Return why there are no native ops for CPU devices, or an empty string."""
-    return _find()[1]
+def obstacle(platform: str) -> str:
+    """Return why there are no native ops for the devices of a platform, or an empty string."""
+    if platform not in _PLATFORMS:
+        return f"this version has native ops for {' and '.join(_PLATFORMS)} devices only, not for {platform}"
+    return _find(platform)[1]
 
 
-def load() -> ModuleType:
-    """Return the native module.
+def load(platform: str) -> ModuleType:
+    """Return the native module of a platform.
 
     Raises:
         ImportError: there is none.
     """
-    module, why_not = _find()
+    module, why_not = _find(platform)
     if module is None:
         raise ImportError(why_not)
     return module

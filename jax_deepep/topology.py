@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+
+from jax_deepep import jax_compat
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,17 @@ class Topology:
 
     @property
     def platforms(self) -> set[str]:
-        """Platforms of the devices, such as {"cpu"}."""
-        return {device.platform for device in self.groups.flat}
+        """Platforms of the devices, such as {"cpu"} or {"cuda"}."""
+        return {jax_compat.platform_of(device) for device in self.groups.flat}
+
+    @property
+    def platform(self) -> str:
+        """The platform of the devices; the first in the alphabet if there are several."""
+        return min(self.platforms)
+
+    def local_devices(self, process: int) -> list[Any]:
+        """The devices of a process, in the order of (group, rank)."""
+        return [device for device in self.groups.flat if device.process_index == process]
 
     def describe_process(self, process: int) -> str:
         """Return the name of a process in errors: the ranks that it has."""

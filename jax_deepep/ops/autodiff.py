@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jax_deepep.ops.handle import Handle, RouteShape
+from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
 
 
@@ -30,13 +30,13 @@ def dispatch(
 
 def _dispatch_forward(shape, x, topk_idx, topk_weights):
     tokens, handle = dispatch(shape, x, topk_idx, topk_weights)
-    return (tokens, handle), handle.destination
+    return (tokens, handle), handle.routes
 
 
-def _dispatch_backward(shape, destination, gradients):
+def _dispatch_backward(shape, routes, gradients):
     tokens, handle = gradients
     x, topk_weights = implementation_of(shape.comm).combine(
-        shape, tokens, destination, row_gradients=handle.weights
+        shape, tokens, routes, row_gradients=handle.weights
     )
     return x, None, topk_weights
 
@@ -55,25 +55,19 @@ def without_integer_tangents(handle: Handle) -> Handle:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def redispatch(
-    shape: RouteShape,
-    x: jax.Array,
-    source: jax.Array,
-    destination: jax.Array,
-    group_sizes: jax.Array,
-) -> jax.Array:
+def redispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
     """Carry other data along known routes."""
-    tokens, _ = implementation_of(shape.comm).redispatch(shape, x, source, group_sizes)
+    tokens, _ = implementation_of(shape.comm).redispatch(shape, x, routes)
     return tokens
 
 
-def _redispatch_forward(shape, x, source, destination, group_sizes):
-    return redispatch(shape, x, source, destination, group_sizes), destination
+def _redispatch_forward(shape, x, routes):
+    return redispatch(shape, x, routes), routes
 
 
-def _redispatch_backward(shape, destination, tokens):
-    x, _ = implementation_of(shape.comm).combine(shape, tokens, destination)
-    return x, None, None, None
+def _redispatch_backward(shape, routes, tokens):
+    x, _ = implementation_of(shape.comm).combine(shape, tokens, routes)
+    return x, None
 
 
 redispatch.defvjp(_redispatch_forward, _redispatch_backward)
@@ -85,29 +79,27 @@ def combine(
     y: jax.Array,
     weights: jax.Array | None,
     bias: jax.Array | None,
-    source: jax.Array,
-    destination: jax.Array,
-    group_sizes: jax.Array,
+    routes: Routes,
 ) -> jax.Array:
     """Carry `y` back to the tokens, weighted, and sum it."""
-    out, _ = implementation_of(shape.comm).combine(shape, y, destination, weights=weights, bias=bias)
+    out, _ = implementation_of(shape.comm).combine(shape, y, routes, weights=weights, bias=bias)
     return out
 
 
-def _combine_forward(shape, y, weights, bias, source, destination, group_sizes):
-    out = combine(shape, y, weights, bias, source, destination, group_sizes)
+def _combine_forward(shape, y, weights, bias, routes):
+    out = combine(shape, y, weights, bias, routes)
     # Only the weights' gradient needs y again; without it y can be freed.
     residual_y = None if weights is None else y
-    return out, (residual_y, weights, bias is not None, source, group_sizes)
+    return out, (residual_y, weights, bias is not None, routes)
 
 
 def _combine_backward(shape, residuals, out):
-    y, weights, has_bias, source, group_sizes = residuals
+    y, weights, has_bias, routes = residuals
     y_gradient, weight_gradient = implementation_of(shape.comm).redispatch(
-        shape, out, source, group_sizes, weights=weights, y=y, zero_rest=True
+        shape, out, routes, weights=weights, y=y, zero_rest=True
     )
     bias_gradient = out if has_bias else None
-    return y_gradient, weight_gradient, bias_gradient, None, None, None
+    return y_gradient, weight_gradient, bias_gradient, None
 
 
 combine.defvjp(_combine_forward, _combine_backward)

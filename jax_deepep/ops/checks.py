@@ -115,14 +115,11 @@ def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
 
 
 def vary_together(axes: frozenset[str], *values: Any) -> tuple[Any, ...]:
-    """Mark all arrays as varying along `axes` and along every axis that one of them varies along.
+    """Mark all arrays in `values` as varying along `axes` and along every axis that one of them varies along.
 
     Results of an op differ between the devices of a group whatever its operands do, and operands of
     one primitive must agree in how they vary.
     """
-    for value in values:
-        if value is not None:
-            axes = axes | jax_compat.varying_axes(value)
-    return tuple(
-        None if value is None else jax_compat.as_varying(jnp.asarray(value), axes) for value in values
-    )
+    for value in jax.tree.leaves(values):
+        axes = axes | jax_compat.varying_axes(value)
+    return jax.tree.map(lambda value: jax_compat.as_varying(jnp.asarray(value), axes), values)

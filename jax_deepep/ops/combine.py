@@ -70,5 +70,4 @@ def combine(
         check_array("bias", bias, (shape.num_tokens, comm.hidden_size), dtype=y.dtype, names=names)
     axes = check_call_site(comm, "combine")
     weights = handle.weights if weighted else None
-    routes = (handle.source, handle.destination, handle.group_sizes)
-    return autodiff.combine(shape, *vary_together(axes, y, weights, bias, *routes))
+    return autodiff.combine(shape, *vary_together(axes, y, weights, bias, handle.routes))

@@ -176,10 +176,7 @@ def _dispatch_along(
             f"x: got {x.shape[0]} tokens; takes as many as the dispatch that made the handle, "
             f"{shape.num_tokens}."
         )
-    tokens = autodiff.redispatch(
-        shape,
-        *vary_together(axes, x, handle.source, handle.destination, handle.group_sizes),
-    )
+    tokens = autodiff.redispatch(shape, *vary_together(axes, x, handle.routes))
     return _received(tokens, handle), handle
 
 

@@ -1,6 +1,7 @@
 """What travels between the ops: the routes of one dispatch, and the arrays that it returns."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 
@@ -33,6 +34,15 @@ class RouteShape:
     expert_capacity: int | None
 
 
+class Routes(NamedTuple):
+    """What of a handle tells where rows go; see `Handle` for the leaves."""
+
+    source: jax.Array
+    destination: jax.Array
+    group_sizes: jax.Array
+    pairs: jax.Array | None
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Handle:
@@ -50,6 +60,8 @@ class Handle:
             token-major. The gradient of `topk_weights` flows through it.
         local_experts: int32 [C, K] token-major: local expert of each k or −1; None expert-major, not an
             array of no elements, because XLA of JAX 0.11.2 crashes on one that enters a shard_map.
+        pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major: which tokens this device
+            received, and the rows of each (`PairTable` in `xla_ffi/interface/geometry.h`); None elsewhere.
         group_sizes: int32 [G], rows of each group, padding included (G = L expert-major, else 1).
         num_rows: int32 [G], rows of each group without the padding.
         num_received: int32 [], rows sent to this device, before dropping.
@@ -63,12 +75,18 @@ class Handle:
     destination: jax.Array
     weights: jax.Array
     local_experts: jax.Array | None
+    pairs: jax.Array | None
     group_sizes: jax.Array
     num_rows: jax.Array
     num_received: jax.Array
     num_dropped: jax.Array
     num_invalid: jax.Array
     route_shape: RouteShape = field(metadata=_static())
+
+    @property
+    def routes(self) -> Routes:
+        """Where rows go."""
+        return Routes(self.source, self.destination, self.group_sizes, self.pairs)
 
 
 @jax.tree_util.register_dataclass

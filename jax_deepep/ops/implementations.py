@@ -5,11 +5,11 @@ static sizes; optional operands that are None stay out of the computation.
 
     dispatch(shape, x, topk_idx, topk_weights)
         -> (tokens [C, H], Handle)
-    redispatch(shape, x, source, group_sizes, *, weights=None, y=None, zero_rest=False)
+    redispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False)
         -> (rows [C, H], products float32 [C] or None)
-        rows = weights · x[source]; products = ⟨x[source], y⟩ per row; where there is no token,
+        rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; where there is no token,
         zero inside the groups and, with `zero_rest`, after them too.
-    combine(shape, y, destination, *, weights=None, bias=None, row_gradients=None)
+    combine(shape, y, routes, *, weights=None, bias=None, row_gradients=None)
         -> (out [T, H], gradients float32 [T, K] or None)
         out as in `jax_deepep.combine`; gradients[t, k] is `row_gradients` of that entry's row.
 """

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep import jax_compat
-from jax_deepep.capacity import num_groups
+from jax_deepep.capacity import dispatch_scratch_ints, num_groups, pair_table_shape
 from jax_deepep.jax_compat import ShapedArray, batching, mlir
-from jax_deepep.ops.handle import Handle, RouteShape
+from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 LAYOUT_CODES = {"expert": 0, "token": 1}
 NO_LIMIT = -1
 
 
 def _define_primitive(
-    verb: str, output_types: Callable[..., list[ShapedArray]], platform: str = "cpu"
+    verb: str, output_types: Callable[..., list[ShapedArray]]
 ) -> jax_compat.Primitive:
     """Make the primitive of a verb from `output_types(*operand types, **parameters)`.
 
@@ -38,7 +38,8 @@ def _define_primitive(
         attributes = _attributes(shape, with_limits=verb == "dispatch")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
 
-    mlir.register_lowering(primitive, lower, platform=platform)
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, lower, platform=platform)
 
     def batch(operands: Sequence[Any], dims: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[int]]:
         # One op after the other: the ranks of a group must meet for each of them anyway.
@@ -78,6 +79,21 @@ def _rank(shape: RouteShape) -> jax.Array:
     return lax.axis_index(shape.comm.axis_names)
 
 
+def _keeps_pairs(shape: RouteShape) -> bool:
+    """Return whether the ops of this platform need the table of pairs."""
+    return shape.comm.platform == "cuda" and shape.layout == "expert"
+
+
+def _has_scratch(shape: RouteShape) -> bool:
+    return shape.comm.platform == "cuda"
+
+
+def _has_sums(shape: RouteShape) -> bool:
+    """Return whether a token can have several rows on a device whose ops sum them in scratch."""
+    comm = shape.comm
+    return _keeps_pairs(shape) and min(comm.num_experts_per_tok, comm.num_local_experts) > 1
+
+
 def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
     return jnp.zeros((1,), dtype) if value is None else value
 
@@ -89,6 +105,8 @@ def _dispatch_types(
     topk_weights: ShapedArray,
     *,
     shape: RouteShape,
+    with_pairs: bool,
+    with_scratch: bool,
 ) -> list[ShapedArray]:
     capacity, num_topk = shape.capacity, shape.comm.num_experts_per_tok
     groups = num_groups(shape.layout, shape.comm.num_local_experts)
@@ -105,7 +123,26 @@ def _dispatch_types(
         array((), jnp.int32),  # num_received
         array((), jnp.int32),  # num_dropped
         array((), jnp.int32),  # num_invalid
+        array(pair_table_shape(**_pair_sizes(shape)) if with_pairs else (1,), jnp.int32),  # pairs
+        array((_scratch_ints(shape) if with_scratch else 1,), jnp.int32),  # scratch
     ]
+
+
+def _pair_sizes(shape: RouteShape) -> dict[str, int]:
+    comm = shape.comm
+    return {
+        "num_ranks": comm.size,
+        "num_tokens": shape.num_tokens,
+        "num_experts_per_tok": comm.num_experts_per_tok,
+        "num_local_experts": comm.num_local_experts,
+    }
+
+
+def _scratch_ints(shape: RouteShape) -> int:
+    comm = shape.comm
+    return dispatch_scratch_ints(
+        num_ranks=comm.size, num_tokens=shape.num_tokens, num_experts_per_tok=comm.num_experts_per_tok
+    )
 
 
 dispatch_p = _define_primitive("dispatch", _dispatch_types)
@@ -115,14 +152,23 @@ def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[jax.Array, Handle]:
     """Implement `implementations.dispatch`."""
-    tokens, *leaves = dispatch_p.bind(_rank(shape), x, topk_idx, topk_weights, shape=shape)
-    source, destination, weights, local_experts, group_sizes, num_rows, *counts = leaves
+    tokens, *leaves = dispatch_p.bind(
+        _rank(shape),
+        x,
+        topk_idx,
+        topk_weights,
+        shape=shape,
+        with_pairs=_keeps_pairs(shape),
+        with_scratch=_has_scratch(shape),
+    )
+    source, destination, weights, local_experts, group_sizes, num_rows, *counts, pairs, _ = leaves
     num_received, num_dropped, num_invalid = counts
     return tokens, Handle(
         source=source,
         destination=destination,
         weights=weights,
         local_experts=local_experts if shape.layout == "token" else None,
+        pairs=pairs if _keeps_pairs(shape) else None,
         group_sizes=group_sizes,
         num_rows=num_rows,
         num_received=num_received,
@@ -139,11 +185,13 @@ def _redispatch_types(
     group_sizes: ShapedArray,
     weights: ShapedArray,
     y: ShapedArray,
+    pairs: ShapedArray,
     *,
     shape: RouteShape,
     zero_rest: bool,
     weighted: bool,
     with_products: bool,
+    with_pairs: bool,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, x)
     return [
@@ -158,8 +206,7 @@ redispatch_p = _define_primitive("redispatch", _redispatch_types)
 def redispatch(
     shape: RouteShape,
     x: jax.Array,
-    source: jax.Array,
-    group_sizes: jax.Array,
+    routes: Routes,
     *,
     weights: jax.Array | None = None,
     y: jax.Array | None = None,
@@ -169,14 +216,16 @@ def redispatch(
     rows, products = redispatch_p.bind(
         _rank(shape),
         x,
-        source,
-        group_sizes,
+        routes.source,
+        routes.group_sizes,
         _or_placeholder(weights, jnp.float32),
         _or_placeholder(y, x.dtype),
+        _or_placeholder(routes.pairs, jnp.int32),
         shape=shape,
         zero_rest=zero_rest,
         weighted=weights is not None,
         with_products=y is not None,
+        with_pairs=routes.pairs is not None,
     )
     return rows, products if y is not None else None
 
@@ -188,17 +237,21 @@ def _combine_types(
     weights: ShapedArray,
     bias: ShapedArray,
     row_gradients: ShapedArray,
+    pairs: ShapedArray,
     *,
     shape: RouteShape,
     weighted: bool,
     with_bias: bool,
     with_gradients: bool,
+    with_pairs: bool,
+    with_sums: bool,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, y)
     entries = destination.shape if with_gradients else (1,)
     return [
         array((shape.num_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients
+        array((shape.comm.size * shape.comm.max_tokens, y.shape[1]) if with_sums else (1,), y.dtype),  # sums
     ]
 
 
@@ -208,23 +261,26 @@ combine_p = _define_primitive("combine", _combine_types)
 def combine(
     shape: RouteShape,
     y: jax.Array,
-    destination: jax.Array,
+    routes: Routes,
     *,
     weights: jax.Array | None = None,
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.combine`."""
-    out, gradients = combine_p.bind(
+    out, gradients, _ = combine_p.bind(
         _rank(shape),
         y,
-        destination,
+        routes.destination,
         _or_placeholder(weights, jnp.float32),
         _or_placeholder(bias, y.dtype),
         _or_placeholder(row_gradients, jnp.float32),
+        _or_placeholder(routes.pairs, jnp.int32),
         shape=shape,
         weighted=weights is not None,
         with_bias=bias is not None,
         with_gradients=row_gradients is not None,
+        with_pairs=routes.pairs is not None,
+        with_sums=_has_sums(shape),
     )
     return out, gradients if row_gradients is not None else None

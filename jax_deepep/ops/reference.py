@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep.capacity import num_groups, round_up
-from jax_deepep.ops.handle import Handle, RouteShape
+from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 NOT_A_ROW = -1
 
@@ -112,6 +112,7 @@ def dispatch(
         destination=destination[rank],
         weights=weights[:capacity],
         local_experts=local_experts,
+        pairs=None,
         group_sizes=round_up(kept[rank], shape.alignment),
         num_rows=kept[rank],
         num_received=num_received,
@@ -119,22 +120,22 @@ def dispatch(
         num_invalid=num_invalid,
         route_shape=shape,
     )
-    tokens, _ = redispatch(shape, x, source, handle.group_sizes)
+    tokens, _ = redispatch(shape, x, handle.routes)
     return tokens, handle
 
 
 def redispatch(
     shape: RouteShape,
     x: jax.Array,
-    source: jax.Array,
-    group_sizes: jax.Array,
+    routes: Routes,
     *,
     weights: jax.Array | None = None,
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.redispatch`; here the rows after the groups are always zero."""
-    del group_sizes, zero_rest
+    del zero_rest
+    source = routes.source
     everyones_x = _gather(shape, x).reshape(-1, x.shape[1])
     device, token = jnp.divmod(source, shape.comm.max_tokens)
     live = (source >= 0)[:, None]
@@ -152,7 +153,7 @@ def redispatch(
 def combine(
     shape: RouteShape,
     y: jax.Array,
-    destination: jax.Array,
+    routes: Routes,
     *,
     weights: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -167,7 +168,7 @@ def combine(
         weights = None if weights is None else jnp.zeros(1, weights.dtype)
         if row_gradients is not None:
             row_gradients = jnp.zeros((1, *row_gradients.shape[1:]), row_gradients.dtype)
-    everyones = _gather(shape, destination)  # [R, T, K]
+    everyones = _gather(shape, routes.destination)  # [R, T, K]
     mine = (everyones >= 0) & (everyones // capacity == _rank(shape))
     row = jnp.where(mine, everyones % capacity, capacity)
 

@@ -210,13 +210,6 @@ const char* CombineOp::name() const {
 }
 
 template <>
-uint64_t CombineOp::Fingerprint() const {
-  const uint64_t flags = (params_.weights != nullptr ? 1 : 0) | (params_.bias != nullptr ? 2 : 0) |
-                         (params_.row_gradients != nullptr ? 4 : 0);
-  return HashOf(params_.route, 3 + (flags << 8));
-}
-
-template <>
 bool CombineOp::RunGroup(GroupRun& run) const {
   const GroupCombine combine(run.comm.shape(), params_.route, Collect(run), run.windows);
   if (run.spans_processes()) {

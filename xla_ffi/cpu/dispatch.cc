@@ -191,11 +191,6 @@ const char* DispatchOp::name() const {
 }
 
 template <>
-uint64_t DispatchOp::Fingerprint() const {
-  return HashOf(params_.route, /*verb_and_flags=*/1);
-}
-
-template <>
 bool DispatchOp::RunGroup(GroupRun& run) const {
   const GroupShape& shape = run.comm.shape();
   const RouteShape& route = params_.route;

@@ -12,36 +12,11 @@
 #include <vector>
 
 #include "cpu/group_exchange.h"
+#include "interface/communicator_config.h"
 #include "interface/geometry.h"
 #include "transport/shared_memory.h"
 
 namespace jax_deepep {
-
-// A device of the mesh.
-struct Place {
-  int64_t device = 0;  // JAX's id, which XLA's CPU client gives as the device ordinal
-  int32_t group = 0;
-  int32_t rank = 0;
-  int32_t process = 0;
-};
-
-struct CommunicatorConfig {
-  int64_t id = 0;
-  int64_t fingerprint = 0;
-  GroupShape shape;
-  int32_t num_groups = 0;
-  int32_t process = 0;  // this one
-  double timeout_s = 0;
-  std::vector<Place> places;
-};
-
-// What crossed a communicator, per (group, rank, peer), flattened in this order; zero for ranks of
-// other processes.
-struct Traffic {
-  std::vector<int64_t> rows_sent;
-  std::vector<int64_t> rows_received;
-  std::vector<double> seconds_waited;
-};
 
 // Rows that each rank received from each: [R to, R from], written by the process of `to`.
 using RowCounters = std::atomic<int64_t>;

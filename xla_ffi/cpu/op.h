@@ -11,6 +11,7 @@
 #include "cpu/group_exchange.h"
 #include "interface/combine.h"
 #include "interface/dispatch.h"
+#include "interface/op_hash.h"
 #include "interface/redispatch.h"
 
 namespace jax_deepep {
@@ -52,8 +53,6 @@ class Op {
   std::function<void()> done;
 };
 
-uint64_t HashOf(const RouteShape& route, uint64_t verb_and_flags);
-
 // A verb's parameters as an op; RunGroup and Abandon stand in the verb's own file.
 template <typename Params>
 class VerbOp final : public Op {
@@ -61,7 +60,7 @@ class VerbOp final : public Op {
   explicit VerbOp(const Params& params) : params_(params) {}
 
   const char* name() const override;
-  uint64_t Fingerprint() const override;
+  uint64_t Fingerprint() const override { return HashOf(params_); }
   bool RunGroup(GroupRun& run) const override;
   void Abandon(const Communicator& comm) const override;
 

@@ -105,13 +105,6 @@ const char* RedispatchOp::name() const {
 }
 
 template <>
-uint64_t RedispatchOp::Fingerprint() const {
-  const uint64_t flags = (params_.zero_rest ? 1 : 0) | (params_.weights != nullptr ? 2 : 0) |
-                         (params_.y != nullptr ? 4 : 0);
-  return HashOf(params_.route, 2 + (flags << 8));
-}
-
-template <>
 bool RedispatchOp::RunGroup(GroupRun& run) const {
   const std::vector<const RedispatchParams*> here = Collect(run);
   std::vector<const void*> sources;

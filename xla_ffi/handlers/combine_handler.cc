@@ -1,18 +1,16 @@
-// combine as a custom call: decode, check, join.
-#include <memory>
-
+// combine as a custom call: decode, check, launch.
 #include "handlers/call_site.h"
 #include "handlers/handlers.h"
 
 namespace jax_deepep {
 namespace {
 
-ffi::Future Combine(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuffer rank,
+LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
                     ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
-                    ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients,
+                    ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
-                    int64_t layout, bool weighted, bool with_bias, bool with_gradients, int64_t,
-                    int64_t) {
+                    ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool weighted, bool with_bias,
+                    bool with_gradients, bool with_pairs, bool with_sums, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -37,6 +35,13 @@ ffi::Future Combine(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuff
     CheckBuffer(*gradients, ffi::F32, entries, "gradients", &error);
   }
   CheckBuffer(*out, y.element_type(), tokens, "out", &error);
+  if (with_pairs) {
+    CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
+  }
+  if (with_sums) {
+    const int64_t rows = int64_t{shape.num_ranks} * shape.max_tokens;
+    CheckBuffer(*sums, y.element_type(), rows * shape.hidden_size, "sums", &error);
+  }
 
   params.y = y.untyped_data();
   params.weights = DataIf<const float>(weighted, weights);
@@ -45,7 +50,9 @@ ffi::Future Combine(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuff
   params.bias = DataIf<const void>(with_bias, bias);
   params.out = out->untyped_data();
   params.gradients = DataIf<float>(with_gradients, *gradients);
-  return JoinRanks(site, run, device, rank, error, std::make_unique<CombineOp>(params));
+  params.pairs = DataIf<const int32_t>(with_pairs, pairs);
+  params.sums = DataIf<void>(with_sums, *sums);
+  return Launch(site, context, rank, error, params);
 }
 
 }  // namespace
@@ -53,21 +60,25 @@ ffi::Future Combine(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuff
 XLA_FFI_DEFINE_HANDLER_SYMBOL(CombineHandler, Combine,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<CallSite>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<LaunchContext>()
                                   .Arg<ffi::AnyBuffer>()  // rank
                                   .Arg<ffi::AnyBuffer>()  // y
                                   .Arg<ffi::AnyBuffer>()  // destination
                                   .Arg<ffi::AnyBuffer>()  // weights, if weighted
                                   .Arg<ffi::AnyBuffer>()  // bias, if with_bias
                                   .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
+                                  .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
                                   .Ret<ffi::AnyBuffer>()  // out
                                   .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
+                                  .Ret<ffi::AnyBuffer>()  // sums, if with_sums
                                   .Attr<int64_t>("layout")
                                   .Attr<bool>("weighted")
                                   .Attr<bool>("with_bias")
                                   .Attr<bool>("with_gradients")
+                                  .Attr<bool>("with_pairs")
+                                  .Attr<bool>("with_sums")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"));
+                                  .Attr<int64_t>("fingerprint"),
+                              kTraits);
 
 }  // namespace jax_deepep

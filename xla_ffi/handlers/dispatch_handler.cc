@@ -1,13 +1,11 @@
-// dispatch as a custom call: decode, check, join. Also the instantiate stage of all verbs.
-#include <memory>
-
+// dispatch as a custom call: decode, check, launch. Also the instantiate stage of all verbs.
 #include "handlers/call_site.h"
 #include "handlers/handlers.h"
 
 namespace jax_deepep {
 namespace {
 
-ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuffer rank,
+LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
                      ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
                      ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> source,
                      ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
@@ -15,8 +13,9 @@ ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuf
                      ffi::Result<ffi::AnyBuffer> group_sizes, ffi::Result<ffi::AnyBuffer> num_rows,
                      ffi::Result<ffi::AnyBuffer> num_received,
                      ffi::Result<ffi::AnyBuffer> num_dropped,
-                     ffi::Result<ffi::AnyBuffer> num_invalid, int64_t layout, int64_t alignment,
-                     int64_t expert_capacity, int64_t, int64_t) {
+                     ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
+                     ffi::Result<ffi::AnyBuffer> scratch, int64_t layout, int64_t alignment,
+                     int64_t expert_capacity, bool with_pairs, bool with_scratch, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;
@@ -44,6 +43,12 @@ ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuf
   }
   CheckBuffer(*group_sizes, ffi::S32, num_groups, "group_sizes", &error);
   CheckBuffer(*num_rows, ffi::S32, num_groups, "num_rows", &error);
+  if (with_pairs) {
+    CheckBuffer(*pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
+  }
+  if (with_scratch) {
+    CheckBuffer(*scratch, ffi::S32, DispatchScratchInts(shape, route), "scratch", &error);
+  }
 
   params.x = x.untyped_data();
   params.topk_idx = static_cast<const int32_t*>(topk_idx.untyped_data());
@@ -58,19 +63,20 @@ ffi::Future Dispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuf
   params.num_received = static_cast<int32_t*>(num_received->untyped_data());
   params.num_dropped = static_cast<int32_t*>(num_dropped->untyped_data());
   params.num_invalid = static_cast<int32_t*>(num_invalid->untyped_data());
-  return JoinRanks(site, run, device, rank, error, std::make_unique<DispatchOp>(params));
+  params.pairs = DataIf<int32_t>(with_pairs, *pairs);
+  params.scratch = DataIf<int32_t>(with_scratch, *scratch);
+  return Launch(site, context, rank, error, params);
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InstantiateHandler, InstantiateCallSite,
-                              ffi::Ffi::BindInstantiate().Attrs());
+                              ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets().Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DispatchHandler, Dispatch,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<CallSite>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<LaunchContext>()
                                   .Arg<ffi::AnyBuffer>()  // rank
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // topk_idx
@@ -85,10 +91,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DispatchHandler, Dispatch,
                                   .Ret<ffi::AnyBuffer>()  // num_received
                                   .Ret<ffi::AnyBuffer>()  // num_dropped
                                   .Ret<ffi::AnyBuffer>()  // num_invalid
+                                  .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
+                                  .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
                                   .Attr<int64_t>("layout")
                                   .Attr<int64_t>("alignment")
                                   .Attr<int64_t>("expert_capacity")
+                                  .Attr<bool>("with_pairs")
+                                  .Attr<bool>("with_scratch")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"));
+                                  .Attr<int64_t>("fingerprint"),
+                              kTraits);
 
 }  // namespace jax_deepep

@@ -1,17 +1,16 @@
-// redispatch as a custom call: decode, check, join.
-#include <memory>
-
+// redispatch as a custom call: decode, check, launch.
 #include "handlers/call_site.h"
 #include "handlers/handlers.h"
 
 namespace jax_deepep {
 namespace {
 
-ffi::Future Redispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyBuffer rank,
+LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
                        ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer group_sizes,
-                       ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::Result<ffi::AnyBuffer> rows,
+                       ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
+                       ffi::Result<ffi::AnyBuffer> rows,
                        ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
-                       bool weighted, bool with_products, int64_t, int64_t) {
+                       bool weighted, bool with_products, bool with_pairs, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   RedispatchParams params;
   RouteShape& route = params.route;
@@ -33,15 +32,19 @@ ffi::Future Redispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyB
     CheckBuffer(*products, ffi::F32, capacity, "products", &error);
   }
   CheckBuffer(*rows, x.element_type(), capacity * shape.hidden_size, "rows", &error);
+  if (with_pairs) {
+    CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
+  }
 
   params.x = x.untyped_data();
   params.source = static_cast<const int32_t*>(source.untyped_data());
   params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
+  params.pairs = DataIf<const int32_t>(with_pairs, pairs);
   params.weights = DataIf<const float>(weighted, weights);
   params.y = DataIf<const void>(with_products, y);
   params.rows = rows->untyped_data();
   params.products = DataIf<float>(with_products, *products);
-  return JoinRanks(site, run, device, rank, error, std::make_unique<RedispatchOp>(params));
+  return Launch(site, context, rank, error, params);
 }
 
 }  // namespace
@@ -49,21 +52,23 @@ ffi::Future Redispatch(CallSite* site, ffi::RunId run, int64_t device, ffi::AnyB
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RedispatchHandler, Redispatch,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::State<CallSite>>()
-                                  .Ctx<ffi::RunId>()
-                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Ctx<LaunchContext>()
                                   .Arg<ffi::AnyBuffer>()  // rank
                                   .Arg<ffi::AnyBuffer>()  // x
                                   .Arg<ffi::AnyBuffer>()  // source
                                   .Arg<ffi::AnyBuffer>()  // group_sizes
                                   .Arg<ffi::AnyBuffer>()  // weights, if weighted
                                   .Arg<ffi::AnyBuffer>()  // y, if with_products
+                                  .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
                                   .Ret<ffi::AnyBuffer>()  // rows
                                   .Ret<ffi::AnyBuffer>()  // products, if with_products
                                   .Attr<int64_t>("layout")
                                   .Attr<bool>("zero_rest")
                                   .Attr<bool>("weighted")
                                   .Attr<bool>("with_products")
+                                  .Attr<bool>("with_pairs")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"));
+                                  .Attr<int64_t>("fingerprint"),
+                              kTraits);
 
 }  // namespace jax_deepep

@@ -24,7 +24,15 @@ struct DispatchParams {
   int32_t* num_received = nullptr;   // [] rows sent to this rank, before dropping
   int32_t* num_dropped = nullptr;    // []
   int32_t* num_invalid = nullptr;    // [] entries of topk_idx that were ignored
+  int32_t* pairs = nullptr;          // as PairTable, or null where ops get on without
+  int32_t* scratch = nullptr;        // [ScratchInts], or null likewise
 };
+
+// int32s of scratch that a dispatch takes, where it takes any: a record of 16 bytes for each entry,
+// and a list of tokens for each rank.
+inline int64_t DispatchScratchInts(const GroupShape& group, const RouteShape& route) {
+  return int64_t{route.num_tokens} * (4 * group.num_topk + group.num_ranks);
+}
 
 }  // namespace jax_deepep
 

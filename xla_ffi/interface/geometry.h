@@ -5,13 +5,15 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "interface/host_device.h"
+
 namespace jax_deepep {
 
 enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
 
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-constexpr size_t BytesOf(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
+JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
 
 // Stands for "no limit" where a limit is a number of rows.
 inline constexpr int64_t kNoLimit = -1;
@@ -27,7 +29,7 @@ struct GroupShape {
   int32_t max_tokens = 0;   // most tokens per rank; the base of the codes in `source`
   int32_t hidden_size = 0;  // H, elements per row
 
-  int32_t num_local_experts() const { return num_experts / num_ranks; }
+  JAX_DEEPEP_HOST_DEVICE int32_t num_local_experts() const { return num_experts / num_ranks; }
 };
 
 // What one op adds to that; the same on every rank.
@@ -44,6 +46,25 @@ struct RouteShape {
 inline int32_t NumGroups(const GroupShape& group, const RouteShape& route) {
   return route.layout == Layout::kExpertMajor ? group.num_local_experts() : 1;
 }
+
+// The (token, device) pairs of one rank, expert-major: which tokens it received, by (source rank,
+// source token), and the rows of each in ascending k. A table of int32:
+//
+//     line 0: the number of pairs, then anything
+//     line 1 + i: source as in DispatchParams, then the rows, then kNone
+struct PairTable {
+  int32_t max_pairs = 0;  // R * T
+  int32_t max_rows = 0;   // of a pair: min(K, L)
+
+  JAX_DEEPEP_HOST_DEVICE PairTable(const GroupShape& group, const RouteShape& route)
+      : max_pairs(group.num_ranks * route.num_tokens),
+        max_rows(group.num_topk < group.num_local_experts() ? group.num_topk
+                                                            : group.num_local_experts()) {}
+
+  // Lines start at 16 bytes.
+  JAX_DEEPEP_HOST_DEVICE int32_t line_ints() const { return (1 + max_rows + 3) / 4 * 4; }
+  JAX_DEEPEP_HOST_DEVICE int64_t ints() const { return int64_t{1 + max_pairs} * line_ints(); }
+};
 
 }  // namespace jax_deepep
 

@@ -14,6 +14,7 @@ struct RedispatchParams {
   const void* x = nullptr;               // [T, H] of route.row_type
   const int32_t* source = nullptr;       // [C]
   const int32_t* group_sizes = nullptr;  // [G]
+  const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null where ops get on without
   const float* weights = nullptr;        // [C], or null for 1
   const void* y = nullptr;               // [C, H], or null where no products are wanted
   // Results.

@@ -10,12 +10,7 @@
 #include <cstdint>
 
 #include "interface/geometry.h"
-
-#ifdef __CUDACC__
-#define JAX_DEEPEP_HOST_DEVICE __host__ __device__
-#else
-#define JAX_DEEPEP_HOST_DEVICE
-#endif
+#include "interface/host_device.h"
 
 namespace jax_deepep {
 

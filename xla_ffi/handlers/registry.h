@@ -1,34 +1,42 @@
-#include "cpu/registry.h"
+// From the ids in programs to communicators.
+#ifndef JAX_DEEPEP_HANDLERS_REGISTRY_H_
+#define JAX_DEEPEP_HANDLERS_REGISTRY_H_
 
+#include <cstdint>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 
 namespace jax_deepep {
-namespace {
 
+template <typename Communicator>
 struct Registry {
   std::mutex mutex;
   std::unordered_map<int64_t, std::weak_ptr<Communicator>> by_id;
+
+  static Registry& Get() {
+    static Registry* const registry = new Registry;  // outlives every thread
+    return *registry;
+  }
 };
 
-Registry& TheRegistry() {
-  static Registry* const registry = new Registry;  // outlives every thread
-  return *registry;
-}
-
-}  // namespace
-
+// Make a communicator known by its id, for as long as someone holds it. An id is used once in the
+// life of a process, so that an old program cannot meet a new communicator.
+template <typename Communicator>
 void Register(const std::shared_ptr<Communicator>& comm) {
-  Registry& registry = TheRegistry();
+  auto& registry = Registry<Communicator>::Get();
   std::lock_guard<std::mutex> lock(registry.mutex);
   registry.by_id[comm->config().id] = comm;
 }
 
+// The communicator that a program names, or null with the reason in `why_not`.
+template <typename Communicator>
 std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
                                                std::string* why_not) {
   std::shared_ptr<Communicator> comm;
   {
-    Registry& registry = TheRegistry();
+    auto& registry = Registry<Communicator>::Get();
     std::lock_guard<std::mutex> lock(registry.mutex);
     if (const auto found = registry.by_id.find(id); found != registry.by_id.end()) {
       comm = found->second.lock();
@@ -49,3 +57,5 @@ std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
 }
 
 }  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_HANDLERS_REGISTRY_H_

@@ -1,0 +1,98 @@
+// What the modules of all platforms have in common.
+#ifndef JAX_DEEPEP_BINDINGS_MODULE_TABLES_H_
+#define JAX_DEEPEP_BINDINGS_MODULE_TABLES_H_
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "handlers/handlers.h"
+#include "handlers/platform.h"
+#include "interface/communicator_config.h"
+
+namespace jax_deepep {
+
+namespace nb = nanobind;
+
+template <typename Function>
+nb::capsule Capsule(Function* function) {
+  return nb::capsule(reinterpret_cast<void*>(function));
+}
+
+inline nb::dict StateTypes() {
+  nb::dict call_site;
+  call_site["type_id"] = nb::capsule(static_cast<void*>(&CallSite::id));
+  call_site["type_info"] =
+      nb::capsule(const_cast<void*>(static_cast<const void*>(&CallSite::info)));
+  nb::dict types;
+  types["jax_deepep_call_site"] = call_site;
+  return types;
+}
+
+template <typename Function>
+nb::dict Stages(Function* execute) {
+  nb::dict stages;
+  stages["instantiate"] = Capsule(InstantiateHandler);
+  stages["execute"] = Capsule(execute);
+  return stages;
+}
+
+inline nb::dict Targets() {
+  nb::dict targets;
+  targets["jax_deepep_dispatch"] = Stages(DispatchHandler);
+  targets["jax_deepep_redispatch"] = Stages(RedispatchHandler);
+  targets["jax_deepep_combine"] = Stages(CombineHandler);
+  return targets;
+}
+
+// Device, group, rank and process of every device of the mesh.
+using PlaceTuples = std::vector<std::tuple<int64_t, int, int, int>>;
+
+inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint, const PlaceTuples& places,
+                                     int32_t process, int32_t num_ranks, int32_t num_groups,
+                                     int32_t num_experts, int32_t num_topk, int32_t max_tokens,
+                                     int32_t hidden_size, double timeout_s) {
+  CommunicatorConfig config;
+  config.id = id;
+  config.fingerprint = fingerprint;
+  config.shape.num_ranks = num_ranks;
+  config.shape.num_experts = num_experts;
+  config.shape.num_topk = num_topk;
+  config.shape.max_tokens = max_tokens;
+  config.shape.hidden_size = hidden_size;
+  config.num_groups = num_groups;
+  config.process = process;
+  config.timeout_s = timeout_s;
+  for (const auto& [device, group, rank, process_of_device] : places) {
+    config.places.push_back({device, group, rank, process_of_device});
+  }
+  return config;
+}
+
+// Give values [num_groups, R, R] to NumPy, which frees them.
+template <typename T>
+nb::ndarray<nb::numpy, T> Matrix(const CommunicatorConfig& config, const std::vector<T>& values) {
+  T* data = new T[values.size()];
+  std::copy(values.begin(), values.end(), data);
+  nb::capsule owner(data, [](void* memory) noexcept { delete[] static_cast<T*>(memory); });
+  const auto num_ranks = static_cast<size_t>(config.shape.num_ranks);
+  return nb::ndarray<nb::numpy, T>(
+      data, {static_cast<size_t>(config.num_groups), num_ranks, num_ranks}, owner);
+}
+
+template <typename Communicator>
+nb::tuple TakeStats(Communicator& comm) {
+  const Traffic traffic = comm.TakeTraffic();
+  const CommunicatorConfig& config = comm.config();
+  return nb::make_tuple(Matrix(config, traffic.rows_sent), Matrix(config, traffic.rows_received),
+                        Matrix(config, traffic.seconds_waited));
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_BINDINGS_MODULE_TABLES_H_

@@ -1,0 +1,117 @@
+// The native side of a communicator on GPUs: the memory through which ranks meet, and what a device
+// tells about ops that failed. It launches kernels and waits for nothing.
+#ifndef JAX_DEEPEP_CUDA_COMMUNICATOR_H_
+#define JAX_DEEPEP_CUDA_COMMUNICATOR_H_
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda/control_block.h"
+#include "cuda/intranode/launch.h"
+#include "cuda/op_frame.h"
+#include "interface/communicator_config.h"
+#include "transport/cuda_peer.h"
+
+namespace jax_deepep {
+
+// A device of this process, and any address in XLA's pool on it.
+struct LocalDevice {
+  int ordinal = 0;
+  const void* in_pool = nullptr;
+};
+
+class CudaCommunicator {
+ public:
+  // `devices` are those of this process, in the order of config.places. AttachPeer for every process
+  // of the mesh, this one included, and Start must follow. Throws std::runtime_error.
+  CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices, int num_sms);
+  ~CudaCommunicator();
+
+  // For each device of this process in order: its control block, then XLA's pool.
+  std::vector<ExportedMemory> Exports() const;
+
+  // Map a process's memory, given as it exported it. Throws std::runtime_error.
+  void AttachPeer(int process, const std::vector<ExportedMemory>& memories);
+
+  // Complete what kernels need and load them. Throws std::runtime_error.
+  void Start();
+
+  const CommunicatorConfig& config() const { return config_; }
+  const GroupShape& shape() const { return config_.shape; }
+  int num_blocks() const { return num_blocks_; }
+
+  // Enqueue a rank's part of an op. Returns an error, or nothing.
+  std::string Launch(const DispatchParams& params, const int32_t* believed_rank, int64_t device,
+                     cudaStream_t stream);
+  std::string Launch(const RedispatchParams& params, const int32_t* believed_rank, int64_t device,
+                     cudaStream_t stream);
+  std::string Launch(const CombineParams& params, const int32_t* believed_rank, int64_t device,
+                     cudaStream_t stream);
+
+  // Wait until the devices of this process are through with everything launched on them.
+  void WaitForOps() const;
+
+  // Wait, then refuse new ops; replayed graphs end at once from now on. May be repeated.
+  void Close();
+
+  // The error that broke the communicator, or nothing.
+  std::string broken() const;
+
+  // The first op that met invalid routing entries, described, or nothing.
+  std::string invalid_routing() const;
+
+  // Return what was counted since the last call.
+  Traffic TakeTraffic();
+
+  // Bytes of device memory that this process holds for the communicator.
+  size_t buffer_bytes() const;
+
+ private:
+  // A rank of this process.
+  struct LocalRank {
+    Place place;
+    int ordinal = 0;
+    DeviceFacts facts;
+    DeviceMemory control;
+    DeviceMemory pool;
+    HostStatus* status = nullptr;  // pinned, written by the device
+    OpFrame frame;                 // but for what an op adds
+    std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
+  };
+
+  // What another rank of a local group exported, or a rank of this process.
+  struct Peer {
+    DeviceMemory control;
+    DeviceMemory pool;
+  };
+
+  template <typename Params>
+  std::string LaunchVerb(Verb verb, const Params& params,
+                         const std::vector<const void*>& read_by_peers, const int32_t* believed_rank,
+                         int64_t device, cudaStream_t stream,
+                         const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&,
+                                               cudaStream_t));
+  std::string Describe(const LocalRank& rank, const FailureReport& report, int reporter) const;
+
+  const CommunicatorConfig config_;
+  int num_blocks_ = 0;
+  std::vector<std::unique_ptr<LocalRank>> ranks_;
+  std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank
+  std::atomic<bool> closed_{false};
+  std::mutex traffic_mutex_;
+};
+
+// Why XLA's pool on a device cannot be mapped by peers, or nothing. `limit_bytes` is what XLA may
+// allocate in all: a pool that is smaller may grow.
+std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes);
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_COMMUNICATOR_H_

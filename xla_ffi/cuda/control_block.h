@@ -1,0 +1,88 @@
+// What the ranks of a group write for each other on GPUs: one block of device memory per rank.
+//
+// Peers write to it, over NVLink or on the same card, and to nothing else of this rank: it belongs
+// to the communicator alone, so that a late peer corrupts nothing. All of it starts as zeros.
+#ifndef JAX_DEEPEP_CUDA_CONTROL_BLOCK_H_
+#define JAX_DEEPEP_CUDA_CONTROL_BLOCK_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "interface/geometry.h"
+
+namespace jax_deepep {
+
+inline constexpr int kMaxRanks = 64;   // of one group: a bit each in a word
+inline constexpr int kMaxTopk = 32;    // entries of a token: a lane of a warp each
+inline constexpr int kMaxBlocks = 256;  // of one op
+inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
+
+enum class Verb : uint32_t { kDispatch = 1, kRedispatch = 2, kCombine = 3 };
+
+// Why an op failed.
+enum class Failure : uint32_t {
+  kNone = 0,
+  kNotArrived,    // peers did not come to the op in time
+  kNotLeft,       // peers came, and did not finish reading in time
+  kDifferentOps,  // peers came to an op of another kind or shape
+  kWrongRank,     // the program runs this device as another rank
+};
+
+// What a rank that gave up tells about it. Ranks are bits of `missing`.
+struct FailureReport {
+  Failure failure = Failure::kNone;
+  Verb verb = Verb::kDispatch;
+  uint64_t step = 0;  // the how-manieth op of the communicator it was
+  uint64_t missing = 0;
+  uint64_t seen[kMaxRanks] = {};  // the step at which each rank was seen
+};
+
+// Where a rank's arrays stand in its pool, and a hash of what the op is.
+struct Publication {
+  uint64_t what;
+  int64_t offsets[kMaxOperands];
+};
+
+struct ControlBlock {
+  // Written by peers: entry s by rank s alone.
+  uint64_t arrived[kMaxRanks];  // the last op for which s has its operands ready
+  uint64_t left[kMaxRanks];     // the last op in which s has done all its reads
+  Publication published[kMaxRanks];
+  FailureReport reports[kMaxRanks];
+  uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has ever read; set before left
+  uint64_t broken;  // 1 + the rank whose report says why the group ends; set after the report
+
+  // Written by this rank.
+  uint64_t step;        // ops that this rank has completed
+  uint32_t failed;      // no op can succeed any more
+  uint32_t num_waiting;  // blocks that wait in a grid barrier
+  uint32_t generation;   // grid barriers completed
+  uint32_t num_ready;    // blocks whose writes peers may read
+  uint32_t num_finished;  // blocks whose reads are done
+  uint32_t num_invalid;   // entries of topk_idx that this op ignored
+  uint64_t rows_received[kMaxRanks];
+  uint64_t waited_ns[kMaxRanks];
+};
+
+// What a device tells its host, in pinned memory that the host reads at any time.
+struct HostStatus {
+  FailureReport report;
+  uint32_t reporter;      // the rank that wrote the report
+  uint32_t failed;        // set after the report
+  uint32_t num_invalid;   // of the first op with invalid entries
+  uint64_t invalid_step;  // set after that
+};
+
+// Counts of a rank's entries, by group: experts first, then one per destination rank.
+JAX_DEEPEP_HOST_DEVICE constexpr int NumCountColumns(int num_experts, int num_ranks) { return num_experts + num_ranks; }
+
+// Behind the block: counts [R][columns], entry s written by rank s; then this rank's own
+// [kMaxBlocks][columns].
+inline size_t ControlBytes(const GroupShape& shape) {
+  const size_t columns = NumCountColumns(shape.num_experts, shape.num_ranks);
+  return sizeof(ControlBlock) + (shape.num_ranks + kMaxBlocks) * columns * sizeof(int32_t);
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_CONTROL_BLOCK_H_

@@ -1,0 +1,509 @@
+// dispatch inside a node: every rank counts and lists what it sends, tells its peers, and pulls its
+// own rows from theirs straight to their final places.
+//
+// 1. Count: the entries of this rank per group, and its tokens per destination rank.
+// 2. List: each entry's place among this rank's own (its record), and the tokens for each rank.
+// 3. Publish counts; wait for everyone's.
+// 4. Plan: prefix sums over the sources turn places into rows; drop what does not fit.
+// 5. Pull: each token that has experts here once, whatever the number of its rows.
+#include <cuda_runtime.h>
+
+#include "cuda/group_op.cuh"
+#include "cuda/intranode/launch.h"
+#include "cuda/op_frame.h"
+#include "cuda/row_pull.cuh"
+#include "cuda/row_values.cuh"
+#include "interface/dispatch.h"
+#include "routing/group_rows.h"
+
+namespace jax_deepep {
+namespace {
+
+// What a source writes about each of its entries, for whoever pulls the token.
+struct alignas(16) EntryRecord {
+  int32_t expert;  // or kNone for an entry that does not count
+  int32_t place;   // among this source's entries of the group
+  float weight;
+  int32_t source;  // as in DispatchParams
+};
+
+// Operands that peers read.
+enum { kRows, kRecords, kLists };
+
+struct Dispatch {
+  OpFrame frame;
+  DispatchParams params;
+  PullShape pull;
+};
+
+// The scratch of an op.
+__device__ EntryRecord* Records(const Dispatch& op) {
+  return reinterpret_cast<EntryRecord*>(op.params.scratch);
+}
+__device__ int32_t* TokenList(const Dispatch& op, int rank) {
+  const int64_t entries = int64_t{op.params.route.num_tokens} * op.frame.shape.num_topk;
+  return op.params.scratch + entries * (sizeof(EntryRecord) / sizeof(int32_t)) +
+         int64_t{rank} * op.params.route.num_tokens;
+}
+
+// A warp's view of some tokens: one entry per lane, whole tokens only.
+struct EntryLane {
+  int32_t token;
+  int32_t k;
+  bool inside;      // the lane has an entry
+  bool valid;       // it names an expert, for the first time in its token
+  bool wrong;       // it counts as invalid
+  bool makes_pair;  // the first valid one of its (token, rank)
+  int32_t expert;
+  int32_t rank;     // of the expert
+  int32_t pair_lane;  // the lane that makes its pair
+};
+
+__device__ EntryLane ReadEntries(const Dispatch& op, int32_t first_token, int32_t end_token) {
+  const GroupShape& shape = op.frame.shape;
+  const int lane = threadIdx.x % 32;
+  const int in_warp = lane / shape.num_topk;  // token
+  EntryLane entry{};
+  entry.token = first_token + in_warp;
+  entry.k = lane % shape.num_topk;
+  entry.inside = in_warp < 32 / shape.num_topk && entry.token < end_token;
+  entry.expert = kNone;
+  if (entry.inside) {
+    entry.expert = op.params.topk_idx[int64_t{entry.token} * shape.num_topk + entry.k];
+  }
+  const bool named = entry.expert >= 0 && entry.expert < shape.num_experts;
+  // Lanes of no expert match nobody else.
+  const int key = named ? in_warp * shape.num_experts + entry.expert : -1 - lane;
+  entry.valid = named && __ffs(__match_any_sync(~0u, key)) - 1 == lane;
+  entry.wrong = entry.inside && entry.expert != kNone && !entry.valid;
+  entry.rank = entry.valid ? entry.expert / shape.num_local_experts() : 0;
+  const int pair_key = entry.valid ? in_warp * shape.num_ranks + entry.rank : -1 - lane;
+  entry.pair_lane = __ffs(__match_any_sync(~0u, pair_key)) - 1;
+  entry.makes_pair = entry.valid && entry.pair_lane == lane;
+  return entry;
+}
+
+// Among the lanes with `counts`, how many before this one have the same `column`; adds them all to
+// the warp's own `counters`. Returns the counter before plus that.
+__device__ int CountInColumn(bool counts, int column, int32_t* counters) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t same = __match_any_sync(~0u, counts ? column : -1 - lane);
+  int place = 0;
+  if (counts) place = counters[column] + __popc(same & ((1u << lane) - 1));
+  __syncwarp();
+  if (counts && __ffs(same) - 1 == lane) counters[column] += __popc(same);
+  __syncwarp();
+  return place;
+}
+
+// The tokens of one block, or of one warp of it.
+struct TokenRange {
+  int32_t begin, end;
+
+  __device__ static TokenRange Part(TokenRange whole, int part, int parts) {
+    const int64_t size = whole.end - whole.begin;
+    return {static_cast<int32_t>(whole.begin + size * part / parts),
+            static_cast<int32_t>(whole.begin + size * (part + 1) / parts)};
+  }
+};
+
+// Steps 1 and 2; `counters` are shared memory [kWarps][columns].
+__device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counters) {
+  const GroupShape& shape = op.frame.shape;
+  const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int tokens_per_warp = 32 / shape.num_topk;
+  const TokenRange block =
+      TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
+  const TokenRange tokens = TokenRange::Part(block, warp, kWarps);
+  int32_t* own_counters = counters + warp * columns;
+
+  for (int i = threadIdx.x; i < kWarps * columns; i += kThreads) counters[i] = 0;
+  __syncthreads();
+  int wrong = 0;
+  for (int32_t token = tokens.begin; token < tokens.end; token += tokens_per_warp) {
+    const EntryLane entry = ReadEntries(op, token, tokens.end);
+    CountInColumn(entry.valid, entry.expert, own_counters);
+    CountInColumn(entry.makes_pair, shape.num_experts + entry.rank, own_counters);
+    wrong += __popc(__ballot_sync(~0u, entry.wrong));
+  }
+  if (lane == 0 && wrong > 0) atomicAdd(&group.own().num_invalid, wrong);
+  __syncthreads();
+  // Counters become the counts of the warps before, and the block's counts are told to the others.
+  int32_t* block_counts = op.frame.BlockCounts(blockIdx.x);
+  for (int column = threadIdx.x; column < columns; column += kThreads) {
+    int32_t before = 0;
+    for (int w = 0; w < kWarps; ++w) {
+      const int32_t count = counters[w * columns + column];
+      counters[w * columns + column] = before;
+      before += count;
+    }
+    block_counts[column] = before;
+  }
+  group.SyncGrid();
+
+  for (int column = threadIdx.x; column < columns; column += kThreads) {
+    int32_t before = 0, total = 0;
+    for (int block_index = 0; block_index < gridDim.x; ++block_index) {
+      const int32_t count = __ldcg(op.frame.BlockCounts(block_index) + column);
+      before += block_index < blockIdx.x ? count : 0;
+      total += count;
+    }
+    for (int w = 0; w < kWarps; ++w) counters[w * columns + column] += before;
+    for (int peer = blockIdx.x; peer < shape.num_ranks; peer += gridDim.x) {
+      op.frame.Counts(peer, op.frame.rank)[column] = total;
+    }
+  }
+  __syncthreads();
+  const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
+  for (int32_t token = tokens.begin; token < tokens.end; token += tokens_per_warp) {
+    const EntryLane entry = ReadEntries(op, token, tokens.end);
+    const int in_expert = CountInColumn(entry.valid, entry.expert, own_counters);
+    const int own_pair =
+        CountInColumn(entry.makes_pair, shape.num_experts + entry.rank, own_counters);
+    const int pair = __shfl_sync(~0u, own_pair, entry.pair_lane);
+    if (!entry.inside) continue;
+    const int64_t index = int64_t{entry.token} * shape.num_topk + entry.k;
+    EntryRecord record;
+    record.expert = entry.valid ? entry.expert : kNone;
+    record.place = expert_major ? in_expert : pair;
+    record.weight = op.params.topk_weights[index];
+    record.source = op.frame.rank * shape.max_tokens + entry.token;
+    Records(op)[index] = record;
+    if (entry.makes_pair) TokenList(op, entry.rank)[pair] = entry.token;
+  }
+}
+
+// Where all rows of the group stand, in shared memory. A group of rows is numbered over all ranks:
+// rank * groups_per_rank + group on that rank.
+struct Plan {
+  int32_t* offset;        // [groups] first row of a group on its rank
+  int32_t* kept;          // [groups] rows of it, after dropping
+  int32_t* first_of_own;  // [groups] rows of earlier sources than this rank
+  int32_t* first_here;    // [R][groups_per_rank] the same for each source, in this rank's groups
+  int32_t* pairs_before;  // [R + 1] pairs of earlier sources for this rank
+  int32_t* taken;         // [R] pairs that this block has read from each source
+  int64_t* received;      // rows sent to this rank, before dropping
+
+  __host__ __device__ static int Ints(const GroupShape& shape) {
+    return 4 * (shape.num_experts > shape.num_ranks ? shape.num_experts : shape.num_ranks) +
+           2 * shape.num_ranks + 6;
+  }
+  __device__ static Plan At(int32_t* memory, const GroupShape& shape) {
+    const int groups = max(shape.num_experts, shape.num_ranks);
+    Plan plan;
+    plan.received = reinterpret_cast<int64_t*>(memory);
+    plan.offset = memory + 2;
+    plan.kept = plan.offset + groups;
+    plan.first_of_own = plan.kept + groups;
+    plan.first_here = plan.first_of_own + groups;
+    plan.pairs_before = plan.first_here + groups;
+    plan.taken = plan.pairs_before + shape.num_ranks + 1;
+    return plan;
+  }
+};
+
+__host__ __device__ int PlanBytes(const GroupShape& shape) {
+  return (Plan::Ints(shape) * static_cast<int>(sizeof(int32_t)) + 127) / 128 * 128;
+}
+
+__device__ int64_t InclusiveScan(int64_t value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int64_t before = __shfl_up_sync(~0u, value, distance);
+    if (lane >= distance) value += before;
+  }
+  return value;
+}
+
+__device__ void MakePlan(const Dispatch& op, const Plan& plan) {
+  const GroupShape& shape = op.frame.shape;
+  const RouteShape& route = op.params.route;
+  const int rank = op.frame.rank, lane = threadIdx.x % 32;
+  const bool expert_major = route.layout == Layout::kExpertMajor;
+  const int per_rank = expert_major ? shape.num_local_experts() : 1;
+  const int first_column = expert_major ? 0 : shape.num_experts;
+
+  for (int group = threadIdx.x; group < per_rank * shape.num_ranks; group += kThreads) {
+    const bool here = group / per_rank == rank;
+    int32_t before = 0;
+    for (int source = 0; source < shape.num_ranks; ++source) {
+      if (source == rank) plan.first_of_own[group] = before;
+      if (here) plan.first_here[source * per_rank + group % per_rank] = before;
+      before += LoadFresh(op.frame.Counts(rank, source) + first_column + group);
+    }
+    plan.kept[group] = before;
+  }
+  for (int source = threadIdx.x; source < shape.num_ranks; source += kThreads) {
+    plan.pairs_before[source + 1] =
+        LoadFresh(op.frame.Counts(rank, source) + shape.num_experts + rank);
+    plan.taken[source] = 0;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    plan.pairs_before[0] = 0;
+    for (int source = 0; source < shape.num_ranks; ++source) {
+      plan.pairs_before[source + 1] += plan.pairs_before[source];
+    }
+  }
+  // A warp for the groups of one rank, as PlaceGroup does it.
+  for (int owner = threadIdx.x / 32; owner < shape.num_ranks; owner += kWarps) {
+    int64_t end = 0, received = 0;
+    for (int base = 0; base < per_rank; base += 32) {
+      const int group = owner * per_rank + base + lane;
+      const bool inside = base + lane < per_rank;
+      int64_t wanted = inside ? plan.kept[group] : 0;
+      received += wanted;
+      if (route.expert_capacity != kNoLimit) wanted = min(wanted, route.expert_capacity);
+      const int64_t padded = RoundUp(wanted, route.alignment);
+      const int64_t until = end + InclusiveScan(padded);
+      if (inside) {
+        const int64_t offset = min(until - padded, int64_t{route.capacity});
+        plan.offset[group] = static_cast<int32_t>(offset);
+        plan.kept[group] = static_cast<int32_t>(min(wanted, route.capacity - offset));
+      }
+      end = __shfl_sync(~0u, until, 31);
+    }
+    if (owner == rank) {
+      received = __shfl_sync(~0u, InclusiveScan(received), 31);
+      if (lane == 0) *plan.received = received;
+    }
+  }
+  __syncthreads();
+}
+
+// The row of an entry on its rank, or kNone; `first` are the rows of earlier sources in its group.
+__device__ int32_t RowOf(const Plan& plan, int group, int32_t first, int32_t place) {
+  const int32_t at = first + place;
+  return at < plan.kept[group] ? plan.offset[group] + at : kNone;
+}
+
+// Tell this rank's tokens where they went.
+__device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
+  const GroupShape& shape = op.frame.shape;
+  const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
+  const TokenRange block =
+      TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
+  const int64_t end = int64_t{block.end} * shape.num_topk;
+  for (int64_t i = int64_t{block.begin} * shape.num_topk + threadIdx.x; i < end; i += kThreads) {
+    const EntryRecord record = Records(op)[i];
+    int32_t destination = kNone;
+    if (record.expert != kNone) {
+      const int owner = record.expert / shape.num_local_experts();
+      const int group = expert_major ? record.expert : owner;
+      const int32_t row = RowOf(plan, group, plan.first_of_own[group], record.place);
+      if (row != kNone) {
+        destination = static_cast<int32_t>(int64_t{owner} * op.params.route.capacity + row);
+      }
+    }
+    op.params.destination[i] = destination;
+  }
+}
+
+__device__ void MarkEmpty(const Dispatch& op, int64_t row) {
+  const int num_topk = op.frame.shape.num_topk;
+  op.params.source[row] = kNone;
+  if (op.params.route.layout == Layout::kExpertMajor) {
+    op.params.weights[row] = 0.0f;
+    return;
+  }
+  for (int k = 0; k < num_topk; ++k) {
+    op.params.weights[row * num_topk + k] = 0.0f;
+    op.params.local_experts[row * num_topk + k] = kNone;
+  }
+}
+
+// Fill in the rows that no source sends, and the counts.
+__device__ void WriteRest(const Dispatch& op, const Plan& plan) {
+  const DispatchParams& params = op.params;
+  const int groups = params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
+  const int first_group = op.frame.rank * groups;
+  const int lane = threadIdx.x % 32;
+  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  int64_t kept = 0, end = 0;
+  for (int group = 0; group < groups; ++group) {
+    const int64_t rows = plan.kept[first_group + group];
+    const int64_t padded = RoundUp(rows, params.route.alignment);
+    for (int64_t row = rows + warp; row < padded; row += gridDim.x * kWarps) {
+      const int64_t at = plan.offset[first_group + group] + row;
+      ZeroRowByWarp(static_cast<char*>(params.tokens) + at * op.pull.row_bytes, op.pull.row_bytes);
+      if (lane == 0) MarkEmpty(op, at);
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      params.num_rows[group] = static_cast<int32_t>(rows);
+      params.group_sizes[group] = static_cast<int32_t>(padded);
+    }
+    kept += rows;
+    end += padded;
+  }
+  for (int64_t row = end + blockIdx.x * kThreads + threadIdx.x; row < params.route.capacity;
+       row += gridDim.x * kThreads) {
+    MarkEmpty(op, row);
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *params.num_received = static_cast<int32_t>(*plan.received);
+    *params.num_dropped = static_cast<int32_t>(*plan.received - kept);
+    if (params.pairs != nullptr) params.pairs[0] = plan.pairs_before[op.frame.shape.num_ranks];
+  }
+}
+
+// Pull the rows of this rank, by the warps that have slots. Items are the pairs of this rank, those
+// of the next rank first, so that no two ranks read from the same one at the same time.
+template <bool kBulk>
+__device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan, char* memory) {
+  const GroupShape& shape = op.frame.shape;
+  const DispatchParams& params = op.params;
+  const int rank = op.frame.rank, num_ranks = shape.num_ranks, num_topk = shape.num_topk;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp >= op.pull.warps) return;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int per_rank = expert_major ? shape.num_local_experts() : 1;
+  const PairTable table(shape, params.route);
+  const int total = plan.pairs_before[num_ranks];
+  const int turn = plan.pairs_before[rank + 1];  // pairs of this rank and the ones before come last
+
+  auto pair_of = [&](int item) { return item < total - turn ? item + turn : item - (total - turn); };
+  auto locate = [&](int item) {
+    const int pair = pair_of(item);
+    int low = 0, high = num_ranks;  // the source: pairs_before[low] <= pair < pairs_before[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (plan.pairs_before[middle] <= pair ? low : high) = middle;
+    }
+    const int32_t* list = group.Operand<int32_t>(low, kLists) + int64_t{rank} * params.route.num_tokens;
+    const int64_t token = LoadFresh(list + pair - plan.pairs_before[low]);
+    RowOrigin origin;
+    origin.row = group.Operand<char>(low, kRows) + token * op.pull.row_bytes;
+    origin.record = group.Operand<char>(low, kRecords) + token * num_topk * sizeof(EntryRecord);
+    return origin;
+  };
+  auto deliver = [&](int item, const char* records) {
+    EntryRecord record;
+    record.expert = kNone;
+    if (lane < num_topk) {
+      const int4 words = kBulk ? reinterpret_cast<const int4*>(records)[lane]
+                               : __ldcv(reinterpret_cast<const int4*>(records) + lane);
+      record = *reinterpret_cast<const EntryRecord*>(&words);
+    }
+    const int32_t code = __shfl_sync(~0u, record.source, 0);
+    const int source = code / shape.max_tokens;
+    const bool here = record.expert != kNone && record.expert / shape.num_local_experts() == rank;
+    const int local = here && expert_major ? record.expert - rank * per_rank : 0;
+    int32_t row = kNone;
+    if (here) {
+      row = RowOf(plan, rank * per_rank + local, plan.first_here[source * per_rank + local], record.place);
+    }
+    const uint32_t live = __ballot_sync(~0u, row != kNone);
+    const int order = __popc(live & ((1u << lane) - 1));
+    if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
+    if (expert_major) {
+      if (row != kNone) {
+        params.source[row] = code;
+        params.weights[row] = record.weight;
+      }
+      int32_t* line = params.pairs + int64_t{1 + pair_of(item)} * table.line_ints();
+      if (lane == 0) line[0] = code;
+      if (row != kNone) line[1 + order] = row;
+      const int num_rows = __popc(live);
+      if (lane >= num_rows && lane < table.max_rows) line[1 + lane] = kNone;
+      return int64_t{row};
+    }
+    const int32_t shared_row = __reduce_max_sync(~0u, row);
+    if (shared_row == kNone) return int64_t{kNone};
+    if (lane == 0) params.source[shared_row] = code;
+    if (lane < num_topk) {
+      const int64_t at = int64_t{shared_row} * num_topk + lane;
+      params.weights[at] = here ? record.weight : 0.0f;
+      params.local_experts[at] = here ? record.expert - rank * shape.num_local_experts() : kNone;
+    }
+    return row != kNone && order == 0 ? int64_t{row} : int64_t{kNone};
+  };
+  PullRows<kBulk>(memory + warp * op.pull.BytesPerWarp(), op.pull, static_cast<char*>(params.tokens),
+                  warp * gridDim.x + blockIdx.x, total, gridDim.x * op.pull.warps, locate, deliver);
+}
+
+__device__ void WriteFailure(const Dispatch& op) {
+  const DispatchParams& params = op.params;
+  const GroupShape& shape = op.frame.shape;
+  const int64_t capacity = params.route.capacity, num_topk = shape.num_topk;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int groups = expert_major ? shape.num_local_experts() : 1;
+  FillRowsWithNaN(params.route.row_type, params.tokens, capacity * shape.hidden_size);
+  FillRowsWithNaN(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
+  FillByBlock(params.source, capacity, kNone);
+  FillByBlock(params.destination, params.route.num_tokens * num_topk, kNone);
+  if (!expert_major) FillByBlock(params.local_experts, capacity * num_topk, kNone);
+  FillByBlock(params.group_sizes, groups, 0);
+  FillByBlock(params.num_rows, groups, 0);
+  if (threadIdx.x == 0) {
+    *params.num_received = *params.num_dropped = *params.num_invalid = 0;
+    if (params.pairs != nullptr) params.pairs[0] = 0;
+  }
+}
+
+__device__ void ReportInvalid(const Dispatch& op, const GroupOp& group) {
+  const uint32_t count = group.own().num_invalid;
+  *op.params.num_invalid = static_cast<int32_t>(count);
+  HostStatus& status = *op.frame.status;
+  if (count == 0 || *static_cast<volatile uint64_t*>(&status.invalid_step) != 0) return;
+  status.num_invalid = count;
+  __threadfence_system();
+  *static_cast<volatile uint64_t*>(&status.invalid_step) = group.step();
+}
+
+template <bool kBulk>
+__global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_constant__ Dispatch op) {
+  extern __shared__ __align__(128) char memory[];
+  __shared__ GroupOp::Shared shared;
+  const GroupShape& shape = op.frame.shape;
+  GroupOp group(op.frame, &shared);
+  // First what the plan takes, then the warps' counters, then in their place the slots.
+  const int plan_bytes = PlanBytes(shape);
+  const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), shape);
+
+  group.Begin();
+  CountAndList(op, group, reinterpret_cast<int32_t*>(memory + plan_bytes));
+  group.Publish();
+  if (group.WaitForArrivals()) {
+    MakePlan(op, plan);
+    // The warps without slots begin with what is left over.
+    Pull<kBulk>(op, group, plan, memory + plan_bytes);
+    WriteDestinations(op, plan);
+    WriteRest(op, plan);
+    group.CountTaken(plan.taken);
+  }
+  group.Finish(
+      [&] {
+        if (threadIdx.x == 0) ReportInvalid(op, group);
+      },
+      [&] { WriteFailure(op); });
+}
+
+}  // namespace
+
+const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
+                           const DeviceFacts& device, cudaStream_t stream) {
+  const GroupShape& shape = frame.shape;
+  Dispatch op{frame, params, {}};
+  op.frame.offsets[kRows] = device.OffsetOf(params.x);
+  op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
+  op.frame.offsets[kLists] =
+      op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} * shape.num_topk * sizeof(EntryRecord);
+  const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
+  const int plan_bytes = PlanBytes(shape);
+  op.pull = PullShapeOf(shape, params.route, shape.num_topk * sizeof(EntryRecord), plan_bytes, device);
+  const int counter_bytes = kWarps * columns * static_cast<int>(sizeof(int32_t));
+  const bool bulk = op.pull.slots > 0;
+  const int pull_bytes = bulk ? op.pull.warps * op.pull.BytesPerWarp() : 0;
+  const int shared_bytes = plan_bytes + (counter_bytes > pull_bytes ? counter_bytes : pull_bytes);
+  return LaunchKernel(bulk ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks, shared_bytes,
+                      stream);
+}
+
+const char* LoadDispatchKernels(int max_shared_bytes) {
+  const char* error = LoadKernel(DispatchKernel<true>, max_shared_bytes);
+  return error != nullptr ? error : LoadKernel(DispatchKernel<false>, max_shared_bytes);
+}
+
+}  // namespace jax_deepep

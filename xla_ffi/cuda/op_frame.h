@@ -1,0 +1,42 @@
+// What every kernel of ours needs to know about its group, given to it by value.
+#ifndef JAX_DEEPEP_CUDA_OP_FRAME_H_
+#define JAX_DEEPEP_CUDA_OP_FRAME_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/control_block.h"
+#include "interface/geometry.h"
+#include "interface/host_device.h"
+
+namespace jax_deepep {
+
+struct OpFrame {
+  GroupShape shape;
+  int32_t rank = 0;
+  Verb verb = Verb::kDispatch;
+  uint64_t what = 0;         // a hash of what must be the same on all ranks
+  uint64_t timeout_ns = 0;   // the longest wait on a peer
+  const int32_t* believed_rank = nullptr;  // what the program takes this device for
+  HostStatus* status = nullptr;
+  int64_t offsets[kMaxOperands] = {};      // of what peers read of this rank, in its pool
+  ControlBlock* control[kMaxRanks] = {};   // of every rank, this one included
+  const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, to be read only
+
+  // The counts behind this rank's control block, and behind a peer's.
+  JAX_DEEPEP_HOST_DEVICE int32_t* Counts(int owner, int source) const {
+    return reinterpret_cast<int32_t*>(control[owner] + 1) +
+           static_cast<size_t>(source) * NumCountColumns(shape.num_experts, shape.num_ranks);
+  }
+  JAX_DEEPEP_HOST_DEVICE int32_t* BlockCounts(int block) const {
+    return Counts(rank, shape.num_ranks + block);
+  }
+};
+
+inline constexpr int kThreads = 512;
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kStaticSharedBytes = 1024;  // of a block, at most
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_OP_FRAME_H_

@@ -1,0 +1,65 @@
+// Loads, stores and fences that order memory between GPUs, and the clock that bounds waits.
+#ifndef JAX_DEEPEP_CUDA_PTX_MEMORY_ORDER_CUH_
+#define JAX_DEEPEP_CUDA_PTX_MEMORY_ORDER_CUH_
+
+#include <cstdint>
+
+namespace jax_deepep {
+
+__device__ __forceinline__ uint64_t LoadAcquireSystem(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreReleaseSystem(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t LoadAcquireDevice(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void StoreReleaseDevice(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(address), "r"(value)
+               : "memory");
+  return old;
+}
+
+__device__ __forceinline__ void FenceSystem() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
+// Plain loads of what a peer wrote during this op: never from the first-level cache, which may hold
+// what stood there before.
+__device__ __forceinline__ int32_t LoadFresh(const int32_t* address) {
+  int32_t value;
+  asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float LoadFresh(const float* address) {
+  float value;
+  asm volatile("ld.relaxed.sys.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Nanoseconds, the same on all SMs of a GPU.
+__device__ __forceinline__ uint64_t NanosecondClock() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value));
+  return value;
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_PTX_MEMORY_ORDER_CUH_

@@ -1,0 +1,68 @@
+// Launching on CPU: join the ranks, and return a future that is ready when the op has ended.
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "cpu/op.h"
+#include "handlers/platform.h"
+
+namespace jax_deepep {
+namespace {
+
+ffi::Future Failed(ffi::Error error) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(std::move(error));
+  return future;
+}
+
+ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                      const std::string& error, std::unique_ptr<Op> op) {
+  const std::string prefix = std::string("jax_deepep ") + op->name() + ": ";
+  if (!error.empty()) return Failed(ffi::Error::InvalidArgument(prefix + error));
+  Communicator& comm = *site->comm;
+  const std::string name = "communicator #" + std::to_string(comm.config().id);
+  const Place* place = comm.FindPlace(context.device);
+  if (place == nullptr) {
+    return Failed(ffi::Error::InvalidArgument(prefix + "device " + std::to_string(context.device) +
+                                              " is not in the mesh of " + name));
+  }
+  if (const int32_t believed = *static_cast<const int32_t*>(rank.untyped_data());
+      believed != place->rank) {
+    return Failed(ffi::Error::InvalidArgument(
+        prefix + "the program runs device " + std::to_string(context.device) + " as rank " +
+        std::to_string(believed) + ", but it is rank " + std::to_string(place->rank) + " of " +
+        name +
+        "; use shard_map with comm.mesh, or make the communicator with the mesh of the program"));
+  }
+  if (comm.closed()) {
+    return Failed(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                             prefix + name +
+                                 " is closed, but the program was compiled with it; make a new "
+                                 "Communicator and trace the program again"));
+  }
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  op->done = [promise]() mutable { promise.SetAvailable(); };
+  comm.Join(site, site->number, context.run, *place, std::move(op));
+  return future;
+}
+
+}  // namespace
+
+ffi::Future Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                   const std::string& error, const DispatchParams& params) {
+  return JoinRanks(site, context, rank, error, std::make_unique<DispatchOp>(params));
+}
+
+ffi::Future Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                   const std::string& error, const RedispatchParams& params) {
+  return JoinRanks(site, context, rank, error, std::make_unique<RedispatchOp>(params));
+}
+
+ffi::Future Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                   const std::string& error, const CombineParams& params) {
+  return JoinRanks(site, context, rank, error, std::make_unique<CombineOp>(params));
+}
+
+}  // namespace jax_deepep

@@ -1,0 +1,38 @@
+// Launching on GPUs: enqueue one kernel on XLA's stream and wait for nothing.
+#include <string>
+
+#include "handlers/platform.h"
+
+namespace jax_deepep {
+namespace {
+
+template <typename Params>
+ffi::Error Enqueue(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                   const std::string& error, const char* verb, const Params& params) {
+  const std::string failure =
+      error.empty() ? site->comm->Launch(params, static_cast<const int32_t*>(rank.untyped_data()),
+                                         context.device, context.stream)
+                    : error;
+  if (failure.empty()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                    std::string("jax_deepep ") + verb + ": " + failure);
+}
+
+}  // namespace
+
+ffi::Error Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                  const std::string& error, const DispatchParams& params) {
+  return Enqueue(site, context, rank, error, "dispatch", params);
+}
+
+ffi::Error Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                  const std::string& error, const RedispatchParams& params) {
+  return Enqueue(site, context, rank, error, "redispatch", params);
+}
+
+ffi::Error Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                  const std::string& error, const CombineParams& params) {
+  return Enqueue(site, context, rank, error, "combine", params);
+}
+
+}  // namespace jax_deepep

@@ -1,0 +1,95 @@
+// The platform that the handlers are compiled for; each has a module of its own.
+//
+// It gives them PlatformCommunicator; LaunchContext, what XLA tells a custom call beyond its buffers;
+// LaunchResult, what an execute stage returns; and Launch for the parameters of every verb.
+#ifndef JAX_DEEPEP_HANDLERS_PLATFORM_H_
+#define JAX_DEEPEP_HANDLERS_PLATFORM_H_
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "xla/ffi/api/ffi.h"
+
+#ifdef JAX_DEEPEP_CUDA
+#include "cuda/communicator.h"
+#else
+#include "cpu/communicator.h"
+#endif
+
+namespace jax_deepep {
+
+namespace ffi = xla::ffi;
+
+#ifdef JAX_DEEPEP_CUDA
+using PlatformCommunicator = CudaCommunicator;
+using LaunchResult = ffi::Error;
+
+// An op may be captured in a CUDA graph: its handler does nothing but enqueue kernels.
+inline constexpr std::initializer_list<ffi::Traits> kTraits = {ffi::Traits::kCmdBufferCompatible};
+
+struct LaunchContext {
+  int64_t device = 0;  // CUDA's ordinal
+  cudaStream_t stream = nullptr;
+};
+#else
+using PlatformCommunicator = Communicator;
+using LaunchResult = ffi::Future;
+
+inline constexpr std::initializer_list<ffi::Traits> kTraits = {};
+
+struct LaunchContext {
+  int64_t device = 0;  // JAX's id
+  int64_t run = 0;     // of the program
+};
+#endif
+
+// One custom call in one loaded program; pins the communicator for as long as the program lives.
+// Its address tells calls apart: XLA makes one per instruction, shared by the devices of a process.
+struct CallSite {
+  static ffi::TypeId id;
+  static const XLA_FFI_TypeInfo info;
+
+  std::shared_ptr<PlatformCommunicator> comm;
+  // The how-manieth call of ours in its program: the same in every process.
+  int64_t number = 0;
+};
+
+// Do a rank's part of an op, or return `error`. `rank` is what the program believes this device's
+// rank to be.
+LaunchResult Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                    const std::string& error, const DispatchParams& params);
+LaunchResult Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                    const std::string& error, const RedispatchParams& params);
+LaunchResult Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                    const std::string& error, const CombineParams& params);
+
+// Tell that JAX has compiled or loaded a program: calls of the next one are numbered from zero
+// again, whatever programs another process has compiled meanwhile.
+void FinishProgram();
+
+}  // namespace jax_deepep
+
+// Lets a handler bind .Ctx<LaunchContext>().
+template <>
+struct xla::ffi::CtxDecoding<jax_deepep::LaunchContext> {
+  using Type = jax_deepep::LaunchContext;
+
+  static std::optional<Type> Decode(const XLA_FFI_Api* api, XLA_FFI_ExecutionContext* context,
+                                    DiagnosticEngine& diagnostic) {
+    const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
+#ifdef JAX_DEEPEP_CUDA
+    const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(api, context, diagnostic);
+    if (!device.has_value() || !stream.has_value()) return std::nullopt;
+    return Type{*device, *stream};
+#else
+    const auto run = CtxDecoding<RunId>::Decode(api, context, diagnostic);
+    if (!device.has_value() || !run.has_value()) return std::nullopt;
+    return Type{*device, run->run_id};
+#endif
+  }
+};
+
+#endif  // JAX_DEEPEP_HANDLERS_PLATFORM_H_

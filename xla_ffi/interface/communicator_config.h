@@ -1,0 +1,40 @@
+// What a communicator is made of, on every platform.
+#ifndef JAX_DEEPEP_INTERFACE_COMMUNICATOR_CONFIG_H_
+#define JAX_DEEPEP_INTERFACE_COMMUNICATOR_CONFIG_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "interface/geometry.h"
+
+namespace jax_deepep {
+
+// A device of the mesh.
+struct Place {
+  int64_t device = 0;  // as XLA names it to a custom call of this process; unused for other processes'
+  int32_t group = 0;
+  int32_t rank = 0;
+  int32_t process = 0;
+};
+
+struct CommunicatorConfig {
+  int64_t id = 0;
+  int64_t fingerprint = 0;
+  GroupShape shape;
+  int32_t num_groups = 0;
+  int32_t process = 0;  // this one
+  double timeout_s = 0;
+  std::vector<Place> places;
+};
+
+// What crossed a communicator, per (group, rank, peer), flattened in this order; zero for ranks of
+// other processes.
+struct Traffic {
+  std::vector<int64_t> rows_sent;
+  std::vector<int64_t> rows_received;
+  std::vector<double> seconds_waited;
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_COMMUNICATOR_CONFIG_H_

@@ -1,0 +1,62 @@
+// What went wrong, in words that are the same on every platform.
+#ifndef JAX_DEEPEP_INTERFACE_ERROR_TEXT_H_
+#define JAX_DEEPEP_INTERFACE_ERROR_TEXT_H_
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "interface/communicator_config.h"
+
+namespace jax_deepep {
+
+// A rank that kept an op from going on.
+struct MissingRank {
+  int rank = 0;
+  int64_t expected_step = 0;
+  int64_t seen_step = 0;
+  bool stopped = false;  // it came to the op, and not through it
+};
+
+inline std::string DescribeTimeout(const std::string& op, int waiting_rank, double timeout_s,
+                                   const std::string& where, const std::vector<MissingRank>& missing) {
+  std::ostringstream text;
+  text << op << " on rank " << waiting_rank << " waited " << timeout_s << " s (timeout_s)" << where
+       << " for ";
+  const char* separator = missing.size() == 1 ? "rank " : "ranks ";
+  for (const MissingRank& peer : missing) {
+    text << separator << peer.rank << " (expected at step " << peer.expected_step << ", seen at step "
+         << peer.seen_step << (peer.stopped ? ", then stopped)" : ")");
+    separator = ", ";
+  }
+  return text.str();
+}
+
+// Complete the description of a failure with where it was and what to do.
+inline std::string DescribeBroken(const std::string& failure, const CommunicatorConfig& config,
+                                  int group) {
+  std::ostringstream text;
+  text << failure << " (communicator #" << config.id;
+  if (config.num_groups > 1) text << ", group " << group;
+  text << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
+          "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
+          "was only slow.";
+  return text.str();
+}
+
+inline std::string DescribeInvalidRouting(const CommunicatorConfig& config, int group, int rank,
+                                          int64_t count, int64_t step) {
+  std::ostringstream text;
+  text << "dispatch on rank " << rank;
+  if (config.num_groups > 1) text << " of group " << group;
+  text << " (communicator #" << config.id << ") ignored " << count << " entries of topk_idx, at step "
+       << step << " or before: they were outside [-1, " << config.shape.num_experts
+       << "), or named an expert for the second time in their row. Use -1 for \"no expert\"; "
+          "handle.num_invalid has the count of each dispatch.";
+  return text.str();
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_ERROR_TEXT_H_

@@ -1,0 +1,54 @@
+// GPU memory that other processes of a host, and other GPUs of this one, can reach: through the
+// virtual memory functions of the CUDA driver alone.
+//
+// Every allocation is exported as a file descriptor, also for the GPUs of this process: one way for
+// all. XLA's pool is mapped by peers for reading only.
+#ifndef JAX_DEEPEP_TRANSPORT_CUDA_PEER_H_
+#define JAX_DEEPEP_TRANSPORT_CUDA_PEER_H_
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+namespace jax_deepep {
+
+// An allocation of this process, as a descriptor that others can map.
+struct ExportedMemory {
+  int descriptor = -1;
+  size_t bytes = 0;
+};
+
+// A range of device memory of this process's address space.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  ~DeviceMemory();
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  // Allocate zeros on a device. Returns an error, or nothing.
+  std::string Create(int device, size_t bytes);
+
+  // Map what another process, or this one, exported, for `devices` of this process. The descriptor
+  // is not taken over.
+  std::string Import(const ExportedMemory& memory, const std::vector<int>& devices, bool writable);
+
+  // Find the allocation that `pointer` is in: XLA's pool. It is not owned.
+  std::string Find(const void* pointer);
+
+  std::string Export(ExportedMemory* memory) const;
+
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  std::string Map(unsigned long long handle, const std::vector<int>& devices, bool writable);
+
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+  bool mapped_ = false;
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_TRANSPORT_CUDA_PEER_H_
