@@ -78,6 +78,7 @@ NB_MODULE(_cuda, module) {
           nb::arg("process"), nb::arg("exports"))
       .def("start", &CudaCommunicator::Start)
       .def_prop_ro("num_blocks", &CudaCommunicator::num_blocks)
+      .def_prop_ro("last_op_seconds", &CudaCommunicator::LastOpSeconds)
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)
       .def_prop_ro("broken", &CudaCommunicator::broken)
       .def_prop_ro("invalid_routing", &CudaCommunicator::invalid_routing)

@@ -152,11 +152,11 @@ void CudaCommunicator::Start() {
           "cudaHostGetDevicePointer");
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
       const Peer& memory = *peers_.at({rank->place.group, peer});
-      frame.control[peer] = reinterpret_cast<ControlBlock*>(memory.control.data());
+      frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool.data();
     }
     // This rank's own memory where it stands, not where it was mapped again.
-    frame.control[frame.rank] = reinterpret_cast<ControlBlock*>(rank->control.data());
+    frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;
     for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
       if (const char* error = load(rank->facts.shared_bytes)) throw std::runtime_error(error);
@@ -224,7 +224,7 @@ void CudaCommunicator::Close() {
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     const uint32_t failed = 1;
-    auto* control = reinterpret_cast<ControlBlock*>(rank->control.data());
+    auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
     cudaMemcpy(&control->failed, &failed, sizeof(failed), cudaMemcpyHostToDevice);
   }
 }
@@ -289,7 +289,7 @@ Traffic CudaCommunicator::TakeTraffic() {
   Traffic traffic{std::vector<int64_t>(size), std::vector<int64_t>(size), std::vector<double>(size)};
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
-    ControlBlock control;
+    DeviceControl control;
     Check(cudaMemcpy(&control, rank->control.data(), sizeof(control), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
     const size_t first = (rank->place.group * num_ranks + rank->place.rank) * num_ranks;
@@ -304,6 +304,19 @@ Traffic CudaCommunicator::TakeTraffic() {
     }
   }
   return traffic;
+}
+
+std::vector<double> CudaCommunicator::LastOpSeconds() const {
+  std::vector<double> seconds;
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    const auto* control = reinterpret_cast<const DeviceControl*>(rank->control.data());
+    uint64_t nanoseconds = 0;
+    Check(cudaMemcpy(&nanoseconds, &control->last_op_ns, sizeof(nanoseconds), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    seconds.push_back(1e-9 * static_cast<double>(nanoseconds));
+  }
+  return seconds;
 }
 
 size_t CudaCommunicator::buffer_bytes() const {

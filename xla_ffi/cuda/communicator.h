@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/control_block.h"
+#include "cuda/device_control.h"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "interface/communicator_config.h"
@@ -69,6 +69,9 @@ class CudaCommunicator {
 
   // Return what was counted since the last call.
   Traffic TakeTraffic();
+
+  // How long the last op of each rank of this process took on its device.
+  std::vector<double> LastOpSeconds() const;
 
   // Bytes of device memory that this process holds for the communicator.
   size_t buffer_bytes() const;

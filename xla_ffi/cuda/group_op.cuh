@@ -46,7 +46,7 @@ class GroupOp {
   }
 
   __device__ uint64_t step() const { return shared_.step; }
-  __device__ ControlBlock& own() const { return own_; }
+  __device__ DeviceControl& own() const { return own_; }
 
   // Wait for all blocks of this rank; what they wrote before is visible after. Unbounded: they wait
   // for nobody else.
@@ -69,7 +69,7 @@ class GroupOp {
   __device__ void Publish() {
     if (!IsLastBlock(&own_.num_ready) || Stopped()) return;
     for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
-      ControlBlock& control = *frame_.control[peer];
+      DeviceControl& control = *frame_.control[peer];
       Publication& published = control.published[frame_.rank];
       published.what = frame_.what;
       for (int i = 0; i < kMaxOperands; ++i) published.offsets[i] = frame_.offsets[i];
@@ -124,7 +124,7 @@ class GroupOp {
     if (!IsLastBlock(&own_.num_finished)) return;
     if (!Stopped()) {
       for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
-        ControlBlock& control = *frame_.control[peer];
+        DeviceControl& control = *frame_.control[peer];
         control.rows_taken[frame_.rank] = *static_cast<volatile uint64_t*>(&own_.rows_received[peer]);
         // Pairs with the acquire load in WaitForAll, on the peer: this rank's reads come before.
         StoreReleaseSystem(&control.left[frame_.rank], step());
@@ -143,6 +143,7 @@ class GroupOp {
     __syncthreads();
     if (threadIdx.x == 0) {
       own_.num_invalid = 0;
+      own_.last_op_ns = NanosecondClock() - shared_.began_ns;
       own_.step = step();
     }
   }
@@ -238,7 +239,7 @@ class GroupOp {
     if (broken != 0) return;
 #pragma unroll 1
     for (int peer = 0; peer < num_ranks(); ++peer) {
-      ControlBlock& control = *frame_.control[peer];
+      DeviceControl& control = *frame_.control[peer];
       if (peer != frame_.rank) CopyReport(&control.reports[frame_.rank], report);
       StoreReleaseSystem(&control.broken, frame_.rank + 1);  // pairs with IsBroken, on the peer
     }
@@ -256,7 +257,7 @@ class GroupOp {
   }
 
   const OpFrame& frame_;
-  ControlBlock& own_;
+  DeviceControl& own_;
   Shared& shared_;
 };
 

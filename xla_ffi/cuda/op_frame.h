@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/control_block.h"
+#include "cuda/device_control.h"
 #include "interface/geometry.h"
 #include "interface/host_device.h"
 
@@ -20,7 +20,7 @@ struct OpFrame {
   const int32_t* believed_rank = nullptr;  // what the program takes this device for
   HostStatus* status = nullptr;
   int64_t offsets[kMaxOperands] = {};      // of what peers read of this rank, in its pool
-  ControlBlock* control[kMaxRanks] = {};   // of every rank, this one included
+  DeviceControl* control[kMaxRanks] = {};   // of every rank, this one included
   const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, to be read only
 
   // The counts behind this rank's control block, and behind a peer's.

@@ -78,6 +78,7 @@ class RowStream {
           WaitForLoads(&barriers_[slot], used_ / shape_.slots & 1);
           use(const_cast<const char*>(slots_ + slot * shape_.slot_bytes));
         } else {
+          __syncwarp();  // lane 0 has set the pointer
           use(Pointers()[slot]);
         }
         __syncwarp();  // all lanes are through with the slot
@@ -124,7 +125,6 @@ class RowStream {
       ++issued_;
       if (++input_ == num_inputs_) input_ = 0, ++chunk_;
     }
-    if constexpr (!kBulk) __syncwarp();
   }
 
   const StreamShape shape_;

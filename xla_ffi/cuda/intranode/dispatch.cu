@@ -74,7 +74,8 @@ __device__ EntryLane ReadEntries(const Dispatch& op, int32_t first_token, int32_
   const bool named = entry.expert >= 0 && entry.expert < shape.num_experts;
   // Lanes of no expert match nobody else.
   const int key = named ? in_warp * shape.num_experts + entry.expert : -1 - lane;
-  entry.valid = named && __ffs(__match_any_sync(~0u, key)) - 1 == lane;
+  const int first_of_same = __ffs(__match_any_sync(~0u, key)) - 1;
+  entry.valid = named && first_of_same == lane;
   entry.wrong = entry.inside && entry.expert != kNone && !entry.valid;
   entry.rank = entry.valid ? entry.expert / shape.num_local_experts() : 0;
   const int pair_key = entry.valid ? in_warp * shape.num_ranks + entry.rank : -1 - lane;

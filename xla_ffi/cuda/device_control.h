@@ -2,8 +2,8 @@
 //
 // Peers write to it, over NVLink or on the same card, and to nothing else of this rank: it belongs
 // to the communicator alone, so that a late peer corrupts nothing. All of it starts as zeros.
-#ifndef JAX_DEEPEP_CUDA_CONTROL_BLOCK_H_
-#define JAX_DEEPEP_CUDA_CONTROL_BLOCK_H_
+#ifndef JAX_DEEPEP_CUDA_DEVICE_CONTROL_H_
+#define JAX_DEEPEP_CUDA_DEVICE_CONTROL_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -43,7 +43,7 @@ struct Publication {
   int64_t offsets[kMaxOperands];
 };
 
-struct ControlBlock {
+struct DeviceControl {
   // Written by peers: entry s by rank s alone.
   uint64_t arrived[kMaxRanks];  // the last op for which s has its operands ready
   uint64_t left[kMaxRanks];     // the last op in which s has done all its reads
@@ -62,6 +62,7 @@ struct ControlBlock {
   uint32_t num_invalid;   // entries of topk_idx that this op ignored
   uint64_t rows_received[kMaxRanks];
   uint64_t waited_ns[kMaxRanks];
+  uint64_t last_op_ns;  // from the first instruction of the last op to its end
 };
 
 // What a device tells its host, in pinned memory that the host reads at any time.
@@ -80,9 +81,9 @@ JAX_DEEPEP_HOST_DEVICE constexpr int NumCountColumns(int num_experts, int num_ra
 // [kMaxBlocks][columns].
 inline size_t ControlBytes(const GroupShape& shape) {
   const size_t columns = NumCountColumns(shape.num_experts, shape.num_ranks);
-  return sizeof(ControlBlock) + (shape.num_ranks + kMaxBlocks) * columns * sizeof(int32_t);
+  return sizeof(DeviceControl) + (shape.num_ranks + kMaxBlocks) * columns * sizeof(int32_t);
 }
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_CUDA_CONTROL_BLOCK_H_
+#endif  // JAX_DEEPEP_CUDA_DEVICE_CONTROL_H_

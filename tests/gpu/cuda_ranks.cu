@@ -1,0 +1,618 @@
+// Several ranks in one process on one GPU, a stream each: every verb against the CPU's bits, ranks that
+// come late or never, and many steps with random delays. No Python, so that compute-sanitizer can watch.
+//
+//     cuda_ranks [conformance] [faults] [soak STEPS]
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/communicator.h"
+#include "cpu/op.h"
+#include "cuda/intranode/launch.h"
+#include "interface/op_hash.h"
+
+namespace jax_deepep {
+namespace {
+
+int failures = 0;
+
+void Check(bool holds, const std::string& what) {
+  if (holds) return;
+  if (++failures <= 40) std::printf("FAILED: %s\n", what.c_str());
+}
+
+void CheckCuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("FAILED: %s: %s\n", what, cudaGetErrorString(error));
+  std::exit(2);
+}
+
+// An array that host and device both have.
+class Array {
+ public:
+  explicit Array(size_t bytes = 0) : host_(std::max<size_t>(bytes, 1)) {
+    CheckCuda(cudaMalloc(&device_, (host_.size() + 255) / 256 * 256), "cudaMalloc");
+    CheckCuda(cudaMemset(device_, 0xff, host_.size()), "cudaMemset");  // NaN, or -1
+    std::memset(host_.data(), 0xff, host_.size());
+  }
+  ~Array() { cudaFree(device_); }
+  Array(const Array&) = delete;
+
+  void ToDevice() {
+    CheckCuda(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  std::vector<char> FromDevice() const {
+    std::vector<char> copy(host_.size());
+    CheckCuda(cudaMemcpy(copy.data(), device_, copy.size(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return copy;
+  }
+  template <typename T>
+  T* host() {
+    return reinterpret_cast<T*>(host_.data());
+  }
+  template <typename T>
+  T* device() const {
+    return static_cast<T*>(device_);
+  }
+  size_t bytes() const { return host_.size(); }
+
+ private:
+  std::vector<char> host_;
+  void* device_ = nullptr;
+};
+
+struct Problem {
+  const char* name;
+  GroupShape shape;
+  RouteShape route;
+  double none = 0.1;     // share of entries that name no expert
+  bool invalid = false;  // some entries are out of range or repeated
+  bool skewed = false;   // most entries go to the first rank
+};
+
+Problem MakeProblem(const char* name, int ranks, int experts, int topk, int tokens, int hidden, RowType type,
+                    Layout layout, int alignment = 1, int capacity = -1, int64_t expert_capacity = kNoLimit) {
+  Problem problem{name, {}, {}};
+  problem.shape = {ranks, experts, topk, tokens + 3, hidden};
+  const int local = experts / ranks;
+  int64_t rows = layout == Layout::kTokenMajor ? int64_t{ranks} * tokens
+                                               : int64_t{ranks} * tokens * std::min(topk, local) +
+                                                     int64_t{local} * (alignment - 1);
+  rows = (rows + alignment - 1) / alignment * alignment;
+  problem.route = {layout, type, tokens, capacity < 0 ? static_cast<int>(rows) : capacity, alignment,
+                   expert_capacity};
+  return problem;
+}
+
+uint16_t ToHalf(RowType type, float value) {
+  uint16_t bits;
+  if (type == RowType::kBFloat16) {
+    const __nv_bfloat16 half = __float2bfloat16(value);
+    std::memcpy(&bits, &half, 2);
+  } else {
+    const __half half = __float2half(value);
+    std::memcpy(&bits, &half, 2);
+  }
+  return bits;
+}
+
+void FillRandom(RowType type, void* rows, size_t count, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; i < count; ++i) {
+    const float value = normal(random);
+    if (type == RowType::kFloat32) {
+      static_cast<float*>(rows)[i] = value;
+    } else {
+      static_cast<uint16_t*>(rows)[i] = ToHalf(type, value);
+    }
+  }
+}
+
+// What one rank has: operands and results of all verbs.
+struct Rank {
+  Rank(const Problem& problem, std::mt19937& random)
+      : x(Rows(problem, problem.route.num_tokens)),
+        topk_idx(Entries(problem)),
+        topk_weights(Entries(problem)),
+        tokens(Rows(problem, problem.route.capacity)),
+        source(problem.route.capacity * 4),
+        destination(Entries(problem)),
+        weights(PerRow(problem)),
+        local_experts(PerRow(problem)),
+        group_sizes(Groups(problem)),
+        num_rows(Groups(problem)),
+        counts(12),
+        pairs(PairTable(problem.shape, problem.route).ints() * 4),
+        scratch(DispatchScratchInts(problem.shape, problem.route) * 4),
+        y(Rows(problem, problem.route.capacity)),
+        bias(Rows(problem, problem.route.num_tokens)),
+        out(Rows(problem, problem.route.num_tokens)),
+        row_gradients(PerRow(problem)),
+        gradients(Entries(problem)),
+        sums(Rows(problem, problem.shape.num_ranks * problem.shape.max_tokens)),
+        rows(Rows(problem, problem.route.capacity)),
+        products(problem.route.capacity * 4),
+        rank_operand(4) {
+    const RowType type = problem.route.row_type;
+    const size_t hidden = problem.shape.hidden_size;
+    FillRandom(type, x.host<void>(), problem.route.num_tokens * hidden, random);
+    FillRandom(type, y.host<void>(), problem.route.capacity * hidden, random);
+    FillRandom(type, bias.host<void>(), problem.route.num_tokens * hidden, random);
+    FillRandom(RowType::kFloat32, row_gradients.host<void>(), row_gradients.bytes() / 4, random);
+    Route(problem, random);
+    for (Array* array : {&x, &topk_idx, &topk_weights, &y, &bias, &row_gradients}) array->ToDevice();
+  }
+
+  void Route(const Problem& problem, std::mt19937& random) {
+    const int experts = problem.shape.num_experts, topk = problem.shape.num_topk;
+    std::vector<int> order(experts);
+    for (int i = 0; i < experts; ++i) order[i] = i;
+    std::uniform_real_distribution<float> uniform;
+    const int reach = problem.skewed ? std::max(topk, experts / problem.shape.num_ranks) : experts;
+    for (int token = 0; token < problem.route.num_tokens; ++token) {
+      const int range = uniform(random) < 0.8f ? reach : experts;
+      std::shuffle(order.begin(), order.end(), random);
+      int used = 0;
+      for (int k = 0; k < topk; ++k) {
+        while (order[used % experts] >= range && used < experts) ++used;
+        int32_t expert = used < experts ? order[used++] : kNone;
+        if (uniform(random) < problem.none) expert = kNone;
+        if (problem.invalid && uniform(random) < 0.2f) expert = experts + k;
+        if (problem.invalid && k > 0 && uniform(random) < 0.2f) expert = topk_idx.host<int32_t>()[token * topk];
+        topk_idx.host<int32_t>()[token * topk + k] = expert;
+        topk_weights.host<float>()[token * topk + k] = uniform(random);
+      }
+    }
+  }
+
+  static size_t Rows(const Problem& p, int64_t count) {
+    return count * p.shape.hidden_size * BytesOf(p.route.row_type);
+  }
+  static size_t Entries(const Problem& p) {
+    return size_t{4} * p.route.num_tokens * p.shape.num_topk;
+  }
+  static size_t PerRow(const Problem& p) {
+    return size_t{4} * p.route.capacity * (p.route.layout == Layout::kExpertMajor ? 1 : p.shape.num_topk);
+  }
+  static size_t Groups(const Problem& p) { return size_t{4} * NumGroups(p.shape, p.route); }
+
+  Array x, topk_idx, topk_weights;
+  Array tokens, source, destination, weights, local_experts, group_sizes, num_rows, counts, pairs, scratch;
+  Array y, bias, out, row_gradients, gradients, sums, rows, products, rank_operand;
+};
+
+// Parameters of the verbs on host or device arrays.
+template <bool kDevice, typename T>
+T* Data(Array& array) {
+  if constexpr (kDevice) return array.device<T>();
+  return array.host<T>();
+}
+
+template <bool kDevice>
+DispatchParams DispatchOf(const Problem& problem, Rank& rank) {
+  DispatchParams params;
+  const bool expert_major = problem.route.layout == Layout::kExpertMajor;
+  params.route = problem.route;
+  params.x = Data<kDevice, void>(rank.x);
+  params.topk_idx = Data<kDevice, int32_t>(rank.topk_idx);
+  params.topk_weights = Data<kDevice, float>(rank.topk_weights);
+  params.tokens = Data<kDevice, void>(rank.tokens);
+  params.source = Data<kDevice, int32_t>(rank.source);
+  params.destination = Data<kDevice, int32_t>(rank.destination);
+  params.weights = Data<kDevice, float>(rank.weights);
+  params.local_experts = expert_major ? nullptr : Data<kDevice, int32_t>(rank.local_experts);
+  params.group_sizes = Data<kDevice, int32_t>(rank.group_sizes);
+  params.num_rows = Data<kDevice, int32_t>(rank.num_rows);
+  params.num_received = Data<kDevice, int32_t>(rank.counts);
+  params.num_dropped = params.num_received + 1;
+  params.num_invalid = params.num_received + 2;
+  if (kDevice) {
+    params.pairs = expert_major ? rank.pairs.device<int32_t>() : nullptr;
+    params.scratch = rank.scratch.device<int32_t>();
+  }
+  return params;
+}
+
+template <bool kDevice>
+CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool with_bias, bool with_gradients) {
+  CombineParams params;
+  const bool expert_major = problem.route.layout == Layout::kExpertMajor;
+  params.route = problem.route;
+  params.route.alignment = 1;
+  params.route.expert_capacity = kNoLimit;
+  params.y = Data<kDevice, void>(rank.y);
+  params.weights = weighted ? Data<kDevice, float>(rank.weights) : nullptr;
+  params.row_gradients = with_gradients ? Data<kDevice, float>(rank.row_gradients) : nullptr;
+  params.destination = Data<kDevice, int32_t>(rank.destination);
+  params.bias = with_bias ? Data<kDevice, void>(rank.bias) : nullptr;
+  params.out = Data<kDevice, void>(rank.out);
+  params.gradients = with_gradients ? Data<kDevice, float>(rank.gradients) : nullptr;
+  if (kDevice && expert_major) {
+    params.pairs = rank.pairs.device<int32_t>();
+    params.sums = PairTable(problem.shape, problem.route).max_rows > 1 ? rank.sums.device<void>() : nullptr;
+  }
+  return params;
+}
+
+template <bool kDevice>
+RedispatchParams RedispatchOf(const Problem& problem, Rank& rank, bool scaled, bool zero_rest) {
+  RedispatchParams params;
+  const bool expert_major = problem.route.layout == Layout::kExpertMajor;
+  params.route = problem.route;
+  params.route.alignment = 1;
+  params.route.expert_capacity = kNoLimit;
+  params.zero_rest = zero_rest;
+  params.x = Data<kDevice, void>(rank.bias);
+  params.source = Data<kDevice, int32_t>(rank.source);
+  params.group_sizes = Data<kDevice, int32_t>(rank.group_sizes);
+  params.weights = scaled ? Data<kDevice, float>(rank.weights) : nullptr;
+  params.y = scaled ? Data<kDevice, void>(rank.y) : nullptr;
+  params.rows = Data<kDevice, void>(rank.rows);
+  params.products = scaled ? Data<kDevice, float>(rank.products) : nullptr;
+  if (kDevice && expert_major) params.pairs = rank.pairs.device<int32_t>();
+  return params;
+}
+
+__global__ void Delay(uint64_t nanoseconds) {
+  uint64_t start, now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
+  do {
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  } while (now - start < nanoseconds);
+}
+
+// All ranks of one group on one device.
+class Group {
+ public:
+  Group(const GroupShape& shape, int num_blocks, double timeout_s) : num_blocks_(num_blocks) {
+    int shared_bytes = 0, major = 0;
+    CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+    CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
+    device_.shared_bytes = shared_bytes - kStaticSharedBytes;
+    device_.bulk_copies = major >= 9;
+    for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
+      const char* error = load(device_.shared_bytes);
+      Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
+    }
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      controls_.push_back(std::make_unique<Array>(ControlBytes(shape)));
+      CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, ControlBytes(shape)), "cudaMemset");
+      operands_.push_back(std::make_unique<Array>(4));
+      *operands_.back()->host<int32_t>() = rank;
+      operands_.back()->ToDevice();
+      streams_.emplace_back();
+      CheckCuda(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
+      statuses_.emplace_back();
+      CheckCuda(cudaHostAlloc(reinterpret_cast<void**>(&statuses_.back()), sizeof(HostStatus), 0), "host");
+      *statuses_.back() = HostStatus{};
+    }
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      OpFrame frame;
+      frame.shape = shape;
+      frame.rank = rank;
+      frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+      frame.believed_rank = operands_[rank]->device<int32_t>();
+      frame.status = statuses_[rank];
+      for (int peer = 0; peer < shape.num_ranks; ++peer) frame.control[peer] = controls_[peer]->device<DeviceControl>();
+      frames_.push_back(frame);
+    }
+    CheckCuda(cudaDeviceSynchronize(), "set-up");
+  }
+  ~Group() {
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+    for (HostStatus* status : statuses_) cudaFreeHost(status);
+  }
+
+  template <typename Params>
+  void Launch(int rank, Verb verb, const Params& params,
+              const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t)) {
+    OpFrame frame = frames_[rank];
+    frame.verb = verb;
+    frame.what = HashOf(params);
+    const char* error = launch(frame, params, num_blocks_, device_, streams_[rank]);
+    Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+  }
+  void Launch(int rank, const DispatchParams& params) { Launch(rank, Verb::kDispatch, params, LaunchDispatch); }
+  void Launch(int rank, const RedispatchParams& params) { Launch(rank, Verb::kRedispatch, params, LaunchRedispatch); }
+  void Launch(int rank, const CombineParams& params) { Launch(rank, Verb::kCombine, params, LaunchCombine); }
+  void DelayRank(int rank, uint64_t nanoseconds) { Delay<<<1, 1, 0, streams_[rank]>>>(nanoseconds); }
+
+  void Wait() { CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks"); }
+  HostStatus& status(int rank) { return *statuses_[rank]; }
+  cudaStream_t stream(int rank) { return streams_[rank]; }
+
+ private:
+  int num_blocks_;
+  DeviceFacts device_;
+  std::vector<std::unique_ptr<Array>> controls_, operands_;
+  std::vector<cudaStream_t> streams_;
+  std::vector<HostStatus*> statuses_;
+  std::vector<OpFrame> frames_;
+};
+
+// Run one verb of all ranks on the CPU.
+template <typename Params>
+void RunOnCpu(Communicator& comm, int64_t run, const std::vector<Params>& params) {
+  std::atomic<int> done{0};
+  static const char instruction = 0;
+  for (size_t rank = 0; rank < params.size(); ++rank) {
+    auto op = std::make_unique<VerbOp<Params>>(params[rank]);
+    op->done = [&done] { ++done; };
+    comm.Join(&instruction, 0, run, *comm.FindPlace(rank), std::move(op));
+  }
+  while (done < static_cast<int>(params.size())) std::this_thread::yield();
+  comm.WaitForOps();
+}
+
+std::shared_ptr<Communicator> CpuCommunicator(const GroupShape& shape) {
+  CommunicatorConfig config;
+  config.shape = shape;
+  config.num_groups = 1;
+  config.timeout_s = 60;
+  for (int rank = 0; rank < shape.num_ranks; ++rank) config.places.push_back({rank, 0, rank, 0});
+  return std::make_shared<Communicator>(config);
+}
+
+void CheckSame(Array& array, size_t bytes, const std::string& what) {
+  const std::vector<char> got = array.FromDevice();
+  const char* expected = array.host<char>();
+  for (size_t i = 0; i < bytes; ++i) {
+    if (got[i] == expected[i]) continue;
+    Check(false, what + ": byte " + std::to_string(i) + " of " + std::to_string(bytes));
+    return;
+  }
+}
+
+// Rows of tokens and padding; what stands in the others is not specified.
+void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, const std::string& what) {
+  int64_t end = 0;
+  for (int group = 0; group < NumGroups(problem.shape, problem.route); ++group) {
+    end += rank.group_sizes.host<int32_t>()[group];
+  }
+  if (all) end = problem.route.capacity;
+  CheckSame(array, Rank::Rows(problem, end), what);
+}
+
+void CheckProblem(const Problem& problem, int num_blocks, int repeats) {
+  const int num_ranks = problem.shape.num_ranks;
+  std::mt19937 random(7);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  const auto comm = CpuCommunicator(problem.shape);
+  Group group(problem.shape, num_blocks, 5.0);
+  const bool expert_major = problem.route.layout == Layout::kExpertMajor;
+  int64_t run = 0;
+  auto each = [&](auto make, auto check, const char* verb) {
+    using Params = decltype(make(std::true_type(), *ranks[0]));
+    std::vector<Params> on_cpu;
+    for (int rank = 0; rank < num_ranks; ++rank) on_cpu.push_back(make(std::false_type(), *ranks[rank]));
+    RunOnCpu(*comm, run++, on_cpu);
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, make(std::true_type(), *ranks[rank]));
+    }
+    group.Wait();
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      Check(group.status(rank).failed == 0, std::string(problem.name) + ", " + verb + ": ended as it should");
+      check(*ranks[rank], std::string(problem.name) + ", " + verb + ", rank " + std::to_string(rank) + ": ");
+    }
+  };
+  each([&](auto device, Rank& rank) { return DispatchOf<device.value>(problem, rank); },
+       [&](Rank& rank, const std::string& where) {
+         CheckSame(rank.source, rank.source.bytes(), where + "source");
+         CheckSame(rank.destination, rank.destination.bytes(), where + "destination");
+         CheckSame(rank.weights, rank.weights.bytes(), where + "weights");
+         if (!expert_major) CheckSame(rank.local_experts, rank.local_experts.bytes(), where + "local_experts");
+         CheckSame(rank.group_sizes, rank.group_sizes.bytes(), where + "group_sizes");
+         CheckSame(rank.num_rows, rank.num_rows.bytes(), where + "num_rows");
+         CheckSame(rank.counts, rank.counts.bytes(), where + "counts");
+         CheckSameRows(problem, rank.tokens, rank, false, where + "tokens");
+       },
+       "dispatch");
+  if (failures > 0) return;
+  for (const bool zero_rest : {false, true}) {
+    each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, false, zero_rest); },
+         [&](Rank& rank, const std::string& where) {
+           CheckSameRows(problem, rank.rows, rank, zero_rest, where + "rows");
+         },
+         "redispatch");
+  }
+  if (expert_major) {
+    each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, true, true); },
+         [&](Rank& rank, const std::string& where) {
+           CheckSameRows(problem, rank.rows, rank, true, where + "scaled rows");
+           CheckSame(rank.products, rank.products.bytes(), where + "products");
+         },
+         "scaling redispatch");
+  }
+  for (const bool weighted : {false, true}) {
+    if (weighted && !expert_major) continue;
+    each([&](auto device, Rank& rank) { return CombineOf<device.value>(problem, rank, weighted, weighted, !weighted); },
+         [&](Rank& rank, const std::string& where) {
+           CheckSame(rank.out, rank.out.bytes(), where + "out");
+           if (!weighted) CheckSame(rank.gradients, rank.gradients.bytes(), where + "gradients");
+         },
+         weighted ? "weighted combine" : "combine");
+  }
+}
+
+void CheckConformance(int num_blocks) {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  constexpr auto kF32 = RowType::kFloat32, kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
+  std::vector<Problem> problems = {
+      MakeProblem("one rank", 1, 4, 2, 9, 64, kF32, kExpert),
+      MakeProblem("two ranks", 2, 8, 3, 40, 256, kBF16, kExpert),
+      MakeProblem("four ranks", 4, 16, 4, 37, 640, kF16, kExpert),
+      MakeProblem("four ranks, by token", 4, 16, 4, 37, 640, kF16, kToken),
+      MakeProblem("odd rows", 3, 9, 4, 21, 37, kBF16, kExpert),
+      MakeProblem("odd rows, by token", 3, 9, 4, 21, 37, kF32, kToken),
+      MakeProblem("one element", 2, 4, 2, 5, 1, kBF16, kExpert),
+      MakeProblem("long rows", 2, 4, 2, 9, 9000, kF32, kExpert),
+      MakeProblem("aligned", 4, 16, 6, 50, 128, kF32, kExpert, 8),
+      MakeProblem("capacity", 4, 16, 6, 50, 128, kBF16, kExpert, 4, 64),
+      MakeProblem("both capacities", 4, 16, 6, 50, 128, kBF16, kExpert, 4, 64, 5),
+      MakeProblem("capacity, by token", 4, 16, 6, 50, 128, kBF16, kToken, 4, 96),
+      MakeProblem("no room", 2, 4, 2, 9, 32, kF32, kExpert, 1, 0),
+      MakeProblem("one token", 4, 8, 2, 1, 128, kBF16, kExpert),
+      MakeProblem("one expert each", 4, 4, 4, 30, 128, kBF16, kExpert),
+      MakeProblem("one choice", 4, 32, 1, 70, 128, kF16, kExpert),
+      MakeProblem("32 choices", 2, 64, 32, 20, 128, kBF16, kExpert),
+      MakeProblem("many experts", 4, 512, 8, 60, 64, kF32, kExpert),
+  };
+  problems.push_back(MakeProblem("invalid entries", 3, 12, 5, 33, 64, kF32, kExpert));
+  problems.back().invalid = true;
+  problems.push_back(MakeProblem("all to one rank", 4, 16, 3, 64, 64, kBF16, kExpert));
+  problems.back().skewed = true;
+  problems.push_back(MakeProblem("nowhere", 2, 4, 2, 12, 64, kBF16, kExpert));
+  problems.back().none = 1.0;
+  for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2);
+}
+
+bool AllNaN(const Problem& problem, Array& array) {
+  const std::vector<char> bytes = array.FromDevice();
+  const size_t count = bytes.size() / BytesOf(problem.route.row_type);
+  for (size_t i = 0; i < count; ++i) {
+    if (problem.route.row_type == RowType::kFloat32) {
+      float value;
+      std::memcpy(&value, &bytes[4 * i], 4);
+      if (!std::isnan(value)) return false;
+    } else {
+      uint16_t value;
+      std::memcpy(&value, &bytes[2 * i], 2);
+      if ((value & 0x7f80) != 0x7f80 || (value & 0x7f) == 0) return false;
+    }
+  }
+  return true;
+}
+
+// Rank 2 of 3 does not come, or comes late; every op ends, says who was missing, and so do later ones.
+void CheckFaults(int num_blocks, bool late) {
+  const std::string name = late ? "a rank comes late: " : "a rank stays away: ";
+  const Problem problem = MakeProblem("faults", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  std::mt19937 random(3);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < 3; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  Group group(problem.shape, num_blocks, 0.3);
+  for (int rank = 0; rank < 3; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  group.Wait();
+  for (int rank = 0; rank < 3; ++rank) Check(group.status(rank).failed == 0, name + "the first op succeeds");
+  if (late) {
+    group.DelayRank(2, 900'000'000);
+    group.Launch(2, CombineOf<true>(problem, *ranks[2], true, true, false));
+  }
+  for (int rank = 0; rank < 2; ++rank) group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
+  group.Wait();
+  for (int rank = 0; rank < (late ? 3 : 2); ++rank) {
+    const HostStatus& status = group.status(rank);
+    Check(status.failed == 1, name + "the op fails");
+    Check(status.report.failure == Failure::kNotArrived, name + "because a rank did not arrive");
+    Check(status.report.missing == 4, name + "rank 2 is missing");
+    Check(status.report.step == 2 && status.report.seen[2] == 1, name + "steps");
+    Check(status.reporter < 2, name + "a rank that waited reports");
+    Check(AllNaN(problem, ranks[rank]->out), name + "results are NaN");
+  }
+  // Later ops end at once, whoever comes.
+  const auto before = std::chrono::steady_clock::now();
+  for (int rank = 0; rank < 2; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  group.Wait();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
+  Check(took.count() < 0.25, name + "later ops end at once");
+  for (int rank = 0; rank < 2; ++rank) {
+    Check(AllNaN(problem, ranks[rank]->tokens), name + "their results are NaN");
+    Check(*reinterpret_cast<const int32_t*>(ranks[rank]->counts.FromDevice().data()) == 0, name + "their counts are 0");
+  }
+  // The device still computes.
+  CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1);
+}
+
+// Different ops meet, and a program that takes a device for another rank.
+void CheckMistakes(int num_blocks) {
+  const Problem problem = MakeProblem("mistakes", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  std::mt19937 random(3);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < 2; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  Group group(problem.shape, num_blocks, 0.5);
+  for (int rank = 0; rank < 2; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  group.Launch(0, CombineOf<true>(problem, *ranks[0], true, false, false));
+  group.Launch(1, CombineOf<true>(problem, *ranks[1], false, false, false));
+  group.Wait();
+  for (int rank = 0; rank < 2; ++rank) {
+    Check(group.status(rank).failed == 1, "different ops fail");
+    Check(group.status(rank).report.failure == Failure::kDifferentOps, "and are told apart");
+  }
+}
+
+// Many steps with random routing and random delays of single ranks: every byte as on the CPU.
+void CheckSoak(int num_blocks, int steps) {
+  const Problem problem = MakeProblem("soak", 4, 32, 4, 48, 256, RowType::kBFloat16, Layout::kExpertMajor);
+  std::mt19937 random(11);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < 4; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  const auto comm = CpuCommunicator(problem.shape);
+  Group group(problem.shape, num_blocks, 5.0);
+  for (int step = 0; step < steps && failures == 0; ++step) {
+    std::vector<DispatchParams> dispatches;
+    std::vector<CombineParams> combines;
+    for (auto& rank : ranks) {
+      rank->Route(problem, random);
+      rank->topk_idx.ToDevice();
+      rank->topk_weights.ToDevice();
+      dispatches.push_back(DispatchOf<false>(problem, *rank));
+      combines.push_back(CombineOf<false>(problem, *rank, true, true, false));
+    }
+    RunOnCpu(*comm, 2 * step, dispatches);
+    RunOnCpu(*comm, 2 * step + 1, combines);
+    for (int rank = 0; rank < 4; ++rank) {
+      if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
+      group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+      if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
+      group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
+    }
+    group.Wait();
+    for (int rank = 0; rank < 4; ++rank) {
+      const std::string where = "soak, step " + std::to_string(step) + ", rank " + std::to_string(rank);
+      Check(group.status(rank).failed == 0, where + " ended as it should");
+      CheckSameRows(problem, ranks[rank]->tokens, *ranks[rank], false, where + ", tokens");
+      CheckSame(ranks[rank]->out, ranks[rank]->out.bytes(), where + ", out");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jax_deepep
+
+int main(int argc, char** argv) {
+  using namespace jax_deepep;
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  for (int i = 1; i < argc; ++i) {
+    const std::string what = argv[i];
+    if (what == "conformance") {
+      for (const int num_blocks : {1, 3, 8}) CheckConformance(num_blocks);
+    } else if (what == "short") {
+      CheckConformance(2);
+    } else if (what == "faults") {
+      CheckFaults(2, /*late=*/false);
+      CheckFaults(2, /*late=*/true);
+      CheckMistakes(2);
+    } else if (what == "soak" && i + 1 < argc) {
+      CheckSoak(3, std::atoi(argv[++i]));
+    } else {
+      std::printf("unknown: %s\n", what.c_str());
+      return 2;
+    }
+    std::printf("%s: %d failures\n", what.c_str(), failures);
+  }
+  return failures == 0 ? 0 : 1;
+}
