@@ -237,3 +237,18 @@ _MESHES = [
 ]  # fmt: skip
 
 PROBLEMS = _ROUTINGS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES
+
+# What decides which bits the gradients have: the sizes and types of rows, and where rows go or do not go.
+WITH_GRADIENTS = _ROWS + [
+    problem
+    for problem in PROBLEMS
+    if problem.name
+    in {
+        "random", "all −1", "one expert per device", "many experts per device", "capacity", "expert capacity",
+        "alignment 8", "both capacities, alignment 4", "limits and invalid entries",
+        "token-major, random", "token-major, invalid entries", "token-major, hidden 37, bfloat16",
+        "token-major, capacity, alignment 8", "token-major, many experts per device",
+        "data × expert 2, expert, Auto", "expert × data, expert, Explicit", "node × expert, token, Auto",
+        "one device, expert, Auto",
+    }
+]  # fmt: skip
