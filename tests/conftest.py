@@ -4,9 +4,14 @@ import faulthandler
 import os
 import sys
 
-# The launcher and the user come first: only what they left open is filled in.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# The launcher and the user come first: only what they left open is filled in. The launcher's variable is read
+# here by its name, because to import `jax_deepep` is to import JAX.
+if "JAX_DEEPEP_LAUNCH_RANK" not in os.environ:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# GPU: no timing of candidates for every matmul that is compiled. No other platform minds.
+if "--xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
 # XLA's CPU client sizes its pool of threads by this. Its own collectives block one thread per device, so
 # that a small machine with eight devices would deadlock without it.
 os.environ.setdefault("NPROC", "16")
@@ -19,6 +24,7 @@ from jax_deepep.launch import launched_rank
 DEADLINE_S = 300.0  # of one test, everything included; a hang becomes a traceback of every thread
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # on GPUs, float32 is not multiplied as TF32
 
 _stderr = None
 

@@ -1,24 +1,11 @@
 """The implementations under test: a new one adds itself here and runs every suite."""
 
-import jax
 import numpy as np
 import pytest
-from problems import Problem
 
-import jax_deepep as ep
-
-IMPLEMENTATIONS = ["native", "xla"]
+# Ids hold these names, so that -k selects among them.
+IMPLEMENTATIONS = ["native", pytest.param("xla", marks=pytest.mark.collectives)]
 EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
-
-
-def communicator_or_skip(problem: Problem, implementation: str, **options) -> ep.Communicator:
-    """Make the communicator of a problem; skip where the native ops do not serve several processes."""
-    try:
-        return problem.communicator(implementation, **options)
-    except ValueError as error:
-        if implementation == "native" and jax.process_count() > 1 and "processes" in str(error):
-            pytest.skip(str(error))
-        raise
 
 
 def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:

@@ -5,40 +5,48 @@ processes hold the devices.
 """
 
 import functools
+import io
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from process_exchange import all_gather
 
-# Name, shape, axes, and which of them are expert-parallel.
-_SHAPES = {
-    "expert 8": ((8,), ("expert",), "expert"),
-    "data 2 × expert 4": ((2, 4), ("data", "expert"), "expert"),
-    "data 4 × expert 2": ((4, 2), ("data", "expert"), "expert"),
-    "expert 4 × data 2": ((4, 2), ("expert", "data"), "expert"),
-    "node 2 × expert 4": ((2, 4), ("node", "expert"), ("node", "expert")),
-    "stage 2 × expert 4": ((2, 4), ("stage", "expert"), "expert"),
-    "one device": ((1,), ("expert",), "expert"),
-}
+DEVICE_COUNTS = (2, 4, 8)
+
+
+@functools.cache
+def _meshes() -> dict[str, tuple[tuple[int, ...], tuple[str, ...], str | tuple[str, ...]]]:
+    """Return shape, axes, and the expert-parallel ones among them, by name."""
+    devices = jax.device_count()
+    if devices not in DEVICE_COUNTS:
+        raise RuntimeError(f"the tests take 2, 4 or 8 devices over all processes, got {devices}")
+    data = min(2, devices // 2)  # "data × expert" and "expert × data" have groups of two devices at least
+    return {
+        "expert": ((devices,), ("expert",), "expert"),
+        "data × expert": ((data, devices // data), ("data", "expert"), "expert"),
+        "data × expert 2": ((devices // 2, 2), ("data", "expert"), "expert"),
+        "expert × data": ((devices // data, data), ("expert", "data"), "expert"),
+        "node × expert": ((2, devices // 2), ("node", "expert"), ("node", "expert")),
+        "stage × expert": ((2, devices // 2), ("stage", "expert"), "expert"),
+        "one device": ((1,), ("expert",), "expert"),
+    }
 
 
 @functools.cache
 def mesh_named(name: str, axis_types: AxisType = AxisType.Auto) -> Mesh:
-    """Return a mesh over all eight devices, or over one of this process."""
-    shape, axes, _ = _SHAPES[name]
+    """Return a mesh over all devices, or over one of this process; its sizes follow from their number."""
+    shape, axes, _ = _meshes()[name]
     devices = jax.local_devices()[:1] if name == "one device" else jax.devices()
-    if len(devices) != np.prod(shape):
-        raise RuntimeError(f"the tests take 8 devices over all processes, got {len(devices)}")
     return Mesh(np.array(devices).reshape(shape), axes, axis_types=(axis_types,) * len(axes))
 
 
 def expert_axes(name: str) -> str | tuple[str, ...]:
     """Return the `axis_name` of a communicator on the mesh `name`."""
-    return _SHAPES[name][2]
+    return _meshes()[name][2]
 
 
 def groups_of(mesh: Mesh, axis_name: str | tuple[str, ...]) -> tuple[int, int]:
@@ -70,23 +78,21 @@ def fetch(tree: Any) -> Any:
     arrays, structure = jax.tree.flatten(tree)
     if all(array.is_fully_addressable for array in arrays):
         return jax.tree.unflatten(structure, map(np.asarray, arrays))
-    # Every process fills in what it holds, zeros elsewhere; the largest byte of all processes is the value.
-    # All arrays go at once, in a buffer of few different sizes, so that little is compiled for it.
-    values = [np.zeros(array.shape, array.dtype) for array in arrays]
-    for array, value in zip(arrays, values, strict=True):
-        for shard in array.addressable_shards:
-            value[shard.index] = shard.data
-    mine = b"".join(value.tobytes() for value in values)
-    buffer = np.zeros(1 << max(12, (len(mine) - 1).bit_length()), np.uint8)
-    buffer[: len(mine)] = np.frombuffer(mine, np.uint8)
-    everyones = np.max(multihost_utils.process_allgather(buffer), axis=0)
-    ends = np.cumsum([value.nbytes for value in values])
-    parts = np.split(everyones[: ends[-1]], ends[:-1])
-    fetched = [
-        np.frombuffer(part.tobytes(), value.dtype).reshape(value.shape)
-        for part, value in zip(parts, values, strict=True)
+    values = [np.empty(array.shape, array.dtype) for array in arrays]
+    # Every part of every array once, in the same order in every process.
+    parts = [
+        (value, shard)
+        for value, array in zip(values, arrays, strict=True)
+        for shard in sorted(array.global_shards, key=lambda shard: shard.device.id)
+        if shard.replica_id == 0
     ]
-    return jax.tree.unflatten(structure, fetched)
+    mine = [np.asarray(shard.data) for _, shard in parts if shard.device.process_index == jax.process_index()]
+    everyones = [io.BytesIO(data) for data in all_gather(b"".join(part.tobytes() for part in mine))]
+    for value, shard in parts:
+        part = value[shard.index]
+        data = everyones[shard.device.process_index].read(part.nbytes)
+        value[shard.index] = np.frombuffer(data, part.dtype).reshape(part.shape)
+    return jax.tree.unflatten(structure, values)
 
 
 def per_device(

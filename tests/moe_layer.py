@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
-from implementations import communicator_or_skip
 from problems import Problem, inputs_of
 
 import jax_deepep as ep
@@ -27,7 +26,7 @@ PARAMETERS = ("x", "topk_weights", "matrices", "bias")
 
 @functools.cache
 def communicator(implementation: str, problem: Problem = LAYER) -> ep.Communicator:
-    return communicator_or_skip(problem, implementation)
+    return problem.communicator(implementation)
 
 
 def grouped_experts(dispatched, matrices):

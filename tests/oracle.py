@@ -228,6 +228,74 @@ def combine(routes: Routes, y: np.ndarray, *, weighted: bool, bias: np.ndarray |
     return out
 
 
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the dot products float32 [...] of rows [..., H], in exactly this order of roundings.
+
+    Elements are taken in blocks of 2048. In a block, 256 sums [32, 8] take the products of eight elements
+    each, 256 apart, one after the other; then the last axis is folded by halves, then the other. Blocks are
+    added in order.
+    """
+    products = a.astype(np.float32) * b.astype(np.float32)
+    # The zeros that fill the last block change no bit: no sum is −0, because every sum starts at +0.
+    padded = round_up(products.shape[-1], 2048)
+    products = np.pad(products, [(0, 0)] * (products.ndim - 1) + [(0, padded - products.shape[-1])])
+    blocks = products.reshape(*products.shape[:-1], -1, 8, 32, 8)
+    total = np.zeros(blocks.shape[:-4], np.float32)
+    for block in range(blocks.shape[-4]):
+        sums = np.zeros((*total.shape, 32, 8), np.float32)
+        for element in range(8):
+            sums = sums + blocks[..., block, element, :, :]
+        for half in (4, 2, 1):
+            sums = sums[..., :half] + sums[..., half:]
+        sums = sums[..., 0]
+        for half in (16, 8, 4, 2, 1):
+            sums = sums[..., :half] + sums[..., half:]
+        total = total + sums[..., 0]
+    return total
+
+
+class DispatchGradients(NamedTuple):
+    """x [R, T, H] and topk_weights [R, T, K], in their dtypes."""
+
+    x: np.ndarray
+    topk_weights: np.ndarray
+
+
+def dispatch_gradients(routes: Routes, tokens: np.ndarray, weights: np.ndarray) -> DispatchGradients:
+    """Return the gradients of dispatch for cotangents of its rows.
+
+    `weights` is that of the router weights, [R, C], or token-major [R, C, K]. A row goes back the way that it
+    came, so that x has the sum of its rows, and an entry what stands in its own row, 0 where it has none.
+    """
+    topk_weights = np.zeros(routes.topk_idx.shape, np.float32)
+    for device, row, entry in routes.entries():
+        k = entry[-1]
+        topk_weights[entry] = weights[device, row] if routes.layout == "expert" else weights[device, row, k]
+    return DispatchGradients(combine(routes, tokens, weighted=False), topk_weights)
+
+
+class CombineGradients(NamedTuple):
+    """y [R, C, H], zero in rows of no token, topk_weights [R, T, K], and bias [R, T, H], in their dtypes."""
+
+    y: np.ndarray
+    topk_weights: np.ndarray
+    bias: np.ndarray
+
+
+def combine_gradients(routes: Routes, y: np.ndarray, g: np.ndarray, *, weighted: bool) -> CombineGradients:
+    """Return the gradients of combine for the cotangent g [R, T, H] of its result.
+
+    A row gets the cotangent of its token, times the weight, rounded once; a weight gets ⟨g, y⟩ of its row.
+    """
+    rows = carry(routes, g)
+    topk_weights = np.zeros(routes.topk_idx.shape, np.float32)
+    if weighted:
+        rows = (routes.row_weights[..., None] * rows.astype(np.float32)).astype(y.dtype)
+        for device, row, entry in routes.entries():
+            topk_weights[entry] = dot(g[entry[:-1]], y[device, row])
+    return CombineGradients(rows, topk_weights, g)
+
+
 @dataclass(frozen=True)
 class MoEGradients:
     """Gradients of ⟨g, combine(y)⟩ for y = experts(dispatch(x)), in float64.

@@ -20,7 +20,7 @@ class Problem:
     """Sizes and routing of one dispatch; `routing` names a function of this file."""
 
     name: str
-    mesh_name: str = "data 2 × expert 4"
+    mesh_name: str = "data × expert"
     axis_types: AxisType = AxisType.Auto
     num_tokens: int = 6
     max_tokens: int = 6
@@ -176,7 +176,8 @@ _ROUTINGS = [
     Problem("all −1", routing="all_none"),
     Problem("invalid entries", routing="invalid", num_topk=5),
     Problem("fewer tokens than max_tokens", num_tokens=5, max_tokens=11),
-    Problem("one expert per device", num_experts=4),
+    Problem("one expert per device", "data × expert 2", num_experts=2, num_topk=2),
+    Problem("four experts", num_experts=4),  # one per device, where four devices share them
     Problem("many experts per device", num_experts=32, num_topk=6),
 ]
 
@@ -186,6 +187,8 @@ _ROWS = [
     Problem("hidden 1", hidden_size=1),
     Problem("hidden 640, bfloat16", dtype="bfloat16", hidden_size=640, num_topk=6),
     Problem("hidden 640", hidden_size=640, num_topk=6),
+    Problem("hidden 2056, float16", dtype="float16", hidden_size=2056, num_tokens=3, max_tokens=3),
+    Problem("hidden 4100", hidden_size=4100, num_tokens=3, max_tokens=3),
 ]
 
 _LIMITS = [
@@ -218,19 +221,34 @@ _MESHES = [
     Problem(f"{mesh_name}, {layout}, {axis_types.name}", mesh_name, axis_types, layout=layout,
             routing="some_none", num_experts=16, num_topk=4, dtype="bfloat16")
     for mesh_name, layout, axis_types in [
-        ("expert 8", "expert", AxisType.Auto),
-        ("expert 8", "expert", AxisType.Explicit),
-        ("expert 8", "token", AxisType.Explicit),
-        ("data 2 × expert 4", "expert", AxisType.Explicit),
-        ("data 4 × expert 2", "expert", AxisType.Auto),
-        ("data 4 × expert 2", "token", AxisType.Auto),
-        ("expert 4 × data 2", "expert", AxisType.Explicit),
-        ("node 2 × expert 4", "expert", AxisType.Auto),
-        ("node 2 × expert 4", "expert", AxisType.Explicit),
-        ("node 2 × expert 4", "token", AxisType.Auto),
+        ("expert", "expert", AxisType.Auto),
+        ("expert", "expert", AxisType.Explicit),
+        ("expert", "token", AxisType.Explicit),
+        ("data × expert", "expert", AxisType.Explicit),
+        ("data × expert 2", "expert", AxisType.Auto),
+        ("data × expert 2", "token", AxisType.Auto),
+        ("expert × data", "expert", AxisType.Explicit),
+        ("node × expert", "expert", AxisType.Auto),
+        ("node × expert", "expert", AxisType.Explicit),
+        ("node × expert", "token", AxisType.Auto),
         ("one device", "expert", AxisType.Auto),
         ("one device", "token", AxisType.Explicit),
     ]
 ]  # fmt: skip
 
 PROBLEMS = _ROUTINGS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES
+
+# What decides which bits the gradients have: the sizes and types of rows, and where rows go or do not go.
+WITH_GRADIENTS = _ROWS + [
+    problem
+    for problem in PROBLEMS
+    if problem.name
+    in {
+        "random", "all −1", "one expert per device", "many experts per device", "capacity", "expert capacity",
+        "alignment 8", "both capacities, alignment 4", "limits and invalid entries",
+        "token-major, random", "token-major, invalid entries", "token-major, hidden 37, bfloat16",
+        "token-major, capacity, alignment 8", "token-major, many experts per device",
+        "data × expert 2, expert, Auto", "expert × data, expert, Explicit", "node × expert, token, Auto",
+        "one device, expert, Auto",
+    }
+]  # fmt: skip

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from implementations import IMPLEMENTATIONS, assert_same_bits, assert_same_sums, communicator_or_skip
+from implementations import IMPLEMENTATIONS, assert_same_bits, assert_same_sums
 from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
 from problems import Problem, inputs_of
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_many_random_routings(layout: str, implementation: str) -> None:
     """One compiled program against the oracle, from sparse to skewed to mostly invalid routings."""
     problem = Problem("many routings", num_topk=4, layout=layout, capacity=16, alignment=4)
-    comm = communicator_or_skip(problem, implementation)
+    comm = problem.communicator(implementation)
     inputs = inputs_of(problem)
 
     def body(x, topk_idx, topk_weights, y):
@@ -36,8 +36,8 @@ def test_many_random_routings(layout: str, implementation: str) -> None:
         tokens, source, counts, out = fetch(
             program(*put_on_mesh((x, topk_idx, topk_weights, y), problem.mesh, spec))
         )
-        for group in range(2):
-            of_group = slice(4 * group, 4 * group + 4)
+        for group in range(len(inputs.routes)):
+            of_group = slice(comm.size * group, comm.size * (group + 1))
             routes = oracle.route(
                 topk_idx[of_group],
                 topk_weights[of_group],
@@ -60,7 +60,7 @@ def test_communicators_of_different_shapes_in_one_program(implementation: str) -
     second = Problem("second", num_experts=32, num_topk=6, layout="token")
     third = Problem("third", num_experts=4, num_topk=1, alignment=8, capacity=16)
     problems = (first, second, third)
-    comms = [communicator_or_skip(problem, implementation) for problem in problems]
+    comms = [problem.communicator(implementation) for problem in problems]
     inputs = [inputs_of(problem) for problem in problems]
 
     def program(x, *routings):
@@ -86,14 +86,13 @@ def test_communicators_of_different_shapes_in_one_program(implementation: str) -
 
 
 def test_communicators_along_different_axes_in_one_program(implementation: str) -> None:
-    """Groups of four along one axis, of two along the other, and of all eight along both."""
-    along_expert = Problem("along expert", "node 2 × expert 4", num_topk=2)
-    mesh = along_expert.mesh
+    """Groups along one axis, along the other, and of all devices along both, in either order."""
+    along_both = Problem("along both axes", "node × expert", num_topk=2)
+    mesh = along_both.mesh
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "max_tokens": 6, "hidden_size": 8}
-    communicator_or_skip(along_expert, implementation).close()
     axes = ["expert", "node", ("node", "expert"), ("expert", "node")]
     comms = [ep.Communicator(mesh, axis, **sizes, implementation=implementation) for axis in axes]
-    inputs = inputs_of(along_expert)
+    inputs = inputs_of(along_both)
 
     def program(x, topk_idx, topk_weights):
         sources = []
@@ -104,8 +103,8 @@ def test_communicators_along_different_axes_in_one_program(implementation: str) 
 
     arrays = (inputs.x, inputs.topk_idx, inputs.topk_weights)
     results = run_per_device(program, mesh, ("node", "expert"), *arrays)
-    in_mesh = np.arange(8).reshape(2, 4)
-    groups_along = [in_mesh, in_mesh.T, in_mesh.reshape(1, 8), in_mesh.T.reshape(1, 8)]
+    in_mesh = np.arange(mesh.size).reshape(mesh.devices.shape)
+    groups_along = [in_mesh, in_mesh.T, in_mesh.reshape(1, -1), in_mesh.T.reshape(1, -1)]
     for groups, (source, num_rows) in zip(groups_along, results, strict=True):
         for group in groups:
             routes = oracle.route(
@@ -117,7 +116,7 @@ def test_communicators_along_different_axes_in_one_program(implementation: str) 
 
 def test_weighted_by_default_for_expert_major_rows(implementation: str) -> None:
     problem = Problem("weighted", num_topk=3)
-    comm = communicator_or_skip(problem, implementation)
+    comm = problem.communicator(implementation)
     inputs = inputs_of(problem)
 
     def program(x, topk_idx, topk_weights, y):

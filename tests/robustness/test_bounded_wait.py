@@ -8,7 +8,7 @@ from subprocesses import run_python
 
 SETUP = """
 TIMEOUT_S, LATE_BY_S, LATE_DEVICE = 1.0, 2.5, 2
-mesh = mesh_named("data 2 × expert 4")
+mesh = mesh_named("data × expert")
 spec = device_axis(mesh, "expert")
 def make(timeout_s=TIMEOUT_S):
     return ep.Communicator(mesh, "expert", num_experts=8, num_experts_per_tok=2, max_tokens=4, hidden_size=8,

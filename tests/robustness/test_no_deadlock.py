@@ -5,7 +5,7 @@ from subprocesses import run_python
 
 # Communicators of different shapes over the same eight devices, and a layer of each.
 SETUP = """
-mesh = mesh_named("data 2 × expert 4")
+mesh = mesh_named("data × expert")
 rng = np.random.default_rng(0)
 NUM_TOKENS, HIDDEN = {num_tokens}, {hidden}
 def make(num_experts, num_experts_per_tok):

@@ -57,7 +57,8 @@ def test_native_programs_hold_no_collective(check_vma: bool) -> None:
         assert not re.search(rf"= .*\b{collective}(-start)?\(", text), collective
 
 
-def test_the_search_for_collectives_finds_them() -> None:
+@pytest.mark.collectives
+def test_the_search_for_collectives_finds_those_of_xla() -> None:
     """The same search on the implementation that is made of them."""
     step, arrays = training_step("xla")
     text = step.lower(*arrays).compile().as_text()

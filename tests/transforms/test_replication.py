@@ -1,4 +1,7 @@
-"""Operands that are the same on every device, under check_vma=True."""
+"""Operands that are the same on every device, under check_vma=True.
+
+The gradient of such an operand is summed over the devices, by a collective of XLA with every implementation.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,8 @@ from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe
 import jax_deepep as ep
 
 MESH, AXIS = LAYER.mesh, LAYER.axis_name
+
+pytestmark = pytest.mark.collectives
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -13,7 +13,8 @@ from meshes import mesh_named, per_device
 
 import jax_deepep as ep
 
-MESH = mesh_named("data 2 × expert 4")
+MESH = mesh_named("stage × expert")  # of which the outer axis is larger than 1 with any number of devices
+SIZE = MESH.shape["expert"]
 SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
 
 
@@ -68,7 +69,8 @@ DISPATCH = [
     ({"capacity": -8}, ValueError, r"capacity: got -8; takes an integer of at least 0"),
     ({"capacity": 12, "alignment": 8}, ValueError,
      r"capacity: got 12 with alignment=8; takes a multiple of alignment, for example 16"),
-    ({"capacity": 2**30}, ValueError, r"capacity: got 1073741824 rows on each of 4 devices; takes at most"),
+    ({"capacity": 2**31 // SIZE}, ValueError,
+     rf"capacity: got {2**31 // SIZE} rows on each of {SIZE} devices; takes at most"),
     ({"capacity": "many"}, TypeError, r"capacity: got 'many'; takes a Python integer"),
     ({"expert_capacity": -1}, ValueError, r"expert_capacity: got -1; takes an integer of at least 0"),
     ({"expert_capacity": 4, "layout": "token"}, ValueError,
@@ -150,7 +152,7 @@ def test_a_handle_that_kept_its_device_axis(comm) -> None:
 
 
 def test_outside_of_shard_map(comm) -> None:
-    words = r"dispatch: the mesh axis 'data' of size 2 is not manual here.*shard_map"
+    words = r"dispatch: the mesh axis 'stage' of size 2 is not manual here.*shard_map"
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(lambda: dispatch(comm))
 
@@ -161,7 +163,7 @@ def test_a_mesh_axis_that_is_not_manual(comm) -> None:
         lambda _: dispatch(comm)[0].mask,
         mesh=MESH, in_specs=P(), out_specs=P(), axis_names={"expert"}, check_vma=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"dispatch: the mesh axis 'data' of size 2 is not manual here"):
+    with pytest.raises(ValueError, match=r"dispatch: the mesh axis 'stage' of size 2 is not manual here"):
         jax.eval_shape(jax.jit(mapped), jax.ShapeDtypeStruct((), jnp.float32))
 
 
@@ -175,33 +177,30 @@ def test_combine_outside_of_shard_map(comm) -> None:
 
     trace(keep)
     y = jnp.zeros((*kept[0].source.shape, 8))
-    with pytest.raises(ValueError, match=r"combine: the mesh axis 'data' of size 2 is not manual here"):
+    with pytest.raises(ValueError, match=r"combine: the mesh axis 'stage' of size 2 is not manual here"):
         ep.combine(y, kept[0], comm=comm)
 
 
+def other_mesh(**sizes: int) -> AbstractMesh:
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 @pytest.mark.parametrize(
-    ("mesh_name", "words"),
+    ("mesh", "words"),
     [
-        ("data 4 × expert 2", r"dispatch: the mesh axis 'data' has size 4 here, but 2 in comm\.mesh"),
-        ("expert 8", r"dispatch: the mesh axis 'data' of size 2 is not manual here"),
-        ("stage 2 × expert 4", r"dispatch: the mesh axis 'data' of size 2 is not manual here"),
+        (other_mesh(stage=4, expert=SIZE),
+         r"dispatch: the mesh axis 'stage' has size 4 here, but 2 in comm\.mesh"),
+        (other_mesh(expert=8), r"dispatch: the mesh axis 'stage' of size 2 is not manual here"),
+        (other_mesh(data=2, expert=SIZE), r"dispatch: the mesh axis 'stage' of size 2 is not manual here"),
+        (other_mesh(stage=2, data=2, expert=SIZE),
+         r"dispatch: the mesh here has an axis 'data' of size 2 that comm\.mesh does not have"),
     ],
-)
-def test_another_mesh_than_the_communicators(comm, mesh_name: str, words: str) -> None:
-    mapped = per_device(lambda _: dispatch(comm)[0].mask, mesh_named(mesh_name), "expert")
+    ids=["another size", "an axis less", "another axis", "an axis more"],
+)  # fmt: skip
+def test_another_mesh_than_the_communicators(comm, mesh: AbstractMesh, words: str) -> None:
+    mapped = per_device(lambda _: dispatch(comm)[0].mask, mesh, "expert")
     with pytest.raises(ValueError, match=words):
-        jax.eval_shape(mapped, jax.ShapeDtypeStruct((8,), jnp.float32))
-
-
-def test_a_mesh_with_an_axis_that_the_communicators_has_not() -> None:
-    comm = ep.Communicator(mesh_named("expert 8"), **SIZES)
-    larger = AbstractMesh((2, 8), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
-    words = r"dispatch: the mesh here has an axis 'data' of size 2 that comm\.mesh does not have"
-    with pytest.raises(ValueError, match=words):
-        jax.eval_shape(
-            per_device(lambda _: dispatch(comm)[0].mask, larger, "expert"),
-            jax.ShapeDtypeStruct((16,), jnp.float32),
-        )
+        jax.eval_shape(mapped, jax.ShapeDtypeStruct((mesh.size,), jnp.float32))
 
 
 def test_a_closed_communicator_is_not_traced(comm) -> None:

@@ -21,7 +21,7 @@ TIMEOUT_S = 60.0
 NUM_RUNS = 3  # of every program, one launched behind the other
 
 PROBLEM = Problem(
-    "layouts", "expert 8", num_tokens=24, max_tokens=32, hidden_size=40, num_experts=16, num_topk=4,
+    "layouts", "expert", num_tokens=24, max_tokens=32, hidden_size=40, num_experts=16, num_topk=4,
     routing="some_none",
 )  # fmt: skip
 TOKEN_MAJOR = replace(PROBLEM, layout="token")
@@ -82,10 +82,10 @@ CASES: dict[str, tuple[Problem, Callable]] = {
         forward_and_backward,
     ),
     "token-major, drops": (replace(TOKEN_MAJOR, capacity=64, routing="skewed"), forward_and_backward),
-    "groups of neighbours": (replace(PROBLEM, mesh_name="data 2 × expert 4"), forward_and_backward),
-    "groups far apart": (replace(PROBLEM, mesh_name="expert 4 × data 2"), forward_and_backward),
-    "pairs": (replace(PROBLEM, mesh_name="data 4 × expert 2"), forward_and_backward),
-    "two axes": (replace(TOKEN_MAJOR, mesh_name="node 2 × expert 4"), forward_and_backward),
+    "groups of neighbours": (replace(PROBLEM, mesh_name="data × expert"), forward_and_backward),
+    "groups far apart": (replace(PROBLEM, mesh_name="expert × data"), forward_and_backward),
+    "pairs": (replace(PROBLEM, mesh_name="data × expert 2"), forward_and_backward),
+    "two axes": (replace(TOKEN_MAJOR, mesh_name="node × expert"), forward_and_backward),
     "independent ops": (replace(PROBLEM, num_tokens=32), independent_ops),
     "one inner function": (PROBLEM, inner_function_twice),
 }  # fmt: skip
