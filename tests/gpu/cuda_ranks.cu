@@ -278,11 +278,9 @@ __global__ void Delay(uint64_t nanoseconds) {
 class Group {
  public:
   Group(const GroupShape& shape, int num_blocks, double timeout_s) : num_blocks_(num_blocks) {
-    int shared_bytes = 0, major = 0;
+    int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
-    CheckCuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute");
-    device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    device_.bulk_copies = major >= 9;
+    device_.shared_bytes = shared_bytes - 2048;  // less what kernels declare statically
     for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));

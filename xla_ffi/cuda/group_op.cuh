@@ -17,8 +17,7 @@
 #include <cstdint>
 
 #include "cuda/op_frame.h"
-#include "cuda/ptx/bulk_copy.cuh"
-#include "cuda/ptx/memory_order.cuh"
+#include "cuda/memory_order.cuh"
 
 namespace jax_deepep {
 
@@ -97,8 +96,6 @@ class GroupOp {
     __syncthreads();
     const bool ok = shared_.flag != 0;
     __syncthreads();
-    // What was acquired is to be read by the copy engine too.
-    FenceAsyncProxy();
     return ok;
   }
 
@@ -118,7 +115,6 @@ class GroupOp {
   }
 
   // End the op: on the last block, after all reads of this rank, succeed() is called or fail().
-  // Bulk stores are to be complete before.
   template <typename Succeed, typename Fill>
   __device__ void Finish(Succeed succeed, Fill fail) {
     if (!IsLastBlock(&own_.num_finished)) return;

@@ -33,9 +33,9 @@ struct OpFrame {
   }
 };
 
-inline constexpr int kThreads = 512;
+// Of a block; one block runs on an SM.
+inline constexpr int kThreads = 1024;
 inline constexpr int kWarps = kThreads / 32;
-inline constexpr int kStaticSharedBytes = 1024;  // of a block, at most
 
 }  // namespace jax_deepep
 

@@ -1,7 +1,10 @@
-// Elements of rows in groups of eight: to float32 and back, and the arithmetic of the contract.
+// Rows as groups of eight elements: how a warp loads, converts and stores them.
 //
-// Products and sums are rounded separately: __fmul_rn and __fadd_rn are never fused. Eight elements
-// are 16 bytes (32 for float32), so that a warp moves 256 elements of a row at a time.
+// A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. Products
+// and sums are rounded separately: __fmul_rn and __fadd_rn are never fused.
+//
+// Plain loads, many in flight, read as fast as an SM can (100 to 146 GB/s on an H200) and copy as fast
+// as it can write (58 GB/s); the bulk copy engine did neither better. See bench/RESULTS.md.
 #ifndef JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 #define JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 
@@ -10,102 +13,168 @@
 
 #include <cstdint>
 
-#include "cuda/row_stream.h"
 #include "interface/geometry.h"
 
 namespace jax_deepep {
 
-struct Float32 {
-  using Storage = float;
-  __device__ static float Load(float value) { return value; }
-  __device__ static float Store(float value) { return value; }
-  __device__ static void Load8(const float* from, float* values) {
-    const float4 low = reinterpret_cast<const float4*>(from)[0];
-    const float4 high = reinterpret_cast<const float4*>(from)[1];
-    values[0] = low.x, values[1] = low.y, values[2] = low.z, values[3] = low.w;
-    values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
-  }
-  __device__ static void Store8(float* to, const float* values) {
-    reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
-    reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
-  }
+inline constexpr int kGroup = 8;  // elements
+
+// Eight elements as they stand in memory.
+template <typename Element>
+struct Packed {
+  static constexpr int kWords = kGroup * sizeof(Element) / sizeof(uint4);
+  uint4 words[kWords];
 };
 
-// The 16-bit types, whose pairs convert together.
-template <typename Pair, typename Single>
-struct Float16Bits {
-  using Storage = Single;
-  __device__ static void Load8(const Storage* from, float* values) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(from);
-    const auto* pairs = reinterpret_cast<const Pair*>(&bits);
+// Elements of a row. A row of whole groups is loaded and stored 16 bytes at a time; any other one an
+// element at a time.
+template <bool kWhole>
+struct RowShape {
+  int size = 0;
+
+  __host__ __device__ int num_groups() const { return (size + kGroup - 1) / kGroup; }
+};
+
+inline bool IsWhole(int size) { return size % kGroup == 0; }
+
+// Past the first-level cache: rows are read once.
+__device__ __forceinline__ uint4 LoadOnce(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+// Load or store a group of a row; elements after the row are loaded as zeros and not stored.
+template <typename Element, bool kWhole>
+__device__ __forceinline__ Packed<Element> LoadGroup(const char* row, int group, RowShape<kWhole> shape) {
+  Packed<Element> packed;
+  const auto* from = reinterpret_cast<const Element*>(row) + int64_t{group} * kGroup;
+  if constexpr (kWhole) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair = ToFloats(pairs[i]);
+    for (int i = 0; i < Packed<Element>::kWords; ++i) {
+      packed.words[i] = LoadOnce(reinterpret_cast<const uint4*>(from) + i);
+    }
+  } else {
+    auto* to = reinterpret_cast<Element*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) to[i] = group * kGroup + i < shape.size ? from[i] : Element{};
+  }
+  return packed;
+}
+
+template <typename Element, bool kWhole>
+__device__ __forceinline__ void StoreGroup(char* row, int group, RowShape<kWhole> shape,
+                                           const Packed<Element>& packed) {
+  auto* to = reinterpret_cast<Element*>(row) + int64_t{group} * kGroup;
+  if constexpr (kWhole) {
+#pragma unroll
+    for (int i = 0; i < Packed<Element>::kWords; ++i) {
+      reinterpret_cast<uint4*>(to)[i] = packed.words[i];
+    }
+  } else {
+    const auto* from = reinterpret_cast<const Element*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (group * kGroup + i < shape.size) to[i] = from[i];
+    }
+  }
+}
+
+// The row types: bits in memory to float32 and back, rounded to nearest, ties to even.
+struct Float32 {
+  using Element = uint32_t;
+  __device__ static void Unpack(const Packed<Element>& packed, float* values) {
+    const auto* from = reinterpret_cast<const float*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) values[i] = from[i];
+  }
+  __device__ static Packed<Element> Pack(const float* values) {
+    Packed<Element> packed;
+    auto* to = reinterpret_cast<float*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) to[i] = values[i];
+    return packed;
+  }
+  __device__ static float Rounded(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  __device__ static void Unpack(const Packed<Element>& packed, float* values) {
+    const auto* pairs = reinterpret_cast<const uint32_t*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup / 2; ++i) {
+      values[2 * i] = __uint_as_float(pairs[i] << 16);
+      values[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+  }
+  __device__ static Packed<Element> Pack(const float* values) {
+    Packed<Element> packed;
+    auto* pairs = reinterpret_cast<__nv_bfloat162*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup / 2; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    return packed;
+  }
+  __device__ static float Rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
+};
+
+struct Float16 {
+  using Element = uint16_t;
+  __device__ static void Unpack(const Packed<Element>& packed, float* values) {
+    const auto* pairs = reinterpret_cast<const __half2*>(packed.words);
+#pragma unroll
+    for (int i = 0; i < kGroup / 2; ++i) {
+      const float2 pair = __half22float2(pairs[i]);
       values[2 * i] = pair.x, values[2 * i + 1] = pair.y;
     }
   }
-  __device__ static void Store8(Storage* to, const float* values) {
-    uint4 bits;
-    auto* pairs = reinterpret_cast<Pair*>(&bits);
+  __device__ static Packed<Element> Pack(const float* values) {
+    Packed<Element> packed;
+    auto* pairs = reinterpret_cast<__half2*>(packed.words);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = FromFloats(values[2 * i], values[2 * i + 1], Pair());
-    *reinterpret_cast<uint4*>(to) = bits;
+    for (int i = 0; i < kGroup / 2; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+    return packed;
   }
-
- private:
-  __device__ static float2 ToFloats(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
-  __device__ static float2 ToFloats(__half2 pair) { return __half22float2(pair); }
-  __device__ static __nv_bfloat162 FromFloats(float a, float b, __nv_bfloat162) {
-    return __floats2bfloat162_rn(a, b);
-  }
-  __device__ static __half2 FromFloats(float a, float b, __half2) {
-    return __floats2half2_rn(a, b);
-  }
+  __device__ static float Rounded(float value) { return __half2float(__float2half_rn(value)); }
 };
 
-struct BFloat16 : Float16Bits<__nv_bfloat162, __nv_bfloat16> {
-  __device__ static float Load(__nv_bfloat16 value) { return __bfloat162float(value); }
-  __device__ static __nv_bfloat16 Store(float value) { return __float2bfloat16_rn(value); }
-};
-
-struct Float16 : Float16Bits<__half2, __half> {
-  __device__ static float Load(__half value) { return __half2float(value); }
-  __device__ static __half Store(float value) { return __float2half_rn(value); }
-};
-
-// Round to what a row can hold.
-template <typename Type>
-__device__ __forceinline__ float Rounded(float value) {
-  return Type::Load(Type::Store(value));
-}
-
-// Read or write group `group` of a run of `size` elements; `whole` says that all runs start and end
-// at 16 bytes. Elements after the run are read as 0 and not written.
-template <typename Type>
-__device__ __forceinline__ void ReadGroup(const char* run, int group, int size, bool whole,
-                                          float* values) {
-  const auto* from = reinterpret_cast<const typename Type::Storage*>(run) + group * kGroup;
-  if (whole && (group + 1) * kGroup <= size) {
-    Type::Load8(from, values);
-    return;
-  }
+// Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.
+// `destination()` is asked once the first loads are under way. For copies, a row is 16-bit words.
+template <bool kWhole, typename Destination>
+__device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape, Destination destination) {
+  constexpr int kAhead = 7;  // loads in flight of a lane
+  const int lane = threadIdx.x % 32;
+  int64_t mine = -1;
+  uint32_t all = 0;
+  for (int base = 0; base < shape.num_groups(); base += 32 * kAhead) {
+    Packed<uint16_t> groups[kAhead];
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    values[i] = group * kGroup + i < size ? Type::Load(from[i]) : 0.0f;
+    for (int i = 0; i < kAhead; ++i) {
+      const int group = base + i * 32 + lane;
+      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(from, group, shape);
+    }
+    if (base == 0) {
+      mine = destination();
+      all = __ballot_sync(~0u, mine >= 0);
+    }
+    for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
+      char* to = rows + __shfl_sync(~0u, mine, __ffs(lanes) - 1) * shape.size * sizeof(uint16_t);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const int group = base + i * 32 + lane;
+        if (group < shape.num_groups()) StoreGroup(to, group, shape, groups[i]);
+      }
+    }
   }
 }
 
-template <typename Type>
-__device__ __forceinline__ void WriteGroup(char* run, int group, int size, bool whole,
-                                           const float* values) {
-  auto* to = reinterpret_cast<typename Type::Storage*>(run) + group * kGroup;
-  if (whole && (group + 1) * kGroup <= size) {
-    Type::Store8(to, values);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    if (group * kGroup + i < size) to[i] = Type::Store(values[i]);
+// By a warp.
+template <bool kWhole>
+__device__ void ZeroRow(char* row, RowShape<kWhole> shape) {
+  for (int group = threadIdx.x % 32; group < shape.num_groups(); group += 32) {
+    StoreGroup(row, group, shape, Packed<uint16_t>{});
   }
 }
 

@@ -10,7 +10,6 @@
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
-#include "cuda/row_stream.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/combine.h"
 
@@ -23,172 +22,181 @@ enum { kRows, kWeights, kSums, kGradients };
 struct Combine {
   OpFrame frame;
   CombineParams params;
-  StreamShape stream;
   int64_t row_bytes;
 };
 
-// What a task adds up, chunk by chunk, in the order of its inputs, and writes.
-template <typename Type>
-struct RowSum {
-  float values[kGroupsPerLane][kGroup];
-
-  template <typename Term>
-  __device__ __forceinline__ void Add(const char* run, int size, bool whole, bool first, Term term) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kGroupsPerLane; ++i) {
-      float row[kGroup];
-      ReadGroup<Type>(run, i * 32 + lane, size, whole, row);
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        const float value = term(row[e]);
-        values[i][e] = first ? value : __fadd_rn(values[i][e], value);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void Write(char* run, int size, bool whole) const {
-#pragma unroll
-    for (int i = 0; i < kGroupsPerLane; ++i) {
-      WriteGroup<Type>(run, i * 32 + threadIdx.x % 32, size, whole, values[i]);
-    }
-  }
+// The inputs of a sum: lane i has the i-th one.
+struct Inputs {
+  int count;
+  const char* row;
+  float weight;
 };
 
-template <typename Type>
-__device__ int64_t ChunkOffset(int chunk) {
-  return int64_t{chunk} * kChunk * sizeof(typename Type::Storage);
+// Add up rows in the order of the inputs. A lane has four loads of 16 bytes in flight: two rows, and two
+// groups of each (one of float32). init(group, sum) begins a sum, or the first term does if there is
+// none; write(group, sum) ends it.
+template <typename Type, bool kWhole, typename Init, typename Term, typename Write>
+__device__ __forceinline__ void AddRows(RowShape<kWhole> row, const Inputs& inputs, Init init,
+                                        Term term, Write write) {
+  using Element = typename Type::Element;
+  constexpr int kRows = 2, kColumns = 2 / Packed<Element>::kWords;
+  const int lane = threadIdx.x % 32;
+  for (int base = lane; base - lane < row.num_groups(); base += 32 * kColumns) {
+    float sums[kColumns][kGroup];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (base + c * 32 < row.num_groups()) init(base + c * 32, sums[c]);
+    }
+    for (int first = 0; first < inputs.count; first += kRows) {
+      Packed<Element> groups[kRows][kColumns];
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const auto from = reinterpret_cast<const char*>(
+            __shfl_sync(~0u, reinterpret_cast<uint64_t>(inputs.row), first + j));
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const int group = base + c * 32;
+          if (first + j < inputs.count && group < row.num_groups()) {
+            groups[j][c] = LoadGroup<Element>(from, group, row);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const float weight = __shfl_sync(~0u, inputs.weight, first + j);
+        if (first + j >= inputs.count) continue;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          float values[kGroup];
+          Type::Unpack(groups[j][c], values);
+#pragma unroll
+          for (int e = 0; e < kGroup; ++e) term(sums[c][e], values[e], weight, first + j == 0);
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (base + c * 32 < row.num_groups()) write(base + c * 32, sums[c]);
+    }
+  }
 }
+
+// The first item of this warp; the next one is a stride further.
+__device__ int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+__device__ int ItemStride() { return gridDim.x * kWarps; }
 
 // Step 1.
-template <typename Type, bool kBulk>
-__device__ void SumPairs(const Combine& op, RowStream<Type, kBulk>& stream, int first, int stride) {
+template <typename Type, bool kWhole>
+__device__ void SumPairs(const Combine& op, RowShape<kWhole> row_shape) {
   const CombineParams& params = op.params;
   const PairTable table(op.frame.shape, params.route);
-  const int lane = threadIdx.x % 32;
-  auto prepare = [&](int pair, const TaskView& task) {
+  const int lane = threadIdx.x % 32, num_pairs = params.pairs[0];
+  for (int pair = FirstItem(); pair < num_pairs; pair += ItemStride()) {
     const int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
     const int32_t row = lane < table.max_rows ? line[1 + lane] : kNone;
-    const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
-    if (row != kNone) {
-      task.inputs[lane] = static_cast<const char*>(params.y) + row * op.row_bytes;
-      task.weights[lane] = params.weights == nullptr ? 1.0f : params.weights[row];
-    }
-    if (lane == 0) {
-      *task.id = line[0];
-      *task.num_inputs = num_rows > 1 ? num_rows : 0;
-    }
-  };
-  auto consume = [&](const TaskView& task, auto next) {
-    const int num_inputs = *task.num_inputs;
-    if (num_inputs == 0) return;
-    char* to = static_cast<char*>(params.sums) + *task.id * op.row_bytes;
-    for (int chunk = 0; chunk < stream.num_chunks(); ++chunk) {
-      const int size = stream.ChunkSize(chunk);
-      RowSum<Type> sum;
-      for (int input = 0; input < num_inputs; ++input) {
-        const float weight = task.weights[input];
-        next([&](const char* run) {
-          sum.Add(run, size, stream.whole(), input == 0,
-                  [weight](float value) { return __fmul_rn(value, weight); });
-        });
-      }
-      sum.Write(to + ChunkOffset<Type>(chunk), size, stream.whole());
-    }
-  };
-  stream.Run(first, params.pairs[0], stride, prepare, consume);
+    Inputs inputs;
+    inputs.count = __popc(__ballot_sync(~0u, row != kNone));
+    if (inputs.count < 2) continue;
+    inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes;
+    inputs.weight = row == kNone || params.weights == nullptr ? 1.0f : params.weights[row];
+    char* to = static_cast<char*>(params.sums) + line[0] * op.row_bytes;
+    AddRows<Type>(
+        row_shape, inputs, [](int, float*) {},
+        [](float& sum, float value, float weight, bool first) {
+          const float product = __fmul_rn(value, weight);
+          sum = first ? product : __fadd_rn(sum, product);
+        },
+        [&](int group, const float* sum) { StoreGroup(to, group, row_shape, Type::Pack(sum)); });
+  }
 }
 
-// Step 3.
-template <typename Type, bool kBulk>
-__device__ void SumTokens(const Combine& op, const GroupOp& group, RowStream<Type, kBulk>& stream,
-                          int first, int stride, int32_t* taken) {
+// What a token of this rank adds up: a row of every rank that has one, ranks ascending.
+__device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, int32_t* taken) {
   const CombineParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, num_topk = shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  auto prepare = [&](int token, const TaskView& task) {
-    const int32_t destination =
-        lane < num_topk ? params.destination[int64_t{token} * num_topk + lane] : kNone;
-    const bool somewhere = destination != kNone;
-    const int rank = somewhere ? destination / params.route.capacity : shape.num_ranks + lane;
-    const int64_t row = somewhere ? destination % params.route.capacity : 0;
-    const uint32_t same = __match_any_sync(~0u, rank);
-    const bool leads = somewhere && __ffs(same) - 1 == lane;
-    // One input for each rank, ranks ascending.
-    int order = 0;
-    for (int k = 0; k < num_topk; ++k) {
-      const int other = __shfl_sync(~0u, leads ? rank : shape.num_ranks, k);
-      order += other < rank;
-    }
-    if (leads) {
-      const bool summed = expert_major && __popc(same) > 1;
+  const int32_t destination =
+      lane < num_topk ? params.destination[int64_t{token} * num_topk + lane] : kNone;
+  const bool somewhere = destination != kNone;
+  const int rank = somewhere ? destination / params.route.capacity : shape.num_ranks + lane;
+  const int64_t row = somewhere ? destination % params.route.capacity : 0;
+  const uint32_t same = __match_any_sync(~0u, rank);
+  const bool leads = somewhere && __ffs(same) - 1 == lane;
+  if (params.gradients != nullptr && lane < num_topk) {
+    const int64_t at = expert_major ? row : row * num_topk + lane;
+    params.gradients[int64_t{token} * num_topk + lane] =
+        somewhere ? group.Operand<float>(rank, kGradients)[at] : 0.0f;
+  }
+  const char* from = nullptr;
+  float weight = 1.0f;
+  if (leads) {
+    atomicAdd(&taken[rank], 1);
+    if (expert_major && __popc(same) > 1) {  // summed in step 1
       const int64_t source = int64_t{op.frame.rank} * shape.max_tokens + token;
-      task.inputs[order] = summed ? group.Operand<char>(rank, kSums) + source * op.row_bytes
-                                  : group.Operand<char>(rank, kRows) + row * op.row_bytes;
-      task.weights[order] = summed || params.weights == nullptr
-                                ? 1.0f
-                                : LoadFresh(group.Operand<float>(rank, kWeights) + row);
-      atomicAdd(&taken[rank], 1);
+      from = group.Operand<char>(rank, kSums) + source * op.row_bytes;
+    } else {
+      from = group.Operand<char>(rank, kRows) + row * op.row_bytes;
+      if (params.weights != nullptr) weight = group.Operand<float>(rank, kWeights)[row];
     }
-    if (params.gradients != nullptr && lane < num_topk) {
-      const int64_t at = expert_major ? row : row * num_topk + lane;
-      params.gradients[int64_t{token} * num_topk + lane] =
-          somewhere ? LoadFresh(group.Operand<float>(rank, kGradients) + at) : 0.0f;
+  }
+  // Lane i takes the i-th rank in ascending order.
+  Inputs inputs{__popc(__ballot_sync(~0u, leads)), nullptr, 1.0f};
+  int order = 0;
+  for (int k = 0; k < num_topk; ++k) {
+    order += __shfl_sync(~0u, leads ? rank : shape.num_ranks, k) < rank;
+  }
+  for (int k = 0; k < num_topk; ++k) {
+    const bool k_leads = __shfl_sync(~0u, leads, k);
+    const int k_order = __shfl_sync(~0u, order, k);
+    const auto k_from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), k);
+    const float k_weight = __shfl_sync(~0u, weight, k);
+    if (k_leads && k_order == lane) {
+      inputs.row = reinterpret_cast<const char*>(k_from);
+      inputs.weight = k_weight;
     }
-    const int num_inputs = __popc(__ballot_sync(~0u, leads));
-    if (lane == 0) {
-      *task.id = token;
-      *task.num_inputs = num_inputs;
-    }
-  };
-  auto consume = [&](const TaskView& task, auto next) {
-    const int num_inputs = *task.num_inputs;
-    const int64_t row_offset = *task.id * op.row_bytes;
-    for (int chunk = 0; chunk < stream.num_chunks(); ++chunk) {
-      const int size = stream.ChunkSize(chunk);
-      const int64_t offset = row_offset + ChunkOffset<Type>(chunk);
-      RowSum<Type> sum{};
-      if (params.bias != nullptr) {
-        sum.Add(static_cast<const char*>(params.bias) + offset, size, stream.whole(), /*first=*/true,
-                [](float value) { return value; });
-      }
-      for (int input = 0; input < num_inputs; ++input) {
-        const float weight = task.weights[input];
-        next([&](const char* run) {
-          if (weight == 1.0f) {
-            sum.Add(run, size, stream.whole(), false, [](float value) { return value; });
-          } else {
-            sum.Add(run, size, stream.whole(), false,
-                    [weight](float value) { return Rounded<Type>(__fmul_rn(value, weight)); });
-          }
-        });
-      }
-      sum.Write(static_cast<char*>(params.out) + offset, size, stream.whole());
-    }
-  };
-  stream.Run(first, params.route.num_tokens, stride, prepare, consume);
+  }
+  return inputs;
 }
 
-template <typename Type, bool kBulk>
+// Step 3.
+template <typename Type, bool kWhole>
+__device__ void SumTokens(const Combine& op, const GroupOp& group, RowShape<kWhole> row_shape,
+                          int32_t* taken) {
+  using Element = typename Type::Element;
+  const CombineParams& params = op.params;
+  for (int token = FirstItem(); token < params.route.num_tokens; token += ItemStride()) {
+    const Inputs inputs = InputsOf(op, group, token, taken);
+    const char* bias =
+        params.bias == nullptr ? nullptr : static_cast<const char*>(params.bias) + token * op.row_bytes;
+    char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+    AddRows<Type>(
+        row_shape, inputs,
+        [&](int at, float* sum) {
+          Type::Unpack(bias == nullptr ? Packed<Element>{} : LoadGroup<Element>(bias, at, row_shape), sum);
+        },
+        [](float& sum, float value, float weight, bool) {
+          // A weight of 1 changes nothing, also where it stands for none.
+          sum = __fadd_rn(sum, weight == 1.0f ? value : Type::Rounded(__fmul_rn(value, weight)));
+        },
+        [&](int at, const float* sum) { StoreGroup(to, at, row_shape, Type::Pack(sum)); });
+  }
+}
+
+template <typename Type, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
-  extern __shared__ __align__(128) char memory[];
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
   const CombineParams& params = op.params;
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
-  const int warp = threadIdx.x / 32;
-  const bool works = warp < op.stream.warps;
-  const int first = warp * gridDim.x + blockIdx.x, stride = gridDim.x * op.stream.warps;
-  RowStream<Type, kBulk> stream(memory + min(warp, op.stream.warps - 1) * op.stream.BytesPerWarp(),
-                                op.stream, op.frame.shape.hidden_size, works);
 
   group.Begin();
-  if (works && params.sums != nullptr) SumPairs(op, stream, first, stride);
+  const RowShape<kWhole> row{op.frame.shape.hidden_size};
+  if (params.sums != nullptr) SumPairs<Type>(op, row);
   group.Publish();
   if (group.WaitForArrivals()) {
-    if (works) SumTokens(op, group, stream, first, stride, taken);
+    SumTokens<Type>(op, group, row, taken);
     group.CountTaken(taken);
   }
   group.Finish([] {},
@@ -205,15 +213,15 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
 
 using Kernel = void (*)(Combine);
 
-template <bool kBulk>
+template <bool kWhole>
 Kernel KernelFor(RowType type) {
   switch (type) {
     case RowType::kFloat32:
-      return CombineKernel<Float32, kBulk>;
+      return CombineKernel<Float32, kWhole>;
     case RowType::kFloat16:
-      return CombineKernel<Float16, kBulk>;
+      return CombineKernel<Float16, kWhole>;
     case RowType::kBFloat16:
-      return CombineKernel<BFloat16, kBulk>;
+      return CombineKernel<BFloat16, kWhole>;
   }
   return nullptr;
 }
@@ -222,19 +230,17 @@ Kernel KernelFor(RowType type) {
 
 const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
                           const DeviceFacts& device, cudaStream_t stream) {
-  const GroupShape& shape = frame.shape;
-  Combine op{frame, params, {}, 0};
-  op.row_bytes = static_cast<int64_t>(shape.hidden_size) * BytesOf(params.route.row_type);
+  const int size = frame.shape.hidden_size;
+  Combine op{frame, params, static_cast<int64_t>(size * BytesOf(params.route.row_type))};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.weights != nullptr) op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
   if (params.row_gradients != nullptr) {
     op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
   }
-  op.stream = StreamShapeOf(shape, params.route, shape.num_topk, device);
-  const Kernel kernel = op.stream.bulk ? KernelFor<true>(params.route.row_type)
-                                       : KernelFor<false>(params.route.row_type);
-  return LaunchKernel(kernel, op, num_blocks, op.stream.warps * op.stream.BytesPerWarp(), stream);
+  const RowType type = params.route.row_type;
+  const Kernel kernel = IsWhole(size) ? KernelFor<true>(type) : KernelFor<false>(type);
+  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
 const char* LoadCombineKernels(int max_shared_bytes) {

@@ -8,10 +8,11 @@
 // 5. Pull: each token that has experts here once, whatever the number of its rows.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
-#include "cuda/row_pull.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/dispatch.h"
 #include "routing/group_rows.h"
@@ -24,7 +25,7 @@ struct alignas(16) EntryRecord {
   int32_t expert;  // or kNone for an entry that does not count
   int32_t place;   // among this source's entries of the group
   float weight;
-  int32_t source;  // as in DispatchParams
+  int32_t unused;
 };
 
 // Operands that peers read.
@@ -33,8 +34,15 @@ enum { kRows, kRecords, kLists };
 struct Dispatch {
   OpFrame frame;
   DispatchParams params;
-  PullShape pull;
+  int64_t row_bytes;
+  int count_warps;  // warps of a block that count: what its shared memory has counters for
 };
+
+// A row as 16-bit words, for copies.
+template <bool kWhole>
+__device__ RowShape<kWhole> WordsOf(const Dispatch& op) {
+  return {static_cast<int>(op.row_bytes / sizeof(uint16_t))};
+}
 
 // The scratch of an op.
 __device__ EntryRecord* Records(const Dispatch& op) {
@@ -108,7 +116,7 @@ struct TokenRange {
   }
 };
 
-// Steps 1 and 2; `counters` are shared memory [kWarps][columns].
+// Steps 1 and 2; `counters` are shared memory [count_warps][columns].
 __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counters) {
   const GroupShape& shape = op.frame.shape;
   const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
@@ -116,10 +124,11 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
   const int tokens_per_warp = 32 / shape.num_topk;
   const TokenRange block =
       TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
-  const TokenRange tokens = TokenRange::Part(block, warp, kWarps);
+  const TokenRange tokens =
+      warp < op.count_warps ? TokenRange::Part(block, warp, op.count_warps) : TokenRange{0, 0};
   int32_t* own_counters = counters + warp * columns;
 
-  for (int i = threadIdx.x; i < kWarps * columns; i += kThreads) counters[i] = 0;
+  for (int i = threadIdx.x; i < op.count_warps * columns; i += kThreads) counters[i] = 0;
   __syncthreads();
   int wrong = 0;
   for (int32_t token = tokens.begin; token < tokens.end; token += tokens_per_warp) {
@@ -134,7 +143,7 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
   int32_t* block_counts = op.frame.BlockCounts(blockIdx.x);
   for (int column = threadIdx.x; column < columns; column += kThreads) {
     int32_t before = 0;
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < op.count_warps; ++w) {
       const int32_t count = counters[w * columns + column];
       counters[w * columns + column] = before;
       before += count;
@@ -145,12 +154,13 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
 
   for (int column = threadIdx.x; column < columns; column += kThreads) {
     int32_t before = 0, total = 0;
+#pragma unroll 8
     for (int block_index = 0; block_index < gridDim.x; ++block_index) {
       const int32_t count = __ldcg(op.frame.BlockCounts(block_index) + column);
       before += block_index < blockIdx.x ? count : 0;
       total += count;
     }
-    for (int w = 0; w < kWarps; ++w) counters[w * columns + column] += before;
+    for (int w = 0; w < op.count_warps; ++w) counters[w * columns + column] += before;
     for (int peer = blockIdx.x; peer < shape.num_ranks; peer += gridDim.x) {
       op.frame.Counts(peer, op.frame.rank)[column] = total;
     }
@@ -169,7 +179,7 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
     record.expert = entry.valid ? entry.expert : kNone;
     record.place = expert_major ? in_expert : pair;
     record.weight = op.params.topk_weights[index];
-    record.source = op.frame.rank * shape.max_tokens + entry.token;
+    record.unused = 0;
     Records(op)[index] = record;
     if (entry.makes_pair) TokenList(op, entry.rank)[pair] = entry.token;
   }
@@ -204,10 +214,6 @@ struct Plan {
   }
 };
 
-__host__ __device__ int PlanBytes(const GroupShape& shape) {
-  return (Plan::Ints(shape) * static_cast<int>(sizeof(int32_t)) + 127) / 128 * 128;
-}
-
 __device__ int64_t InclusiveScan(int64_t value) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -229,6 +235,7 @@ __device__ void MakePlan(const Dispatch& op, const Plan& plan) {
   for (int group = threadIdx.x; group < per_rank * shape.num_ranks; group += kThreads) {
     const bool here = group / per_rank == rank;
     int32_t before = 0;
+#pragma unroll 4
     for (int source = 0; source < shape.num_ranks; ++source) {
       if (source == rank) plan.first_of_own[group] = before;
       if (here) plan.first_here[source * per_rank + group % per_rank] = before;
@@ -316,6 +323,7 @@ __device__ void MarkEmpty(const Dispatch& op, int64_t row) {
 }
 
 // Fill in the rows that no source sends, and the counts.
+template <bool kWhole>
 __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
   const int groups = params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
@@ -328,7 +336,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
     const int64_t padded = RoundUp(rows, params.route.alignment);
     for (int64_t row = rows + warp; row < padded; row += gridDim.x * kWarps) {
       const int64_t at = plan.offset[first_group + group] + row;
-      ZeroRowByWarp(static_cast<char*>(params.tokens) + at * op.pull.row_bytes, op.pull.row_bytes);
+      ZeroRow(static_cast<char*>(params.tokens) + at * op.row_bytes, WordsOf<kWhole>(op));
       if (lane == 0) MarkEmpty(op, at);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -349,79 +357,89 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   }
 }
 
-// Pull the rows of this rank, by the warps that have slots. Items are the pairs of this rank, those
-// of the next rank first, so that no two ranks read from the same one at the same time.
-template <bool kBulk>
-__device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan, char* memory) {
+// Pull the rows of this rank, a warp for each token: those of the next rank first, so that no two
+// ranks read from the same one at the same time.
+template <bool kWhole>
+__device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
   const DispatchParams& params = op.params;
   const int rank = op.frame.rank, num_ranks = shape.num_ranks, num_topk = shape.num_topk;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= op.pull.warps) return;
+  const int lane = threadIdx.x % 32;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int per_rank = expert_major ? shape.num_local_experts() : 1;
   const PairTable table(shape, params.route);
   const int total = plan.pairs_before[num_ranks];
   const int turn = plan.pairs_before[rank + 1];  // pairs of this rank and the ones before come last
+  const int first = threadIdx.x / 32 * gridDim.x + blockIdx.x, stride = gridDim.x * kWarps;
 
-  auto pair_of = [&](int item) { return item < total - turn ? item + turn : item - (total - turn); };
-  auto locate = [&](int item) {
-    const int pair = pair_of(item);
-    int low = 0, high = num_ranks;  // the source: pairs_before[low] <= pair < pairs_before[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (plan.pairs_before[middle] <= pair ? low : high) = middle;
+  int32_t next_token = kNone;  // of the lane's item among the next 32
+  for (int number = 0; first + number * stride < total; ++number) {
+    auto pair_of = [&](int item) { return item < total - turn ? item + turn : item - (total - turn); };
+    auto source_of = [&](int pair) {
+      int low = 0, high = num_ranks;  // pairs_before[low] <= pair < pairs_before[high]
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (plan.pairs_before[middle] <= pair ? low : high) = middle;
+      }
+      return low;
+    };
+    if (number % 32 == 0) {
+      // Every lane looks up a token, so that the way to a peer is waited for once in 32.
+      const int64_t item = first + int64_t{number + lane} * stride;
+      if (item < total) {
+        const int pair = pair_of(static_cast<int>(item));
+        const int source = source_of(pair);
+        const int32_t* list =
+            group.Operand<int32_t>(source, kLists) + int64_t{rank} * params.route.num_tokens;
+        next_token = LoadFresh(list + pair - plan.pairs_before[source]);
+      }
     }
-    const int32_t* list = group.Operand<int32_t>(low, kLists) + int64_t{rank} * params.route.num_tokens;
-    const int64_t token = LoadFresh(list + pair - plan.pairs_before[low]);
-    RowOrigin origin;
-    origin.row = group.Operand<char>(low, kRows) + token * op.pull.row_bytes;
-    origin.record = group.Operand<char>(low, kRecords) + token * num_topk * sizeof(EntryRecord);
-    return origin;
-  };
-  auto deliver = [&](int item, const char* records) {
+    const int pair = pair_of(first + number * stride);
+    const int source = source_of(pair);
+    const int64_t token = __shfl_sync(~0u, next_token, number % 32);
     EntryRecord record;
     record.expert = kNone;
     if (lane < num_topk) {
-      const int4 words = kBulk ? reinterpret_cast<const int4*>(records)[lane]
-                               : __ldcv(reinterpret_cast<const int4*>(records) + lane);
+      const uint4 words = LoadOnce(
+          reinterpret_cast<const uint4*>(group.Operand<EntryRecord>(source, kRecords) + token * num_topk) +
+          lane);
       record = *reinterpret_cast<const EntryRecord*>(&words);
     }
-    const int32_t code = __shfl_sync(~0u, record.source, 0);
-    const int source = code / shape.max_tokens;
-    const bool here = record.expert != kNone && record.expert / shape.num_local_experts() == rank;
-    const int local = here && expert_major ? record.expert - rank * per_rank : 0;
-    int32_t row = kNone;
-    if (here) {
-      row = RowOf(plan, rank * per_rank + local, plan.first_here[source * per_rank + local], record.place);
-    }
-    const uint32_t live = __ballot_sync(~0u, row != kNone);
-    const int order = __popc(live & ((1u << lane) - 1));
-    if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
-    if (expert_major) {
-      if (row != kNone) {
-        params.source[row] = code;
-        params.weights[row] = record.weight;
+    CarryRow(group.Operand<char>(source, kRows) + token * op.row_bytes, static_cast<char*>(params.tokens),
+             WordsOf<kWhole>(op), [&] {
+      const int32_t code = source * shape.max_tokens + static_cast<int32_t>(token);
+      const bool here = record.expert != kNone && record.expert / shape.num_local_experts() == rank;
+      const int local = here && expert_major ? record.expert - rank * per_rank : 0;
+      int32_t row = kNone;
+      if (here) {
+        row = RowOf(plan, rank * per_rank + local, plan.first_here[source * per_rank + local],
+                    record.place);
       }
-      int32_t* line = params.pairs + int64_t{1 + pair_of(item)} * table.line_ints();
-      if (lane == 0) line[0] = code;
-      if (row != kNone) line[1 + order] = row;
-      const int num_rows = __popc(live);
-      if (lane >= num_rows && lane < table.max_rows) line[1 + lane] = kNone;
-      return int64_t{row};
-    }
-    const int32_t shared_row = __reduce_max_sync(~0u, row);
-    if (shared_row == kNone) return int64_t{kNone};
-    if (lane == 0) params.source[shared_row] = code;
-    if (lane < num_topk) {
-      const int64_t at = int64_t{shared_row} * num_topk + lane;
-      params.weights[at] = here ? record.weight : 0.0f;
-      params.local_experts[at] = here ? record.expert - rank * shape.num_local_experts() : kNone;
-    }
-    return row != kNone && order == 0 ? int64_t{row} : int64_t{kNone};
-  };
-  PullRows<kBulk>(memory + warp * op.pull.BytesPerWarp(), op.pull, static_cast<char*>(params.tokens),
-                  warp * gridDim.x + blockIdx.x, total, gridDim.x * op.pull.warps, locate, deliver);
+      const uint32_t live = __ballot_sync(~0u, row != kNone);
+      const int order = __popc(live & ((1u << lane) - 1));
+      if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
+      if (expert_major) {
+        if (row != kNone) {
+          params.source[row] = code;
+          params.weights[row] = record.weight;
+        }
+        int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
+        if (lane == 0) line[0] = code;
+        if (row != kNone) line[1 + order] = row;
+        if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
+        return int64_t{row};
+      }
+      const int32_t shared_row = __reduce_max_sync(~0u, row);
+      if (shared_row == kNone) return int64_t{kNone};
+      if (lane == 0) params.source[shared_row] = code;
+      if (lane < num_topk) {
+        const int64_t at = int64_t{shared_row} * num_topk + lane;
+        params.weights[at] = here ? record.weight : 0.0f;
+        params.local_experts[at] = here ? record.expert - rank * shape.num_local_experts() : kNone;
+      }
+      return row != kNone && order == 0 ? int64_t{row} : int64_t{kNone};
+    });
+  }
 }
 
 __device__ void WriteFailure(const Dispatch& op) {
@@ -453,25 +471,21 @@ __device__ void ReportInvalid(const Dispatch& op, const GroupOp& group) {
   *static_cast<volatile uint64_t*>(&status.invalid_step) = group.step();
 }
 
-template <bool kBulk>
+template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_constant__ Dispatch op) {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(16) char memory[];
   __shared__ GroupOp::Shared shared;
-  const GroupShape& shape = op.frame.shape;
   GroupOp group(op.frame, &shared);
-  // First what the plan takes, then the warps' counters, then in their place the slots.
-  const int plan_bytes = PlanBytes(shape);
-  const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), shape);
+  const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
 
   group.Begin();
-  CountAndList(op, group, reinterpret_cast<int32_t*>(memory + plan_bytes));
+  CountAndList(op, group, reinterpret_cast<int32_t*>(memory));  // before the plan, in the same place
   group.Publish();
   if (group.WaitForArrivals()) {
     MakePlan(op, plan);
-    // The warps without slots begin with what is left over.
-    Pull<kBulk>(op, group, plan, memory + plan_bytes);
+    Pull<kWhole>(op, group, plan);
     WriteDestinations(op, plan);
-    WriteRest(op, plan);
+    WriteRest<kWhole>(op, plan);
     group.CountTaken(plan.taken);
   }
   group.Finish(
@@ -486,20 +500,18 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
-  Dispatch op{frame, params, {}};
+  Dispatch op{frame, params, static_cast<int64_t>(shape.hidden_size * BytesOf(params.route.row_type)), kWarps};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
   op.frame.offsets[kLists] =
       op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} * shape.num_topk * sizeof(EntryRecord);
-  const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
-  const int plan_bytes = PlanBytes(shape);
-  op.pull = PullShapeOf(shape, params.route, shape.num_topk * sizeof(EntryRecord), plan_bytes, device);
-  const int counter_bytes = kWarps * columns * static_cast<int>(sizeof(int32_t));
-  const bool bulk = op.pull.slots > 0;
-  const int pull_bytes = bulk ? op.pull.warps * op.pull.BytesPerWarp() : 0;
-  const int shared_bytes = plan_bytes + (counter_bytes > pull_bytes ? counter_bytes : pull_bytes);
-  return LaunchKernel(bulk ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks, shared_bytes,
-                      stream);
+  const int warp_bytes =
+      NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
+  op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
+  const int plan_bytes = Plan::Ints(shape) * static_cast<int>(sizeof(int32_t));
+  const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
+  const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
+  return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks, kThreads, shared_bytes, stream);
 }
 
 const char* LoadDispatchKernels(int max_shared_bytes) {

@@ -7,8 +7,6 @@
 #include <cstdint>
 
 #include "cuda/op_frame.h"
-#include "cuda/row_pull.h"
-#include "cuda/row_stream.h"
 #include "interface/combine.h"
 #include "interface/dispatch.h"
 #include "interface/redispatch.h"
@@ -19,9 +17,8 @@ namespace jax_deepep {
 struct DeviceFacts {
   const char* pool = nullptr;  // XLA's memory
   size_t pool_bytes = 0;
-  int num_sms = 0;           // that this process may use
-  int shared_bytes = 0;      // most that a block may have
-  bool bulk_copies = false;  // SM90
+  int num_sms = 0;       // that this process may use
+  int shared_bytes = 0;  // most that a block may have
 
   bool Holds(const void* pointer) const {
     const auto* address = static_cast<const char*>(pointer);
@@ -44,27 +41,22 @@ const char* LoadDispatchKernels(int max_shared_bytes);
 const char* LoadRedispatchKernels(int max_shared_bytes);
 const char* LoadCombineKernels(int max_shared_bytes);
 
-// Divide the shared memory of a block, after `reserved_bytes`, between warps that pull rows, or that
-// stream chunks. No slots: there is no copy engine, or rows are not whole 16 bytes, or too long.
-PullShape PullShapeOf(const GroupShape& shape, const RouteShape& route, int record_bytes,
-                      int reserved_bytes, const DeviceFacts& device);
-StreamShape StreamShapeOf(const GroupShape& shape, const RouteShape& route, int max_inputs,
-                          const DeviceFacts& device);
-
-const char* LoadKernelWithShared(const void* kernel, int max_shared_bytes);
-const char* LaunchKernelWithShared(const void* kernel, void* argument, int num_blocks,
-                                   int shared_bytes, cudaStream_t stream);
-
 template <typename Op>
 const char* LoadKernel(void (*kernel)(Op), int max_shared_bytes) {
-  return LoadKernelWithShared(reinterpret_cast<const void*>(kernel), max_shared_bytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <typename Op>
-const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int shared_bytes,
+const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads, int shared_bytes,
                          cudaStream_t stream) {
-  return LaunchKernelWithShared(reinterpret_cast<const void*>(kernel), &op, num_blocks, shared_bytes,
-                                stream);
+  void* arguments[] = {&op};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(num_threads), arguments,
+                       shared_bytes, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace jax_deepep

@@ -2,11 +2,11 @@
 // multiplied with other rows on the way, it is the gradient of combine.
 #include <cuda_runtime.h>
 
+#include <vector>
+
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
-#include "cuda/row_pull.cuh"
-#include "cuda/row_stream.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/redispatch.h"
 
@@ -16,53 +16,60 @@ namespace {
 // The operand that peers read.
 enum { kRows };
 
+// Scaling keeps a chunk of a row in registers, so that it runs with fewer threads.
+constexpr int kScaleThreads = 512;
+constexpr int kGroupsPerLane = 8;              // of a chunk
+constexpr int kChunkGroups = 32 * kGroupsPerLane;  // 2048 elements: a block of the dot product
+
 struct Redispatch {
   OpFrame frame;
   RedispatchParams params;
-  PullShape pull;      // where rows travel as they are
-  StreamShape stream;  // where they are scaled
+  int64_t row_bytes;
 };
 
-// The pairs of this rank, in either layout.
-struct Pairs {
-  const Redispatch& op;
-  const PairTable table;
-  int count;  // of pairs
-  int turn;   // the first one of a later rank: read first, so that ranks read from different ones
-
-  __device__ explicit Pairs(const Redispatch& op)
-      : op(op), table(op.frame.shape, op.params.route), count(0), turn(0) {
-    count = expert_major() ? op.params.pairs[0] : CountRows();
-    int low = 0, high = count;
+// The pairs of this rank, in either layout, in the order in which they are read: those of later ranks
+// first, so that no two ranks read from the same one at the same time.
+class Pairs {
+ public:
+  __device__ explicit Pairs(const Redispatch& op) : op_(op), table_(op.frame.shape, op.params.route) {
+    count_ = expert_major() ? op.params.pairs[0] : CountRows();
+    int low = 0, high = count_;
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (Source(middle) / op.frame.shape.max_tokens <= op.frame.rank) {
+      if (SourceOf(middle) / op.frame.shape.max_tokens <= op.frame.rank) {
         low = middle + 1;
       } else {
         high = middle;
       }
     }
-    turn = low;
+    turn_ = low;
   }
 
-  __device__ bool expert_major() const { return op.params.route.layout == Layout::kExpertMajor; }
-  __device__ int PairOf(int item) const {
-    return item < count - turn ? item + turn : item - (count - turn);
+  __device__ bool expert_major() const { return op_.params.route.layout == Layout::kExpertMajor; }
+  __device__ int count() const { return count_; }
+  __device__ int At(int item) const {
+    return item < count_ - turn_ ? item + turn_ : item - (count_ - turn_);
   }
-  __device__ const int32_t* Line(int pair) const {
-    return op.params.pairs + int64_t{1 + pair} * table.line_ints();
+  __device__ int32_t SourceOf(int pair) const {
+    return expert_major() ? Line(pair)[0] : op_.params.source[pair];
   }
-  __device__ int32_t Source(int pair) const {
-    return expert_major() ? Line(pair)[0] : op.params.source[pair];
+  // The pair's row for this lane, or kNone.
+  __device__ int32_t RowOfLane(int pair) const {
+    const int lane = threadIdx.x % 32;
+    if (!expert_major()) return lane == 0 ? pair : kNone;
+    return lane < table_.max_rows ? Line(pair)[1 + lane] : kNone;
   }
 
  private:
+  __device__ const int32_t* Line(int pair) const {
+    return op_.params.pairs + int64_t{1 + pair} * table_.line_ints();
+  }
   // Token-major: rows of tokens come first, then what fills them up to the alignment.
   __device__ int CountRows() const {
-    int low = 0, high = op.params.group_sizes[0];
+    int low = 0, high = op_.params.group_sizes[0];
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (op.params.source[middle] >= 0) {
+      if (op_.params.source[middle] >= 0) {
         low = middle + 1;
       } else {
         high = middle;
@@ -70,48 +77,47 @@ struct Pairs {
     }
     return low;
   }
+
+  const Redispatch& op_;
+  const PairTable table_;
+  int count_, turn_;
 };
 
 __device__ const char* RowAt(const Redispatch& op, const GroupOp& group, int32_t source) {
   const int rank = source / op.frame.shape.max_tokens;
   const int64_t token = source % op.frame.shape.max_tokens;
-  return group.Operand<char>(rank, kRows) + token * op.pull.row_bytes;
+  return group.Operand<char>(rank, kRows) + token * op.row_bytes;
 }
 
 __device__ void CountTaken(int32_t* taken, const Redispatch& op, int32_t source) {
   if (threadIdx.x % 32 == 0) atomicAdd(&taken[source / op.frame.shape.max_tokens], 1);
 }
 
-// Rows as they are.
-template <bool kBulk>
-__device__ void Pull(const Redispatch& op, const GroupOp& group, const Pairs& pairs, char* memory,
-                     int32_t* taken) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= op.pull.warps) return;
-  auto locate = [&](int item) {
-    const int pair = pairs.PairOf(item);
-    RowOrigin origin;
-    origin.row = RowAt(op, group, pairs.Source(pair));
-    origin.record = reinterpret_cast<const char*>(pairs.expert_major() ? pairs.Line(pair)
-                                                                       : op.params.source);
-    return origin;
-  };
-  auto deliver = [&](int item, const char* record) {
-    const int pair = pairs.PairOf(item);
-    if (!pairs.expert_major()) {
-      CountTaken(taken, op, op.params.source[pair]);
-      return lane == 0 ? int64_t{pair} : int64_t{kNone};
-    }
-    const auto* line = reinterpret_cast<const int32_t*>(record);
-    CountTaken(taken, op, line[0]);
-    return lane < pairs.table.max_rows ? int64_t{line[1 + lane]} : int64_t{kNone};
-  };
-  PullRows<kBulk>(memory + warp * op.pull.BytesPerWarp(), op.pull, static_cast<char*>(op.params.rows),
-                  warp * gridDim.x + blockIdx.x, pairs.count, gridDim.x * op.pull.warps, locate, deliver);
+// A row as 16-bit words, for copies.
+template <bool kWhole>
+__device__ RowShape<kWhole> WordsOf(const Redispatch& op) {
+  return {static_cast<int>(op.row_bytes / sizeof(uint16_t))};
 }
 
-// The sum over a warp's lanes of eight running sums each, in the order of the contract: halves of
-// the eight first, then halves of the warp. The result is that of lane 0.
+// The first item of this warp; the next one is a stride further.
+__device__ int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+__device__ int ItemStride() { return gridDim.x * (blockDim.x / 32); }
+
+// Rows as they are.
+template <bool kWhole>
+__device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+  for (int item = FirstItem(); item < pairs.count(); item += ItemStride()) {
+    const int pair = pairs.At(item);
+    const int32_t source = pairs.SourceOf(pair);
+    const int64_t row = pairs.RowOfLane(pair);
+    CountTaken(taken, op, source);
+    CarryRow(RowAt(op, group, source), static_cast<char*>(op.params.rows), WordsOf<kWhole>(op),
+             [row] { return row; });
+  }
+}
+
+// The sum over a warp's lanes of eight running sums each: halves of the eight first, then halves of
+// the warp, as the CPU does it. The result is that of lane 0.
 __device__ float FoldSums(float* sums) {
 #pragma unroll
   for (int width = kGroup / 2; width > 0; width /= 2) {
@@ -127,83 +133,68 @@ __device__ float FoldSums(float* sums) {
 }
 
 // Rows scaled by their weights, and their products with y. Expert-major.
-template <typename Type, bool kBulk>
-__device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs, char* memory,
-                      int32_t* taken) {
+template <typename Type, bool kWhole>
+__device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+  using Element = typename Type::Element;
   const RedispatchParams& params = op.params;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= op.stream.warps) return;
-  const int64_t row_bytes = op.pull.row_bytes;
-  RowStream<Type, kBulk> stream(memory + warp * op.stream.BytesPerWarp(), op.stream,
-                                op.frame.shape.hidden_size);
-  const bool with_products = params.products != nullptr;
-  auto prepare = [&](int item, const TaskView& task) {
-    const int32_t* line = pairs.Line(pairs.PairOf(item));
-    const int32_t source = line[0];
-    const int32_t row = lane < pairs.table.max_rows ? line[1 + lane] : kNone;
+  const int lane = threadIdx.x % 32;
+  const RowShape<kWhole> shape{op.frame.shape.hidden_size};
+  const int num_groups = shape.num_groups();
+  for (int item = FirstItem(); item < pairs.count(); item += ItemStride()) {
+    const int pair = pairs.At(item);
+    const int32_t source = pairs.SourceOf(pair);
+    const int32_t row = pairs.RowOfLane(pair);
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
-    if (row != kNone) {
-      task.rows[lane] = row;
-      task.weights[lane] = params.weights[row];
-      if (with_products) task.inputs[1 + lane] = static_cast<const char*>(params.y) + row * row_bytes;
-    }
-    if (lane == 0) {
-      task.inputs[0] = RowAt(op, group, source);
-      *task.id = num_rows;
-      *task.num_inputs = num_rows == 0 ? 0 : with_products ? 1 + num_rows : 1;
-    }
-    if (num_rows > 0) CountTaken(taken, op, source);
-  };
-  auto consume = [&](const TaskView& task, auto next) {
-    const int num_rows = *task.id;
-    if (num_rows == 0) return;
+    if (num_rows == 0) continue;
+    CountTaken(taken, op, source);
+    const char* from = RowAt(op, group, source);
+    const float weight = row != kNone ? params.weights[row] : 0.0f;
     float product = 0.0f;  // of the lane's row
-    for (int chunk = 0; chunk < stream.num_chunks(); ++chunk) {
-      const int size = stream.ChunkSize(chunk);
-      float x[kGroupsPerLane][kGroup];
-      next([&](const char* run) {
+    for (int base = lane; base - lane < num_groups; base += kChunkGroups) {
+      Packed<Element> x[kGroupsPerLane];
+#pragma unroll
+      for (int i = 0; i < kGroupsPerLane; ++i) {
+        const int at = base + i * 32;
+        if (at < num_groups) x[i] = LoadGroup<Element>(from, at, shape);
+      }
+      for (int j = 0; j < num_rows; ++j) {
+        const int64_t offset = __shfl_sync(~0u, row, j) * op.row_bytes;
+        const float scale = __shfl_sync(~0u, weight, j);
+        const char* y_row = static_cast<const char*>(params.y) + offset;
+        char* to = static_cast<char*>(params.rows) + offset;
+        Packed<Element> y[kGroupsPerLane];
 #pragma unroll
         for (int i = 0; i < kGroupsPerLane; ++i) {
-          ReadGroup<Type>(run, i * 32 + lane, size, stream.whole(), x[i]);
+          const int at = base + i * 32;
+          if (at < num_groups) y[i] = LoadGroup<Element>(y_row, at, shape);
         }
-      });
-      for (int input = 0; input < num_rows; ++input) {
-        if (with_products) {
-          float sums[kGroup] = {};
-          next([&](const char* run) {
+        float sums[kGroup] = {};
 #pragma unroll
-            for (int i = 0; i < kGroupsPerLane; ++i) {
-              float y[kGroup];
-              ReadGroup<Type>(run, i * 32 + lane, size, stream.whole(), y);
+        for (int i = 0; i < kGroupsPerLane; ++i) {
+          const int at = base + i * 32;
+          if (at >= num_groups) continue;
+          float left[kGroup], right[kGroup];
+          Type::Unpack(x[i], left);
+          Type::Unpack(y[i], right);
 #pragma unroll
-              for (int e = 0; e < kGroup; ++e) {
-                if ((i * 32 + lane) * kGroup + e < size) {
-                  sums[e] = __fadd_rn(sums[e], __fmul_rn(x[i][e], y[e]));
-                }
-              }
+          for (int e = 0; e < kGroup; ++e) {
+            if (kWhole || at * kGroup + e < shape.size) {
+              sums[e] = __fadd_rn(sums[e], __fmul_rn(left[e], right[e]));
             }
-          });
-          const float sum = __shfl_sync(~0u, FoldSums(sums), 0);
-          if (lane == input) product = __fadd_rn(product, sum);
+            left[e] = __fmul_rn(left[e], scale);
+          }
+          StoreGroup(to, at, shape, Type::Pack(left));
         }
-        char* to = static_cast<char*>(params.rows) + task.rows[input] * row_bytes +
-                   int64_t{chunk} * kChunk * sizeof(typename Type::Storage);
-        const float weight = task.weights[input];
-#pragma unroll
-        for (int i = 0; i < kGroupsPerLane; ++i) {
-          float scaled[kGroup];
-#pragma unroll
-          for (int e = 0; e < kGroup; ++e) scaled[e] = __fmul_rn(x[i][e], weight);
-          WriteGroup<Type>(to, i * 32 + lane, size, stream.whole(), scaled);
-        }
+        const float sum = __shfl_sync(~0u, FoldSums(sums), 0);
+        if (lane == j) product = __fadd_rn(product, sum);
       }
     }
-    if (with_products && lane < num_rows) params.products[task.rows[lane]] = product;
-  };
-  stream.Run(warp * gridDim.x + blockIdx.x, pairs.count, gridDim.x * op.stream.warps, prepare, consume);
+    if (row != kNone) params.products[row] = product;
+  }
 }
 
 // Zeros in the rows of no token, as far as they are wanted.
+template <bool kWhole>
 __device__ void WriteZeros(const Redispatch& op) {
   const RedispatchParams& params = op.params;
   const int groups =
@@ -214,38 +205,33 @@ __device__ void WriteZeros(const Redispatch& op) {
     end = 0;
     for (int group = 0; group < groups; ++group) end += params.group_sizes[group];
   }
-  const int64_t first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / 32) * 32;
-  for (int64_t base = first; base < params.route.capacity; base += int64_t{gridDim.x} * kThreads) {
+  for (int64_t base = int64_t{FirstItem()} * 32; base < params.route.capacity;
+       base += int64_t{ItemStride()} * 32) {
     const int64_t row = base + lane;
     const bool empty = row < params.route.capacity && params.source[row] == kNone;
     if (empty && params.products != nullptr) params.products[row] = 0.0f;
-    uint32_t lanes = __ballot_sync(~0u, empty && row < end);
-    for (; lanes != 0; lanes &= lanes - 1) {
+    for (uint32_t lanes = __ballot_sync(~0u, empty && row < end); lanes != 0; lanes &= lanes - 1) {
       const int64_t at = base + __ffs(lanes) - 1;
-      ZeroRowByWarp(static_cast<char*>(params.rows) + at * op.pull.row_bytes, op.pull.row_bytes);
+      ZeroRow(static_cast<char*>(params.rows) + at * op.row_bytes, WordsOf<kWhole>(op));
     }
   }
 }
 
-template <typename Type, bool kBulk>
-__global__ void __launch_bounds__(kThreads, 1) RedispatchKernel(const __grid_constant__ Redispatch op) {
-  extern __shared__ __align__(128) char memory[];
+// `work` is Carry or Scale.
+template <bool kWhole, typename Work>
+__device__ void Run(const Redispatch& op, Work work) {
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
   const RedispatchParams& params = op.params;
   GroupOp group(op.frame, &shared);
-  for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
+  for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
 
   group.Begin();
   group.Publish();
   const Pairs pairs(op);
   if (group.WaitForArrivals()) {
-    if (params.weights == nullptr) {
-      Pull<kBulk>(op, group, pairs, memory, taken);
-    } else {
-      Scale<Type, kBulk>(op, group, pairs, memory, taken);
-    }
-    WriteZeros(op);
+    work(group, pairs, taken);
+    WriteZeros<kWhole>(op);
     group.CountTaken(taken);
   }
   group.Finish([] {},
@@ -259,17 +245,31 @@ __global__ void __launch_bounds__(kThreads, 1) RedispatchKernel(const __grid_con
                });
 }
 
+template <bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1) CarryKernel(const __grid_constant__ Redispatch op) {
+  Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+    Carry<kWhole>(op, group, pairs, taken);
+  });
+}
+
+template <typename Type, bool kWhole>
+__global__ void __launch_bounds__(kScaleThreads, 1) ScaleKernel(const __grid_constant__ Redispatch op) {
+  Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+    Scale<Type, kWhole>(op, group, pairs, taken);
+  });
+}
+
 using Kernel = void (*)(Redispatch);
 
-template <bool kBulk>
-Kernel KernelFor(RowType type) {
+template <bool kWhole>
+Kernel ScaleKernelFor(RowType type) {
   switch (type) {
     case RowType::kFloat32:
-      return RedispatchKernel<Float32, kBulk>;
+      return ScaleKernel<Float32, kWhole>;
     case RowType::kFloat16:
-      return RedispatchKernel<Float16, kBulk>;
+      return ScaleKernel<Float16, kWhole>;
     case RowType::kBFloat16:
-      return RedispatchKernel<BFloat16, kBulk>;
+      return ScaleKernel<BFloat16, kWhole>;
   }
   return nullptr;
 }
@@ -278,28 +278,30 @@ Kernel KernelFor(RowType type) {
 
 const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& params, int num_blocks,
                              const DeviceFacts& device, cudaStream_t stream) {
-  const GroupShape& shape = frame.shape;
-  Redispatch op{frame, params, {}, {}};
+  const RowType type = params.route.row_type;
+  const int size = frame.shape.hidden_size;
+  Redispatch op{frame, params, static_cast<int64_t>(size * BytesOf(type))};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
-  const PairTable table(shape, params.route);
-  const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  const int record_bytes = expert_major ? table.line_ints() * static_cast<int>(sizeof(int32_t)) : 0;
-  op.pull = PullShapeOf(shape, params.route, record_bytes, 0, device);
-  op.stream = StreamShapeOf(shape, params.route, 1 + table.max_rows, device);
-  const bool scale = params.weights != nullptr;
-  const bool bulk = scale ? op.stream.bulk : op.pull.slots > 0;
-  const int shared_bytes = scale ? op.stream.warps * op.stream.BytesPerWarp()
-                                 : op.pull.slots > 0 ? op.pull.warps * op.pull.BytesPerWarp() : 0;
-  const Kernel kernel =
-      bulk ? KernelFor<true>(params.route.row_type) : KernelFor<false>(params.route.row_type);
-  return LaunchKernel(kernel, op, num_blocks, shared_bytes, stream);
+  if (params.weights == nullptr && params.y == nullptr) {
+    const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
+    return LaunchKernel(whole ? CarryKernel<true> : CarryKernel<false>, op, num_blocks, kThreads, 0,
+                        stream);
+  }
+  if (params.weights == nullptr || params.y == nullptr || params.pairs == nullptr) {
+    return "weights and products come together, and with expert-major rows";
+  }
+  const Kernel kernel = IsWhole(size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  return LaunchKernel(kernel, op, num_blocks, kScaleThreads, 0, stream);
 }
 
 const char* LoadRedispatchKernels(int max_shared_bytes) {
+  std::vector<Kernel> kernels = {CarryKernel<true>, CarryKernel<false>};
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    for (const Kernel kernel : {KernelFor<true>(type), KernelFor<false>(type)}) {
-      if (const char* error = LoadKernel(kernel, max_shared_bytes)) return error;
-    }
+    kernels.push_back(ScaleKernelFor<true>(type));
+    kernels.push_back(ScaleKernelFor<false>(type));
+  }
+  for (const Kernel kernel : kernels) {
+    if (const char* error = LoadKernel(kernel, max_shared_bytes)) return error;
   }
   return nullptr;
 }

@@ -1,6 +1,6 @@
 // Loads, stores and fences that order memory between GPUs, and the clock that bounds waits.
-#ifndef JAX_DEEPEP_CUDA_PTX_MEMORY_ORDER_CUH_
-#define JAX_DEEPEP_CUDA_PTX_MEMORY_ORDER_CUH_
+#ifndef JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
+#define JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 
 #include <cstdint>
 
@@ -39,8 +39,7 @@ __device__ __forceinline__ void FenceSystem() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
-// Plain loads of what a peer wrote during this op: never from the first-level cache, which may hold
-// what stood there before.
+// Loads of what a peer wrote during this op, by threads that did not acquire it themselves.
 __device__ __forceinline__ int32_t LoadFresh(const int32_t* address) {
   int32_t value;
   asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -62,4 +61,4 @@ __device__ __forceinline__ uint64_t NanosecondClock() {
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_CUDA_PTX_MEMORY_ORDER_CUH_
+#endif  // JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
