@@ -1,12 +1,13 @@
 """What one problem alone cannot show: many routings of one program, and many communicators in one."""
 
 import jax
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
 from implementations import IMPLEMENTATIONS, assert_same_bits, assert_same_sums
 from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
-from problems import Problem, inputs_of
+from problems import DTYPES, Problem, inputs_of
 
 import jax_deepep as ep
 
@@ -127,3 +128,27 @@ def test_weighted_by_default_for_expert_major_rows(implementation: str) -> None:
     default, weighted, unweighted = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
     assert_same_bits(default, weighted)
     assert (default != unweighted).any()
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_subnormal_numbers_are_no_zeros(dtype: str, implementation: str) -> None:
+    """XLA's threads on CPU take them for zeros; the contract does not."""
+    problem = Problem(f"subnormal, {dtype}", dtype=dtype)
+    comm = problem.communicator(implementation)
+    inputs = inputs_of(problem)
+    tiny = ml_dtypes.finfo(DTYPES[dtype]).smallest_normal / 8
+    y, bias = (
+        (array.astype(np.float64) * float(tiny)).astype(array.dtype) for array in (inputs.y, inputs.bias)
+    )
+
+    def program(x, topk_idx, topk_weights, y, bias):
+        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+        return ep.combine(y, handle, comm=comm, bias=bias)
+
+    arrays = (inputs.x, inputs.topk_idx, inputs.topk_weights, y, bias)
+    out = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    y, bias = inputs.by_group(y), inputs.by_group(bias)
+    expected = inputs.from_oracle(
+        lambda routes, group: oracle.combine(routes, y[group], weighted=True, bias=bias[group])
+    )
+    assert_same_sums(out, expected, implementation)
