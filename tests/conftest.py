@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    faulthandler.cancel_dump_traceback_later()
+    _cancel_alarm()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -41,12 +41,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
-    if launched_rank() is not None:  # the launcher has a deadline of its own, for all ranks together
-        return (yield)
-    faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=_stderr)
+    _set_alarm()
     try:
         return (yield)
     finally:
+        _cancel_alarm()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact() -> None:
+    _set_alarm()  # pytest's own faulthandler plugin has switched it off; the end of a fixture may hang, too
+
+
+def _set_alarm() -> None:
+    if launched_rank() is None:  # the launcher has a deadline of its own, for all ranks together
+        faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=_stderr)
+
+
+def _cancel_alarm() -> None:
+    if launched_rank() is None:
         faulthandler.cancel_dump_traceback_later()
 
 
