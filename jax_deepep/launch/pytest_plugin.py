@@ -131,14 +131,12 @@ class _RankSession:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self._arm()
         self._write({"started": item.nodeid})
-        try:
-            result = yield
-            if not (item.session.shouldstop or item.session.shouldfail):
-                self._meet()
-            return result
-        finally:
-            self._write({"finished": item.nodeid})
-            self._arm()  # between tests, and for what follows the last one
+        result = yield
+        if not (item.session.shouldstop or item.session.shouldfail):
+            self._meet()
+        self._write({"finished": item.nodeid})
+        self._arm()  # between tests, and for what follows the last one
+        return result
 
     def _meet(self) -> None:
         """Wait for all ranks to be through with a test, outside of any program.

@@ -81,7 +81,7 @@ def test_hangs():
     (tmp_path / "conftest.py").write_text(
         "import os\n"
         "def pytest_cmdline_main(config):\n"
-        "    config.option.launch_test_timeout = {'0': 200.0, '1': 8.0}["
+        "    config.option.launch_test_timeout = {'0': 200.0, '1': 12.0}["
         "os.environ['JAX_DEEPEP_LAUNCH_RANK']]\n"
     )
     status, output = run_pytest(tmp_path, text)
@@ -111,7 +111,7 @@ def test_fails_and_hangs(end_takes_too_long):
 def test_never_begun():
     pass
 """
-    status, output = run_pytest(tmp_path, text, "--launch-test-timeout", "8")
+    status, output = run_pytest(tmp_path, text, "--launch-test-timeout", "12")
     assert status == 1, output
     assert "FAILED test_sample.py::test_fails_and_hangs on rank 0 of ranks 0-1" in output
     assert "[0] E       AssertionError: zero is wrong" in output
