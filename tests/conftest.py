@@ -7,6 +7,11 @@ import sys
 # The launcher and the user come first: only what they left open is filled in.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Most programs here run once, so that LLVM's optimisation would take most of the time. What XLA does to a
+# program before that is as ever, and so are our own ops, which are compiled already. The last flag counts.
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true " + os.environ["XLA_FLAGS"]
+)
 # XLA's CPU client sizes its pool of threads by this. Its own collectives block one thread per device, so
 # that a small machine with eight devices would deadlock without it.
 os.environ.setdefault("NPROC", "16")
