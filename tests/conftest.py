@@ -9,9 +9,17 @@ import sys
 if "JAX_DEEPEP_LAUNCH_RANK" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# GPU: no timing of candidates for every matmul that is compiled. No other platform minds.
-if "--xla_gpu_autotune_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+# Most programs here run once, so that LLVM's optimisation would take most of the time, and on GPUs the timing
+# of candidates for every matmul. What XLA does to a program before that is as ever, and so are our own ops,
+# which are compiled already. The last flag counts.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_gpu_autotune_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 # XLA's CPU client sizes its pool of threads by this. Its own collectives block one thread per device, so
 # that a small machine with eight devices would deadlock without it.
 os.environ.setdefault("NPROC", "16")
@@ -35,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    faulthandler.cancel_dump_traceback_later()
+    _cancel_alarm()
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -47,12 +55,25 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
-    if launched_rank() is not None:  # the launcher has a deadline of its own, for all ranks together
-        return (yield)
-    faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=_stderr)
+    _set_alarm()
     try:
         return (yield)
     finally:
+        _cancel_alarm()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact() -> None:
+    _set_alarm()  # pytest's own faulthandler plugin has switched it off; the end of a fixture may hang, too
+
+
+def _set_alarm() -> None:
+    if launched_rank() is None:  # the launcher has a deadline of its own, for all ranks together
+        faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=_stderr)
+
+
+def _cancel_alarm() -> None:
+    if launched_rank() is None:
         faulthandler.cancel_dump_traceback_later()
 
 

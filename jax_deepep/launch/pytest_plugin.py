@@ -10,12 +10,14 @@ import faulthandler
 import json
 import os
 import signal
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jax_deepep import jax_compat
 from jax_deepep.launch.rank_environment import PREFIX, PYTEST_PLUGIN, LaunchedRank, launched_rank
 
 _DEFAULT_TIMEOUT_S = 300.0
@@ -82,6 +84,8 @@ class _RankSession:
     def __init__(self, config: pytest.Config, place: LaunchedRank) -> None:
         self._place = place
         self._timeout_s = _timeout(config)
+        self._deadline = 0.0
+        self._num_tests = 0
         self._orderly = False
         self._status = 0
         self._events = place.state_file("pytest").open("a", buffering=1)
@@ -100,7 +104,16 @@ class _RankSession:
         # A thread of C, not of Python: it fires also when a native call that hangs holds the GIL. It does not
         # end the process: its connections would break, and the other ranks would run on before their stacks
         # are taken. The launcher sees the dump, asks the others for theirs, and then ends all.
+        self._deadline = time.monotonic() + self._timeout_s
         faulthandler.dump_traceback_later(self._timeout_s, file=self._stacks)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self) -> None:
+        """Set the alarm again: pytest's own faulthandler plugin has just switched it off.
+
+        It does so whenever a test fails, and what follows, such as the end of a fixture, may hang as well.
+        """
+        faulthandler.dump_traceback_later(max(self._deadline - time.monotonic(), 0.001), file=self._stacks)
 
     def _write(self, event: dict[str, Any]) -> None:
         self._events.write(json.dumps(event) + "\n")
@@ -118,11 +131,22 @@ class _RankSession:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         self._arm()
         self._write({"started": item.nodeid})
-        try:
-            return (yield)
-        finally:
-            self._write({"finished": item.nodeid})
-            self._arm()  # between tests, and for what follows the last one
+        result = yield
+        if not (item.session.shouldstop or item.session.shouldfail):
+            self._meet()
+        self._write({"finished": item.nodeid})
+        self._arm()  # between tests, and for what follows the last one
+        return result
+
+    def _meet(self) -> None:
+        """Wait for all ranks to be through with a test, outside of any program.
+
+        Else a collective of the next test, on a rank whose test failed early, would meet one of this test
+        on the others, and one failure would become many.
+        """
+        self._num_tests += 1
+        milliseconds = int(2000 * self._timeout_s)  # no deadline of its own: that of the test comes first
+        jax_compat.coordination_client().wait_at_barrier(f"{PREFIX}test/{self._num_tests}", milliseconds)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._note_failure(report, report.when or "call")
@@ -146,6 +170,10 @@ class _RankSession:
             pytest.ExitCode.NO_TESTS_COLLECTED,
         )
         self._orderly = ran_through and not session.shouldstop and not session.shouldfail
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self) -> None:
+        self._write({"reported": True})
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:

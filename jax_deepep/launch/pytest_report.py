@@ -1,7 +1,7 @@
 """One report of a pytest run from what the plugin of every rank wrote down.
 
-The console has shown the lowest rank's own report. Here follows what it could not know: on which
-ranks each test failed, and the text of failures that it did not have.
+The console has shown the lowest rank's own report, unless that rank was ended before. Here follows what
+it could not know: on which ranks each test failed, and the text of failures that were not shown.
 """
 
 import json
@@ -24,6 +24,7 @@ def pytest_summary(places: Sequence[LaunchedRank], shown: int) -> list[str]:
     """
     events = {place.rank: _events(place) for place in places}
     lines = _differing_collections({rank: _collected(found) for rank, found in events.items() if found})
+    has_reported = any("reported" in event for event in events.get(shown, []))
     failures: dict[tuple[str, str], dict[int, Event]] = defaultdict(dict)
     for rank, found in events.items():
         for event in found:
@@ -32,7 +33,7 @@ def pytest_summary(places: Sequence[LaunchedRank], shown: int) -> list[str]:
     for (test, when), by_rank in failures.items():
         during = "" if when == "call" else f" in {when}"
         lines.append(f"FAILED{during} {test} on {rank_names(by_rank)} of {rank_names(events)}")
-        told = {by_rank[shown]["message"]} if shown in by_rank else set()
+        told = {by_rank[shown]["message"]} if shown in by_rank and has_reported else set()
         for rank, event in by_rank.items():
             if event["message"] not in told:
                 told.add(event["message"])

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher_runs import alive, launch, launcher, pids, program, wait_until
+from launcher_runs import alive, launch, launcher, pids, program, two_hosts, wait_until
 
 pytestmark = pytest.mark.skipif(
     "JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="starts launchers of its own: run it outside of one"
@@ -146,7 +146,8 @@ def test_nothing_in_the_ranks_groups_survives_a_launcher_killed_with_9(tmp_path:
 
 def test_two_pretended_hosts_run_one_job(tmp_path: Path) -> None:
     script = program(tmp_path, PSUM)
-    line = ["-n", "1", "--platform", "cpu", "--hosts", "127.0.0.1,127.0.0.2", "--coordinator", "127.0.0.1"]
+    hosts = two_hosts()
+    line = ["-n", "1", "--platform", "cpu", "--hosts", ",".join(hosts), "--coordinator", hosts[0]]
     with (
         launcher(*line, "--node-rank", "1", "--", sys.executable, script, cwd=tmp_path) as second,
         launcher(*line, "--node-rank", "0", "--", sys.executable, script, cwd=tmp_path) as first,
@@ -158,7 +159,7 @@ def test_two_pretended_hosts_run_one_job(tmp_path: Path) -> None:
 
 
 def test_a_failure_on_one_host_ends_the_job_on_the_other(tmp_path: Path) -> None:
-    line = ["-n", "1", "--hosts", "127.0.0.1,127.0.0.2", "--grace", "1"]
+    line = ["-n", "1", "--hosts", ",".join(two_hosts()), "--grace", "1"]
     sleeper = ["--", "sleep", "300"]
     with (
         launcher(*line, "--node-rank", "0", *sleeper, cwd=tmp_path) as first,

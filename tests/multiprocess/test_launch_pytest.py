@@ -1,6 +1,7 @@
 """pytest under the launcher: the same tests on every rank, and one report of them."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SUM = """
-import jax, jax.numpy as jnp, time
+import jax, jax.numpy as jnp, pathlib, pytest, time
 from jax.experimental.multihost_utils import process_allgather
 
 def test_every_rank_is_here():
@@ -46,18 +47,24 @@ def test_only_rank_one_fails():
 def test_all_fail():
     assert jax.process_count() == 99
 
-def test_after_failures_the_ranks_still_agree():
+def test_rank_one_is_through_before_the_others():
+    assert jax.process_index() == 0
+    time.sleep(1)
+    pathlib.Path("rank_zero_is_through").touch()
+
+def test_the_next_one_begins_when_all_are_through():
+    assert pathlib.Path("rank_zero_is_through").exists()
     test_every_rank_is_here()
 """
     status, output = run_pytest(tmp_path, text)
     assert status == 1, output
-    assert "1 failed, 3 passed" in output
+    assert "1 failed, 4 passed" in output
     assert "FAILED test_sample.py::test_only_rank_one_fails on rank 1 of ranks 0-1" in output
     assert "FAILED test_sample.py::test_all_fail on ranks 0-1 of ranks 0-1" in output
     assert "[1] E       AssertionError: not rank zero" in output
     summary = output[output.index("[launch] FAILED") :]
     assert summary.count("test_all_fail on") == 1
-    assert "2 failed, 2 passed" in (tmp_path / "log" / "rank1.log").read_text()
+    assert "3 failed, 2 passed" in (tmp_path / "log" / "rank1.log").read_text()
 
 
 def test_a_hang_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
@@ -74,7 +81,7 @@ def test_hangs():
     (tmp_path / "conftest.py").write_text(
         "import os\n"
         "def pytest_cmdline_main(config):\n"
-        "    config.option.launch_test_timeout = {'0': 200.0, '1': 8.0}["
+        "    config.option.launch_test_timeout = {'0': 200.0, '1': 12.0}["
         "os.environ['JAX_DEEPEP_LAUNCH_RANK']]\n"
     )
     status, output = run_pytest(tmp_path, text)
@@ -88,6 +95,32 @@ def test_hangs():
     assert "Timeout (" in of_one
     assert "in rank_one_sleeps_here" in of_one
     assert "rank 1 failed first: a test ran past its deadline" in output
+
+
+def test_a_hang_after_a_failure_ends_the_same_way(tmp_path: Path) -> None:
+    """And the failure is told, although the rank that had it did not live to tell it."""
+    text = """
+@pytest.fixture
+def end_takes_too_long():
+    yield
+    time.sleep(300 if jax.process_index() == 0 else 0)
+
+def test_fails_and_hangs(end_takes_too_long):
+    assert jax.process_index() == 1, "zero is wrong"
+
+def test_never_begun():
+    pass
+"""
+    status, output = run_pytest(tmp_path, text, "--launch-test-timeout", "12")
+    assert status == 1, output
+    assert "FAILED test_sample.py::test_fails_and_hangs on rank 0 of ranks 0-1" in output
+    assert "[0] E       AssertionError: zero is wrong" in output
+    assert "NOT FINISHED test_sample.py::test_fails_and_hangs on ranks 0-1 of ranks 0-1" in output
+    of_zero, of_one = re.findall(r"stacks of rank \d:\n(.*?)(?=\[launch\])", output, re.DOTALL)
+    if "end_takes_too_long" not in of_zero:  # the first rank past the deadline comes last
+        of_zero, of_one = of_one, of_zero
+    assert "in end_takes_too_long" in of_zero
+    assert "pytest_plugin.py" in of_one
 
 
 def test_a_rank_that_stops_early_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
