@@ -13,9 +13,6 @@
 namespace jax_deepep {
 namespace {
 
-// Results larger than this leave the cache anyway.
-constexpr int64_t kStreamAboveBytes = 4 << 20;
-
 constexpr int64_t kRowsPerRange = 32;
 
 // Rows that a thread writes in one go: enough that two threads seldom fault in the same large page
@@ -45,7 +42,10 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
     PreferLargePages(moves[i].rows, rows * row_bytes);
   }
   const int64_t num_rows = first_row.back();
-  const bool streaming = num_rows * static_cast<int64_t>(row_bytes) > kStreamAboveBytes;
+  const auto row_of = [&](int32_t code) {
+    return static_cast<const char*>(sources[code / shape.max_tokens]) +
+           static_cast<int64_t>(code % shape.max_tokens) * row_bytes;
+  };
 
   ParallelFor(
       num_rows, RowsPerRange(num_rows, row_bytes), 2 * row_bytes, [&](int64_t begin, int64_t end) {
@@ -57,16 +57,20 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
           const int64_t row = index - first_row[i];
           const int64_t offset = row * static_cast<int64_t>(row_bytes);
           char* to = static_cast<char*>(move.rows) + offset;
+          // The next row is somewhere else: the processor alone would fetch it too late.
+          if (row + 1 < end_of_groups[i] && move.source[row + 1] != kNone) {
+            FetchRow(row_of(move.source[row + 1]), row_bytes);
+          }
           const int32_t code = row < end_of_groups[i] ? move.source[row] : kNone;
           if (code == kNone) {
             std::memset(to, 0, row_bytes);
             if (move.products != nullptr) move.products[row] = 0.0f;
             continue;
           }
-          const char* from = static_cast<const char*>(sources[code / shape.max_tokens]) +
-                             static_cast<int64_t>(code % shape.max_tokens) * row_bytes;
+          const char* from = row_of(code);
           if (move.weights == nullptr) {
-            CopyRow(to, from, row_bytes, streaming);
+            // Not past the cache: it still holds what the kernel has just cleared of a fresh page.
+            std::memcpy(to, from, row_bytes);
           } else {
             ScaleRow(route.row_type, to, from, move.weights[row], shape.hidden_size);
           }
@@ -75,7 +79,6 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
                 route.row_type, from, static_cast<const char*>(move.y) + offset, shape.hidden_size);
           }
         }
-        FinishStreaming();
       });
 
   for (size_t i = 0; i < moves.size(); ++i) {

@@ -8,10 +8,6 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
-
 // The compiler makes one version of a function per instruction set and picks one when loading, so
 // that a wheel built anywhere is fast everywhere. Contraction is off (see CMakeLists.txt): every
 // version gives the same bits.
@@ -25,6 +21,8 @@
 
 namespace jax_deepep {
 namespace {
+
+constexpr size_t kCacheLine = 64;  // of most processors; only speed depends on it
 
 JAX_DEEPEP_INLINE uint32_t BitsOf(float value) {
   uint32_t bits;
@@ -136,17 +134,31 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
   return total;
 }
 
+// Columns that are summed over all terms at once: few enough for sums to stay in registers.
+constexpr int64_t kBlock = 64;
+
+// Fetch what the next blocks will read. The rows of a token lie far apart, and a row is too short
+// for the processor to notice by itself in time. May reach past the row, which is harmless.
+JAX_DEEPEP_INLINE void FetchAhead(const void* columns, size_t bytes) {
+  constexpr size_t kAhead = 1024;
+  for (size_t line = 0; line < bytes; line += kCacheLine) {
+    __builtin_prefetch(static_cast<const char*>(columns) + kAhead + line);
+  }
+}
+
 // `count` columns of the sum over terms; inlined with a constant count for the bulk of a row.
 template <typename Type>
 JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Type::Storage* bias,
-                                  const Term* terms, int num_terms, int64_t begin, int64_t count,
-                                  float* total, float* part) {
+                                  const Term* terms, int num_terms, int64_t begin, int64_t count) {
   using Storage = typename Type::Storage;
+  float total[kBlock];
+  float part[kBlock];
   for (int64_t i = 0; i < count; ++i) total[i] = bias == nullptr ? 0.0f : Type::Load(bias[i]);
   for (int term = 0; term < num_terms;) {
     const int32_t rank = terms[term].rank;
     const auto* row = static_cast<const Storage*>(terms[term].row) + begin;
     const float weight = terms[term].weight;
+    FetchAhead(row, count * sizeof(Storage));
     if (++term == num_terms || terms[term].rank != rank) {
       for (int64_t i = 0; i < count; ++i) total[i] += Type::Round(Type::Load(row[i]) * weight);
       continue;
@@ -155,6 +167,7 @@ JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Ty
     for (; term < num_terms && terms[term].rank == rank; ++term) {
       const auto* next = static_cast<const Storage*>(terms[term].row) + begin;
       const float next_weight = terms[term].weight;
+      FetchAhead(next, count * sizeof(Storage));
       for (int64_t i = 0; i < count; ++i) part[i] += Type::Load(next[i]) * next_weight;
     }
     for (int64_t i = 0; i < count; ++i) total[i] += Type::Round(part[i]);
@@ -166,17 +179,13 @@ template <typename Type>
 JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, const Term* terms, int num_terms,
                            int64_t size) {
   using Storage = typename Type::Storage;
-  constexpr int64_t kBlock =
-      2048;  // long runs of a row for the prefetcher, in the first-level cache still
-  alignas(64) float total[kBlock];
-  alignas(64) float part[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     auto* to = static_cast<Storage*>(out) + begin;
     const auto* from = bias == nullptr ? nullptr : static_cast<const Storage*>(bias) + begin;
     if (size - begin >= kBlock) {
-      SumColumns<Type>(to, from, terms, num_terms, begin, kBlock, total, part);
+      SumColumns<Type>(to, from, terms, num_terms, begin, kBlock);
     } else {
-      SumColumns<Type>(to, from, terms, num_terms, begin, size - begin, total, part);
+      SumColumns<Type>(to, from, terms, num_terms, begin, size - begin);
     }
   }
 }
@@ -214,30 +223,10 @@ JAX_DEEPEP_ALL_ISAS void SumBFloat16(void* out, const void* bias, const Term* te
 
 }  // namespace
 
-void CopyRow(void* to, const void* from, size_t bytes, bool streaming) {
-#if defined(__x86_64__)
-  const bool aligned = (reinterpret_cast<uintptr_t>(to) | bytes) % 64 == 0;
-  if (streaming && aligned) {
-    auto* out = static_cast<__m128i*>(to);
-    const auto* in = static_cast<const __m128i*>(from);
-    for (size_t i = 0; i < bytes / 16; i += 4) {
-      const __m128i a = _mm_loadu_si128(in + i), b = _mm_loadu_si128(in + i + 1);
-      const __m128i c = _mm_loadu_si128(in + i + 2), d = _mm_loadu_si128(in + i + 3);
-      _mm_stream_si128(out + i, a);
-      _mm_stream_si128(out + i + 1, b);
-      _mm_stream_si128(out + i + 2, c);
-      _mm_stream_si128(out + i + 3, d);
-    }
-    return;
+void FetchRow(const void* row, size_t bytes) {
+  for (size_t line = 0; line < bytes; line += kCacheLine) {
+    __builtin_prefetch(static_cast<const char*>(row) + line);
   }
-#endif
-  std::memcpy(to, from, bytes);
-}
-
-void FinishStreaming() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t size) {

@@ -1,4 +1,4 @@
-// Arithmetic on single rows: copy, scale, dot, and the weighted sum of combine.
+// Arithmetic on single rows: scale, dot, and the weighted sum of combine.
 #ifndef JAX_DEEPEP_CPU_ROW_MATH_H_
 #define JAX_DEEPEP_CPU_ROW_MATH_H_
 
@@ -9,10 +9,8 @@
 
 namespace jax_deepep {
 
-// Copy a row of `bytes`. Streaming goes past the cache, for rows that will not be read soon;
-// FinishStreaming() must follow on the same thread before another thread may read them.
-void CopyRow(void* to, const void* from, size_t bytes, bool streaming);
-void FinishStreaming();
+// Begin to fetch a row that will be read soon, without waiting for it.
+void FetchRow(const void* row, size_t bytes);
 
 // to[i] = from[i] * scale in float32, rounded once.
 void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t size);
