@@ -1,11 +1,11 @@
 #include "cpu/communicator.h"
 
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
 #include "cpu/threads.h"
+#include "interface/error_text.h"
 
 namespace jax_deepep {
 namespace {
@@ -173,6 +173,7 @@ void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon) {
 
 // Run the ops that span processes, in the order on which all of them agree.
 void Communicator::ServeGroup(LocalGroup& group) {
+  KeepSubnormals();
   while (!stopping_) {
     const std::optional<OpName> op = group.exchange->NextScheduled();
     if (std::string message = group.exchange->BrokenByPeer(); !message.empty()) {
@@ -266,38 +267,27 @@ std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting
                                            : group.exchange->HasAnnounced(key.op, rank);
     if (!came) missing.push_back(rank);
   }
-  const char* manner = "";
+  bool stopped = false;
   if (missing.empty()) {
     // All have come, so that only the leader can be at fault: it has to schedule the op.
     if (group.runs_op || group.exchange->num_taken() != meeting.num_taken) return "";
-    manner = ", then stopped";
+    stopped = true;
     for (int rank = 0; rank < shape().num_ranks; ++rank) {
       if (group.process_of[rank] == 0) missing.push_back(rank);
     }
   }
-  std::ostringstream text;
-  text << meeting.ranks[meeting.first_rank]->name() << " on rank " << meeting.first_rank
-       << " waited " << config_.timeout_s << " s (timeout_s) for ";
-  const char* separator = missing.size() == 1 ? "rank " : "ranks ";
+  std::vector<MissingRank> ranks;
   for (const int rank : missing) {
-    text << separator << rank << " (expected at step " << meeting.step << ", seen at step "
-         << StepOf(group, rank) << manner << ")";
-    separator = ", ";
+    ranks.push_back({rank, meeting.step, StepOf(group, rank), stopped});
   }
-  return text.str();
+  return DescribeTimeout(meeting.ranks[meeting.first_rank]->name(), meeting.first_rank,
+                         config_.timeout_s, "", ranks);
 }
 
 // Complete the description of a failure with where it was and what to do.
 std::string Communicator::Named(const std::string& failure, int group) const {
   if (failure.find("(communicator #") != std::string::npos) return failure;  // a peer's, complete
-  std::ostringstream text;
-  text << failure << " (communicator #" << config_.id;
-  if (config_.num_groups > 1) text << ", group " << group;
-  text
-      << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
-         "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
-         "was only slow.";
-  return text.str();
+  return DescribeBroken(failure, config_, group);
 }
 
 void Communicator::WaitForOps() {
@@ -329,15 +319,8 @@ std::string Communicator::invalid_routing() const {
 void Communicator::ReportInvalidRouting(int group, int rank, int64_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (!invalid_routing_.empty()) return;
-  std::ostringstream text;
-  text << "dispatch on rank " << rank;
-  if (config_.num_groups > 1) text << " of group " << group;
-  text << " (communicator #" << config_.id << ") ignored " << count
-       << " entries of topk_idx, at step " << steps_[Index(group, rank)]
-       << " or before: they were outside [-1, " << shape().num_experts
-       << "), or named an expert for the second time in their row. Use -1 for \"no expert\"; "
-          "handle.num_invalid has the count of each dispatch.";
-  invalid_routing_ = text.str();
+  invalid_routing_ =
+      DescribeInvalidRouting(config_, group, rank, count, steps_[Index(group, rank)]);
 }
 
 void Communicator::CountRows(int group, int from, int to, int64_t rows) {

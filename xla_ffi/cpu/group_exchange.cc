@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <sstream>
+
+#include "interface/error_text.h"
 
 namespace jax_deepep {
 namespace {
@@ -131,17 +132,13 @@ bool GroupExchange::Meet(const char* op_name, int waiting_rank, std::string* err
     if (late.empty()) return true;
     if (*error = BrokenByPeer(); !error->empty()) return false;
     if (Clock::now() >= deadline) {
-      std::ostringstream text;
-      text << op_name << " on rank " << waiting_rank << " waited " << timeout_s_
-           << " s (timeout_s) inside the op for ";
-      const char* separator = late.size() > 1 ? "ranks " : "rank ";
+      std::vector<MissingRank> missing;
       for (size_t rank = 0; rank < process_of_.size(); ++rank) {
         if (std::find(late.begin(), late.end(), process_of_[rank]) == late.end()) continue;
-        text << separator << rank << " (expected at step " << StepOf(waiting_rank)
-             << ", seen at step " << StepOf(static_cast<int>(rank)) << ", then stopped)";
-        separator = ", ";
+        missing.push_back({static_cast<int>(rank), StepOf(waiting_rank),
+                           StepOf(static_cast<int>(rank)), /*stopped=*/true});
       }
-      *error = text.str();
+      *error = DescribeTimeout(op_name, waiting_rank, timeout_s_, " inside the op", missing);
       return false;
     }
     WaitForRing(&blocks_[self_]->doorbell, seen, std::min(deadline, Clock::now() + kLongestSleep));

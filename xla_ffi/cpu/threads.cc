@@ -1,6 +1,9 @@
 #include "cpu/threads.h"
 
 #include <sched.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -34,6 +37,7 @@ class OwnThreads {
 
  private:
   void Loop() {
+    KeepSubnormals();
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       if (tasks_.empty()) {
@@ -63,6 +67,13 @@ void RunOnOwnThread(std::function<void()> task) {
   // Never destroyed: detached threads may outlive static destructors.
   static OwnThreads* const threads = new OwnThreads;
   threads->Run(std::move(task));
+}
+
+void KeepSubnormals() {
+#if defined(__x86_64__)
+  constexpr unsigned int kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
+  _mm_setcsr(_mm_getcsr() & ~(kFlushToZero | kDenormalsAreZero));
+#endif
 }
 
 int NumCores() {
