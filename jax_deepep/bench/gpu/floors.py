@@ -72,10 +72,11 @@ def sum_inputs(shape: RouteShape, routes: Routes) -> jax.Array:
     max_rows = shape.comm.size * shape.comm.max_tokens
     destination = routes.destination
     somewhere = destination >= 0
+    entries = jnp.arange(destination.shape[1])[None, :]
     # Entries that went nowhere match nothing, not even each other.
-    rank = jnp.where(somewhere, destination // shape.capacity, -1 - jnp.arange(destination.shape[1]))
+    rank = jnp.where(somewhere, destination // shape.capacity, -1 - entries)
     same = rank[:, :, None] == rank[:, None, :]
-    leads = somewhere & (jnp.argmax(same, axis=2) == jnp.arange(destination.shape[1]))
+    leads = somewhere & (jnp.argmax(same, axis=2) == entries)
     summed = (jnp.sum(same, axis=2) > 1) & (shape.layout == "expert")
     tokens = lax.axis_index(AXIS) * shape.comm.max_tokens + jnp.arange(len(destination))
     at = jnp.where(summed, shape.capacity + tokens[:, None], destination % shape.capacity)

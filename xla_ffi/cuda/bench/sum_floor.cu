@@ -114,8 +114,6 @@ const char* LaunchSumFloor(const OpFrame& frame, const FloorParams& params, int 
   return LaunchKernel(SumFloorKernel, op, num_blocks, 0, stream);
 }
 
-const char* LoadSumFloors(int max_shared_bytes) {
-  return LoadKernel(SumFloorKernel, max_shared_bytes);
-}
+const char* LoadSumFloors(int /*max_shared_bytes*/) { return LoadKernel(SumFloorKernel, 0); }
 
 }  // namespace jax_deepep
