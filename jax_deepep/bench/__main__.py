@@ -10,6 +10,7 @@ from jax_deepep.bench.measurement import measure
 from jax_deepep.bench.problems import DEFAULT_PROBLEMS, DTYPES, Problem
 from jax_deepep.bench.report import BYTES_MOVED, markdown_table, print_table, write_json, write_plot
 from jax_deepep.bench.surroundings import surroundings
+from jax_deepep.launch.rank_environment import launched_rank
 
 DEFAULT_DEVICES = 8
 SHAPE_OPTIONS = ("tokens", "hidden", "topk", "experts", "devices", "dtype", "layout", "capacity")
@@ -21,7 +22,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jax_deepep.bench",
         description="Time dispatch, combine and their gradients, natively and in JAX collectives, against "
-        "memcpy. Any option of the shape selects one problem; without one, a list of them is measured.",
+        "memcpy. Any option of the shape selects one problem; without one, a list of them is measured. "
+        "For GPUs, run it under python -m jax_deepep.launch; it has other options there.",
         epilog=BYTES_MOVED,
     )
     shape = parser.add_argument_group("shape")
@@ -68,6 +70,10 @@ def prepare_cpu(num_devices: int) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and report; return the exit status."""
+    if launched_rank() is not None:
+        from jax_deepep.bench.gpu import command_line  # not needed elsewhere
+
+        return command_line.main(arguments)
     options = parse(arguments)
     try:
         problems = problems_of(options)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_deepep.bench.measurement import MEMCPY, Result
+from jax_deepep.bench.tables import Table, markdown, print_tables
 
 BYTES_MOVED = (
     "Bytes moved are the rows that all devices receive (live rows, without padding) × H × bytes per element, "
@@ -55,34 +56,18 @@ def _by_problem(results: Sequence[Result]) -> list[list[Result]]:
     return list(groups.values())
 
 
+def _tables(results: Sequence[Result]) -> list[Table]:
+    return [Table(_title(group[0]), COLUMNS, [_cells(r) for r in group]) for group in _by_problem(results)]
+
+
 def print_table(results: Sequence[Result]) -> None:
     """Print the results, as a table where rich is installed, as Markdown where it is not."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print(markdown_table(results))
-        return
-    console = Console(width=None if Console().is_terminal else 140)
-    for group in _by_problem(results):
-        table = Table(title=_title(group[0]), title_justify="left")
-        for number, column in enumerate(COLUMNS):
-            table.add_column(column, justify="right" if number else "left")
-        for result in group:
-            table.add_row(*_cells(result))
-        console.print(table)
+    print_tables(_tables(results))
 
 
 def markdown_table(results: Sequence[Result]) -> str:
     """Return the results as Markdown: one table per problem."""
-    lines = []
-    for group in _by_problem(results):
-        lines += [f"**{_title(group[0])}**", ""]
-        lines.append("| " + " | ".join(COLUMNS) + " |")
-        lines.append("|" + "|".join("--:" if number else "---" for number in range(len(COLUMNS))) + "|")
-        lines += ["| " + " | ".join(_cells(result)) + " |" for result in group]
-        lines.append("")
-    return "\n".join(lines)
+    return markdown(_tables(results))
 
 
 def write_json(results: Sequence[Result], surroundings: dict[str, Any], path: Path) -> None:

@@ -11,8 +11,10 @@
 #include <vector>
 
 #include "bindings/module_tables.h"
+#include "cuda/bench/floor.h"
 #include "cuda/communicator.h"
 #include "handlers/call_site.h"
+#include "handlers/floor_handler.h"
 #include "handlers/registry.h"
 
 namespace jax_deepep {
@@ -28,11 +30,20 @@ LocalDevice DeviceOf(const DeviceTuple& tuple) {
   return {tuple.first, reinterpret_cast<const void*>(tuple.second)};
 }
 
+// The verbs, and what the bench compares them with.
+nb::dict TargetsAndFloors() {
+  nb::dict targets = Targets();
+  targets["jax_deepep_gather_floor"] = Stages(GatherFloorHandler);
+  targets["jax_deepep_add_floor"] = Stages(AddFloorHandler);
+  targets["jax_deepep_sum_floor"] = Stages(SumFloorHandler);
+  return targets;
+}
+
 NB_MODULE(_cuda, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
   module.def("state_types", &StateTypes);
-  module.def("targets", &Targets);
+  module.def("targets", &TargetsAndFloors);
   module.def("finish_program", &FinishProgram);
   module.attr("max_ranks") = kMaxRanks;
   module.attr("max_experts_per_tok") = kMaxTopk;
@@ -77,6 +88,11 @@ NB_MODULE(_cuda, module) {
           },
           nb::arg("process"), nb::arg("exports"))
       .def("start", &CudaCommunicator::Start)
+      .def("load_floors",
+           [](CudaCommunicator& comm) {
+             comm.Load(LoadGatherFloors);
+             comm.Load(LoadSumFloors);
+           })
       .def_prop_ro("num_blocks", &CudaCommunicator::num_blocks)
       .def_prop_ro("last_op_seconds", &CudaCommunicator::LastOpSeconds)
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)

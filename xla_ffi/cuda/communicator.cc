@@ -60,6 +60,8 @@ const char* NameOf(Verb verb) {
       return "redispatch";
     case Verb::kCombine:
       return "combine";
+    case Verb::kFloor:
+      return "floor";
   }
   return "op";
 }
@@ -160,9 +162,14 @@ void CudaCommunicator::Start() {
     // This rank's own memory where it stands, not where it was mapped again.
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;
-    for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
-      if (const char* error = load(rank->facts.shared_bytes)) throw std::runtime_error(error);
-    }
+  }
+  for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) Load(load);
+}
+
+void CudaCommunicator::Load(const char* (*load)(int max_shared_bytes)) {
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    if (const char* error = load(rank->facts.shared_bytes)) throw std::runtime_error(error);
     Check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
 }
@@ -174,6 +181,16 @@ std::string CudaCommunicator::LaunchVerb(Verb verb, const Params& params,
                                          cudaStream_t stream,
                                          const char* (*launch)(const OpFrame&, const Params&, int,
                                                                const DeviceFacts&, cudaStream_t)) {
+  return LaunchOp(verb, HashOf(params), read_by_peers, believed_rank, device,
+                  [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                    return launch(frame, params, num_blocks, facts, stream);
+                  });
+}
+
+std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
+                                       const std::vector<const void*>& read_by_peers,
+                                       const int32_t* believed_rank, int64_t device,
+                                       const Enqueue& enqueue) {
   const std::string name = "communicator #" + std::to_string(config_.id);
   if (closed_) return name + " is closed; make a new Communicator and compile again";
   for (const auto& rank : ranks_) {
@@ -186,9 +203,9 @@ std::string CudaCommunicator::LaunchVerb(Verb verb, const Params& params,
     }
     OpFrame frame = rank->frame;
     frame.verb = verb;
-    frame.what = HashOf(params);
+    frame.what = what;
     frame.believed_rank = believed_rank;
-    const char* error = launch(frame, params, num_blocks_, rank->facts, stream);
+    const char* error = enqueue(frame, num_blocks_, rank->facts);
     return error == nullptr ? "" : error;
   }
   return "device " + std::to_string(device) + " is not in the mesh of " + name;

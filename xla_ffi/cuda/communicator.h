@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -54,6 +55,15 @@ class CudaCommunicator {
                      cudaStream_t stream);
   std::string Launch(const CombineParams& params, const int32_t* believed_rank, int64_t device,
                      cudaStream_t stream);
+
+  // Enqueue a rank's part of any op: `enqueue` gets the frame of the op, known to all ranks by `what`.
+  // Returns an error, or nothing.
+  using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&)>;
+  std::string LaunchOp(Verb verb, uint64_t what, const std::vector<const void*>& read_by_peers,
+                       const int32_t* believed_rank, int64_t device, const Enqueue& enqueue);
+
+  // Load kernels into the devices of this process. Throws std::runtime_error.
+  void Load(const char* (*load)(int max_shared_bytes));
 
   // Wait until the devices of this process are through with everything launched on them.
   void WaitForOps() const;

@@ -17,7 +17,12 @@ inline constexpr int kMaxTopk = 32;    // entries of a token: a lane of a warp e
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
 
-enum class Verb : uint32_t { kDispatch = 1, kRedispatch = 2, kCombine = 3 };
+enum class Verb : uint32_t {
+  kDispatch = 1,
+  kRedispatch = 2,
+  kCombine = 3,
+  kFloor = 4,  // of the bench
+};
 
 // Why an op failed.
 enum class Failure : uint32_t {

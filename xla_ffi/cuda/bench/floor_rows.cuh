@@ -1,0 +1,113 @@
+// What the kernels of the floors share: where rows are, and groups of eight elements.
+#ifndef JAX_DEEPEP_CUDA_BENCH_FLOOR_ROWS_CUH_
+#define JAX_DEEPEP_CUDA_BENCH_FLOOR_ROWS_CUH_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/bench/floor.h"
+#include "cuda/group_op.cuh"
+#include "cuda/op_frame.h"
+#include "cuda/row_values.cuh"
+
+namespace jax_deepep {
+
+struct Floor {
+  OpFrame frame;
+  FloorParams params;
+  int64_t row_bytes;
+};
+
+// A line of the table of pairs, with one row in each lane, the rows in the first lanes.
+struct PairLine {
+  int32_t source = kNone;
+  int32_t row = kNone;
+
+  // Read the line of `pair`, if there is one: ahead of its use, so that nobody waits for it.
+  __device__ static PairLine Read(const FloorParams& params, int pair, int count) {
+    PairLine line;
+    if (pair < count) {
+      const int lane = threadIdx.x % 32;
+      const int32_t* at = params.pairs + int64_t{1 + pair} * params.line_ints;
+      line.source = at[0];
+      if (lane < params.max_rows) line.row = at[1 + lane];
+    }
+    return line;
+  }
+
+  // How many rows the pair has; called by a whole warp.
+  __device__ int CountRows() const { return __popc(__ballot_sync(~0u, row != kNone)); }
+};
+
+// Keep where an operand of every rank begins in shared memory; after WaitForArrivals, by all
+// threads.
+__device__ inline void FindOperands(const Floor& op, const GroupOp& group, int operand,
+                                    const char** begins) {
+  for (int rank = threadIdx.x; rank < op.frame.shape.num_ranks; rank += kThreads) {
+    begins[rank] = group.Operand<char>(rank, operand);
+  }
+  __syncthreads();
+}
+
+// The row that a code of `source` names.
+__device__ inline const char* RowAt(const Floor& op, const char* const* begins, int32_t source) {
+  const int max_tokens = op.frame.shape.max_tokens;
+  return begins[source / max_tokens] + source % max_tokens * op.row_bytes;
+}
+
+// Add eight elements to running sums.
+__device__ __forceinline__ void AddGroup(uint4 bits, float* sums) {
+  float values[kGroup];
+  BFloat16::Load8(reinterpret_cast<const __nv_bfloat16*>(&bits), values);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) sums[i] += values[i];
+}
+
+// Write eight elements where a row has its word `word`.
+__device__ __forceinline__ void WriteWord(char* row, int word, const float* values) {
+  BFloat16::Store8(reinterpret_cast<__nv_bfloat16*>(row) + word * kGroup, values);
+}
+
+// Call use(base, words) for the words of 16 bytes of a row: this lane's are base, base + 32, ...;
+// `words` is a constant, kWords until less than that is left.
+template <int kWords, typename Use>
+__device__ __forceinline__ void ForWords(int total, Use use) {
+  int base = threadIdx.x % 32;
+  for (; base + 32 * (kWords - 1) < total; base += 32 * kWords) {
+    use(base, std::integral_constant<int, kWords>());
+  }
+  for (; base < total; base += 32) use(base, std::integral_constant<int, 1>());
+}
+
+// Words of each of so many rows that make about as many loads in flight as one row of 14.
+__host__ __device__ constexpr int WordsInFlight(int num_rows) {
+  return num_rows == 1 ? 14 : num_rows == 2 ? 7 : num_rows <= 4 ? 4 : num_rows <= 7 ? 2 : 1;
+}
+
+// Call use(count) with a count of rows as a constant: from 1 to kMaxFloorRows.
+template <typename Use>
+__device__ __forceinline__ void WithConstant(int count, Use use) {
+  switch (count) {
+    case 1:
+      return use(std::integral_constant<int, 1>());
+    case 2:
+      return use(std::integral_constant<int, 2>());
+    case 3:
+      return use(std::integral_constant<int, 3>());
+    case 4:
+      return use(std::integral_constant<int, 4>());
+    case 5:
+      return use(std::integral_constant<int, 5>());
+    case 6:
+      return use(std::integral_constant<int, 6>());
+    case 7:
+      return use(std::integral_constant<int, 7>());
+    case 8:
+      return use(std::integral_constant<int, 8>());
+  }
+}
+static_assert(kMaxFloorRows == 8, "one case for each");
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_BENCH_FLOOR_ROWS_CUH_
