@@ -94,6 +94,7 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const std::vector<
     rank->facts.num_sms = Attribute(cudaDevAttrMultiProcessorCount, device.ordinal);
     rank->facts.shared_bytes =
         Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal) - kStaticSharedBytes;
+    rank->facts.bulk_copies = Attribute(cudaDevAttrComputeCapabilityMajor, device.ordinal) >= 9;
     Check(rank->pool.Find(device.in_pool));
     rank->facts.pool = rank->pool.data();
     rank->facts.pool_bytes = rank->pool.bytes();

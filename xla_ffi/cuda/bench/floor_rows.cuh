@@ -43,7 +43,7 @@ struct PairLine {
 // threads.
 __device__ inline void FindOperands(const Floor& op, const GroupOp& group, int operand,
                                     const char** begins) {
-  for (int rank = threadIdx.x; rank < op.frame.shape.num_ranks; rank += kThreads) {
+  for (int rank = threadIdx.x; rank < op.frame.shape.num_ranks; rank += kFloorThreads) {
     begins[rank] = group.Operand<char>(rank, operand);
   }
   __syncthreads();
@@ -58,14 +58,14 @@ __device__ inline const char* RowAt(const Floor& op, const char* const* begins, 
 // Add eight elements to running sums.
 __device__ __forceinline__ void AddGroup(uint4 bits, float* sums) {
   float values[kGroup];
-  BFloat16::Load8(reinterpret_cast<const __nv_bfloat16*>(&bits), values);
+  BFloat16::Unpack({{bits}}, values);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) sums[i] += values[i];
 }
 
 // Write eight elements where a row has its word `word`.
 __device__ __forceinline__ void WriteWord(char* row, int word, const float* values) {
-  BFloat16::Store8(reinterpret_cast<__nv_bfloat16*>(row) + word * kGroup, values);
+  reinterpret_cast<uint4*>(row)[word] = BFloat16::Pack(values).words[0];
 }
 
 // Call use(base, words) for the words of 16 bytes of a row: this lane's are base, base + 32, ...;

@@ -2,10 +2,10 @@
 // each once, and writes them to their places, between two flag barriers.
 #include <cuda_runtime.h>
 
+#include "cuda/bench/bulk_copy.cuh"
 #include "cuda/bench/floor.h"
 #include "cuda/bench/floor_rows.cuh"
 #include "cuda/group_op.cuh"
-#include "cuda/ptx/bulk_copy.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -20,7 +20,7 @@ constexpr int kWordsInFlight = 14;
 __device__ void GatherByLoads(const Floor& op, const char* const* begins) {
   const int lane = threadIdx.x % 32;
   const int words = static_cast<int>(op.row_bytes / 16);
-  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
+  const int count = op.params.pairs[0], stride = gridDim.x * kFloorWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   PairLine next = PairLine::Read(op.params, pair, count);
   for (; pair < count; pair += stride) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void AddToRows(const Floor& op, const char* x, const 
 }
 
 __device__ void GatherAndAdd(const Floor& op, const char* const* begins) {
-  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
+  const int count = op.params.pairs[0], stride = gridDim.x * kFloorWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   PairLine next = PairLine::Read(op.params, pair, count);
   for (; pair < count; pair += stride) {
@@ -166,7 +166,7 @@ __device__ void GatherAndAdd(const Floor& op, const char* const* begins) {
 
 // kDepth 0: by loads and stores.
 template <int kDepth, bool kAdd>
-__global__ void __launch_bounds__(kThreads, 1) GatherFloorKernel(const __grid_constant__ Floor op) {
+__global__ void __launch_bounds__(kFloorThreads, 1) GatherFloorKernel(const __grid_constant__ Floor op) {
   extern __shared__ __align__(128) char memory[];
   __shared__ GroupOp::Shared shared;
   __shared__ const char* begins[kMaxRanks];
@@ -214,7 +214,7 @@ const char* LaunchGatherFloor(const OpFrame& frame, const FloorParams& params, i
   Floor op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   const Kernel kernel = KernelOfDepth(params.depth);
-  if (kernel == nullptr || params.warps < 1 || params.warps > kWarps) {
+  if (kernel == nullptr || params.warps < 1 || params.warps > kFloorWarps) {
     return "a floor takes 1 to 16 warps and a depth of 0 to 4";
   }
   int shared_bytes = 0;
@@ -223,14 +223,14 @@ const char* LaunchGatherFloor(const OpFrame& frame, const FloorParams& params, i
     shared_bytes = params.warps * params.depth * (static_cast<int>(op.row_bytes) + 8);
     if (shared_bytes > device.shared_bytes) return "a floor's rows in flight exceed shared memory";
   }
-  return LaunchKernel(kernel, op, num_blocks, shared_bytes, stream);
+  return LaunchKernel(kernel, op, num_blocks, kFloorThreads, shared_bytes, stream);
 }
 
 const char* LaunchAddFloor(const OpFrame& frame, const FloorParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   Floor op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
-  return LaunchKernel(GatherFloorKernel<0, true>, op, num_blocks, 0, stream);
+  return LaunchKernel(GatherFloorKernel<0, true>, op, num_blocks, kFloorThreads, 0, stream);
 }
 
 const char* LoadGatherFloors(int max_shared_bytes) {

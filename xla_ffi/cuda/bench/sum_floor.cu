@@ -49,7 +49,7 @@ __device__ __forceinline__ void SumInputs(const Floor& op, const char* input, in
 
 // On the side of the experts: pairs with several rows.
 __device__ void SumPairs(const Floor& op) {
-  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
+  const int count = op.params.pairs[0], stride = gridDim.x * kFloorWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   PairLine next = PairLine::Read(op.params, pair, count);
   for (; pair < count; pair += stride) {
@@ -66,7 +66,7 @@ __device__ void SumPairs(const Floor& op) {
 __device__ void SumTokens(const Floor& op, const char* const* rows, const char* const* sums) {
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32;
-  const int num_tokens = op.params.route.num_tokens, stride = gridDim.x * kWarps;
+  const int num_tokens = op.params.route.num_tokens, stride = gridDim.x * kFloorWarps;
   auto read = [&](int token) {
     return token < num_tokens && lane < shape.num_topk
                ? op.params.inputs[int64_t{token} * shape.num_topk + lane]
@@ -88,7 +88,7 @@ __device__ void SumTokens(const Floor& op, const char* const* rows, const char* 
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1) SumFloorKernel(const __grid_constant__ Floor op) {
+__global__ void __launch_bounds__(kFloorThreads, 1) SumFloorKernel(const __grid_constant__ Floor op) {
   __shared__ GroupOp::Shared shared;
   __shared__ const char* rows[kMaxRanks];
   __shared__ const char* sums[kMaxRanks];
@@ -111,7 +111,7 @@ const char* LaunchSumFloor(const OpFrame& frame, const FloorParams& params, int 
   Floor op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
-  return LaunchKernel(SumFloorKernel, op, num_blocks, 0, stream);
+  return LaunchKernel(SumFloorKernel, op, num_blocks, kFloorThreads, 0, stream);
 }
 
 const char* LoadSumFloors(int /*max_shared_bytes*/) { return LoadKernel(SumFloorKernel, 0); }

@@ -19,6 +19,7 @@ struct DeviceFacts {
   size_t pool_bytes = 0;
   int num_sms = 0;       // that this process may use
   int shared_bytes = 0;  // most that a block may have
+  bool bulk_copies = false;  // SM90; only floors of the bench use them
 
   bool Holds(const void* pointer) const {
     const auto* address = static_cast<const char*>(pointer);
