@@ -49,7 +49,7 @@ struct Publication {
 };
 
 struct DeviceControl {
-  // Written by peers: entry s by rank s alone.
+  // Written by peers: entry s by rank s alone, but for reports, which others pass on.
   uint64_t arrived[kMaxRanks];  // the last op for which s has its operands ready
   uint64_t left[kMaxRanks];     // the last op in which s has done all its reads
   Publication published[kMaxRanks];

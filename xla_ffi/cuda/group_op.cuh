@@ -10,7 +10,10 @@
 // A step is an op of the communicator, counted in device memory: a replayed graph is as good as a
 // fresh launch. Flags only grow, so that nothing is ever reset. Who waits longer than the timeout
 // gives up: it tells all peers and its host why, and leaves. A peer that still reads then may read
-// what XLA has reused; it looks for such word after its last load, in Finish, and fails too.
+// what XLA has reused; it looks for such word after its last load, in Finish, and fails too. It passes
+// the word on before it leaves in turn: whoever leaves an op that failed has told all others.
+//
+// tests/unit/protocol_model.py has this protocol step by step, and tries all runs of a few ranks.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
@@ -28,6 +31,7 @@ class GroupOp {
     uint64_t step;
     uint64_t began_ns;
     int flag;
+    bool failed_before;
   };
 
   __device__ GroupOp(const OpFrame& frame, Shared* shared)
@@ -36,6 +40,7 @@ class GroupOp {
   __device__ void Begin() {
     if (threadIdx.x == 0) {
       shared_.step = own_.step + 1;
+      shared_.failed_before = own_.failed != 0;
       shared_.began_ns = NanosecondClock();
       if (blockIdx.x == 0 && *frame_.believed_rank != frame_.rank) {
         Fail(Failure::kWrongRank, uint64_t{1} << *frame_.believed_rank, nullptr);
@@ -46,6 +51,10 @@ class GroupOp {
 
   __device__ uint64_t step() const { return shared_.step; }
   __device__ DeviceControl& own() const { return own_; }
+
+  // Whether an earlier op has failed on this rank. A late peer may still be in that one, so that this
+  // rank must not touch what the peer takes from its control block.
+  __device__ bool failed_before() const { return shared_.failed_before; }
 
   // Wait for all blocks of this rank; what they wrote before is visible after. Unbounded: they wait
   // for nobody else.
@@ -210,8 +219,9 @@ class GroupOp {
     return ok;
   }
 
-  // Give up, once; called by one thread. A rank that is the first to tell says why to its host and to
-  // all peers; one that was told passes that on to its host.
+  // Give up, once; called by one thread. A rank that nobody has told says why to its host and to all
+  // peers; one that was told passes that on, to its peers as well: who told it may not have come to
+  // them yet, and they may read this rank's operands, and succeed, after it has left.
   __device__ __noinline__ void Fail(Failure failure, uint64_t missing, const uint64_t* flags) {
     if (atomicCAS(&own_.failed, 0u, 1u) != 0u) return;
     HostStatus& status = *frame_.status;
@@ -232,12 +242,12 @@ class GroupOp {
     status.reporter = reporter;
     __threadfence_system();
     *static_cast<volatile uint32_t*>(&status.failed) = 1;
-    if (broken != 0) return;
 #pragma unroll 1
     for (int peer = 0; peer < num_ranks(); ++peer) {
       DeviceControl& control = *frame_.control[peer];
-      if (peer != frame_.rank) CopyReport(&control.reports[frame_.rank], report);
-      StoreReleaseSystem(&control.broken, frame_.rank + 1);  // pairs with IsBroken, on the peer
+      // Several ranks may write a report to the same place: the same words.
+      if (peer != frame_.rank && peer != reporter) CopyReport(&control.reports[reporter], report);
+      StoreReleaseSystem(&control.broken, reporter + 1);  // pairs with IsBroken, on the peer
     }
     // Pairs with the fence in Finish, on a peer: it is told before anything that it reads is
     // overwritten.

@@ -161,6 +161,7 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
       total += count;
     }
     for (int w = 0; w < op.count_warps; ++w) counters[w * columns + column] += before;
+    if (group.failed_before()) continue;
     for (int peer = blockIdx.x; peer < shape.num_ranks; peer += gridDim.x) {
       op.frame.Counts(peer, op.frame.rank)[column] = total;
     }

@@ -1,0 +1,148 @@
+"""An exhaustive search through the runs of a protocol: every interleaving, and all that memory allows.
+
+Three arguments keep the search small without losing a run:
+
+* Nobody can tell how long before its first load a store was visible. So the loads choose what is seen.
+* A step that loads nothing of its peers runs at once: it only adds to what they may see.
+* Peers' words are loaded twice in an op, as early as a rank may and as late. A word only goes forward, from
+  an op's operand to what XLA puts there to the next op's: right both times means right in between.
+
+Each of the first two can be turned off, to see that the answer is the same.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from protocol_world import BEGIN, END, Rank, Violation, World
+
+# What a step may lead to. It is given a world of its own, with the rank already at the next step.
+Run = Callable[[World, int], Iterator[World]]
+
+# What a step loads of what peers store: nothing, nothing but `broken`, or more.
+LOCAL, LOOK, LOAD = "local", "look", "load"
+
+
+class Step(NamedTuple):
+    name: str
+    run: Run
+    loads: str
+
+
+class Protocol:
+    """The steps of every rank, one after another but for jumps."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self.steps = steps
+        self._places = {step.name: i for i, step in enumerate(steps)} | {"End": END}
+
+    def replaced(self, name: str, run: Run) -> "Protocol":
+        assert name in self._places
+        return Protocol([step._replace(run=run) if step.name == name else step for step in self.steps])
+
+    def without(self, *names: str) -> "Protocol":
+        result = self
+        for name in names:
+            result = result.replaced(name, lambda world, rank: iter([world]))
+        return result
+
+    def moved(self, name: str, *, after: str) -> "Protocol":
+        steps = [step for step in self.steps if step.name != name]
+        place = [step.name for step in steps].index(after) + 1
+        return Protocol([*steps[:place], self.steps[self._places[name]], *steps[place:]])
+
+    def step_of(self, world: World, rank: int) -> Step | None:
+        at = world.ranks[rank].at
+        return None if at == END else self.steps[at]
+
+    def take_step(self, world: World, rank: int) -> Iterator[World]:
+        step = self.step_of(world, rank)
+        assert step is not None
+        before = self._progress(world.ranks[rank])
+        world = world.copy()
+        world.change(rank, at=world.ranks[rank].at + 1)
+        for after in step.run(world, rank):
+            if after.ranks[rank].jump:
+                after.change(rank, at=self._places[after.ranks[rank].jump], jump="")
+            if not before < self._progress(after.ranks[rank]):
+                raise Violation("progress")
+            yield after
+
+    def run_local_steps(self, world: World, rank: int) -> Iterator[World]:
+        """Go on to where the rank may find one thing or another."""
+        step = self.step_of(world, rank)
+        told = world.ranks[rank].failed > 0 or bool(world.reporters_seen(rank))
+        if step is None or not (step.loads == LOCAL or (step.loads == LOOK and told)):
+            yield world
+            return
+        for after in self.take_step(world, rank):
+            yield from self.run_local_steps(after, rank)
+
+    def _progress(self, rank: Rank) -> tuple[int, int, int]:
+        """What grows with every step: Fail lies on the way to the step after it."""
+        if rank.at == BEGIN:
+            return (rank.op + 1, 0, 0)
+        if rank.back:
+            return (rank.op, 2 * self._places[rank.back] - 1, rank.at)
+        return (rank.op, 2 * rank.at, 0)
+
+
+class Result(NamedTuple):
+    broken_promise: str | None
+    run: list[str]  # the steps that lead there, without those that ran at once
+    num_states: int
+
+
+def find_violation(
+    protocol: Protocol, num_ranks: int, num_ops: int, *, at_once: bool = True, on_demand: bool = True
+) -> Result:
+    """Search all runs of `num_ranks` ranks through `num_ops` ops, depth first.
+
+    Not `at_once`, steps that load nothing are taken by themselves; not `on_demand`, stores become visible by
+    themselves at any moment, too.
+    """
+    start = World.at_start(num_ranks, num_ops)
+    run: list[str] = []
+    known = {start.key()}
+    pending = [
+        _successors(protocol, start, run, at_once, on_demand)
+    ]  # of every state on the way to the present one
+    try:
+        while pending:
+            name_and_world = next(pending[-1], None)
+            if name_and_world is None:
+                pending.pop()
+                if run:
+                    run.pop()
+                continue
+            name, world = name_and_world
+            key = world.key()
+            if key not in known:
+                known.add(key)
+                run.append(name)
+                pending.append(_successors(protocol, world, run, at_once, on_demand))
+    except Violation as violation:
+        return Result(str(violation), run, len(known))
+    return Result(None, [], len(known))
+
+
+def _successors(
+    protocol: Protocol, world: World, run: list[str], at_once: bool, on_demand: bool
+) -> Iterator[tuple[str, World]]:
+    for rank, me in enumerate(world.ranks):
+        step = protocol.step_of(world, rank)
+        if step is not None:
+            name = f"rank {rank}, op {max(me.op, 1)}: {step.name}"
+            run.append(name)  # for a violation that the step itself finds
+            successors = list(protocol.take_step(world, rank))
+            if at_once:
+                successors = [end for after in successors for end in protocol.run_local_steps(after, rank)]
+            if not successors:
+                raise Violation("progress")
+            run.pop()
+            yield from ((name, after) for after in successors)
+        if not on_demand:
+            for i, (word, _, _) in enumerate(world.queues[rank]):
+                if i in world.unseen(rank, word) and word >= 0:
+                    after = world.copy()
+                    after.see(rank, i)
+                    yield f"rank {rank}: word {word} is seen", after

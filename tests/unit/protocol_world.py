@@ -1,0 +1,178 @@
+"""Ranks and the memory between them, for the model of a flag protocol: what may be seen when.
+
+A store waits in its rank's queue until it is seen. Any may be the next, but for this:
+
+* stores to one word are seen in order;
+* a release store is seen after all loads and stores before it;
+* what follows a fence is seen after all loads and stores before the fence.
+
+Neither a release nor a fence makes anything visible at once: nothing here is sequentially consistent. An
+acquire load keeps the loads after it in place, not those before. Every word has one home, so that all its
+readers agree.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+BEGIN, END = 0, 1 << 20  # places in the list of steps
+
+Item = tuple[int, int, bool]  # a store in a queue: word, value, whether it is a release
+FENCE: Item = (-1, 0, False)
+LOADS: Item = (-2, 0, False)  # of peers' words, under way
+
+
+class Rank(NamedTuple):
+    """What one rank knows by itself."""
+
+    at: int = BEGIN  # the next of its steps
+    jump: str = ""  # the step that comes instead
+    back: str = ""  # in Fail: where it goes on afterwards
+    op: int = 0  # shared_.step
+    failed: int = 0  # own_.failed: the op in which it gave up
+    reporter: int = 0  # in Fail: whose report goes to its host
+    succeeded: int = 0  # the last op that did
+    lost: bool = False  # it has seen in this op that the group is broken
+    wrong: bool = False  # what it loaded was not this op's
+
+
+class Words:
+    """Where each word stands in memory. Those of a pair lie in the first one's control block."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.count = 8 * num_ranks * num_ranks
+
+    def _at(self, table: int, home: int, writer: int) -> int:
+        return (table * self.num_ranks + home) * self.num_ranks + writer
+
+    def arrived(self, home: int, writer: int) -> int:
+        return self._at(0, home, writer)
+
+    def left(self, home: int, writer: int) -> int:
+        return self._at(1, home, writer)
+
+    def published(self, home: int, writer: int) -> int:
+        return self._at(2, home, writer)
+
+    def counts(self, home: int, writer: int) -> int:  # as dispatch.cu pushes them
+        return self._at(3, home, writer)
+
+    def report(self, home: int, reporter: int) -> int:
+        return self._at(4, home, reporter)
+
+    def broken(self, home: int, reporter: int) -> int:
+        """One word for each value of own_.broken: a load finds any that was stored.
+
+        The real word has the last one alone, so that the model allows more than can be.
+        """
+        return self._at(5, home, reporter)
+
+    def operand(self, rank: int) -> int:
+        """2 n: of op n; 2 n + 1: reused after it. In XLA's memory; peers only load it."""
+        return self._at(6, rank, 0)
+
+    def host_report(self, rank: int) -> int:
+        return self._at(7, rank, 0)
+
+    def host_flag(self, rank: int) -> int:
+        return self._at(7, rank, 1)
+
+
+class Violation(Exception):
+    """A promise that a run has broken."""
+
+
+@dataclass
+class World:
+    """All ranks, what each has stored and nobody has seen yet, and what all see."""
+
+    num_ops: int
+    at: Words
+    ranks: list[Rank]
+    queues: list[tuple[Item, ...]]
+    seen: bytearray
+
+    @staticmethod
+    def at_start(num_ranks: int, num_ops: int) -> "World":
+        at = Words(num_ranks)
+        return World(num_ops, at, [Rank()] * num_ranks, [()] * num_ranks, bytearray(at.count))
+
+    def copy(self) -> "World":
+        return World(self.num_ops, self.at, self.ranks[:], self.queues[:], self.seen[:])
+
+    def key(self) -> tuple[object, ...]:
+        return (*self.ranks, *self.queues, bytes(self.seen))
+
+    def peers(self, rank: int) -> list[int]:
+        return [peer for peer in range(len(self.ranks)) if peer != rank]
+
+    def reporters_seen(self, rank: int) -> list[int]:
+        """The values that the rank may find in its own_.broken."""
+        return [peer for peer in range(len(self.ranks)) if self.seen[self.at.broken(rank, peer)]]
+
+    # --- What a step does.
+
+    def change(self, rank: int, **changes: Any) -> None:
+        self.ranks[rank] = self.ranks[rank]._replace(**changes)
+
+    def go_to(self, rank: int, step: str) -> None:
+        self.change(rank, jump=step)
+
+    def fail(self, rank: int, back: str) -> None:
+        """Call Fail, and go on at the step `back`."""
+        self.change(rank, jump="Fail", back=back)
+
+    def store(self, rank: int, word: int, value: int, *, release: bool = False) -> None:
+        self.queues[rank] += ((word, value, release),)
+
+    def fence(self, rank: int) -> None:
+        if self.queues[rank] and self.queues[rank][-1] != FENCE:
+            self.queues[rank] += (FENCE,)
+
+    def begin_loads(self, rank: int) -> None:
+        self.queues[rank] += (LOADS,)
+
+    def end_loads(self, rank: int) -> None:
+        self.queues[rank] = tuple(item for item in self.queues[rank] if item != LOADS)
+
+    def forget(self, rank: int, *words: int) -> None:
+        """Drop stores that nobody else will look at."""
+        self.queues[rank] = tuple(item for item in self.queues[rank] if item[0] not in words)
+
+    # --- What memory does.
+
+    def unseen(self, rank: int, word: int) -> list[int]:
+        """Where the stores of `rank` to `word` stand in its queue, of those that may be seen now."""
+        queue = self.queues[rank]
+        found = [i for i, item in enumerate(queue) if item[0] == word]
+        if LOADS in queue:
+            loads = queue.index(LOADS)
+            found = [i for i in found if self._num_seen_before(rank, i) <= loads]
+        return found
+
+    def see(self, rank: int, index: int) -> None:
+        """Make a store of `rank` visible, and all that are to be seen before it."""
+        queue = self.queues[rank]
+        bound = self._num_seen_before(rank, index)
+        needed = {index}
+        for i in range(index - 1, -1, -1):
+            if i >= bound and queue[i][0] == queue[index][0]:
+                bound = max(bound, self._num_seen_before(rank, i))
+                needed.add(i)
+        kept: list[Item] = []
+        for i, item in enumerate(queue):
+            if item == FENCE:
+                if kept and kept[-1] != FENCE:
+                    kept.append(item)
+            elif item != LOADS and (i < bound or i in needed):
+                self.seen[item[0]] = item[1]
+            else:
+                kept.append(item)
+        self.queues[rank] = tuple(kept)
+
+    def _num_seen_before(self, rank: int, index: int) -> int:
+        """How many of the first items of the queue must be seen before the one at `index`."""
+        queue = self.queues[rank]
+        if queue[index][2]:
+            return index
+        return max((i for i in range(index) if queue[i] == FENCE), default=0)

@@ -1,0 +1,138 @@
+"""Ranks keep the promises of their protocol on GPUs, however they interleave, and need all of it for that."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+from protocol_model import (
+    PROTOCOL,
+    push_counts_always,
+    tell_arrival,
+    tell_leaving,
+    tell_peers,
+    wait,
+    wait_for_arrivals,
+)
+from protocol_search import Protocol, find_violation
+from protocol_world import World
+
+
+@pytest.mark.parametrize(("num_ranks", "num_ops"), [(2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2)])
+def test_promises_are_kept(num_ranks: int, num_ops: int) -> None:
+    result = find_violation(PROTOCOL, num_ranks, num_ops)
+    assert result.broken_promise is None, "\n".join(result.run)
+    assert result.num_states > 100 * num_ranks
+
+
+# --- Changes to the protocol, each of which breaks a promise.
+
+
+def keep_what_it_was_told(world: World, rank: int) -> Iterator[World]:
+    return tell_peers(world, rank) if world.ranks[rank].reporter == rank else iter([world])
+
+
+def leave_before_telling(world: World, rank: int) -> Iterator[World]:
+    world.store(rank, world.at.operand(rank), 2 * world.ranks[rank].op + 1)
+    return tell_peers(world, rank)
+
+
+def load_before_waiting(world: World, rank: int) -> Iterator[World]:
+    """As if the flags were loaded without acquire: what is loaded after may be older."""
+    for told in tell_arrival(world, rank):
+        op = told.ranks[rank].op
+        stale = any(told.seen[told.at.operand(peer)] != 2 * op for peer in told.peers(rank))
+        told.change(rank, wrong=stale)
+        yield told
+
+
+def wait_for_good(world: World, rank: int) -> Iterator[World]:
+    return (waited for waited in wait_for_arrivals(world, rank) if waited.ranks[rank].jump != "Fail")
+
+
+def wait_for_the_op_before(world: World, rank: int) -> Iterator[World]:
+    op = world.ranks[rank].op
+    world.change(rank, op=op - 1)
+    for waited, answer in wait(world, rank, world.at.arrived):
+        waited.change(rank, op=op)
+        if answer == "all":
+            waited.begin_loads(rank)
+            yield waited
+
+
+class Mutation(NamedTuple):
+    name: str
+    protocol: Protocol
+    promise: str
+    num_ranks: int = 2
+    num_ops: int = 1
+
+
+ARRIVED, LEFT = "Publish: StoreReleaseSystem(arrived)", "Finish: StoreReleaseSystem(left)"
+BROKEN = "Fail: StoreReleaseSystem(broken)"
+MUTATIONS = [
+    Mutation("operands are written after the flag", PROTOCOL.moved("Write operands", after=ARRIVED), "data"),
+    Mutation("counts are pushed after the flag", PROTOCOL.moved("Push counts", after=ARRIVED), "addresses"),
+    Mutation(
+        "arrived is no release", PROTOCOL.replaced(ARRIVED, partial(tell_arrival, release=False)), "addresses"
+    ),
+    Mutation("arrived is loaded without acquire", PROTOCOL.replaced(ARRIVED, load_before_waiting), "data"),
+    Mutation(
+        "the flag of the op before will do",
+        PROTOCOL.replaced("WaitForArrivals", wait_for_the_op_before),
+        "addresses",
+    ),
+    Mutation("waits have no end", PROTOCOL.replaced("WaitForArrivals", wait_for_good), "progress"),
+    Mutation("who is lost publishes", PROTOCOL.without("Publish: Stopped"), "addresses", num_ops=2),
+    Mutation(
+        "who has failed pushes counts",
+        PROTOCOL.replaced("Push counts", push_counts_always),
+        "addresses",
+        num_ops=2,
+    ),
+    Mutation("left is told before the loads", PROTOCOL.moved(LEFT, after=ARRIVED), "data"),
+    Mutation(
+        "left is no release, and no fence comes before it",
+        PROTOCOL.without("Finish: IsLastBlock")
+        .replaced(LEFT, partial(tell_leaving, release=False))
+        .moved("Last loads", after="Finish: WaitForAll(left)"),
+        "data",
+    ),
+    Mutation("nobody waits for left", PROTOCOL.without("Finish: WaitForAll(left)"), "data"),
+    # Each of the two fences, and each of the two looks, is enough without the other.
+    Mutation(
+        "no fence between the loads and the look",
+        PROTOCOL.without("Finish: IsLastBlock", "Finish: FenceSystem").moved(
+            "Last loads", after="Finish: Stopped again"
+        ),
+        "data",
+    ),
+    Mutation("no look after the loads", PROTOCOL.without("Finish: Stopped", "Finish: Stopped again"), "data"),
+    Mutation("peers are not told", PROTOCOL.without(BROKEN), "data"),
+    Mutation("peers are told after leaving", PROTOCOL.replaced(BROKEN, leave_before_telling), "data"),
+    # Two ranks have another fence on the way out, but not one that passes on what it was told.
+    Mutation(
+        "no fence between telling and leaving", PROTOCOL.without("Fail: FenceSystem"), "data", num_ranks=3
+    ),
+    Mutation(
+        "who is told tells nobody", PROTOCOL.replaced(BROKEN, keep_what_it_was_told), "data", num_ranks=3
+    ),
+    Mutation("broken is no release", PROTOCOL.replaced(BROKEN, partial(tell_peers, release=False)), "report"),
+    Mutation("no fence before the host's flag", PROTOCOL.without("Fail: __threadfence_system"), "report"),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_no_part_can_be_left_out(mutation: Mutation) -> None:
+    result = find_violation(mutation.protocol, mutation.num_ranks, mutation.num_ops)
+    assert result.broken_promise == mutation.promise, "\n".join(result.run)
+
+
+@pytest.mark.parametrize("off", ["at_once", "on_demand"])
+@pytest.mark.parametrize("num_ops", [1, 2])
+def test_a_longer_search_has_the_same_answer(off: str, num_ops: int) -> None:
+    """What keeps the search short hides nothing: see protocol_search.py."""
+    assert find_violation(PROTOCOL, 2, num_ops, **{off: False}).broken_promise is None
+    for mutation in MUTATIONS:
+        if (mutation.num_ranks, mutation.num_ops) == (2, num_ops):
+            assert find_violation(mutation.protocol, 2, num_ops, **{off: False}).broken_promise is not None
