@@ -6,6 +6,9 @@
 // 3. Publish counts; wait for everyone's.
 // 4. Plan: prefix sums over the sources turn places into rows; drop what does not fit.
 // 5. Pull: each token that has experts here once, whatever the number of its rows.
+//
+// Lists and records stand in XLA's memory. A source that has given up may have left them to others: the
+// op fails in the end, but what they say until then must not lead outside the arrays. Counts are safe.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -282,10 +285,12 @@ __device__ void MakePlan(const Dispatch& op, const Plan& plan) {
   __syncthreads();
 }
 
-// The row of an entry on its rank, or kNone; `first` are the rows of earlier sources in its group.
+// The row of an entry on its rank, or kNone; `first` are the rows of earlier sources in its group. No
+// `place` leads outside the group.
 __device__ int32_t RowOf(const Plan& plan, int group, int32_t first, int32_t place) {
-  const int32_t at = first + place;
-  return at < plan.kept[group] ? plan.offset[group] + at : kNone;
+  const uint32_t at = static_cast<uint32_t>(first) + static_cast<uint32_t>(place);
+  if (at >= static_cast<uint32_t>(plan.kept[group])) return kNone;
+  return plan.offset[group] + static_cast<int32_t>(at);
 }
 
 // Tell this rank's tokens where they went.
@@ -393,6 +398,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         const int32_t* list =
             group.Operand<int32_t>(source, kLists) + int64_t{rank} * params.route.num_tokens;
         next_token = LoadFresh(list + pair - plan.pairs_before[source]);
+        if (next_token < 0 || next_token >= params.route.num_tokens) next_token = 0;
       }
     }
     const int pair = pair_of(first + number * stride);
@@ -409,7 +415,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
     CarryRow(group.Operand<char>(source, kRows) + token * op.row_bytes, static_cast<char*>(params.tokens),
              WordsOf<kWhole>(op), [&] {
       const int32_t code = source * shape.max_tokens + static_cast<int32_t>(token);
-      const bool here = record.expert != kNone && record.expert / shape.num_local_experts() == rank;
+      const bool here = record.expert >= 0 && record.expert / shape.num_local_experts() == rank;
       const int local = here && expert_major ? record.expert - rank * per_rank : 0;
       int32_t row = kNone;
       if (here) {
@@ -426,7 +432,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         }
         int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
         if (lane == 0) line[0] = code;
-        if (row != kNone) line[1 + order] = row;
+        if (row != kNone && order < table.max_rows) line[1 + order] = row;
         if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
         return int64_t{row};
       }
