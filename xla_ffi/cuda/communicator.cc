@@ -244,11 +244,15 @@ void CudaCommunicator::WaitForOps() const {
 void CudaCommunicator::Close() {
   if (closed_.exchange(true)) return;
   WaitForOps();
+  // A replayed graph does not come here: its ops find on the device that they are to fail, and tell.
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
-    const uint32_t failed = 1;
     auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
-    cudaMemcpy(&control->failed, &failed, sizeof(failed), cudaMemcpyHostToDevice);
+    FailureReport report;
+    report.failure = Failure::kClosed;
+    const uint64_t broken = rank->place.rank + 1;
+    cudaMemcpy(&control->reports[rank->place.rank], &report, sizeof(report), cudaMemcpyHostToDevice);
+    cudaMemcpy(&control->broken, &broken, sizeof(broken), cudaMemcpyHostToDevice);
   }
 }
 
@@ -272,6 +276,9 @@ std::string CudaCommunicator::Describe(const LocalRank& rank, const FailureRepor
              std::to_string(report.step) + " on rank";
       for (const MissingRank& peer : missing) text += " " + std::to_string(peer.rank);
       text += "; all ranks must run the same program";
+      break;
+    case Failure::kClosed:
+      text = "a program ran on after the communicator was closed on rank " + std::to_string(reporter);
       break;
     case Failure::kNone:
     case Failure::kNotArrived:

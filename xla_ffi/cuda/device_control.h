@@ -31,6 +31,7 @@ enum class Failure : uint32_t {
   kNotLeft,       // peers came, and did not finish reading in time
   kDifferentOps,  // peers came to an op of another kind or shape
   kWrongRank,     // the program runs this device as another rank
+  kClosed,        // the communicator was closed, and a program that has it ran on
 };
 
 // What a rank that gave up tells about it. Ranks are bits of `missing`.
