@@ -85,6 +85,17 @@ __device__ __forceinline__ void StoreGroup(char* row, int group, RowShape<kWhole
 // The row types: bits in memory to float32 and back, rounded to nearest, ties to even.
 struct Float32 {
   using Element = uint32_t;
+  static constexpr int kPerWord = 4;  // elements of 16 bytes
+  __device__ static void UnpackWord(uint4 word, float* values) {
+    values[0] = __uint_as_float(word.x), values[1] = __uint_as_float(word.y);
+    values[2] = __uint_as_float(word.z), values[3] = __uint_as_float(word.w);
+  }
+  __device__ static uint4 PackWord(const float* values) {
+    return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+            __float_as_uint(values[3])};
+  }
+  __device__ static float Load(Element bits) { return __uint_as_float(bits); }
+  __device__ static Element Store(float value) { return __float_as_uint(value); }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* from = reinterpret_cast<const float*>(packed.words);
 #pragma unroll
@@ -97,11 +108,15 @@ struct Float32 {
     for (int i = 0; i < kGroup; ++i) to[i] = values[i];
     return packed;
   }
-  __device__ static float Rounded(float value) { return value; }
 };
 
 struct BFloat16 {
   using Element = uint16_t;
+  static constexpr int kPerWord = 8;
+  __device__ static void UnpackWord(uint4 word, float* values) { Unpack({{word}}, values); }
+  __device__ static uint4 PackWord(const float* values) { return Pack(values).words[0]; }
+  __device__ static float Load(Element bits) { return __uint_as_float(uint32_t{bits} << 16); }
+  __device__ static Element Store(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(packed.words);
 #pragma unroll
@@ -117,11 +132,15 @@ struct BFloat16 {
     for (int i = 0; i < kGroup / 2; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
     return packed;
   }
-  __device__ static float Rounded(float value) { return __bfloat162float(__float2bfloat16_rn(value)); }
 };
 
 struct Float16 {
   using Element = uint16_t;
+  static constexpr int kPerWord = 8;
+  __device__ static void UnpackWord(uint4 word, float* values) { Unpack({{word}}, values); }
+  __device__ static uint4 PackWord(const float* values) { return Pack(values).words[0]; }
+  __device__ static float Load(Element bits) { return __half2float(__ushort_as_half(bits)); }
+  __device__ static Element Store(float value) { return __half_as_ushort(__float2half_rn(value)); }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const __half2*>(packed.words);
 #pragma unroll
@@ -137,7 +156,6 @@ struct Float16 {
     for (int i = 0; i < kGroup / 2; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
     return packed;
   }
-  __device__ static float Rounded(float value) { return __half2float(__float2half_rn(value)); }
 };
 
 // Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.

@@ -11,6 +11,7 @@
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/row_values.cuh"
+#include "cuda/word_queue.cuh"
 #include "interface/combine.h"
 
 namespace jax_deepep {
@@ -18,6 +19,9 @@ namespace {
 
 // Operands that peers read.
 enum { kRows, kWeights, kSums, kGradients };
+
+// Words of 16 bytes that a thread has in flight: 128 KiB of a block, which every SM since 8.0 has.
+using Queue = WordQueue<8>;
 
 struct Combine {
   OpFrame frame;
@@ -32,52 +36,81 @@ struct Inputs {
   float weight;
 };
 
-// Add up rows in the order of the inputs. A lane has four loads of 16 bytes in flight: two rows, and two
-// groups of each (one of float32). init(group, sum) begins a sum, or the first term does if there is
-// none; write(group, sum) ends it.
-template <typename Type, bool kWhole, typename Init, typename Term, typename Write>
-__device__ __forceinline__ void AddRows(RowShape<kWhole> row, const Inputs& inputs, Init init,
-                                        Term term, Write write) {
-  using Element = typename Type::Element;
-  constexpr int kRows = 2, kColumns = 2 / Packed<Element>::kWords;
+// Add up rows in the order of the inputs, by a warp. begin(at, sum) begins the sum of the elements at
+// `at`, or the first term does if there is none; term(sum, value, weight, first) adds one; end(at, sum)
+// stores it. Rows of whole words go 16 bytes at a time, through the queue; others by elements.
+template <typename Type, bool kWhole, typename Begin, typename Term, typename End>
+__device__ __forceinline__ void AddRows(Queue& queue, int size, const Inputs& inputs, Begin begin,
+                                        Term term, End end) {
   const int lane = threadIdx.x % 32;
-  for (int base = lane; base - lane < row.num_groups(); base += 32 * kColumns) {
-    float sums[kColumns][kGroup];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (base + c * 32 < row.num_groups()) init(base + c * 32, sums[c]);
+  if constexpr (kWhole) {
+    constexpr int kPerWord = Type::kPerWord;
+    const int num_words = size / kPerWord, rounds = (num_words + 31) / 32;
+    float sum[kPerWord];
+    if (inputs.count == 0) {
+      for (int word = lane; word < num_words; word += 32) {
+        begin(word * kPerWord, sum);
+        end(word * kPerWord, sum);
+      }
+      return;
     }
-    for (int first = 0; first < inputs.count; first += kRows) {
-      Packed<Element> groups[kRows][kColumns];
+    int next_input = 0, next_word = lane;  // to be loaded
+    int input = 0, word = lane;            // to be added
+    queue.Run(
+        rounds * inputs.count,
+        [&](int) {
+          const auto* row = reinterpret_cast<const uint4*>(
+              __shfl_sync(~0u, reinterpret_cast<uint64_t>(inputs.row), next_input));
+          const uint4* from = next_word < num_words ? row + next_word : nullptr;
+          if (++next_input == inputs.count) next_input = 0, next_word += 32;
+          return from;
+        },
+        [&](int, uint4 bits) {
+          const float weight = __shfl_sync(~0u, inputs.weight, input);
+          if (word < num_words) {
+            if (input == 0) begin(word * kPerWord, sum);
+            float values[kPerWord];
+            Type::UnpackWord(bits, values);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        const auto from = reinterpret_cast<const char*>(
-            __shfl_sync(~0u, reinterpret_cast<uint64_t>(inputs.row), first + j));
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          const int group = base + c * 32;
-          if (first + j < inputs.count && group < row.num_groups()) {
-            groups[j][c] = LoadGroup<Element>(from, group, row);
+            for (int i = 0; i < kPerWord; ++i) term(sum[i], values[i], weight, input == 0);
+            if (input == inputs.count - 1) end(word * kPerWord, sum);
           }
-        }
+          if (++input == inputs.count) input = 0, word += 32;
+        });
+  } else {
+    for (int base = 0; base < size; base += 32) {
+      const int at = base + lane;
+      float sum[1];
+      if (at < size) begin(at, sum);
+      for (int input = 0; input < inputs.count; ++input) {
+        const auto* row = reinterpret_cast<const typename Type::Element*>(
+            __shfl_sync(~0u, reinterpret_cast<uint64_t>(inputs.row), input));
+        const float weight = __shfl_sync(~0u, inputs.weight, input);
+        if (at < size) term(sum[0], Type::Load(row[at]), weight, input == 0);
       }
-#pragma unroll
-      for (int j = 0; j < kRows; ++j) {
-        const float weight = __shfl_sync(~0u, inputs.weight, first + j);
-        if (first + j >= inputs.count) continue;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          float values[kGroup];
-          Type::Unpack(groups[j][c], values);
-#pragma unroll
-          for (int e = 0; e < kGroup; ++e) term(sums[c][e], values[e], weight, first + j == 0);
-        }
-      }
+      if (at < size) end(at, sum);
     }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (base + c * 32 < row.num_groups()) write(base + c * 32, sums[c]);
-    }
+  }
+}
+
+// The elements of one sum in memory: a word, or an element.
+template <typename Type, bool kWhole>
+__device__ __forceinline__ void LoadSum(const char* row, int at, float* sum) {
+  const auto* from = reinterpret_cast<const typename Type::Element*>(row) + at;
+  if constexpr (kWhole) {
+    Type::UnpackWord(LoadOnce(reinterpret_cast<const uint4*>(from)), sum);
+  } else {
+    sum[0] = Type::Load(*from);
+  }
+}
+
+template <typename Type, bool kWhole>
+__device__ __forceinline__ void StoreSum(char* row, int at, const float* sum) {
+  auto* to = reinterpret_cast<typename Type::Element*>(row) + at;
+  if constexpr (kWhole) {
+    *reinterpret_cast<uint4*>(to) = Type::PackWord(sum);
+  } else {
+    *to = Type::Store(sum[0]);
   }
 }
 
@@ -87,7 +120,7 @@ __device__ int ItemStride() { return gridDim.x * kWarps; }
 
 // Step 1.
 template <typename Type, bool kWhole>
-__device__ void SumPairs(const Combine& op, RowShape<kWhole> row_shape) {
+__device__ void SumPairs(const Combine& op, Queue& queue) {
   const CombineParams& params = op.params;
   const PairTable table(op.frame.shape, params.route);
   const int lane = threadIdx.x % 32, num_pairs = params.pairs[0];
@@ -100,13 +133,13 @@ __device__ void SumPairs(const Combine& op, RowShape<kWhole> row_shape) {
     inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes;
     inputs.weight = row == kNone || params.weights == nullptr ? 1.0f : params.weights[row];
     char* to = static_cast<char*>(params.sums) + line[0] * op.row_bytes;
-    AddRows<Type>(
-        row_shape, inputs, [](int, float*) {},
+    AddRows<Type, kWhole>(
+        queue, op.frame.shape.hidden_size, inputs, [](int, float*) {},
         [](float& sum, float value, float weight, bool first) {
           const float product = __fmul_rn(value, weight);
           sum = first ? product : __fadd_rn(sum, product);
         },
-        [&](int group, const float* sum) { StoreGroup(to, group, row_shape, Type::Pack(sum)); });
+        [to](int at, const float* sum) { StoreSum<Type, kWhole>(to, at, sum); });
   }
 }
 
@@ -161,42 +194,46 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
 
 // Step 3.
 template <typename Type, bool kWhole>
-__device__ void SumTokens(const Combine& op, const GroupOp& group, RowShape<kWhole> row_shape,
-                          int32_t* taken) {
-  using Element = typename Type::Element;
+__device__ void SumTokens(const Combine& op, const GroupOp& group, Queue& queue, int32_t* taken) {
   const CombineParams& params = op.params;
   for (int token = FirstItem(); token < params.route.num_tokens; token += ItemStride()) {
     const Inputs inputs = InputsOf(op, group, token, taken);
     const char* bias =
         params.bias == nullptr ? nullptr : static_cast<const char*>(params.bias) + token * op.row_bytes;
     char* to = static_cast<char*>(params.out) + token * op.row_bytes;
-    AddRows<Type>(
-        row_shape, inputs,
-        [&](int at, float* sum) {
-          Type::Unpack(bias == nullptr ? Packed<Element>{} : LoadGroup<Element>(bias, at, row_shape), sum);
+    AddRows<Type, kWhole>(
+        queue, op.frame.shape.hidden_size, inputs,
+        [bias](int at, float* sum) {
+          if (bias != nullptr) {
+            LoadSum<Type, kWhole>(bias, at, sum);
+          } else {
+            for (int i = 0; i < (kWhole ? Type::kPerWord : 1); ++i) sum[i] = 0.0f;
+          }
         },
         [](float& sum, float value, float weight, bool) {
           // A weight of 1 changes nothing, also where it stands for none.
-          sum = __fadd_rn(sum, weight == 1.0f ? value : Type::Rounded(__fmul_rn(value, weight)));
+          sum = __fadd_rn(sum,
+                          weight == 1.0f ? value : Type::Load(Type::Store(__fmul_rn(value, weight))));
         },
-        [&](int at, const float* sum) { StoreGroup(to, at, row_shape, Type::Pack(sum)); });
+        [to](int at, const float* sum) { StoreSum<Type, kWhole>(to, at, sum); });
   }
 }
 
 template <typename Type, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
+  extern __shared__ __align__(16) char memory[];
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
+  Queue queue(memory);
   const CombineParams& params = op.params;
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
   group.Begin();
-  const RowShape<kWhole> row{op.frame.shape.hidden_size};
-  if (params.sums != nullptr) SumPairs<Type>(op, row);
+  if (params.sums != nullptr) SumPairs<Type, kWhole>(op, queue);
   group.Publish();
   if (group.WaitForArrivals()) {
-    SumTokens<Type>(op, group, row, taken);
+    SumTokens<Type, kWhole>(op, group, queue, taken);
     group.CountTaken(taken);
   }
   group.Finish([] {},
@@ -239,8 +276,10 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
     op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
   }
   const RowType type = params.route.row_type;
-  const Kernel kernel = IsWhole(size) ? KernelFor<true>(type) : KernelFor<false>(type);
-  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+  const bool whole = op.row_bytes % sizeof(uint4) == 0;
+  const Kernel kernel = whole ? KernelFor<true>(type) : KernelFor<false>(type);
+  return LaunchKernel(kernel, op, num_blocks, kThreads, whole ? kThreads * Queue::kBytesPerThread : 0,
+                      stream);
 }
 
 const char* LoadCombineKernels(int max_shared_bytes) {

@@ -16,6 +16,7 @@
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
+#include "cuda/pair_order.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/dispatch.h"
 #include "routing/group_rows.h"
@@ -363,8 +364,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   }
 }
 
-// Pull the rows of this rank, a warp for each token: those of the next rank first, so that no two
-// ranks read from the same one at the same time.
+// Pull the rows of this rank, a warp for each token.
 template <bool kWhole>
 __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
@@ -374,13 +374,11 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int per_rank = expert_major ? shape.num_local_experts() : 1;
   const PairTable table(shape, params.route);
-  const int total = plan.pairs_before[num_ranks];
-  const int turn = plan.pairs_before[rank + 1];  // pairs of this rank and the ones before come last
-  const int first = threadIdx.x / 32 * gridDim.x + blockIdx.x, stride = gridDim.x * kWarps;
+  const PairOrder order(plan.pairs_before[num_ranks], plan.pairs_before[rank],
+                        plan.pairs_before[rank + 1]);
 
   int32_t next_token = kNone;  // of the lane's item among the next 32
-  for (int number = 0; first + number * stride < total; ++number) {
-    auto pair_of = [&](int item) { return item < total - turn ? item + turn : item - (total - turn); };
+  for (int number = 0; order.Has(number); ++number) {
     auto source_of = [&](int pair) {
       int low = 0, high = num_ranks;  // pairs_before[low] <= pair < pairs_before[high]
       while (high - low > 1) {
@@ -391,9 +389,8 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
     };
     if (number % 32 == 0) {
       // Every lane looks up a token, so that the way to a peer is waited for once in 32.
-      const int64_t item = first + int64_t{number + lane} * stride;
-      if (item < total) {
-        const int pair = pair_of(static_cast<int>(item));
+      if (order.Has(number + lane)) {
+        const int pair = order.At(number + lane);
         const int source = source_of(pair);
         const int32_t* list =
             group.Operand<int32_t>(source, kLists) + int64_t{rank} * params.route.num_tokens;
@@ -401,7 +398,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         if (next_token < 0 || next_token >= params.route.num_tokens) next_token = 0;
       }
     }
-    const int pair = pair_of(first + number * stride);
+    const int pair = order.At(number);
     const int source = source_of(pair);
     const int64_t token = __shfl_sync(~0u, next_token, number % 32);
     EntryRecord record;
@@ -423,7 +420,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
                     record.place);
       }
       const uint32_t live = __ballot_sync(~0u, row != kNone);
-      const int order = __popc(live & ((1u << lane) - 1));
+      const int nth = __popc(live & ((1u << lane) - 1));
       if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
       if (expert_major) {
         if (row != kNone) {
@@ -432,7 +429,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         }
         int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
         if (lane == 0) line[0] = code;
-        if (row != kNone && order < table.max_rows) line[1 + order] = row;
+        if (row != kNone && nth < table.max_rows) line[1 + nth] = row;
         if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
         return int64_t{row};
       }
@@ -444,7 +441,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         params.weights[at] = here ? record.weight : 0.0f;
         params.local_experts[at] = here ? record.expert - rank * shape.num_local_experts() : kNone;
       }
-      return row != kNone && order == 0 ? int64_t{row} : int64_t{kNone};
+      return row != kNone && nth == 0 ? int64_t{row} : int64_t{kNone};
     });
   }
 }

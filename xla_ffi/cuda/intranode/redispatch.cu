@@ -7,6 +7,7 @@
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
+#include "cuda/pair_order.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/redispatch.h"
 
@@ -27,29 +28,17 @@ struct Redispatch {
   int64_t row_bytes;
 };
 
-// The pairs of this rank, in either layout, in the order in which they are read: those of later ranks
-// first, so that no two ranks read from the same one at the same time.
+// The pairs of this rank, in either layout.
 class Pairs {
  public:
   __device__ explicit Pairs(const Redispatch& op) : op_(op), table_(op.frame.shape, op.params.route) {
     count_ = expert_major() ? op.params.pairs[0] : CountRows();
-    int low = 0, high = count_;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (SourceOf(middle) / op.frame.shape.max_tokens <= op.frame.rank) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    turn_ = low;
+    own_begin_ = FirstOf(op.frame.rank);
+    own_end_ = FirstOf(op.frame.rank + 1);
   }
 
+  __device__ PairOrder Order() const { return {count_, own_begin_, own_end_}; }
   __device__ bool expert_major() const { return op_.params.route.layout == Layout::kExpertMajor; }
-  __device__ int count() const { return count_; }
-  __device__ int At(int item) const {
-    return item < count_ - turn_ ? item + turn_ : item - (count_ - turn_);
-  }
   __device__ int32_t SourceOf(int pair) const {
     return expert_major() ? Line(pair)[0] : op_.params.source[pair];
   }
@@ -63,6 +52,19 @@ class Pairs {
  private:
   __device__ const int32_t* Line(int pair) const {
     return op_.params.pairs + int64_t{1 + pair} * table_.line_ints();
+  }
+  // The first pair of a rank, or of a later one.
+  __device__ int FirstOf(int rank) const {
+    int low = 0, high = count_;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (SourceOf(middle) / op_.frame.shape.max_tokens < rank) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
   }
   // Token-major: rows of tokens come first, then what fills them up to the alignment.
   __device__ int CountRows() const {
@@ -80,7 +82,7 @@ class Pairs {
 
   const Redispatch& op_;
   const PairTable table_;
-  int count_, turn_;
+  int count_, own_begin_, own_end_;
 };
 
 __device__ const char* RowAt(const Redispatch& op, const GroupOp& group, int32_t source) {
@@ -99,15 +101,12 @@ __device__ RowShape<kWhole> WordsOf(const Redispatch& op) {
   return {static_cast<int>(op.row_bytes / sizeof(uint16_t))};
 }
 
-// The first item of this warp; the next one is a stride further.
-__device__ int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
-__device__ int ItemStride() { return gridDim.x * (blockDim.x / 32); }
-
 // Rows as they are.
 template <bool kWhole>
 __device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs, int32_t* taken) {
-  for (int item = FirstItem(); item < pairs.count(); item += ItemStride()) {
-    const int pair = pairs.At(item);
+  const PairOrder order = pairs.Order();
+  for (int number = 0; order.Has(number); ++number) {
+    const int pair = order.At(number);
     const int32_t source = pairs.SourceOf(pair);
     const int64_t row = pairs.RowOfLane(pair);
     CountTaken(taken, op, source);
@@ -140,8 +139,9 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
   const int lane = threadIdx.x % 32;
   const RowShape<kWhole> shape{op.frame.shape.hidden_size};
   const int num_groups = shape.num_groups();
-  for (int item = FirstItem(); item < pairs.count(); item += ItemStride()) {
-    const int pair = pairs.At(item);
+  const PairOrder order = pairs.Order();
+  for (int number = 0; order.Has(number); ++number) {
+    const int pair = order.At(number);
     const int32_t source = pairs.SourceOf(pair);
     const int32_t row = pairs.RowOfLane(pair);
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
@@ -205,8 +205,8 @@ __device__ void WriteZeros(const Redispatch& op) {
     end = 0;
     for (int group = 0; group < groups; ++group) end += params.group_sizes[group];
   }
-  for (int64_t base = int64_t{FirstItem()} * 32; base < params.route.capacity;
-       base += int64_t{ItemStride()} * 32) {
+  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x - lane;
+  for (int64_t base = first; base < params.route.capacity; base += gridDim.x * blockDim.x) {
     const int64_t row = base + lane;
     const bool empty = row < params.route.capacity && params.source[row] == kNone;
     if (empty && params.products != nullptr) params.products[row] = 0.0f;

@@ -1,0 +1,44 @@
+// In which order a rank reads its pairs: those of the next rank first, so that no two ranks read from
+// the same one at the same time, and this rank's own spread between them, so that the links are busy
+// from beginning to end.
+#ifndef JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
+#define JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
+
+#include <cstdint>
+
+namespace jax_deepep {
+
+// Items of work of a warp: number 0, 1, ... while Has(number).
+class PairOrder {
+ public:
+  // `count` pairs, of which [own_begin, own_end) are of this rank.
+  __device__ PairOrder(int count, int own_begin, int own_end)
+      : count_(count),
+        own_begin_(own_begin),
+        own_end_(own_end),
+        warp_(threadIdx.x / 32 * gridDim.x + blockIdx.x),
+        num_warps_(gridDim.x * (blockDim.x / 32)) {}
+
+  __device__ bool Has(int number) const { return warp_ + int64_t{number} * num_warps_ < count_; }
+
+  // The pair of the warp's item.
+  __device__ int At(int number) const {
+    // In every round of the warps, another one begins, so that none has only its own rank's pairs.
+    const int begin = number * num_warps_;
+    const int size = min(num_warps_, count_ - begin);
+    const int item = begin + (warp_ + number) % size;
+    const int64_t num_own = own_end_ - own_begin_;
+    const int own_before = static_cast<int>(item * num_own / count_);
+    if (static_cast<int>((item + 1) * num_own / count_) > own_before) return own_begin_ + own_before;
+    const int other = item - own_before;  // among the pairs of other ranks, the next rank's first
+    const int after_own = count_ - own_end_;
+    return other < after_own ? own_end_ + other : other - after_own;
+  }
+
+ private:
+  int count_, own_begin_, own_end_, warp_, num_warps_;
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
