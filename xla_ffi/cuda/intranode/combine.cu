@@ -36,9 +36,10 @@ struct Inputs {
   float weight;
 };
 
-// Add up rows in the order of the inputs, by a warp. begin(at, sum) begins the sum of the elements at
-// `at`, or the first term does if there is none; term(sum, value, weight, first) adds one; end(at, sum)
-// stores it. Rows of whole words go 16 bytes at a time, through the queue; others by elements.
+// Add up rows in the order of the inputs, by a warp. begin(at, sum) begins the sum of the elements
+// at `at`, or the first term does if there is none; term(sum, value, weight, first) adds one;
+// end(at, sum) stores it. Rows of whole words go 16 bytes at a time, through the queue; others by
+// elements.
 template <typename Type, bool kWhole, typename Begin, typename Term, typename End>
 __device__ __forceinline__ void AddRows(Queue& queue, int size, const Inputs& inputs, Begin begin,
                                         Term term, End end) {
@@ -198,8 +199,9 @@ __device__ void SumTokens(const Combine& op, const GroupOp& group, Queue& queue,
   const CombineParams& params = op.params;
   for (int token = FirstItem(); token < params.route.num_tokens; token += ItemStride()) {
     const Inputs inputs = InputsOf(op, group, token, taken);
-    const char* bias =
-        params.bias == nullptr ? nullptr : static_cast<const char*>(params.bias) + token * op.row_bytes;
+    const char* bias = params.bias == nullptr
+                           ? nullptr
+                           : static_cast<const char*>(params.bias) + token * op.row_bytes;
     char* to = static_cast<char*>(params.out) + token * op.row_bytes;
     AddRows<Type, kWhole>(
         queue, op.frame.shape.hidden_size, inputs,
@@ -212,8 +214,8 @@ __device__ void SumTokens(const Combine& op, const GroupOp& group, Queue& queue,
         },
         [](float& sum, float value, float weight, bool) {
           // A weight of 1 changes nothing, also where it stands for none.
-          sum = __fadd_rn(sum,
-                          weight == 1.0f ? value : Type::Load(Type::Store(__fmul_rn(value, weight))));
+          sum = __fadd_rn(
+              sum, weight == 1.0f ? value : Type::Load(Type::Store(__fmul_rn(value, weight))));
         },
         [to](int at, const float* sum) { StoreSum<Type, kWhole>(to, at, sum); });
   }
@@ -278,8 +280,8 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
   const RowType type = params.route.row_type;
   const bool whole = op.row_bytes % sizeof(uint4) == 0;
   const Kernel kernel = whole ? KernelFor<true>(type) : KernelFor<false>(type);
-  return LaunchKernel(kernel, op, num_blocks, kThreads, whole ? kThreads * Queue::kBytesPerThread : 0,
-                      stream);
+  return LaunchKernel(kernel, op, num_blocks, kThreads,
+                      whole ? kThreads * Queue::kBytesPerThread : 0, stream);
 }
 
 const char* LoadCombineKernels(int max_shared_bytes) {

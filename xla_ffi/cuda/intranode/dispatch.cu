@@ -7,8 +7,9 @@
 // 4. Plan: prefix sums over the sources turn places into rows; drop what does not fit.
 // 5. Pull: each token that has experts here once, whatever the number of its rows.
 //
-// Lists and records stand in XLA's memory. A source that has given up may have left them to others: the
-// op fails in the end, but what they say until then must not lead outside the arrays. Counts are safe.
+// Lists and records stand in XLA's memory. A source that has given up may have left them to others:
+// the op fails in the end, but what they say until then must not lead outside the arrays. Counts
+// are safe.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -67,7 +68,7 @@ struct EntryLane {
   bool wrong;       // it counts as invalid
   bool makes_pair;  // the first valid one of its (token, rank)
   int32_t expert;
-  int32_t rank;     // of the expert
+  int32_t rank;       // of the expert
   int32_t pair_lane;  // the lane that makes its pair
 };
 
@@ -126,8 +127,7 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
   const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int tokens_per_warp = 32 / shape.num_topk;
-  const TokenRange block =
-      TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
+  const TokenRange block = TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
   const TokenRange tokens =
       warp < op.count_warps ? TokenRange::Part(block, warp, op.count_warps) : TokenRange{0, 0};
   int32_t* own_counters = counters + warp * columns;
@@ -286,8 +286,8 @@ __device__ void MakePlan(const Dispatch& op, const Plan& plan) {
   __syncthreads();
 }
 
-// The row of an entry on its rank, or kNone; `first` are the rows of earlier sources in its group. No
-// `place` leads outside the group.
+// The row of an entry on its rank, or kNone; `first` are the rows of earlier sources in its group.
+// No `place` leads outside the group.
 __device__ int32_t RowOf(const Plan& plan, int group, int32_t first, int32_t place) {
   const uint32_t at = static_cast<uint32_t>(first) + static_cast<uint32_t>(place);
   if (at >= static_cast<uint32_t>(plan.kept[group])) return kNone;
@@ -298,8 +298,7 @@ __device__ int32_t RowOf(const Plan& plan, int group, int32_t first, int32_t pla
 __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
   const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
-  const TokenRange block =
-      TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
+  const TokenRange block = TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
   const int64_t end = int64_t{block.end} * shape.num_topk;
   for (int64_t i = int64_t{block.begin} * shape.num_topk + threadIdx.x; i < end; i += kThreads) {
     const EntryRecord record = Records(op)[i];
@@ -333,7 +332,8 @@ __device__ void MarkEmpty(const Dispatch& op, int64_t row) {
 template <bool kWhole>
 __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
-  const int groups = params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
+  const int groups =
+      params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
   const int first_group = op.frame.rank * groups;
   const int lane = threadIdx.x % 32;
   const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -404,45 +404,48 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
     EntryRecord record;
     record.expert = kNone;
     if (lane < num_topk) {
-      const uint4 words = LoadOnce(
-          reinterpret_cast<const uint4*>(group.Operand<EntryRecord>(source, kRecords) + token * num_topk) +
-          lane);
+      const uint4 words =
+          LoadOnce(reinterpret_cast<const uint4*>(group.Operand<EntryRecord>(source, kRecords) +
+                                                  token * num_topk) +
+                   lane);
       record = *reinterpret_cast<const EntryRecord*>(&words);
     }
-    CarryRow(group.Operand<char>(source, kRows) + token * op.row_bytes, static_cast<char*>(params.tokens),
-             WordsOf<kWhole>(op), [&] {
-      const int32_t code = source * shape.max_tokens + static_cast<int32_t>(token);
-      const bool here = record.expert >= 0 && record.expert / shape.num_local_experts() == rank;
-      const int local = here && expert_major ? record.expert - rank * per_rank : 0;
-      int32_t row = kNone;
-      if (here) {
-        row = RowOf(plan, rank * per_rank + local, plan.first_here[source * per_rank + local],
-                    record.place);
-      }
-      const uint32_t live = __ballot_sync(~0u, row != kNone);
-      const int nth = __popc(live & ((1u << lane) - 1));
-      if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
-      if (expert_major) {
-        if (row != kNone) {
-          params.source[row] = code;
-          params.weights[row] = record.weight;
-        }
-        int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
-        if (lane == 0) line[0] = code;
-        if (row != kNone && nth < table.max_rows) line[1 + nth] = row;
-        if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
-        return int64_t{row};
-      }
-      const int32_t shared_row = __reduce_max_sync(~0u, row);
-      if (shared_row == kNone) return int64_t{kNone};
-      if (lane == 0) params.source[shared_row] = code;
-      if (lane < num_topk) {
-        const int64_t at = int64_t{shared_row} * num_topk + lane;
-        params.weights[at] = here ? record.weight : 0.0f;
-        params.local_experts[at] = here ? record.expert - rank * shape.num_local_experts() : kNone;
-      }
-      return row != kNone && nth == 0 ? int64_t{row} : int64_t{kNone};
-    });
+    CarryRow(group.Operand<char>(source, kRows) + token * op.row_bytes,
+             static_cast<char*>(params.tokens), WordsOf<kWhole>(op), [&] {
+               const int32_t code = source * shape.max_tokens + static_cast<int32_t>(token);
+               const bool here =
+                   record.expert >= 0 && record.expert / shape.num_local_experts() == rank;
+               const int local = here && expert_major ? record.expert - rank * per_rank : 0;
+               int32_t row = kNone;
+               if (here) {
+                 row = RowOf(plan, rank * per_rank + local,
+                             plan.first_here[source * per_rank + local], record.place);
+               }
+               const uint32_t live = __ballot_sync(~0u, row != kNone);
+               const int nth = __popc(live & ((1u << lane) - 1));
+               if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
+               if (expert_major) {
+                 if (row != kNone) {
+                   params.source[row] = code;
+                   params.weights[row] = record.weight;
+                 }
+                 int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
+                 if (lane == 0) line[0] = code;
+                 if (row != kNone && nth < table.max_rows) line[1 + nth] = row;
+                 if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
+                 return int64_t{row};
+               }
+               const int32_t shared_row = __reduce_max_sync(~0u, row);
+               if (shared_row == kNone) return int64_t{kNone};
+               if (lane == 0) params.source[shared_row] = code;
+               if (lane < num_topk) {
+                 const int64_t at = int64_t{shared_row} * num_topk + lane;
+                 params.weights[at] = here ? record.weight : 0.0f;
+                 params.local_experts[at] =
+                     here ? record.expert - rank * shape.num_local_experts() : kNone;
+               }
+               return row != kNone && nth == 0 ? int64_t{row} : int64_t{kNone};
+             });
   }
 }
 
@@ -483,7 +486,8 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
   const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
 
   group.Begin();
-  CountAndList(op, group, reinterpret_cast<int32_t*>(memory));  // before the plan, in the same place
+  CountAndList(op, group,
+               reinterpret_cast<int32_t*>(memory));  // before the plan, in the same place
   group.Publish();
   if (group.WaitForArrivals()) {
     MakePlan(op, plan);
@@ -504,18 +508,20 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
-  Dispatch op{frame, params, static_cast<int64_t>(shape.hidden_size * BytesOf(params.route.row_type)), kWarps};
+  Dispatch op{frame, params,
+              static_cast<int64_t>(shape.hidden_size * BytesOf(params.route.row_type)), kWarps};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
-  op.frame.offsets[kLists] =
-      op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} * shape.num_topk * sizeof(EntryRecord);
+  op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *
+                                                              shape.num_topk * sizeof(EntryRecord);
   const int warp_bytes =
       NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
   op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
   const int plan_bytes = Plan::Ints(shape) * static_cast<int>(sizeof(int32_t));
   const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
   const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
-  return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks, kThreads, shared_bytes, stream);
+  return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks,
+                      kThreads, shared_bytes, stream);
 }
 
 const char* LoadDispatchKernels(int max_shared_bytes) {

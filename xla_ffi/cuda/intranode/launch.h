@@ -17,8 +17,8 @@ namespace jax_deepep {
 struct DeviceFacts {
   const char* pool = nullptr;  // XLA's memory
   size_t pool_bytes = 0;
-  int num_sms = 0;       // that this process may use
-  int shared_bytes = 0;  // most that a block may have
+  int num_sms = 0;           // that this process may use
+  int shared_bytes = 0;      // most that a block may have
   bool bulk_copies = false;  // SM90; only floors of the bench use them
 
   bool Holds(const void* pointer) const {
@@ -36,8 +36,8 @@ const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& param
 const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
                           const DeviceFacts& device, cudaStream_t stream);
 
-// Load the kernels of a verb into the current device: loading one lazily can wait for a running kernel
-// that itself waits for a peer.
+// Load the kernels of a verb into the current device: loading one lazily can wait for a running
+// kernel that itself waits for a peer.
 const char* LoadDispatchKernels(int max_shared_bytes);
 const char* LoadRedispatchKernels(int max_shared_bytes);
 const char* LoadCombineKernels(int max_shared_bytes);
@@ -51,12 +51,12 @@ const char* LoadKernel(void (*kernel)(Op), int max_shared_bytes) {
 }
 
 template <typename Op>
-const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads, int shared_bytes,
-                         cudaStream_t stream) {
+const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
+                         int shared_bytes, cudaStream_t stream) {
   void* arguments[] = {&op};
   const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(num_threads), arguments,
-                       shared_bytes, stream);
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(num_threads),
+                       arguments, shared_bytes, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -19,7 +19,7 @@ enum { kRows };
 
 // Scaling keeps a chunk of a row in registers, so that it runs with fewer threads.
 constexpr int kScaleThreads = 512;
-constexpr int kGroupsPerLane = 8;              // of a chunk
+constexpr int kGroupsPerLane = 8;                  // of a chunk
 constexpr int kChunkGroups = 32 * kGroupsPerLane;  // 2048 elements: a block of the dot product
 
 struct Redispatch {
@@ -31,7 +31,8 @@ struct Redispatch {
 // The pairs of this rank, in either layout.
 class Pairs {
  public:
-  __device__ explicit Pairs(const Redispatch& op) : op_(op), table_(op.frame.shape, op.params.route) {
+  __device__ explicit Pairs(const Redispatch& op)
+      : op_(op), table_(op.frame.shape, op.params.route) {
     count_ = expert_major() ? op.params.pairs[0] : CountRows();
     own_begin_ = FirstOf(op.frame.rank);
     own_end_ = FirstOf(op.frame.rank + 1);
@@ -103,7 +104,8 @@ __device__ RowShape<kWhole> WordsOf(const Redispatch& op) {
 
 // Rows as they are.
 template <bool kWhole>
-__device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+__device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
+                      int32_t* taken) {
   const PairOrder order = pairs.Order();
   for (int number = 0; order.Has(number); ++number) {
     const int pair = order.At(number);
@@ -133,7 +135,8 @@ __device__ float FoldSums(float* sums) {
 
 // Rows scaled by their weights, and their products with y. Expert-major.
 template <typename Type, bool kWhole>
-__device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+__device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
+                      int32_t* taken) {
   using Element = typename Type::Element;
   const RedispatchParams& params = op.params;
   const int lane = threadIdx.x % 32;
@@ -253,7 +256,8 @@ __global__ void __launch_bounds__(kThreads, 1) CarryKernel(const __grid_constant
 }
 
 template <typename Type, bool kWhole>
-__global__ void __launch_bounds__(kScaleThreads, 1) ScaleKernel(const __grid_constant__ Redispatch op) {
+__global__ void __launch_bounds__(kScaleThreads, 1)
+    ScaleKernel(const __grid_constant__ Redispatch op) {
   Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
     Scale<Type, kWhole>(op, group, pairs, taken);
   });
