@@ -30,7 +30,8 @@ class CommunicatorStats:
     Arrays are [num_groups, R, R], indexed [group, rank, peer]; ranks of other processes are zero.
 
     Attributes:
-        rows_sent: int64, rows that rank sent to peer, itself included.
+        rows_sent: int64, rows that rank sent to peer, itself included: one per (token, device) and op,
+            however many experts of the device the token goes to.
         rows_received: int64, rows that rank received from peer.
         seconds_waited: float64, how long ops of rank waited until peer arrived.
     """

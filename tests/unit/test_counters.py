@@ -19,19 +19,18 @@ COUNTED = [
 
 
 def rows_between(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Return int [groups, R, R]: rows that a dispatch sends, and sums that a combine sends back."""
+    """Return int [groups, R, R]: rows that a dispatch sends, and sums that a combine sends back.
+
+    A row crosses once per (token, device), however many experts of the device the token goes to.
+    """
     there, back = [], []
     for routes in inputs_of(problem).routes:
+        pairs = {(token.device, token.number, device) for device, _, token in routes.live_rows()}
         rows = np.zeros((routes.num_devices, routes.num_devices), np.int64)
-        for device, _, token in routes.live_rows():
-            rows[token.device, device] += 1
+        for source, _, device in pairs:
+            rows[source, device] += 1
         there.append(rows)
-        # One sum per (token, device) travels back, however many experts of the device it is of.
-        pairs = {(device, entry[0], entry[1]) for device, _, entry in routes.entries()}
-        sums = np.zeros_like(rows)
-        for device, source, _ in pairs:
-            sums[device, source] += 1
-        back.append(sums)
+        back.append(rows.T)
     return np.stack(there), np.stack(back)
 
 

@@ -81,11 +81,15 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
         }
       });
 
+  // A token crosses once to a rank, however many rows it has there.
   for (size_t i = 0; i < moves.size(); ++i) {
     std::vector<int64_t> from_source(sources.size(), 0);
+    std::vector<bool> crossed(sources.size() * shape.max_tokens, false);
     for (int64_t row = 0; row < end_of_groups[i]; ++row) {
       const int32_t code = moves[i].source[row];
-      if (code != kNone) ++from_source[code / shape.max_tokens];
+      if (code == kNone || crossed[code]) continue;
+      crossed[code] = true;
+      ++from_source[code / shape.max_tokens];
     }
     for (size_t source = 0; source < sources.size(); ++source) {
       run.comm.CountRows(run.group, static_cast<int>(source), moves[i].rank, from_source[source]);
