@@ -40,7 +40,7 @@ def num_groups(layout: Layout, num_local_experts: int) -> int:
 def pair_table_shape(
     *, num_ranks: int, num_tokens: int, num_experts_per_tok: int, num_local_experts: int
 ) -> tuple[int, int]:
-    """Return the shape of the table of (token, device) pairs: `PairTable` in `xla_ffi/interface/geometry.h`."""
+    """Return the shape of the (token, device) pairs: `PairTable` in `xla_ffi/interface/geometry.h`."""
     return 1 + num_ranks * num_tokens, round_up(1 + min(num_experts_per_tok, num_local_experts), 4)
 
 

@@ -203,7 +203,9 @@ class Communicator:
         if self.implementation == "xla":
             transport = "JAX collectives over the mesh axes"
         elif self.platform == "cuda":
-            transport = f"peers' arrays are read in place, over NVLink or in one GPU; {self._native.num_blocks} SMs"
+            transport = (
+                f"peers' arrays are read in place, over NVLink or in one GPU; {self._native.num_blocks} SMs"
+            )
         elif processes == 1:
             transport = "process memory: peers' arrays are read in place"
         else:

@@ -1,7 +1,7 @@
 """The native half of a communicator: made by all processes together, one way per platform.
 
-    cpu    every process shares memory of its own, through which rows go to other processes
-    cuda   every process lets its peers map its control blocks, and XLA's memory pools for reading
+cpu    every process shares memory of its own, through which rows go to other processes
+cuda   every process lets its peers map its control blocks, and XLA's memory pools for reading
 """
 
 import contextlib
@@ -30,7 +30,9 @@ def obstacle(comm: Any) -> str:
 
 def _obstacle_of_gpus(comm: Any, module: Any) -> str:
     if comm.topology.num_ranks > module.max_ranks:
-        return f"groups have {comm.topology.num_ranks} devices, and native ops take at most {module.max_ranks}"
+        return (
+            f"groups have {comm.topology.num_ranks} devices, and native ops take at most {module.max_ranks}"
+        )
     num_topk = comm.num_experts_per_tok
     if isinstance(num_topk, int) and num_topk > module.max_experts_per_tok:
         return f"num_experts_per_tok is {num_topk}, and native ops take at most {module.max_experts_per_tok}"

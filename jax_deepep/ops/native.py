@@ -22,9 +22,7 @@ LAYOUT_CODES = {"expert": 0, "token": 1}
 NO_LIMIT = -1
 
 
-def _define_primitive(
-    verb: str, output_types: Callable[..., list[ShapedArray]]
-) -> jax_compat.Primitive:
+def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]]) -> jax_compat.Primitive:
     """Make the primitive of a verb from `output_types(*operand types, **parameters)`.
 
     All parameters become attributes of the custom call, with `shape` spelled out.

@@ -10,8 +10,21 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-SOURCES = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/intranode/*.cu", "xla_ffi/cpu/*.cc", "xla_ffi/transport/shared_memory.cc")
-FLAGS = ("-std=c++17", "-O2", "-lineinfo", "-fmad=false", "-Xcompiler", "-ffp-contract=off,-pthread", "-lpthread")
+SOURCES = (
+    "tests/gpu/cuda_ranks.cu",
+    "xla_ffi/cuda/intranode/*.cu",
+    "xla_ffi/cpu/*.cc",
+    "xla_ffi/transport/shared_memory.cc",
+)
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-lineinfo",
+    "-fmad=false",
+    "-Xcompiler",
+    "-ffp-contract=off,-pthread",
+    "-lpthread",
+)
 
 pytestmark = pytest.mark.gpu
 

@@ -30,9 +30,9 @@ NB_MODULE(_cpu, module) {
              Register(comm);
              return comm;
            }),
-           nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
-           nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
-           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
+           nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"), nb::arg("process"),
+           nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
+           nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
       .def_prop_ro("segment_descriptor", &Communicator::segment_descriptor)
       .def("attach_peer", &Communicator::AttachPeer, nb::arg("process"), nb::arg("descriptor"))
       .def("start", &Communicator::Start)

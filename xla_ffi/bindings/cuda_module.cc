@@ -67,10 +67,10 @@ NB_MODULE(_cuda, module) {
              Register(comm);
              return comm;
            }),
-           nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
-           nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
-           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
-           nb::arg("devices"), nb::arg("num_sms"))
+           nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"), nb::arg("process"),
+           nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
+           nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"), nb::arg("devices"),
+           nb::arg("num_sms"))
       .def("exports",
            [](const CudaCommunicator& comm) {
              std::vector<ExportTuple> exports;
@@ -83,7 +83,8 @@ NB_MODULE(_cuda, module) {
           "attach_peer",
           [](CudaCommunicator& comm, int process, const std::vector<ExportTuple>& exports) {
             std::vector<ExportedMemory> memories;
-            for (const ExportTuple& memory : exports) memories.push_back({memory.first, memory.second});
+            for (const ExportTuple& memory : exports)
+              memories.push_back({memory.first, memory.second});
             comm.AttachPeer(process, memories);
           },
           nb::arg("process"), nb::arg("exports"))

@@ -11,8 +11,8 @@ namespace jax_deepep {
 // there is always another thread for the next one. Idle threads are reused, then end.
 void RunOnOwnThread(std::function<void()> task);
 
-// Let this thread take subnormal numbers for what they are. XLA's threads flush them to zero, and a new
-// thread inherits that from the one that makes it.
+// Let this thread take subnormal numbers for what they are. XLA's threads flush them to zero, and a
+// new thread inherits that from the one that makes it.
 void KeepSubnormals();
 
 // Cores that this process may use.

@@ -13,8 +13,8 @@
 namespace jax_deepep {
 namespace {
 
-// Blocks, one per SM, that fill the NVLink ports of a Hopper GPU: an SM copies 45 to 58 GB/s, and the
-// ports carry 450 GB/s each way, of which 375 were ever measured.
+// Blocks, one per SM, that fill the NVLink ports of a Hopper GPU: an SM copies 45 to 58 GB/s, and
+// the ports carry 450 GB/s each way, of which 375 were ever measured.
 constexpr int kBlocksForFullSpeed = 16;
 
 // Shared memory that kernels declare statically, at most.
@@ -80,8 +80,8 @@ T ReadVolatile(const T& value) {
 
 }  // namespace
 
-CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices,
-                                   int num_sms)
+CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
+                                   const std::vector<LocalDevice>& devices, int num_sms)
     : config_(std::move(config)) {
   size_t next_device = 0;
   for (const Place& place : config_.places) {
@@ -176,12 +176,10 @@ void CudaCommunicator::Load(const char* (*load)(int max_shared_bytes)) {
 }
 
 template <typename Params>
-std::string CudaCommunicator::LaunchVerb(Verb verb, const Params& params,
-                                         const std::vector<const void*>& read_by_peers,
-                                         const int32_t* believed_rank, int64_t device,
-                                         cudaStream_t stream,
-                                         const char* (*launch)(const OpFrame&, const Params&, int,
-                                                               const DeviceFacts&, cudaStream_t)) {
+std::string CudaCommunicator::LaunchVerb(
+    Verb verb, const Params& params, const std::vector<const void*>& read_by_peers,
+    const int32_t* believed_rank, int64_t device, cudaStream_t stream,
+    const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t)) {
   return LaunchOp(verb, HashOf(params), read_by_peers, believed_rank, device,
                   [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
                     return launch(frame, params, num_blocks, facts, stream);
@@ -198,7 +196,8 @@ std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
     if (rank->ordinal != device) continue;
     for (const void* operand : read_by_peers) {
       if (operand != nullptr && !rank->facts.Holds(operand)) {
-        return "an operand is not in the memory pool that peers have mapped; let XLA preallocate its "
+        return "an operand is not in the memory pool that peers have mapped; let XLA preallocate "
+               "its "
                "pool (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
       }
     }
@@ -214,8 +213,8 @@ std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
 
 std::string CudaCommunicator::Launch(const DispatchParams& params, const int32_t* believed_rank,
                                      int64_t device, cudaStream_t stream) {
-  return LaunchVerb(Verb::kDispatch, params, {params.x, params.scratch}, believed_rank, device, stream,
-                    &LaunchDispatch);
+  return LaunchVerb(Verb::kDispatch, params, {params.x, params.scratch}, believed_rank, device,
+                    stream, &LaunchDispatch);
 }
 
 std::string CudaCommunicator::Launch(const RedispatchParams& params, const int32_t* believed_rank,
@@ -231,7 +230,8 @@ std::string CudaCommunicator::Launch(const CombineParams& params, const int32_t*
   if (params.route.capacity > 0) {
     read_by_peers.insert(read_by_peers.end(), {params.y, params.weights, params.row_gradients});
   }
-  return LaunchVerb(Verb::kCombine, params, read_by_peers, believed_rank, device, stream, &LaunchCombine);
+  return LaunchVerb(Verb::kCombine, params, read_by_peers, believed_rank, device, stream,
+                    &LaunchCombine);
 }
 
 void CudaCommunicator::WaitForOps() const {
@@ -244,14 +244,16 @@ void CudaCommunicator::WaitForOps() const {
 void CudaCommunicator::Close() {
   if (closed_.exchange(true)) return;
   WaitForOps();
-  // A replayed graph does not come here: its ops find on the device that they are to fail, and tell.
+  // A replayed graph does not come here: its ops find on the device that they are to fail, and
+  // tell.
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
     FailureReport report;
     report.failure = Failure::kClosed;
     const uint64_t broken = rank->place.rank + 1;
-    cudaMemcpy(&control->reports[rank->place.rank], &report, sizeof(report), cudaMemcpyHostToDevice);
+    cudaMemcpy(&control->reports[rank->place.rank], &report, sizeof(report),
+               cudaMemcpyHostToDevice);
     cudaMemcpy(&control->broken, &broken, sizeof(broken), cudaMemcpyHostToDevice);
   }
 }
@@ -261,14 +263,16 @@ std::string CudaCommunicator::Describe(const LocalRank& rank, const FailureRepor
   std::vector<MissingRank> missing;
   for (int peer = 0; peer < shape().num_ranks; ++peer) {
     if ((report.missing >> peer & 1) == 0) continue;
-    missing.push_back({peer, static_cast<int64_t>(report.step), static_cast<int64_t>(report.seen[peer]),
+    missing.push_back({peer, static_cast<int64_t>(report.step),
+                       static_cast<int64_t>(report.seen[peer]),
                        report.failure == Failure::kNotLeft});
   }
   const std::string op = NameOf(report.verb);
   std::string text;
   switch (report.failure) {
     case Failure::kWrongRank:
-      text = op + ": the program runs a device as another rank than the " + std::to_string(reporter) +
+      text = op + ": the program runs a device as another rank than the " +
+             std::to_string(reporter) +
              " that it is in the communicator's mesh; use one mesh for both";
       break;
     case Failure::kDifferentOps:
@@ -278,7 +282,8 @@ std::string CudaCommunicator::Describe(const LocalRank& rank, const FailureRepor
       text += "; all ranks must run the same program";
       break;
     case Failure::kClosed:
-      text = "a program ran on after the communicator was closed on rank " + std::to_string(reporter);
+      text =
+          "a program ran on after the communicator was closed on rank " + std::to_string(reporter);
       break;
     case Failure::kNone:
     case Failure::kNotArrived:
@@ -316,7 +321,8 @@ Traffic CudaCommunicator::TakeTraffic() {
   std::lock_guard<std::mutex> lock(traffic_mutex_);
   const size_t num_ranks = shape().num_ranks;
   const size_t size = static_cast<size_t>(config_.num_groups) * num_ranks * num_ranks;
-  Traffic traffic{std::vector<int64_t>(size), std::vector<int64_t>(size), std::vector<double>(size)};
+  Traffic traffic{std::vector<int64_t>(size), std::vector<int64_t>(size),
+                  std::vector<double>(size)};
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     DeviceControl control;
@@ -326,8 +332,10 @@ Traffic CudaCommunicator::TakeTraffic() {
     for (size_t peer = 0; peer < num_ranks; ++peer) {
       uint64_t* before = &rank->taken_before[3 * peer];
       traffic.rows_sent[first + peer] = static_cast<int64_t>(control.rows_taken[peer] - before[0]);
-      traffic.rows_received[first + peer] = static_cast<int64_t>(control.rows_received[peer] - before[1]);
-      traffic.seconds_waited[first + peer] = 1e-9 * static_cast<double>(control.waited_ns[peer] - before[2]);
+      traffic.rows_received[first + peer] =
+          static_cast<int64_t>(control.rows_received[peer] - before[1]);
+      traffic.seconds_waited[first + peer] =
+          1e-9 * static_cast<double>(control.waited_ns[peer] - before[2]);
       before[0] = control.rows_taken[peer];
       before[1] = control.rows_received[peer];
       before[2] = control.waited_ns[peer];
@@ -342,8 +350,9 @@ std::vector<double> CudaCommunicator::LastOpSeconds() const {
     OnDevice current(rank->ordinal);
     const auto* control = reinterpret_cast<const DeviceControl*>(rank->control.data());
     uint64_t nanoseconds = 0;
-    Check(cudaMemcpy(&nanoseconds, &control->last_op_ns, sizeof(nanoseconds), cudaMemcpyDeviceToHost),
-          "cudaMemcpy");
+    Check(
+        cudaMemcpy(&nanoseconds, &control->last_op_ns, sizeof(nanoseconds), cudaMemcpyDeviceToHost),
+        "cudaMemcpy");
     seconds.push_back(1e-9 * static_cast<double>(nanoseconds));
   }
   return seconds;
@@ -358,7 +367,8 @@ size_t CudaCommunicator::buffer_bytes() const {
 std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes) {
   OnDevice current(device.ordinal);
   int major = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.ordinal) != cudaSuccess ||
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.ordinal) !=
+          cudaSuccess ||
       major < 8) {
     return "the GPU is older than compute capability 8.0";
   }
@@ -373,8 +383,8 @@ std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes) {
   }
   ExportedMemory exported;
   if (std::string error = pool.Export(&exported); !error.empty()) {
-    return "XLA's memory pool on GPU " + std::to_string(device.ordinal) + " cannot be exported (" + error +
-           "): leave XLA_PYTHON_CLIENT_ALLOCATOR at its default";
+    return "XLA's memory pool on GPU " + std::to_string(device.ordinal) + " cannot be exported (" +
+           error + "): leave XLA_PYTHON_CLIENT_ALLOCATOR at its default";
   }
   close(exported.descriptor);
   return "";

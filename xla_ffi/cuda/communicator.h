@@ -30,8 +30,8 @@ struct LocalDevice {
 
 class CudaCommunicator {
  public:
-  // `devices` are those of this process, in the order of config.places. AttachPeer for every process
-  // of the mesh, this one included, and Start must follow. Throws std::runtime_error.
+  // `devices` are those of this process, in the order of config.places. AttachPeer for every
+  // process of the mesh, this one included, and Start must follow. Throws std::runtime_error.
   CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices, int num_sms);
   ~CudaCommunicator();
 
@@ -56,8 +56,8 @@ class CudaCommunicator {
   std::string Launch(const CombineParams& params, const int32_t* believed_rank, int64_t device,
                      cudaStream_t stream);
 
-  // Enqueue a rank's part of any op: `enqueue` gets the frame of the op, known to all ranks by `what`.
-  // Returns an error, or nothing.
+  // Enqueue a rank's part of any op: `enqueue` gets the frame of the op, known to all ranks by
+  // `what`. Returns an error, or nothing.
   using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&)>;
   std::string LaunchOp(Verb verb, uint64_t what, const std::vector<const void*>& read_by_peers,
                        const int32_t* believed_rank, int64_t device, const Enqueue& enqueue);
@@ -94,8 +94,8 @@ class CudaCommunicator {
     DeviceFacts facts;
     DeviceMemory control;
     DeviceMemory pool;
-    HostStatus* status = nullptr;  // pinned, written by the device
-    OpFrame frame;                 // but for what an op adds
+    HostStatus* status = nullptr;        // pinned, written by the device
+    OpFrame frame;                       // but for what an op adds
     std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
   };
 
@@ -107,10 +107,10 @@ class CudaCommunicator {
 
   template <typename Params>
   std::string LaunchVerb(Verb verb, const Params& params,
-                         const std::vector<const void*>& read_by_peers, const int32_t* believed_rank,
-                         int64_t device, cudaStream_t stream,
-                         const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&,
-                                               cudaStream_t));
+                         const std::vector<const void*>& read_by_peers,
+                         const int32_t* believed_rank, int64_t device, cudaStream_t stream,
+                         const char* (*launch)(const OpFrame&, const Params&, int,
+                                               const DeviceFacts&, cudaStream_t));
   std::string Describe(const LocalRank& rank, const FailureReport& report, int reporter) const;
 
   const CommunicatorConfig config_;

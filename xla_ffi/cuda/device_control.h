@@ -12,8 +12,8 @@
 
 namespace jax_deepep {
 
-inline constexpr int kMaxRanks = 64;   // of one group: a bit each in a word
-inline constexpr int kMaxTopk = 32;    // entries of a token: a lane of a warp each
+inline constexpr int kMaxRanks = 64;    // of one group: a bit each in a word
+inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp each
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
 
@@ -59,11 +59,11 @@ struct DeviceControl {
   uint64_t broken;  // 1 + the rank whose report says why the group ends; set after the report
 
   // Written by this rank.
-  uint64_t step;        // ops that this rank has completed
-  uint32_t failed;      // no op can succeed any more
-  uint32_t num_waiting;  // blocks that wait in a grid barrier
-  uint32_t generation;   // grid barriers completed
-  uint32_t num_ready;    // blocks whose writes peers may read
+  uint64_t step;          // ops that this rank has completed
+  uint32_t failed;        // no op can succeed any more
+  uint32_t num_waiting;   // blocks that wait in a grid barrier
+  uint32_t generation;    // grid barriers completed
+  uint32_t num_ready;     // blocks whose writes peers may read
   uint32_t num_finished;  // blocks whose reads are done
   uint32_t num_invalid;   // entries of topk_idx that this op ignored
   uint64_t rows_received[kMaxRanks];
@@ -81,7 +81,9 @@ struct HostStatus {
 };
 
 // Counts of a rank's entries, by group: experts first, then one per destination rank.
-JAX_DEEPEP_HOST_DEVICE constexpr int NumCountColumns(int num_experts, int num_ranks) { return num_experts + num_ranks; }
+JAX_DEEPEP_HOST_DEVICE constexpr int NumCountColumns(int num_experts, int num_ranks) {
+  return num_experts + num_ranks;
+}
 
 // Behind the block: counts [R][columns], entry s written by rank s; then this rank's own
 // [kMaxBlocks][columns].

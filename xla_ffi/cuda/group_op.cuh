@@ -10,8 +10,9 @@
 // A step is an op of the communicator, counted in device memory: a replayed graph is as good as a
 // fresh launch. Flags only grow, so that nothing is ever reset. Who waits longer than the timeout
 // gives up: it tells all peers and its host why, and leaves. A peer that still reads then may read
-// what XLA has reused; it looks for such word after its last load, in Finish, and fails too. It passes
-// the word on before it leaves in turn: whoever leaves an op that failed has told all others.
+// what XLA has reused; it looks for such word after its last load, in Finish, and fails too. It
+// passes the word on before it leaves in turn: whoever leaves an op that failed has told all
+// others.
 //
 // tests/unit/protocol_model.py has this protocol step by step, and tries all runs of a few ranks.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
@@ -19,8 +20,8 @@
 
 #include <cstdint>
 
-#include "cuda/op_frame.h"
 #include "cuda/memory_order.cuh"
+#include "cuda/op_frame.h"
 
 namespace jax_deepep {
 
@@ -52,8 +53,8 @@ class GroupOp {
   __device__ uint64_t step() const { return shared_.step; }
   __device__ DeviceControl& own() const { return own_; }
 
-  // Whether an earlier op has failed on this rank. A late peer may still be in that one, so that this
-  // rank must not touch what the peer takes from its control block.
+  // Whether an earlier op has failed on this rank. A late peer may still be in that one, so that
+  // this rank must not touch what the peer takes from its control block.
   __device__ bool failed_before() const { return shared_.failed_before; }
 
   // Wait for all blocks of this rank; what they wrote before is visible after. Unbounded: they wait
@@ -130,7 +131,8 @@ class GroupOp {
     if (!Stopped()) {
       for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
         DeviceControl& control = *frame_.control[peer];
-        control.rows_taken[frame_.rank] = *static_cast<volatile uint64_t*>(&own_.rows_received[peer]);
+        control.rows_taken[frame_.rank] =
+            *static_cast<volatile uint64_t*>(&own_.rows_received[peer]);
         // Pairs with the acquire load in WaitForAll, on the peer: this rank's reads come before.
         StoreReleaseSystem(&control.left[frame_.rank], step());
       }
@@ -185,7 +187,8 @@ class GroupOp {
     return last;
   }
 
-  // Wait until the flags of all ranks have reached this step; leaves the answer in shared_.flag too.
+  // Wait until the flags of all ranks have reached this step; leaves the answer in shared_.flag
+  // too.
   __device__ bool WaitForAll(const uint64_t* flags, Failure failure) {
     if (threadIdx.x < 32) {
       const uint64_t deadline = NanosecondClock() + frame_.timeout_ns;
@@ -219,9 +222,9 @@ class GroupOp {
     return ok;
   }
 
-  // Give up, once; called by one thread. A rank that nobody has told says why to its host and to all
-  // peers; one that was told passes that on, to its peers as well: who told it may not have come to
-  // them yet, and they may read this rank's operands, and succeed, after it has left.
+  // Give up, once; called by one thread. A rank that nobody has told says why to its host and to
+  // all peers; one that was told passes that on, to its peers as well: who told it may not have
+  // come to them yet, and they may read this rank's operands, and succeed, after it has left.
   __device__ __noinline__ void Fail(Failure failure, uint64_t missing, const uint64_t* flags) {
     if (atomicCAS(&own_.failed, 0u, 1u) != 0u) return;
     HostStatus& status = *frame_.status;

@@ -35,9 +35,7 @@ __device__ __forceinline__ uint32_t AddAcquireRelease(uint32_t* address, uint32_
   return old;
 }
 
-__device__ __forceinline__ void FenceSystem() {
-  asm volatile("fence.acq_rel.sys;" ::: "memory");
-}
+__device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Loads of what a peer wrote during this op, by threads that did not acquire it themselves.
 __device__ __forceinline__ int32_t LoadFresh(const int32_t* address) {

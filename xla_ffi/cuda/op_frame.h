@@ -15,12 +15,12 @@ struct OpFrame {
   GroupShape shape;
   int32_t rank = 0;
   Verb verb = Verb::kDispatch;
-  uint64_t what = 0;         // a hash of what must be the same on all ranks
-  uint64_t timeout_ns = 0;   // the longest wait on a peer
+  uint64_t what = 0;                       // a hash of what must be the same on all ranks
+  uint64_t timeout_ns = 0;                 // the longest wait on a peer
   const int32_t* believed_rank = nullptr;  // what the program takes this device for
   HostStatus* status = nullptr;
   int64_t offsets[kMaxOperands] = {};      // of what peers read of this rank, in its pool
-  DeviceControl* control[kMaxRanks] = {};   // of every rank, this one included
+  DeviceControl* control[kMaxRanks] = {};  // of every rank, this one included
   const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, to be read only
 
   // The counts behind this rank's control block, and behind a peer's.

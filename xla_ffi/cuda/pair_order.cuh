@@ -1,6 +1,6 @@
-// In which order a rank reads its pairs: those of the next rank first, so that no two ranks read from
-// the same one at the same time, and this rank's own spread between them, so that the links are busy
-// from beginning to end.
+// In which order a rank reads its pairs: those of the next rank first, so that no two ranks read
+// from the same one at the same time, and this rank's own spread between them, so that the links
+// are busy from beginning to end.
 #ifndef JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
 #define JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
 
@@ -29,7 +29,8 @@ class PairOrder {
     const int item = begin + (warp_ + number) % size;
     const int64_t num_own = own_end_ - own_begin_;
     const int own_before = static_cast<int>(item * num_own / count_);
-    if (static_cast<int>((item + 1) * num_own / count_) > own_before) return own_begin_ + own_before;
+    if (static_cast<int>((item + 1) * num_own / count_) > own_before)
+      return own_begin_ + own_before;
     const int other = item - own_before;  // among the pairs of other ranks, the next rank's first
     const int after_own = count_ - own_end_;
     return other < after_own ? own_end_ + other : other - after_own;

@@ -3,8 +3,8 @@
 // A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. Products
 // and sums are rounded separately: __fmul_rn and __fadd_rn are never fused.
 //
-// Plain loads, many in flight, read as fast as an SM can (100 to 146 GB/s on an H200) and copy as fast
-// as it can write (58 GB/s); the bulk copy engine did neither better. See bench/RESULTS.md.
+// Plain loads, many in flight, read as fast as an SM can (100 to 146 GB/s on an H200) and copy as
+// fast as it can write (58 GB/s); the bulk copy engine did neither better. See bench/RESULTS.md.
 #ifndef JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 #define JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 
@@ -26,8 +26,8 @@ struct Packed {
   uint4 words[kWords];
 };
 
-// Elements of a row. A row of whole groups is loaded and stored 16 bytes at a time; any other one an
-// element at a time.
+// Elements of a row. A row of whole groups is loaded and stored 16 bytes at a time; any other one
+// an element at a time.
 template <bool kWhole>
 struct RowShape {
   int size = 0;
@@ -48,7 +48,8 @@ __device__ __forceinline__ uint4 LoadOnce(const uint4* from) {
 
 // Load or store a group of a row; elements after the row are loaded as zeros and not stored.
 template <typename Element, bool kWhole>
-__device__ __forceinline__ Packed<Element> LoadGroup(const char* row, int group, RowShape<kWhole> shape) {
+__device__ __forceinline__ Packed<Element> LoadGroup(const char* row, int group,
+                                                     RowShape<kWhole> shape) {
   Packed<Element> packed;
   const auto* from = reinterpret_cast<const Element*>(row) + int64_t{group} * kGroup;
   if constexpr (kWhole) {
@@ -116,7 +117,9 @@ struct BFloat16 {
   __device__ static void UnpackWord(uint4 word, float* values) { Unpack({{word}}, values); }
   __device__ static uint4 PackWord(const float* values) { return Pack(values).words[0]; }
   __device__ static float Load(Element bits) { return __uint_as_float(uint32_t{bits} << 16); }
-  __device__ static Element Store(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+  __device__ static Element Store(float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+  }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(packed.words);
 #pragma unroll
@@ -129,7 +132,8 @@ struct BFloat16 {
     Packed<Element> packed;
     auto* pairs = reinterpret_cast<__nv_bfloat162*>(packed.words);
 #pragma unroll
-    for (int i = 0; i < kGroup / 2; ++i) pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    for (int i = 0; i < kGroup / 2; ++i)
+      pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
     return packed;
   }
 };
@@ -153,7 +157,8 @@ struct Float16 {
     Packed<Element> packed;
     auto* pairs = reinterpret_cast<__half2*>(packed.words);
 #pragma unroll
-    for (int i = 0; i < kGroup / 2; ++i) pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+    for (int i = 0; i < kGroup / 2; ++i)
+      pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
     return packed;
   }
 };
@@ -161,7 +166,8 @@ struct Float16 {
 // Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.
 // `destination()` is asked once the first loads are under way. For copies, a row is 16-bit words.
 template <bool kWhole, typename Destination>
-__device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape, Destination destination) {
+__device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape,
+                         Destination destination) {
   constexpr int kAhead = 7;  // loads in flight of a lane
   const int lane = threadIdx.x % 32;
   int64_t mine = -1;

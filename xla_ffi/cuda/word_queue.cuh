@@ -1,6 +1,6 @@
-// How a thread reads many words of 16 bytes ahead of their use: each on its way into a slot of shared
-// memory that is this thread's alone, so that loads in flight take no registers and nobody waits for
-// another thread.
+// How a thread reads many words of 16 bytes ahead of their use: each on its way into a slot of
+// shared memory that is this thread's alone, so that loads in flight take no registers and nobody
+// waits for another thread.
 #ifndef JAX_DEEPEP_CUDA_WORD_QUEUE_CUH_
 #define JAX_DEEPEP_CUDA_WORD_QUEUE_CUH_
 
@@ -17,8 +17,9 @@ class WordQueue {
   __device__ explicit WordQueue(char* memory)
       : slots_(reinterpret_cast<uint4*>(memory) + threadIdx.x) {}
 
-  // Call use(number, word) for the words address(0), address(1), ... of `count`, in order. All threads
-  // of a warp have the same count; a thread may have no address (null) for some and gets garbage then.
+  // Call use(number, word) for the words address(0), address(1), ... of `count`, in order. All
+  // threads of a warp have the same count; a thread may have no address (null) for some and gets
+  // garbage then.
   template <typename Address, typename Use>
   __device__ __forceinline__ void Run(int count, Address address, Use use) {
 #pragma unroll

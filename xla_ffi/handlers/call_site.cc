@@ -21,9 +21,8 @@ std::atomic<int64_t> calls_in_program{0};
 
 void FinishProgram() { calls_in_program = 0; }
 
-ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs,
-                                                               ffi::RemainingRets,
-                                                               ffi::Dictionary attributes) {
+ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
+                                                            ffi::Dictionary attributes) {
   const ffi::ErrorOr<int64_t> comm_id = attributes.get<int64_t>("comm");
   const ffi::ErrorOr<int64_t> fingerprint = attributes.get<int64_t>("fingerprint");
   if (!comm_id.has_value()) return ffi::Unexpected(comm_id.error());

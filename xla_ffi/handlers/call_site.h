@@ -16,9 +16,8 @@
 namespace jax_deepep {
 
 // The instantiate stage of every verb.
-ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs,
-                                                               ffi::RemainingRets,
-                                                               ffi::Dictionary attributes);
+ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
+                                                            ffi::Dictionary attributes);
 
 // Decode the row type, or nothing for one that rows cannot have.
 std::optional<RowType> RowTypeOf(ffi::DataType type);

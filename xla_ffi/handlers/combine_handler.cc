@@ -5,12 +5,13 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                    ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
-                    ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
-                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
-                    ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool weighted, bool with_bias,
-                    bool with_gradients, bool with_pairs, bool with_sums, int64_t, int64_t) {
+LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
+                     ffi::AnyBuffer destination, ffi::AnyBuffer weights, ffi::AnyBuffer bias,
+                     ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
+                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
+                     ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool weighted,
+                     bool with_bias, bool with_gradients, bool with_pairs, bool with_sums, int64_t,
+                     int64_t) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;

@@ -5,17 +5,18 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                     ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
-                     ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> source,
-                     ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
-                     ffi::Result<ffi::AnyBuffer> local_experts,
-                     ffi::Result<ffi::AnyBuffer> group_sizes, ffi::Result<ffi::AnyBuffer> num_rows,
-                     ffi::Result<ffi::AnyBuffer> num_received,
-                     ffi::Result<ffi::AnyBuffer> num_dropped,
-                     ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
-                     ffi::Result<ffi::AnyBuffer> scratch, int64_t layout, int64_t alignment,
-                     int64_t expert_capacity, bool with_pairs, bool with_scratch, int64_t, int64_t) {
+LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
+                      ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
+                      ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> source,
+                      ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
+                      ffi::Result<ffi::AnyBuffer> local_experts,
+                      ffi::Result<ffi::AnyBuffer> group_sizes, ffi::Result<ffi::AnyBuffer> num_rows,
+                      ffi::Result<ffi::AnyBuffer> num_received,
+                      ffi::Result<ffi::AnyBuffer> num_dropped,
+                      ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
+                      ffi::Result<ffi::AnyBuffer> scratch, int64_t layout, int64_t alignment,
+                      int64_t expert_capacity, bool with_pairs, bool with_scratch, int64_t,
+                      int64_t) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;

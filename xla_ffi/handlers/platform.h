@@ -1,7 +1,8 @@
 // The platform that the handlers are compiled for; each has a module of its own.
 //
-// It gives them PlatformCommunicator; LaunchContext, what XLA tells a custom call beyond its buffers;
-// LaunchResult, what an execute stage returns; and Launch for the parameters of every verb.
+// It gives them PlatformCommunicator; LaunchContext, what XLA tells a custom call beyond its
+// buffers; LaunchResult, what an execute stage returns; and Launch for the parameters of every
+// verb.
 #ifndef JAX_DEEPEP_HANDLERS_PLATFORM_H_
 #define JAX_DEEPEP_HANDLERS_PLATFORM_H_
 

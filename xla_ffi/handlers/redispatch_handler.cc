@@ -6,11 +6,11 @@ namespace jax_deepep {
 namespace {
 
 LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                       ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer group_sizes,
-                       ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
-                       ffi::Result<ffi::AnyBuffer> rows,
-                       ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
-                       bool weighted, bool with_products, bool with_pairs, int64_t, int64_t) {
+                        ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer group_sizes,
+                        ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
+                        ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> products,
+                        int64_t layout, bool zero_rest, bool weighted, bool with_products,
+                        bool with_pairs, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   RedispatchParams params;
   RouteShape& route = params.route;

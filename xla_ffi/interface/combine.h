@@ -15,8 +15,8 @@ struct CombineParams {
   const float* weights = nullptr;        // [C], or null for 1
   const float* row_gradients = nullptr;  // [C] expert-major, [C, K] token-major, or null
   const int32_t* destination = nullptr;  // [T, K]
-  const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null where ops get on without
-  const void* bias = nullptr;            // [T, H] of route.row_type, or null
+  const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
+  const void* bias = nullptr;      // [T, H] of route.row_type, or null
   // Results.
   void* out = nullptr;         // [T, H]
   float* gradients = nullptr;  // [T, K], with row_gradients; 0 where an entry went nowhere

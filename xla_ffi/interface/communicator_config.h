@@ -11,7 +11,8 @@ namespace jax_deepep {
 
 // A device of the mesh.
 struct Place {
-  int64_t device = 0;  // as XLA names it to a custom call of this process; unused for other processes'
+  int64_t device =
+      0;  // as XLA names it to a custom call of this process; unused for other processes'
   int32_t group = 0;
   int32_t rank = 0;
   int32_t process = 0;

@@ -20,14 +20,15 @@ struct MissingRank {
 };
 
 inline std::string DescribeTimeout(const std::string& op, int waiting_rank, double timeout_s,
-                                   const std::string& where, const std::vector<MissingRank>& missing) {
+                                   const std::string& where,
+                                   const std::vector<MissingRank>& missing) {
   std::ostringstream text;
   text << op << " on rank " << waiting_rank << " waited " << timeout_s << " s (timeout_s)" << where
        << " for ";
   const char* separator = missing.size() == 1 ? "rank " : "ranks ";
   for (const MissingRank& peer : missing) {
-    text << separator << peer.rank << " (expected at step " << peer.expected_step << ", seen at step "
-         << peer.seen_step << (peer.stopped ? ", then stopped)" : ")");
+    text << separator << peer.rank << " (expected at step " << peer.expected_step
+         << ", seen at step " << peer.seen_step << (peer.stopped ? ", then stopped)" : ")");
     separator = ", ";
   }
   return text.str();
@@ -39,9 +40,10 @@ inline std::string DescribeBroken(const std::string& failure, const Communicator
   std::ostringstream text;
   text << failure << " (communicator #" << config.id;
   if (config.num_groups > 1) text << ", group " << group;
-  text << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
-          "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
-          "was only slow.";
+  text
+      << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
+         "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
+         "was only slow.";
   return text.str();
 }
 
@@ -50,8 +52,9 @@ inline std::string DescribeInvalidRouting(const CommunicatorConfig& config, int 
   std::ostringstream text;
   text << "dispatch on rank " << rank;
   if (config.num_groups > 1) text << " of group " << group;
-  text << " (communicator #" << config.id << ") ignored " << count << " entries of topk_idx, at step "
-       << step << " or before: they were outside [-1, " << config.shape.num_experts
+  text << " (communicator #" << config.id << ") ignored " << count
+       << " entries of topk_idx, at step " << step << " or before: they were outside [-1, "
+       << config.shape.num_experts
        << "), or named an expert for the second time in their row. Use -1 for \"no expert\"; "
           "handle.num_invalid has the count of each dispatch.";
   return text.str();

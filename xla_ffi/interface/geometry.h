@@ -13,7 +13,9 @@ enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
 
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) { return type == RowType::kFloat32 ? 4 : 2; }
+JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) {
+  return type == RowType::kFloat32 ? 4 : 2;
+}
 
 // Stands for "no limit" where a limit is a number of rows.
 inline constexpr int64_t kNoLimit = -1;

@@ -14,9 +14,9 @@ struct RedispatchParams {
   const void* x = nullptr;               // [T, H] of route.row_type
   const int32_t* source = nullptr;       // [C]
   const int32_t* group_sizes = nullptr;  // [G]
-  const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null where ops get on without
-  const float* weights = nullptr;        // [C], or null for 1
-  const void* y = nullptr;               // [C, H], or null where no products are wanted
+  const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
+  const float* weights = nullptr;  // [C], or null for 1
+  const void* y = nullptr;         // [C, H], or null where no products are wanted
   // Results.
   void* rows = nullptr;       // [C, H]
   float* products = nullptr;  // [C], with y; 0 in rows of no token

@@ -93,8 +93,7 @@ std::string DeviceMemory::Create(int device, size_t bytes) {
   if (!driver.error.empty()) return driver.error;
   const CUmemAllocationProp properties = ExportableOn(device);
   size_t granularity = 0;
-  CUresult result =
-      driver.granularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+  CUresult result = driver.granularity(&granularity, &properties, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
   if (result != CUDA_SUCCESS) return driver.Failed("cuMemGetAllocationGranularity", result);
   bytes_ = (bytes + granularity - 1) / granularity * granularity;
   CUmemGenericAllocationHandle handle;
@@ -104,7 +103,8 @@ std::string DeviceMemory::Create(int device, size_t bytes) {
   driver.release(handle);  // the mapping keeps the memory
   if (!error.empty()) return error;
   const cudaError_t cleared = cudaMemset(data_, 0, bytes_);
-  return cleared == cudaSuccess ? "" : std::string("cudaMemset failed: ") + cudaGetErrorString(cleared);
+  return cleared == cudaSuccess ? ""
+                                : std::string("cudaMemset failed: ") + cudaGetErrorString(cleared);
 }
 
 std::string DeviceMemory::Import(const ExportedMemory& memory, const std::vector<int>& devices,
@@ -112,9 +112,9 @@ std::string DeviceMemory::Import(const ExportedMemory& memory, const std::vector
   const Driver& driver = TheDriver();
   if (!driver.error.empty()) return driver.error;
   CUmemGenericAllocationHandle handle;
-  const CUresult result =
-      driver.import_handle(&handle, reinterpret_cast<void*>(static_cast<intptr_t>(memory.descriptor)),
-                           CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  const CUresult result = driver.import_handle(
+      &handle, reinterpret_cast<void*>(static_cast<intptr_t>(memory.descriptor)),
+      CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
   if (result != CUDA_SUCCESS) return driver.Failed("cuMemImportFromShareableHandle", result);
   bytes_ = memory.bytes;
   std::string error = Map(handle, devices, writable);
@@ -140,7 +140,8 @@ std::string DeviceMemory::Map(unsigned long long handle, const std::vector<int>&
     CUmemAccessDesc description = {};
     description.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
     description.location.id = device;
-    description.flags = writable ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ;
+    description.flags =
+        writable ? CU_MEM_ACCESS_FLAGS_PROT_READWRITE : CU_MEM_ACCESS_FLAGS_PROT_READ;
     access.push_back(description);
   }
   result = driver.set_access(address, bytes_, access.data(), access.size());

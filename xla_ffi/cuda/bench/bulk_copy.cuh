@@ -26,8 +26,9 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
 
 // A barrier in shared memory on which loads complete, with one arrival: the issuing thread's.
 __device__ __forceinline__ void InitLoadBarrier(uint64_t* barrier) {
-  JAX_DEEPEP_SM90(asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier))
-                               : "memory"));
+  JAX_DEEPEP_SM90(
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(SharedAddress(barrier))
+                   : "memory"));
 }
 
 // Make initialised barriers visible to the copy engine.
@@ -37,17 +38,17 @@ __device__ __forceinline__ void FenceBarrierInit() {
 
 // Arrive, and expect `bytes` of loads in this phase.
 __device__ __forceinline__ void ExpectLoads(uint64_t* barrier, uint32_t bytes) {
-  JAX_DEEPEP_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                                   SharedAddress(barrier)),
-                               "r"(bytes)
-                               : "memory"));
+  JAX_DEEPEP_SM90(asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory"));
 }
 
 __device__ __forceinline__ void BulkLoad(void* shared, const void* global, uint32_t bytes,
                                          uint64_t* barrier) {
   JAX_DEEPEP_SM90(asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          SharedAddress(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(SharedAddress(shared)),
       "l"(global), "r"(bytes), "r"(SharedAddress(barrier))
       : "memory"));
 }
@@ -69,9 +70,10 @@ __device__ __forceinline__ void WaitForLoads(uint64_t* barrier, uint32_t parity)
 }
 
 __device__ __forceinline__ void BulkStore(void* global, const void* shared, uint32_t bytes) {
-  JAX_DEEPEP_SM90(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-                               "r"(SharedAddress(shared)), "r"(bytes)
-                               : "memory"));
+  JAX_DEEPEP_SM90(
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
+                   "r"(SharedAddress(shared)), "r"(bytes)
+                   : "memory"));
 }
 
 // Close the group of this thread's stores since the last one.
@@ -90,8 +92,8 @@ __device__ __forceinline__ void WaitForStores() {
   JAX_DEEPEP_SM90(asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"));
 }
 
-// Order this thread's ordinary accesses, and what it has acquired, before its later bulk copies, and
-// bulk copies that have completed before its later ordinary accesses.
+// Order this thread's ordinary accesses, and what it has acquired, before its later bulk copies,
+// and bulk copies that have completed before its later ordinary accesses.
 __device__ __forceinline__ void FenceAsyncProxy() {
 #if JAX_DEEPEP_HAS_BULK_COPY
   asm volatile("fence.proxy.async;" ::: "memory");

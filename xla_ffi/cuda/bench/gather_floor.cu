@@ -166,7 +166,8 @@ __device__ void GatherAndAdd(const Floor& op, const char* const* begins) {
 
 // kDepth 0: by loads and stores.
 template <int kDepth, bool kAdd>
-__global__ void __launch_bounds__(kFloorThreads, 1) GatherFloorKernel(const __grid_constant__ Floor op) {
+__global__ void __launch_bounds__(kFloorThreads, 1)
+    GatherFloorKernel(const __grid_constant__ Floor op) {
   extern __shared__ __align__(128) char memory[];
   __shared__ GroupOp::Shared shared;
   __shared__ const char* begins[kMaxRanks];

@@ -88,7 +88,8 @@ __device__ void SumTokens(const Floor& op, const char* const* rows, const char* 
   }
 }
 
-__global__ void __launch_bounds__(kFloorThreads, 1) SumFloorKernel(const __grid_constant__ Floor op) {
+__global__ void __launch_bounds__(kFloorThreads, 1)
+    SumFloorKernel(const __grid_constant__ Floor op) {
   __shared__ GroupOp::Shared shared;
   __shared__ const char* rows[kMaxRanks];
   __shared__ const char* sums[kMaxRanks];
