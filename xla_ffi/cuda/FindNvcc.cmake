@@ -1,5 +1,5 @@
 # Finds a CUDA compiler that can build the kernels, and says which, or why there is none:
-# $CUDACXX, then nvcc on PATH or in /usr/local/cuda, then the wheel nvidia-cuda-nvcc.
+# $CUDACXX, then nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda, then the wheel nvidia-cuda-nvcc.
 #
 # Sets NVCC_FOUND, NVCC_EXECUTABLE and NVCC_ARCHITECTURES.
 set(NVCC_FOUND FALSE)
@@ -13,7 +13,8 @@ execute_process(
           "import glob, os, sys; print(';'.join(p for folder in sys.path for p in glob.glob(os.path.join(folder, 'nvidia', '*', 'bin'))))"
   OUTPUT_VARIABLE NVCC_WHEEL_FOLDERS
   OUTPUT_STRIP_TRAILING_WHITESPACE)
-find_program(NVCC_EXECUTABLE NAMES $ENV{CUDACXX} nvcc HINTS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin ${NVCC_WHEEL_FOLDERS})
+find_program(NVCC_EXECUTABLE NAMES $ENV{CUDACXX} nvcc HINTS $ENV{CUDA_HOME}/bin
+             PATHS /usr/local/cuda/bin ${NVCC_WHEEL_FOLDERS})
 if(NOT NVCC_EXECUTABLE)
   message(STATUS "CUDA module: not built, because there is no nvcc; install a CUDA toolkit of 12.3 or "
                  "newer, or set CUDACXX, and install again")

@@ -196,8 +196,9 @@ std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
     if (rank->ordinal != device) continue;
     for (const void* operand : read_by_peers) {
       if (operand != nullptr && !rank->facts.Holds(operand)) {
-        return "an operand is not in the memory pool that peers have mapped; let XLA preallocate "
-               "its "
+        return "an operand that peers read is not in the memory pool that they have mapped: it is "
+               "a "
+               "constant of the program (pass it as an argument), or XLA did not preallocate its "
                "pool (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
       }
     }

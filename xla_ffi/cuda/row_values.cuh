@@ -3,8 +3,8 @@
 // A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. Products
 // and sums are rounded separately: __fmul_rn and __fadd_rn are never fused.
 //
-// Plain loads, many in flight, read as fast as an SM can (100 to 146 GB/s on an H200) and copy as
-// fast as it can write (58 GB/s); the bulk copy engine did neither better. See bench/RESULTS.md.
+// Plain loads, many in flight, copy as fast as the bulk copy engine, and both as fast as an SM can
+// write: see bench/RESULTS.md.
 #ifndef JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 #define JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 
