@@ -40,6 +40,7 @@ from tqdm import tqdm
 import jax_deepep as ep
 
 BLOCK = 64  # rows of one matrix product of the experts
+STEPS = 250
 EVALUATE_EVERY = 25  # steps
 REQUIRED_BELOW_UNIGRAM = 0.2
 
@@ -116,8 +117,10 @@ class MoE(nnx.Module):
         # sum over all rows of a block, so those are cleared first.
         rows = jnp.where(dispatched.mask[:, None], dispatched.tokens, 0)
         rows = apply_experts(rows, dispatched.group_sizes, wi, wo)
-        # Adds the rows of each token, times its router weights, to the residual.
-        out = ep.combine(rows, handle, comm=comm, bias=residual.reshape(tokens.shape))
+        # Adds the rows of each token, times its router weights, to the residual. combine can apply the
+        # weights itself; applied here, both implementations give the same bits: only sums are left to it.
+        rows *= dispatched.weights[:, None]
+        out = ep.combine(rows, handle, comm=comm, weighted=False, bias=residual.reshape(tokens.shape))
 
         # The balance loss of Switch Transformers; 1, its minimum, when all experts have equal loads.
         load = jax.lax.psum(jax.nn.one_hot(topk_idx, config.experts).sum(axis=(0, 1)), "expert")
@@ -183,8 +186,13 @@ def placement_of(tree, mesh: jax.sharding.Mesh):
     return jax.tree.map(lambda v: split if isinstance(v, ExpertWeight) else copied, tree, is_leaf=is_leaf)
 
 
-def train(implementation: str, steps: int, seed: int, config: Config) -> tuple[History, Text]:
-    """Train on every device there is; return what it showed, and the text it read."""
+def train(
+    implementation: str, steps: int, seed: int, config: Config, stop_after: int | None = None
+) -> tuple[History, Text]:
+    """Train on every device there is; return what it showed, and the text it read.
+
+    The learning rate follows a schedule of `steps`; `stop_after` ends the training earlier.
+    """
     mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
     split, everywhere = NamedSharding(mesh, P("expert")), NamedSharding(mesh, P())
     sequences = config.sequences_per_device * mesh.size
@@ -225,7 +233,8 @@ def train(implementation: str, steps: int, seed: int, config: Config) -> tuple[H
     if is_first:
         print(comm.describe(), flush=True)
     history = History()
-    with tqdm(range(1, steps + 1), comm.implementation, unit="step", disable=not is_first) as bar:
+    last = steps if stop_after is None else stop_after
+    with tqdm(range(1, last + 1), comm.implementation, unit="step", disable=not is_first) as bar:
         for step in bar:
             start = time.perf_counter()
             state, nats, loads = update(state, place(text.training_batch()))
@@ -233,7 +242,7 @@ def train(implementation: str, steps: int, seed: int, config: Config) -> tuple[H
             history.loads.append(np.asarray(loads))
             history.rates.append(sequences * config.context / (time.perf_counter() - start))
             bar.set_postfix(loss=f"{history.train[-1]:.3f}", tokens_per_s=f"{history.rates[-1]:,.0f}")
-            if step % EVALUATE_EVERY == 0 or step == steps:
+            if step % EVALUATE_EVERY == 0 or step == last:
                 losses = [float(nats_of(state, place(batch))) for batch in text.held_out_batches]
                 history.held_out[step] = float(np.mean(losses))
     comm.check()  # raises what the ops met, if anything
@@ -260,8 +269,8 @@ def plot(history: History, unigram: float, path: Path) -> None:
 
 
 def compare(steps: int, seed: int, config: Config) -> int:
-    """Train natively and in JAX collectives from the same seed; return 0 if the losses agree."""
-    runs = [train(name, steps, seed, config)[0].train for name in ("native", "xla")]
+    """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree."""
+    runs = [train(name, STEPS, seed, config, stop_after=steps)[0].train for name in ("native", "xla")]
     print(" step   native      xla  difference")
     for step, (native, xla) in enumerate(zip(*runs, strict=True), start=1):
         print(f"{step:5d}  {native:7.5f}  {xla:7.5f}  {abs(native - xla):10.1e}")
@@ -273,7 +282,7 @@ def compare(steps: int, seed: int, config: Config) -> int:
 def main() -> int | str:
     """Run the command line; return the exit status or what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, help="training steps (default: 250, to compare 50)")
+    parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS}, to compare 50)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--implementation", choices=("auto", "native", "xla"), default="auto",
                         help="how rows are carried (default: auto, native where there is one)")  # fmt: skip
@@ -285,7 +294,7 @@ def main() -> int | str:
     if options.compare:
         return compare(options.steps or 50, options.seed, Config())
 
-    history, text = train(options.implementation, options.steps or 250, options.seed, Config())
+    history, text = train(options.implementation, options.steps or STEPS, options.seed, Config())
     held_out, unigram = list(history.held_out.values())[-1], text.unigram_loss()
     below = 1 - held_out / unigram
     if jax.process_index() == 0:
