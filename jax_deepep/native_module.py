@@ -37,9 +37,10 @@ def _find(platform: str) -> tuple[ModuleType | None, str]:
         jax.ffi.register_ffi_type(type_name, type_info, platform=xla_platform)
     for target, stages in module.targets().items():
         jax.ffi.register_ffi_target(target, stages, platform=xla_platform, api_version=1)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: module.finish_program() if event == PROGRAM_COMPILED else None
-    )
+    if platform == "cpu":  # the one that numbers the calls of a program
+        jax.monitoring.register_event_duration_secs_listener(
+            lambda event, *_, **__: module.finish_program() if event == PROGRAM_COMPILED else None
+        )
     return module, ""
 
 

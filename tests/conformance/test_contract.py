@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import oracle
 import pytest
-from implementations import IMPLEMENTATIONS, assert_same_bits, assert_same_sums
+from implementations import assert_same_bits, assert_same_sums
 from meshes import run_per_device
 from problems import PROBLEMS, Inputs, Problem, inputs_of
 
@@ -33,11 +33,6 @@ def outcome(problem: Problem, implementation: str):
     y = np.pad(inputs.y, [(0, 0), (0, 1), (0, 0)])
     arrays = (inputs.x, inputs.x2, inputs.topk_idx, inputs.topk_weights, y, inputs.bias)
     return run_per_device(program, problem.mesh, problem.axis_name, *arrays), inputs
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=PROBLEMS, ids=lambda problem: problem.name)

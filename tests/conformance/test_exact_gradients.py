@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from implementations import EXACT, IMPLEMENTATIONS, assert_same_bits, assert_same_sums
+from implementations import EXACT, assert_same_bits, assert_same_sums
 from meshes import run_per_device
 from moe_layer import assert_close
 from problems import WITH_GRADIENTS, Inputs, Problem, inputs_of
@@ -59,11 +59,6 @@ def weight_cotangent(inputs: Inputs) -> np.ndarray:
     else:
         here = np.concatenate([routes.row_topk[0] >= 0 for routes in inputs.routes])
     return np.where(here, rng.normal(size=here.shape), np.nan).astype(np.float32)
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=WITH_GRADIENTS, ids=lambda problem: problem.name)

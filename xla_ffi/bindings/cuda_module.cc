@@ -44,7 +44,6 @@ NB_MODULE(_cuda, module) {
   nb::set_leak_warnings(false);
   module.def("state_types", &StateTypes);
   module.def("targets", &TargetsAndFloors);
-  module.def("finish_program", &FinishProgram);
   module.attr("max_ranks") = kMaxRanks;
   module.attr("max_experts_per_tok") = kMaxTopk;
   module.def(

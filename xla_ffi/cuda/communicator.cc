@@ -91,7 +91,6 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
     rank->place = place;
     rank->ordinal = device.ordinal;
     OnDevice current(device.ordinal);
-    rank->facts.num_sms = Attribute(cudaDevAttrMultiProcessorCount, device.ordinal);
     rank->facts.shared_bytes =
         Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal) - kStaticSharedBytes;
     rank->facts.bulk_copies = Attribute(cudaDevAttrComputeCapabilityMajor, device.ordinal) >= 9;
@@ -103,7 +102,8 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
                         cudaHostAllocMapped | cudaHostAllocPortable),
           "cudaHostAlloc");
     *rank->status = HostStatus{};
-    const int blocks = ChooseNumBlocks(shape(), num_sms, rank->facts.num_sms);
+    const int blocks = ChooseNumBlocks(shape(), num_sms,
+                                       Attribute(cudaDevAttrMultiProcessorCount, device.ordinal));
     num_blocks_ = num_blocks_ == 0 ? blocks : std::min(num_blocks_, blocks);
     rank->taken_before.assign(3 * shape().num_ranks, 0);
     ranks_.push_back(std::move(rank));

@@ -25,7 +25,7 @@ struct DispatchParams {
   int32_t* num_dropped = nullptr;    // []
   int32_t* num_invalid = nullptr;    // [] entries of topk_idx that were ignored
   int32_t* pairs = nullptr;          // as PairTable, or null where ops get on without
-  int32_t* scratch = nullptr;        // [ScratchInts], or null likewise
+  int32_t* scratch = nullptr;        // [DispatchScratchInts], or null likewise
 };
 
 // int32s of scratch that a dispatch takes, where it takes any: a record of 16 bytes for each entry,

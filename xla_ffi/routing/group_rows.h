@@ -1,4 +1,5 @@
-// Which row an entry gets: prefix sums and row arithmetic, the same on host and device.
+// Which row an entry gets, one entry after the other; a GPU plans the same rows with a thread for
+// each, and shares RoundUp.
 //
 // 1. Every source counts its entries per group (a group is a local expert of some rank, or a rank).
 // 2. first[source][group] = entries of earlier sources in the group.
@@ -19,8 +20,7 @@ JAX_DEEPEP_HOST_DEVICE inline int64_t RoundUp(int64_t value, int64_t multiple) {
 }
 
 // Whether entry k of a token's topk_idx names an expert for the first time in its row.
-JAX_DEEPEP_HOST_DEVICE inline bool IsValidEntry(const int32_t* topk_idx, int k,
-                                                int32_t num_experts) {
+inline bool IsValidEntry(const int32_t* topk_idx, int k, int32_t num_experts) {
   if (topk_idx[k] < 0 || topk_idx[k] >= num_experts) return false;
   for (int earlier = 0; earlier < k; ++earlier) {
     if (topk_idx[earlier] == topk_idx[k]) return false;
@@ -30,8 +30,8 @@ JAX_DEEPEP_HOST_DEVICE inline bool IsValidEntry(const int32_t* topk_idx, int k,
 
 // Whether a valid entry k makes a row of its own: always expert-major; token-major, the first valid
 // entry of each rank does, and later ones share its row.
-JAX_DEEPEP_HOST_DEVICE inline bool MakesRow(const int32_t* topk_idx, int k, int32_t num_experts,
-                                            int32_t num_local_experts, Layout layout) {
+inline bool MakesRow(const int32_t* topk_idx, int k, int32_t num_experts, int32_t num_local_experts,
+                     Layout layout) {
   if (layout == Layout::kExpertMajor) return true;
   for (int earlier = 0; earlier < k; ++earlier) {
     if (IsValidEntry(topk_idx, earlier, num_experts) &&
@@ -51,8 +51,7 @@ struct GroupRows {
 
 // Place a group behind the one that ended at `offset` (before dropping); `received` rows want in.
 // Returns the group, and moves `offset` to where the next one starts.
-JAX_DEEPEP_HOST_DEVICE inline GroupRows PlaceGroup(int64_t received, const RouteShape& route,
-                                                   int64_t* offset) {
+inline GroupRows PlaceGroup(int64_t received, const RouteShape& route, int64_t* offset) {
   int64_t wanted = received;
   if (route.expert_capacity != kNoLimit && wanted > route.expert_capacity) {
     wanted = route.expert_capacity;

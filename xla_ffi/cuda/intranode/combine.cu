@@ -20,7 +20,7 @@ namespace {
 // Operands that peers read.
 enum { kRows, kWeights, kSums, kGradients };
 
-// Words of 16 bytes that a thread has in flight: 128 KiB of a block, which every SM since 8.0 has.
+// Words of 16 bytes that a thread has in flight: 128 KiB of a block, more than SM86 and SM89 have.
 using Queue = WordQueue<8>;
 
 struct Combine {

@@ -17,7 +17,6 @@ namespace jax_deepep {
 struct DeviceFacts {
   const char* pool = nullptr;  // XLA's memory
   size_t pool_bytes = 0;
-  int num_sms = 0;           // that this process may use
   int shared_bytes = 0;      // most that a block may have
   bool bulk_copies = false;  // SM90; only floors of the bench use them
 
