@@ -249,7 +249,7 @@ def _combine_types(
     return [
         array((shape.num_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients
-        array((shape.comm.size * shape.comm.max_tokens, y.shape[1]) if with_sums else (1,), y.dtype),  # sums
+        array((shape.comm.size * shape.num_tokens, y.shape[1]) if with_sums else (1,), y.dtype),  # sums
     ]
 
 

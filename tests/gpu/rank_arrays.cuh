@@ -138,7 +138,7 @@ struct Rank {
         out(Rows(problem, problem.route.num_tokens)),
         row_gradients(PerRow(problem)),
         gradients(Entries(problem)),
-        sums(Rows(problem, problem.shape.num_ranks * problem.shape.max_tokens)),
+        sums(Rows(problem, int64_t{problem.shape.num_ranks} * problem.route.num_tokens)),
         rows(Rows(problem, problem.route.capacity)),
         products(problem.route.capacity * 4),
         rank_operand(4) {

@@ -18,7 +18,7 @@ namespace {
 constexpr int kBlocksForFullSpeed = 16;
 
 // Shared memory that kernels declare statically, at most.
-constexpr int kStaticSharedBytes = 2048;
+constexpr int kStaticSharedBytes = 4096;
 
 // Less than this per block is not worth another one.
 constexpr int64_t kBytesPerBlock = 64 << 10;

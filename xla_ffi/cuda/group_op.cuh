@@ -33,6 +33,7 @@ class GroupOp {
     uint64_t began_ns;
     int flag;
     bool failed_before;
+    const char* operands[kMaxOperands][kMaxRanks];
   };
 
   __device__ GroupOp(const OpFrame& frame, Shared* shared)
@@ -103,6 +104,10 @@ class GroupOp {
         shared_.flag = different == 0;
       }
     }
+    for (int i = threadIdx.x; i < num_ranks() * kMaxOperands; i += blockDim.x) {
+      const int rank = i / kMaxOperands, index = i % kMaxOperands;
+      shared_.operands[index][rank] = frame_.pool[rank] + own_.published[rank].offsets[index];
+    }
     __syncthreads();
     const bool ok = shared_.flag != 0;
     __syncthreads();
@@ -112,7 +117,7 @@ class GroupOp {
   // What a rank has published as its operand `index`. Only after WaitForArrivals.
   template <typename T>
   __device__ const T* Operand(int rank, int index) const {
-    return reinterpret_cast<const T*>(frame_.pool[rank] + own_.published[rank].offsets[index]);
+    return reinterpret_cast<const T*>(shared_.operands[index][rank]);
   }
 
   // Count the pairs that this block has read from each rank, in shared memory [R].
@@ -191,7 +196,7 @@ class GroupOp {
   // too.
   __device__ bool WaitForAll(const uint64_t* flags, Failure failure) {
     if (threadIdx.x < 32) {
-      const uint64_t deadline = NanosecondClock() + frame_.timeout_ns;
+      const uint64_t began_ns = NanosecondClock();
       uint64_t missing = 0;
       bool stopped = false;
       for (int base = 0; base < num_ranks(); base += 32) {
@@ -201,10 +206,10 @@ class GroupOp {
           // Pairs with the release stores in Publish and Finish, on the peer.
           while (LoadAcquireSystem(&flags[rank]) < step() && !stopped && !late) {
             stopped = IsBroken();
-            late = NanosecondClock() > deadline;
+            late = NanosecondClock() - began_ns > frame_.timeout_ns;
           }
           if (blockIdx.x == 0 && failure == Failure::kNotArrived) {
-            own_.waited_ns[rank] += NanosecondClock() - shared_.began_ns;
+            own_.waited_ns[rank] += NanosecondClock() - began_ns;
           }
           late = late && !stopped;
         }

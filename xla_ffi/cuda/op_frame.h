@@ -33,8 +33,9 @@ struct OpFrame {
   }
 };
 
-// Of a block; one block runs on an SM.
-inline constexpr int kThreads = 1024;
+// Of a block; one block runs on an SM. Half of what an SM has, so that a thread has registers for
+// many loads in flight.
+inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
 }  // namespace jax_deepep

@@ -17,7 +17,10 @@ class PairOrder {
         own_begin_(own_begin),
         own_end_(own_end),
         warp_(threadIdx.x / 32 * gridDim.x + blockIdx.x),
-        num_warps_(gridDim.x * (blockDim.x / 32)) {}
+        num_warps_(gridDim.x * (blockDim.x / 32)),
+        own_share_(count == 0 ? 0
+                              : ((static_cast<uint64_t>(own_end - own_begin) << 32) + count - 1) /
+                                    static_cast<uint64_t>(count)) {}
 
   __device__ bool Has(int number) const { return warp_ + int64_t{number} * num_warps_ < count_; }
 
@@ -27,17 +30,22 @@ class PairOrder {
     const int begin = number * num_warps_;
     const int size = min(num_warps_, count_ - begin);
     const int item = begin + (warp_ + number) % size;
-    const int64_t num_own = own_end_ - own_begin_;
-    const int own_before = static_cast<int>(item * num_own / count_);
-    if (static_cast<int>((item + 1) * num_own / count_) > own_before)
-      return own_begin_ + own_before;
+    const int own_before = OwnBefore(item);
+    if (OwnBefore(item + 1) > own_before) return own_begin_ + own_before;
     const int other = item - own_before;  // among the pairs of other ranks, the next rank's first
     const int after_own = count_ - own_end_;
     return other < after_own ? own_end_ + other : other - after_own;
   }
 
  private:
+  // Items before this one that are of this rank's own pairs. The share is rounded up, so that all
+  // of them have come before item `count`.
+  __device__ int OwnBefore(int item) const {
+    return static_cast<int>(static_cast<uint64_t>(item) * own_share_ >> 32);
+  }
+
   int count_, own_begin_, own_end_, warp_, num_warps_;
+  uint64_t own_share_;  // of all pairs, times 2^32
 };
 
 }  // namespace jax_deepep

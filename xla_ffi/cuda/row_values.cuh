@@ -1,10 +1,10 @@
 // Rows as groups of eight elements: how a warp loads, converts and stores them.
 //
-// A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. Products
-// and sums are rounded separately: __fmul_rn and __fadd_rn are never fused.
+// A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. What
+// makes it fast is the number of loads that are in flight; with enough of them, plain loads copy as
+// fast as the bulk copy engine, and both as fast as an SM can write: see bench/RESULTS.md.
 //
-// Plain loads, many in flight, copy as fast as the bulk copy engine, and both as fast as an SM can
-// write: see bench/RESULTS.md.
+// Products and sums are rounded separately: __fmul_rn and __fadd_rn are never fused.
 #ifndef JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 #define JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
 
@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "interface/geometry.h"
 
@@ -86,17 +87,6 @@ __device__ __forceinline__ void StoreGroup(char* row, int group, RowShape<kWhole
 // The row types: bits in memory to float32 and back, rounded to nearest, ties to even.
 struct Float32 {
   using Element = uint32_t;
-  static constexpr int kPerWord = 4;  // elements of 16 bytes
-  __device__ static void UnpackWord(uint4 word, float* values) {
-    values[0] = __uint_as_float(word.x), values[1] = __uint_as_float(word.y);
-    values[2] = __uint_as_float(word.z), values[3] = __uint_as_float(word.w);
-  }
-  __device__ static uint4 PackWord(const float* values) {
-    return {__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
-            __float_as_uint(values[3])};
-  }
-  __device__ static float Load(Element bits) { return __uint_as_float(bits); }
-  __device__ static Element Store(float value) { return __float_as_uint(value); }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* from = reinterpret_cast<const float*>(packed.words);
 #pragma unroll
@@ -113,13 +103,6 @@ struct Float32 {
 
 struct BFloat16 {
   using Element = uint16_t;
-  static constexpr int kPerWord = 8;
-  __device__ static void UnpackWord(uint4 word, float* values) { Unpack({{word}}, values); }
-  __device__ static uint4 PackWord(const float* values) { return Pack(values).words[0]; }
-  __device__ static float Load(Element bits) { return __uint_as_float(uint32_t{bits} << 16); }
-  __device__ static Element Store(float value) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
-  }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(packed.words);
 #pragma unroll
@@ -140,11 +123,6 @@ struct BFloat16 {
 
 struct Float16 {
   using Element = uint16_t;
-  static constexpr int kPerWord = 8;
-  __device__ static void UnpackWord(uint4 word, float* values) { Unpack({{word}}, values); }
-  __device__ static uint4 PackWord(const float* values) { return Pack(values).words[0]; }
-  __device__ static float Load(Element bits) { return __half2float(__ushort_as_half(bits)); }
-  __device__ static Element Store(float value) { return __half_as_ushort(__float2half_rn(value)); }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const __half2*>(packed.words);
 #pragma unroll
@@ -163,12 +141,57 @@ struct Float16 {
   }
 };
 
+// Call use(base, groups) for the groups of a row: a lane's are base, base + 32, ..., as many as the
+// constant `groups` says, which is kAhead until less than that is left.
+template <int kAhead, typename Use>
+__device__ __forceinline__ void ForGroups(int total, Use use) {
+  int base = threadIdx.x % 32;
+  for (; base + 32 * (kAhead - 1) < total; base += 32 * kAhead) {
+    use(base, std::integral_constant<int, kAhead>());
+  }
+  for (; base < total; base += 32) use(base, std::integral_constant<int, 1>());
+}
+
+// Most rows that a warp works on at the same time, and how many groups of each a lane then has in
+// flight: about as many words of 16 bytes as 14 of one row.
+inline constexpr int kMaxRowsAtOnce = 8;
+
+template <typename Element>
+__host__ __device__ constexpr int GroupsInFlight(int num_rows) {
+  const int words = num_rows * Packed<Element>::kWords;
+  return words == 1 ? 14 : words == 2 ? 7 : words <= 4 ? 4 : words <= 7 ? 2 : 1;
+}
+
+// Call use(count) with a number of rows as a constant: from 1 to kMaxRowsAtOnce.
+template <typename Use>
+__device__ __forceinline__ void WithConstant(int count, Use use) {
+  switch (count) {
+    case 1:
+      return use(std::integral_constant<int, 1>());
+    case 2:
+      return use(std::integral_constant<int, 2>());
+    case 3:
+      return use(std::integral_constant<int, 3>());
+    case 4:
+      return use(std::integral_constant<int, 4>());
+    case 5:
+      return use(std::integral_constant<int, 5>());
+    case 6:
+      return use(std::integral_constant<int, 6>());
+    case 7:
+      return use(std::integral_constant<int, 7>());
+    case 8:
+      return use(std::integral_constant<int, 8>());
+  }
+}
+static_assert(kMaxRowsAtOnce == 8, "one case for each");
+
 // Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.
 // `destination()` is asked once the first loads are under way. For copies, a row is 16-bit words.
 template <bool kWhole, typename Destination>
 __device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape,
                          Destination destination) {
-  constexpr int kAhead = 7;  // loads in flight of a lane
+  constexpr int kAhead = GroupsInFlight<uint16_t>(1);
   const int lane = threadIdx.x % 32;
   int64_t mine = -1;
   uint32_t all = 0;
@@ -208,12 +231,19 @@ __device__ void FillByBlock(T* to, int64_t count, T value) {
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = value;
 }
 
+// By all threads of a block: one block fills what all of them write otherwise, so that it goes 16
+// bytes at a time. XLA's arrays begin at a multiple of that.
 __device__ inline void FillRowsWithNaN(RowType type, void* rows, int64_t count) {
-  if (type == RowType::kFloat32) {
-    FillByBlock(static_cast<uint32_t*>(rows), count, 0x7fc00000u);
-  } else {
-    const uint16_t nan = type == RowType::kBFloat16 ? 0x7fc0 : 0x7e00;
-    FillByBlock(static_cast<uint16_t*>(rows), count, nan);
+  const uint32_t nan = type == RowType::kFloat32    ? 0x7fc00000u
+                       : type == RowType::kBFloat16 ? 0x7fc07fc0u
+                                                    : 0x7e007e00u;
+  const int64_t bytes = count * static_cast<int64_t>(BytesOf(type));
+  const int64_t whole = bytes / static_cast<int64_t>(sizeof(uint4));
+  FillByBlock(static_cast<uint4*>(rows), whole, uint4{nan, nan, nan, nan});
+  auto* rest = reinterpret_cast<uint16_t*>(static_cast<uint4*>(rows) + whole);
+  for (int64_t i = threadIdx.x; i < (bytes - whole * 16) / 2; i += blockDim.x) {
+    // The upper half of a float32 stands second.
+    rest[i] = static_cast<uint16_t>(i % 2 == 0 ? nan : nan >> 16);
   }
 }
 

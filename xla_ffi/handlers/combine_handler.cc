@@ -40,7 +40,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }
   if (with_sums) {
-    const int64_t rows = int64_t{shape.num_ranks} * shape.max_tokens;
+    const int64_t rows = int64_t{shape.num_ranks} * route.num_tokens;
     CheckBuffer(*sums, y.element_type(), rows * shape.hidden_size, "sums", &error);
   }
 

@@ -20,7 +20,7 @@ struct CombineParams {
   // Results.
   void* out = nullptr;         // [T, H]
   float* gradients = nullptr;  // [T, K], with row_gradients; 0 where an entry went nowhere
-  void* sums = nullptr;        // scratch [R * max_tokens, H] of route.row_type, or null as pairs
+  void* sums = nullptr;        // scratch [R * T, H] of route.row_type, or null as pairs
 };
 
 }  // namespace jax_deepep

@@ -14,11 +14,7 @@
 
 namespace jax_deepep {
 
-// Of a block: fewer than the ops have, so that a thread may keep more in flight.
-inline constexpr int kFloorThreads = 512;
-inline constexpr int kFloorWarps = kFloorThreads / 32;
-
-// Most rows that a kernel keeps in flight for one token.
+// Most rows of one token that the kernels take.
 inline constexpr int kMaxFloorRows = 8;
 
 // What one rank brings to a floor.

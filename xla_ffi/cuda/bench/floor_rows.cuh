@@ -3,7 +3,6 @@
 #define JAX_DEEPEP_CUDA_BENCH_FLOOR_ROWS_CUH_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/bench/floor.h"
 #include "cuda/group_op.cuh"
@@ -39,20 +38,11 @@ struct PairLine {
   __device__ int CountRows() const { return __popc(__ballot_sync(~0u, row != kNone)); }
 };
 
-// Keep where an operand of every rank begins in shared memory; after WaitForArrivals, by all
-// threads.
-__device__ inline void FindOperands(const Floor& op, const GroupOp& group, int operand,
-                                    const char** begins) {
-  for (int rank = threadIdx.x; rank < op.frame.shape.num_ranks; rank += kFloorThreads) {
-    begins[rank] = group.Operand<char>(rank, operand);
-  }
-  __syncthreads();
-}
-
 // The row that a code of `source` names.
-__device__ inline const char* RowAt(const Floor& op, const char* const* begins, int32_t source) {
+__device__ inline const char* RowAt(const Floor& op, const GroupOp& group, int operand,
+                                    int32_t source) {
   const int max_tokens = op.frame.shape.max_tokens;
-  return begins[source / max_tokens] + source % max_tokens * op.row_bytes;
+  return group.Operand<char>(source / max_tokens, operand) + source % max_tokens * op.row_bytes;
 }
 
 // Add eight elements to running sums.
@@ -67,46 +57,6 @@ __device__ __forceinline__ void AddGroup(uint4 bits, float* sums) {
 __device__ __forceinline__ void WriteWord(char* row, int word, const float* values) {
   reinterpret_cast<uint4*>(row)[word] = BFloat16::Pack(values).words[0];
 }
-
-// Call use(base, words) for the words of 16 bytes of a row: this lane's are base, base + 32, ...;
-// `words` is a constant, kWords until less than that is left.
-template <int kWords, typename Use>
-__device__ __forceinline__ void ForWords(int total, Use use) {
-  int base = threadIdx.x % 32;
-  for (; base + 32 * (kWords - 1) < total; base += 32 * kWords) {
-    use(base, std::integral_constant<int, kWords>());
-  }
-  for (; base < total; base += 32) use(base, std::integral_constant<int, 1>());
-}
-
-// Words of each of so many rows that make about as many loads in flight as one row of 14.
-__host__ __device__ constexpr int WordsInFlight(int num_rows) {
-  return num_rows == 1 ? 14 : num_rows == 2 ? 7 : num_rows <= 4 ? 4 : num_rows <= 7 ? 2 : 1;
-}
-
-// Call use(count) with a count of rows as a constant: from 1 to kMaxFloorRows.
-template <typename Use>
-__device__ __forceinline__ void WithConstant(int count, Use use) {
-  switch (count) {
-    case 1:
-      return use(std::integral_constant<int, 1>());
-    case 2:
-      return use(std::integral_constant<int, 2>());
-    case 3:
-      return use(std::integral_constant<int, 3>());
-    case 4:
-      return use(std::integral_constant<int, 4>());
-    case 5:
-      return use(std::integral_constant<int, 5>());
-    case 6:
-      return use(std::integral_constant<int, 6>());
-    case 7:
-      return use(std::integral_constant<int, 7>());
-    case 8:
-      return use(std::integral_constant<int, 8>());
-  }
-}
-static_assert(kMaxFloorRows == 8, "one case for each");
 
 }  // namespace jax_deepep
 

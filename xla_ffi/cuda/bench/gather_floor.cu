@@ -17,17 +17,17 @@ enum { kRows };
 constexpr int kWordsInFlight = 14;
 
 // A warp reads a row, and writes it once for each place.
-__device__ void GatherByLoads(const Floor& op, const char* const* begins) {
+__device__ void GatherByLoads(const Floor& op, const GroupOp& group) {
   const int lane = threadIdx.x % 32;
   const int words = static_cast<int>(op.row_bytes / 16);
-  const int count = op.params.pairs[0], stride = gridDim.x * kFloorWarps;
+  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   PairLine next = PairLine::Read(op.params, pair, count);
   for (; pair < count; pair += stride) {
     const PairLine line = next;
     next = PairLine::Read(op.params, pair + stride, count);
     const int num_rows = line.CountRows();
-    const auto* from = reinterpret_cast<const uint4*>(RowAt(op, begins, line.source));
+    const auto* from = reinterpret_cast<const uint4*>(RowAt(op, group, kRows, line.source));
     for (int base = 0; base < words; base += 32 * kWordsInFlight) {
       uint4 run[kWordsInFlight];
 #pragma unroll
@@ -50,7 +50,7 @@ __device__ void GatherByLoads(const Floor& op, const char* const* begins) {
 
 // A warp keeps kDepth rows in flight through shared memory; every lane writes one place of a row.
 template <int kDepth>
-__device__ void GatherByBulkCopies(const Floor& op, const char* const* begins, char* memory) {
+__device__ void GatherByBulkCopies(const Floor& op, const GroupOp& group, char* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp >= op.params.warps) return;
   const auto row_bytes = static_cast<uint32_t>(op.row_bytes);
@@ -71,7 +71,7 @@ __device__ void GatherByBulkCopies(const Floor& op, const char* const* begins, c
     rows[slot] = line.row;
     if (lane == 0) {
       ExpectLoads(&barriers[slot], row_bytes);
-      BulkLoad(slots + slot * row_bytes, RowAt(op, begins, line.source), row_bytes,
+      BulkLoad(slots + slot * row_bytes, RowAt(op, group, kRows, line.source), row_bytes,
                &barriers[slot]);
     }
   };
@@ -123,7 +123,7 @@ __device__ __forceinline__ void AddToRows(const Floor& op, const char* x, const 
     offsets[number] = __shfl_sync(~0u, line.row, number) * op.row_bytes;
   }
   // x is in flight too.
-  ForWords<WordsInFlight(kRows + 1)>(
+  ForGroups<GroupsInFlight<uint16_t>(kRows + 1)>(
       static_cast<int>(op.row_bytes / 16), [&](int base, auto words) {
         constexpr int kWords = decltype(words)::value;
         uint4 of_x[kWords], of_y[kRows][kWords];
@@ -151,14 +151,14 @@ __device__ __forceinline__ void AddToRows(const Floor& op, const char* x, const 
       });
 }
 
-__device__ void GatherAndAdd(const Floor& op, const char* const* begins) {
-  const int count = op.params.pairs[0], stride = gridDim.x * kFloorWarps;
+__device__ void GatherAndAdd(const Floor& op, const GroupOp& group) {
+  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   PairLine next = PairLine::Read(op.params, pair, count);
   for (; pair < count; pair += stride) {
     const PairLine line = next;
     next = PairLine::Read(op.params, pair + stride, count);
-    const char* x = RowAt(op, begins, line.source);
+    const char* x = RowAt(op, group, kRows, line.source);
     WithConstant(line.CountRows(),
                  [&](auto rows) { AddToRows<decltype(rows)::value>(op, x, line); });
   }
@@ -166,22 +166,19 @@ __device__ void GatherAndAdd(const Floor& op, const char* const* begins) {
 
 // kDepth 0: by loads and stores.
 template <int kDepth, bool kAdd>
-__global__ void __launch_bounds__(kFloorThreads, 1)
-    GatherFloorKernel(const __grid_constant__ Floor op) {
+__global__ void __launch_bounds__(kThreads, 1) GatherFloorKernel(const __grid_constant__ Floor op) {
   extern __shared__ __align__(128) char memory[];
   __shared__ GroupOp::Shared shared;
-  __shared__ const char* begins[kMaxRanks];
   GroupOp group(op.frame, &shared);
   group.Begin();
   group.Publish();
   if (group.WaitForArrivals()) {
-    FindOperands(op, group, kRows, begins);
     if constexpr (kAdd) {
-      GatherAndAdd(op, begins);
+      GatherAndAdd(op, group);
     } else if constexpr (kDepth > 0) {
-      GatherByBulkCopies<kDepth>(op, begins, memory);
+      GatherByBulkCopies<kDepth>(op, group, memory);
     } else {
-      GatherByLoads(op, begins);
+      GatherByLoads(op, group);
     }
   }
   group.Finish([] {}, [] {});
@@ -215,7 +212,7 @@ const char* LaunchGatherFloor(const OpFrame& frame, const FloorParams& params, i
   Floor op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   const Kernel kernel = KernelOfDepth(params.depth);
-  if (kernel == nullptr || params.warps < 1 || params.warps > kFloorWarps) {
+  if (kernel == nullptr || params.warps < 1 || params.warps > kWarps) {
     return "a floor takes 1 to 16 warps and a depth of 0 to 4";
   }
   int shared_bytes = 0;
@@ -224,14 +221,14 @@ const char* LaunchGatherFloor(const OpFrame& frame, const FloorParams& params, i
     shared_bytes = params.warps * params.depth * (static_cast<int>(op.row_bytes) + 8);
     if (shared_bytes > device.shared_bytes) return "a floor's rows in flight exceed shared memory";
   }
-  return LaunchKernel(kernel, op, num_blocks, kFloorThreads, shared_bytes, stream);
+  return LaunchKernel(kernel, op, num_blocks, kThreads, shared_bytes, stream);
 }
 
 const char* LaunchAddFloor(const OpFrame& frame, const FloorParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   Floor op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
-  return LaunchKernel(GatherFloorKernel<0, true>, op, num_blocks, kFloorThreads, 0, stream);
+  return LaunchKernel(GatherFloorKernel<0, true>, op, num_blocks, kThreads, 0, stream);
 }
 
 const char* LoadGatherFloors(int max_shared_bytes) {

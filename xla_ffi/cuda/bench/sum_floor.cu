@@ -21,7 +21,7 @@ __device__ __forceinline__ void SumInputs(const char* input, char* to, int words
     from[number] =
         reinterpret_cast<const uint4*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(input), number));
   }
-  ForWords<WordsInFlight(kInputs)>(words_of_row, [&](int base, auto words) {
+  ForGroups<GroupsInFlight<uint16_t>(kInputs)>(words_of_row, [&](int base, auto words) {
     constexpr int kWords = decltype(words)::value;
     uint4 runs[kInputs][kWords];
 #pragma unroll
@@ -49,7 +49,7 @@ __device__ __forceinline__ void SumInputs(const Floor& op, const char* input, in
 
 // On the side of the experts: pairs with several rows.
 __device__ void SumPairs(const Floor& op) {
-  const int count = op.params.pairs[0], stride = gridDim.x * kFloorWarps;
+  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   PairLine next = PairLine::Read(op.params, pair, count);
   for (; pair < count; pair += stride) {
@@ -63,10 +63,10 @@ __device__ void SumPairs(const Floor& op) {
 }
 
 // On the side of the tokens: one row, or one sum, per (token, rank).
-__device__ void SumTokens(const Floor& op, const char* const* rows, const char* const* sums) {
+__device__ void SumTokens(const Floor& op, const GroupOp& group) {
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32;
-  const int num_tokens = op.params.route.num_tokens, stride = gridDim.x * kFloorWarps;
+  const int num_tokens = op.params.route.num_tokens, stride = gridDim.x * kWarps;
   auto read = [&](int token) {
     return token < num_tokens && lane < shape.num_topk
                ? op.params.inputs[int64_t{token} * shape.num_topk + lane]
@@ -81,26 +81,21 @@ __device__ void SumTokens(const Floor& op, const char* const* rows, const char* 
     const char* input = nullptr;
     if (code != kNone) {
       const FloorInput at = FloorInput::Decode(code, shape, op.params.route);
-      input = at.pair == kNone ? rows[at.rank] + at.row * op.row_bytes
-                               : sums[at.rank] + at.pair * op.row_bytes;
+      input = at.pair == kNone ? group.Operand<char>(at.rank, kRows) + at.row * op.row_bytes
+                               : group.Operand<char>(at.rank, kSums) + at.pair * op.row_bytes;
     }
     SumInputs(op, input, count, op.params.out, token);
   }
 }
 
-__global__ void __launch_bounds__(kFloorThreads, 1)
-    SumFloorKernel(const __grid_constant__ Floor op) {
+__global__ void __launch_bounds__(kThreads, 1) SumFloorKernel(const __grid_constant__ Floor op) {
   __shared__ GroupOp::Shared shared;
-  __shared__ const char* rows[kMaxRanks];
-  __shared__ const char* sums[kMaxRanks];
   GroupOp group(op.frame, &shared);
   group.Begin();
   if (op.params.sums != nullptr) SumPairs(op);
   group.Publish();
   if (group.WaitForArrivals()) {
-    FindOperands(op, group, kRows, rows);
-    FindOperands(op, group, kSums, sums);
-    SumTokens(op, rows, sums);
+    SumTokens(op, group);
   }
   group.Finish([] {}, [] {});
 }
@@ -112,7 +107,7 @@ const char* LaunchSumFloor(const OpFrame& frame, const FloorParams& params, int 
   Floor op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
-  return LaunchKernel(SumFloorKernel, op, num_blocks, kFloorThreads, 0, stream);
+  return LaunchKernel(SumFloorKernel, op, num_blocks, kThreads, 0, stream);
 }
 
 const char* LoadSumFloors(int /*max_shared_bytes*/) { return LoadKernel(SumFloorKernel, 0); }

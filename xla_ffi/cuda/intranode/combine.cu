@@ -11,7 +11,7 @@
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/row_values.cuh"
-#include "cuda/word_queue.cuh"
+#include "cuda/warp_items.cuh"
 #include "interface/combine.h"
 
 namespace jax_deepep {
@@ -20,222 +20,245 @@ namespace {
 // Operands that peers read.
 enum { kRows, kWeights, kSums, kGradients };
 
-// Words of 16 bytes that a thread has in flight: 128 KiB of a block, more than SM86 and SM89 have.
-using Queue = WordQueue<8>;
-
 struct Combine {
   OpFrame frame;
   CombineParams params;
   int64_t row_bytes;
 };
 
-// The inputs of a sum: lane i has the i-th one.
+// What a warp adds up. A lane may hold one input of the sum.
 struct Inputs {
-  int count;
-  const char* row;
-  float weight;
+  int count = 0;                // of them, with `first`
+  const char* first = nullptr;  // the input before all others, or null
+  int place = kNone;            // where the lane's input comes in the sum
+  const char* row = nullptr;    // the lane's input
+  float weight = 1.0f;          // and its weight
+  float gradient = 0.0f;        // what goes back for the lane's entry
+
+  // Input `number` and its weight, for all lanes.
+  __device__ const char* Get(int number, float* input_weight) const {
+    const int lane = __ffs(__ballot_sync(~0u, place == number)) - 1;
+    const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(row), lane);
+    const float of_lane = __shfl_sync(~0u, weight, lane);
+    const bool is_first = number == 0 && first != nullptr;
+    *input_weight = is_first ? 1.0f : of_lane;
+    return is_first ? first : reinterpret_cast<const char*>(address);
+  }
 };
 
-// Add up rows in the order of the inputs, by a warp. begin(at, sum) begins the sum of the elements
-// at `at`, or the first term does if there is none; term(sum, value, weight, first) adds one;
-// end(at, sum) stores it. Rows of whole words go 16 bytes at a time, through the queue; others by
-// elements.
-template <typename Type, bool kWhole, typename Begin, typename Term, typename End>
-__device__ __forceinline__ void AddRows(Queue& queue, int size, const Inputs& inputs, Begin begin,
-                                        Term term, End end) {
-  const int lane = threadIdx.x % 32;
-  if constexpr (kWhole) {
-    constexpr int kPerWord = Type::kPerWord;
-    const int num_words = size / kPerWord, rounds = (num_words + 31) / 32;
-    float sum[kPerWord];
-    if (inputs.count == 0) {
-      for (int word = lane; word < num_words; word += 32) {
-        begin(word * kPerWord, sum);
-        end(word * kPerWord, sum);
-      }
-      return;
-    }
-    int next_input = 0, next_word = lane;  // to be loaded
-    int input = 0, word = lane;            // to be added
-    queue.Run(
-        rounds * inputs.count,
-        [&](int) {
-          const auto* row = reinterpret_cast<const uint4*>(
-              __shfl_sync(~0u, reinterpret_cast<uint64_t>(inputs.row), next_input));
-          const uint4* from = next_word < num_words ? row + next_word : nullptr;
-          if (++next_input == inputs.count) next_input = 0, next_word += 32;
-          return from;
-        },
-        [&](int, uint4 bits) {
-          const float weight = __shfl_sync(~0u, inputs.weight, input);
-          if (word < num_words) {
-            if (input == 0) begin(word * kPerWord, sum);
-            float values[kPerWord];
-            Type::UnpackWord(bits, values);
+// How a sum goes: from zero or from its first term, and of terms that are rounded to the row type
+// or of products as they are.
+struct SumOfProducts {
+  static constexpr bool kRounded = false;
+  __device__ static bool BeginsWithTerm(const Inputs&) { return true; }
+};
+struct SumOfRows {
+  static constexpr bool kRounded = true;
+  __device__ static bool BeginsWithTerm(const Inputs& inputs) { return inputs.first != nullptr; }
+};
+
+// Add a group of an input to a sum. Inputs without a weight have 1, which changes nothing.
+template <typename Type, bool kWeighted, bool kRounded>
+__device__ __forceinline__ void AddTerm(const Packed<typename Type::Element>& group, float weight,
+                                        bool begins, float* sums) {
+  float values[kGroup];
+  Type::Unpack(group, values);
+  if constexpr (kWeighted) {
 #pragma unroll
-            for (int i = 0; i < kPerWord; ++i) term(sum[i], values[i], weight, input == 0);
-            if (input == inputs.count - 1) end(word * kPerWord, sum);
-          }
-          if (++input == inputs.count) input = 0, word += 32;
-        });
-  } else {
-    for (int base = 0; base < size; base += 32) {
-      const int at = base + lane;
-      float sum[1];
-      if (at < size) begin(at, sum);
-      for (int input = 0; input < inputs.count; ++input) {
-        const auto* row = reinterpret_cast<const typename Type::Element*>(
-            __shfl_sync(~0u, reinterpret_cast<uint64_t>(inputs.row), input));
-        const float weight = __shfl_sync(~0u, inputs.weight, input);
-        if (at < size) term(sum[0], Type::Load(row[at]), weight, input == 0);
+    for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(values[i], weight);
+    if constexpr (kRounded) Type::Unpack(Type::Pack(values), values);
+  }
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) sums[i] = begins ? values[i] : __fadd_rn(sums[i], values[i]);
+}
+
+// Write the sum of a known number of inputs, all of them in flight.
+template <typename Type, bool kWeighted, typename Sum, int kInputs>
+__device__ __forceinline__ void AddAtOnce(const Inputs& inputs, char* to, RowShape<true> shape) {
+  using Element = typename Type::Element;
+  const char* rows[kInputs];
+  float weights[kInputs];
+#pragma unroll
+  for (int input = 0; input < kInputs; ++input) rows[input] = inputs.Get(input, &weights[input]);
+  const bool begins = Sum::BeginsWithTerm(inputs);
+  ForGroups<GroupsInFlight<Element>(kInputs)>(shape.num_groups(), [&](int base, auto ahead) {
+    constexpr int kGroups = decltype(ahead)::value;
+    Packed<Element> groups[kInputs][kGroups];
+#pragma unroll
+    for (int input = 0; input < kInputs; ++input) {
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        groups[input][i] = LoadGroup<Element>(rows[input], base + i * 32, shape);
       }
-      if (at < size) end(at, sum);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      float sums[kGroup] = {};
+#pragma unroll
+      for (int input = 0; input < kInputs; ++input) {
+        AddTerm<Type, kWeighted, Sum::kRounded>(groups[input][i], weights[input],
+                                                input == 0 && begins, sums);
+      }
+      StoreGroup(to, base + i * 32, shape, Type::Pack(sums));
+    }
+  });
+}
+
+// The same for any number of inputs.
+template <typename Type, bool kWhole, bool kWeighted, typename Sum>
+__device__ void AddOneByOne(const Inputs& inputs, char* to, RowShape<kWhole> shape) {
+  using Element = typename Type::Element;
+  const bool begins = Sum::BeginsWithTerm(inputs);
+  for (int base = 0; base < shape.num_groups(); base += 32) {
+    const int group = base + threadIdx.x % 32;
+    const bool inside = group < shape.num_groups();
+    float sums[kGroup] = {};
+#pragma unroll 4
+    for (int input = 0; input < inputs.count; ++input) {
+      float weight;
+      const char* row = inputs.Get(input, &weight);
+      if (!inside) continue;
+      AddTerm<Type, kWeighted, Sum::kRounded>(LoadGroup<Element>(row, group, shape), weight,
+                                              input == 0 && begins, sums);
+    }
+    if (inside) StoreGroup(to, group, shape, Type::Pack(sums));
+  }
+}
+
+template <typename Type, bool kWhole, bool kWeighted, typename Sum>
+__device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape) {
+  if constexpr (kWhole) {
+    if (inputs.count >= 1 && inputs.count <= kMaxRowsAtOnce) {
+      return WithConstant(inputs.count, [&](auto count) {
+        AddAtOnce<Type, kWeighted, Sum, decltype(count)::value>(inputs, to, shape);
+      });
     }
   }
+  AddOneByOne<Type, kWhole, kWeighted, Sum>(inputs, to, shape);
 }
 
-// The elements of one sum in memory: a word, or an element.
-template <typename Type, bool kWhole>
-__device__ __forceinline__ void LoadSum(const char* row, int at, float* sum) {
-  const auto* from = reinterpret_cast<const typename Type::Element*>(row) + at;
-  if constexpr (kWhole) {
-    Type::UnpackWord(LoadOnce(reinterpret_cast<const uint4*>(from)), sum);
-  } else {
-    sum[0] = Type::Load(*from);
-  }
+// The sum of the token's rows here stands where its rank finds it.
+__device__ int64_t SumOffset(const Combine& op, int rank, int token) {
+  return (int64_t{rank} * op.params.route.num_tokens + token) * op.row_bytes;
 }
-
-template <typename Type, bool kWhole>
-__device__ __forceinline__ void StoreSum(char* row, int at, const float* sum) {
-  auto* to = reinterpret_cast<typename Type::Element*>(row) + at;
-  if constexpr (kWhole) {
-    *reinterpret_cast<uint4*>(to) = Type::PackWord(sum);
-  } else {
-    *to = Type::Store(sum[0]);
-  }
-}
-
-// The first item of this warp; the next one is a stride further.
-__device__ int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
-__device__ int ItemStride() { return gridDim.x * kWarps; }
 
 // Step 1.
-template <typename Type, bool kWhole>
-__device__ void SumPairs(const Combine& op, Queue& queue) {
+template <typename Type, bool kWhole, bool kWeighted>
+__device__ void SumPairs(const Combine& op) {
+  struct Line {
+    int32_t source, row;
+  };
+  struct Pair {
+    int32_t source;
+    Inputs inputs;
+  };
   const CombineParams& params = op.params;
+  const RowShape<kWhole> shape{op.frame.shape.hidden_size};
   const PairTable table(op.frame.shape, params.route);
   const int lane = threadIdx.x % 32, num_pairs = params.pairs[0];
-  for (int pair = FirstItem(); pair < num_pairs; pair += ItemStride()) {
-    const int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
-    const int32_t row = lane < table.max_rows ? line[1 + lane] : kNone;
-    Inputs inputs;
-    inputs.count = __popc(__ballot_sync(~0u, row != kNone));
-    if (inputs.count < 2) continue;
-    inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes;
-    inputs.weight = row == kNone || params.weights == nullptr ? 1.0f : params.weights[row];
-    char* to = static_cast<char*>(params.sums) + line[0] * op.row_bytes;
-    AddRows<Type, kWhole>(
-        queue, op.frame.shape.hidden_size, inputs, [](int, float*) {},
-        [](float& sum, float value, float weight, bool first) {
-          const float product = __fmul_rn(value, weight);
-          sum = first ? product : __fadd_rn(sum, product);
-        },
-        [to](int at, const float* sum) { StoreSum<Type, kWhole>(to, at, sum); });
-  }
+  ForWarpItems(
+      num_pairs,
+      [&](int pair) {
+        if (pair >= num_pairs) return Line{kNone, kNone};
+        const int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
+        return Line{line[0], lane < table.max_rows ? line[1 + lane] : kNone};
+      },
+      [&](int, const Line& line) {
+        Pair pair{line.source, {}};
+        pair.inputs.count = __popc(__ballot_sync(~0u, line.row != kNone));
+        if (line.row == kNone) return pair;
+        pair.inputs.place = lane;
+        pair.inputs.row = static_cast<const char*>(params.y) + line.row * op.row_bytes;
+        if constexpr (kWeighted) pair.inputs.weight = params.weights[line.row];
+        return pair;
+      },
+      [&](int, const Pair& pair) {
+        if (pair.inputs.count < 2) return;
+        const int rank = pair.source / op.frame.shape.max_tokens;
+        const int token = pair.source % op.frame.shape.max_tokens;
+        AddUp<Type, kWhole, kWeighted, SumOfProducts>(
+            pair.inputs, static_cast<char*>(params.sums) + SumOffset(op, rank, token), shape);
+      });
 }
 
-// What a token of this rank adds up: a row of every rank that has one, ranks ascending.
-__device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, int32_t* taken) {
+// What a token of this rank adds up: the bias, and a row of every rank that has one, ranks
+// ascending. `destination` is that of the lane's entry.
+__device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, int32_t destination,
+                           int32_t* taken) {
   const CombineParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
-  const int lane = threadIdx.x % 32, num_topk = shape.num_topk;
+  const int lane = threadIdx.x % 32;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  const int32_t destination =
-      lane < num_topk ? params.destination[int64_t{token} * num_topk + lane] : kNone;
   const bool somewhere = destination != kNone;
   const int rank = somewhere ? destination / params.route.capacity : shape.num_ranks + lane;
   const int64_t row = somewhere ? destination % params.route.capacity : 0;
   const uint32_t same = __match_any_sync(~0u, rank);
   const bool leads = somewhere && __ffs(same) - 1 == lane;
-  if (params.gradients != nullptr && lane < num_topk) {
-    const int64_t at = expert_major ? row : row * num_topk + lane;
-    params.gradients[int64_t{token} * num_topk + lane] =
-        somewhere ? group.Operand<float>(rank, kGradients)[at] : 0.0f;
+  Inputs inputs;
+  if (params.gradients != nullptr && somewhere) {
+    const int64_t at = expert_major ? row : row * shape.num_topk + lane;
+    inputs.gradient = group.Operand<float>(rank, kGradients)[at];
   }
-  const char* from = nullptr;
-  float weight = 1.0f;
+  // The ranks that the token takes rows of, as bits.
+  const uint32_t low = __reduce_or_sync(~0u, leads && rank < 32 ? 1u << rank : 0u);
+  const uint32_t high = __reduce_or_sync(~0u, leads && rank >= 32 ? 1u << (rank - 32) : 0u);
+  const uint64_t ranks = uint64_t{high} << 32 | low;
+  if (params.bias != nullptr && token < params.route.num_tokens) {
+    inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes;
+    inputs.count = 1;
+  }
   if (leads) {
+    inputs.place = inputs.count + __popcll(ranks & ((uint64_t{1} << rank) - 1));
     atomicAdd(&taken[rank], 1);
     if (expert_major && __popc(same) > 1) {  // summed in step 1
-      const int64_t source = int64_t{op.frame.rank} * shape.max_tokens + token;
-      from = group.Operand<char>(rank, kSums) + source * op.row_bytes;
+      inputs.row = group.Operand<char>(rank, kSums) + SumOffset(op, op.frame.rank, token);
     } else {
-      from = group.Operand<char>(rank, kRows) + row * op.row_bytes;
-      if (params.weights != nullptr) weight = group.Operand<float>(rank, kWeights)[row];
+      inputs.row = group.Operand<char>(rank, kRows) + row * op.row_bytes;
+      if (params.weights != nullptr) inputs.weight = group.Operand<float>(rank, kWeights)[row];
     }
   }
-  // Lane i takes the i-th rank in ascending order.
-  Inputs inputs{__popc(__ballot_sync(~0u, leads)), nullptr, 1.0f};
-  int order = 0;
-  for (int k = 0; k < num_topk; ++k) {
-    order += __shfl_sync(~0u, leads ? rank : shape.num_ranks, k) < rank;
-  }
-  for (int k = 0; k < num_topk; ++k) {
-    const bool k_leads = __shfl_sync(~0u, leads, k);
-    const int k_order = __shfl_sync(~0u, order, k);
-    const auto k_from = __shfl_sync(~0u, reinterpret_cast<uint64_t>(from), k);
-    const float k_weight = __shfl_sync(~0u, weight, k);
-    if (k_leads && k_order == lane) {
-      inputs.row = reinterpret_cast<const char*>(k_from);
-      inputs.weight = k_weight;
-    }
-  }
+  inputs.count += __popcll(ranks);
   return inputs;
 }
 
 // Step 3.
-template <typename Type, bool kWhole>
-__device__ void SumTokens(const Combine& op, const GroupOp& group, Queue& queue, int32_t* taken) {
+template <typename Type, bool kWhole, bool kWeighted>
+__device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* taken) {
   const CombineParams& params = op.params;
-  for (int token = FirstItem(); token < params.route.num_tokens; token += ItemStride()) {
-    const Inputs inputs = InputsOf(op, group, token, taken);
-    const char* bias = params.bias == nullptr
-                           ? nullptr
-                           : static_cast<const char*>(params.bias) + token * op.row_bytes;
-    char* to = static_cast<char*>(params.out) + token * op.row_bytes;
-    AddRows<Type, kWhole>(
-        queue, op.frame.shape.hidden_size, inputs,
-        [bias](int at, float* sum) {
-          if (bias != nullptr) {
-            LoadSum<Type, kWhole>(bias, at, sum);
-          } else {
-            for (int i = 0; i < (kWhole ? Type::kPerWord : 1); ++i) sum[i] = 0.0f;
-          }
-        },
-        [](float& sum, float value, float weight, bool) {
-          // A weight of 1 changes nothing, also where it stands for none.
-          sum = __fadd_rn(
-              sum, weight == 1.0f ? value : Type::Load(Type::Store(__fmul_rn(value, weight))));
-        },
-        [to](int at, const float* sum) { StoreSum<Type, kWhole>(to, at, sum); });
-  }
+  const RowShape<kWhole> shape{op.frame.shape.hidden_size};
+  const int lane = threadIdx.x % 32;
+  const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
+  ForWarpItems(
+      num_tokens,
+      [&](int token) {
+        const bool inside = token < num_tokens && lane < num_topk;
+        return inside ? params.destination[int64_t{token} * num_topk + lane] : kNone;
+      },
+      [&](int token, int32_t destination) {
+        return InputsOf(op, group, token, destination, taken);
+      },
+      [&](int token, const Inputs& inputs) {
+        if (params.gradients != nullptr && lane < num_topk) {
+          params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
+        }
+        AddUp<Type, kWhole, kWeighted, SumOfRows>(
+            inputs, static_cast<char*>(params.out) + token * op.row_bytes, shape);
+      });
 }
 
-template <typename Type, bool kWhole>
+template <typename Type, bool kWhole, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
-  extern __shared__ __align__(16) char memory[];
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
-  Queue queue(memory);
   const CombineParams& params = op.params;
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
   group.Begin();
-  if (params.sums != nullptr) SumPairs<Type, kWhole>(op, queue);
+  if (params.sums != nullptr) SumPairs<Type, kWhole, kWeighted>(op);
   group.Publish();
   if (group.WaitForArrivals()) {
-    SumTokens<Type, kWhole>(op, group, queue, taken);
+    SumTokens<Type, kWhole, kWeighted>(op, group, taken);
     group.CountTaken(taken);
   }
   group.Finish([] {},
@@ -252,17 +275,22 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
 
 using Kernel = void (*)(Combine);
 
-template <bool kWhole>
+template <bool kWhole, bool kWeighted>
 Kernel KernelFor(RowType type) {
   switch (type) {
     case RowType::kFloat32:
-      return CombineKernel<Float32, kWhole>;
+      return CombineKernel<Float32, kWhole, kWeighted>;
     case RowType::kFloat16:
-      return CombineKernel<Float16, kWhole>;
+      return CombineKernel<Float16, kWhole, kWeighted>;
     case RowType::kBFloat16:
-      return CombineKernel<BFloat16, kWhole>;
+      return CombineKernel<BFloat16, kWhole, kWeighted>;
   }
   return nullptr;
+}
+
+Kernel KernelFor(RowType type, bool whole, bool weighted) {
+  if (whole) return weighted ? KernelFor<true, true>(type) : KernelFor<true, false>(type);
+  return weighted ? KernelFor<false, true>(type) : KernelFor<false, false>(type);
 }
 
 }  // namespace
@@ -278,16 +306,18 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
     op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
   }
   const RowType type = params.route.row_type;
-  const bool whole = op.row_bytes % sizeof(uint4) == 0;
-  const Kernel kernel = whole ? KernelFor<true>(type) : KernelFor<false>(type);
-  return LaunchKernel(kernel, op, num_blocks, kThreads,
-                      whole ? kThreads * Queue::kBytesPerThread : 0, stream);
+  const Kernel kernel = KernelFor(type, IsWhole(size), params.weights != nullptr);
+  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
 const char* LoadCombineKernels(int max_shared_bytes) {
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    for (const Kernel kernel : {KernelFor<true>(type), KernelFor<false>(type)}) {
-      if (const char* error = LoadKernel(kernel, max_shared_bytes)) return error;
+    for (const bool whole : {false, true}) {
+      for (const bool weighted : {false, true}) {
+        if (const char* error = LoadKernel(KernelFor(type, whole, weighted), max_shared_bytes)) {
+          return error;
+        }
+      }
     }
   }
   return nullptr;

@@ -1,8 +1,9 @@
 // dispatch inside a node: every rank counts and lists what it sends, tells its peers, and pulls its
 // own rows from theirs straight to their final places.
 //
-// 1. Count: the entries of this rank per group, and its tokens per destination rank.
-// 2. List: each entry's place among this rank's own (its record), and the tokens for each rank.
+// 1. Count: the entries of this rank per group, and its tokens per destination rank; every entry's
+//    place among those of its warp goes into its record.
+// 2. List: places among all entries of this rank, and the tokens for each rank.
 // 3. Publish counts; wait for everyone's.
 // 4. Plan: prefix sums over the sources turn places into rows; drop what does not fit.
 // 5. Pull: each token that has experts here once, whatever the number of its rows.
@@ -30,7 +31,7 @@ struct alignas(16) EntryRecord {
   int32_t expert;  // or kNone for an entry that does not count
   int32_t place;   // among this source's entries of the group
   float weight;
-  int32_t unused;
+  int32_t pair;  // before step 2: the place of its token in the list of the rank, or kNone
 };
 
 // Operands that peers read.
@@ -61,8 +62,6 @@ __device__ int32_t* TokenList(const Dispatch& op, int rank) {
 
 // A warp's view of some tokens: one entry per lane, whole tokens only.
 struct EntryLane {
-  int32_t token;
-  int32_t k;
   bool inside;      // the lane has an entry
   bool valid;       // it names an expert, for the first time in its token
   bool wrong;       // it counts as invalid
@@ -72,18 +71,14 @@ struct EntryLane {
   int32_t pair_lane;  // the lane that makes its pair
 };
 
-__device__ EntryLane ReadEntries(const Dispatch& op, int32_t first_token, int32_t end_token) {
+// `expert` is what the lane's entry of topk_idx says, if it has one.
+__device__ EntryLane LookAtEntry(const Dispatch& op, bool inside, int32_t expert) {
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32;
   const int in_warp = lane / shape.num_topk;  // token
   EntryLane entry{};
-  entry.token = first_token + in_warp;
-  entry.k = lane % shape.num_topk;
-  entry.inside = in_warp < 32 / shape.num_topk && entry.token < end_token;
-  entry.expert = kNone;
-  if (entry.inside) {
-    entry.expert = op.params.topk_idx[int64_t{entry.token} * shape.num_topk + entry.k];
-  }
+  entry.inside = inside;
+  entry.expert = inside ? expert : kNone;
   const bool named = entry.expert >= 0 && entry.expert < shape.num_experts;
   // Lanes of no expert match nobody else.
   const int key = named ? in_warp * shape.num_experts + entry.expert : -1 - lane;
@@ -126,7 +121,7 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
   const GroupShape& shape = op.frame.shape;
   const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tokens_per_warp = 32 / shape.num_topk;
+  const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
   const TokenRange block = TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
   const TokenRange tokens =
       warp < op.count_warps ? TokenRange::Part(block, warp, op.count_warps) : TokenRange{0, 0};
@@ -134,12 +129,31 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
 
   for (int i = threadIdx.x; i < op.count_warps * columns; i += kThreads) counters[i] = 0;
   __syncthreads();
+  // A lane's entries stand a step apart; each is loaded while the one before is looked at.
+  const int num_topk = shape.num_topk, step = 32 / num_topk * num_topk;
+  const int64_t end = int64_t{tokens.end} * num_topk;
+  int64_t index = int64_t{tokens.begin} * num_topk + lane;
+  const auto inside = [&] { return lane < step && index < end; };
+  int32_t next = inside() ? op.params.topk_idx[index] : kNone;
+  float next_weight = inside() ? op.params.topk_weights[index] : 0.0f;
   int wrong = 0;
-  for (int32_t token = tokens.begin; token < tokens.end; token += tokens_per_warp) {
-    const EntryLane entry = ReadEntries(op, token, tokens.end);
-    CountInColumn(entry.valid, entry.expert, own_counters);
-    CountInColumn(entry.makes_pair, shape.num_experts + entry.rank, own_counters);
+  for (int64_t first = index - lane; first < end; first += step) {
+    const int64_t at = index;
+    const float weight = next_weight;
+    const EntryLane entry = LookAtEntry(op, inside(), next);
+    index += step;
+    if (inside()) {
+      next = op.params.topk_idx[index];
+      next_weight = op.params.topk_weights[index];
+    }
+    const int in_expert = CountInColumn(entry.valid, entry.expert, own_counters);
+    const int in_list =
+        CountInColumn(entry.makes_pair, shape.num_experts + entry.rank, own_counters);
+    const int pair = __shfl_sync(~0u, in_list, entry.pair_lane);
     wrong += __popc(__ballot_sync(~0u, entry.wrong));
+    if (!entry.inside) continue;
+    Records(op)[at] = {entry.valid ? entry.expert : kNone, expert_major ? in_expert : pair, weight,
+                       entry.makes_pair ? in_list : kNone};
   }
   if (lane == 0 && wrong > 0) atomicAdd(&group.own().num_invalid, wrong);
   __syncthreads();
@@ -171,22 +185,26 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
     }
   }
   __syncthreads();
-  const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
-  for (int32_t token = tokens.begin; token < tokens.end; token += tokens_per_warp) {
-    const EntryLane entry = ReadEntries(op, token, tokens.end);
-    const int in_expert = CountInColumn(entry.valid, entry.expert, own_counters);
-    const int own_pair =
-        CountInColumn(entry.makes_pair, shape.num_experts + entry.rank, own_counters);
-    const int pair = __shfl_sync(~0u, own_pair, entry.pair_lane);
-    if (!entry.inside) continue;
-    const int64_t index = int64_t{entry.token} * shape.num_topk + entry.k;
-    EntryRecord record;
-    record.expert = entry.valid ? entry.expert : kNone;
-    record.place = expert_major ? in_expert : pair;
-    record.weight = op.params.topk_weights[index];
-    record.unused = 0;
-    Records(op)[index] = record;
-    if (entry.makes_pair) TokenList(op, entry.rank)[pair] = entry.token;
+  constexpr int kAhead = 4;  // records in flight of a lane
+  for (int64_t base = int64_t{tokens.begin} * num_topk + lane; base < end; base += 32 * kAhead) {
+    EntryRecord records[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      records[i].expert = kNone;
+      if (base + i * 32 < end) records[i] = Records(op)[base + i * 32];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const EntryRecord& record = records[i];
+      if (record.expert == kNone) continue;
+      const int64_t at = base + i * 32;
+      const int rank = record.expert / shape.num_local_experts();
+      const int list = shape.num_experts + rank;
+      Records(op)[at].place = record.place + own_counters[expert_major ? record.expert : list];
+      if (record.pair != kNone) {
+        TokenList(op, rank)[own_counters[list] + record.pair] = static_cast<int32_t>(at / num_topk);
+      }
+    }
   }
 }
 
@@ -334,30 +352,38 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
   const int groups =
       params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
-  const int first_group = op.frame.rank * groups;
   const int lane = threadIdx.x % 32;
-  const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   int64_t kept = 0, end = 0;
-  for (int group = 0; group < groups; ++group) {
-    const int64_t rows = plan.kept[first_group + group];
-    const int64_t padded = RoundUp(rows, params.route.alignment);
-    for (int64_t row = rows + warp; row < padded; row += gridDim.x * kWarps) {
-      const int64_t at = plan.offset[first_group + group] + row;
-      ZeroRow(static_cast<char*>(params.tokens) + at * op.row_bytes, WordsOf<kWhole>(op));
-      if (lane == 0) MarkEmpty(op, at);
+  for (int base = 0; base < groups; base += 32) {
+    const int group = base + lane;
+    const bool inside = group < groups;
+    const int at = op.frame.rank * groups + group;
+    const int32_t rows = inside ? plan.kept[at] : 0;
+    const int32_t padded = static_cast<int32_t>(RoundUp(rows, params.route.alignment));
+    const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first row of no token
+    if (warp == 0 && inside) {
+      params.num_rows[group] = rows;
+      params.group_sizes[group] = padded;
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      params.num_rows[group] = static_cast<int32_t>(rows);
-      params.group_sizes[group] = static_cast<int32_t>(padded);
+    kept += __reduce_add_sync(~0u, rows);
+    end += __reduce_add_sync(~0u, padded);
+    for (uint32_t lanes = __ballot_sync(~0u, padded > rows); lanes != 0; lanes &= lanes - 1) {
+      const int of_lane = __ffs(lanes) - 1;
+      const int64_t first = __shfl_sync(~0u, rest, of_lane);
+      const int count = __shfl_sync(~0u, padded - rows, of_lane);
+      for (int i = warp; i < count; i += gridDim.x * kWarps) {
+        ZeroRow(static_cast<char*>(params.tokens) + (first + i) * op.row_bytes,
+                WordsOf<kWhole>(op));
+        if (lane == 0) MarkEmpty(op, first + i);
+      }
     }
-    kept += rows;
-    end += padded;
   }
   for (int64_t row = end + blockIdx.x * kThreads + threadIdx.x; row < params.route.capacity;
        row += gridDim.x * kThreads) {
     MarkEmpty(op, row);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
+  if (warp == 0 && lane == 0) {
     *params.num_received = static_cast<int32_t>(*plan.received);
     *params.num_dropped = static_cast<int32_t>(*plan.received - kept);
     if (params.pairs != nullptr) params.pairs[0] = plan.pairs_before[op.frame.shape.num_ranks];
@@ -377,30 +403,27 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
   const PairOrder order(plan.pairs_before[num_ranks], plan.pairs_before[rank],
                         plan.pairs_before[rank + 1]);
 
-  int32_t next_token = kNone;  // of the lane's item among the next 32
+  // Each lane looks up one of the next 32 items, so that the way to a peer is waited for once
+  // in 32.
+  int32_t of_lane_pair = 0, of_lane_source = 0, of_lane_token = 0;
   for (int number = 0; order.Has(number); ++number) {
-    auto source_of = [&](int pair) {
+    if (number % 32 == 0 && order.Has(number + lane)) {
+      of_lane_pair = order.At(number + lane);
       int low = 0, high = num_ranks;  // pairs_before[low] <= pair < pairs_before[high]
       while (high - low > 1) {
         const int middle = (low + high) / 2;
-        (plan.pairs_before[middle] <= pair ? low : high) = middle;
+        (plan.pairs_before[middle] <= of_lane_pair ? low : high) = middle;
       }
-      return low;
-    };
-    if (number % 32 == 0) {
-      // Every lane looks up a token, so that the way to a peer is waited for once in 32.
-      if (order.Has(number + lane)) {
-        const int pair = order.At(number + lane);
-        const int source = source_of(pair);
-        const int32_t* list =
-            group.Operand<int32_t>(source, kLists) + int64_t{rank} * params.route.num_tokens;
-        next_token = LoadFresh(list + pair - plan.pairs_before[source]);
-        if (next_token < 0 || next_token >= params.route.num_tokens) next_token = 0;
-      }
+      of_lane_source = low;
+      const int32_t* list =
+          group.Operand<int32_t>(low, kLists) + int64_t{rank} * params.route.num_tokens;
+      of_lane_token = LoadFresh(list + of_lane_pair - plan.pairs_before[low]);
+      if (of_lane_token < 0 || of_lane_token >= params.route.num_tokens) of_lane_token = 0;
     }
-    const int pair = order.At(number);
-    const int source = source_of(pair);
-    const int64_t token = __shfl_sync(~0u, next_token, number % 32);
+    __syncwarp();
+    const int pair = __shfl_sync(~0u, of_lane_pair, number % 32);
+    const int source = __shfl_sync(~0u, of_lane_source, number % 32);
+    const int64_t token = __shfl_sync(~0u, of_lane_token, number % 32);
     EntryRecord record;
     record.expert = kNone;
     if (lane < num_topk) {

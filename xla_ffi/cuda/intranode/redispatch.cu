@@ -17,9 +17,8 @@ namespace {
 // The operand that peers read.
 enum { kRows };
 
-// Scaling keeps a chunk of a row in registers, so that it runs with fewer threads.
-constexpr int kScaleThreads = 512;
-constexpr int kGroupsPerLane = 8;                  // of a chunk
+// Scaling keeps a chunk of a row in registers: so many groups of a lane.
+constexpr int kGroupsPerLane = 8;
 constexpr int kChunkGroups = 32 * kGroupsPerLane;  // 2048 elements: a block of the dot product
 
 struct Redispatch {
@@ -256,8 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) CarryKernel(const __grid_constant
 }
 
 template <typename Type, bool kWhole>
-__global__ void __launch_bounds__(kScaleThreads, 1)
-    ScaleKernel(const __grid_constant__ Redispatch op) {
+__global__ void __launch_bounds__(kThreads, 1) ScaleKernel(const __grid_constant__ Redispatch op) {
   Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
     Scale<Type, kWhole>(op, group, pairs, taken);
   });
@@ -295,7 +293,7 @@ const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& param
     return "weights and products come together, and with expert-major rows";
   }
   const Kernel kernel = IsWhole(size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
-  return LaunchKernel(kernel, op, num_blocks, kScaleThreads, 0, stream);
+  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
 const char* LoadRedispatchKernels(int max_shared_bytes) {

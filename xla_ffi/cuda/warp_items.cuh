@@ -1,0 +1,28 @@
+// Items of work, a warp for each, with what an item needs looked up while earlier ones are worked
+// on.
+#ifndef JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
+#define JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
+
+namespace jax_deepep {
+
+// Call use(item, prepared) for this warp's items of `count`, in order. `prepared` is what
+// prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,
+// so that nobody waits for what they load. Both are asked for items past the end too.
+template <typename Read, typename Prepare, typename Use>
+__device__ __forceinline__ void ForWarpItems(int count, Read read, Prepare prepare, Use use) {
+  const int stride = gridDim.x * (blockDim.x / 32);
+  int item = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  auto found = read(item);
+  auto next = prepare(item, found);
+  found = read(item + stride);
+  for (; item < count; item += stride) {
+    const auto prepared = next;
+    next = prepare(item + stride, found);
+    found = read(item + 2 * stride);
+    use(item, prepared);
+  }
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
