@@ -32,8 +32,8 @@ LocalDevice DeviceOf(const DeviceTuple& tuple) {
   return {tuple.first, reinterpret_cast<const void*>(tuple.second)};
 }
 
-// What may wait for a device lets other Python threads go on meanwhile: the device may wait for an op
-// that one of them is about to launch.
+// What may wait for a device lets other Python threads go on meanwhile: the device may wait for an
+// op that one of them is about to launch.
 using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 
 // A communicator goes with its last owner, Python or a program of XLA: with the GIL or without.
@@ -54,10 +54,9 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const Pl
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
-      new CudaCommunicator(
-          MakeConfig(id, fingerprint, places, process, num_ranks, num_groups, num_experts, num_topk,
-                     max_tokens, hidden_size, timeout_s),
-          local_devices, num_sms),
+      new CudaCommunicator(MakeConfig(id, fingerprint, places, process, num_ranks, num_groups,
+                                      num_experts, num_topk, max_tokens, hidden_size, timeout_s),
+                           local_devices, num_sms),
       &Destroy);
   Register(comm);
   return comm;
@@ -113,8 +112,8 @@ NB_MODULE(_cuda, module) {
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
-           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"),
-           nb::arg("timeout_s"), nb::arg("devices"), nb::arg("num_sms"), WithoutGil())
+           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
+           nb::arg("devices"), nb::arg("num_sms"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, WithoutGil())

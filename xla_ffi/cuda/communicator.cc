@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -91,6 +92,7 @@ void CudaCommunicator::FreePinned::operator()(HostStatus* status) const {
 std::vector<ExportedMemory> CudaCommunicator::Exports() const {
   std::vector<ExportedMemory> exports;
   for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
     for (const DeviceMemory* memory : {&rank->control, &rank->pool}) {
       exports.emplace_back();
       const std::string error = memory->Export(&exports.back());
@@ -115,6 +117,7 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
       if (rank->place.group == place.group) readers.push_back(rank->ordinal);
     }
     if (readers.empty()) continue;
+    OnDevice current(readers.front());
     auto peer = std::make_unique<Peer>();
     std::string error = peer->control.Import(control, readers, /*writable=*/true);
     if (error.empty()) error = peer->pool.Import(pool, readers, /*writable=*/false);
@@ -225,8 +228,8 @@ std::string CudaCommunicator::WaitForOps() const {
     OnDevice current(rank->ordinal);
     const cudaError_t error = cudaDeviceSynchronize();
     if (error == cudaSuccess || !first_error.empty()) continue;
-    first_error = "GPU " + std::to_string(rank->ordinal) + " has met an error: " +
-                  cudaGetErrorString(error) +
+    first_error = "GPU " + std::to_string(rank->ordinal) +
+                  " has met an error: " + cudaGetErrorString(error) +
                   ". Some kernel of this process has failed, maybe another than ours; CUDA cannot "
                   "go on in this process: start it again. compute-sanitizer finds the kernel.";
   }
@@ -255,9 +258,10 @@ void CudaCommunicator::Close() {
                cudaSuccess &&
            cudaStreamSynchronize(nullptr) == cudaSuccess && told;
   }
-  // Every op that begins from now on finds that and reads no peer (GroupOp::Begin). One that had
-  // begun before may still read, and is waited for.
-  if (!WaitForOps().empty() || !told) return;
+  // Every op that begins from now on finds that, and reads no peer. One that had begun before may
+  // still read, and is waited for.
+  if (!WaitForOps().empty() || !told || ranks_.empty()) return;
+  OnDevice current(ranks_.front()->ordinal);
   for (const auto& [place, peer] : peers_) peer->pool.Unmap();
 }
 

@@ -124,8 +124,8 @@ class CudaCommunicator {
   int num_blocks_ = 0;
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank
-  std::shared_mutex launch_mutex_;  // shared by who enqueues an op
-  bool closed_ = false;             // under launch_mutex_
+  std::shared_mutex launch_mutex_;                              // shared by who enqueues an op
+  bool closed_ = false;                                         // under launch_mutex_
   std::mutex traffic_mutex_;
 };
 

@@ -38,8 +38,7 @@ std::string Describe(const FailureReport& report, int reporter, int group,
   switch (report.failure) {
     case Failure::kWrongRank:
       return DescribeBroken(op + ": the program runs a device as another rank than the " +
-                                std::to_string(reporter) +
-                                " that it is in the communicator's mesh",
+                                std::to_string(reporter) + " that it is in the communicator's mesh",
                             config, group, kRunSameProgram);
     case Failure::kDifferentOps:
       return DescribeBroken(op + " on rank " + std::to_string(reporter) +

@@ -42,9 +42,9 @@ std::string ObstacleOfDevice(int ordinal, const GroupShape& shape) {
   const int64_t needed = LeastSharedBytesOfDispatch(shape);
   const int64_t available = DynamicSharedBytes(ordinal);
   if (needed > available) {
-    return "num_experts is " + std::to_string(shape.num_experts) +
-           ", for which native ops need " + std::to_string(needed) +
-           " bytes of shared memory per block, and " + gpu + " has " + std::to_string(available);
+    return "num_experts is " + std::to_string(shape.num_experts) + ", for which native ops need " +
+           std::to_string(needed) + " bytes of shared memory per block, and " + gpu + " has " +
+           std::to_string(available);
   }
   return "";
 }

@@ -44,7 +44,8 @@ inline constexpr char kFindMissing[] =
     "Find out why the missing device did not come, then make a new Communicator; raise timeout_s "
     "if it was only slow.";
 inline constexpr char kRunSameProgram[] =
-    "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; a "
+    "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
+    "a "
     "longer timeout_s does not help.";
 inline constexpr char kCloseLater[] =
     "Close a communicator after the last run of a program that uses it, on every rank; make a new "

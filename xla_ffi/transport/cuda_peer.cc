@@ -129,6 +129,7 @@ std::string DeviceMemory::Export(ExportedMemory* memory) const {
 }
 
 std::string WhyNoPeerAccess(const std::string& gpu, const std::vector<int>& devices) {
+  if (gpu.empty()) return "which GPU it is on is not known";
   int owner = 0;
   if (cudaDeviceGetByPCIBusId(&owner, gpu.c_str()) != cudaSuccess) {
     cudaGetLastError();  // said here, and nobody else is to find it
@@ -140,14 +141,12 @@ std::string WhyNoPeerAccess(const std::string& gpu, const std::vector<int>& devi
   }
   for (const int device : devices) {
     int possible = 0;
-    if (device == owner || (cudaDeviceCanAccessPeer(&possible, device, owner) == cudaSuccess &&
-                            possible != 0)) {
+    if (device == owner ||
+        (cudaDeviceCanAccessPeer(&possible, device, owner) == cudaSuccess && possible != 0)) {
       continue;
     }
-    return "GPU " + std::to_string(device) + " has no peer access to GPU " +
-           std::to_string(owner) +
-           ": take GPUs that NVLink or PCIe joins (nvidia-smi topo -p2p r lists them), or "
-           "implementation=\"xla\"";
+    return "GPU " + std::to_string(device) + " has no peer access to GPU " + std::to_string(owner) +
+           ": take GPUs that NVLink or PCIe joins (nvidia-smi topo -p2p r lists them)";
   }
   return "it is on GPU " + gpu + ", to which there is peer access";
 }

@@ -202,7 +202,8 @@ struct Plan {
   int64_t* received;      // rows sent to this rank, before dropping
 
   __host__ __device__ static int64_t Ints(const GroupShape& shape) {
-    return int64_t{4} * (shape.num_experts > shape.num_ranks ? shape.num_experts : shape.num_ranks) +
+    return int64_t{4} *
+               (shape.num_experts > shape.num_ranks ? shape.num_experts : shape.num_ranks) +
            2 * shape.num_ranks + 6;
   }
   __device__ static Plan At(int32_t* memory, const GroupShape& shape) {
