@@ -28,20 +28,29 @@ def checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+SIZES = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms")
+
+
+def plain_int(value: Any) -> Any:
+    """Return an integer of any type, NumPy's for example, as an int; anything else as it is."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
 def check_sizes(comm: Any, num_ranks: int) -> None:
     """Raise unless the sizes, the timeout and the mode of `comm` are ones that it can have."""
-    for name in ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms"):
+    for name in SIZES:
         value = getattr(comm, name)
         if value is None and name == "num_sms":
             continue
-        try:
-            number = operator.index(value)
-        except TypeError:
-            number = None
-        if number is None or isinstance(value, bool):
+        if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name}: got {value!r}; takes a positive integer.")
-        if number < 1:
-            raise ValueError(f"{name}: got {number}; takes a positive integer.")
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; takes a positive integer.")
     if comm.num_experts % num_ranks:
         below = comm.num_experts - comm.num_experts % num_ranks
         raise ValueError(

@@ -13,13 +13,16 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jax_deepep import jax_compat
 from jax_deepep.errors import CommunicatorError, PeerTimeoutError
+
+# As good as forever, and no clock or timeout of the system overflows.
+LONGEST_WAIT_S = 1e9
 
 # How many exchanges each set of processes has had: the same number in all of them, because making a
 # communicator is collective. Part of every key, so that no two exchanges meet.
@@ -43,7 +46,7 @@ class Exchange:
         members = "-".join(map(str, self.processes))
         self._namespace = f"jax_deepep/{members}/{number}"
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
         self._name_of = name_of
         self._client = jax_compat.coordination_client()
 
@@ -83,7 +86,8 @@ class Exchange:
     def send_descriptors_to_all(self, descriptors: Sequence[int]) -> dict[int, list[int]]:
         """Give open files to all other processes of this host; return theirs, by process.
 
-        All processes give at least one and at most 253 (the kernel's limit for one message).
+        All processes give at least one and at most 253 (the kernel's limit for one message). What is
+        returned is the caller's to close.
 
         Raises:
             PeerTimeoutError: some process did not come in time.
@@ -99,11 +103,15 @@ class Exchange:
             )
             server.start()
             received: dict[int, list[int]] = {}
-            for process in self.processes:
-                if process != self.process:
-                    received[process] = self._receive_descriptors(**everyones[process])
-            # Nobody may stop serving before everybody has been served.
-            self.all_gather("completion", {})
+            try:
+                for process in self.processes:
+                    if process != self.process:
+                        received[process] = self._receive_descriptors(**everyones[process])
+                # Nobody may stop serving before everybody has been served.
+                self.all_gather("completion", {})
+            except BaseException:
+                _close(descriptor for peers in received.values() for descriptor in peers)
+                raise
             server.join(self._seconds_left())
         return received
 
@@ -128,8 +136,14 @@ class Exchange:
                 raise CommunicatorError("a process of another user listens in place of a peer")
             _, descriptors, _, _ = socket.recv_fds(connection, 1, count)
         if len(descriptors) != count:
+            _close(descriptors)
             raise CommunicatorError("a peer closed its connection instead of sending its memory")
         return list(descriptors)
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _is_same_user(connection: socket.socket) -> bool:

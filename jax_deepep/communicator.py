@@ -88,6 +88,8 @@ class Communicator:
 
     def __post_init__(self) -> None:
         global _next_id
+        for name in arguments.SIZES:
+            self._set(name, arguments.plain_int(getattr(self, name)))
         axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
         topology = Topology.of(self.mesh, axis_names)
         self._set("topology", topology)
@@ -249,29 +251,32 @@ class Communicator:
 
         Raises:
             PeerTimeoutError: a peer did not arrive in time; the communicator is broken.
+            CommunicatorError: it is broken for another reason, or a GPU of this process has met an
+                error.
             InvalidRoutingError: `topk_idx` held invalid entries; the communicator still works.
         """
-        self._wait_for_ops()
+        if error := self._wait_for_ops():
+            raise CommunicatorError(error)
         self._raise_if_broken()
         if self._native is not None and (text := self._native.invalid_routing):
             raise InvalidRoutingError(text)
 
-    def _wait_for_ops(self) -> None:
+    def _wait_for_ops(self) -> str:
+        """Return an error of a device of this process, or nothing."""
         for array in jax.live_arrays():
             # A program that failed raises here, and one may give its result away meanwhile: both
             # concern whoever uses the result, and neither leaves an op running.
             with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
                 if not array.is_deleted():
                     array.block_until_ready()
-        if self._native is not None:
-            self._native.wait_for_ops()
+        return "" if self._native is None else self._native.wait_for_ops()
 
     def _broken_message(self) -> str:
         return "" if self._native is None else self._native.broken
 
     def _raise_if_broken(self) -> None:
         if message := self._broken_message():
-            raise PeerTimeoutError(message)
+            raise PeerTimeoutError(message) if self._native.timed_out else CommunicatorError(message)
 
     def raise_if_unusable(self) -> None:
         """Raise if no op may be traced with this communicator: it is closed or broken."""

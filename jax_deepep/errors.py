@@ -2,7 +2,12 @@
 
 
 class CommunicatorError(RuntimeError):
-    """The communicator cannot be used: it is closed, broken, or was made differently elsewhere."""
+    """The communicator cannot be used.
+
+    It is closed or broken, was made differently elsewhere, or a device of this process has failed. What
+    broke it is in the message: a missing peer raises `PeerTimeoutError`, and anything else this error
+    itself (ranks run different programs, or one closed its communicator before the last run).
+    """
 
 
 class PeerTimeoutError(CommunicatorError):

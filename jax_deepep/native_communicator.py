@@ -6,6 +6,7 @@ cuda   every process lets its peers map its control blocks, and XLA's memory poo
 
 import contextlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,30 +16,42 @@ from jax_deepep import cpu_threads, native_module
 from jax_deepep.bootstrap import Exchange
 from jax_deepep.topology import Topology
 
+# Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
+# them), and where it is, for errors.
+Export = tuple[int, int, str]
+
 
 def obstacle(comm: Any) -> str:
-    """Return why native ops cannot serve `comm` as far as this process can tell, or an empty string."""
+    """Return why native ops cannot serve `comm` as far as this process can tell, or an empty string.
+
+    Never raises: the other processes wait for what this one finds.
+    """
+    if comm.implementation == "xla":  # nothing is native then, and no GPU is touched
+        return ""
     topology: Topology = comm.topology
     if len(topology.platforms) > 1:
         return f"native ops need devices of one platform, not of {', '.join(sorted(topology.platforms))}"
-    if text := native_module.obstacle(topology.platform):
-        return text
-    if topology.platform == "cuda":
-        return _obstacle_of_gpus(comm, native_module.load("cuda"))
-    return ""
+    try:
+        if text := native_module.obstacle(topology.platform):
+            return text
+        return _obstacle_of_gpus(comm) if topology.platform == "cuda" else ""
+    except Exception as error:
+        return f"looking for native ops failed: {type(error).__name__}: {error}"
 
 
-def _obstacle_of_gpus(comm: Any, module: Any) -> str:
-    if comm.topology.num_ranks > module.max_ranks:
-        return (
-            f"groups have {comm.topology.num_ranks} devices, and native ops take at most {module.max_ranks}"
-        )
-    num_topk = comm.num_experts_per_tok
-    if isinstance(num_topk, int) and num_topk > module.max_experts_per_tok:
-        return f"num_experts_per_tok is {num_topk}, and native ops take at most {module.max_experts_per_tok}"
+def _obstacle_of_gpus(comm: Any) -> str:
+    module = native_module.load("cuda")
     for device in comm.topology.local_devices(jax.process_index()):
-        limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-        if text := module.obstacle_of_pool(_in_pool(device), limit):
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit is None:
+            return (
+                f"JAX does not tell how far XLA's memory pool on GPU {device.local_hardware_id} may grow "
+                "(memory_stats() has no bytes_limit): leave XLA_PYTHON_CLIENT_ALLOCATOR and "
+                "XLA_PYTHON_CLIENT_PREALLOCATE at their defaults"
+            )
+        if text := module.obstacle(
+            comm.topology.num_ranks, comm.num_experts, comm.num_experts_per_tok, _in_pool(device), limit
+        ):
             return text
     return ""
 
@@ -56,18 +69,21 @@ def make(comm: Any, exchange: Exchange | None) -> tuple[Any, str]:
         comm: the communicator, complete but for this.
         exchange: of all processes of the mesh, or None where there is one process.
     """
-    native, why_not = None, ""
-    try:
-        native = _make_cpu(comm) if comm.platform == "cpu" else _make_cuda(comm)
-        descriptors = _descriptors_of(native, comm.platform)
-    except RuntimeError as error:  # the native side, which has said what failed
-        native, descriptors, why_not = None, [], str(error)
-    if exchange is not None:
-        why_not = _first_error(exchange, "creation", why_not)
-        if not why_not:
-            why_not = _attach(comm, native, descriptors, exchange)
-    elif not why_not and comm.platform == "cuda":
-        why_not = _start(native, {jax.process_index(): descriptors})
+    native, exports, why_not = None, [], ""
+    with contextlib.ExitStack() as open_here:
+        try:
+            native = _make_cpu(comm) if comm.platform == "cpu" else _make_cuda(comm)
+            exports = _exports_of(native, comm.platform)
+        except Exception as error:  # whatever it is, the other processes must learn of it
+            why_not = str(error)
+        if comm.platform == "cuda":
+            _close_at_end(open_here, exports)
+        if exchange is not None:
+            why_not = _first_error(exchange, "creation", why_not)
+            if not why_not and exports:  # a group spans processes, or the devices are GPUs
+                why_not = _attach(native, comm.platform, exports, exchange, open_here)
+        elif not why_not and comm.platform == "cuda":
+            why_not = _start(native, comm.platform, {jax.process_index(): exports})
     return (None if why_not else native), why_not
 
 
@@ -112,49 +128,48 @@ def _name_to_custom_calls(device: jax.Device) -> int:
     return device.local_hardware_id if device.process_index == jax.process_index() else -1
 
 
-def _descriptors_of(native: Any, platform: str) -> list[tuple[int, int]]:
-    """Return what peers need: descriptors, and the bytes behind each (0 where peers know them)."""
+def _exports_of(native: Any, platform: str) -> list[Export]:
+    """Return what peers need; the descriptors are the caller's on GPUs, and the communicator's on CPU."""
     if platform == "cuda":
         return native.exports()
-    return [(native.segment_descriptor, 0)] if native.segment_descriptor >= 0 else []
+    return [(native.segment_descriptor, 0, "")] if native.segment_descriptor >= 0 else []
 
 
-def _attach(comm: Any, native: Any, exports: list[tuple[int, int]], exchange: Exchange) -> str:
+def _close_at_end(stack: contextlib.ExitStack, exports: Iterable[Export]) -> None:
+    for descriptor, *_ in exports:
+        stack.callback(os.close, descriptor)
+
+
+def _attach(
+    native: Any, platform: str, exports: list[Export], exchange: Exchange, open_here: contextlib.ExitStack
+) -> str:
     """Exchange memory between processes; return the first error of any process."""
-    if not exports:  # no group spans processes
-        return ""
-    sizes = exchange.all_gather("sizes", {"bytes": [size for _, size in exports]})
-    received = exchange.send_descriptors_to_all([descriptor for descriptor, _ in exports])
+    mine = {"bytes": [size for _, size, _ in exports], "places": [place for *_, place in exports]}
+    facts = exchange.all_gather("sizes", mine)
+    received = exchange.send_descriptors_to_all([descriptor for descriptor, *_ in exports])
     everyones = {
-        process: list(zip(descriptors, sizes[process]["bytes"], strict=True))
+        process: list(zip(descriptors, facts[process]["bytes"], facts[process]["places"], strict=True))
         for process, descriptors in received.items()
     }
-    if comm.platform == "cuda":
-        error = _start(native, {jax.process_index(): exports, **everyones})
-    else:
-        error = ""
-        try:
-            for process, [(descriptor, _)] in everyones.items():
-                native.attach_peer(process, descriptor)
-            native.start()
-        except RuntimeError as failure:
-            error = str(failure)
-    return _first_error(exchange, "attachment", error)
+    for peers_exports in everyones.values():
+        _close_at_end(open_here, peers_exports)
+    if platform == "cuda":  # its own devices go the same way
+        everyones[jax.process_index()] = exports
+    return _first_error(exchange, "attachment", _start(native, platform, everyones))
 
 
-def _start(native: Any, exports: dict[int, list[tuple[int, int]]]) -> str:
-    """Map the GPU memory of all processes; return an error, or nothing."""
+def _start(native: Any, platform: str, exports: dict[int, list[Export]]) -> str:
+    """Map the memory of processes; return an error, or nothing."""
     try:
         for process, memories in exports.items():
-            native.attach_peer(process, memories)
+            if platform == "cuda":
+                native.attach_peer(process, memories)
+            else:
+                [(descriptor, *_)] = memories
+                native.attach_peer(process, os.dup(descriptor))  # it takes a descriptor over
         native.start()
-    except RuntimeError as error:
+    except Exception as error:  # whatever it is, the other processes must learn of it
         return str(error)
-    finally:
-        for memories in exports.values():
-            for descriptor, _ in memories:
-                with contextlib.suppress(OSError):
-                    os.close(descriptor)
     return ""
 
 

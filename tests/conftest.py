@@ -2,6 +2,7 @@
 
 import faulthandler
 import os
+import re
 import sys
 
 # The launcher and the user come first: only what they left open is filled in. The launcher's variable is read
@@ -78,9 +79,19 @@ def _cancel_alarm() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if why_not := _why_no_gpu():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=why_not))
+
+
+def _why_no_gpu() -> str:
+    """Return why tests that need a GPU cannot run here, or an empty string."""
     if any(device.platform == "gpu" for device in jax.devices()):
-        return
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; there is none here")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(no_gpu)
+        return ""
+    if not any(re.fullmatch(r"nvidia\d+", name) for name in os.listdir("/dev")):
+        return "needs an NVIDIA GPU; there is none here"
+    return (
+        f"needs an NVIDIA GPU; there is one here, but JAX runs on {jax.default_backend()}: "
+        "set JAX_PLATFORMS=cuda, with JAX for GPUs installed"
+    )

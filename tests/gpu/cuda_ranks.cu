@@ -40,7 +40,7 @@ class Group {
   Group(const GroupShape& shape, int num_blocks, double timeout_s) : num_blocks_(num_blocks) {
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
-    device_.shared_bytes = shared_bytes - 4096;  // less what kernels declare statically
+    device_.shared_bytes = shared_bytes - 2560;  // less what kernels declare statically
     for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));

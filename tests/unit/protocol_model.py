@@ -96,9 +96,12 @@ def write_operands(world: World, rank: int) -> Iterator[World]:
 
 
 def push_counts(world: World, rank: int) -> Iterator[World]:
-    """Not on a rank that failed in an earlier op: a peer may still be in that one."""
-    failed_before = 0 < world.ranks[rank].failed < world.ranks[rank].op
-    return iter([world]) if failed_before else push_counts_always(world, rank)
+    """Not where the group was lost before this op (Begin looks): a peer may still be in the one that failed."""
+    if 0 < world.ranks[rank].failed == world.ranks[rank].op:
+        yield from push_counts_always(world, rank)  # it is this op that has just failed
+        return
+    for looked, stopped in look(world, rank):
+        yield from iter([looked]) if stopped else push_counts_always(looked, rank)
 
 
 def push_counts_always(world: World, rank: int) -> Iterator[World]:
@@ -275,7 +278,7 @@ PROTOCOL = Protocol(
     [
         Step("Begin", begin, LOCAL),
         Step("Write operands", write_operands, LOCAL),
-        Step("Push counts", push_counts, LOCAL),
+        Step("Push counts", push_counts, LOOK),
         Step("Publish: IsLastBlock", fence, LOCAL),
         Step("Publish: Stopped", publish_unless_stopped, LOOK),
         Step("Publish: StoreReleaseSystem(arrived)", tell_arrival, LOCAL),

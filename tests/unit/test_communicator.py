@@ -171,6 +171,14 @@ def test_close_waits_for_what_runs() -> None:
         assert_close(fetch(out), layer_inputs().out)
 
 
+def test_a_timeout_of_ages_does_not_end_at_once() -> None:
+    """More seconds than any clock can count."""
+    comm = make(timeout_s=1e300)
+    program, operands = layer_program(comm)
+    assert_close(fetch(program(*operands)), layer_inputs().out)
+    comm.check()
+
+
 @by_implementation
 def test_an_unused_communicator_is_collected(implementation: str) -> None:
     comm = make(implementation=implementation)

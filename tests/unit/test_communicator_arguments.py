@@ -1,6 +1,7 @@
 """Errors of the communicator's arguments: each names the argument, what it got, and what it takes."""
 
 import jax
+import numpy as np
 import pytest
 from meshes import mesh_named
 
@@ -36,6 +37,8 @@ CASES = [
     ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a positive integer"),
     ({"num_experts_per_tok": 9}, ValueError, r"num_experts_per_tok: got 9; takes at most num_experts=8"),
     ({"num_experts_per_tok": True}, TypeError, r"num_experts_per_tok: got True; takes a positive integer"),
+    ({"num_experts_per_tok": np.int64(9)}, ValueError, r"num_experts_per_tok: got 9; takes at most"),
+    ({"max_tokens": np.float32(6)}, TypeError, r"max_tokens: got .*6.*; takes a positive integer"),
     ({"max_tokens": -1}, ValueError, r"max_tokens: got -1; takes a positive integer"),
     (
         {"max_tokens": 2**30},
@@ -62,6 +65,14 @@ def test_a_wrong_argument(wrong: dict, error: type[Exception], words: str) -> No
     arguments = {"mesh": MESH, **ARGUMENTS, **wrong}
     with pytest.raises(error, match=words):
         ep.Communicator(**arguments)
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    """So that all processes agree, and no limit of a kernel is passed by."""
+    sizes = {name: np.int32(value) for name, value in ARGUMENTS.items() if isinstance(value, int)}
+    comm = ep.Communicator(MESH, **sizes, num_sms=np.int64(3))
+    assert {name: getattr(comm, name) for name in sizes} == sizes
+    assert {type(getattr(comm, name)) for name in [*sizes, "num_sms"]} == {int}
 
 
 @pytest.mark.parametrize("missing", ["num_experts", "num_experts_per_tok", "max_tokens", "hidden_size"])

@@ -38,8 +38,15 @@ NB_MODULE(_cpu, module) {
       .def("start", &Communicator::Start)
       .def_prop_ro("buffer_bytes", &Communicator::buffer_bytes)
       .def_prop_ro("broken", &Communicator::broken)
+      .def_prop_ro("timed_out", &Communicator::timed_out)
       .def_prop_ro("invalid_routing", &Communicator::invalid_routing)
-      .def("wait_for_ops", &Communicator::WaitForOps, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "wait_for_ops",
+          [](Communicator& comm) {
+            comm.WaitForOps();
+            return std::string();  // of a device's errors: a CPU has none
+          },
+          nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Communicator::Close, nb::call_guard<nb::gil_scoped_release>())
       .def("take_stats", &TakeStats<Communicator>);
 }

@@ -3,10 +3,12 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,14 +22,75 @@
 namespace jax_deepep {
 namespace {
 
-// A descriptor, and the bytes of memory that it stands for.
-using ExportTuple = std::pair<int, size_t>;
+// A descriptor, the bytes of memory that it stands for, and the PCI address of its GPU.
+using ExportTuple = std::tuple<int, size_t, std::string>;
 
 // An ordinal, and an address in XLA's pool.
 using DeviceTuple = std::pair<int, uintptr_t>;
 
 LocalDevice DeviceOf(const DeviceTuple& tuple) {
   return {tuple.first, reinterpret_cast<const void*>(tuple.second)};
+}
+
+// What may wait for a device lets other Python threads go on meanwhile: the device may wait for an
+// op that one of them is about to launch.
+using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
+
+// A communicator goes with its last owner, Python or a program of XLA: with the GIL or without.
+void Destroy(CudaCommunicator* comm) {
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
+    nb::gil_scoped_release release;
+    delete comm;
+  } else {
+    delete comm;
+  }
+}
+
+std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const PlaceTuples& places,
+                                       int32_t process, int32_t num_ranks, int32_t num_groups,
+                                       int32_t num_experts, int32_t num_topk, int32_t max_tokens,
+                                       int32_t hidden_size, double timeout_s,
+                                       const std::vector<DeviceTuple>& devices, int num_sms) {
+  std::vector<LocalDevice> local_devices;
+  for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
+  std::shared_ptr<CudaCommunicator> comm(
+      new CudaCommunicator(MakeConfig(id, fingerprint, places, process, num_ranks, num_groups,
+                                      num_experts, num_topk, max_tokens, hidden_size, timeout_s),
+                           local_devices, num_sms),
+      &Destroy);
+  Register(comm);
+  return comm;
+}
+
+std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
+                     const DeviceTuple& device, size_t limit_bytes) {
+  GroupShape shape;
+  shape.num_ranks = num_ranks;
+  shape.num_experts = num_experts;
+  shape.num_topk = num_topk;
+  std::string error = ObstacleOfLimits(shape);
+  if (error.empty()) error = ObstacleOfDevice(device.first, shape);
+  if (error.empty()) error = ObstacleOfPool(DeviceOf(device), limit_bytes);
+  return error;
+}
+
+std::vector<ExportTuple> Exports(const CudaCommunicator& comm) {
+  std::vector<ExportTuple> exports;
+  for (const ExportedMemory& memory : comm.Exports()) {
+    exports.emplace_back(memory.descriptor, memory.bytes, memory.gpu);
+  }
+  return exports;
+}
+
+void AttachPeer(CudaCommunicator& comm, int process, const std::vector<ExportTuple>& exports) {
+  std::vector<ExportedMemory> memories;
+  for (const auto& [descriptor, bytes, gpu] : exports) memories.push_back({descriptor, bytes, gpu});
+  comm.AttachPeer(process, memories);
+}
+
+void LoadFloors(CudaCommunicator& comm) {
+  comm.Load(LoadGatherFloors);
+  comm.Load(LoadSumFloors);
 }
 
 // The verbs, and what the bench compares them with.
@@ -44,62 +107,25 @@ NB_MODULE(_cuda, module) {
   nb::set_leak_warnings(false);
   module.def("state_types", &StateTypes);
   module.def("targets", &TargetsAndFloors);
-  module.attr("max_ranks") = kMaxRanks;
-  module.attr("max_experts_per_tok") = kMaxTopk;
-  module.def(
-      "obstacle_of_pool",
-      [](const DeviceTuple& device, size_t limit_bytes) {
-        return ObstacleOfPool(DeviceOf(device), limit_bytes);
-      },
-      nb::arg("device"), nb::arg("limit_bytes"));
+  module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
+             nb::arg("num_topk"), nb::arg("device"), nb::arg("limit_bytes"), WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")
-      .def(nb::new_([](int64_t id, int64_t fingerprint, const PlaceTuples& places, int32_t process,
-                       int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk,
-                       int32_t max_tokens, int32_t hidden_size, double timeout_s,
-                       const std::vector<DeviceTuple>& devices, int num_sms) {
-             std::vector<LocalDevice> local_devices;
-             for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
-             auto comm = std::make_shared<CudaCommunicator>(
-                 MakeConfig(id, fingerprint, places, process, num_ranks, num_groups, num_experts,
-                            num_topk, max_tokens, hidden_size, timeout_s),
-                 local_devices, num_sms);
-             Register(comm);
-             return comm;
-           }),
-           nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"), nb::arg("process"),
-           nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
-           nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"), nb::arg("devices"),
-           nb::arg("num_sms"))
-      .def("exports",
-           [](const CudaCommunicator& comm) {
-             std::vector<ExportTuple> exports;
-             for (const ExportedMemory& memory : comm.Exports()) {
-               exports.emplace_back(memory.descriptor, memory.bytes);
-             }
-             return exports;
-           })
-      .def(
-          "attach_peer",
-          [](CudaCommunicator& comm, int process, const std::vector<ExportTuple>& exports) {
-            std::vector<ExportedMemory> memories;
-            for (const ExportTuple& memory : exports)
-              memories.push_back({memory.first, memory.second});
-            comm.AttachPeer(process, memories);
-          },
-          nb::arg("process"), nb::arg("exports"))
-      .def("start", &CudaCommunicator::Start)
-      .def("load_floors",
-           [](CudaCommunicator& comm) {
-             comm.Load(LoadGatherFloors);
-             comm.Load(LoadSumFloors);
-           })
+      .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
+           nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
+           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
+           nb::arg("devices"), nb::arg("num_sms"), WithoutGil())
+      .def("exports", &Exports, WithoutGil())
+      .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
+      .def("start", &CudaCommunicator::Start, WithoutGil())
+      .def("load_floors", &LoadFloors, WithoutGil())
       .def_prop_ro("num_blocks", &CudaCommunicator::num_blocks)
-      .def_prop_ro("last_op_seconds", &CudaCommunicator::LastOpSeconds)
+      .def_prop_ro("last_op_seconds", &CudaCommunicator::LastOpSeconds, WithoutGil())
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)
       .def_prop_ro("broken", &CudaCommunicator::broken)
+      .def_prop_ro("timed_out", &CudaCommunicator::timed_out)
       .def_prop_ro("invalid_routing", &CudaCommunicator::invalid_routing)
-      .def("wait_for_ops", &CudaCommunicator::WaitForOps, nb::call_guard<nb::gil_scoped_release>())
-      .def("close", &CudaCommunicator::Close, nb::call_guard<nb::gil_scoped_release>())
+      .def("wait_for_ops", &CudaCommunicator::WaitForOps, WithoutGil())
+      .def("close", &CudaCommunicator::Close, WithoutGil())
       .def("take_stats", &TakeStats<CudaCommunicator>);
 }
 

@@ -50,6 +50,9 @@ inline nb::dict Targets() {
   return targets;
 }
 
+// As good as forever, and clocks that count nanoseconds in 64 bits do not overflow.
+inline constexpr double kLongestWaitSeconds = 1e9;
+
 // Device, group, rank and process of every device of the mesh.
 using PlaceTuples = std::vector<std::tuple<int64_t, int, int, int>>;
 
@@ -67,7 +70,7 @@ inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint, const Plac
   config.shape.hidden_size = hidden_size;
   config.num_groups = num_groups;
   config.process = process;
-  config.timeout_s = timeout_s;
+  config.timeout_s = std::min(timeout_s, kLongestWaitSeconds);
   for (const auto& [device, group, rank, process_of_device] : places) {
     config.places.push_back({device, group, rank, process_of_device});
   }
@@ -87,7 +90,10 @@ nb::ndarray<nb::numpy, T> Matrix(const CommunicatorConfig& config, const std::ve
 
 template <typename Communicator>
 nb::tuple TakeStats(Communicator& comm) {
-  const Traffic traffic = comm.TakeTraffic();
+  const Traffic traffic = [&] {
+    nb::gil_scoped_release release;  // it may wait for a device
+    return comm.TakeTraffic();
+  }();
   const CommunicatorConfig& config = comm.config();
   return nb::make_tuple(Matrix(config, traffic.rows_sent), Matrix(config, traffic.rows_received),
                         Matrix(config, traffic.seconds_waited));

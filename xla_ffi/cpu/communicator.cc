@@ -287,7 +287,8 @@ std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting
 // Complete the description of a failure with where it was and what to do.
 std::string Communicator::Named(const std::string& failure, int group) const {
   if (failure.find("(communicator #") != std::string::npos) return failure;  // a peer's, complete
-  return DescribeBroken(failure, config_, group);
+  return DescribeBroken(failure, config_, group,
+                        IsTimeout(failure) ? kFindMissing : kRunSameProgram);
 }
 
 void Communicator::WaitForOps() {
@@ -310,6 +311,8 @@ std::string Communicator::broken() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return broken_;
 }
+
+bool Communicator::timed_out() const { return IsTimeout(broken()); }
 
 std::string Communicator::invalid_routing() const {
   std::lock_guard<std::mutex> lock(mutex_);

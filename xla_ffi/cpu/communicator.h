@@ -61,6 +61,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // The error that broke the communicator, or nothing.
   std::string broken() const;
 
+  // Whether that was a peer that did not come in time.
+  bool timed_out() const;
+
   // The first op that met invalid routing entries, described, or nothing.
   std::string invalid_routing() const;
   void ReportInvalidRouting(int group, int rank, int64_t count);

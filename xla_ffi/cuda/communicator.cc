@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
+#include "cuda/failure_text.h"
 #include "interface/error_text.h"
 #include "interface/op_hash.h"
+#include "transport/cuda_driver.h"
 
 namespace jax_deepep {
 namespace {
@@ -16,9 +19,6 @@ namespace {
 // Blocks, one per SM, that fill the NVLink ports of a Hopper GPU: an SM copies 45 to 58 GB/s, and
 // the ports carry 450 GB/s each way, of which 375 were ever measured.
 constexpr int kBlocksForFullSpeed = 16;
-
-// Shared memory that kernels declare statically, at most.
-constexpr int kStaticSharedBytes = 4096;
 
 // Less than this per block is not worth another one.
 constexpr int64_t kBytesPerBlock = 64 << 10;
@@ -39,33 +39,6 @@ int Attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// Makes a device current for a while.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    cudaGetDevice(&before_);
-    if (before_ != device) cudaSetDevice(device);
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
-const char* NameOf(Verb verb) {
-  switch (verb) {
-    case Verb::kDispatch:
-      return "dispatch";
-    case Verb::kRedispatch:
-      return "redispatch";
-    case Verb::kCombine:
-      return "combine";
-    case Verb::kFloor:
-      return "floor";
-  }
-  return "op";
-}
-
 int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms) {
   if (requested > 0) return std::min({requested, num_sms, kMaxBlocks});
   const int64_t rows = int64_t{shape.max_tokens} * std::min(shape.num_topk, shape.num_ranks);
@@ -83,6 +56,7 @@ T ReadVolatile(const T& value) {
 CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
                                    const std::vector<LocalDevice>& devices, int num_sms)
     : config_(std::move(config)) {
+  Check(ObstacleOfLimits(shape()));
   size_t next_device = 0;
   for (const Place& place : config_.places) {
     if (place.process != config_.process) continue;
@@ -91,17 +65,17 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
     rank->place = place;
     rank->ordinal = device.ordinal;
     OnDevice current(device.ordinal);
-    rank->facts.shared_bytes =
-        Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.ordinal) - kStaticSharedBytes;
+    Check(ObstacleOfDevice(device.ordinal, shape()));
+    rank->facts.shared_bytes = DynamicSharedBytes(device.ordinal);
     rank->facts.bulk_copies = Attribute(cudaDevAttrComputeCapabilityMajor, device.ordinal) >= 9;
     Check(rank->pool.Find(device.in_pool));
     rank->facts.pool = rank->pool.data();
     rank->facts.pool_bytes = rank->pool.bytes();
     Check(rank->control.Create(device.ordinal, ControlBytes(shape())));
-    Check(cudaHostAlloc(reinterpret_cast<void**>(&rank->status), sizeof(HostStatus),
-                        cudaHostAllocMapped | cudaHostAllocPortable),
+    void* status = nullptr;
+    Check(cudaHostAlloc(&status, sizeof(HostStatus), cudaHostAllocMapped | cudaHostAllocPortable),
           "cudaHostAlloc");
-    *rank->status = HostStatus{};
+    rank->status = {new (status) HostStatus{}, FreePinned{device.ordinal}};
     const int blocks = ChooseNumBlocks(shape(), num_sms,
                                        Attribute(cudaDevAttrMultiProcessorCount, device.ordinal));
     num_blocks_ = num_blocks_ == 0 ? blocks : std::min(num_blocks_, blocks);
@@ -110,16 +84,23 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
   }
 }
 
-CudaCommunicator::~CudaCommunicator() {
-  for (const auto& rank : ranks_) cudaFreeHost(rank->status);
+void CudaCommunicator::FreePinned::operator()(HostStatus* status) const {
+  OnDevice current(device);
+  cudaFreeHost(status);
 }
 
 std::vector<ExportedMemory> CudaCommunicator::Exports() const {
   std::vector<ExportedMemory> exports;
   for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
     for (const DeviceMemory* memory : {&rank->control, &rank->pool}) {
       exports.emplace_back();
-      Check(memory->Export(&exports.back()));
+      const std::string error = memory->Export(&exports.back());
+      if (error.empty()) continue;
+      for (const ExportedMemory& exported : exports) {
+        if (exported.descriptor >= 0) close(exported.descriptor);
+      }
+      throw std::runtime_error(error);
     }
   }
   return exports;
@@ -136,12 +117,15 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
       if (rank->place.group == place.group) readers.push_back(rank->ordinal);
     }
     if (readers.empty()) continue;
+    OnDevice current(readers.front());
     auto peer = std::make_unique<Peer>();
-    const std::string name = "memory of rank " + std::to_string(place.rank) + " (process " +
-                             std::to_string(process) + "): ";
     std::string error = peer->control.Import(control, readers, /*writable=*/true);
     if (error.empty()) error = peer->pool.Import(pool, readers, /*writable=*/false);
-    if (!error.empty()) throw std::runtime_error(name + error);
+    if (!error.empty()) {
+      throw std::runtime_error("the memory of rank " + std::to_string(place.rank) + " (process " +
+                               std::to_string(process) + ") cannot be mapped here: " + error +
+                               "; " + WhyNoPeerAccess(pool.gpu, readers));
+    }
     peers_[{place.group, place.rank}] = std::move(peer);
   }
 }
@@ -153,8 +137,9 @@ void CudaCommunicator::Start() {
     frame.shape = shape();
     frame.rank = rank->place.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
-    Check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&frame.status), rank->status, 0),
-          "cudaHostGetDevicePointer");
+    void* status = nullptr;
+    Check(cudaHostGetDevicePointer(&status, rank->status.get(), 0), "cudaHostGetDevicePointer");
+    frame.status = static_cast<HostStatus*>(status);
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
       const Peer& memory = *peers_.at({rank->place.group, peer});
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
@@ -191,6 +176,8 @@ std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
                                        const int32_t* believed_rank, int64_t device,
                                        const Enqueue& enqueue) {
   const std::string name = "communicator #" + std::to_string(config_.id);
+  // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
+  std::shared_lock<std::shared_mutex> lock(launch_mutex_);
   if (closed_) return name + " is closed; make a new Communicator and compile again";
   for (const auto& rank : ranks_) {
     if (rank->ordinal != device) continue;
@@ -235,75 +222,68 @@ std::string CudaCommunicator::Launch(const CombineParams& params, const int32_t*
                     &LaunchCombine);
 }
 
-void CudaCommunicator::WaitForOps() const {
+std::string CudaCommunicator::WaitForOps() const {
+  std::string first_error;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
-    cudaDeviceSynchronize();
+    const cudaError_t error = cudaDeviceSynchronize();
+    if (error == cudaSuccess || !first_error.empty()) continue;
+    first_error = "GPU " + std::to_string(rank->ordinal) +
+                  " has met an error: " + cudaGetErrorString(error) +
+                  ". Some kernel of this process has failed, maybe another than ours; CUDA cannot "
+                  "go on in this process: start it again. compute-sanitizer finds the kernel.";
   }
+  return first_error;
 }
 
 void CudaCommunicator::Close() {
-  if (closed_.exchange(true)) return;
+  {
+    std::lock_guard<std::shared_mutex> lock(launch_mutex_);
+    if (closed_) return;
+    closed_ = true;
+  }
   WaitForOps();
-  // A replayed graph does not come here: its ops find on the device that they are to fail, and
-  // tell.
+  // A replayed graph does not come to LaunchOp: its ops find on the device that they are to fail,
+  // and tell.
+  bool told = true;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
     FailureReport report;
     report.failure = Failure::kClosed;
     const uint64_t broken = rank->place.rank + 1;
-    cudaMemcpy(&control->reports[rank->place.rank], &report, sizeof(report),
-               cudaMemcpyHostToDevice);
-    cudaMemcpy(&control->broken, &broken, sizeof(broken), cudaMemcpyHostToDevice);
+    told = cudaMemcpy(&control->reports[rank->place.rank], &report, sizeof(report),
+                      cudaMemcpyHostToDevice) == cudaSuccess &&
+           cudaMemcpy(&control->broken, &broken, sizeof(broken), cudaMemcpyHostToDevice) ==
+               cudaSuccess &&
+           cudaStreamSynchronize(nullptr) == cudaSuccess && told;
   }
+  // Every op that begins from now on finds that, and reads no peer. One that had begun before may
+  // still read, and is waited for.
+  if (!WaitForOps().empty() || !told || ranks_.empty()) return;
+  OnDevice current(ranks_.front()->ordinal);
+  for (const auto& [place, peer] : peers_) peer->pool.Unmap();
 }
 
-std::string CudaCommunicator::Describe(const LocalRank& rank, const FailureReport& report,
-                                       int reporter) const {
-  std::vector<MissingRank> missing;
-  for (int peer = 0; peer < shape().num_ranks; ++peer) {
-    if ((report.missing >> peer & 1) == 0) continue;
-    missing.push_back({peer, static_cast<int64_t>(report.step),
-                       static_cast<int64_t>(report.seen[peer]),
-                       report.failure == Failure::kNotLeft});
+const CudaCommunicator::LocalRank* CudaCommunicator::FailedRank() const {
+  for (const auto& rank : ranks_) {
+    if (ReadVolatile(rank->status->failed) == 0) continue;
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return rank.get();
   }
-  const std::string op = NameOf(report.verb);
-  std::string text;
-  switch (report.failure) {
-    case Failure::kWrongRank:
-      text = op + ": the program runs a device as another rank than the " +
-             std::to_string(reporter) +
-             " that it is in the communicator's mesh; use one mesh for both";
-      break;
-    case Failure::kDifferentOps:
-      text = op + " on rank " + std::to_string(reporter) + " met another op at step " +
-             std::to_string(report.step) + " on rank";
-      for (const MissingRank& peer : missing) text += " " + std::to_string(peer.rank);
-      text += "; all ranks must run the same program";
-      break;
-    case Failure::kClosed:
-      text =
-          "a program ran on after the communicator was closed on rank " + std::to_string(reporter);
-      break;
-    case Failure::kNone:
-    case Failure::kNotArrived:
-    case Failure::kNotLeft:
-      text = DescribeTimeout(op, reporter, config_.timeout_s,
-                             report.failure == Failure::kNotLeft ? " inside the op" : "", missing);
-      break;
-  }
-  return DescribeBroken(text, config_, rank.place.group);
+  return nullptr;
 }
 
 std::string CudaCommunicator::broken() const {
-  for (const auto& rank : ranks_) {
-    const HostStatus& status = *rank->status;
-    if (ReadVolatile(status.failed) == 0) continue;
-    std::atomic_thread_fence(std::memory_order_acquire);
-    return Describe(*rank, status.report, static_cast<int>(status.reporter));
-  }
-  return "";
+  const LocalRank* rank = FailedRank();
+  return rank == nullptr ? ""
+                         : Describe(rank->status->report, static_cast<int>(rank->status->reporter),
+                                    rank->place.group, config_);
+}
+
+bool CudaCommunicator::timed_out() const {
+  const LocalRank* rank = FailedRank();
+  return rank != nullptr && IsTimeout(rank->status->report.failure);
 }
 
 std::string CudaCommunicator::invalid_routing() const {
@@ -363,32 +343,6 @@ size_t CudaCommunicator::buffer_bytes() const {
   size_t bytes = 0;
   for (const auto& rank : ranks_) bytes += rank->control.bytes();
   return bytes;
-}
-
-std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes) {
-  OnDevice current(device.ordinal);
-  int major = 0;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device.ordinal) !=
-          cudaSuccess ||
-      major < 8) {
-    return "the GPU is older than compute capability 8.0";
-  }
-  DeviceMemory pool;
-  if (std::string error = pool.Find(device.in_pool); !error.empty()) return error;
-  if (pool.bytes() < limit_bytes) {
-    return "XLA's memory pool on GPU " + std::to_string(device.ordinal) + " has " +
-           std::to_string(pool.bytes() >> 20) + " MiB and may grow to " +
-           std::to_string(limit_bytes >> 20) +
-           ", so that peers cannot map it once and for all: set XLA_PYTHON_CLIENT_PREALLOCATE=true "
-           "(the default), and XLA_PYTHON_CLIENT_MEM_FRACTION to leave memory to others";
-  }
-  ExportedMemory exported;
-  if (std::string error = pool.Export(&exported); !error.empty()) {
-    return "XLA's memory pool on GPU " + std::to_string(device.ordinal) + " cannot be exported (" +
-           error + "): leave XLA_PYTHON_CLIENT_ALLOCATOR at its default";
-  }
-  close(exported.descriptor);
-  return "";
 }
 
 }  // namespace jax_deepep

@@ -5,37 +5,32 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <shared_mutex>
 #include <string>
 #include <vector>
 
 #include "cuda/device_control.h"
 #include "cuda/intranode/launch.h"
+#include "cuda/obstacles.h"
 #include "cuda/op_frame.h"
 #include "interface/communicator_config.h"
 #include "transport/cuda_peer.h"
 
 namespace jax_deepep {
 
-// A device of this process, and any address in XLA's pool on it.
-struct LocalDevice {
-  int ordinal = 0;
-  const void* in_pool = nullptr;
-};
-
 class CudaCommunicator {
  public:
   // `devices` are those of this process, in the order of config.places. AttachPeer for every
   // process of the mesh, this one included, and Start must follow. Throws std::runtime_error.
   CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices, int num_sms);
-  ~CudaCommunicator();
 
-  // For each device of this process in order: its control block, then XLA's pool.
+  // For each device of this process in order: its control block, then XLA's pool. Descriptors are
+  // the caller's. Throws std::runtime_error.
   std::vector<ExportedMemory> Exports() const;
 
   // Map a process's memory, given as it exported it. Throws std::runtime_error.
@@ -65,14 +60,19 @@ class CudaCommunicator {
   // Load kernels into the devices of this process. Throws std::runtime_error.
   void Load(const char* (*load)(int max_shared_bytes));
 
-  // Wait until the devices of this process are through with everything launched on them.
-  void WaitForOps() const;
+  // Wait until the devices of this process are through with everything launched on them. Returns
+  // an error that one of them has met since its context was made, or nothing.
+  std::string WaitForOps() const;
 
-  // Wait, then refuse new ops; replayed graphs end at once from now on. May be repeated.
+  // Wait, then refuse new ops; replayed graphs end at once from now on. Peers' pools are unmapped;
+  // control blocks, to which late peers write, are not. May be repeated.
   void Close();
 
   // The error that broke the communicator, or nothing.
   std::string broken() const;
+
+  // Whether that was a peer that did not come in time.
+  bool timed_out() const;
 
   // The first op that met invalid routing entries, described, or nothing.
   std::string invalid_routing() const;
@@ -87,6 +87,12 @@ class CudaCommunicator {
   size_t buffer_bytes() const;
 
  private:
+  // A device tells its host here: pinned, so that it may at any time.
+  struct FreePinned {
+    int device;
+    void operator()(HostStatus* status) const;
+  };
+
   // A rank of this process.
   struct LocalRank {
     Place place;
@@ -94,7 +100,7 @@ class CudaCommunicator {
     DeviceFacts facts;
     DeviceMemory control;
     DeviceMemory pool;
-    HostStatus* status = nullptr;        // pinned, written by the device
+    std::unique_ptr<HostStatus, FreePinned> status;
     OpFrame frame;                       // but for what an op adds
     std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
   };
@@ -111,19 +117,17 @@ class CudaCommunicator {
                          const int32_t* believed_rank, int64_t device, cudaStream_t stream,
                          const char* (*launch)(const OpFrame&, const Params&, int,
                                                const DeviceFacts&, cudaStream_t));
-  std::string Describe(const LocalRank& rank, const FailureReport& report, int reporter) const;
+  // The first rank of this process whose device has told of a failure, or null.
+  const LocalRank* FailedRank() const;
 
   const CommunicatorConfig config_;
   int num_blocks_ = 0;
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank
-  std::atomic<bool> closed_{false};
+  std::shared_mutex launch_mutex_;                              // shared by who enqueues an op
+  bool closed_ = false;                                         // under launch_mutex_
   std::mutex traffic_mutex_;
 };
-
-// Why XLA's pool on a device cannot be mapped by peers, or nothing. `limit_bytes` is what XLA may
-// allocate in all: a pool that is smaller may grow.
-std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes);
 
 }  // namespace jax_deepep
 

@@ -42,7 +42,8 @@ class GroupOp {
   __device__ void Begin() {
     if (threadIdx.x == 0) {
       shared_.step = own_.step + 1;
-      shared_.failed_before = own_.failed != 0;
+      shared_.failed_before =
+          own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
       shared_.began_ns = NanosecondClock();
       if (blockIdx.x == 0 && *frame_.believed_rank != frame_.rank) {
         Fail(Failure::kWrongRank, uint64_t{1} << *frame_.believed_rank, nullptr);
@@ -54,8 +55,10 @@ class GroupOp {
   __device__ uint64_t step() const { return shared_.step; }
   __device__ DeviceControl& own() const { return own_; }
 
-  // Whether an earlier op has failed on this rank. A late peer may still be in that one, so that
-  // this rank must not touch what the peer takes from its control block.
+  // Whether the group was lost before this op: an earlier one has failed on this rank, a peer has
+  // said so, or the communicator is closed and peers' pools are no longer mapped. A late peer may
+  // still be in the op that failed, so that this rank must not touch what the peer takes from its
+  // control block.
   __device__ bool failed_before() const { return shared_.failed_before; }
 
   // Wait for all blocks of this rank; what they wrote before is visible after. Unbounded: they wait
@@ -91,7 +94,7 @@ class GroupOp {
 
   // Wait until all ranks have published. False: the op has failed, and nothing may be read.
   __device__ bool WaitForArrivals() {
-    if (!WaitForAll(own_.arrived, Failure::kNotArrived)) return false;
+    if (failed_before() || !WaitForAll(own_.arrived, Failure::kNotArrived)) return false;
     if (threadIdx.x < 32) {
       uint64_t different = 0;
       for (int base = 0; base < num_ranks(); base += 32) {

@@ -34,16 +34,31 @@ inline std::string DescribeTimeout(const std::string& op, int waiting_rank, doub
   return text.str();
 }
 
+// Whether a description, maybe a peer's, is one of DescribeTimeout.
+inline bool IsTimeout(const std::string& description) {
+  return description.find(" s (timeout_s)") != std::string::npos;
+}
+
+// What to do about failures.
+inline constexpr char kFindMissing[] =
+    "Find out why the missing device did not come, then make a new Communicator; raise timeout_s "
+    "if it was only slow.";
+inline constexpr char kRunSameProgram[] =
+    "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
+    "a "
+    "longer timeout_s does not help.";
+inline constexpr char kCloseLater[] =
+    "Close a communicator after the last run of a program that uses it, on every rank; make a new "
+    "Communicator to go on.";
+
 // Complete the description of a failure with where it was and what to do.
 inline std::string DescribeBroken(const std::string& failure, const CommunicatorConfig& config,
-                                  int group) {
+                                  int group, const std::string& advice) {
   std::ostringstream text;
   text << failure << " (communicator #" << config.id;
   if (config.num_groups > 1) text << ", group " << group;
-  text
-      << "). The communicator is broken: its ops return NaN and zero counts from now on. Find out "
-         "why the missing device did not come, then make a new Communicator; raise timeout_s if it "
-         "was only slow.";
+  text << "). The communicator is broken: its ops return NaN and zero counts from now on. "
+       << advice;
   return text.str();
 }
 

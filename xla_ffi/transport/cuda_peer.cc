@@ -1,73 +1,13 @@
 #include "transport/cuda_peer.h"
 
-#include <cuda.h>
 #include <cuda_runtime_api.h>
+
+#include <cstdlib>
+
+#include "transport/cuda_driver.h"
 
 namespace jax_deepep {
 namespace {
-
-// The driver's functions, asked of the runtime: nothing links to libcuda, so that the module loads
-// on machines without a driver.
-template <typename Function>
-std::string DriverFunction(const char* name, Function* function) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess || found == nullptr) {
-    return std::string("the CUDA driver has no ") + name + " (" + cudaGetErrorString(error) + ")";
-  }
-  *function = reinterpret_cast<Function>(found);
-  return "";
-}
-
-struct Driver {
-  decltype(&cuGetErrorString) get_error_string = nullptr;
-  decltype(&cuMemGetAddressRange) get_address_range = nullptr;
-  decltype(&cuMemRetainAllocationHandle) retain_handle = nullptr;
-  decltype(&cuMemExportToShareableHandle) export_handle = nullptr;
-  decltype(&cuMemImportFromShareableHandle) import_handle = nullptr;
-  decltype(&cuMemAddressReserve) reserve = nullptr;
-  decltype(&cuMemAddressFree) free_address = nullptr;
-  decltype(&cuMemCreate) create = nullptr;
-  decltype(&cuMemRelease) release = nullptr;
-  decltype(&cuMemMap) map = nullptr;
-  decltype(&cuMemUnmap) unmap = nullptr;
-  decltype(&cuMemSetAccess) set_access = nullptr;
-  decltype(&cuMemGetAllocationGranularity) granularity = nullptr;
-  std::string error;
-
-  Driver() {
-    for (const std::string& missing :
-         {DriverFunction("cuGetErrorString", &get_error_string),
-          DriverFunction("cuMemGetAddressRange", &get_address_range),
-          DriverFunction("cuMemRetainAllocationHandle", &retain_handle),
-          DriverFunction("cuMemExportToShareableHandle", &export_handle),
-          DriverFunction("cuMemImportFromShareableHandle", &import_handle),
-          DriverFunction("cuMemAddressReserve", &reserve),
-          DriverFunction("cuMemAddressFree", &free_address), DriverFunction("cuMemCreate", &create),
-          DriverFunction("cuMemRelease", &release), DriverFunction("cuMemMap", &map),
-          DriverFunction("cuMemUnmap", &unmap), DriverFunction("cuMemSetAccess", &set_access),
-          DriverFunction("cuMemGetAllocationGranularity", &granularity)}) {
-      if (error.empty()) error = missing;
-    }
-  }
-
-  std::string Failed(const char* what, CUresult result) const {
-    const char* text = nullptr;
-    get_error_string(result, &text);
-    return std::string(what) + " failed: " + (text == nullptr ? "unknown error" : text);
-  }
-};
-
-const Driver& TheDriver() {
-  static const Driver* const driver = new Driver;
-  return *driver;
-}
 
 CUmemAllocationProp ExportableOn(int device) {
   CUmemAllocationProp properties = {};
@@ -78,14 +18,28 @@ CUmemAllocationProp ExportableOn(int device) {
   return properties;
 }
 
+// Of the GPU that an address is on, or nothing.
+std::string PciAddressOf(const void* pointer) {
+  cudaPointerAttributes attributes;
+  char address[32] = "";
+  if (cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess ||
+      cudaDeviceGetPCIBusId(address, sizeof(address), attributes.device) != cudaSuccess) {
+    cudaGetLastError();  // nobody else is to find it
+    return "";
+  }
+  return address;
+}
+
 }  // namespace
 
-DeviceMemory::~DeviceMemory() {
+void DeviceMemory::Unmap() {
   if (!mapped_) return;
   // Errors are of no use here: at exit the driver may be gone already.
   const auto address = reinterpret_cast<CUdeviceptr>(data_);
   TheDriver().unmap(address, bytes_);
   TheDriver().free_address(address, bytes_);
+  mapped_ = false;
+  data_ = nullptr;
 }
 
 std::string DeviceMemory::Create(int device, size_t bytes) {
@@ -102,7 +56,9 @@ std::string DeviceMemory::Create(int device, size_t bytes) {
   std::string error = Map(handle, {device}, /*writable=*/true);
   driver.release(handle);  // the mapping keeps the memory
   if (!error.empty()) return error;
-  const cudaError_t cleared = cudaMemset(data_, 0, bytes_);
+  cudaError_t cleared = cudaMemset(data_, 0, bytes_);
+  // The host does not wait for it by itself, and what a peer writes must not be cleared afterwards.
+  if (cleared == cudaSuccess) cleared = cudaStreamSynchronize(nullptr);
   return cleared == cudaSuccess ? ""
                                 : std::string("cudaMemset failed: ") + cudaGetErrorString(cleared);
 }
@@ -168,7 +124,31 @@ std::string DeviceMemory::Export(ExportedMemory* memory) const {
                                 CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
   driver.release(handle);
   memory->bytes = bytes_;
+  memory->gpu = PciAddressOf(data_);
   return result == CUDA_SUCCESS ? "" : driver.Failed("cuMemExportToShareableHandle", result);
+}
+
+std::string WhyNoPeerAccess(const std::string& gpu, const std::vector<int>& devices) {
+  if (gpu.empty()) return "which GPU it is on is not known";
+  int owner = 0;
+  if (cudaDeviceGetByPCIBusId(&owner, gpu.c_str()) != cudaSuccess) {
+    cudaGetLastError();  // said here, and nobody else is to find it
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    return "it is on GPU " + gpu + ", which this process does not see (CUDA_VISIBLE_DEVICES" +
+           (visible == nullptr ? " is not set" : "=" + std::string(visible)) +
+           "): let every process see all GPUs of the host, and give each its own by "
+           "jax.distributed.initialize(local_device_ids=...), as python -m jax_deepep.launch does";
+  }
+  for (const int device : devices) {
+    int possible = 0;
+    if (device == owner ||
+        (cudaDeviceCanAccessPeer(&possible, device, owner) == cudaSuccess && possible != 0)) {
+      continue;
+    }
+    return "GPU " + std::to_string(device) + " has no peer access to GPU " + std::to_string(owner) +
+           ": take GPUs that NVLink or PCIe joins (nvidia-smi topo -p2p r lists them)";
+  }
+  return "it is on GPU " + gpu + ", to which there is peer access";
 }
 
 }  // namespace jax_deepep

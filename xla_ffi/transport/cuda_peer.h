@@ -16,17 +16,18 @@ namespace jax_deepep {
 struct ExportedMemory {
   int descriptor = -1;
   size_t bytes = 0;
+  std::string gpu;  // the PCI address of its device, for errors; empty if unknown
 };
 
 // A range of device memory of this process's address space.
 class DeviceMemory {
  public:
   DeviceMemory() = default;
-  ~DeviceMemory();
+  ~DeviceMemory() { Unmap(); }
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
-  // Allocate zeros on a device. Returns an error, or nothing.
+  // Allocate zeros on a device, which is the current one. Returns an error, or nothing.
   std::string Create(int device, size_t bytes);
 
   // Map what another process, or this one, exported, for `devices` of this process. The descriptor
@@ -38,6 +39,9 @@ class DeviceMemory {
 
   std::string Export(ExportedMemory* memory) const;
 
+  // End what Create or Import did, if anything; nothing may use the memory any more.
+  void Unmap();
+
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
@@ -48,6 +52,10 @@ class DeviceMemory {
   size_t bytes_ = 0;
   bool mapped_ = false;
 };
+
+// What keeps `devices` of this process from memory of the GPU at a PCI address, as far as can be
+// found out after that has failed, and what to do.
+std::string WhyNoPeerAccess(const std::string& gpu, const std::vector<int>& devices);
 
 }  // namespace jax_deepep
 

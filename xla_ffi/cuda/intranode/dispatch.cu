@@ -219,8 +219,9 @@ struct Plan {
   int32_t* taken;         // [R] pairs that this block has read from each source
   int64_t* received;      // rows sent to this rank, before dropping
 
-  __host__ __device__ static int Ints(const GroupShape& shape) {
-    return 4 * (shape.num_experts > shape.num_ranks ? shape.num_experts : shape.num_ranks) +
+  __host__ __device__ static int64_t Ints(const GroupShape& shape) {
+    return int64_t{4} *
+               (shape.num_experts > shape.num_ranks ? shape.num_experts : shape.num_ranks) +
            2 * shape.num_ranks + 6;
   }
   __device__ static Plan At(int32_t* memory, const GroupShape& shape) {
@@ -528,6 +529,11 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 
 }  // namespace
 
+int64_t LeastSharedBytesOfDispatch(const GroupShape& shape) {
+  // More than the counters of one warp, which stand in the same place.
+  return Plan::Ints(shape) * static_cast<int64_t>(sizeof(int32_t));
+}
+
 const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
@@ -540,7 +546,7 @@ const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, i
   const int warp_bytes =
       NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
   op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
-  const int plan_bytes = Plan::Ints(shape) * static_cast<int>(sizeof(int32_t));
+  const int plan_bytes = static_cast<int>(LeastSharedBytesOfDispatch(shape));
   const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
   const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
   return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks,

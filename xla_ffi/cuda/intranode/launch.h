@@ -35,6 +35,9 @@ const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& param
 const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
                           const DeviceFacts& device, cudaStream_t stream);
 
+// The shared memory that a block of dispatch cannot do without.
+int64_t LeastSharedBytesOfDispatch(const GroupShape& shape);
+
 // Load the kernels of a verb into the current device: loading one lazily can wait for a running
 // kernel that itself waits for a peer.
 const char* LoadDispatchKernels(int max_shared_bytes);

@@ -1,0 +1,80 @@
+"""The module for GPUs on machines that have none: it is built where it can be, imported, and refuses."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import pytest
+from meshes import mesh_named
+
+import jax_deepep as ep
+from jax_deepep import native_module
+
+
+def nvcc_version() -> tuple[int, int] | None:
+    """Return the version of the nvcc that a build finds here first, or None."""
+    home = os.environ.get("CUDA_HOME", "/nowhere")
+    for name in (os.environ.get("CUDACXX"), f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"):
+        if name and (found := shutil.which(name)):
+            banner = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60).stdout
+            if version := re.search(r"release (\d+)\.(\d+)", banner):
+                return int(version[1]), int(version[2])
+    return None
+
+
+@pytest.fixture
+def module() -> ModuleType:
+    version = nvcc_version()
+    if native_module.obstacle("cuda") and (version is None or version < (12, 3)):
+        pytest.skip(
+            "needs the module for GPUs; there is no nvcc of 12.3 or newer here that would have built it"
+        )
+    if os.environ.get("JAX_DEEPEP_BUILD_CUDA") == "0":
+        pytest.skip("needs the module for GPUs; JAX_DEEPEP_BUILD_CUDA=0 keeps it from being built")
+    return native_module.load("cuda")
+
+
+def test_it_was_built_where_there_is_nvcc(module: ModuleType) -> None:
+    assert pathlib.Path(module.__file__).name.startswith("_cuda")
+    assert set(native_module.load("cpu").targets()) <= set(module.targets())
+
+
+def test_ops_on_cpu_work_beside_it(module: ModuleType) -> None:
+    comm = ep.Communicator(
+        mesh_named("one device"), num_experts=2, num_experts_per_tok=1, max_tokens=3, hidden_size=4
+    )
+    x, weights = jnp.ones((3, 4)), jnp.ones((3, 1))
+    dispatched, _ = ep.dispatch(x, jnp.array([[0], [1], [1]]), weights, comm=comm)
+    assert dispatched.num_rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"num_ranks": 65, "num_experts": 65}, "groups have 65 devices, .* at most 64"),
+        ({"num_experts": 66, "num_topk": 33}, "num_experts_per_tok is 33, .* at most 32"),
+    ],
+    ids=["ranks", "experts per token"],
+)
+def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: str) -> None:
+    """Said before any device is asked, and said again by what would run the kernels."""
+    sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, **sizes}
+    assert re.search(words, module.obstacle(**sizes, device=(0, 0), limit_bytes=1))
+    with pytest.raises(RuntimeError, match=words):
+        module.Communicator(
+            id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
+            timeout_s=1.0, devices=[], num_sms=0, **sizes,
+        )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    any(device.platform == "gpu" for device in jax.devices()), reason="is about machines without a GPU"
+)
+def test_no_driver_is_an_obstacle(module: ModuleType) -> None:
+    text = module.obstacle(num_ranks=2, num_experts=8, num_topk=2, device=(0, 0), limit_bytes=1)
+    assert text.startswith("GPU 0 cannot be asked what it is")
