@@ -39,11 +39,14 @@ int Attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+// All blocks of an op must run at once, one to an SM. A process that MPS limits to a part of the
+// GPU was seen to get all of its SMs most of the time and not always, so that two stay free.
 int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms) {
-  if (requested > 0) return std::min({requested, num_sms, kMaxBlocks});
+  const int most = std::clamp(num_sms - 2, 1, kMaxBlocks);
+  if (requested > 0) return std::min(requested, most);
   const int64_t rows = int64_t{shape.max_tokens} * std::min(shape.num_topk, shape.num_ranks);
   const int64_t worth = rows * shape.hidden_size * 2 / kBytesPerBlock + 1;
-  return static_cast<int>(std::clamp<int64_t>(worth, 1, std::min(kBlocksForFullSpeed, num_sms)));
+  return static_cast<int>(std::clamp<int64_t>(worth, 1, std::min(kBlocksForFullSpeed, most)));
 }
 
 template <typename T>

@@ -132,6 +132,21 @@ __device__ float FoldSums(float* sums) {
   return sum;
 }
 
+// Ask for a chunk of the rows of y that lanes name, but for the first, so that each is in the
+// second-level cache when its turn comes: registers hold one row's chunk at a time.
+__device__ void PrefetchChunk(const Redispatch& op, int32_t row, int num_rows, int64_t begin,
+                              int64_t bytes) {
+  constexpr int kLine = 128;
+  const int64_t end = min(begin + bytes, op.row_bytes);
+  for (int j = 1; j < num_rows; ++j) {
+    const char* y_row =
+        static_cast<const char*>(op.params.y) + __shfl_sync(~0u, row, j) * op.row_bytes;
+    for (int64_t at = begin + threadIdx.x % 32 * kLine; at < end; at += 32 * kLine) {
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(y_row + at));
+    }
+  }
+}
+
 // Rows scaled by their weights, and their products with y. Expert-major.
 template <typename Type, bool kWhole>
 __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
@@ -153,6 +168,8 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
     const float weight = row != kNone ? params.weights[row] : 0.0f;
     float product = 0.0f;  // of the lane's row
     for (int base = lane; base - lane < num_groups; base += kChunkGroups) {
+      constexpr int64_t kGroupBytes = sizeof(Packed<Element>);
+      PrefetchChunk(op, row, num_rows, (base - lane) * kGroupBytes, kChunkGroups * kGroupBytes);
       Packed<Element> x[kGroupsPerLane];
 #pragma unroll
       for (int i = 0; i < kGroupsPerLane; ++i) {
