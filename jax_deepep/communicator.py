@@ -63,7 +63,8 @@ class Communicator:
             attribute holds what was chosen.
         mode: "auto" or "throughput"; "low_latency" is not in this version. The attribute holds
             what was chosen.
-        num_sms: CUDA: SMs that one op may occupy; None = chosen from the shape.
+        num_sms: CUDA: SMs that one op may occupy; None = chosen from the shape. At most the SMs of the GPU
+            less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
 
     Raises:

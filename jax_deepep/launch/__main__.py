@@ -93,7 +93,7 @@ def run_job(
     say(f"{rank_names(job.ranks)} of {job.num_ranks} on this host; logs in {log_dir}")
     mps: dict[str, str] = {}
     if options.share_gpu:
-        mps = start_mps(guard, base, options.n) or {}
+        mps = start_mps(guard, base) or {}
         if not mps:
             say(
                 "--share-gpu: nvidia-cuda-mps-control is not on PATH, so the ranks take turns on the GPU. "

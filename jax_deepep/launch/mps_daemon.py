@@ -19,8 +19,11 @@ class MpsError(RuntimeError):
     """The MPS daemon is installed, but did not start."""
 
 
-def start_mps(guard: CleanupGuard, environ: Mapping[str, str], num_ranks: int) -> dict[str, str] | None:
+def start_mps(guard: CleanupGuard, environ: Mapping[str, str]) -> dict[str, str] | None:
     """Start a daemon and return what the ranks' environment needs to use it.
+
+    No rank is limited to a part of the SMs: one that is does not always get all of its part, and the ops of a
+    group, whose blocks wait for each other, then wait for good.
 
     The guard learns of the folder before the daemon exists, so no ending can leave either behind.
 
@@ -56,5 +59,4 @@ def start_mps(guard: CleanupGuard, environ: Mapping[str, str], num_ranks: int) -
     return {
         **pipes,
         "CUDA_VISIBLE_DEVICES": "0" if gpu.isdigit() else gpu,
-        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(max(1, 100 // num_ranks)),
     }

@@ -79,7 +79,8 @@ def test_the_ranks_share_and_the_daemon_goes(
     told = [json.loads(path.read_text()) for path in tmp_path.glob("told*.json")]
     assert told
     for variables in told:
-        assert variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
+        # Limited to a part of the SMs each, ranks do not always get all of theirs, and wait for each other.
+        assert variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] is None
         assert float(variables["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.2)
         assert variables["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
         assert variables["JAX_LOCAL_DEVICE_IDS"] == "0"

@@ -39,10 +39,10 @@ int Attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// All blocks of an op must run at once, one to an SM. A process that MPS limits to a part of the
-// GPU was seen to get all of its SMs most of the time and not always, so that two stay free.
-int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms) {
-  const int most = std::clamp(num_sms - 2, 1, kMaxBlocks);
+// The blocks of an op, of all ranks that share the GPU, wait for each other: they must all run at
+// once, one to an SM. Two SMs stay free for what a late rank has yet to do.
+int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms, int num_sharing) {
+  const int most = std::clamp((num_sms - 2) / num_sharing, 1, kMaxBlocks);
   if (requested > 0) return std::min(requested, most);
   const int64_t rows = int64_t{shape.max_tokens} * std::min(shape.num_topk, shape.num_ranks);
   const int64_t worth = rows * shape.hidden_size * 2 / kBytesPerBlock + 1;
@@ -58,7 +58,7 @@ T ReadVolatile(const T& value) {
 
 CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
                                    const std::vector<LocalDevice>& devices, int num_sms)
-    : config_(std::move(config)) {
+    : config_(std::move(config)), requested_sms_(num_sms) {
   Check(ObstacleOfLimits(shape()));
   size_t next_device = 0;
   for (const Place& place : config_.places) {
@@ -79,9 +79,6 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
     Check(cudaHostAlloc(&status, sizeof(HostStatus), cudaHostAllocMapped | cudaHostAllocPortable),
           "cudaHostAlloc");
     rank->status = {new (status) HostStatus{}, FreePinned{device.ordinal}};
-    const int blocks = ChooseNumBlocks(shape(), num_sms,
-                                       Attribute(cudaDevAttrMultiProcessorCount, device.ordinal));
-    num_blocks_ = num_blocks_ == 0 ? blocks : std::min(num_blocks_, blocks);
     rank->taken_before.assign(3 * shape().num_ranks, 0);
     ranks_.push_back(std::move(rank));
   }
@@ -115,6 +112,7 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
     if (place.process != process) continue;
     const ExportedMemory& control = memories.at(next++);
     const ExportedMemory& pool = memories.at(next++);
+    ++ranks_on_gpu_[pool.gpu];
     std::vector<int> readers;  // devices here that share a group with it
     for (const auto& rank : ranks_) {
       if (rank->place.group == place.group) readers.push_back(rank->ordinal);
@@ -148,6 +146,10 @@ void CudaCommunicator::Start() {
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool.data();
     }
+    const int blocks = ChooseNumBlocks(shape(), requested_sms_,
+                                       Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
+                                       std::max(1, ranks_on_gpu_[PciAddressOf(rank->facts.pool)]));
+    num_blocks_ = num_blocks_ == 0 ? blocks : std::min(num_blocks_, blocks);
     // This rank's own memory where it stands, not where it was mapped again.
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;

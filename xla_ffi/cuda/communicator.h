@@ -121,7 +121,9 @@ class CudaCommunicator {
   const LocalRank* FailedRank() const;
 
   const CommunicatorConfig config_;
-  int num_blocks_ = 0;
+  const int requested_sms_;
+  int num_blocks_ = 0;                       // after Start
+  std::map<std::string, int> ranks_on_gpu_;  // by its PCI address
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank
   std::shared_mutex launch_mutex_;                              // shared by who enqueues an op

@@ -18,7 +18,8 @@ CUmemAllocationProp ExportableOn(int device) {
   return properties;
 }
 
-// Of the GPU that an address is on, or nothing.
+}  // namespace
+
 std::string PciAddressOf(const void* pointer) {
   cudaPointerAttributes attributes;
   char address[32] = "";
@@ -29,8 +30,6 @@ std::string PciAddressOf(const void* pointer) {
   }
   return address;
 }
-
-}  // namespace
 
 void DeviceMemory::Unmap() {
   if (!mapped_) return;

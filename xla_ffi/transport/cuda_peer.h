@@ -16,7 +16,7 @@ namespace jax_deepep {
 struct ExportedMemory {
   int descriptor = -1;
   size_t bytes = 0;
-  std::string gpu;  // the PCI address of its device, for errors; empty if unknown
+  std::string gpu;  // the PCI address of its device; empty if unknown
 };
 
 // A range of device memory of this process's address space.
@@ -52,6 +52,9 @@ class DeviceMemory {
   size_t bytes_ = 0;
   bool mapped_ = false;
 };
+
+// The PCI address of the GPU that an address is on, or nothing.
+std::string PciAddressOf(const void* pointer);
 
 // What keeps `devices` of this process from memory of the GPU at a PCI address, as far as can be
 // found out after that has failed, and what to do.
