@@ -21,8 +21,8 @@ class MoE(nnx.Module):
 
     Parameters, each with its logical axes: `gate` [H, E] (embed, –), `wi_0` and, if gated, `wi_1` [E, H, F]
     (exp, embed, mlp), `wo` [E, F, H] (exp, mlp, embed); with shared experts `shared_wi_0`, `shared_wi_1`
-    [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction the variable `gate_bias` [E],
-    of type `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
+    [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction `gate_bias` [E], a
+    `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
     `fsdp_axis`, mlp over `tensor_axis`; logical axis rules that are set when the module is built come first.
 
     **Collective** without `comm`: see `jax_deepep.Communicator`.

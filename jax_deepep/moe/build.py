@@ -42,7 +42,7 @@ def build_config(
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
     """
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "hidden_size": hidden_size,
@@ -54,7 +54,9 @@ def build_config(
             f"mesh: got {mesh.shape} together with a communicator of {comm.mesh.shape}; takes None, "
             "or the communicator's own."
         )
-    return MoEConfig(comm=comm, intermediate_size=intermediate_size, num_chunks=num_chunks, **sizes, **choices)
+    return MoEConfig(
+        comm=comm, intermediate_size=intermediate_size, num_chunks=num_chunks, **sizes, **choices
+    )
 
 
 def _communicator(
@@ -62,12 +64,12 @@ def _communicator(
     axis_name: str | tuple[str, ...],
     max_tokens: int | None,
     num_chunks: int,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> Communicator:
     if jax_compat.is_tracing():
         raise ValueError(
-            "comm: got None inside of a jitted or otherwise transformed function; takes a jax_deepep.Communicator "
-            "made outside of it, because to make one is an agreement between processes."
+            "comm: got None inside of a jitted or otherwise transformed function; takes a "
+            "jax_deepep.Communicator made outside of it, because to make one is an agreement of processes."
         )
     if max_tokens is None:
         raise ValueError(
@@ -87,7 +89,7 @@ def _mesh_here() -> Mesh:
         return mesh
     if jax.device_count() > 1:
         raise ValueError(
-            f"mesh: got None, and there are {jax.device_count()} devices; takes the mesh of the program, as mesh=, "
-            "in comm, or by jax.set_mesh(mesh)."
+            f"mesh: got None, and there are {jax.device_count()} devices; takes the mesh of the program, as "
+            "mesh=, in comm, or by jax.set_mesh(mesh)."
         )
     return Mesh(np.array(jax.devices()), ("expert",))

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_deepep import jax_compat
 from jax_deepep.capacity import round_up, worst_case_rows
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
@@ -164,8 +162,8 @@ class MoEConfig:
         _, axes = self.parameters[name]
         return P(*(None if axis is None else self.axis_rules[axis] for axis in axes))
 
-    def rows(self, num_tokens: int) -> dict[str, int | None]:
-        """Return `capacity` and `alignment` of a dispatch of `num_tokens` tokens of every device."""
+    def rows(self, num_tokens: int) -> tuple[int | None, int]:
+        """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""
         comm = self.comm
         fair_share = num_tokens * comm.num_experts_per_tok
         alignment = self.alignment
@@ -173,7 +171,7 @@ class MoEConfig:
             choice = chosen(self.grouped_matmul, comm.platform)
             alignment = alignment_for(choice, fair_share / comm.num_local_experts)
         if self.capacity_factor is None:
-            return {"capacity": None, "alignment": alignment}
+            return None, alignment
         worst_case = worst_case_rows(
             layout="expert",
             num_ranks=comm.size,
@@ -183,4 +181,4 @@ class MoEConfig:
             alignment=alignment,
         )
         rows = math.ceil(self.capacity_factor * fair_share) + comm.num_local_experts * (alignment - 1)
-        return {"capacity": min(worst_case, round_up(rows, alignment)), "alignment": alignment}
+        return min(worst_case, round_up(rows, alignment)), alignment
