@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep import jax_compat
+from jax_deepep.moe.triton_matmul import triton_matmul
 from jax_deepep.ops.checks import vary_together
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Choice = Literal["auto", "ragged_dot", "blocks"] | GroupedMatmul
+Choice = Literal["auto", "ragged_dot", "blocks", "triton"] | GroupedMatmul
 
-NAMES = ("auto", "ragged_dot", "blocks")
+NAMES = ("auto", "ragged_dot", "blocks", "triton")
 LARGEST_BLOCK = 128  # rows
-SMALLEST_BLOCK = 8
+SMALLEST_BLOCK = {"blocks": 8, "triton": 16}
 
 
 def chosen(choice: Any, platform: str) -> Any:
@@ -43,12 +44,12 @@ def chosen(choice: Any, platform: str) -> Any:
 def alignment_for(choice: Any, mean_rows: float) -> int:
     """Return what the sizes of groups of `mean_rows` rows on average should be multiples of.
 
-    For blocks a power of two: a group is padded to whole blocks, by half a block on average, but small
-    blocks use the units of the processor less well.
+    A power of two where rows are multiplied in blocks: a group is padded to whole blocks, by half a block
+    on average, but small blocks use the units of the processor less well.
     """
-    if choice != "blocks":
+    if choice not in SMALLEST_BLOCK:
         return 1
-    block = SMALLEST_BLOCK
+    block = SMALLEST_BLOCK[choice]
     while block < LARGEST_BLOCK and 2 * block <= mean_rows:
         block *= 2
     return block
@@ -58,7 +59,11 @@ def grouped_matmul(choice: Any, alignment: int) -> GroupedMatmul:
     """Return the grouped matmul of this name for groups of multiples of `alignment`."""
     if choice == "ragged_dot":
         return jax.lax.ragged_dot
-    return partial(block_matmul, block=alignment) if choice == "blocks" else choice
+    if choice == "blocks":
+        return partial(block_matmul, block=alignment)
+    if choice == "triton":
+        return partial(triton_matmul, block=alignment)
+    return choice
 
 
 def block_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int) -> jax.Array:
