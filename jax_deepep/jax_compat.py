@@ -39,6 +39,11 @@ def coordination_client() -> Any:
     return client
 
 
+def is_tracing() -> bool:
+    """Return whether a transformation such as jit traces the calling code."""
+    return not _core.trace_state_clean()
+
+
 def platform_of(device: jax.Device) -> str:
     """Return "cpu", "cuda", "rocm" or "tpu": JAX calls both kinds of GPU "gpu"."""
     if device.platform != "gpu":

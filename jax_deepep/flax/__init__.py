@@ -1,0 +1,4 @@
+"""MoE layers as Flax modules: NNX here, Linen in `jax_deepep.flax.linen`. Needs Flax."""
+
+from jax_deepep.flax.nnx import GateBias as GateBias
+from jax_deepep.flax.nnx import MoE as MoE
