@@ -5,8 +5,6 @@ slots [r · S, (r + 1) · S). For dispatch and combine, the slots are the expert
 placement from measured loads, on the host; `to_slots`, on the device, chooses a copy for every token.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,26 +69,23 @@ def imbalance(load: ArrayLike, placement: ArrayLike, num_devices: int) -> float:
     return float(of_device.max() / of_device.mean()) if of_device.any() else 1.0
 
 
-def to_slots(
-    topk_idx: jax.Array, placement: jax.Array, first_token: Any = 0, *, num_experts: int
-) -> jax.Array:
+def to_slots(topk_idx: jax.Array, token: jax.Array, placement: jax.Array, *, num_experts: int) -> jax.Array:
     """Return for each expert of each token a slot that holds it: token t takes copy t mod (number of copies).
 
     Args:
         topk_idx: int32 [T, K], experts; entries outside of [0, E) stay as they are.
+        token: int32 [T], the numbers of the tokens, over all devices: so few tokens of each are spread, too.
         placement: int32 [P], may be traced. An expert that it does not name is an error of the caller: its
             tokens get −1, no expert.
-        first_token: the number of the first token. Different on every device, few tokens are spread, too.
         num_experts: E.
     """
     copies = jnp.zeros(num_experts, jnp.int32).at[placement].add(1)
     # The slots ordered by what they hold: those of an expert stand together.
     slots = jnp.argsort(placement, stable=True).astype(jnp.int32)
     first_slot = jnp.cumsum(copies) - copies
-    token = (first_token + jnp.arange(topk_idx.shape[0], dtype=jnp.int32))[:, None]
     is_expert = (topk_idx >= 0) & (topk_idx < num_experts)
     expert = jnp.where(is_expert, topk_idx, 0)
-    slot = slots[first_slot[expert] + token % jnp.maximum(copies[expert], 1)]
+    slot = slots[first_slot[expert] + token[:, None] % jnp.maximum(copies[expert], 1)]
     slot = jnp.where(copies[expert] > 0, slot, -1)
     return jnp.where(is_expert, slot, topk_idx)
 

@@ -42,6 +42,8 @@ class MoEConfig:
             gradient: only one chunk's rows are in memory.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in
             float32 always.
+        num_physical_experts: P, slots for experts on all devices, so that some experts have several copies: see
+            `jax_deepep.balancing`. The communicator has P experts then. None = E, without copies.
         fsdp_axis: the mesh axis that also splits the parameters' H; their full rows are gathered when used.
             Ignored if the mesh has none of this name.
         tensor_axis: the mesh axis that splits F; tokens are copied along it. Ignored likewise.
@@ -66,17 +68,27 @@ class MoEConfig:
     grouped_matmul: Choice = "auto"
     num_chunks: int = 1
     dtype: Any = None
+    num_physical_experts: int | None = None
     fsdp_axis: str | None = "fsdp"
     tensor_axis: str | None = "tensor"
 
     def __post_init__(self) -> None:
         if not isinstance(self.comm, Communicator):
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
-        for name in ("num_experts", "num_experts_per_tok", "hidden_size"):
-            if (own := getattr(self, name)) != (other := getattr(self.comm, name)):
+        for name, of_comm in (
+            ("num_experts" if self.num_physical_experts is None else "num_physical_experts", "num_experts"),
+            ("num_experts_per_tok", "num_experts_per_tok"),
+            ("hidden_size", "hidden_size"),
+        ):
+            if (own := getattr(self, name)) != (other := getattr(self.comm, of_comm)):
                 raise ValueError(
-                    f"{name}: got {own}, but the communicator has {name}={other}; make both with the same."
+                    f"{name}: got {own}, but the communicator has {of_comm}={other}; make both with the same."
                 )
+        if self.num_experts % self.comm.size or self.num_experts > self.comm.num_experts:
+            raise ValueError(
+                f"num_experts: got {self.num_experts} with num_physical_experts={self.num_physical_experts} on "
+                f"{self.comm.size} devices; takes a multiple of {self.comm.size}, at most as many."
+            )
         for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
             if not isinstance(value := getattr(self, name), int) or value < minimum:
                 raise ValueError(f"{name}: got {value!r}; takes an integer of at least {minimum}.")

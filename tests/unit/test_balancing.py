@@ -80,7 +80,8 @@ def test_tokens_take_the_copies_in_turn() -> None:
             if 0 <= expert < 5:
                 slots = np.flatnonzero(placement == expert)
                 expected[token, k] = slots[(first_token + token) % len(slots)] if len(slots) else -1
-        result = program(topk_idx, placement.astype(np.int32), first_token)
+        token = np.arange(first_token, first_token + 40, dtype=np.int32)
+        result = program(topk_idx, token, placement.astype(np.int32))
         assert result.dtype == np.int32
         np.testing.assert_array_equal(result, expected)
 
