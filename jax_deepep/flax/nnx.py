@@ -8,6 +8,7 @@ from flax import nnx
 from flax.core import spmd
 
 from jax_deepep.moe.build import build_config
+from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.layer import MoEAux, moe
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
@@ -21,8 +22,8 @@ class MoE(nnx.Module):
 
     Parameters, each with its logical axes: `gate` [H, E] (embed, –), `wi_0` and, if gated, `wi_1` [E, H, F]
     (exp, embed, mlp), `wo` [E, F, H] (exp, mlp, embed); with shared experts `shared_wi_0`, `shared_wi_1`
-    [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction the variable `gate_bias` [E],
-    of type `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
+    [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction `gate_bias` [E], a
+    `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
     `fsdp_axis`, mlp over `tensor_axis`; logical axis rules that are set when the module is built come first.
 
     **Collective** without `comm`: see `jax_deepep.Communicator`.
@@ -59,6 +60,11 @@ class MoE(nnx.Module):
             placed = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
             setattr(self, name, placed)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`."""
-        return moe(self.config, {name: getattr(self, name)[...] for name in self.config.parameters}, x)
+    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+
+        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first.
+        """
+        parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
+        return moe(self.config, physical_parameters(self.config, parameters, placement), x, placement)

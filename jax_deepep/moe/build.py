@@ -67,12 +67,12 @@ def _communicator(
     axis_name: str | tuple[str, ...],
     max_tokens: int | None,
     num_chunks: int,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> Communicator:
     if jax_compat.is_tracing():
         raise ValueError(
-            "comm: got None inside of a jitted or otherwise transformed function; takes a jax_deepep.Communicator "
-            "made outside of it, because to make one is an agreement between processes."
+            "comm: got None inside of a jitted or otherwise transformed function; takes a "
+            "jax_deepep.Communicator made outside of it, because to make one is an agreement of processes."
         )
     if max_tokens is None:
         raise ValueError(
@@ -92,7 +92,7 @@ def _mesh_here() -> Mesh:
         return mesh
     if jax.device_count() > 1:
         raise ValueError(
-            f"mesh: got None, and there are {jax.device_count()} devices; takes the mesh of the program, as mesh=, "
-            "in comm, or by jax.set_mesh(mesh)."
+            f"mesh: got None, and there are {jax.device_count()} devices; takes the mesh of the program, as "
+            "mesh=, in comm, or by jax.set_mesh(mesh)."
         )
     return Mesh(np.array(jax.devices()), ("expert",))

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_deepep import jax_compat
 from jax_deepep.capacity import round_up, worst_case_rows
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
+from jax_deepep.ops.checks import check_array
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class MoEConfig:
             gradient: only one chunk's rows are in memory.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in
             float32 always.
-        num_physical_experts: P, slots for experts on all devices, so that some experts have several copies: see
-            `jax_deepep.balancing`. The communicator has P experts then. None = E, without copies.
+        num_physical_experts: P, slots for experts on all devices, so that some experts have several copies:
+            see `jax_deepep.balancing`. The communicator has P experts then. None = E, without copies.
         fsdp_axis: the mesh axis that also splits the parameters' H; their full rows are gathered when used.
             Ignored if the mesh has none of this name.
         tensor_axis: the mesh axis that splits F; tokens are copied along it. Ignored likewise.
@@ -86,8 +85,8 @@ class MoEConfig:
                 )
         if self.num_experts % self.comm.size or self.num_experts > self.comm.num_experts:
             raise ValueError(
-                f"num_experts: got {self.num_experts} with num_physical_experts={self.num_physical_experts} on "
-                f"{self.comm.size} devices; takes a multiple of {self.comm.size}, at most as many."
+                f"num_experts: got {self.num_experts} with {self.comm.num_experts} slots on {self.comm.size} "
+                f"devices; takes a multiple of {self.comm.size}, at most as many."
             )
         for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
             if not isinstance(value := getattr(self, name), int) or value < minimum:
@@ -171,13 +170,29 @@ class MoEConfig:
             absent |= {"shared_wi_0", "shared_wi_1", "shared_wo"}
         return {name: value for name, value in all_parameters.items() if name not in absent}
 
+    def check_placement(self, placement: Any) -> None:
+        """Raise unless `placement` is an array of the layer's slots, or None where it has no copies."""
+        if self.num_physical_experts is not None:
+            if placement is None:
+                raise ValueError(
+                    f"placement: got None with num_physical_experts={self.num_physical_experts}; takes "
+                    "the int32 array that jax_deepep.balancing.plan_experts makes."
+                )
+            shape = (self.num_physical_experts,)
+            check_array("placement", placement, shape, names="[num_physical_experts]", dtype="int32")
+        elif placement is not None:
+            raise ValueError(
+                "placement: got one for a layer without copies of experts; takes None, or build the layer "
+                "with num_physical_experts."
+            )
+
     def spec(self, name: str) -> P:
         """Return how the parameter `name` lies on the mesh."""
         _, axes = self.parameters[name]
         return P(*(None if axis is None else self.axis_rules[axis] for axis in axes))
 
-    def rows(self, num_tokens: int) -> dict[str, int | None]:
-        """Return `capacity` and `alignment` of a dispatch of `num_tokens` tokens of every device."""
+    def rows(self, num_tokens: int) -> tuple[int | None, int]:
+        """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""
         comm = self.comm
         fair_share = num_tokens * comm.num_experts_per_tok
         alignment = self.alignment
@@ -185,7 +200,7 @@ class MoEConfig:
             choice = chosen(self.grouped_matmul, comm.platform)
             alignment = alignment_for(choice, fair_share / comm.num_local_experts)
         if self.capacity_factor is None:
-            return {"capacity": None, "alignment": alignment}
+            return None, alignment
         worst_case = worst_case_rows(
             layout="expert",
             num_ranks=comm.size,
@@ -195,4 +210,4 @@ class MoEConfig:
             alignment=alignment,
         )
         rows = math.ceil(self.capacity_factor * fair_share) + comm.num_local_experts * (alignment - 1)
-        return {"capacity": min(worst_case, round_up(rows, alignment)), "alignment": alignment}
+        return min(worst_case, round_up(rows, alignment)), alignment

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.ops.checks import check_array
+from jax_deepep.moe.layer import placed
 
 
 def physical_parameters(
@@ -30,39 +30,24 @@ def physical_parameters(
         config: static, with `num_physical_experts`.
         parameters: arrays of the names and shapes in `config.parameters`.
         placement: int32 [P], see `jax_deepep.balancing.plan_experts`; an array of NumPy, or of JAX, which may
-            be traced.
+            be traced. None without `num_physical_experts`: there is nothing to do.
         own_first: the first E / R slots of every device hold its own experts; only the others are fetched.
             With False `placement` may have any expert anywhere, and all are.
 
     Raises:
         ValueError, TypeError: a placement that is none. The values of a JAX array are not looked at.
     """
-    check_placement(config, placement)
+    config.check_placement(placement)
+    if placement is None:
+        return dict(parameters)
     if isinstance(placement, np.ndarray):
         _check_values(config, placement, own_first)
     specs = {name: config.spec(name) for name, (_, axes) in config.parameters.items() if axes[0] == "exp"}
     fetch = jax.shard_map(
         functools.partial(_fetch, config, own_first), mesh=config.mesh, in_specs=(specs, P()), out_specs=specs
     )
-    return {**parameters, **fetch({name: parameters[name] for name in specs}, jnp.asarray(placement))}
-
-
-def check_placement(config: MoEConfig, placement: Any) -> None:
-    """Raise unless `placement` is an array of the layer's slots, or None where it has no copies."""
-    if config.num_physical_experts is None:
-        if placement is not None:
-            raise ValueError(
-                "placement: got one for a layer without copies of experts; takes None, or build the layer with "
-                "num_physical_experts."
-            )
-        return
-    if placement is None:
-        raise ValueError(
-            f"placement: got None with num_physical_experts={config.num_physical_experts}; takes the int32 array "
-            "that jax_deepep.balancing.plan_experts makes."
-        )
-    names = "[num_physical_experts]"
-    check_array("placement", placement, (config.num_physical_experts,), names=names, dtype=jnp.int32)
+    own = {name: placed(config, parameters[name], spec) for name, spec in specs.items()}
+    return {**parameters, **fetch(own, placed(config, jnp.asarray(placement), P()))}
 
 
 def _check_values(config: MoEConfig, placement: np.ndarray, own_first: bool) -> None:

@@ -9,7 +9,7 @@ Values that `jax.checkpoint` policies can name: "moe_dispatched" (the received r
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating, jax_compat
+from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
@@ -27,6 +28,7 @@ from jax_deepep.moe.grouped_matmul import chosen, grouped_matmul
 from jax_deepep.ops.checks import check_array
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
+from jax_deepep.ops.handle import ExpertMajor
 
 Parameters = Mapping[str, jax.Array]
 ROUTER = ("gate", "gate_bias")
@@ -48,7 +50,9 @@ class MoEAux:
     num_dropped: jax.Array
 
 
-def moe(config: MoEConfig, parameters: Parameters, x: jax.Array) -> tuple[jax.Array, MoEAux]:
+def moe(
+    config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None = None
+) -> tuple[jax.Array, MoEAux]:
     """Send every token through its experts, on all devices of the mesh. Differentiable.
 
     **Collective:** takes global arrays, outside of `shard_map`; every process of the mesh calls it.
@@ -59,83 +63,110 @@ def moe(config: MoEConfig, parameters: Parameters, x: jax.Array) -> tuple[jax.Ar
             way; `config.spec(name)` is the one in which nothing has to move.
         x: [..., H] float. Tokens are split over `config.token_axes`; a batch whose first axis is split over
             them in this order does not move. If they do not divide evenly, they are padded.
+            On a mesh of Explicit axes the output lies as x does.
+        placement: int32 [P], which expert every slot holds, with `config.num_physical_experts`; the experts'
+            matrices in `parameters` are those of the slots then, see `physical_parameters`.
 
     Returns:
         ([..., H], `MoEAux`).
 
     Raises:
-        ValueError: a parameter or x has the wrong shape, or there are more tokens than the communicator takes.
+        ValueError, TypeError: a wrong parameter or x, or more tokens than the communicator takes.
     """
-    _check(config, parameters, x)
+    _check(config, parameters, x, placement)
     dtype = config.dtype
     if dtype is None:
         dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
-    tokens = x.reshape(-1, config.hidden_size)
-    num_tokens = len(tokens)
+    num_tokens = x.size // config.hidden_size
     padded = round_up(num_tokens, config.num_token_shards * config.num_chunks)
-    tokens = jnp.pad(tokens, ((0, padded - num_tokens), (0, 0)))
-    per_device = functools.partial(_per_device, config, dtype, num_tokens)
-    if config.mesh.size == 1:
-        out, aux = per_device(dict(parameters), tokens)
-    else:
-        split = P(config.token_axes)
-        specs = {name: P() if name in ROUTER else config.spec(name) for name in parameters}
-        placed = {name: _placed(config, parameters[name], spec) for name, spec in specs.items()}
-        out, aux = jax.shard_map(
-            per_device, mesh=config.mesh, in_specs=(specs, split), out_specs=(split, P())
-        )(placed, _placed(config, tokens, split))
-    return out[:num_tokens].reshape(x.shape), aux
+
+    def flatten(x: jax.Array) -> jax.Array:
+        tokens = x.reshape(-1, config.hidden_size)
+        return jnp.pad(tokens, ((0, padded - num_tokens), (0, 0)))
+
+    split = P(config.token_axes)
+    specs = {name: P() if name in ROUTER else config.spec(name) for name in parameters}
+    per_device = jax.shard_map(
+        functools.partial(_per_device, config, dtype, num_tokens),
+        mesh=config.mesh,
+        in_specs=(specs, split, P()),
+        out_specs=(split, P()),
+    )
+    weights = {name: placed(config, parameters[name], spec) for name, spec in specs.items()}
+    slots = None if placement is None else placed(config, placement, P())
+    out, aux = per_device(weights, placed(config, x, split, flatten), slots)
+    return placed(
+        config, out, jax.typeof(x).sharding.spec, lambda out: out[:num_tokens].reshape(x.shape)
+    ), aux
 
 
-def _placed(config: MoEConfig, value: jax.Array, spec: P) -> jax.Array:
-    """Return `value` as a shard_map over Explicit axes wants it: lying on the mesh already."""
-    if AxisType.Explicit not in config.mesh.axis_types:
-        return value
-    return jax.sharding.reshard(value, NamedSharding(config.mesh, spec))
+def placed(
+    config: MoEConfig,
+    value: jax.Array,
+    spec: P,
+    change: Callable[[jax.Array], jax.Array] = lambda value: value,
+) -> jax.Array:
+    """Return `change(value)`, on a mesh of Explicit axes placed as `spec` says; elsewhere XLA places it."""
+    explicit = tuple(
+        name
+        for name, kind in zip(config.mesh.axis_names, config.mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+    if not explicit:
+        return change(value)
+    placement = NamedSharding(config.mesh, spec)
+    return jax.sharding.auto_axes(change, axes=explicit, out_sharding=placement)(value)
 
 
-def _check(config: MoEConfig, parameters: Parameters, x: jax.Array) -> None:
+def _check(config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None) -> None:
+    config.check_placement(placement)
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
     for name, (shape, axes) in config.parameters.items():
+        if axes[0] == "exp":
+            shape = (config.comm.num_experts, *shape[1:])
         check_array(name, parameters[name], shape, names=f"[{', '.join(a or '·' for a in axes)}]")
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
 
 
 def _per_device(
-    config: MoEConfig, dtype: Any, num_tokens: int, parameters: dict[str, jax.Array], x: jax.Array
+    config: MoEConfig,
+    dtype: Any,
+    num_tokens: int,
+    parameters: dict[str, jax.Array],
+    x: jax.Array,
+    placement: jax.Array | None,
 ) -> tuple[jax.Array, MoEAux]:
     """Apply the layer to the tokens [T, H] of one device; `num_tokens` of all devices are no padding."""
-    mesh_axes = () if config.mesh.size == 1 else config.mesh.axis_names
-    token_axes = tuple(name for name in config.token_axes if name in mesh_axes)
     weights = {
-        name: _gathered(config, name, value) if mesh_axes and name not in ROUTER else value
+        name: value if name in ROUTER else _gathered(config, name, value)
         for name, value in parameters.items()
     }
     # Marked here as differing between devices, the gradients of weights are summed over the devices once:
     # marked inside of the scan, once in every chunk. The router computes the same along the tensor axis.
     weights = {
-        name: jax_compat.as_varying(value, frozenset(token_axes if name in ROUTER else mesh_axes))
+        name: jax_compat.as_varying(
+            value, frozenset(config.token_axes if name in ROUTER else config.mesh.axis_names)
+        )
         for name, value in weights.items()
     }
-    position = lax.axis_index(token_axes) * len(x) + jnp.arange(len(x))
-    is_token = position < num_tokens
+    position = lax.axis_index(config.token_axes) * len(x) + jnp.arange(len(x))
 
-    apply = functools.partial(_chunk, config, dtype, frozenset(mesh_axes), weights)
+    apply = functools.partial(_chunk, config, dtype, num_tokens, weights, placement)
     if config.num_chunks == 1:
-        out, counts = apply(x, is_token)
+        out, counts = apply(x, position)
     else:
         apply = jax.checkpoint(apply, prevent_cse=False)
-        chunks = jax.tree.map(lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (x, is_token))
+        chunks = jax.tree.map(lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (x, position))
         _, (out, counts) = lax.scan(lambda carry, chunk: (carry, apply(*chunk)), None, chunks)
         out = out.reshape(x.shape)
         counts = jax.tree.map(lambda v: v.sum(axis=0), counts)
 
-    load, probability, num_dropped = lax.psum(counts, token_axes)
-    if tensor_axes := tuple(name for name in config.tensor_axes if name in mesh_axes):
-        out = lax.psum(out, tensor_axes)  # every device had a part of each expert's F
-        num_dropped = lax.pmax(num_dropped, tensor_axes)  # which are equal
+    load, probability, num_dropped = lax.psum(counts, config.token_axes)
+    if config.tensor_axes:
+        out = lax.psum(out, config.tensor_axes)  # every device had a part of each expert's F
+        num_dropped = lax.pmax(num_dropped, config.tensor_axes)  # the same on all of them
     return out, MoEAux(load, gating.balance_loss(load, probability / num_tokens), num_dropped)
 
 
@@ -151,10 +182,11 @@ def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:
 def _chunk(
     config: MoEConfig,
     dtype: Any,
-    axes: frozenset[str],
+    num_tokens: int,
     parameters: dict[str, jax.Array],
+    placement: jax.Array | None,
     x: jax.Array,
-    is_token: jax.Array,
+    position: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """Return (output [T, H], (load [E], sum of the router's probabilities [E], dropped rows []))."""
     # float32 means float32 here, on GPUs too: a rounding may send a token elsewhere.
@@ -170,22 +202,29 @@ def _chunk(
         normalize=config.normalize,
         scale=config.scale,
     )
+    is_token = position < num_tokens
     topk_idx = jnp.where(is_token[:, None], topk_idx, -1)
     probability = gating.router_probabilities(logits, config.score_function)
     probability = jnp.where(is_token[:, None], probability, 0).sum(axis=0)
+    load = gating.expert_load(topk_idx, config.num_experts)
+    if placement is not None:
+        topk_idx = to_slots(topk_idx, position, placement, num_experts=config.num_experts)
 
     # Marked before dispatch as differing along the tensor axis too, or the gradients of all received rows
     # would be summed along it in place of those of the tokens.
-    x, topk_weights = (jax_compat.as_varying(value, axes) for value in (x, topk_weights))
+    all_axes = frozenset(config.mesh.axis_names)
+    x, topk_weights = (jax_compat.as_varying(value, all_axes) for value in (x, topk_weights))
     x = x.astype(dtype)
     weights = {name: value.astype(dtype) for name, value in parameters.items() if name not in ROUTER}
-    sizes = config.rows(len(x))
-    dispatched, handle = dispatch(x, topk_idx, topk_weights, comm=config.comm, **sizes)
-    multiply = grouped_matmul(chosen(config.grouped_matmul, config.comm.platform), sizes["alignment"])
+    capacity, alignment = config.rows(len(x))
+    dispatched, handle = dispatch(
+        x, topk_idx, topk_weights, comm=config.comm, capacity=capacity, alignment=alignment
+    )
+    assert isinstance(dispatched, ExpertMajor)
+    multiply = grouped_matmul(chosen(config.grouped_matmul, config.comm.platform), alignment)
     y = routed_experts(
         dispatched.tokens, dispatched.group_sizes, weights, activation=config.activation, multiply=multiply
     )
     bias = shared_experts(x, weights, activation=config.activation)
     out = combine(y, handle, comm=config.comm, bias=bias)
-    load = gating.expert_load(topk_idx, config.num_experts)
     return out, (load, probability, handle.num_dropped)
