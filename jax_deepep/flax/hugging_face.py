@@ -58,7 +58,7 @@ def from_hugging_face(
         placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
         nnx.update(moe, jax.device_put(parameters, placement))
 
-    For Linen, `parameters` is the collection "params", but `gate_bias`, which DeepSeek-V3 has, belongs into the
+    For Linen, `parameters` is the collection "params", but `gate_bias`, which DeepSeek-V3 has, is one of the
     collection "router".
 
     Both layouts of state dicts are understood: experts fused into `experts.gate_up_proj` and

@@ -33,10 +33,13 @@ def routed_experts(
     Returns:
         [C, H].
     """
-    hidden = activation(multiply(rows, parameters["wi_0"], group_sizes))
+
+    def inwards(name: str) -> jax.Array:
+        return checkpoint_name(multiply(rows, parameters[name], group_sizes), "moe_hidden")
+
+    hidden = activation(inwards("wi_0"))
     if "wi_1" in parameters:
-        hidden *= multiply(rows, parameters["wi_1"], group_sizes)
-    hidden = checkpoint_name(hidden, "moe_hidden")
+        hidden *= inwards("wi_1")
     out = multiply(hidden, parameters["wo"], group_sizes)
     return checkpoint_name(out, "moe_expert_out")
 

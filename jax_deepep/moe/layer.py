@@ -4,8 +4,9 @@ A device's tokens take this way:
 
     route → dispatch → the experts' networks → combine (+ shared experts)
 
-Values that `jax.checkpoint` policies can name: "moe_dispatched" (the received rows, and the routes),
-"moe_hidden" (inside of the experts, [C, F]), "moe_expert_out" (what combine takes).
+Policies of `jax.checkpoint` can name: "moe_dispatched", the received rows [C, H] and the routes: with these
+kept, the backward pass does not dispatch again; "moe_hidden", the products with wi_0 and wi_1 [C, F] each;
+"moe_expert_out", what combine takes [C, H].
 """
 
 import functools
@@ -157,9 +158,9 @@ def _per_device(
     if config.num_chunks == 1:
         out, counts = apply(x, position)
     else:
-        apply = jax.checkpoint(apply, prevent_cse=False)
+        recomputed = jax.checkpoint(apply, prevent_cse=False)
         chunks = jax.tree.map(lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (x, position))
-        _, (out, counts) = lax.scan(lambda carry, chunk: (carry, apply(*chunk)), None, chunks)
+        _, (out, counts) = lax.scan(lambda carry, chunk: (carry, recomputed(*chunk)), None, chunks)
         out = out.reshape(x.shape)
         counts = jax.tree.map(lambda v: v.sum(axis=0), counts)
 
