@@ -1,4 +1,4 @@
-"""Virtual devices of a CPU for the bench."""
+"""The CPU split into devices, for benchmarks that are started by hand."""
 
 import os
 

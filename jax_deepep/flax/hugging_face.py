@@ -55,6 +55,11 @@ def from_hugging_face(
         block = "model.layers.3.mlp."
         arguments, parameters = from_hugging_face(model.state_dict(), model.config, prefix=block)
         moe = jax_deepep.flax.MoE(**arguments, mesh=mesh, max_tokens=4096, rngs=nnx.Rngs(0))
+        placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
+        nnx.update(moe, jax.device_put(parameters, placement))
+
+    For Linen, `parameters` is the collection "params", but `gate_bias`, which DeepSeek-V3 has, is one of the
+    collection "router".
 
     Both layouts of state dicts are understood: experts fused into `experts.gate_up_proj` and
     `experts.down_proj`, as current releases hold them, and one module per expert, as older releases do and

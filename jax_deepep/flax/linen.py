@@ -11,6 +11,7 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
+from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
 from jax_deepep.moe.layer import MoEAux, moe
@@ -58,6 +59,7 @@ class MoE(nn.Module):
     grouped_matmul: Choice = MoEConfig.grouped_matmul
     num_chunks: int = MoEConfig.num_chunks
     dtype: Any = MoEConfig.dtype
+    num_physical_experts: int | None = MoEConfig.num_physical_experts
     fsdp_axis: str | None = MoEConfig.fsdp_axis
     tensor_axis: str | None = MoEConfig.tensor_axis
     param_dtype: Any = jnp.float32
@@ -76,8 +78,12 @@ class MoE(nn.Module):
         })  # fmt: skip
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`."""
+    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+
+        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first.
+        """
         config = self._config()
         parameters: dict[str, Any] = {}
         for name, (shape, logical_axes) in config.parameters.items():
@@ -87,4 +93,4 @@ class MoE(nn.Module):
                 parameters[name] = self.variable(ROUTER, name, placed, None, shape, jnp.float32).value
             else:
                 parameters[name] = self.param(name, placed, shape, self.param_dtype)
-        return moe(config, parameters, x)
+        return moe(config, physical_parameters(config, parameters, placement), x, placement)

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.core import spmd
 
 from jax_deepep.moe.build import build_config
+from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.layer import MoEAux, moe
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
@@ -59,6 +60,11 @@ class MoE(nnx.Module):
             placed = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
             setattr(self, name, placed)
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`."""
-        return moe(self.config, {name: getattr(self, name)[...] for name in self.config.parameters}, x)
+    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+
+        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first.
+        """
+        parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
+        return moe(self.config, physical_parameters(self.config, parameters, placement), x, placement)

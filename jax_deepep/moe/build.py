@@ -23,6 +23,7 @@ def build_config(
     axis_name: str | tuple[str, ...] = "expert",
     max_tokens: int | None = None,
     num_chunks: int = 1,
+    num_physical_experts: int | None = None,
     **choices: Any,
 ) -> MoEConfig:
     """Return the configuration of a MoE layer; make its communicator unless there is one.
@@ -30,7 +31,8 @@ def build_config(
     **Collective** without `comm`: see `jax_deepep.Communicator`.
 
     Args:
-        num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks: as in `MoEConfig`.
+        num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks,
+            num_physical_experts: as in `MoEConfig`.
         comm: the communicator, for any number of layers of the same sizes. The arguments below are those of
             one that is made here.
         mesh: None = the one that `jax.set_mesh` set, or the device, if there is only one.
@@ -42,8 +44,8 @@ def build_config(
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
     """
-    sizes: dict[str, Any] = {
-        "num_experts": num_experts,
+    sizes = {
+        "num_experts": num_experts if num_physical_experts is None else num_physical_experts,
         "num_experts_per_tok": num_experts_per_tok,
         "hidden_size": hidden_size,
     }
@@ -55,8 +57,9 @@ def build_config(
             "or the communicator's own."
         )
     return MoEConfig(
-        comm=comm, intermediate_size=intermediate_size, num_chunks=num_chunks, **sizes, **choices
-    )
+        comm, num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks=num_chunks,
+        num_physical_experts=num_physical_experts, **choices,
+    )  # fmt: skip
 
 
 def _communicator(

@@ -13,6 +13,7 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
+from jax_deepep.ops.checks import check_array
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class MoEConfig:
             gradient: only one chunk's rows are in memory.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in
             float32 always.
+        num_physical_experts: P, slots for experts on all devices, so that some experts have several copies:
+            see `jax_deepep.balancing`. The communicator has P experts then. None = E, without copies.
         fsdp_axis: the mesh axis that also splits the parameters' H; their full rows are gathered when used.
             Ignored if the mesh has none of this name.
         tensor_axis: the mesh axis that splits F; tokens are copied along it. Ignored likewise.
@@ -66,17 +69,27 @@ class MoEConfig:
     grouped_matmul: Choice = "auto"
     num_chunks: int = 1
     dtype: Any = None
+    num_physical_experts: int | None = None
     fsdp_axis: str | None = "fsdp"
     tensor_axis: str | None = "tensor"
 
     def __post_init__(self) -> None:
         if not isinstance(self.comm, Communicator):
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
-        for name in ("num_experts", "num_experts_per_tok", "hidden_size"):
-            if (own := getattr(self, name)) != (other := getattr(self.comm, name)):
+        for name, of_comm in (
+            ("num_experts" if self.num_physical_experts is None else "num_physical_experts", "num_experts"),
+            ("num_experts_per_tok", "num_experts_per_tok"),
+            ("hidden_size", "hidden_size"),
+        ):
+            if (own := getattr(self, name)) != (other := getattr(self.comm, of_comm)):
                 raise ValueError(
-                    f"{name}: got {own}, but the communicator has {name}={other}; make both with the same."
+                    f"{name}: got {own}, but the communicator has {of_comm}={other}; make both with the same."
                 )
+        if self.num_experts % self.comm.size or self.num_experts > self.comm.num_experts:
+            raise ValueError(
+                f"num_experts: got {self.num_experts} with {self.comm.num_experts} slots on {self.comm.size} "
+                f"devices; takes a multiple of {self.comm.size}, at most as many."
+            )
         for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
             if not isinstance(value := getattr(self, name), int) or value < minimum:
                 raise ValueError(f"{name}: got {value!r}; takes an integer of at least {minimum}.")
@@ -158,6 +171,22 @@ class MoEConfig:
         if not shared:
             absent |= {"shared_wi_0", "shared_wi_1", "shared_wo"}
         return {name: value for name, value in all_parameters.items() if name not in absent}
+
+    def check_placement(self, placement: Any) -> None:
+        """Raise unless `placement` is an array of the layer's slots, or None where it has no copies."""
+        if self.num_physical_experts is not None:
+            if placement is None:
+                raise ValueError(
+                    f"placement: got None with num_physical_experts={self.num_physical_experts}; takes "
+                    "the int32 array that jax_deepep.balancing.plan_experts makes."
+                )
+            shape = (self.num_physical_experts,)
+            check_array("placement", placement, shape, names="[num_physical_experts]", dtype="int32")
+        elif placement is not None:
+            raise ValueError(
+                "placement: got one for a layer without copies of experts; takes None, or build the layer "
+                "with num_physical_experts."
+            )
 
     def spec(self, name: str) -> P:
         """Return how the parameter `name` lies on the mesh."""

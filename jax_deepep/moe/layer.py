@@ -21,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating, jax_compat
+from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
@@ -50,7 +51,9 @@ class MoEAux:
     num_dropped: jax.Array
 
 
-def moe(config: MoEConfig, parameters: Parameters, x: jax.Array) -> tuple[jax.Array, MoEAux]:
+def moe(
+    config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None = None
+) -> tuple[jax.Array, MoEAux]:
     """Send every token through its experts, on all devices of the mesh. Differentiable.
 
     **Collective:** takes global arrays, outside of `shard_map`; every process of the mesh calls it.
@@ -62,6 +65,8 @@ def moe(config: MoEConfig, parameters: Parameters, x: jax.Array) -> tuple[jax.Ar
         x: [..., H] float. Tokens are split over `config.token_axes`; a batch whose first axis is split over
             them in this order does not move. If they do not divide evenly, they are padded.
             On a mesh of Explicit axes the output lies as x does.
+        placement: int32 [P], which expert every slot holds, with `config.num_physical_experts`; the experts'
+            matrices in `parameters` are those of the slots then, see `physical_parameters`.
 
     Returns:
         ([..., H], `MoEAux`).
@@ -69,7 +74,7 @@ def moe(config: MoEConfig, parameters: Parameters, x: jax.Array) -> tuple[jax.Ar
     Raises:
         ValueError, TypeError: a wrong parameter or x, or more tokens than the communicator takes.
     """
-    _check(config, parameters, x)
+    _check(config, parameters, x, placement)
     dtype = config.dtype
     if dtype is None:
         dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
@@ -85,17 +90,18 @@ def moe(config: MoEConfig, parameters: Parameters, x: jax.Array) -> tuple[jax.Ar
     per_device = jax.shard_map(
         functools.partial(_per_device, config, dtype, num_tokens),
         mesh=config.mesh,
-        in_specs=(specs, split),
+        in_specs=(specs, split, P()),
         out_specs=(split, P()),
     )
-    placed = {name: _placed(config, parameters[name], spec) for name, spec in specs.items()}
-    out, aux = per_device(placed, _placed(config, x, split, flatten))
-    return _placed(
+    weights = {name: placed(config, parameters[name], spec) for name, spec in specs.items()}
+    slots = None if placement is None else placed(config, placement, P())
+    out, aux = per_device(weights, placed(config, x, split, flatten), slots)
+    return placed(
         config, out, jax.typeof(x).sharding.spec, lambda out: out[:num_tokens].reshape(x.shape)
     ), aux
 
 
-def _placed(
+def placed(
     config: MoEConfig,
     value: jax.Array,
     spec: P,
@@ -113,17 +119,25 @@ def _placed(
     return jax.sharding.auto_axes(change, axes=explicit, out_sharding=placement)(value)
 
 
-def _check(config: MoEConfig, parameters: Parameters, x: jax.Array) -> None:
+def _check(config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None) -> None:
+    config.check_placement(placement)
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
     for name, (shape, axes) in config.parameters.items():
+        if axes[0] == "exp":
+            shape = (config.comm.num_experts, *shape[1:])
         check_array(name, parameters[name], shape, names=f"[{', '.join(a or '·' for a in axes)}]")
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
 
 
 def _per_device(
-    config: MoEConfig, dtype: Any, num_tokens: int, parameters: dict[str, jax.Array], x: jax.Array
+    config: MoEConfig,
+    dtype: Any,
+    num_tokens: int,
+    parameters: dict[str, jax.Array],
+    x: jax.Array,
+    placement: jax.Array | None,
 ) -> tuple[jax.Array, MoEAux]:
     """Apply the layer to the tokens [T, H] of one device; `num_tokens` of all devices are no padding."""
     weights = {
@@ -139,14 +153,13 @@ def _per_device(
         for name, value in weights.items()
     }
     position = lax.axis_index(config.token_axes) * len(x) + jnp.arange(len(x))
-    is_token = position < num_tokens
 
-    apply = functools.partial(_chunk, config, dtype, weights)
+    apply = functools.partial(_chunk, config, dtype, num_tokens, weights, placement)
     if config.num_chunks == 1:
-        out, counts = apply(x, is_token)
+        out, counts = apply(x, position)
     else:
         recomputed = jax.checkpoint(apply, prevent_cse=False)
-        chunks = jax.tree.map(lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (x, is_token))
+        chunks = jax.tree.map(lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (x, position))
         _, (out, counts) = lax.scan(lambda carry, chunk: (carry, recomputed(*chunk)), None, chunks)
         out = out.reshape(x.shape)
         counts = jax.tree.map(lambda v: v.sum(axis=0), counts)
@@ -170,9 +183,11 @@ def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:
 def _chunk(
     config: MoEConfig,
     dtype: Any,
+    num_tokens: int,
     parameters: dict[str, jax.Array],
+    placement: jax.Array | None,
     x: jax.Array,
-    is_token: jax.Array,
+    position: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
     """Return (output [T, H], (load [E], sum of the router's probabilities [E], dropped rows []))."""
     # float32 means float32 here, on GPUs too: a rounding may send a token elsewhere.
@@ -188,9 +203,13 @@ def _chunk(
         normalize=config.normalize,
         scale=config.scale,
     )
+    is_token = position < num_tokens
     topk_idx = jnp.where(is_token[:, None], topk_idx, -1)
     probability = gating.router_probabilities(logits, config.score_function)
     probability = jnp.where(is_token[:, None], probability, 0).sum(axis=0)
+    load = gating.expert_load(topk_idx, config.num_experts)
+    if placement is not None:
+        topk_idx = to_slots(topk_idx, position, placement, num_experts=config.num_experts)
 
     # Marked before dispatch as differing along the tensor axis too, or the gradients of all received rows
     # would be summed along it in place of those of the tokens.
@@ -213,5 +232,4 @@ def _chunk(
     )
     bias = shared_experts(x, weights, activation=config.activation)
     out = combine(y, handle, comm=config.comm, bias=bias)
-    load = gating.expert_load(topk_idx, config.num_experts)
     return out, (load, probability, handle.num_dropped)

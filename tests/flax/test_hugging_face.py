@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
+from meshes import fetch, mesh_named
 
-from jax_deepep.flax import from_hugging_face
+from jax_deepep.flax import MoE, from_hugging_face
 
 H, F, S, E = 6, 4, 10, 8  # hidden, an expert's inner size, the shared one's, experts
 CONFIGS = {
@@ -86,6 +88,18 @@ def test_arguments() -> None:
     arguments, _ = from_hugging_face(theirs("qwen3_moe", fused=True), CONFIGS["qwen3_moe"])
     assert (arguments["score_function"], arguments["normalize"]) == ("softmax", False)
     assert arguments["activation"](jnp.float32(1)) == jax.nn.gelu(jnp.float32(1))
+
+
+def test_into_a_module() -> None:
+    """As the docstring has it: the module's values are replaced, and lie where they lay."""
+    arguments, parameters = from_hugging_face(theirs("deepseek_v3", fused=True), CONFIGS["deepseek_v3"])
+    moe = MoE(**arguments, mesh=mesh_named("expert"), max_tokens=4, rngs=nnx.Rngs(0))
+    placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
+    assert placement["wi_0"].spec[0] == "expert"
+    nnx.update(moe, jax.device_put(parameters, placement))
+    new = nnx.to_pure_dict(nnx.state(moe))
+    jax.tree.map(np.testing.assert_array_equal, fetch(new), ours("deepseek_v3"))
+    assert jax.tree.map(lambda value: value.sharding, new) == placement
 
 
 ERRORS = [
