@@ -40,7 +40,7 @@ def test_layers_agree() -> None:
 
 
 def test_grouped_matmuls_agree() -> None:
-    """Groups are padded differently, and rows after the last one are arbitrary: weights' gradients compare."""
+    """Groups are padded differently, rows after the last one are arbitrary: weights' gradients compare."""
     of_weights = {
         name: results_of(experts_programs(PROBLEM, name))[1][1]
         for name in ("ragged_dot", GATHERED, "blocks", "triton")
