@@ -81,3 +81,8 @@ def array_like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedA
     sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
     dtype = jax.numpy.dtype(dtype)
     return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def shape_like(value: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result that varies over the mesh like `value`, of its dtype."""
+    return jax.ShapeDtypeStruct(shape, value.dtype, manual_axis_type=jax.typeof(value).manual_axis_type)

@@ -24,7 +24,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Time dispatch, combine and their gradients, natively and in JAX collectives, against "
         "memcpy. Any option of the shape selects one problem; without one, a list of them is measured. "
         "For GPUs, run it under python -m jax_deepep.launch; it has other options there. "
-        "Another command, routing, draws where rows go: see python -m jax_deepep.bench routing --help.",
+        "Further commands, each with its --help: moe times MoE layers, routing draws where rows go.",
         epilog=BYTES_MOVED,
     )
     shape = parser.add_argument_group("shape")
@@ -60,14 +60,18 @@ def problems_of(options: argparse.Namespace) -> tuple[Problem, ...]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and report; return the exit status."""
-    if launched_rank() is not None:
-        from jax_deepep.bench.gpu import command_line  # not needed elsewhere
+    if arguments[:1] == ["moe"]:
+        from jax_deepep.bench.moe import command_line as of_layers  # not needed elsewhere
 
-        return command_line.main(arguments)
+        return of_layers.main(arguments[1:])
     if arguments[:1] == ["routing"]:
         from jax_deepep.bench import routing  # likewise
 
         return routing.main(arguments[1:])
+    if launched_rank() is not None:
+        from jax_deepep.bench.gpu import command_line  # likewise
+
+        return command_line.main(arguments)
     options = parse(arguments)
     try:
         problems = problems_of(options)

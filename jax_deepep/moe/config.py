@@ -35,8 +35,10 @@ class MoEConfig:
         capacity_factor: rows that a device takes, in units of its fair share K · T; rows beyond are
             dropped. None = as many as may ever come.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
-        grouped_matmul: "ragged_dot", "blocks" or a function, see `jax_deepep.moe.grouped_matmul`; "auto"
-            takes blocks on CPU.
+        grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
+            "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
+            or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU
+            and ragged_dot elsewhere.
         num_chunks: a device's tokens pass in so many chunks, one after the other, each recomputed for its
             gradient: only one chunk's rows are in memory.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in

@@ -6,7 +6,7 @@ A device's tokens take this way:
 
 Policies of `jax.checkpoint` can name: "moe_dispatched", the received rows [C, H] and the routes: with these
 kept, the backward pass does not dispatch again; "moe_hidden", the products with wi_0 and wi_1 [C, F] each;
-"moe_expert_out", what combine takes [C, H].
+"moe_expert_out", what combine takes [C, H]. The last two do not exist with grouped_matmul="blocks".
 """
 
 import functools
@@ -25,7 +25,7 @@ from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
-from jax_deepep.moe.grouped_matmul import chosen, grouped_matmul
+from jax_deepep.moe.grouped_matmul import chosen
 from jax_deepep.ops.checks import check_array
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
@@ -222,9 +222,13 @@ def _chunk(
         x, topk_idx, topk_weights, comm=config.comm, capacity=capacity, alignment=alignment
     )
     assert isinstance(dispatched, ExpertMajor)
-    multiply = grouped_matmul(chosen(config.grouped_matmul, config.comm.platform), alignment)
     y = routed_experts(
-        dispatched.tokens, dispatched.group_sizes, weights, activation=config.activation, multiply=multiply
+        dispatched.tokens,
+        dispatched.group_sizes,
+        weights,
+        activation=config.activation,
+        choice=chosen(config.grouped_matmul, config.comm.platform),
+        alignment=alignment,
     )
     bias = shared_experts(x, weights, activation=config.activation)
     out = combine(y, handle, comm=config.comm, bias=bias)
