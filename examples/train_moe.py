@@ -131,14 +131,20 @@ def plot(history: History, unigram: float, path: Path) -> None:
 
 
 def compare(steps: int, seed: int, config: Config) -> int:
-    """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree."""
+    """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree.
+
+    Both combine the experts' results up to rounding in float32. Sooner or later a rounding makes a token choose
+    another expert in one of them, and from then on they differ by more, as with another seed by far more.
+    """
     runs = [train(name, STEPS, seed, config, stop_after=steps)[0].train for name in ("native", "xla")]
     print(" step   native      xla  difference")
     for step, (native, xla) in enumerate(zip(*runs, strict=True), start=1):
         print(f"{step:5d}  {native:7.5f}  {xla:7.5f}  {abs(native - xla):10.1e}")
-    largest = np.abs(np.subtract(*runs)).max()
-    print(f"largest difference {largest:.1e} nats per byte; at most 1e-3 is right")
-    return 0 if largest <= 1e-3 else 1
+    difference = np.abs(np.subtract(*runs))
+    early, largest = difference[:10].max(), difference.max()
+    print(f"largest difference: {early:.1e} nats per byte in the first 10 steps, where 1e-4 is allowed;")
+    print(f"{largest:.1e} in all, where 3e-2 is allowed")
+    return 0 if early <= 1e-4 and largest <= 3e-2 else 1
 
 
 def main() -> int | str:
