@@ -133,8 +133,8 @@ def plot(history: History, unigram: float, path: Path) -> None:
 def compare(steps: int, seed: int, config: Config) -> int:
     """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree.
 
-    Both combine the experts' results up to rounding in float32. Sooner or later a rounding makes a token choose
-    another expert in one of them, and from then on they differ by more, as with another seed by far more.
+    Both combine the experts' results up to rounding in float32. Sooner or later a rounding makes a token
+    go to another expert in one of them, and from then on they differ by more.
     """
     runs = [train(name, STEPS, seed, config, stop_after=steps)[0].train for name in ("native", "xla")]
     print(" step   native      xla  difference")
