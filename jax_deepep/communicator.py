@@ -53,7 +53,8 @@ class Communicator:
     Args:
         mesh: the device mesh; further axes (data, fsdp, …) are allowed, and each slice along
             `axis_name` is a group of its own.
-        axis_name: the expert-parallel axis, or a tuple of axes, outermost first.
+        axis_name: the expert-parallel axis, or a tuple of axes, outermost first; with () every device is
+            a group of its own.
         num_experts: E, a multiple of the group size R; device r owns experts [r·E/R, (r+1)·E/R).
         num_experts_per_tok: K, entries per token in `topk_idx`; 1 ≤ K ≤ E.
         max_tokens: most tokens per device and op.

@@ -14,7 +14,7 @@ from jax_deepep.moe.parameters import Initializer, initializer_of
 
 
 class GateBias(nnx.Variable):
-    """The bias of the router's choice, float32 [E]; `jax_deepep.update_bias` moves it, not a gradient."""
+    """The bias of the router, float32 [E]; `jax_deepep.gating.update_bias` moves it, and no gradient."""
 
 
 class MoE(nnx.Module):

@@ -28,7 +28,7 @@ class MoEConfig:
         intermediate_size: F, the inner size of an expert.
         num_groups, topk_groups, score_function, normalize, scale: as in `jax_deepep.group_limited_topk`.
         use_bias_correction: there is a parameter `gate_bias` [E], which takes part in the choice of experts
-            only; it gets no gradient, `jax_deepep.update_bias` moves it.
+            only; it gets no gradient, `jax_deepep.gating.update_bias` moves it.
         shared_intermediate_size: the inner size of all shared experts together, 0 for none.
         activation: of the experts, elementwise.
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.

@@ -42,7 +42,7 @@ class MoEAux:
 
     Attributes:
         expert_load: int32 [E], tokens that chose each expert, dropped rows included.
-        balance_loss: float32 [], see `jax_deepep.balance_loss`; 1 when all loads are equal.
+        balance_loss: float32 [], see `jax_deepep.gating.balance_loss`; 1 when all loads are equal.
         num_dropped: int32 [], rows that did not fit into the capacity.
     """
 
