@@ -30,6 +30,7 @@ from jax_deepep.launch.rank_environment import launched_rank
 
 DEFAULT_DEVICES = 8
 DENSE = "dense"
+LAYERS = ("native", "xla", DENSE)
 COLUMNS = ("contender", "forward ms", "forward + backward ms", "temporary MiB")
 
 
@@ -80,9 +81,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, help="R (all; on a CPU 8)")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--capacity-factor", default="worst", help='a number, or "worst" (%(default)s)')
-    parser.add_argument("--matmuls", nargs="*", default=None, metavar="NAME",
-                        help=f"ragged_dot, blocks, triton, {GATHERED} (what the platform runs)")  # fmt: skip
-    parser.add_argument("--layers", nargs="*", default=["native", "xla", DENSE], metavar="NAME",
+    matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
+    parser.add_argument("--matmuls", nargs="*", choices=matmuls, help="(what suits the platform)")
+    parser.add_argument("--layers", nargs="*", choices=LAYERS, default=LAYERS,
                         help="native, xla, dense: all tokens through all experts (all three)")  # fmt: skip
     parser.add_argument("--chunks", nargs="+", type=int, default=[1], help="num_chunks of native (1)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there")

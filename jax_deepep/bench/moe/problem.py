@@ -44,7 +44,7 @@ class MoEProblem:
     def rows_of_one_device(self, alignment: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
         """Return rows [C, H], the experts' weights and group sizes [L] of uniform routing.
 
-        Rows after the last group are NaN, as a dispatch may leave them.
+        Rows between the groups are zero and those after the last one NaN, as a dispatch may leave them.
         """
         random = np.random.default_rng(0)
         num_local = self.experts // self.devices
@@ -62,10 +62,12 @@ class MoEProblem:
             )
         else:
             capacity = round_up(int(self.capacity_factor * live) + num_local * (alignment - 1), alignment)
-        key = jax.random.key(0)
-        rows = jax.random.normal(key, (capacity, self.hidden), jnp.dtype(self.dtype))
-        rows = jnp.where(jnp.arange(capacity)[:, None] < group_sizes.sum(), rows, jnp.nan)
+        first = np.cumsum(group_sizes) - group_sizes
+        place = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
+        key, dtype = jax.random.key(0), jnp.dtype(self.dtype)
+        rows = jnp.full((capacity, self.hidden), jnp.nan, dtype).at[: group_sizes.sum()].set(0)
+        rows = rows.at[place].set(jax.random.normal(key, (live, self.hidden), dtype))
         shape = (num_local, self.hidden, self.intermediate)
         shapes = {"wi_0": shape, "wi_1": shape, "wo": (num_local, self.intermediate, self.hidden)}
-        weights = {name: of_experts(key, shape, jnp.dtype(self.dtype)) for name, shape in shapes.items()}
+        weights = {name: of_experts(key, shape, dtype) for name, shape in shapes.items()}
         return rows, weights, jnp.asarray(group_sizes, jnp.int32)
