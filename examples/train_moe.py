@@ -7,25 +7,16 @@ devices, so that the program is the one that would run on 8 GPUs: the batch and 
 over one mesh axis, and `jax_deepep` carries every token to the devices of its experts and back. The model
 is in `moe_language_model.py`; `decode_moe.py` writes text with what `--save` keeps.
 """
-# ruff: noqa: E402 (the environment comes before the imports)
 
 import argparse
-import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Whether a launcher started several processes of this script.
-LAUNCHED = "JAX_COORDINATOR_ADDRESS" in os.environ or any(
-    int(os.environ.get(name, "1")) > 1 for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
-)
-# Eight devices of one CPU wait for each other in collectives, so XLA's thread pool (NPROC) must hold
-# more threads than that, however few cores there are.
-if not LAUNCHED and "JAX_NUM_CPU_DEVICES" not in os.environ:
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-os.environ.setdefault("NPROC", "16")
+from virtual_devices import LAUNCHED
 
+# isort: split
 import jax
 import numpy as np
 import optax
@@ -140,14 +131,20 @@ def plot(history: History, unigram: float, path: Path) -> None:
 
 
 def compare(steps: int, seed: int, config: Config) -> int:
-    """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree."""
+    """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree.
+
+    Both combine the experts' results up to rounding in float32. Sooner or later a rounding makes a token
+    go to another expert in one of them, and from then on they differ by more.
+    """
     runs = [train(name, STEPS, seed, config, stop_after=steps)[0].train for name in ("native", "xla")]
     print(" step   native      xla  difference")
     for step, (native, xla) in enumerate(zip(*runs, strict=True), start=1):
         print(f"{step:5d}  {native:7.5f}  {xla:7.5f}  {abs(native - xla):10.1e}")
-    largest = np.abs(np.subtract(*runs)).max()
-    print(f"largest difference {largest:.1e} nats per byte; at most 1e-3 is right")
-    return 0 if largest <= 1e-3 else 1
+    difference = np.abs(np.subtract(*runs))
+    early, largest = difference[:10].max(), difference.max()
+    print(f"largest difference: {early:.1e} nats per byte in the first 10 steps, where 1e-4 is allowed;")
+    print(f"{largest:.1e} in all, where 3e-2 is allowed")
+    return 0 if early <= 1e-4 and largest <= 3e-2 else 1
 
 
 def main() -> int | str:
@@ -175,7 +172,9 @@ def main() -> int | str:
         rate = np.median(history.rates)
         print(f"wrote {options.out}\ntraining  {history.train[-1]:.3f} nats per byte, {rate:,.0f} tokens/s")
         print(f"held out  {held_out:.3f} nats per byte, {below:.1%} below {unigram:.3f} of the unigram model")
-    return 0 if below >= REQUIRED_BELOW_UNIGRAM else f"at least {REQUIRED_BELOW_UNIGRAM:.0%} is expected"
+    if options.steps or below >= REQUIRED_BELOW_UNIGRAM:
+        return 0
+    return f"at least {REQUIRED_BELOW_UNIGRAM:.0%} is expected"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
 A *placement* says which expert every slot of every device holds: int32 [P], P = R · S, and device r has the
 slots [r · S, (r + 1) · S). For dispatch and combine, the slots are the experts. `plan_experts` makes a
-placement from measured loads, on the host; `to_slots`, on the device, chooses a copy for every token.
+placement from measured loads, on the host; `to_slots`, on the device, chooses a copy for every token. With
+a module of `jax_deepep.flax` that was built with num_physical_experts=P:
+
+    placement = plan_experts(load, num_physical=P, num_devices=R)  # every now and then
+    out, aux = layer(x, placement)                                 # in every step
+    load += aux.expert_load
 """
 
 import jax
