@@ -27,6 +27,7 @@ from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import Table, markdown, print_tables
 from jax_deepep.communicator import Communicator
 from jax_deepep.launch.rank_environment import launched_rank
+from jax_deepep.moe.grouped_matmul import NAMES
 
 DEFAULT_DEVICES = 8
 DENSE = "dense"
@@ -82,7 +83,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--capacity-factor", default="worst", help='a number, or "worst" (%(default)s)')
     matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
-    parser.add_argument("--matmuls", nargs="*", choices=matmuls, help="(what suits the platform)")
+    parser.add_argument(
+        "--matmuls", nargs="*", choices=matmuls, help="to apply experts (what the platform has)"
+    )
+    parser.add_argument("--layer-matmul", choices=NAMES, default="auto", help="of the layers (%(default)s)")
     parser.add_argument("--layers", nargs="*", choices=LAYERS, default=LAYERS,
                         help="native, xla, dense: all tokens through all experts (all three)")  # fmt: skip
     parser.add_argument("--chunks", nargs="+", type=int, default=[1], help="num_chunks of native (1)")
@@ -125,7 +129,7 @@ def results_of(options: argparse.Namespace, problem: MoEProblem, mesh: Mesh) -> 
             continue
         for chunks in options.chunks if name == "native" else [1]:
             comm = Communicator(mesh, AXIS, **sizes_of(problem, chunks), implementation=name)
-            programs = layer_programs(problem, mesh, comm, chunks)
+            programs = layer_programs(problem, mesh, comm, chunks, options.layer_matmul)
             label = name if chunks == 1 else f"{name}, {chunks} chunks"
             yield measure("layer", label, programs, options.repeats)
             comm.close()

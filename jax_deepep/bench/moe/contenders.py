@@ -80,7 +80,7 @@ def dense_moe(problem: MoEProblem, parameters: dict[str, jax.Array], x: jax.Arra
 
 
 def layer_programs(
-    problem: MoEProblem, mesh: Mesh, comm: Communicator | None, num_chunks: int = 1
+    problem: MoEProblem, mesh: Mesh, comm: Communicator | None, num_chunks: int = 1, matmul: Any = "auto"
 ) -> dict[str, Program]:
     """Return a layer, and a training step's gradients of it; `comm` None = `dense_moe`."""
     maker = comm or Communicator(mesh, AXIS, **sizes_of(problem), implementation="xla")
@@ -91,6 +91,7 @@ def layer_programs(
         problem.hidden,
         problem.intermediate,
         num_chunks=num_chunks,
+        grouped_matmul=matmul,
         capacity_factor=problem.capacity_factor,
     )
     parameters = init_parameters(config, jax.random.key(0), jnp.dtype(problem.dtype))
