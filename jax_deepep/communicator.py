@@ -213,7 +213,7 @@ class Communicator:
             transport = "shared memory between the processes of this host"
         rows = [
             ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
-            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names)}; "
+            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}; "
                        f"{processes} process(es)"),
             ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
                         f"{self.num_experts_per_tok} per token"),

@@ -17,7 +17,8 @@ from jax_deepep import jax_compat
 from jax_deepep.ops.checks import vary_together
 
 SMALLEST_TILE = 16  # of a matrix unit, in every dimension
-COLUMNS, DEPTH = 128, 64  # of a tile, at most
+COLUMNS = 128  # of a tile of the result, at most
+DEPTH_BYTES = 128  # of the tiles that are multiplied: three pairs fit into the shared memory of an SM
 
 
 def triton_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int) -> jax.Array:
@@ -68,6 +69,11 @@ def _tile(size: int, largest: int) -> int:
     return min(size & -size, largest)
 
 
+def _depth(size: int, rows: jax.Array) -> int:
+    """Return how much of a sum over `size` products is loaded at once."""
+    return _tile(size, DEPTH_BYTES // rows.dtype.itemsize)
+
+
 def _call(kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], like: jax.Array, *operands: Any) -> Any:
     whole = pl.BlockSpec()
     return pl.pallas_call(
@@ -84,7 +90,7 @@ def _call(kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], like: jax.
 def _times(block: int, rows: Any, matrices: Any, group_sizes: Any, *, transposed: bool) -> jax.Array:
     """Multiply the rows of each group with its matrix, or with its transpose."""
     inner, width = matrices.shape[1:][::-1] if transposed else matrices.shape[1:]
-    columns, depth = _tile(width, COLUMNS), _tile(inner, DEPTH)
+    columns, depth = _tile(width, COLUMNS), _depth(inner, rows)
     num_blocks = len(rows) // block
     ends = jnp.cumsum(group_sizes) // block
     expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
@@ -115,19 +121,17 @@ def _times(block: int, rows: Any, matrices: Any, group_sizes: Any, *, transposed
 def _outer(block: int, rows: Any, gradient: Any, matrices: Any, group_sizes: Any) -> jax.Array:
     """Sum rowsᵀ gradient over the rows of each group."""
     num_experts, height, width = matrices.shape
-    down, across = _tile(height, COLUMNS), _tile(width, COLUMNS)
-    ends = jnp.cumsum(group_sizes) // block
-    firsts = ends - group_sizes // block
+    down, across, depth = _tile(height, COLUMNS), _tile(width, COLUMNS), _depth(block, rows)
+    ends = jnp.cumsum(group_sizes) // depth
+    firsts = ends - group_sizes // depth
 
     def kernel(firsts, ends, rows, gradient, out):
         expert = pl.program_id(2)
-        these_rows, these_columns = (
-            pl.ds(pl.program_id(1) * down, down),
-            pl.ds(pl.program_id(0) * across, across),
-        )
+        these_rows = pl.ds(pl.program_id(1) * down, down)
+        these_columns = pl.ds(pl.program_id(0) * across, across)
 
         def step(number, total):
-            along = pl.ds(number * block, block)
+            along = pl.ds(number * depth, depth)
             return total + triton.dot(rows[along, these_rows], gradient[along, these_columns], trans_a=True)
 
         zero = jnp.zeros((down, across), jnp.float32)
