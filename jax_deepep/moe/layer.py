@@ -61,7 +61,7 @@ def moe(
     Args:
         config: static.
         parameters: arrays of the names and shapes in `config.parameters`. They may lie on the mesh in any
-            way; `config.spec(name)` is the one in which nothing has to move.
+            way; in that of `config.spec(name)` only the router and rows along the fsdp axis have to move.
         x: [..., H] float. Tokens are split over `config.token_axes`; a batch whose first axis is split over
             them in this order does not move. If they do not divide evenly, they are padded.
             On a mesh of Explicit axes the output lies as x does.
