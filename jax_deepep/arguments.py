@@ -18,7 +18,7 @@ def checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
             'jax.make_mesh((8,), ("expert",)).'
         )
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, Sequence) or not names or not all(isinstance(n, str) for n in names):
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
     for name in names:
         if name not in mesh.axis_names:

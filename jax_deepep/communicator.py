@@ -53,7 +53,8 @@ class Communicator:
     Args:
         mesh: the device mesh; further axes (data, fsdp, …) are allowed, and each slice along
             `axis_name` is a group of its own.
-        axis_name: the expert-parallel axis, or a tuple of axes, outermost first.
+        axis_name: the expert-parallel axis, or a tuple of axes, outermost first; with () every device is
+            a group of its own.
         num_experts: E, a multiple of the group size R; device r owns experts [r·E/R, (r+1)·E/R).
         num_experts_per_tok: K, entries per token in `topk_idx`; 1 ≤ K ≤ E.
         max_tokens: most tokens per device and op.
@@ -215,7 +216,7 @@ class Communicator:
             transport = "shared memory between the processes of this host"
         rows = [
             ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
-            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names)}; "
+            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}; "
                        f"{processes} process(es)"),
             ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
                         f"{self.num_experts_per_tok} per token"),

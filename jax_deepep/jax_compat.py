@@ -39,6 +39,11 @@ def coordination_client() -> Any:
     return client
 
 
+def is_tracing() -> bool:
+    """Return whether a transformation such as jit traces the calling code."""
+    return not _core.trace_state_clean()
+
+
 def platform_of(device: jax.Device) -> str:
     """Return "cpu", "cuda", "rocm" or "tpu": JAX calls both kinds of GPU "gpu"."""
     if device.platform != "gpu":
@@ -76,3 +81,8 @@ def array_like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedA
     sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
     dtype = jax.numpy.dtype(dtype)
     return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def shape_like(value: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Return the type of a kernel's result that varies over the mesh like `value`, of its dtype."""
+    return jax.ShapeDtypeStruct(shape, value.dtype, manual_axis_type=jax.typeof(value).manual_axis_type)

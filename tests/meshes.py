@@ -32,6 +32,12 @@ def _meshes() -> dict[str, tuple[tuple[int, ...], tuple[str, ...], str | tuple[s
         "expert × data": ((devices // data, data), ("expert", "data"), "expert"),
         "node × expert": ((2, devices // 2), ("node", "expert"), ("node", "expert")),
         "stage × expert": ((2, devices // 2), ("stage", "expert"), "expert"),
+        "fsdp × expert × tensor": (
+            (devices // 4 or 1, min(2, devices // 2), 2),
+            ("fsdp", "expert", "tensor"),
+            "expert",
+        ),
+        "data × fsdp": ((devices // 2, 2), ("data", "fsdp"), ()),  # every device is a group of its own
         "one device": ((1,), ("expert",), "expert"),
     }
 

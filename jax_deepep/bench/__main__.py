@@ -1,11 +1,11 @@
 """The command line: python -m jax_deepep.bench."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jax_deepep.bench.cpu_devices import prepare_cpu
 from jax_deepep.bench.measurement import measure
 from jax_deepep.bench.problems import DEFAULT_PROBLEMS, DTYPES, Problem
 from jax_deepep.bench.report import BYTES_MOVED, markdown_table, print_table, write_json, write_plot
@@ -23,7 +23,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m jax_deepep.bench",
         description="Time dispatch, combine and their gradients, natively and in JAX collectives, against "
         "memcpy. Any option of the shape selects one problem; without one, a list of them is measured. "
-        "For GPUs, run it under python -m jax_deepep.launch; it has other options there.",
+        "For GPUs, run it under python -m jax_deepep.launch; it has other options there. "
+        "Further commands, each with its --help: moe times MoE layers, routing draws where rows go.",
         epilog=BYTES_MOVED,
     )
     shape = parser.add_argument_group("shape")
@@ -57,21 +58,18 @@ def problems_of(options: argparse.Namespace) -> tuple[Problem, ...]:
     return (Problem(**given),) if given else DEFAULT_PROBLEMS
 
 
-def prepare_cpu(num_devices: int) -> None:
-    """Split the CPU into devices, unless the environment says how.
-
-    XLA reads these when its backend starts, that is, at the first look at a device. The devices wait
-    for each other in collectives, so its thread pool must hold more threads than there are devices.
-    """
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={num_devices}")
-    os.environ.setdefault("NPROC", str(max(16, 2 * num_devices)))
-
-
 def main(arguments: Sequence[str]) -> int:
     """Measure and report; return the exit status."""
+    if arguments[:1] == ["moe"]:
+        from jax_deepep.bench.moe import command_line as of_layers  # not needed elsewhere
+
+        return of_layers.main(arguments[1:])
+    if arguments[:1] == ["routing"]:
+        from jax_deepep.bench import routing  # likewise
+
+        return routing.main(arguments[1:])
     if launched_rank() is not None:
-        from jax_deepep.bench.gpu import command_line  # not needed elsewhere
+        from jax_deepep.bench.gpu import command_line  # likewise
 
         return command_line.main(arguments)
     options = parse(arguments)

@@ -15,9 +15,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
+
+DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policies of jax.checkpoint
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -29,7 +32,9 @@ def dispatch(
 
 
 def _dispatch_forward(shape, x, topk_idx, topk_weights):
-    tokens, handle = dispatch(shape, x, topk_idx, topk_weights)
+    # Named here, because residuals are what a policy of jax.checkpoint saves: it can keep what the exchange
+    # brought, and have the backward pass recompute the rest without another exchange.
+    tokens, handle = checkpoint_name(dispatch(shape, x, topk_idx, topk_weights), DISPATCHED)
     return (tokens, handle), handle.routes
 
 

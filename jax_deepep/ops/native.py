@@ -72,7 +72,7 @@ def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
 
 def _rank(shape: RouteShape) -> jax.Array:
     """Return this device's rank: the native side checks that it is the one it expects."""
-    if shape.comm.mesh.size == 1:
+    if shape.comm.size == 1:
         return jnp.int32(0)
     return lax.axis_index(shape.comm.axis_names)
 

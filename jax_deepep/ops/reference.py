@@ -17,13 +17,13 @@ NOT_A_ROW = -1
 def _gather(shape: RouteShape, value: jax.Array) -> jax.Array:
     """Return the values of all devices of the group, [R, ...]."""
     comm = shape.comm
-    if comm.mesh.size == 1:
+    if comm.size == 1:
         return value[None]
     return lax.all_gather(value, comm.axis_names)
 
 
 def _rank(shape: RouteShape) -> jax.Array:
-    return jnp.int32(0) if shape.comm.mesh.size == 1 else lax.axis_index(shape.comm.axis_names)
+    return jnp.int32(0) if shape.comm.size == 1 else lax.axis_index(shape.comm.axis_names)
 
 
 def _valid_entries(topk_idx: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -193,7 +193,7 @@ def combine(
             term = term * jnp.take(weights, index, mode="fill", fill_value=0)[..., None]
         partial_sum = jnp.where(live, partial_sum + term, partial_sum)
     parts = partial_sum.astype(y.dtype)  # [R, T, H], rounded once per (token, device)
-    if comm.mesh.size > 1:
+    if comm.size > 1:
         parts = lax.all_to_all(parts, comm.axis_names, 0, 0)
 
     total = jnp.zeros(parts.shape[1:], jnp.float32) if bias is None else bias.astype(jnp.float32)
@@ -212,6 +212,6 @@ def _returned_gradients(
         k = jnp.broadcast_to(jnp.arange(row.shape[-1]), row.shape)
         found = row_gradients.at[row, k].get(mode="fill", fill_value=0)
     found = jnp.where(mine, found, 0.0)
-    if shape.comm.mesh.size > 1:
+    if shape.comm.size > 1:
         found = lax.all_to_all(found, shape.comm.axis_names, 0, 0)
     return jnp.sum(found, axis=0)

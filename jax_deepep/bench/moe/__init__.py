@@ -1,0 +1,1 @@
+"""Measurements of whole MoE layers and of their grouped matmuls."""

@@ -1,0 +1,73 @@
+"""The shape that is measured."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_deepep.capacity import round_up, worst_case_rows
+from jax_deepep.moe.parameters import of_experts
+
+
+@dataclass(frozen=True)
+class MoEProblem:
+    """A MoE layer and its batch.
+
+    Attributes:
+        tokens: T, per device.
+        hidden, intermediate: H, F.
+        topk, experts: K, E.
+        devices: R, all on the expert axis.
+        dtype: of tokens and parameters.
+        capacity_factor: see `jax_deepep.moe.MoEConfig`; None = the worst case.
+    """
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    topk: int
+    experts: int
+    devices: int
+    dtype: str
+    capacity_factor: float | None
+
+    @property
+    def name(self) -> str:
+        """The shape in one line."""
+        capacity = "worst" if self.capacity_factor is None else f"{self.capacity_factor:g}x"
+        return (
+            f"T={self.tokens} H={self.hidden} F={self.intermediate} K={self.topk} E={self.experts} "
+            f"R={self.devices} {self.dtype} C={capacity}"
+        )
+
+    def rows_of_one_device(self, alignment: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+        """Return rows [C, H], the experts' weights and group sizes [L] of uniform routing.
+
+        Rows between the groups are zero and those after the last one NaN, as a dispatch may leave them.
+        """
+        random = np.random.default_rng(0)
+        num_local = self.experts // self.devices
+        live = self.tokens * self.topk
+        counts = np.bincount(random.integers(0, num_local, live), minlength=num_local)
+        group_sizes = round_up(counts, alignment)
+        if self.capacity_factor is None:
+            capacity = worst_case_rows(
+                layout="expert",
+                num_ranks=self.devices,
+                num_tokens=self.tokens,
+                num_experts_per_tok=self.topk,
+                num_local_experts=num_local,
+                alignment=alignment,
+            )
+        else:
+            capacity = round_up(int(self.capacity_factor * live) + num_local * (alignment - 1), alignment)
+        first = np.cumsum(group_sizes) - group_sizes
+        place = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
+        key, dtype = jax.random.key(0), jnp.dtype(self.dtype)
+        rows = jnp.full((capacity, self.hidden), jnp.nan, dtype).at[: group_sizes.sum()].set(0)
+        rows = rows.at[place].set(jax.random.normal(key, (live, self.hidden), dtype))
+        shape = (num_local, self.hidden, self.intermediate)
+        shapes = {"wi_0": shape, "wi_1": shape, "wo": (num_local, self.intermediate, self.hidden)}
+        weights = {name: of_experts(key, shape, dtype) for name, shape in shapes.items()}
+        return rows, weights, jnp.asarray(group_sizes, jnp.int32)

@@ -1,0 +1,96 @@
+"""The MoE layer as a Linen module: wiring of `jax_deepep.moe`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from jax_deepep.communicator import Communicator
+from jax_deepep.gating import ScoreFunction
+from jax_deepep.moe.build import build_config
+from jax_deepep.moe.config import MoEConfig
+from jax_deepep.moe.copies import physical_parameters
+from jax_deepep.moe.experts import Activation
+from jax_deepep.moe.grouped_matmul import Choice
+from jax_deepep.moe.layer import MoEAux, moe
+from jax_deepep.moe.parameters import Initializer, initializer_of
+
+ROUTER = "router"  # the collection of `gate_bias`
+
+
+class MoE(nn.Module):
+    """A mixture of experts that live on different devices, as a layer on global arrays.
+
+    Parameters and their logical axes are those of `jax_deepep.flax.MoE`; the logical axis rules of the
+    program place them. `gate_bias` is a variable of the collection "router".
+
+    **Collective** without `comm`: see `jax_deepep.Communicator`. It is then made when the module is built,
+    which has to be outside of any traced function: pass `comm` to modules that are built inside of others.
+
+    Attributes:
+        num_experts, num_experts_per_tok, hidden_size, intermediate_size: E, K, H, F.
+        comm, mesh, axis_name, max_tokens: see `jax_deepep.moe.build_config`.
+        param_dtype: of all parameters but `gate_bias`.
+        gate_init, kernel_init: first values of `gate` and of the other matrices; None = LeCun's normal.
+        others: see `jax_deepep.moe.MoEConfig`.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    intermediate_size: int
+    comm: Communicator | None = None
+    mesh: Mesh | None = None
+    axis_name: str | tuple[str, ...] = "expert"
+    max_tokens: int | None = None
+    num_groups: int = MoEConfig.num_groups
+    topk_groups: int = MoEConfig.topk_groups
+    score_function: ScoreFunction = MoEConfig.score_function
+    normalize: bool = MoEConfig.normalize
+    scale: float = MoEConfig.scale
+    use_bias_correction: bool = MoEConfig.use_bias_correction
+    shared_intermediate_size: int = MoEConfig.shared_intermediate_size
+    activation: Activation = MoEConfig.activation
+    gated: bool = MoEConfig.gated
+    capacity_factor: float | None = MoEConfig.capacity_factor
+    alignment: int | None = MoEConfig.alignment
+    grouped_matmul: Choice = MoEConfig.grouped_matmul
+    num_chunks: int = MoEConfig.num_chunks
+    dtype: Any = MoEConfig.dtype
+    num_physical_experts: int | None = MoEConfig.num_physical_experts
+    fsdp_axis: str | None = MoEConfig.fsdp_axis
+    tensor_axis: str | None = MoEConfig.tensor_axis
+    param_dtype: Any = jnp.float32
+    gate_init: Initializer | None = None
+    kernel_init: Initializer | None = None
+
+    def __post_init__(self) -> None:
+        if self.comm is None:
+            self.comm = self._config().comm  # kept, because Linen copies modules while it traces
+        super().__post_init__()
+
+    def _config(self) -> MoEConfig:
+        not_of_config = ("parent", "name", "param_dtype", "gate_init", "kernel_init")
+        return build_config(**{
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in not_of_config
+        })  # fmt: skip
+
+    @nn.compact
+    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+
+        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first.
+        """
+        config = self._config()
+        parameters: dict[str, Any] = {}
+        for name, (shape, logical_axes) in config.parameters.items():
+            init = initializer_of(name, self.gate_init, self.kernel_init)
+            placed = nn.with_logical_partitioning(init, logical_axes)
+            if name == "gate_bias":
+                parameters[name] = self.variable(ROUTER, name, placed, None, shape, jnp.float32).value
+            else:
+                parameters[name] = self.param(name, placed, shape, self.param_dtype)
+        return moe(config, physical_parameters(config, parameters, placement), x, placement)

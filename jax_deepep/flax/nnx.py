@@ -1,0 +1,70 @@
+"""The MoE layer as an NNX module: wiring of `jax_deepep.moe`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import spmd
+
+from jax_deepep.moe.build import build_config
+from jax_deepep.moe.copies import physical_parameters
+from jax_deepep.moe.layer import MoEAux, moe
+from jax_deepep.moe.parameters import Initializer, initializer_of
+
+
+class GateBias(nnx.Variable):
+    """The bias of the router, float32 [E]; `jax_deepep.gating.update_bias` moves it, and no gradient."""
+
+
+class MoE(nnx.Module):
+    """A mixture of experts that live on different devices, as a layer on global arrays.
+
+    Parameters, each with its logical axes: `gate` [H, E] (embed, –), `wi_0` and, if gated, `wi_1` [E, H, F]
+    (exp, embed, mlp), `wo` [E, F, H] (exp, mlp, embed); with shared experts `shared_wi_0`, `shared_wi_1`
+    [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction `gate_bias` [E], a
+    `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
+    `fsdp_axis`, mlp over `tensor_axis`; logical axis rules that are set when the module is built come first.
+
+    **Collective** without `comm`: see `jax_deepep.Communicator`.
+
+    Args:
+        num_experts, num_experts_per_tok, hidden_size, intermediate_size: E, K, H, F.
+        rngs: `params` is used.
+        param_dtype: of all parameters but `gate_bias`.
+        gate_init, kernel_init: first values of `gate` and of the other matrices; None = LeCun's normal.
+        arguments: `comm`, or `mesh`, `axis_name` and `max_tokens` to make one, see
+            `jax_deepep.moe.build_config`, and the choices of `jax_deepep.moe.MoEConfig`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        gate_init: Initializer | None = None,
+        kernel_init: Initializer | None = None,
+        **arguments: Any,
+    ):
+        config = build_config(num_experts, num_experts_per_tok, hidden_size, intermediate_size, **arguments)
+        self.config = config
+        outer = dict(spmd.get_logical_axis_rules())
+        rules = tuple((name, axis) for name, axis in config.axis_rules.items() if name not in outer)
+        for name, (shape, logical_axes) in config.parameters.items():
+            kind, dtype = (GateBias, jnp.float32) if name == "gate_bias" else (nnx.Param, param_dtype)
+            value = initializer_of(name, gate_init, kernel_init)(rngs.params(), shape, dtype)
+            placed = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
+            setattr(self, name, placed)
+
+    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+
+        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first.
+        """
+        parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
+        return moe(self.config, physical_parameters(self.config, parameters, placement), x, placement)

@@ -1,0 +1,111 @@
+"""The experts' networks block after block of rows, the live blocks alone: what a CPU runs.
+
+Costs what the rows in groups cost, however many more the capacity has: other rows are not even touched, and
+what is inside of a network exists for one block at a time. How many blocks there are is known on the device
+only, so that a GPU would have to ask its host after each one whether another follows.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_deepep import jax_compat
+from jax_deepep.ops.checks import vary_together
+
+Weights = Any  # a pytree of arrays [L, ...]; of one expert, without the first axis
+Network = Callable[[jax.Array, Weights], jax.Array]  # (rows [B, H], weights of an expert) → [B, H]
+
+
+def apply_to_blocks(
+    network: Network, block: int, rows: jax.Array, weights: Weights, group_sizes: jax.Array
+) -> jax.Array:
+    """Apply to each group of rows the network of its expert. Differentiable in `rows` and `weights`.
+
+    The backward pass computes the inside of the networks again.
+
+    Args:
+        network: what one expert does with some of its rows, each by itself.
+        block: rows that are taken at once.
+        rows: [C, H], C a multiple of `block`.
+        weights: of all experts.
+        group_sizes: int32 [L], multiples of `block`.
+
+    Returns:
+        [C, H]; arbitrary after the last group.
+    """
+    if rows.shape[0] % block:
+        raise ValueError(f"rows: got {rows.shape[0]}; takes a multiple of block={block}.")
+    return _apply(network, block, *vary_together(frozenset(), rows, weights, group_sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apply(network: Network, block: int, rows: Any, weights: Any, group_sizes: Any) -> jax.Array:
+    def of_expert(expert, out):
+        own = _of(weights, expert)
+
+        def of_block(number, out):
+            return _written(out, network(_read(out, number, block), own), number, block)
+
+        return lax.fori_loop(*_blocks_of(expert, group_sizes, block), of_block, out)
+
+    return lax.fori_loop(0, len(group_sizes), of_expert, rows)  # every block takes the place of its rows
+
+
+def _forward(network, block, rows, weights, group_sizes):
+    return _apply(network, block, rows, weights, group_sizes), (rows, weights, group_sizes)
+
+
+def _backward(network, block, residuals, gradient):
+    rows, weights, group_sizes = residuals
+
+    def of_expert(expert, gradients):
+        own = _of(weights, expert)
+
+        def of_block(number, carry):
+            of_rows, totals = carry
+            _, pull_back = jax.vjp(network, _read(rows, number, block), own)
+            of_block_rows, of_own = pull_back(_read(of_rows, number, block))
+            totals = jax.tree.map(lambda total, value: total + value.astype(total.dtype), totals, of_own)
+            return _written(of_rows, of_block_rows, number, block), totals
+
+        of_rows, of_weights = gradients
+        zeros = jax.tree.map(lambda value: _zeros(value.shape, jnp.float32, rows), own)
+        of_rows, totals = lax.fori_loop(*_blocks_of(expert, group_sizes, block), of_block, (of_rows, zeros))
+        return of_rows, jax.tree.map(
+            lambda value, total: lax.dynamic_update_index_in_dim(value, total.astype(value.dtype), expert, 0),
+            of_weights,
+            totals,
+        )
+
+    of_weights = jax.tree.map(lambda value: _zeros(value.shape, value.dtype, rows), weights)
+    return *lax.fori_loop(0, len(group_sizes), of_expert, (gradient, of_weights)), None
+
+
+_apply.defvjp(_forward, _backward)
+
+
+def _of(weights: Any, expert: jax.Array) -> Any:
+    return jax.tree.map(lambda value: value[expert], weights)  # copied out once for all blocks of the expert
+
+
+def _blocks_of(expert: jax.Array, group_sizes: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Return the first block of an expert, and the first after it."""
+    end = jnp.cumsum(group_sizes)[expert]
+    return (end - group_sizes[expert]) // block, end // block
+
+
+def _read(rows: jax.Array, number: jax.Array, block: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(rows, number * block, block)
+
+
+def _written(rows: jax.Array, values: jax.Array, number: jax.Array, block: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(rows, values, number * block, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
+    """Return zeros that differ between devices as far as `like` does: a loop's carry keeps its type."""
+    return jax_compat.as_varying(jnp.zeros(shape, dtype), jax_compat.varying_axes(like))

@@ -1,0 +1,215 @@
+"""What a MoE layer is made of: sizes, choices, and how they lie on the mesh."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jax_deepep.capacity import round_up, worst_case_rows
+from jax_deepep.communicator import Communicator
+from jax_deepep.gating import ScoreFunction
+from jax_deepep.moe.experts import Activation
+from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
+from jax_deepep.ops.checks import check_array
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The static part of a MoE layer. Hashable, free to be closed over or to be a static argument.
+
+    Attributes:
+        comm: how rows are carried; its mesh is the layer's. `communicator` makes one.
+        num_experts: E.
+        num_experts_per_tok: K.
+        hidden_size: H.
+        intermediate_size: F, the inner size of an expert.
+        num_groups, topk_groups, score_function, normalize, scale: as in `jax_deepep.group_limited_topk`.
+        use_bias_correction: there is a parameter `gate_bias` [E], which takes part in the choice of experts
+            only; it gets no gradient, `jax_deepep.gating.update_bias` moves it.
+        shared_intermediate_size: the inner size of all shared experts together, 0 for none.
+        activation: of the experts, elementwise.
+        gated: experts have a second input product `wi_1`, which their activation is multiplied with.
+        capacity_factor: rows that a device takes, in units of its fair share K · T; rows beyond are
+            dropped. None = as many as may ever come.
+        alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
+        grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
+            "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
+            or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU
+            and ragged_dot elsewhere.
+        num_chunks: a device's tokens pass in so many chunks, one after the other, each recomputed for its
+            gradient: only one chunk's rows are in memory.
+        dtype: of the computation; None = the common one of x and the parameters. The router computes in
+            float32 always.
+        num_physical_experts: P, slots for experts on all devices, so that some experts have several copies:
+            see `jax_deepep.balancing`. The communicator has P experts then. None = E, without copies.
+        fsdp_axis: the mesh axis that also splits the parameters' H; their full rows are gathered when used.
+            Ignored if the mesh has none of this name.
+        tensor_axis: the mesh axis that splits F; tokens are copied along it. Ignored likewise.
+    """
+
+    comm: Communicator
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    intermediate_size: int
+    num_groups: int = 1
+    topk_groups: int = 1
+    score_function: ScoreFunction = "softmax"
+    normalize: bool = True
+    scale: float = 1.0
+    use_bias_correction: bool = False
+    shared_intermediate_size: int = 0
+    activation: Activation = jax.nn.silu
+    gated: bool = True
+    capacity_factor: float | None = None
+    alignment: int | None = None
+    grouped_matmul: Choice = "auto"
+    num_chunks: int = 1
+    dtype: Any = None
+    num_physical_experts: int | None = None
+    fsdp_axis: str | None = "fsdp"
+    tensor_axis: str | None = "tensor"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.comm, Communicator):
+            raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
+        for name, of_comm in (
+            ("num_experts" if self.num_physical_experts is None else "num_physical_experts", "num_experts"),
+            ("num_experts_per_tok", "num_experts_per_tok"),
+            ("hidden_size", "hidden_size"),
+        ):
+            if (own := getattr(self, name)) != (other := getattr(self.comm, of_comm)):
+                raise ValueError(
+                    f"{name}: got {own}, but the communicator has {of_comm}={other}; make both with the same."
+                )
+        if self.num_experts % self.comm.size or self.num_experts > self.comm.num_experts:
+            raise ValueError(
+                f"num_experts: got {self.num_experts} with {self.comm.num_experts} slots on {self.comm.size} "
+                f"devices; takes a multiple of {self.comm.size}, at most as many."
+            )
+        for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
+            if not isinstance(value := getattr(self, name), int) or value < minimum:
+                raise ValueError(f"{name}: got {value!r}; takes an integer of at least {minimum}.")
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(
+                f"capacity_factor: got {self.capacity_factor!r}; takes a positive number, or None."
+            )
+        chosen(self.grouped_matmul, self.comm.platform)
+        for axis, size, names in (
+            (self._fsdp, self.hidden_size, "hidden_size"),
+            (self._tensor, self.intermediate_size, "intermediate_size"),
+            (self._tensor, self.shared_intermediate_size, "shared_intermediate_size"),
+        ):
+            if axis and size % self.mesh.shape[axis]:
+                raise ValueError(
+                    f"{names}: got {size}; takes a multiple of {self.mesh.shape[axis]}, the size of the mesh "
+                    f"axis {axis!r} that splits it."
+                )
+        if {self._fsdp, self._tensor} & set(self.comm.axis_names):
+            raise ValueError(
+                f"fsdp_axis, tensor_axis: got {self.fsdp_axis!r}, {self.tensor_axis!r}; take other axes than "
+                f"those of the experts, {self.comm.axis_names}."
+            )
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of the communicator."""
+        return self.comm.mesh
+
+    @property
+    def _fsdp(self) -> str | None:
+        return self.fsdp_axis if self.fsdp_axis in self.mesh.axis_names else None
+
+    @property
+    def _tensor(self) -> str | None:
+        return self.tensor_axis if self.tensor_axis in self.mesh.axis_names else None
+
+    @property
+    def tensor_axes(self) -> tuple[str, ...]:
+        """The mesh axes along which tokens are copied: one or none."""
+        return (self._tensor,) if self._tensor else ()
+
+    @property
+    def token_axes(self) -> tuple[str, ...]:
+        """The mesh axes that split the tokens: all others, in the order of the mesh."""
+        return tuple(name for name in self.mesh.axis_names if name != self._tensor)
+
+    @property
+    def num_token_shards(self) -> int:
+        """Devices that hold different tokens."""
+        return math.prod(self.mesh.shape[name] for name in self.token_axes)
+
+    @property
+    def axis_rules(self) -> dict[str, str | tuple[str, ...] | None]:
+        """Mesh axes of the logical axes of the parameters."""
+        return {"exp": self.comm.axis_names or None, "embed": self._fsdp, "mlp": self._tensor}
+
+    @property
+    def parameters(self) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
+        """Shape and logical axes of every parameter, by name."""
+        num_experts, hidden, inner = self.num_experts, self.hidden_size, self.intermediate_size
+        inward, outward = ("embed", "mlp"), ("mlp", "embed")
+        all_parameters: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
+            "gate": ((hidden, num_experts), ("embed", None)),
+            "gate_bias": ((num_experts,), (None,)),
+            "wi_0": ((num_experts, hidden, inner), ("exp", *inward)),
+            "wi_1": ((num_experts, hidden, inner), ("exp", *inward)),
+            "wo": ((num_experts, inner, hidden), ("exp", *outward)),
+        }
+        shared = self.shared_intermediate_size
+        all_parameters |= {
+            "shared_wi_0": ((hidden, shared), inward),
+            "shared_wi_1": ((hidden, shared), inward),
+            "shared_wo": ((shared, hidden), outward),
+        }
+        absent = set() if self.use_bias_correction else {"gate_bias"}
+        if not self.gated:
+            absent |= {"wi_1", "shared_wi_1"}
+        if not shared:
+            absent |= {"shared_wi_0", "shared_wi_1", "shared_wo"}
+        return {name: value for name, value in all_parameters.items() if name not in absent}
+
+    def check_placement(self, placement: Any) -> None:
+        """Raise unless `placement` is an array of the layer's slots, or None where it has no copies."""
+        if self.num_physical_experts is not None:
+            if placement is None:
+                raise ValueError(
+                    f"placement: got None with num_physical_experts={self.num_physical_experts}; takes "
+                    "the int32 array that jax_deepep.balancing.plan_experts makes."
+                )
+            shape = (self.num_physical_experts,)
+            check_array("placement", placement, shape, names="[num_physical_experts]", dtype="int32")
+        elif placement is not None:
+            raise ValueError(
+                "placement: got one for a layer without copies of experts; takes None, or build the layer "
+                "with num_physical_experts."
+            )
+
+    def spec(self, name: str) -> P:
+        """Return how the parameter `name` lies on the mesh."""
+        _, axes = self.parameters[name]
+        return P(*(None if axis is None else self.axis_rules[axis] for axis in axes))
+
+    def rows(self, num_tokens: int) -> tuple[int | None, int]:
+        """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""
+        comm = self.comm
+        fair_share = num_tokens * comm.num_experts_per_tok
+        alignment = self.alignment
+        if alignment is None:
+            choice = chosen(self.grouped_matmul, comm.platform)
+            alignment = alignment_for(choice, fair_share / comm.num_local_experts)
+        if self.capacity_factor is None:
+            return None, alignment
+        worst_case = worst_case_rows(
+            layout="expert",
+            num_ranks=comm.size,
+            num_tokens=num_tokens,
+            num_experts_per_tok=comm.num_experts_per_tok,
+            num_local_experts=comm.num_local_experts,
+            alignment=alignment,
+        )
+        rows = math.ceil(self.capacity_factor * fair_share) + comm.num_local_experts * (alignment - 1)
+        return min(worst_case, round_up(rows, alignment)), alignment

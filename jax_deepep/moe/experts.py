@@ -1,0 +1,70 @@
+"""The experts' networks, on rows of expert-major order and on all tokens."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_deepep.moe.blocks import apply_to_blocks
+from jax_deepep.moe.grouped_matmul import grouped_matmul
+
+Activation = Callable[[jax.Array], jax.Array]
+Weights = Mapping[str, jax.Array]
+
+
+def routed_experts(
+    rows: jax.Array,
+    group_sizes: jax.Array,
+    weights: Weights,
+    *,
+    activation: Activation,
+    choice: Any,
+    alignment: int,
+) -> jax.Array:
+    """Apply to each group of rows the network of its expert.
+
+    activation(rows · wi_0) · wo, or with `wi_1` (activation(rows · wi_0) ⊙ (rows · wi_1)) · wo. Rows after
+    the last group may hold NaN, as may their gradients: nothing of them gets anywhere else.
+
+    Args:
+        rows: [C, H].
+        group_sizes: int32 [L], multiples of `alignment`.
+        weights: `wi_0` and optionally `wi_1` [L, H, F], `wo` [L, F, H], of the dtype of rows.
+        activation: elementwise.
+        choice: what `grouped_matmul.chosen` returned.
+        alignment: rows of a block.
+
+    Returns:
+        [C, H]; arbitrary after the last group.
+    """
+    weights = {name: weights[name] for name in ("wi_0", "wi_1", "wo") if name in weights}
+    if choice == "blocks":
+        return apply_to_blocks(partial(_network, activation), alignment, rows, weights, group_sizes)
+
+    multiply = grouped_matmul(choice, alignment)
+
+    def times(rows: jax.Array, name: str, kept_as: str) -> jax.Array:
+        return checkpoint_name(multiply(rows, weights[name], group_sizes), kept_as)
+
+    hidden = activation(times(rows, "wi_0", "moe_hidden"))
+    if "wi_1" in weights:
+        hidden *= times(rows, "wi_1", "moe_hidden")
+    return times(hidden, "wo", "moe_expert_out")
+
+
+def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array | None:
+    """Return what the experts that every token goes to add, [T, H]; None without such experts."""
+    own = {
+        name.removeprefix("shared_"): value for name, value in weights.items() if name.startswith("shared")
+    }
+    return _network(activation, x, own) if own else None
+
+
+def _network(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:
+    """Apply one expert to all rows of x."""
+    hidden = activation(x @ weights["wi_0"])
+    if "wi_1" in weights:
+        hidden *= x @ weights["wi_1"]
+    return hidden @ weights["wo"]

@@ -1,0 +1,49 @@
+"""First values of a MoE layer's parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from jax_deepep.moe.config import MoEConfig
+
+Initializer = Callable[..., jax.Array]  # of (key, shape, dtype)
+
+of_experts = jax.nn.initializers.lecun_normal(batch_axis=0)  # every expert's matrix for itself
+of_matrix = jax.nn.initializers.lecun_normal()
+
+
+def initializer_of(
+    name: str, gate_init: Initializer | None = None, kernel_init: Initializer | None = None
+) -> Initializer:
+    """Return what makes the first value of the parameter `name`; None stands for LeCun's normal values."""
+    if name == "gate_bias":
+        return jax.nn.initializers.zeros
+    if name == "gate":
+        return gate_init or of_matrix
+    return kernel_init or (of_matrix if name.startswith("shared") else of_experts)
+
+
+def init_parameters(
+    config: MoEConfig, key: jax.Array, param_dtype: Any = jnp.float32
+) -> dict[str, jax.Array]:
+    """Return first parameters of `moe`, each born where `config.spec` has it. `gate_bias` is float32.
+
+    Args:
+        config: the layer.
+        key: a key of `jax.random`.
+        param_dtype: of all others.
+    """
+    shapes = {name: shape for name, (shape, _) in config.parameters.items()}
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: initializer_of(name)(key, shape, jnp.float32 if name == "gate_bias" else param_dtype)
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    placement = {name: NamedSharding(config.mesh, config.spec(name)) for name in shapes}
+    return jax.jit(init, out_shardings=placement)(key)

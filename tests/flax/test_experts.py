@@ -1,0 +1,134 @@
+"""The experts' networks by every grouped matmul, where rows of no expert hold NaN."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_moe import numbers
+from moe_layer import assert_close
+
+from jax_deepep.moe.experts import routed_experts
+from jax_deepep.moe.grouped_matmul import alignment_for, chosen
+
+BLOCK, L, H, F = 16, 5, 32, 48
+ROWS = np.array([7, 0, 33, 16, 1])  # of each expert
+GROUP_SIZES = -(-ROWS // BLOCK) * BLOCK
+CAPACITY = int(GROUP_SIZES.sum()) + 3 * BLOCK
+EXPERT = np.repeat(np.arange(L), GROUP_SIZES)  # of each row in a group
+PLACE = np.concatenate([np.arange(size) for size in GROUP_SIZES])  # of each row in its group
+LIVE = np.append(ROWS[EXPERT] > PLACE, np.zeros(3 * BLOCK, bool))  # rows of tokens
+
+
+def loop_over_rows(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """A grouped matmul of one's own."""
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(rows)), side="right")
+    live = (expert < L)[:, None]  # cleared before and behind: neither rows nor gradients reach the matrices
+    products = jax.lax.map(
+        lambda pair: pair[0] @ matrices[jnp.minimum(pair[1], L - 1)], (jnp.where(live, rows, 0), expert)
+    )
+    return jnp.where(live, products, 0)
+
+
+def weights_of(gated: bool, dtype: jnp.dtype) -> dict[str, jax.Array]:
+    shapes = {"wi_0": (L, H, F), "wi_1": (L, H, F), "wo": (L, F, H)}
+    names = ("wi_0", "wi_1", "wo") if gated else ("wi_0", "wo")
+    return {name: jnp.asarray(numbers(*shapes[name], seed=n) / 6, dtype) for n, name in enumerate(names)}
+
+
+def expected(rows, weights):
+    """Return the result on the rows in groups."""
+    own = {name: value[EXPERT] for name, value in weights.items()}
+    hidden = jax.nn.silu(jnp.einsum("ch,chf->cf", rows, own["wi_0"]))
+    if "wi_1" in own:
+        hidden *= jnp.einsum("ch,chf->cf", rows, own["wi_1"])
+    return jnp.einsum("cf,cfh->ch", hidden, own["wo"])
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize(
+    "choice",
+    ["blocks", "ragged_dot", "triton", loop_over_rows],
+    ids=["blocks", "ragged_dot", "triton", "own"],
+)
+def test_rows_of_no_expert_reach_nothing(choice, gated: bool) -> None:
+    """As a dispatch leaves them: zero as padding of a group, NaN after the last one, gradients too."""
+    in_groups = len(EXPERT)
+    rows = np.where(LIVE[:, None], numbers(CAPACITY, H), 0)
+    gradient = np.where(LIVE[:, None], numbers(CAPACITY, H, seed=1), 0)
+    rows[in_groups:] = gradient[in_groups:] = np.nan
+    weights = weights_of(gated, jnp.float32)
+    apply = partial(routed_experts, activation=jax.nn.silu, choice=choice, alignment=BLOCK)
+
+    @jax.jit
+    def run(rows, weights, gradient):
+        out, pull_back = jax.vjp(lambda r, w: apply(r, jnp.asarray(GROUP_SIZES, jnp.int32), w), rows, weights)
+        return out, *pull_back(gradient)
+
+    out, of_rows, of_weights = run(rows, weights, gradient)
+    expected_out, pull_back = jax.vjp(expected, jnp.asarray(rows[:in_groups]), weights)
+    expected_of_rows, expected_of_weights = pull_back(jnp.asarray(gradient[:in_groups]))
+    assert_close(np.asarray(out)[:in_groups], np.asarray(expected_out))
+    assert_close(np.asarray(of_rows)[:in_groups], np.asarray(expected_of_rows))
+    assert_close(*jax.tree.map(np.asarray, (of_weights, expected_of_weights)))
+
+
+def test_blocks_are_not_computed_after_the_last_group() -> None:
+    """Not even read: a network that were applied to them would spread its NaN over the carry of the loop."""
+    counts = []
+
+    def count(rows):
+        counts.append(None)
+        return rows
+
+    def activation(hidden):
+        return jax.pure_callback(count, jax.ShapeDtypeStruct(hidden.shape, hidden.dtype), hidden)
+
+    rows = jnp.asarray(numbers(CAPACITY, H))
+    jax.block_until_ready(
+        jax.jit(partial(routed_experts, activation=activation, choice="blocks", alignment=BLOCK))(
+            rows, jnp.asarray(GROUP_SIZES, jnp.int32), weights_of(True, jnp.float32)
+        )
+    )
+    assert len(counts) == GROUP_SIZES.sum() // BLOCK
+
+
+@pytest.mark.parametrize("choice", ["blocks", "triton"])
+def test_gradients_of_weights_are_summed_in_float32(choice: str) -> None:
+    """256 rows of an expert, each adding 1: in bfloat16 a sum of such terms would stop at 256 of them."""
+    rows = jnp.ones((640, H), jnp.bfloat16)
+    weights = {"wi_0": jnp.ones((1, H, F), jnp.bfloat16), "wo": jnp.zeros((1, F, H), jnp.bfloat16)}
+    group_sizes = jnp.array([640], jnp.int32)
+
+    def run(weights):
+        apply = partial(routed_experts, activation=jnp.ones_like, choice=choice, alignment=BLOCK)
+        return apply(rows, group_sizes, weights).astype(jnp.float32).sum()
+
+    of_weights = jax.jit(jax.grad(run))(weights)
+    np.testing.assert_array_equal(np.asarray(of_weights["wo"], np.float32), 640)
+
+
+def test_blocks_follow_the_rows_of_an_expert() -> None:
+    sizes = [1, 8, 15, 16, 100, 10_000]
+    assert [alignment_for("blocks", rows) for rows in sizes] == [8, 8, 8, 16, 64, 128]
+    assert [alignment_for("triton", rows) for rows in sizes] == [16, 16, 16, 16, 64, 128]
+    assert alignment_for("ragged_dot", 100) == alignment_for(loop_over_rows, 100) == 1
+    assert chosen("auto", "cpu") == "blocks"
+    assert chosen(loop_over_rows, "cpu") is loop_over_rows
+
+
+def test_sizes_that_a_kernel_cannot_have() -> None:
+    weights = {"wi_0": jnp.ones((1, 20, F)), "wo": jnp.ones((1, F, 20))}
+    rows, sizes = jnp.ones((BLOCK, 20)), jnp.array([BLOCK])
+    for choice, alignment, words in (
+        ("triton", BLOCK, 'hidden_size: got 20; grouped_matmul="triton" takes multiples of 16'),
+        ("triton", 8, "alignment: got 8"),
+        ("blocks", 3, "rows: got 16; takes a multiple of block=3"),
+    ):
+        own = weights if alignment == BLOCK else weights_of(True, jnp.float32)
+        with pytest.raises(ValueError, match=words):
+            routed_experts(
+                rows if alignment == BLOCK else jnp.ones((BLOCK, H)), sizes, own,
+                activation=jax.nn.silu, choice=choice, alignment=alignment,
+            )  # fmt: skip

@@ -1,0 +1,133 @@
+"""What `from_hugging_face` reads from a state dict: both layouts, and what is wrong with others."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from meshes import fetch, mesh_named
+
+from jax_deepep.flax import MoE, from_hugging_face
+
+H, F, S, E = 6, 4, 10, 8  # hidden, an expert's inner size, the shared one's, experts
+CONFIGS = {
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", "n_routed_experts": E, "num_experts_per_tok": 3, "n_group": 4,
+        "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "hidden_act": "silu",
+    },
+    "mixtral": {
+        "model_type": "mixtral", "num_local_experts": E, "num_experts_per_tok": 2, "hidden_act": "silu",
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": 2, "norm_topk_prob": False,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+}  # fmt: skip
+
+
+def ours(model_type: str, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Return parameters by our names."""
+    shapes = {"gate": (H, E), "wi_0": (E, H, F), "wi_1": (E, H, F), "wo": (E, F, H)}
+    if model_type == "deepseek_v3":
+        shapes |= {"gate_bias": (E,), "shared_wi_0": (H, S), "shared_wi_1": (H, S), "shared_wo": (S, H)}
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def theirs(model_type: str, *, fused: bool, dtype=np.float32) -> dict[str, np.ndarray]:
+    """Return the same in a state dict; a linear layer has its matrix as [out, in]."""
+    of = ours(model_type, dtype)
+    state_dict = {"gate.weight": of["gate"].T}
+    if fused:
+        wi = np.concatenate([of["wi_0"], of["wi_1"]], axis=-1)
+        state_dict |= {
+            "experts.gate_up_proj": wi.swapaxes(1, 2), "experts.down_proj": of["wo"].swapaxes(1, 2)
+        }  # fmt: skip
+    else:
+        names = ("w1", "w3", "w2") if model_type == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        for name, matrices in zip(names, (of["wi_0"], of["wi_1"], of["wo"]), strict=True):
+            state_dict |= {f"experts.{e}.{name}.weight": matrix.T for e, matrix in enumerate(matrices)}
+    if model_type == "deepseek_v3":
+        state_dict |= {
+            "gate.e_score_correction_bias": of["gate_bias"],
+            "shared_experts.gate_proj.weight": of["shared_wi_0"].T,
+            "shared_experts.up_proj.weight": of["shared_wi_1"].T,
+            "shared_experts.down_proj.weight": of["shared_wo"].T,
+        }
+    return state_dict
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "module per expert"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_parameters(model_type: str, fused: bool, dtype) -> None:
+    block = theirs(model_type, fused=fused, dtype=dtype)
+    state_dict = {f"model.layers.1.mlp.{name}": value for name, value in block.items()}
+    state_dict |= {f"model.layers.11.mlp.{name}": value * 0 for name, value in block.items()}
+    config = CONFIGS[model_type]
+    for result in (
+        from_hugging_face(block, config), from_hugging_face(state_dict, config, prefix="model.layers.1.mlp.")
+    ):  # fmt: skip
+        _, parameters = result
+        jax.tree.map(np.testing.assert_array_equal, parameters, ours(model_type, dtype))
+        assert {value.dtype for value in parameters.values()} == {np.dtype(dtype)}
+
+
+def test_arguments() -> None:
+    arguments, _ = from_hugging_face(theirs("deepseek_v3", fused=True), CONFIGS["deepseek_v3"])
+    assert arguments == {
+        "num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 6, "intermediate_size": 4, "num_groups": 4,
+        "topk_groups": 2, "score_function": "sigmoid", "normalize": True, "scale": 2.5,
+        "use_bias_correction": True, "shared_intermediate_size": 10, "activation": jax.nn.silu,
+    }  # fmt: skip
+    without_shared = theirs("deepseek_v3", fused=True)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        del without_shared[f"shared_experts.{name}.weight"]
+    assert "shared_intermediate_size" not in from_hugging_face(without_shared, CONFIGS["deepseek_v3"])[0]
+    arguments, _ = from_hugging_face(theirs("qwen3_moe", fused=True), CONFIGS["qwen3_moe"])
+    assert (arguments["score_function"], arguments["normalize"]) == ("softmax", False)
+    assert arguments["activation"](jnp.float32(1)) == jax.nn.gelu(jnp.float32(1))
+
+
+def test_into_a_module() -> None:
+    """As the docstring has it: the module's values are replaced, and lie where they lay."""
+    arguments, parameters = from_hugging_face(theirs("deepseek_v3", fused=True), CONFIGS["deepseek_v3"])
+    moe = MoE(**arguments, mesh=mesh_named("expert"), max_tokens=4, rngs=nnx.Rngs(0))
+    placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
+    assert placement["wi_0"].spec[0] == "expert"
+    nnx.update(moe, jax.device_put(parameters, placement))
+    new = nnx.to_pure_dict(nnx.state(moe))
+    jax.tree.map(np.testing.assert_array_equal, fetch(new), ours("deepseek_v3"))
+    assert jax.tree.map(lambda value: value.sharding, new) == placement
+
+
+ERRORS = [
+    ({"model_type": "llama"}, {}, "config: got model_type='llama'; takes one of 'deepseek_v3', 'mixtral'"),
+    ({"norm_topk_prob": None}, {}, "config: has no norm_topk_prob, which a qwen3_moe has"),
+    ({"num_experts": None}, {}, "config: has no num_experts or num_local_experts, which a qwen3_moe has"),
+    ({"num_experts": 4}, {}, "config: has 4 experts, but gate.weight has 8 and there are 8 in"),
+    ({"hidden_act": "elu"}, {}, "config: got hidden_act='elu'; takes one of silu, gelu"),
+    ({}, {"gate.weight": None}, r"state_dict: has no 'gate\.weight'; takes the whole MoE block"),
+    ({}, {"gate.bias": np.zeros(8)}, r"state_dict: got 'gate\.bias', which the MoE block of a qwen3_moe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("in_config", "in_block", "words"), ERRORS, ids=[case[2][:40] for case in ERRORS])
+def test_what_is_not_such_a_block(in_config: dict, in_block: dict, words: str) -> None:
+    block = {k: v for k, v in {**theirs("qwen3_moe", fused=True), **in_block}.items() if v is not None}
+    with pytest.raises(ValueError, match=words):
+        from_hugging_face(block, {**CONFIGS["qwen3_moe"], **in_config})
+
+
+def test_an_expert_that_is_missing() -> None:
+    """As when a checkpoint of several files was read in part."""
+    block = theirs("mixtral", fused=False)
+    del block["experts.5.w3.weight"]
+    with pytest.raises(ValueError, match=r"state_dict: has no 'experts\.5\.w3\.weight'"):
+        from_hugging_face(block, CONFIGS["mixtral"])
+
+
+def test_a_prefix_of_nothing() -> None:
+    with pytest.raises(ValueError, match=r"prefix: got 'model\.', but no name .* like 'gate\.weight'"):
+        from_hugging_face(theirs("mixtral", fused=True), CONFIGS["mixtral"], prefix="model.")

@@ -1,0 +1,210 @@
+"""The NNX and the Linen module: the same layer, with everything that Flax does with modules."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from dense_moe import E, F, H, K, config_of, loss_of, numbers
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import fetch, put_on_mesh
+from moe_layer import assert_close
+from process_exchange import all_gather
+
+from jax_deepep import flax as ep_flax
+from jax_deepep.flax import linen
+from jax_deepep.gating import update_bias
+from jax_deepep.moe import MoEAux
+
+MESH = "fsdp × expert × tensor"
+LAYERS = 3
+SIZES = (E, K, H, F)
+CHOICES: dict[str, Any] = {
+    "use_bias_correction": True,
+    "shared_intermediate_size": 8,
+    "score_function": "sigmoid",
+}
+COMM = config_of(MESH, **CHOICES).comm
+
+
+def batch() -> jax.Array:
+    return put_on_mesh(numbers(8, 6, H), COMM.mesh, P(COMM.axis_names))
+
+
+def nnx_layer(seed: int = 0, **choices: Any) -> ep_flax.MoE:
+    return ep_flax.MoE(*SIZES, comm=COMM, rngs=nnx.Rngs(seed), **{**CHOICES, **choices})
+
+
+def test_the_modules_agree() -> None:
+    """Given the same parameters, bit for bit; and both name and annotate them alike."""
+    layer = nnx_layer()
+    other = linen.MoE(*SIZES, comm=COMM, **CHOICES)
+    x = batch()
+    variables = jax.eval_shape(other.init, jax.random.key(0), x)
+    state = nnx.state(layer)
+    shapes = {**variables["params"], **variables["router"]}
+    assert {name: leaf.value.shape for name, leaf in shapes.items()} == {
+        name: leaf.shape for name, leaf in nnx.to_pure_dict(state).items()
+    }
+    assert {name: leaf.names for name, leaf in shapes.items()} == {
+        name: leaf.out_sharding for name, leaf in state.items()
+    }
+
+    parameters = nnx.to_pure_dict(state)
+    collections = {"router": {"gate_bias": parameters.pop("gate_bias")}, "params": parameters}
+    out, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
+    jax.tree.map(
+        np.testing.assert_array_equal, fetch(jax.jit(other.apply)(collections, x)), fetch((out, aux))
+    )
+
+
+@pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_nnx_parameters_are_born_on_the_mesh(axis_types: AxisType) -> None:
+    config = config_of(MESH, axis_types, **CHOICES)
+    layer = ep_flax.MoE(*SIZES, comm=config.comm, rngs=nnx.Rngs(0), **CHOICES)
+    specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layer)))
+    for name, value in nnx.to_pure_dict(nnx.state(layer)).items():
+        assert value.sharding.is_equivalent_to(jax.NamedSharding(config.mesh, config.spec(name)), value.ndim)
+        assert specs[name] == config.spec(name)
+
+
+def test_logical_axis_rules_of_the_program_come_first() -> None:
+    with nnx.logical_axis_rules([("exp", "expert"), ("embed", None), ("mlp", "tensor")]):
+        layer = nnx_layer(fsdp_axis=None)
+        specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layer)))
+        assert specs["wi_0"] == P("expert", None, "tensor")
+        assert layer.wi_0[...].sharding.spec == P("expert", None, "tensor")
+
+
+def test_a_training_step_moves_parameters_and_bias() -> None:
+    """`nnx.grad` has gradients of parameters alone; the bias is moved by the load."""
+    layer, x = nnx_layer(), batch()
+
+    @nnx.jit
+    def step(layer, x):
+        def loss(layer):
+            out, aux = layer(x)
+            return loss_of(out) + 0.01 * aux.balance_loss, aux
+
+        gradients, aux = nnx.grad(loss, has_aux=True)(layer)
+        layer.gate_bias[...] = update_bias(layer.gate_bias[...], aux.expert_load, 0.5)
+        return gradients, aux
+
+    gradients, aux = step(layer, x)
+    assert "gate_bias" not in gradients
+    assert all(np.any(value) for value in jax.tree.leaves(fetch(nnx.to_pure_dict(gradients))))
+    load = fetch(aux.expert_load)
+    np.testing.assert_array_equal(fetch(layer.gate_bias[...]), 0.5 * np.sign(load.mean() - load))
+
+
+def test_nnx_scan_over_layers() -> None:
+    """Rematerialised layers in one scan compute, and differentiate, as a loop over them."""
+    no_axis = {nnx.PARTITION_NAME: None}
+
+    @nnx.split_rngs(splits=LAYERS)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=no_axis)
+    def stacked(rngs: nnx.Rngs) -> ep_flax.MoE:
+        return ep_flax.MoE(*SIZES, comm=COMM, rngs=rngs, **CHOICES)
+
+    layers, x = stacked(nnx.Rngs(0)), batch()
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=(nnx.Carry, 0), transform_metadata=no_axis)
+    @nnx.remat
+    def apply(layer: ep_flax.MoE, x: jax.Array) -> tuple[jax.Array, MoEAux]:
+        out, aux = layer(x)
+        return x + out, aux
+
+    def in_a_scan(layers, x):
+        out, aux = apply(layers, x)
+        return loss_of(out), aux.expert_load
+
+    def in_a_loop(layers, x):
+        graph, state = nnx.split(layers)
+        loads = []
+        for number in range(LAYERS):
+            layer = nnx.merge(graph, jax.tree.map(lambda value, number=number: value[number], state))
+            out, aux = layer(x)
+            x, loads = x + out, [*loads, aux.expert_load]
+        return loss_of(x), jnp.stack(loads)
+
+    got, expected = (fetch(nnx.jit(nnx.grad(f, has_aux=True))(layers, x)) for f in (in_a_scan, in_a_loop))
+    assert_close(*(nnx.to_pure_dict(gradients) for gradients, _ in (got, expected)))
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+def test_linen_scan_over_layers() -> None:
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            out, aux = linen.MoE(*SIZES, comm=COMM, name="moe", **CHOICES)(x)
+            return x + out, aux.expert_load
+
+    axes = {"params": 0, "router": 0}
+    layers = nn.scan(
+        nn.remat(Layer, prevent_cse=False), variable_axes=axes, split_rngs={"params": True}, length=LAYERS,
+        metadata_params={nn.PARTITION_NAME: None},
+    )()  # fmt: skip
+    x = batch()
+    variables = nn.unbox(jax.jit(layers.init)(jax.random.key(0), x, None))
+
+    def in_a_scan(variables, x):
+        out, loads = layers.apply(variables, x, None)
+        return loss_of(out), loads
+
+    def in_a_loop(variables, x):
+        loads = []
+        for number in range(LAYERS):
+            own = jax.tree.map(lambda value, number=number: value[number], variables)
+            x, load = Layer().apply(own, x, None)
+            loads.append(load)
+        return loss_of(x), jnp.stack(loads)
+
+    got, expected = (fetch(jax.jit(jax.grad(f, has_aux=True))(variables, x)) for f in (in_a_scan, in_a_loop))
+    assert_close(got[0]["params"], expected[0]["params"])
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+def test_orbax_saves_and_restores(tmp_path) -> None:
+    """Parameters come back where the layer wants them, with the same bits."""
+    if jax.process_count() > 1:
+        tmp_path = Path(all_gather(bytes(tmp_path))[0].decode())  # the first process's, for all
+    layer, other, x = nnx_layer(), nnx_layer(seed=1), batch()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "layer", nnx.to_pure_dict(nnx.state(layer)))
+    state = nnx.state(other)
+    wanted = jax.tree.map(
+        lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=value.sharding),
+        nnx.to_pure_dict(state),
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        nnx.replace_by_pure_dict(state, checkpointer.restore(tmp_path / "layer", wanted))
+    nnx.update(other, state)
+
+    apply = nnx.jit(lambda layer, x: layer(x)[0])
+    np.testing.assert_array_equal(fetch(apply(other, x)), fetch(apply(layer, x)))
+    assert other.wi_0[...].sharding == layer.wi_0[...].sharding
+
+
+def test_a_linen_module_makes_its_communicator_once() -> None:
+    """Linen copies modules when it traces them."""
+    config = config_of("data × expert")
+    layer = linen.MoE(*SIZES, mesh=config.mesh, max_tokens=8)
+    assert layer.clone().comm is layer.comm
+    assert layer.comm.max_tokens == 8
+    variables = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((8, H)))
+    out, _ = jax.jit(layer.apply)(nn.unbox(variables), numbers(8, H))
+    assert np.any(fetch(out))
+
+
+@pytest.mark.parametrize("module", ["jax_deepep", "jax_deepep.moe"])
+def test_flax_is_not_needed_without_its_modules(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('flax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,245 @@
+"""The layer as a function of global arrays, against the dense one, on every kind of mesh."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_moe import MAX_TOKENS, E, H, K, config_of, dense_moe, loss_of, numbers, on_mesh, parameters_of
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import fetch, mesh_named, put_on_mesh
+from moe_layer import assert_close
+
+import jax_deepep as ep
+from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
+
+BATCH = (8, 6, H)
+DEEPSEEK = {
+    "num_groups": 4,
+    "topk_groups": 2,
+    "score_function": "sigmoid",
+    "scale": 2.5,
+    "use_bias_correction": True,
+    "shared_intermediate_size": 8,
+}
+
+
+def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
+    """Return ((output, aux), gradients of the parameters and x) of the layer, in full."""
+
+    def loss(parameters, x):
+        out, aux = moe(config, parameters, x)
+        return loss_of(out.astype(jnp.float32)), (out, aux)
+
+    is_even = x.ndim > 1 and x.shape[0] % config.num_token_shards == 0
+    operands = (
+        on_mesh(config, parameters),
+        put_on_mesh(x, config.mesh, P(config.token_axes if is_even else None)),
+    )
+    gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*operands)
+    return fetch(results), fetch(gradients)
+
+
+def expected_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
+    """Return (output, gradients) of the dense layer."""
+
+    def loss(parameters, x):
+        out = dense_moe(config, parameters, x)
+        return loss_of(out), out
+
+    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
+    return np.asarray(out), jax.tree.map(np.asarray, gradients)
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "choices"),
+    [
+        ("one device", {}),
+        ("expert", {"grouped_matmul": "ragged_dot"}),
+        ("data × expert", {"gated": False, "activation": jax.nn.gelu, "normalize": False}),
+        ("node × expert", {"axis_types": AxisType.Explicit, **DEEPSEEK}),
+        ("fsdp × expert × tensor", {"num_chunks": 2, "shared_intermediate_size": 8}),
+        ("fsdp × expert × tensor", {"axis_types": AxisType.Explicit, "grouped_matmul": "ragged_dot"}),
+        ("data × fsdp", DEEPSEEK),
+        ("stage × expert", {"num_chunks": 3, "alignment": 4}),
+    ],
+    ids=["1", "2", "3", "4", "5", "6", "7", "8"],
+)
+def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
+    config = config_of(mesh_name, **choices)
+    parameters, x = parameters_of(config), numbers(*BATCH)
+    (out, aux), gradients = results_of(config, parameters, x)
+
+    expected, expected_gradients = expected_of(config, parameters, x)
+    assert_close(out, expected)
+    assert_close(gradients, expected_gradients)
+    assert aux.expert_load.sum() == 8 * 6 * K
+    assert aux.num_dropped == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 5, H), (1, H), (H,), (11, H)], ids=str)
+@pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_token_counts_that_do_not_divide(shape: tuple[int, ...], axis_types: AxisType) -> None:
+    """Padding counts nowhere: not in the loads, not in the balance loss."""
+    config = config_of("data × expert", axis_types, num_chunks=2)
+    parameters, x = parameters_of(config), numbers(*shape)
+    (out, aux), gradients = results_of(config, parameters, x)
+
+    assert_close((out, gradients), expected_of(config, parameters, x))
+    (_, alone), _ = results_of(config_of("one device"), parameters, x)
+    np.testing.assert_array_equal(aux.expert_load, alone.expert_load)
+    assert_close(aux.balance_loss, alone.balance_loss)
+
+
+@pytest.mark.collectives
+def test_implementations_agree() -> None:
+    native = config_of("data × expert")
+    sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": MAX_TOKENS, "hidden_size": H}
+    xla = config_of("data × expert", comm=ep.Communicator(native.mesh, implementation="xla", **sizes))
+    parameters, x = parameters_of(native), numbers(*BATCH)
+    assert_close(results_of(xla, parameters, x), results_of(native, parameters, x))
+
+
+def test_bfloat16() -> None:
+    """Parameters stay float32, as do their gradients; the router computes in float32."""
+    config = config_of("data × expert", dtype=jnp.bfloat16)
+    parameters, x = parameters_of(config), numbers(*BATCH)
+    (out, aux), gradients = results_of(config, parameters, x)
+    expected, expected_gradients = expected_of(config, parameters, x)
+
+    assert out.dtype == jnp.bfloat16
+    assert {value.dtype for value in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+    assert_close(out.astype(np.float32), expected, tolerance=2e-2)
+    assert_close(gradients, expected_gradients, tolerance=5e-2)
+    (_, in_float32), _ = results_of(config_of("data × expert"), parameters, x)
+    np.testing.assert_array_equal(aux.expert_load, in_float32.expert_load)
+
+
+def test_rows_beyond_the_capacity_are_dropped() -> None:
+    """Every token goes to expert 0, whose device takes its fair share: the first tokens are kept."""
+    config = config_of("expert", num_experts_per_tok=1, capacity_factor=1.0, alignment=1, normalize=False)
+    parameters, x = parameters_of(config), np.abs(numbers(*BATCH))
+    parameters["gate"] = np.zeros_like(parameters["gate"])
+    parameters["gate"][:, 0] = 1
+    (out, aux), gradients = results_of(config, parameters, x)
+
+    kept = np.arange(8 * 6) < 8 * 6 // config.comm.size
+    expected, _ = expected_of(config, parameters, x)
+    assert aux.num_dropped == (~kept).sum()
+    assert aux.expert_load[0] == kept.size
+    assert_close(out.reshape(-1, H), np.where(kept[:, None], expected.reshape(-1, H), 0))
+    assert not gradients[1].reshape(-1, H)[~kept].any()
+    assert gradients[1].reshape(-1, H)[kept].all()
+
+
+def test_bias_correction_chooses_only() -> None:
+    """A bias moves tokens to other experts; the weights are the scores without it; it has no gradient."""
+    config = config_of("expert", use_bias_correction=True, score_function="sigmoid", normalize=False)
+    parameters, x = parameters_of(config), numbers(*BATCH)
+    parameters["gate_bias"] = np.where(np.arange(E) < K, np.float32(9), np.float32(0))
+    (out, aux), gradients = results_of(config, parameters, x)
+
+    np.testing.assert_array_equal(aux.expert_load, np.where(np.arange(E) < K, 8 * 6, 0))
+    assert not gradients[0]["gate_bias"].any()
+    assert_close(out, expected_of(config, parameters, x)[0])
+
+
+def test_checkpoint_policies() -> None:
+    """A policy that keeps what dispatch brought spares the second exchange, and no policy changes a bit."""
+    config = config_of("expert", grouped_matmul="ragged_dot")
+    parameters, x = (
+        on_mesh(config, parameters_of(config)),
+        put_on_mesh(numbers(*BATCH), config.mesh, P("expert")),
+    )
+    keep = jax.checkpoint_policies.save_only_these_names
+    layers = {
+        "plain": lambda parameters, x: moe(config, parameters, x)[0],
+        "nothing kept": jax.checkpoint(lambda parameters, x: moe(config, parameters, x)[0]),
+        "rows kept": jax.checkpoint(
+            lambda parameters, x: moe(config, parameters, x)[0], policy=keep("moe_dispatched")
+        ),
+        "products kept": jax.checkpoint(
+            lambda parameters, x: moe(config, parameters, x)[0],
+            policy=keep("moe_dispatched", "moe_hidden", "moe_expert_out"),
+        ),
+    }
+    dispatches, products, gradients = {}, {}, {}
+    for name, layer in layers.items():
+        step = jax.grad(lambda *operands, layer=layer: loss_of(layer(*operands)), argnums=(0, 1))
+        program = jax.make_jaxpr(step)(parameters, x)
+        compiled = jax.jit(step).lower(parameters, x).compile()
+        dispatches[name] = len(re.findall(r"custom_call_target=\"jax_deepep_dispatch\"", compiled.as_text()))
+        products[name] = str(program).count("ragged_dot_general[")
+        gradients[name] = fetch(compiled(parameters, x))
+
+    assert dispatches == {"plain": 1, "nothing kept": 2, "rows kept": 1, "products kept": 1}
+    assert products["products kept"] < products["rows kept"] == products["nothing kept"]
+    for name in layers:
+        assert_close(gradients[name], gradients["plain"])
+
+
+def test_first_parameters_are_placed() -> None:
+    config = config_of("fsdp × expert × tensor", shared_intermediate_size=8, use_bias_correction=True)
+    parameters = init_parameters(config, jax.random.key(0), jnp.bfloat16)
+    for name, value in parameters.items():
+        assert value.sharding.is_equivalent_to(jax.NamedSharding(config.mesh, config.spec(name)), value.ndim)
+        assert value.dtype == (jnp.float32 if name == "gate_bias" else jnp.bfloat16)
+    assert config.spec("wo") == P(("expert",), "tensor", "fsdp")
+    assert config.spec("gate") == P("fsdp", None)
+    # LeCun's variance 1 / H for each expert by itself.
+    assert 0.8 < np.std(fetch(parameters)["wi_0"].astype(np.float32)) * H**0.5 < 1.2
+
+
+def test_the_mesh_of_the_program_is_the_default() -> None:
+    with jax.set_mesh(mesh_named("data × expert")):
+        config = build_config(E, K, H, 32, max_tokens=8, num_chunks=3)
+    assert config.mesh == mesh_named("data × expert")
+    assert config.comm.max_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("choices", "error", "words"),
+    [
+        ({"num_experts": 12}, ValueError, "num_experts: got 12, but the communicator has num_experts=8"),
+        ({"mesh": mesh_named("one device")}, ValueError, "mesh: got .* together with a communicator of"),
+        ({"comm": 3}, TypeError, r"comm: got int; takes a jax_deepep\.Communicator"),
+        ({"num_chunks": 0}, ValueError, "num_chunks: got 0; takes an integer of at least 1"),
+        ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive number, or None"),
+        ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: got 'fast'; takes 'auto', 'blocks'"),
+        ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take other axes than"),
+        ({"fsdp_axis": "data", "hidden_size": 3}, ValueError, "hidden_size: got 3"),
+        ({"comm": None}, ValueError, "max_tokens: got None without comm; takes the most tokens"),
+        ({"comm": None, "max_tokens": 8}, ValueError, "mesh: got None, and there are [248] devices; takes"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(choices: dict[str, Any], error: type[Exception], words: str) -> None:
+    sizes = {"num_experts": E, "num_experts_per_tok": K, "hidden_size": H, "intermediate_size": 32}
+    arguments = {"comm": config_of("data × expert").comm, **sizes, **choices}
+    with pytest.raises(error, match=words):
+        build_config(**arguments)
+
+
+def test_wrong_operands() -> None:
+    config = config_of("data × expert")
+    parameters, x = parameters_of(config), numbers(*BATCH)
+    with pytest.raises(ValueError, match=r"x: got shape \(8, 6, 15\); takes \[\.\.\., hidden_size\]"):
+        moe(config, parameters, x[..., 1:])
+    with pytest.raises(ValueError, match=r"parameters: got \['gate'\]; takes \['gate', 'wi_0',"):
+        moe(config, {"gate": parameters["gate"]}, x)
+    with pytest.raises(ValueError, match=r"wo: got shape \(8, 31, 16\); takes \[exp, mlp, embed\] ="):
+        moe(config, {**parameters, "wo": parameters["wo"][:, 1:]}, x)
+    with pytest.raises(ValueError, match="x: got 96 tokens; the communicator takes at most max_tokens=64"):
+        moe(config, parameters, numbers(96 * config.num_token_shards, H))
+
+
+def test_a_communicator_is_not_made_while_tracing() -> None:
+    def traced(x):
+        return moe(config_of("data × expert"), parameters_of(config), x)[0]
+
+    config = config_of("data × expert")
+    with pytest.raises(ValueError, match="comm: got None inside of a jitted or otherwise"):
+        jax.jit(traced)(numbers(*BATCH))

@@ -1,0 +1,67 @@
+"""`python -m jax_deepep.bench moe`: every contender computes the same, and what is measured is reported."""
+
+import json
+import os
+
+import jax
+import pytest
+from meshes import fetch, mesh_named
+from moe_layer import assert_close
+
+from jax_deepep.bench.__main__ import main
+from jax_deepep.bench.moe.contenders import (
+    AXIS,
+    GATHERED,
+    experts_programs,
+    layer_programs,
+    sizes_of,
+)
+from jax_deepep.bench.moe.problem import MoEProblem
+from jax_deepep.communicator import Communicator
+
+PROBLEM = MoEProblem(
+    tokens=8, hidden=16, intermediate=32, topk=2, experts=8, devices=jax.device_count(), dtype="float32",
+    capacity_factor=None,
+)  # fmt: skip
+
+
+def results_of(programs: dict) -> list:
+    return [fetch(jax.jit(function)(*operands)) for function, operands in programs.values()]
+
+
+def test_layers_agree() -> None:
+    """Otherwise a contender may be fast because it is wrong."""
+    mesh = mesh_named("expert")
+    assert mesh.axis_names == (AXIS,)
+    comm = Communicator(mesh, AXIS, **sizes_of(PROBLEM))
+    expected = results_of(layer_programs(PROBLEM, mesh, comm))
+    for programs in (layer_programs(PROBLEM, mesh, None), layer_programs(PROBLEM, mesh, comm, num_chunks=2)):
+        assert_close(results_of(programs), expected)
+
+
+def test_grouped_matmuls_agree() -> None:
+    """Groups are padded differently, rows after the last one are arbitrary: weights' gradients compare."""
+    of_weights = {
+        name: results_of(experts_programs(PROBLEM, name))[1][1]
+        for name in ("ragged_dot", GATHERED, "blocks", "triton")
+    }
+    for other in of_weights.values():
+        assert_close(other, of_weights["ragged_dot"])
+
+
+@pytest.mark.skipif("JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="a command for one process")
+def test_the_command(tmp_path, capsys) -> None:
+    path = tmp_path / "moe.json"
+    shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}
+    sizes = [text for name, size in shape.items() for text in (f"--{name}", str(size))]
+    contenders = ["--matmuls", "blocks", "triton", "--layers", "native", "--chunks", "2", "--repeats", "2"]
+    assert main(["moe", *sizes, *contenders, "--json", str(path)]) == 0
+
+    document = json.loads(path.read_text())
+    blocks, triton, layer = document["results"]
+    assert document["problem"]["devices"] == 2
+    assert [len(seconds) for seconds in blocks["seconds"].values()] == [2, 2]
+    assert "hidden_size: got 24; grouped_matmul=" in triton["failure"]
+    assert layer["name"] == "native, 2 chunks"
+    assert layer["temporary_bytes"] > 0
+    assert "T=8 H=24 F=32 K=2 E=8 R=2 float32 C=worst" in capsys.readouterr().out
