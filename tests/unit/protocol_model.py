@@ -96,7 +96,7 @@ def write_operands(world: World, rank: int) -> Iterator[World]:
 
 
 def push_counts(world: World, rank: int) -> Iterator[World]:
-    """Not where the group was lost before this op (Begin looks): a peer may still be in the one that failed."""
+    """Not where the group was lost before this op, as Begin sees it: a peer may still be in the lost one."""
     if 0 < world.ranks[rank].failed == world.ranks[rank].op:
         yield from push_counts_always(world, rank)  # it is this op that has just failed
         return
