@@ -330,10 +330,11 @@ void CheckMistakes(int num_blocks) {
 
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
 void CheckSoak(int num_blocks, int steps) {
-  const Problem problem = MakeProblem("soak", 4, 32, 4, 48, 256, RowType::kBFloat16, Layout::kExpertMajor);
+  constexpr int num_ranks = 8;
+  const Problem problem = MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
   std::mt19937 random(11);
   std::vector<std::unique_ptr<Rank>> ranks;
-  for (int rank = 0; rank < 4; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
   Group group(problem.shape, num_blocks, 5.0);
   for (int step = 0; step < steps && failures == 0; ++step) {
@@ -348,14 +349,14 @@ void CheckSoak(int num_blocks, int steps) {
     }
     RunOnCpu(*comm, 2 * step, dispatches);
     RunOnCpu(*comm, 2 * step + 1, combines);
-    for (int rank = 0; rank < 4; ++rank) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
       group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
       group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
     }
     group.Wait();
-    for (int rank = 0; rank < 4; ++rank) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
       const std::string where = "soak, step " + std::to_string(step) + ", rank " + std::to_string(rank);
       Check(group.status(rank).failed == 0, where + " ended as it should");
       CheckSameRows(problem, ranks[rank]->tokens, *ranks[rank], false, where + ", tokens");

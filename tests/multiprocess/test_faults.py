@@ -5,6 +5,7 @@ Every test ends by itself, long before its hard deadline, and leaves no process 
 
 import re
 import signal
+from collections.abc import Callable
 
 import pytest
 from rank_processes import RankProcesses, starts_its_own_processes
@@ -18,8 +19,20 @@ DEADLINE_S = 60.0  # a run takes about 12 s on two cores
 KILLED = -signal.SIGKILL
 
 
-def faults(name: str, victim: int, *arguments: object) -> RankProcesses:
-    return RankProcesses("faults", NUM_PROCESSES, (name, victim, *arguments), deadline_s=DEADLINE_S)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def faults(request: pytest.FixtureRequest) -> Callable[..., RankProcesses]:
+    """Return what starts the ranks of a fault."""
+
+    def start(name: str, victim: int, *arguments: object) -> RankProcesses:
+        return RankProcesses(
+            "faults",
+            NUM_PROCESSES,
+            (name, victim, *arguments),
+            platform=request.param,
+            deadline_s=DEADLINE_S,
+        )
+
+    return start
 
 
 def survivors_of(victim: int) -> list[int]:
@@ -50,7 +63,7 @@ def assert_names_steps(error: str, victim: int, expected: int, seen: int) -> Non
 
 
 @pytest.mark.parametrize("victim", [1, 2])
-def test_a_rank_dies_before_an_op(victim: int) -> None:
+def test_a_rank_dies_before_an_op(faults: Callable[..., RankProcesses], victim: int) -> None:
     with faults("dies_before_the_op", victim) as run:
         run.finish({victim: KILLED})
         for rank in survivors_of(victim):
@@ -60,7 +73,7 @@ def test_a_rank_dies_before_an_op(victim: int) -> None:
         run.assert_nothing_is_left()
 
 
-def test_a_rank_raises_before_an_op() -> None:
+def test_a_rank_raises_before_an_op(faults: Callable[..., RankProcesses]) -> None:
     with faults("raises_before_the_op", 1) as run:
         run.finish({1: 1})
         assert "ValueError: the data loader of this rank failed" in run.ranks[1].text()
@@ -71,7 +84,7 @@ def test_a_rank_raises_before_an_op() -> None:
         run.assert_nothing_is_left()
 
 
-def test_a_rank_dies_after_an_op_that_nobody_follows() -> None:
+def test_a_rank_dies_after_an_op_that_nobody_follows(faults: Callable[..., RankProcesses]) -> None:
     with faults("dies_after_the_op", 1) as run:
         run.finish({1: KILLED})
         for rank in survivors_of(1):
@@ -80,7 +93,7 @@ def test_a_rank_dies_after_an_op_that_nobody_follows() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_rank_dies_at_any_moment_of_many_ops(seed: int) -> None:
+def test_a_rank_dies_at_any_moment_of_many_ops(faults: Callable[..., RankProcesses], seed: int) -> None:
     victim = 1 + seed % 2
     with faults("dies_during_ops", victim, seed) as run:
         run.finish({victim: KILLED})
@@ -98,7 +111,7 @@ def assert_survivors_agree(run: RankProcesses, victim: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_stalls_before_an_op_and_returns(victim: int) -> None:
+def test_a_rank_stalls_before_an_op_and_returns(faults: Callable[..., RankProcesses], victim: int) -> None:
     with faults("stalls_before_the_op", victim) as run:
         for rank in range(NUM_PROCESSES):
             run.wait_for_report(rank, "ready")
@@ -112,7 +125,9 @@ def test_a_rank_stalls_before_an_op_and_returns(victim: int) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_stalls_at_any_moment_of_many_ops_and_returns(victim: int) -> None:
+def test_a_rank_stalls_at_any_moment_of_many_ops_and_returns(
+    faults: Callable[..., RankProcesses], victim: int
+) -> None:
     with faults("stalls_during_ops", victim, victim) as run:
         for rank in survivors_of(victim):
             run.wait_for_report(rank, "abandoned")
@@ -134,7 +149,7 @@ def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
     run.assert_nothing_is_left()
 
 
-def test_the_process_of_the_coordinator_dies() -> None:
+def test_the_process_of_the_coordinator_dies(faults: Callable[..., RankProcesses]) -> None:
     with faults("process_0_dies", 0) as run:
         codes = run.finish()
         assert codes[0] == KILLED

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# What a change of the kernels has to pass on a machine with one GPU, and what is measured there. Parts run in
+# the order given, each with its own time limit; one that fails does not stop the others.
+#
+#     tests/gpu/prove.sh OUT_FOLDER PART...
+#
+#     harness    several ranks in one process against the CPU's bits, faults, sanitizers (builds cuda_ranks.cu)
+#     soak       20,000 steps of eight ranks with random routing and delays
+#     suite-N    conformance and transformations, N ranks that share the GPU
+#     graphs-N   the same, captured in CUDA graphs
+#     faults     ranks that are killed, raise or stall, without MPS
+#     example    the training example with 8 ranks
+#     bench-N    python -m jax_deepep.bench, tables and JSON into OUT_FOLDER
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out=$1
+shift
+mkdir -p "$out"
+failed=()
+
+share() {
+  local ranks=$1
+  shift
+  python3 -m jax_deepep.launch -n "$ranks" --share-gpu --console first --log-dir "$out/logs$ranks" -- "$@"
+}
+
+suite() {
+  share "$1" python3 -m pytest -q tests/conformance tests/transforms -m "not collectives"
+}
+
+build_harness() {
+  [ -x "$out/cuda_ranks" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
+    -o "$out/cuda_ranks" tests/gpu/cuda_ranks.cu xla_ffi/cuda/intranode/*.cu xla_ffi/cpu/*.cc \
+    xla_ffi/transport/shared_memory.cc -lpthread
+}
+
+part() {
+  local ranks=${1##*-}
+  case $1 in
+    harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
+    soak) build_harness && "$out/cuda_ranks" soak 20000 ;;
+    suite-*) suite "$ranks" ;;
+    graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" suite "$ranks" ;;
+    faults) JAX_PLATFORMS=cuda python3 -m pytest -q tests/multiprocess/test_faults.py -k cuda ;;
+    example) share 8 python3 examples/train_moe.py --steps 30 ;;
+    bench-*) share "$ranks" python3 -m jax_deepep.bench --json "$out/g$ranks.json" --markdown "$out/g$ranks.md" ;;
+    *) echo "no part is called $1" >&2 && return 2 ;;
+  esac
+}
+
+export -f share suite build_harness part
+export out
+for name in "$@"; do
+  echo "== $name"
+  timeout "${PART_LIMIT_S:-300}" bash -c 'part "$1"' part "$name" || failed+=("$name")
+done
+[ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }
