@@ -42,8 +42,8 @@ def _dispatch_backward(shape, routes, gradients):
     tokens, handle = gradients
     integers = tokens.dtype == float0
     if integers:
-        # combine carries the weights' gradients beside rows: the narrowest there are, for no use.
-        tokens = handle.weights.reshape(shape.capacity, -1)[:, :1]
+        # combine carries the weights' gradients beside rows of floats: the narrowest, whose sums nobody uses.
+        tokens = handle.weights[:, None] if shape.layout == "expert" else handle.weights[:, :1]
     x, topk_weights = implementation_of(shape.comm).combine(
         shape, tokens, routes, row_gradients=handle.weights
     )

@@ -11,14 +11,14 @@ namespace jax_deepep {
 
 enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
 
-// Rows of kInt32 are only carried: integers of any width, as words of 32 bits, four by four.
+// Rows of kInt32 are only carried: integers of any width, as words of 32 bits.
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 
 JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) {
   return type == RowType::kFloat32 || type == RowType::kInt32 ? 4 : 2;
 }
 
-// Rows that are only carried are whole 16 bytes, so that kernels move them as such.
+// Rows of kInt32 are a multiple of these, so that kernels carry them 16 bytes at a time.
 inline constexpr int64_t kCarriedBytes = 16;
 
 // Stands for "no limit" where a limit is a number of rows.
@@ -46,7 +46,7 @@ struct GroupShape {
 struct RouteShape {
   Layout layout = Layout::kExpertMajor;
   RowType row_type = RowType::kFloat32;
-  int32_t row_size = 0;                // W, elements of a row: H, or fewer; any of kInt32 that fit
+  int32_t row_size = 0;                // W, elements of a row: see GroupShape::max_row_bytes
   int32_t num_tokens = 0;              // T
   int32_t capacity = 0;                // C, rows of the received arrays
   int32_t alignment = 1;               // rows of a group are padded to a multiple of this
