@@ -54,7 +54,7 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 def without_integer_tangents(results: Results) -> Results:
-    """Cut the integer arrays among the results of an op out of differentiation.
+    """Cut the integer arrays among the results of a dispatch out of differentiation.
 
     custom_vjp gives its integer results tangents of dtype float0. Under vmap(spmd_axis_name=...) with
     check_vma=True, JAX (0.10.2 and 0.11.2) gets their types wrong where a second custom_vjp takes them.

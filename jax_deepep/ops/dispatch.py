@@ -178,7 +178,6 @@ def _dispatch_along(
             f"{shape.num_tokens}."
         )
     tokens = autodiff.redispatch(shape, *vary_together(axes, x, handle.routes))
-    tokens = autodiff.without_integer_tangents(tokens)
     return _received(tokens, handle), handle
 
 

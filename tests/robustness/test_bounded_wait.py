@@ -90,7 +90,7 @@ assert np.isnan(out[group_0]).all()
 
 
 def test_integers_end_with_all_their_bits_set() -> None:
-    """Which is −1 or the largest, no number that a program would take for a result; and NaN in 8-bit floats."""
+    """Which is −1 or the largest number, and NaN to who takes them for 8-bit floats."""
     run_python(SETUP + """
 @compiled
 def program(late, x, idx, weights):
