@@ -3,7 +3,8 @@
 Let S be the linear map that copies tokens to rows. Dispatch computes rows = S x, and combine
 computes out = bias + Sᵀ (w · y), row by row. Hence
 
-    dispatch:  x̄ = Sᵀ r̄ows (a combine with w = 1),  w̄_topk = w̄_rows carried back to [T, K]
+    dispatch:  x̄ = Sᵀ r̄ows (a combine with w = 1),  w̄_topk = w̄_rows carried back to [T, K];
+               rows of integers have no r̄ows and no x̄, and their weights have gradients all the same
     combine:   ȳ = w · S ōut (a dispatch along the known routes, scaled),  w̄_rows = ⟨S ōut, y⟩,
                b̄ias = ōut
 
@@ -12,13 +13,17 @@ gradient of combine for y is zero in the rows of no token.
 """
 
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.dtypes import float0
 
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
+
+Results = TypeVar("Results")
 
 DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policies of jax.checkpoint
 
@@ -40,23 +45,27 @@ def _dispatch_forward(shape, x, topk_idx, topk_weights):
 
 def _dispatch_backward(shape, routes, gradients):
     tokens, handle = gradients
+    integers = tokens.dtype == float0
+    if integers:
+        # combine carries the weights' gradients beside rows of floats: the narrowest, whose sums nobody uses.
+        tokens = handle.weights[:, None] if shape.layout == "expert" else handle.weights[:, :1]
     x, topk_weights = implementation_of(shape.comm).combine(
         shape, tokens, routes, row_gradients=handle.weights
     )
-    return x, None, topk_weights
+    return None if integers else x, None, topk_weights
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def without_integer_tangents(handle: Handle) -> Handle:
-    """Cut the integer leaves of a handle out of differentiation.
+def without_integer_tangents(results: Results) -> Results:
+    """Cut the integer arrays among the results of a dispatch out of differentiation.
 
     custom_vjp gives its integer results tangents of dtype float0. Under vmap(spmd_axis_name=...) with
     check_vma=True, JAX (0.10.2 and 0.11.2) gets their types wrong where a second custom_vjp takes them.
     An operation on bits has no tangent, and `| 0` costs nothing when compiled.
     """
-    return jax.tree.map(lambda leaf: leaf | 0 if leaf.dtype == jnp.int32 else leaf, handle)
+    return jax.tree.map(lambda leaf: leaf | 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf, results)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -71,6 +80,8 @@ def _redispatch_forward(shape, x, routes):
 
 
 def _redispatch_backward(shape, routes, tokens):
+    if tokens.dtype == float0:
+        return None, None
     x, _ = implementation_of(shape.comm).combine(shape, tokens, routes)
     return x, None
 

@@ -11,6 +11,7 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.ops.handle import Handle
 
 ROW_DTYPES = ("bfloat16", "float16", "float32")
+CARRIED_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")  # by dispatch, bit for bit
 
 
 def check_comm(comm: Any, op: str) -> None:
@@ -38,9 +39,8 @@ def check_integer(name: str, value: Any, *, minimum: int) -> None:
 
 
 def check_rows_dtype(name: str, value: Any) -> None:
-    """Raise unless `value` is an array of a dtype that rows can have."""
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+    """Raise unless `value` is an array of a dtype that rows with sums can have."""
+    _check_is_array(name, value)
     if value.dtype.name not in ROW_DTYPES:
         raise TypeError(
             f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES)}. "
@@ -48,12 +48,38 @@ def check_rows_dtype(name: str, value: Any) -> None:
         )
 
 
+def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
+    """Raise unless `value` has rows that dispatch can send: `hidden_size` floats, or integers that fit."""
+    _check_is_array(name, value)
+    if value.dtype.name in ROW_DTYPES:
+        check_array(name, value, (None, hidden_size), names="[T, hidden_size]")
+        return
+    if value.dtype.name not in CARRIED_DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES + CARRIED_DTYPES)}. "
+            f"Cast it: {name}.astype(jnp.bfloat16), or send its bits as integers: "
+            f"jax.lax.bitcast_convert_type({name}, jnp.uint8)."
+        )
+    check_array(name, value, (None, None), names="[T, W]")
+    widest = 4 * hidden_size // value.dtype.itemsize
+    if not 1 <= value.shape[1] <= widest:
+        raise ValueError(
+            f"{name}: got {value.shape[1]} {value.dtype.name} in a row; takes 1 to {widest}, the bytes of "
+            f"hidden_size={hidden_size} float32. Send the rest along the same routes with handle=, or make "
+            "the communicator with a larger hidden_size."
+        )
+
+
+def _check_is_array(name: str, value: Any) -> None:
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+
+
 def check_array(
     name: str, value: Any, shape: tuple[int | None, ...], *, names: str, dtype: Any = None
 ) -> None:
     """Raise unless `value` has `dtype` and `shape`; None stands for any size."""
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+    _check_is_array(name, value)
     if dtype is not None and value.dtype != dtype:
         wanted = jnp.dtype(dtype).name
         raise TypeError(

@@ -14,7 +14,7 @@ from jax_deepep.ops.checks import (
     check_comm,
     check_handle,
     check_integer,
-    check_rows_dtype,
+    check_sent_rows,
     vary_together,
 )
 from jax_deepep.ops.handle import ExpertMajor, Handle, RouteShape, TokenMajor
@@ -44,9 +44,10 @@ def dispatch(
 
     Args:
         x: [T, H] bfloat16, float16 or float32; T ≤ `comm.max_tokens`, H = `comm.hidden_size`.
-            Differentiable.
+            Differentiable. Or [T, W] int8, uint8, int16, uint16, int32 or uint32, any W ≥ 1 of at most
+            4 · H bytes: rows of bits (a quantised format, its scales, ids), which have no gradient.
         topk_idx: int32 [T, K], global expert ids, −1 = no expert.
-        topk_weights: float32 [T, K], router weights. Differentiable.
+        topk_weights: float32 [T, K], router weights. Differentiable, whatever the dtype of x.
         comm: the communicator, static.
         layout: "expert" for rows grouped by local expert (`ExpertMajor`), "token" for one row per
             (token, device) (`TokenMajor`).
@@ -62,15 +63,15 @@ def dispatch(
             alignment are those of the handle.
 
     Returns:
-        (`ExpertMajor` or `TokenMajor`, `Handle`).
+        (`ExpertMajor` or `TokenMajor`, `Handle`); `tokens` has the dtype and the width of x. The handle
+        serves `combine`, and more dispatches of any dtype.
 
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     check_comm(comm, "dispatch")
-    check_rows_dtype("x", x)
-    check_array("x", x, (None, comm.hidden_size), names="[T, hidden_size]")
+    check_sent_rows("x", x, comm.hidden_size)
     if wire is not None:
         raise ValueError(
             f"wire: got {wire!r}; this version takes None (rows travel in the dtype of x). "
@@ -102,7 +103,7 @@ def dispatch(
 
     shape = _route_shape(comm, layout, num_tokens, capacity, expert_capacity, alignment)
     tokens, handle = autodiff.dispatch(shape, *vary_together(axes, x, topk_idx, topk_weights))
-    handle = autodiff.without_integer_tangents(handle)
+    tokens, handle = autodiff.without_integer_tangents((tokens, handle))
     return _received(tokens, handle), handle
 
 

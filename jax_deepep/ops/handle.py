@@ -95,7 +95,7 @@ class ExpertMajor:
     """Received rows grouped by local expert; inside an expert by (source device, source token).
 
     Attributes:
-        tokens: [C, H], one row per (token, local expert). Rows that fill a group up to
+        tokens: [C, H], or [C, W] of integers, one row per (token, local expert). Rows that fill a group up to
             `alignment` are zero; rows after the last group are not written and may hold NaN.
         group_sizes: int32 [L], rows of each expert, rounded up to `alignment`.
         num_rows: int32 [L], the same without the padding.
@@ -116,7 +116,7 @@ class TokenMajor:
     """Received rows, one per (token, device), ordered by (source device, source token).
 
     Attributes:
-        tokens: [C, H]; rows after the last one are not written and may hold NaN.
+        tokens: [C, H], or [C, W] of integers; rows after the last one are not written and may hold NaN.
         topk_idx: int32 [C, K], local expert or −1, every k in its own column.
         topk_weights: float32 [C, K], 0 where `topk_idx` is −1.
         num_tokens: int32 [], how many rows there are.

@@ -19,6 +19,7 @@ from jax_deepep.jax_compat import ShapedArray, batching, mlir
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 LAYOUT_CODES = {"expert": 0, "token": 1}
+CARRIED_BYTES = 16  # kCarriedBytes in xla_ffi/interface/geometry.h
 NO_LIMIT = -1
 
 
@@ -96,6 +97,14 @@ def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
     return jnp.zeros((1,), dtype) if value is None else value
 
 
+def _whole_words(x: jax.Array) -> jax.Array:
+    """Fill rows of integers up to whole 16 bytes, in which they are carried."""
+    missing = -x.shape[1] % (CARRIED_BYTES // x.dtype.itemsize)
+    if jnp.issubdtype(x.dtype, jnp.floating) or missing == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, missing)))
+
+
 def _dispatch_types(
     rank: ShapedArray,
     x: ShapedArray,
@@ -152,7 +161,7 @@ def dispatch(
     """Implement `implementations.dispatch`."""
     tokens, *leaves = dispatch_p.bind(
         _rank(shape),
-        x,
+        _whole_words(x),
         topk_idx,
         topk_weights,
         shape=shape,
@@ -161,7 +170,7 @@ def dispatch(
     )
     source, destination, weights, local_experts, group_sizes, num_rows, *counts, pairs, _ = leaves
     num_received, num_dropped, num_invalid = counts
-    return tokens, Handle(
+    return tokens[:, : x.shape[1]], Handle(
         source=source,
         destination=destination,
         weights=weights,
@@ -213,7 +222,7 @@ def redispatch(
     """Implement `implementations.redispatch`."""
     rows, products = redispatch_p.bind(
         _rank(shape),
-        x,
+        _whole_words(x),
         routes.source,
         routes.group_sizes,
         _or_placeholder(weights, jnp.float32),
@@ -225,7 +234,7 @@ def redispatch(
         with_products=y is not None,
         with_pairs=routes.pairs is not None,
     )
-    return rows, products if y is not None else None
+    return rows[:, : x.shape[1]], products if y is not None else None
 
 
 def _combine_types(

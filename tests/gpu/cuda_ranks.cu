@@ -187,6 +187,7 @@ void CheckProblem(const Problem& problem, int num_blocks, int repeats) {
          },
          "redispatch");
   }
+  if (problem.route.row_type == RowType::kInt32) return;  // no more is done with integers
   if (expert_major) {
     each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, true, true); },
          [&](Rank& rank, const std::string& where) {
@@ -209,6 +210,7 @@ void CheckProblem(const Problem& problem, int num_blocks, int repeats) {
 void CheckConformance(int num_blocks) {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
   constexpr auto kF32 = RowType::kFloat32, kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
+  constexpr auto kI32 = RowType::kInt32;
   std::vector<Problem> problems = {
       MakeProblem("one rank", 1, 4, 2, 9, 64, kF32, kExpert),
       MakeProblem("two ranks", 2, 8, 3, 40, 256, kBF16, kExpert),
@@ -235,6 +237,13 @@ void CheckConformance(int num_blocks) {
   problems.back().skewed = true;
   problems.push_back(MakeProblem("nowhere", 2, 4, 2, 12, 64, kBF16, kExpert));
   problems.back().none = 1.0;
+  for (const Layout layout : {kExpert, kToken}) {
+    // Shorter than hidden_size float32, and, filled up to 16 bytes, a little longer.
+    problems.push_back(MakeProblem("integers", 4, 16, 6, 50, 640, kI32, layout, 4, 64));
+    problems.back().route.row_size = 12;
+    problems.push_back(MakeProblem("long integers", 3, 9, 4, 21, 37, kI32, layout));
+    problems.back().route.row_size = 40;
+  }
   for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2);
 }
 
@@ -252,8 +261,12 @@ void CheckLargest() {
   }
 }
 
-bool AllNaN(const Problem& problem, Array& array) {
+// Whether rows are as FillAsFailed leaves them.
+bool AllFailed(const Problem& problem, Array& array) {
   const std::vector<char> bytes = array.FromDevice();
+  if (problem.route.row_type == RowType::kInt32) {
+    return std::all_of(bytes.begin(), bytes.end(), [](char byte) { return byte == '\xff'; });
+  }
   const size_t count = bytes.size() / BytesOf(problem.route.row_type);
   for (size_t i = 0; i < count; ++i) {
     if (problem.route.row_type == RowType::kFloat32) {
@@ -295,7 +308,7 @@ void CheckFaults(int num_ranks, int num_blocks, bool late) {
     Check(status.report.missing == uint64_t{1} << last, name + "the last rank is missing");
     Check(status.report.step == 2 && status.report.seen[last] == 1, name + "steps");
     Check(static_cast<int>(status.reporter) < last, name + "a rank that waited reports");
-    Check(AllNaN(problem, ranks[rank]->out), name + "results are NaN");
+    Check(AllFailed(problem, ranks[rank]->out), name + "results are NaN");
   }
   // Later ops end at once, whoever comes.
   const auto before = std::chrono::steady_clock::now();
@@ -304,8 +317,17 @@ void CheckFaults(int num_ranks, int num_blocks, bool late) {
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
   Check(took.count() < 0.25, name + "later ops end at once");
   for (int rank = 0; rank < last; ++rank) {
-    Check(AllNaN(problem, ranks[rank]->tokens), name + "their results are NaN");
+    Check(AllFailed(problem, ranks[rank]->tokens), name + "their results are NaN");
     Check(*reinterpret_cast<const int32_t*>(ranks[rank]->counts.FromDevice().data()) == 0, name + "their counts are 0");
+  }
+  // So do those that carry integers, into the same bytes.
+  Problem integers = problem;
+  integers.route.row_type = RowType::kInt32;
+  integers.route.row_size = problem.route.row_size / 2;
+  for (int rank = 0; rank < last; ++rank) group.Launch(rank, DispatchOf<true>(integers, *ranks[rank]));
+  group.Wait();
+  for (int rank = 0; rank < last; ++rank) {
+    Check(AllFailed(integers, ranks[rank]->tokens), name + "integers have all bits set");
   }
   // The device still computes.
   CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1);

@@ -88,7 +88,7 @@ Problem MakeProblem(const char* name, int ranks, int experts, int topk, int toke
                                                : int64_t{ranks} * tokens * std::min(topk, local) +
                                                      int64_t{local} * (alignment - 1);
   rows = (rows + alignment - 1) / alignment * alignment;
-  problem.route = {layout, type, tokens, capacity < 0 ? static_cast<int>(rows) : capacity, alignment,
+  problem.route = {layout, type, hidden, tokens, capacity < 0 ? static_cast<int>(rows) : capacity, alignment,
                    expert_capacity};
   return problem;
 }
@@ -106,6 +106,10 @@ uint16_t ToHalf(RowType type, float value) {
 }
 
 void FillRandom(RowType type, void* rows, size_t count, std::mt19937& random) {
+  if (type == RowType::kInt32) {
+    for (size_t i = 0; i < count; ++i) static_cast<uint32_t*>(rows)[i] = random();
+    return;
+  }
   std::normal_distribution<float> normal;
   for (size_t i = 0; i < count; ++i) {
     const float value = normal(random);
@@ -143,10 +147,10 @@ struct Rank {
         products(problem.route.capacity * 4),
         rank_operand(4) {
     const RowType type = problem.route.row_type;
-    const size_t hidden = problem.shape.hidden_size;
-    FillRandom(type, x.host<void>(), problem.route.num_tokens * hidden, random);
-    FillRandom(type, y.host<void>(), problem.route.capacity * hidden, random);
-    FillRandom(type, bias.host<void>(), problem.route.num_tokens * hidden, random);
+    const size_t size = problem.route.row_size;
+    FillRandom(type, x.host<void>(), problem.route.num_tokens * size, random);
+    FillRandom(type, y.host<void>(), problem.route.capacity * size, random);
+    FillRandom(type, bias.host<void>(), problem.route.num_tokens * size, random);
     FillRandom(RowType::kFloat32, row_gradients.host<void>(), row_gradients.bytes() / 4, random);
     Route(problem, random);
     for (Array* array : {&x, &topk_idx, &topk_weights, &y, &bias, &row_gradients}) array->ToDevice();
@@ -175,7 +179,7 @@ struct Rank {
   }
 
   static size_t Rows(const Problem& p, int64_t count) {
-    return count * p.shape.hidden_size * BytesOf(p.route.row_type);
+    return count * p.route.row_bytes();
   }
   static size_t Entries(const Problem& p) {
     return size_t{4} * p.route.num_tokens * p.shape.num_topk;

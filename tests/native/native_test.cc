@@ -134,6 +134,34 @@ void CheckSums() {
   Check(Load(RowType::kBFloat16, result) == 1.0f, "sums of several ranks stay in float32");
 }
 
+void CheckFailed() {
+  const std::vector<uint16_t> plain(6, 0x1234);
+  for (const RowType type : {RowType::kFloat16, RowType::kBFloat16}) {
+    std::vector<uint16_t> rows = plain;
+    FillAsFailed(type, rows.data(), 5);
+    for (int i = 0; i < 5; ++i) Check(std::isnan(Load(type, rows[i])), "what a failed op leaves is NaN", i);
+    Check(rows[5] == 0x1234, "and nothing beyond");
+  }
+  std::vector<float> floats(6, 1.5f);
+  FillAsFailed(RowType::kFloat32, floats.data(), 5);
+  for (int i = 0; i < 5; ++i) Check(std::isnan(floats[i]), "what a failed op leaves is NaN", i);
+  Check(floats[5] == 1.5f, "and nothing beyond");
+  std::vector<uint8_t> bytes(24, 7);
+  FillAsFailed(RowType::kInt32, bytes.data(), 5);
+  for (int i = 0; i < 20; ++i) Check(bytes[i] == 0xff, "integers of a failed op have all bits set", i);
+  for (int i = 20; i < 24; ++i) Check(bytes[i] == 7, "and nothing beyond", i);
+}
+
+// Rows of integers fill whole 16 bytes, however many float32 make the longest row.
+void CheckRowBytes() {
+  GroupShape shape;
+  for (const int hidden : {1, 4, 5, 37, 40}) {
+    shape.hidden_size = hidden;
+    const int64_t bytes = shape.max_row_bytes();
+    Check(bytes % 16 == 0 && bytes >= 4 * hidden && bytes < 4 * hidden + 16, "the longest row", hidden);
+  }
+}
+
 void CheckEntries() {
   const int32_t row[] = {3, -1, 8, 3, 0, -2, 7, 1};
   const bool valid[] = {true, false, false, false, true, false, true, true};
@@ -183,6 +211,8 @@ int main() {
   CheckConversions(RowType::kBFloat16, 8, 7);
   CheckTinyFloats();
   CheckSums();
+  CheckFailed();
+  CheckRowBytes();
   CheckEntries();
   CheckGroups();
   std::printf("%d failures\n", failures);

@@ -89,6 +89,23 @@ assert np.isnan(out[group_0]).all()
 """, timeout_s=90)  # fmt: skip
 
 
+def test_integers_end_with_all_their_bits_set() -> None:
+    """Which is −1 or the largest number, and NaN to who takes them for 8-bit floats."""
+    run_python(SETUP + """
+@compiled
+def program(late, x, idx, weights):
+    integers = x[:, :5].astype(jnp.uint8)
+    dispatched, handle = ep.dispatch(come_late(late, integers), idx, weights, comm=comm)
+    again, _ = ep.dispatch(integers.astype(jnp.int16), handle=handle, comm=comm)
+    return dispatched.tokens, again.tokens, dispatched.weights, handle.num_received
+tokens, again, weights, num_received = fetch(program(*operands))
+assert tokens.dtype == np.uint8 and (tokens[group_0] == 255).all()
+assert again.dtype == np.int16 and (again[group_0] == -1).all()
+assert np.isnan(weights[group_0]).all()
+assert (num_received[group_0] == 0).all()
+""", timeout_s=90)  # fmt: skip
+
+
 def test_check_and_the_next_trace_say_who_was_missing() -> None:
     """Op, rank, missing peers, expected and seen step; every time that one asks."""
     run_python(BROKEN + """

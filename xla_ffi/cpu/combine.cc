@@ -34,7 +34,7 @@ class GroupCombine {
         ranks_(std::move(ranks)),
         windows_(windows),
         expert_major_(route.layout == Layout::kExpertMajor),
-        row_bytes_(shape.hidden_size * static_cast<int64_t>(BytesOf(route.row_type))) {}
+        row_bytes_(route.row_bytes()) {}
 
   void PublishDestinations() const {
     const int64_t entries = int64_t{route_.num_tokens} * shape_.num_topk;
@@ -160,7 +160,7 @@ class GroupCombine {
       if (i == begin || expert_major_) scratch->terms[num_terms++] = RowTerm(scratch->entries[i]);
     }
     SumTerms(route_.row_type, SumOf(rank, source, token), /*bias=*/nullptr, scratch->terms.data(),
-             num_terms, shape_.hidden_size);
+             num_terms, route_.row_size);
     if (ranks_[rank]->row_gradients == nullptr) return;
     for (int i = begin; i < end; ++i) {
       GradientsOf(rank, source, token)[scratch->entries[i].k] = GradientOf(scratch->entries[i]);
@@ -183,7 +183,7 @@ class GroupCombine {
     const void* bias =
         own.bias == nullptr ? nullptr : static_cast<const char*>(own.bias) + token * row_bytes_;
     SumTerms(route_.row_type, static_cast<char*>(own.out) + token * row_bytes_, bias,
-             scratch->terms.data(), num_terms, shape_.hidden_size);
+             scratch->terms.data(), num_terms, route_.row_size);
     if (own.gradients == nullptr) return;
     float* gradients = own.gradients + token * shape_.num_topk;
     std::fill_n(gradients, shape_.num_topk, 0.0f);
@@ -226,7 +226,7 @@ template <>
 void CombineOp::Abandon(const Communicator& comm) const {
   const RouteShape& route = params_.route;
   const int64_t num_tokens = route.num_tokens;
-  FillNaN(route.row_type, params_.out, num_tokens * comm.shape().hidden_size);
+  FillAsFailed(route.row_type, params_.out, num_tokens * route.row_size);
   if (params_.gradients != nullptr) FillNaN(params_.gradients, num_tokens * comm.shape().num_topk);
 }
 

@@ -200,7 +200,7 @@ bool DispatchOp::RunGroup(GroupRun& run) const {
       if (here[rank] == nullptr) continue;
       const RankWindow& window = run.windows[rank];
       const size_t entries = static_cast<size_t>(route.num_tokens) * shape.num_topk;
-      PublishRows(shape, route, here[rank]->x, window);
+      PublishRows(route, here[rank]->x, window);
       std::copy_n(here[rank]->topk_idx, entries, window.entries);
       std::copy_n(here[rank]->topk_weights, entries, window.entry_weights);
     }
@@ -250,7 +250,7 @@ void DispatchOp::Abandon(const Communicator& comm) const {
   const RouteShape& route = params_.route;
   const int64_t capacity = route.capacity, num_topk = shape.num_topk;
   const bool expert_major = route.layout == Layout::kExpertMajor;
-  FillNaN(route.row_type, params_.tokens, capacity * shape.hidden_size);
+  FillAsFailed(route.row_type, params_.tokens, capacity * route.row_size);
   FillNaN(params_.weights, expert_major ? capacity : capacity * num_topk);
   std::fill_n(params_.source, capacity, kNone);
   std::fill_n(params_.destination, route.num_tokens * num_topk, kNone);

@@ -21,7 +21,7 @@ struct WindowSizes {
   explicit WindowSizes(const GroupShape& shape) {
     const auto tokens = static_cast<size_t>(shape.max_tokens);
     const auto ranks = static_cast<size_t>(shape.num_ranks);
-    x = Aligned(tokens * shape.hidden_size * sizeof(float));
+    x = Aligned(tokens * shape.max_row_bytes());
     entries = Aligned(tokens * shape.num_topk * sizeof(int32_t));
     sums = Aligned(ranks * tokens * shape.hidden_size * sizeof(float));
     gradients = Aligned(ranks * tokens * shape.num_topk * sizeof(float));

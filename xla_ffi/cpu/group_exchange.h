@@ -38,7 +38,7 @@ struct OpName {
 
 // The memory of one rank that other processes read. All of it is written by the rank's own process.
 struct RankWindow {
-  char* x = nullptr;                 // [max_tokens, H] rows of up to 4-byte elements
+  char* x = nullptr;                 // [max_tokens] rows of up to max_row_bytes
   int32_t* entries = nullptr;        // [max_tokens, K] topk_idx, or destination
   float* entry_weights = nullptr;    // [max_tokens, K]
   char* sums = nullptr;              // [R, max_tokens, H] p_d of every rank's tokens

@@ -29,7 +29,7 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
               const std::vector<RowMove>& moves) {
   const GroupShape& shape = run.comm.shape();
   const int num_groups = NumGroups(shape, route);
-  const size_t row_bytes = shape.hidden_size * BytesOf(route.row_type);
+  const size_t row_bytes = route.row_bytes();
 
   // One index over the rows of all ranks, so that a rank with many rows gets many threads.
   std::vector<int64_t> first_row(moves.size() + 1, 0);
@@ -72,11 +72,11 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
             // Not past the cache: it still holds what the kernel has just cleared of a fresh page.
             std::memcpy(to, from, row_bytes);
           } else {
-            ScaleRow(route.row_type, to, from, move.weights[row], shape.hidden_size);
+            ScaleRow(route.row_type, to, from, move.weights[row], route.row_size);
           }
           if (move.products != nullptr) {
-            move.products[row] = DotRows(
-                route.row_type, from, static_cast<const char*>(move.y) + offset, shape.hidden_size);
+            move.products[row] = DotRows(route.row_type, from,
+                                         static_cast<const char*>(move.y) + offset, route.row_size);
           }
         }
       });
@@ -97,9 +97,8 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
   }
 }
 
-void PublishRows(const GroupShape& shape, const RouteShape& route, const void* x,
-                 const RankWindow& window) {
-  const size_t row_bytes = shape.hidden_size * BytesOf(route.row_type);
+void PublishRows(const RouteShape& route, const void* x, const RankWindow& window) {
+  const size_t row_bytes = route.row_bytes();
   ParallelFor(route.num_tokens, kRowsPerRange, 2 * row_bytes, [&](int64_t begin, int64_t end) {
     std::memcpy(window.x + begin * row_bytes, static_cast<const char*>(x) + begin * row_bytes,
                 (end - begin) * row_bytes);
@@ -122,7 +121,7 @@ bool RedispatchOp::RunGroup(GroupRun& run) const {
     }
     sources.push_back(here[rank]->x);
     if (run.spans_processes()) {
-      PublishRows(run.comm.shape(), params_.route, here[rank]->x, run.windows[rank]);
+      PublishRows(params_.route, here[rank]->x, run.windows[rank]);
     }
   }
   if (run.spans_processes() && !run.meet()) return false;
@@ -150,9 +149,9 @@ bool RedispatchOp::RunGroup(GroupRun& run) const {
 }
 
 template <>
-void RedispatchOp::Abandon(const Communicator& comm) const {
+void RedispatchOp::Abandon(const Communicator&) const {
   const RouteShape& route = params_.route;
-  FillNaN(route.row_type, params_.rows, int64_t{route.capacity} * comm.shape().hidden_size);
+  FillAsFailed(route.row_type, params_.rows, int64_t{route.capacity} * route.row_size);
   if (params_.products != nullptr) FillNaN(params_.products, route.capacity);
 }
 

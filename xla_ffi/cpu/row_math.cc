@@ -237,6 +237,8 @@ void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t siz
       return ScaleFloat16(to, from, scale, size);
     case RowType::kBFloat16:
       return ScaleBFloat16(to, from, scale, size);
+    case RowType::kInt32:
+      return;  // only carried: handlers refuse it
   }
 }
 
@@ -248,6 +250,8 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size) {
       return DotFloat16(a, b, size);
     case RowType::kBFloat16:
       return DotBFloat16(a, b, size);
+    case RowType::kInt32:
+      break;
   }
   return 0.0f;
 }
@@ -261,10 +265,12 @@ void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int 
       return SumFloat16(out, bias, terms, num_terms, size);
     case RowType::kBFloat16:
       return SumBFloat16(out, bias, terms, num_terms, size);
+    case RowType::kInt32:
+      return;
   }
 }
 
-void FillNaN(RowType type, void* values, int64_t count) {
+void FillAsFailed(RowType type, void* values, int64_t count) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   switch (type) {
     case RowType::kFloat32:
@@ -274,6 +280,9 @@ void FillNaN(RowType type, void* values, int64_t count) {
       return;
     case RowType::kBFloat16:
       std::fill_n(static_cast<uint16_t*>(values), count, BFloat16::Store(nan));
+      return;
+    case RowType::kInt32:
+      std::fill_n(static_cast<int32_t*>(values), count, -1);
       return;
   }
 }

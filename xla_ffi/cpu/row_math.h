@@ -1,4 +1,4 @@
-// Arithmetic on single rows: scale, dot, and the weighted sum of combine.
+// Arithmetic on single rows of floats: scale, dot, and the weighted sum of combine.
 #ifndef JAX_DEEPEP_CPU_ROW_MATH_H_
 #define JAX_DEEPEP_CPU_ROW_MATH_H_
 
@@ -30,8 +30,9 @@ struct Term {
 void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
               int64_t size);
 
-// Fill with NaN.
-void FillNaN(RowType type, void* values, int64_t count);
+// Fill what a failed op leaves: floats with NaN, integers with bits that are all set, which is -1,
+// and NaN where the bits are those of an 8-bit float of which it has one (e4m3, E8M0).
+void FillAsFailed(RowType type, void* values, int64_t count);
 void FillNaN(float* values, int64_t count);
 
 // Ask for large pages where `bytes` are worth it: a fresh result is otherwise faulted in 4 KiB at a

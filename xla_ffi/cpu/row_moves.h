@@ -21,13 +21,12 @@ struct RowMove {
   bool zero_rest = false;
 };
 
-// Let ranks of this process pull their rows from `sources`, [T, H] of every rank of the group.
+// Let ranks of this process pull their rows from `sources`, [T, W] of every rank of the group.
 void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
               const std::vector<RowMove>& moves);
 
-// Copy a rank's rows x [T, H] to where other processes can read them.
-void PublishRows(const GroupShape& shape, const RouteShape& route, const void* x,
-                 const RankWindow& window);
+// Copy a rank's rows x [T, W] to where other processes can read them.
+void PublishRows(const RouteShape& route, const void* x, const RankWindow& window);
 
 }  // namespace jax_deepep
 

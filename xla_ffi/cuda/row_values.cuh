@@ -232,18 +232,19 @@ __device__ void FillByBlock(T* to, int64_t count, T value) {
 }
 
 // By all threads of a block: one block fills what all of them write otherwise, so that it goes 16
-// bytes at a time. XLA's arrays begin at a multiple of that.
-__device__ inline void FillRowsWithNaN(RowType type, void* rows, int64_t count) {
-  const uint32_t nan = type == RowType::kFloat32    ? 0x7fc00000u
-                       : type == RowType::kBFloat16 ? 0x7fc07fc0u
-                                                    : 0x7e007e00u;
+// bytes at a time. XLA's arrays begin at a multiple of that. With NaN, or -1, as on the CPU.
+__device__ inline void FillAsFailed(RowType type, void* rows, int64_t count) {
+  const uint32_t word = type == RowType::kFloat32    ? 0x7fc00000u
+                        : type == RowType::kBFloat16 ? 0x7fc07fc0u
+                        : type == RowType::kFloat16  ? 0x7e007e00u
+                                                     : 0xffffffffu;
   const int64_t bytes = count * static_cast<int64_t>(BytesOf(type));
   const int64_t whole = bytes / static_cast<int64_t>(sizeof(uint4));
-  FillByBlock(static_cast<uint4*>(rows), whole, uint4{nan, nan, nan, nan});
+  FillByBlock(static_cast<uint4*>(rows), whole, uint4{word, word, word, word});
   auto* rest = reinterpret_cast<uint16_t*>(static_cast<uint4*>(rows) + whole);
   for (int64_t i = threadIdx.x; i < (bytes - whole * 16) / 2; i += blockDim.x) {
     // The upper half of a float32 stands second.
-    rest[i] = static_cast<uint16_t>(i % 2 == 0 ? nan : nan >> 16);
+    rest[i] = static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "handlers/call_site.h"
 
 #include <atomic>
+#include <optional>
 #include <sstream>
 
 #include "handlers/registry.h"
@@ -16,6 +17,28 @@ namespace {
 // after the other, in the order of its thunks, which is the same wherever the same program is
 // compiled; on which thread it does so differs between versions.
 std::atomic<int64_t> calls_in_program{0};
+
+// Nothing for a type that rows cannot have. Integers are only carried, so that their width is all
+// one.
+std::optional<RowType> RowTypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32:
+      return RowType::kFloat32;
+    case ffi::F16:
+      return RowType::kFloat16;
+    case ffi::BF16:
+      return RowType::kBFloat16;
+    case ffi::S8:
+    case ffi::U8:
+    case ffi::S16:
+    case ffi::U16:
+    case ffi::S32:
+    case ffi::U32:
+      return RowType::kInt32;
+    default:
+      return std::nullopt;
+  }
+}
 
 }  // namespace
 
@@ -38,17 +61,32 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
   return site;
 }
 
-std::optional<RowType> RowTypeOf(ffi::DataType type) {
-  switch (type) {
-    case ffi::F32:
-      return RowType::kFloat32;
-    case ffi::F16:
-      return RowType::kFloat16;
-    case ffi::BF16:
-      return RowType::kBFloat16;
-    default:
-      return std::nullopt;
+int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
+                   RouteShape* route, std::string* error) {
+  const std::optional<RowType> type = RowTypeOf(rows.element_type());
+  const auto dimensions = rows.dimensions();
+  std::ostringstream text;
+  if (!type || dimensions.size() != 2 || dimensions[1] == 0) {
+    text << name << " has no rows that can be carried: " << rows.element_type() << " in "
+         << dimensions.size() << " dimensions";
+    *error = text.str();
+    return 0;
   }
+  const int64_t row_bytes =
+      dimensions[1] * static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+  route->row_type = *type;
+  route->row_size = static_cast<int32_t>(row_bytes / static_cast<int64_t>(BytesOf(*type)));
+  if (*type == RowType::kInt32) {
+    if (row_bytes % kCarriedBytes != 0 || row_bytes > shape.max_row_bytes()) {
+      text << name << " has rows of " << row_bytes << " bytes of integers, expected a multiple of "
+           << kCarriedBytes << " up to " << shape.max_row_bytes();
+    }
+  } else if (dimensions[1] > shape.hidden_size) {
+    text << name << " has rows of " << dimensions[1] << " floats, expected at most "
+         << shape.hidden_size;
+  }
+  if (error->empty()) *error = text.str();
+  return static_cast<int32_t>(dimensions[0]);
 }
 
 void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count, const char* name,
@@ -59,6 +97,12 @@ void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count
   text << name << " has " << got << " elements of " << buffer.element_type() << ", expected "
        << count << " of " << type;
   *error = text.str();
+}
+
+void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t count,
+               const char* name, std::string* error) {
+  if (!error->empty()) return;  // `rows` may be no rows
+  CheckBuffer(buffer, rows.element_type(), count * rows.dimensions()[1], name, error);
 }
 
 }  // namespace jax_deepep

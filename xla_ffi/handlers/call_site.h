@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <utility>
 
@@ -19,8 +18,10 @@ namespace jax_deepep {
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
                                                             ffi::Dictionary attributes);
 
-// Decode the row type, or nothing for one that rows cannot have.
-std::optional<RowType> RowTypeOf(ffi::DataType type);
+// Decode the type and size of `rows` [count, W] into `route`, and return their count; or add to
+// `error` why an op cannot take them.
+int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
+                   RouteShape* route, std::string* error);
 
 // An optional operand or result travels as a placeholder when absent.
 template <typename T>
@@ -31,6 +32,10 @@ T* DataIf(bool present, const ffi::AnyBuffer& buffer) {
 // Check that `buffer` has `count` elements of `type`, or add to `error` what it has instead.
 void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count, const char* name,
                  std::string* error);
+
+// Check that `buffer` has `count` rows like those of `rows`, [.., W], or add to `error` likewise.
+void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t count,
+               const char* name, std::string* error);
 
 }  // namespace jax_deepep
 

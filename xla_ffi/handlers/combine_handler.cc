@@ -16,32 +16,28 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   CombineParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
-  route.row_type = RowTypeOf(y.element_type()).value_or(RowType::kFloat32);
   route.num_tokens = static_cast<int32_t>(destination.element_count() / shape.num_topk);
-  route.capacity = static_cast<int32_t>(y.element_count() / shape.hidden_size);
+  std::string error;
+  route.capacity = DecodeRows(y, "y", shape, &route, &error);
+  if (route.row_type == RowType::kInt32) error = "y has integers, which are not summed";
 
   const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
-  const int64_t tokens = int64_t{route.num_tokens} * shape.hidden_size;
   const int64_t capacity = route.capacity;
   const bool expert_major = route.layout == Layout::kExpertMajor;
-  std::string error;
-  if (!RowTypeOf(y.element_type())) error = "y has a dtype that rows cannot have";
-  CheckBuffer(y, y.element_type(), capacity * shape.hidden_size, "y", &error);
   CheckBuffer(destination, ffi::S32, entries, "destination", &error);
   if (weighted) CheckBuffer(weights, ffi::F32, capacity, "weights", &error);
-  if (with_bias) CheckBuffer(bias, y.element_type(), tokens, "bias", &error);
+  if (with_bias) CheckRows(bias, y, route.num_tokens, "bias", &error);
   if (with_gradients) {
     CheckBuffer(row_gradients, ffi::F32, expert_major ? capacity : capacity * shape.num_topk,
                 "row_gradients", &error);
     CheckBuffer(*gradients, ffi::F32, entries, "gradients", &error);
   }
-  CheckBuffer(*out, y.element_type(), tokens, "out", &error);
+  CheckRows(*out, y, route.num_tokens, "out", &error);
   if (with_pairs) {
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }
   if (with_sums) {
-    const int64_t rows = int64_t{shape.num_ranks} * route.num_tokens;
-    CheckBuffer(*sums, y.element_type(), rows * shape.hidden_size, "sums", &error);
+    CheckRows(*sums, y, int64_t{shape.num_ranks} * route.num_tokens, "sums", &error);
   }
 
   params.y = y.untyped_data();

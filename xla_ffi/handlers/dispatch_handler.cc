@@ -21,8 +21,8 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   DispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
-  route.row_type = RowTypeOf(x.element_type()).value_or(RowType::kFloat32);
-  route.num_tokens = static_cast<int32_t>(x.element_count() / shape.hidden_size);
+  std::string error;
+  route.num_tokens = DecodeRows(x, "x", shape, &route, &error);
   route.capacity = static_cast<int32_t>(source->element_count());
   route.alignment = static_cast<int32_t>(alignment);
   route.expert_capacity = expert_capacity;
@@ -30,12 +30,9 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
   const int64_t capacity = route.capacity, num_groups = NumGroups(shape, route);
   const bool expert_major = route.layout == Layout::kExpertMajor;
-  std::string error;
-  if (!RowTypeOf(x.element_type())) error = "x has a dtype that rows cannot have";
-  CheckBuffer(x, x.element_type(), int64_t{route.num_tokens} * shape.hidden_size, "x", &error);
   CheckBuffer(topk_idx, ffi::S32, entries, "topk_idx", &error);
   CheckBuffer(topk_weights, ffi::F32, entries, "topk_weights", &error);
-  CheckBuffer(*tokens, x.element_type(), capacity * shape.hidden_size, "tokens", &error);
+  CheckRows(*tokens, x, capacity, "tokens", &error);
   CheckBuffer(*destination, ffi::S32, entries, "destination", &error);
   CheckBuffer(*weights, ffi::F32, expert_major ? capacity : capacity * shape.num_topk, "weights",
               &error);

@@ -24,6 +24,7 @@ FloorParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tokens
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   route.row_type = RowType::kBFloat16;
+  route.row_size = shape.hidden_size;
   route.num_tokens = static_cast<int32_t>(num_tokens);
   route.capacity = static_cast<int32_t>(capacity);
   const bool expert_major = route.layout == Layout::kExpertMajor;

@@ -15,23 +15,23 @@ LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer ra
   RedispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
-  route.row_type = RowTypeOf(x.element_type()).value_or(RowType::kFloat32);
-  route.num_tokens = static_cast<int32_t>(x.element_count() / shape.hidden_size);
+  std::string error;
+  route.num_tokens = DecodeRows(x, "x", shape, &route, &error);
   route.capacity = static_cast<int32_t>(source.element_count());
   params.zero_rest = zero_rest;
 
   const int64_t capacity = route.capacity;
-  std::string error;
-  if (!RowTypeOf(x.element_type())) error = "x has a dtype that rows cannot have";
-  CheckBuffer(x, x.element_type(), int64_t{route.num_tokens} * shape.hidden_size, "x", &error);
+  if ((weighted || with_products) && route.row_type == RowType::kInt32) {
+    error = "x has integers, which are only carried: they take no weights and no products";
+  }
   CheckBuffer(source, ffi::S32, capacity, "source", &error);
   CheckBuffer(group_sizes, ffi::S32, NumGroups(shape, route), "group_sizes", &error);
   if (weighted) CheckBuffer(weights, ffi::F32, capacity, "weights", &error);
   if (with_products) {
-    CheckBuffer(y, x.element_type(), capacity * shape.hidden_size, "y", &error);
+    CheckRows(y, x, capacity, "y", &error);
     CheckBuffer(*products, ffi::F32, capacity, "products", &error);
   }
-  CheckBuffer(*rows, x.element_type(), capacity * shape.hidden_size, "rows", &error);
+  CheckRows(*rows, x, capacity, "rows", &error);
   if (with_pairs) {
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }

@@ -10,11 +10,11 @@ namespace jax_deepep {
 struct DispatchParams {
   RouteShape route;
   // Operands.
-  const void* x = nullptr;              // [T, H] of route.row_type
+  const void* x = nullptr;              // [T, W] of route.row_type
   const int32_t* topk_idx = nullptr;    // [T, K] global expert, or kNone
   const float* topk_weights = nullptr;  // [T, K]
   // Results. Rows of `tokens` after the last group are not written.
-  void* tokens = nullptr;            // [C, H]
+  void* tokens = nullptr;            // [C, W]
   int32_t* source = nullptr;         // [C] source rank * max_tokens + token, or kNone
   int32_t* destination = nullptr;    // [T, K] rank * C + row, or kNone
   float* weights = nullptr;          // [C] expert-major, [C, K] token-major

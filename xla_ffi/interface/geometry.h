@@ -11,11 +11,15 @@ namespace jax_deepep {
 
 enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
 
-enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16 };
+// Rows of kInt32 are only carried: integers of any width, as words of 32 bits.
+enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 
 JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) {
-  return type == RowType::kFloat32 ? 4 : 2;
+  return type == RowType::kFloat32 || type == RowType::kInt32 ? 4 : 2;
 }
+
+// Rows of kInt32 are a multiple of these, so that kernels carry them 16 bytes at a time.
+inline constexpr int64_t kCarriedBytes = 16;
 
 // Stands for "no limit" where a limit is a number of rows.
 inline constexpr int64_t kNoLimit = -1;
@@ -29,19 +33,28 @@ struct GroupShape {
   int32_t num_experts = 0;  // E, over all ranks
   int32_t num_topk = 0;     // K, entries per token
   int32_t max_tokens = 0;   // most tokens per rank; the base of the codes in `source`
-  int32_t hidden_size = 0;  // H, elements per row
+  int32_t hidden_size = 0;  // H, elements of a row of floats
 
   JAX_DEEPEP_HOST_DEVICE int32_t num_local_experts() const { return num_experts / num_ranks; }
+  // Of the longest row: H float32, or as many bytes of integers, which fill whole 16 bytes.
+  int64_t max_row_bytes() const {
+    return (int64_t{4} * hidden_size + kCarriedBytes - 1) / kCarriedBytes * kCarriedBytes;
+  }
 };
 
 // What one op adds to that; the same on every rank.
 struct RouteShape {
   Layout layout = Layout::kExpertMajor;
   RowType row_type = RowType::kFloat32;
+  int32_t row_size = 0;                // W, elements of a row: see GroupShape::max_row_bytes
   int32_t num_tokens = 0;              // T
   int32_t capacity = 0;                // C, rows of the received arrays
   int32_t alignment = 1;               // rows of a group are padded to a multiple of this
   int64_t expert_capacity = kNoLimit;  // most rows of one expert
+
+  JAX_DEEPEP_HOST_DEVICE int64_t row_bytes() const {
+    return row_size * static_cast<int64_t>(BytesOf(row_type));
+  }
 };
 
 // The rows of one rank form groups: one per local expert, or one in all.

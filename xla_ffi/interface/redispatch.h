@@ -11,14 +11,14 @@ struct RedispatchParams {
   RouteShape route;
   bool zero_rest = false;  // write zeros to the rows after the last group too
   // Operands.
-  const void* x = nullptr;               // [T, H] of route.row_type
+  const void* x = nullptr;               // [T, W] of route.row_type
   const int32_t* source = nullptr;       // [C]
   const int32_t* group_sizes = nullptr;  // [G]
   const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
   const float* weights = nullptr;  // [C], or null for 1
-  const void* y = nullptr;         // [C, H], or null where no products are wanted
+  const void* y = nullptr;         // [C, W], or null where no products are wanted
   // Results.
-  void* rows = nullptr;       // [C, H]
+  void* rows = nullptr;       // [C, W]
   float* products = nullptr;  // [C], with y; 0 in rows of no token
 };
 

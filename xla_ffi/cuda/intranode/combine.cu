@@ -153,7 +153,7 @@ __device__ void SumPairs(const Combine& op) {
     Inputs inputs;
   };
   const CombineParams& params = op.params;
-  const RowShape<kWhole> shape{op.frame.shape.hidden_size};
+  const RowShape<kWhole> shape{params.route.row_size};
   const PairTable table(op.frame.shape, params.route);
   const int lane = threadIdx.x % 32, num_pairs = params.pairs[0];
   ForWarpItems(
@@ -225,7 +225,7 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
 template <typename Type, bool kWhole, bool kWeighted>
 __device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* taken) {
   const CombineParams& params = op.params;
-  const RowShape<kWhole> shape{op.frame.shape.hidden_size};
+  const RowShape<kWhole> shape{params.route.row_size};
   const int lane = threadIdx.x % 32;
   const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
   ForWarpItems(
@@ -261,16 +261,15 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
     SumTokens<Type, kWhole, kWeighted>(op, group, taken);
     group.CountTaken(taken);
   }
-  group.Finish([] {},
-               [&] {
-                 const int64_t num_tokens = params.route.num_tokens;
-                 FillRowsWithNaN(params.route.row_type, params.out,
-                                 num_tokens * op.frame.shape.hidden_size);
-                 if (params.gradients != nullptr) {
-                   FillRowsWithNaN(RowType::kFloat32, params.gradients,
-                                   num_tokens * op.frame.shape.num_topk);
-                 }
-               });
+  group.Finish(
+      [] {},
+      [&] {
+        const int64_t num_tokens = params.route.num_tokens;
+        FillAsFailed(params.route.row_type, params.out, num_tokens * params.route.row_size);
+        if (params.gradients != nullptr) {
+          FillAsFailed(RowType::kFloat32, params.gradients, num_tokens * op.frame.shape.num_topk);
+        }
+      });
 }
 
 using Kernel = void (*)(Combine);
@@ -284,6 +283,8 @@ Kernel KernelFor(RowType type) {
       return CombineKernel<Float16, kWhole, kWeighted>;
     case RowType::kBFloat16:
       return CombineKernel<BFloat16, kWhole, kWeighted>;
+    case RowType::kInt32:
+      return nullptr;
   }
   return nullptr;
 }
@@ -297,8 +298,7 @@ Kernel KernelFor(RowType type, bool whole, bool weighted) {
 
 const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
                           const DeviceFacts& device, cudaStream_t stream) {
-  const int size = frame.shape.hidden_size;
-  Combine op{frame, params, static_cast<int64_t>(size * BytesOf(params.route.row_type))};
+  Combine op{frame, params, params.route.row_bytes()};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.weights != nullptr) op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
@@ -306,7 +306,8 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
     op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
   }
   const RowType type = params.route.row_type;
-  const Kernel kernel = KernelFor(type, IsWhole(size), params.weights != nullptr);
+  const Kernel kernel = KernelFor(type, IsWhole(params.route.row_size), params.weights != nullptr);
+  if (kernel == nullptr) return "integers are only carried, not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 

@@ -479,8 +479,8 @@ __device__ void WriteFailure(const Dispatch& op) {
   const int64_t capacity = params.route.capacity, num_topk = shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int groups = expert_major ? shape.num_local_experts() : 1;
-  FillRowsWithNaN(params.route.row_type, params.tokens, capacity * shape.hidden_size);
-  FillRowsWithNaN(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
+  FillAsFailed(params.route.row_type, params.tokens, capacity * params.route.row_size);
+  FillAsFailed(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
   FillByBlock(params.source, capacity, kNone);
   FillByBlock(params.destination, params.route.num_tokens * num_topk, kNone);
   if (!expert_major) FillByBlock(params.local_experts, capacity * num_topk, kNone);
@@ -537,8 +537,7 @@ int64_t LeastSharedBytesOfDispatch(const GroupShape& shape) {
 const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
-  Dispatch op{frame, params,
-              static_cast<int64_t>(shape.hidden_size * BytesOf(params.route.row_type)), kWarps};
+  Dispatch op{frame, params, params.route.row_bytes(), kWarps};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
   op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *

@@ -154,7 +154,7 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
   using Element = typename Type::Element;
   const RedispatchParams& params = op.params;
   const int lane = threadIdx.x % 32;
-  const RowShape<kWhole> shape{op.frame.shape.hidden_size};
+  const RowShape<kWhole> shape{params.route.row_size};
   const int num_groups = shape.num_groups();
   const PairOrder order = pairs.Order();
   for (int number = 0; order.Has(number); ++number) {
@@ -256,10 +256,9 @@ __device__ void Run(const Redispatch& op, Work work) {
   group.Finish([] {},
                [&] {
                  const int64_t capacity = params.route.capacity;
-                 FillRowsWithNaN(params.route.row_type, params.rows,
-                                 capacity * op.frame.shape.hidden_size);
+                 FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
                  if (params.products != nullptr) {
-                   FillRowsWithNaN(RowType::kFloat32, params.products, capacity);
+                   FillAsFailed(RowType::kFloat32, params.products, capacity);
                  }
                });
 }
@@ -289,6 +288,8 @@ Kernel ScaleKernelFor(RowType type) {
       return ScaleKernel<Float16, kWhole>;
     case RowType::kBFloat16:
       return ScaleKernel<BFloat16, kWhole>;
+    case RowType::kInt32:
+      return nullptr;
   }
   return nullptr;
 }
@@ -298,8 +299,7 @@ Kernel ScaleKernelFor(RowType type) {
 const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& params, int num_blocks,
                              const DeviceFacts& device, cudaStream_t stream) {
   const RowType type = params.route.row_type;
-  const int size = frame.shape.hidden_size;
-  Redispatch op{frame, params, static_cast<int64_t>(size * BytesOf(type))};
+  Redispatch op{frame, params, params.route.row_bytes()};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   if (params.weights == nullptr && params.y == nullptr) {
     const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
@@ -309,7 +309,9 @@ const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& param
   if (params.weights == nullptr || params.y == nullptr || params.pairs == nullptr) {
     return "weights and products come together, and with expert-major rows";
   }
-  const Kernel kernel = IsWhole(size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  const Kernel kernel =
+      IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  if (kernel == nullptr) return "integers are only carried: they take no weights and no products";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
