@@ -42,7 +42,8 @@ class MoEAux:
 
     Attributes:
         expert_load: int32 [E], tokens that chose each expert, dropped rows included.
-        balance_loss: float32 [], see `jax_deepep.gating.balance_loss`; 1 when all loads are equal.
+        balance_loss: float32 [], see `jax_deepep.gating.balance_loss`; 1 when all loads are equal, 0 without
+            any token.
         num_dropped: int32 [], rows that did not fit into the capacity.
     """
 
@@ -168,7 +169,7 @@ def _per_device(
     if config.tensor_axes:
         out = lax.psum(out, config.tensor_axes)  # every device had a part of each expert's F
         num_dropped = lax.pmax(num_dropped, config.tensor_axes)  # the same on all of them
-    return out, MoEAux(load, gating.balance_loss(load, probability / num_tokens), num_dropped)
+    return out, MoEAux(load, gating.balance_loss(load, probability / max(num_tokens, 1)), num_dropped)
 
 
 def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:

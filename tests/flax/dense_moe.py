@@ -17,7 +17,7 @@ MAX_TOKENS = 64
 
 
 def config_of(mesh_name: str, axis_types: AxisType = AxisType.Auto, **choices: Any) -> MoEConfig:
-    """Return a layer on one of the tests' meshes; `experts_per_tok` stands for K."""
+    """Return a layer on one of the tests' meshes; `choices` may replace E and K."""
     sizes = (choices.pop("num_experts", E), choices.pop("num_experts_per_tok", K), H, F)
     mesh = mesh_named(mesh_name, axis_types)
     return build_config(*sizes, mesh=mesh, axis_name=expert_axes(mesh_name), max_tokens=MAX_TOKENS, **choices)

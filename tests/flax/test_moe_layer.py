@@ -94,6 +94,15 @@ def test_token_counts_that_do_not_divide(shape: tuple[int, ...], axis_types: Axi
     assert_close(aux.balance_loss, alone.balance_loss)
 
 
+def test_no_tokens() -> None:
+    """As on the last, empty batch of a data set: all is 0, and the balance loss is no 0 / 0."""
+    config = config_of("data × expert", num_chunks=2)
+    (out, aux), gradients = results_of(config, parameters_of(config), np.zeros((0, H), np.float32))
+    assert out.shape == (0, H)
+    assert float(aux.balance_loss) == 0
+    assert not any(np.any(value) for value in jax.tree.leaves((aux, gradients)))
+
+
 @pytest.mark.collectives
 def test_implementations_agree() -> None:
     native = config_of("data × expert")
@@ -148,7 +157,7 @@ def test_bias_correction_chooses_only() -> None:
 
 
 def test_checkpoint_policies() -> None:
-    """A policy that keeps what dispatch brought spares the second exchange, and no policy changes a bit."""
+    """A policy that keeps what dispatch brought spares the second exchange; none changes the gradients."""
     config = config_of("expert", grouped_matmul="ragged_dot")
     parameters, x = (
         on_mesh(config, parameters_of(config)),
@@ -207,9 +216,17 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"mesh": mesh_named("one device")}, ValueError, "mesh: got .* together with a communicator of"),
         ({"comm": 3}, TypeError, r"comm: got int; takes a jax_deepep\.Communicator"),
         ({"num_chunks": 0}, ValueError, "num_chunks: got 0; takes an integer of at least 1"),
+        ({"num_chunks": 0, "comm": None, "max_tokens": 8}, ValueError, "num_chunks: got 0; takes an integer"),
+        ({"max_tokens": "8", "comm": None}, TypeError, "max_tokens: got '8'; takes a Python integer"),
+        ({"intermediate_size": 2.5}, TypeError, r"intermediate_size: got 2\.5; takes a Python integer"),
         ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive number, or None"),
         ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: got 'fast'; takes 'auto', 'blocks'"),
-        ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take other axes than"),
+        ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take two axes, other than"),
+        (
+            {"tensor_axis": "data", "fsdp_axis": "data"},
+            ValueError,
+            "fsdp_axis, tensor_axis: got 'data', 'data'",
+        ),
         ({"fsdp_axis": "data", "hidden_size": 3}, ValueError, "hidden_size: got 3"),
         ({"comm": None}, ValueError, "max_tokens: got None without comm; takes the most tokens"),
         ({"comm": None, "max_tokens": 8}, ValueError, "mesh: got None, and there are [248] devices; takes"),
@@ -238,8 +255,8 @@ def test_wrong_operands() -> None:
 
 def test_a_communicator_is_not_made_while_tracing() -> None:
     def traced(x):
-        return moe(config_of("data × expert"), parameters_of(config), x)[0]
+        config_of("data × expert")
+        return x
 
-    config = config_of("data × expert")
     with pytest.raises(ValueError, match="comm: got None inside of a jitted or otherwise"):
         jax.jit(traced)(numbers(*BATCH))
