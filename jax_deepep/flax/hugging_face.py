@@ -165,7 +165,13 @@ class _Tensors:
                 f"state_dict: has no {self.prefix + name!r}; takes the whole MoE block, whose names "
                 f"begin with prefix={self.prefix!r}. There are {_some(self.left)}."
             )
-        return _as_numpy(self.left.pop(name))
+        try:
+            return _as_numpy(self.left.pop(name))
+        except TypeError as error:  # torch has dtypes that NumPy lacks: those of quantised weights
+            raise ValueError(
+                f"state_dict: {self.prefix + name!r} cannot become an array ({error}); takes weights that "
+                "are not quantised: dequantise them to bfloat16 first."
+            ) from error
 
     def check_none_left(self, model_type: str) -> None:
         """Raise if the block has something that would be ignored: scales of quantised weights, biases, …"""

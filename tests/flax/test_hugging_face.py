@@ -128,6 +128,27 @@ def test_an_expert_that_is_missing() -> None:
         from_hugging_face(block, CONFIGS["mixtral"])
 
 
+def test_a_tensor_that_numpy_cannot_hold() -> None:
+    """As the float8 of DeepSeek-V3's own checkpoint, in torch."""
+
+    class Quantised:
+        dtype = "torch.float8_e4m3fn"
+
+        def detach(self):
+            return self
+
+        cpu = detach
+
+        def numpy(self):
+            raise TypeError("Got unsupported ScalarType Float8_e4m3fn")
+
+    block = {**theirs("mixtral", fused=False), "experts.2.w1.weight": Quantised()}
+    with pytest.raises(
+        ValueError, match=r"'experts\.2\.w1\.weight' cannot become an array \(.*; takes weights"
+    ):
+        from_hugging_face(block, CONFIGS["mixtral"])
+
+
 def test_a_prefix_of_nothing() -> None:
     with pytest.raises(ValueError, match=r"prefix: got 'model\.', but no name .* like 'gate\.weight'"):
         from_hugging_face(theirs("mixtral", fused=True), CONFIGS["mixtral"], prefix="model.")
