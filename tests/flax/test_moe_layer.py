@@ -17,6 +17,7 @@ import jax_deepep as ep
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
 
 BATCH = (8, 6, H)
+BALANCE = 0.5  # weight of the balance loss
 DEEPSEEK = {
     "num_groups": 4,
     "topk_groups": 2,
@@ -27,12 +28,14 @@ DEEPSEEK = {
 }
 
 
-def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
+def results_of(
+    config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray, balance: float = BALANCE
+) -> Any:
     """Return ((output, aux), gradients of the parameters and x) of the layer, in full."""
 
     def loss(parameters, x):
         out, aux = moe(config, parameters, x)
-        return loss_of(out.astype(jnp.float32)), (out, aux)
+        return loss_of(out.astype(jnp.float32)) + balance * aux.balance_loss, (out, aux)
 
     is_even = x.ndim > 1 and x.shape[0] % config.num_token_shards == 0
     operands = (
@@ -44,14 +47,14 @@ def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarr
 
 
 def expected_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
-    """Return (output, gradients) of the dense layer."""
+    """Return ((output, balance loss), gradients) of the dense layer."""
 
     def loss(parameters, x):
-        out = dense_moe(config, parameters, x)
-        return loss_of(out), out
+        out, balance_loss = dense_moe(config, parameters, x)
+        return loss_of(out) + BALANCE * balance_loss, (out, balance_loss)
 
-    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
-    return np.asarray(out), jax.tree.map(np.asarray, gradients)
+    gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
+    return jax.tree.map(np.asarray, (results, gradients))
 
 
 @pytest.mark.parametrize(
@@ -73,9 +76,7 @@ def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
     parameters, x = parameters_of(config), numbers(*BATCH)
     (out, aux), gradients = results_of(config, parameters, x)
 
-    expected, expected_gradients = expected_of(config, parameters, x)
-    assert_close(out, expected)
-    assert_close(gradients, expected_gradients)
+    assert_close(((out, aux.balance_loss), gradients), expected_of(config, parameters, x))
     assert aux.expert_load.sum() == 8 * 6 * K
     assert aux.num_dropped == 0
 
@@ -88,10 +89,9 @@ def test_token_counts_that_do_not_divide(shape: tuple[int, ...], axis_types: Axi
     parameters, x = parameters_of(config), numbers(*shape)
     (out, aux), gradients = results_of(config, parameters, x)
 
-    assert_close((out, gradients), expected_of(config, parameters, x))
+    assert_close(((out, aux.balance_loss), gradients), expected_of(config, parameters, x))
     (_, alone), _ = results_of(config_of("one device"), parameters, x)
     np.testing.assert_array_equal(aux.expert_load, alone.expert_load)
-    assert_close(aux.balance_loss, alone.balance_loss)
 
 
 def test_no_tokens() -> None:
@@ -117,7 +117,7 @@ def test_bfloat16() -> None:
     config = config_of("data × expert", dtype=jnp.bfloat16)
     parameters, x = parameters_of(config), numbers(*BATCH)
     (out, aux), gradients = results_of(config, parameters, x)
-    expected, expected_gradients = expected_of(config, parameters, x)
+    (expected, _), expected_gradients = expected_of(config, parameters, x)
 
     assert out.dtype == jnp.bfloat16
     assert {value.dtype for value in jax.tree.leaves(gradients)} == {np.dtype("float32")}
@@ -133,10 +133,10 @@ def test_rows_beyond_the_capacity_are_dropped() -> None:
     parameters, x = parameters_of(config), np.abs(numbers(*BATCH))
     parameters["gate"] = np.zeros_like(parameters["gate"])
     parameters["gate"][:, 0] = 1
-    (out, aux), gradients = results_of(config, parameters, x)
+    (out, aux), gradients = results_of(config, parameters, x, balance=0)
 
     kept = np.arange(8 * 6) < 8 * 6 // config.comm.size
-    expected, _ = expected_of(config, parameters, x)
+    (expected, _), _ = expected_of(config, parameters, x)
     assert aux.num_dropped == (~kept).sum()
     assert aux.expert_load[0] == kept.size
     assert_close(out.reshape(-1, H), np.where(kept[:, None], expected.reshape(-1, H), 0))
@@ -153,7 +153,7 @@ def test_bias_correction_chooses_only() -> None:
 
     np.testing.assert_array_equal(aux.expert_load, np.where(np.arange(E) < K, 8 * 6, 0))
     assert not gradients[0]["gate_bias"].any()
-    assert_close(out, expected_of(config, parameters, x)[0])
+    assert_close(out, expected_of(config, parameters, x)[0][0])
 
 
 def test_checkpoint_policies() -> None:
