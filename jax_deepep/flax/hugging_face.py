@@ -70,7 +70,8 @@ def from_hugging_face(
             `prefix`; the others are not looked at.
         config: the configuration of the model, or its `to_dict()` or config.json as a dict. Its `model_type`
             is one of "deepseek_v3", "mixtral", "qwen3_moe".
-        prefix: what the block is called in the state dict, with the last dot; "" if it is that of the block.
+        prefix: what the block is called in the state dict, the last dot may be left out; "" if it is that of
+            the block.
 
     Returns:
         (arguments of `jax_deepep.flax.MoE` and `jax_deepep.flax.linen.MoE`; their parameters by name, NumPy
@@ -145,7 +146,7 @@ class _Tensors:
     """The tensors of one block, each to be taken once."""
 
     def __init__(self, state_dict: Mapping[str, Any], prefix: str):
-        self.prefix = prefix
+        self.prefix = prefix = prefix and prefix.removesuffix(".") + "."
         self.left = {
             key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
         }

@@ -67,7 +67,9 @@ def test_parameters(model_type: str, fused: bool, dtype) -> None:
     state_dict |= {f"model.layers.11.mlp.{name}": value * 0 for name, value in block.items()}
     config = CONFIGS[model_type]
     for result in (
-        from_hugging_face(block, config), from_hugging_face(state_dict, config, prefix="model.layers.1.mlp.")
+        from_hugging_face(block, config),
+        from_hugging_face(state_dict, config, prefix="model.layers.1.mlp."),
+        from_hugging_face(state_dict, config, prefix="model.layers.1.mlp"),
     ):  # fmt: skip
         _, parameters = result
         jax.tree.map(np.testing.assert_array_equal, parameters, ours(model_type, dtype))
