@@ -32,8 +32,8 @@ class MoEConfig:
         shared_intermediate_size: the inner size of all shared experts together, 0 for none.
         activation: of the experts, elementwise.
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.
-        capacity_factor: rows that a device takes, in units of its fair share K · T; rows beyond are
-            dropped. None = as many as may ever come.
+        capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
+            of its experts may need; rows beyond are dropped. None = as many as may ever come.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
