@@ -136,6 +136,9 @@ def test_blocks_follow_the_rows_of_an_expert() -> None:
     assert alignment_for("ragged_dot", 100) == alignment_for(loop_over_rows, 100) == 1
     assert chosen("auto", "cpu") == "blocks"
     assert chosen(loop_over_rows, "cpu") is loop_over_rows
+    assert chosen("triton", "cuda") == "triton"
+    with pytest.raises(ValueError, match="grouped_matmul: got 'triton' on cpu; takes it on NVIDIA GPUs only"):
+        chosen("triton", "cpu")
 
 
 def test_sizes_that_a_kernel_cannot_have() -> None:

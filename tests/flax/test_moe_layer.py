@@ -1,6 +1,7 @@
 """The layer as a function of global arrays, against the dense one, on every kind of mesh."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 import jax_deepep as ep
+from jax_deepep import jax_compat
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
+from jax_deepep.moe.triton_matmul import triton_matmul
 
 BATCH = (8, 6, H)
 BALANCE = 0.5  # weight of the balance loss
@@ -190,6 +193,22 @@ def test_checkpoint_policies() -> None:
         assert_close(gradients[name], gradients["plain"])
 
 
+@pytest.mark.parametrize(("num_chunks", "products"), [(1, 3 + 6), (2, 3 + 3 + 6)])
+def test_triton_kernels_go_into_the_layer(num_chunks: int, products: int, monkeypatch) -> None:
+    """Traced as for a GPU, wherever this runs: forward, again if in chunks, and both gradients of each."""
+    mesh = mesh_named("fsdp × expert × tensor")
+    sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": MAX_TOKENS, "hidden_size": H}
+    config = build_config(
+        E, K, H, 32, comm=ep.Communicator(mesh, implementation="xla", **sizes), num_chunks=num_chunks,
+        grouped_matmul=partial(triton_matmul, block=16), alignment=16, dtype=jnp.bfloat16,
+    )  # fmt: skip
+    parameters = on_mesh(config, parameters_of(config))
+    x = put_on_mesh(numbers(*BATCH), mesh, P(config.token_axes))
+    monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    step = jax.grad(lambda *operands: loss_of(moe(config, *operands)[0].astype(jnp.float32)), argnums=(0, 1))
+    assert str(jax.make_jaxpr(step)(parameters, x)).count("= pallas_call[") == products
+
+
 def test_first_parameters_are_placed() -> None:
     config = config_of("fsdp × expert × tensor", shared_intermediate_size=8, use_bias_correction=True)
     parameters = init_parameters(config, jax.random.key(0), jnp.bfloat16)
@@ -245,6 +264,12 @@ def test_wrong_operands() -> None:
     parameters, x = parameters_of(config), numbers(*BATCH)
     with pytest.raises(ValueError, match=r"x: got shape \(8, 6, 15\); takes \[\.\.\., hidden_size\]"):
         moe(config, parameters, x[..., 1:])
+    with pytest.raises(TypeError, match="x: got list; takes an array"):
+        moe(config, parameters, [1.0] * H)
+    with pytest.raises(TypeError, match="x: got dtype int32; takes bfloat16, float16, float32"):
+        moe(config, parameters, x.astype(np.int32))
+    with pytest.raises(TypeError, match=r"config: got .*Tracer; takes a MoEConfig, which is static"):
+        jax.jit(moe)(config, parameters, x)
     with pytest.raises(ValueError, match=r"parameters: got \['gate'\]; takes \['gate', 'wi_0',"):
         moe(config, {"gate": parameters["gate"]}, x)
     with pytest.raises(ValueError, match=r"wo: got shape \(8, 31, 16\); takes \[exp, mlp, embed\] ="):
