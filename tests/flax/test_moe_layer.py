@@ -130,15 +130,17 @@ def test_bfloat16() -> None:
     np.testing.assert_array_equal(aux.expert_load, in_float32.expert_load)
 
 
-def test_rows_beyond_the_capacity_are_dropped() -> None:
-    """Every token goes to expert 0, whose device takes its fair share: the first tokens are kept."""
-    config = config_of("expert", num_experts_per_tok=1, capacity_factor=1.0, alignment=1, normalize=False)
+@pytest.mark.parametrize("mesh_name", ["expert", "fsdp × expert × tensor"])
+def test_rows_beyond_the_capacity_are_dropped(mesh_name: str) -> None:
+    """All tokens go to expert 0, whose device takes its fair share: those of the first device of a group."""
+    config = config_of(mesh_name, num_experts_per_tok=1, capacity_factor=1.0, alignment=1, normalize=False)
     parameters, x = parameters_of(config), np.abs(numbers(*BATCH))
     parameters["gate"] = np.zeros_like(parameters["gate"])
     parameters["gate"][:, 0] = 1
     (out, aux), gradients = results_of(config, parameters, x, balance=0)
 
-    kept = np.arange(8 * 6) < 8 * 6 // config.comm.size
+    per_device = 8 * 6 // config.num_token_shards
+    kept = np.arange(8 * 6) // per_device % config.comm.size == 0
     (expected, _), _ = expected_of(config, parameters, x)
     assert aux.num_dropped == (~kept).sum()
     assert aux.expert_load[0] == kept.size
