@@ -1,6 +1,6 @@
 """Expert-parallel communication for Mixture-of-Experts models in JAX.
 
-The public surface; everything else is private.
+The public surface, with `jax_deepep.moe`, `.flax` and `.balancing`; everything else is private.
 """
 
 from importlib.metadata import version as _version

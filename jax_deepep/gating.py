@@ -56,7 +56,8 @@ def group_limited_topk(
         bias: [E] float, added to the scores in the choice, or None. It gets no gradient: `update_bias`
             moves it.
         score_function: "sigmoid" or "softmax".
-        normalize: divide the weights of a token by their sum.
+        normalize: divide the weights of a token by their sum. With K = 1 a weight is 1 then, and the router
+            gets no gradient from it.
         scale: factor of the weights, applied last.
 
     Returns:

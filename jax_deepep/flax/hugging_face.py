@@ -70,7 +70,8 @@ def from_hugging_face(
             `prefix`; the others are not looked at.
         config: the configuration of the model, or its `to_dict()` or config.json as a dict. Its `model_type`
             is one of "deepseek_v3", "mixtral", "qwen3_moe".
-        prefix: what the block is called in the state dict, with the last dot; "" if it is that of the block.
+        prefix: what the block is called in the state dict, the last dot may be left out; "" if it is that of
+            the block.
 
     Returns:
         (arguments of `jax_deepep.flax.MoE` and `jax_deepep.flax.linen.MoE`; their parameters by name, NumPy
@@ -145,7 +146,7 @@ class _Tensors:
     """The tensors of one block, each to be taken once."""
 
     def __init__(self, state_dict: Mapping[str, Any], prefix: str):
-        self.prefix = prefix
+        self.prefix = prefix = prefix and prefix.removesuffix(".") + "."
         self.left = {
             key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
         }
@@ -165,7 +166,13 @@ class _Tensors:
                 f"state_dict: has no {self.prefix + name!r}; takes the whole MoE block, whose names "
                 f"begin with prefix={self.prefix!r}. There are {_some(self.left)}."
             )
-        return _as_numpy(self.left.pop(name))
+        try:
+            return _as_numpy(self.left.pop(name))
+        except TypeError as error:  # torch has dtypes that NumPy lacks: those of quantised weights
+            raise ValueError(
+                f"state_dict: {self.prefix + name!r} cannot become an array ({error}); takes weights that "
+                "are not quantised: dequantise them to bfloat16 first."
+            ) from error
 
     def check_none_left(self, model_type: str) -> None:
         """Raise if the block has something that would be ignored: scales of quantised weights, biases, …"""

@@ -25,6 +25,8 @@ class MoE(nnx.Module):
     [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction `gate_bias` [E], a
     `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
     `fsdp_axis`, mlp over `tensor_axis`; logical axis rules that are set when the module is built come first.
+    Built outside of `nnx.jit`, each parameter is first made in full on one device: build large layers inside,
+    under `jax.set_mesh(mesh)`.
 
     **Collective** without `comm`: see `jax_deepep.Communicator`.
 

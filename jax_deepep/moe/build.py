@@ -10,6 +10,7 @@ from jax_deepep import jax_compat
 from jax_deepep.capacity import round_up
 from jax_deepep.communicator import Communicator
 from jax_deepep.moe.config import MoEConfig
+from jax_deepep.ops.checks import check_integer
 
 
 def build_config(
@@ -79,6 +80,8 @@ def _communicator(
             "max_tokens: got None without comm; takes the most tokens that a device has in one call, or "
             "pass comm."
         )
+    check_integer("max_tokens", max_tokens, minimum=1)
+    check_integer("num_chunks", num_chunks, minimum=1)
     if mesh is None:
         mesh = _mesh_here()
     names = (axis_name,) if isinstance(axis_name, str) else axis_name

@@ -13,7 +13,7 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
-from jax_deepep.ops.checks import check_array
+from jax_deepep.ops.checks import check_array, check_integer
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class MoEConfig:
         shared_intermediate_size: the inner size of all shared experts together, 0 for none.
         activation: of the experts, elementwise.
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.
-        capacity_factor: rows that a device takes, in units of its fair share K · T; rows beyond are
-            dropped. None = as many as may ever come.
+        capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
+            of its experts may need; rows beyond are dropped. None = as many as may ever come.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
@@ -91,8 +91,7 @@ class MoEConfig:
                 f"devices; takes a multiple of {self.comm.size}, at most as many."
             )
         for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
-            if not isinstance(value := getattr(self, name), int) or value < minimum:
-                raise ValueError(f"{name}: got {value!r}; takes an integer of at least {minimum}.")
+            check_integer(name, getattr(self, name), minimum=minimum)
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(
                 f"capacity_factor: got {self.capacity_factor!r}; takes a positive number, or None."
@@ -108,10 +107,11 @@ class MoEConfig:
                     f"{names}: got {size}; takes a multiple of {self.mesh.shape[axis]}, the size of the mesh "
                     f"axis {axis!r} that splits it."
                 )
-        if {self._fsdp, self._tensor} & set(self.comm.axis_names):
+        own = [axis for axis in (self._fsdp, self._tensor) if axis]
+        if len({*own, *self.comm.axis_names}) < len(own) + len(self.comm.axis_names):
             raise ValueError(
-                f"fsdp_axis, tensor_axis: got {self.fsdp_axis!r}, {self.tensor_axis!r}; take other axes than "
-                f"those of the experts, {self.comm.axis_names}."
+                f"fsdp_axis, tensor_axis: got {self.fsdp_axis!r}, {self.tensor_axis!r}; take two axes, other "
+                f"than those of the experts, {self.comm.axis_names}."
             )
 
     @property

@@ -32,7 +32,7 @@ def routed_experts(
         rows: [C, H].
         group_sizes: int32 [L], multiples of `alignment`.
         weights: `wi_0` and optionally `wi_1` [L, H, F], `wo` [L, F, H], of the dtype of rows.
-        activation: elementwise.
+        activation: elementwise; it may return another float dtype.
         choice: what `grouped_matmul.chosen` returned.
         alignment: rows of a block.
 
@@ -51,7 +51,7 @@ def routed_experts(
     hidden = activation(times(rows, "wi_0", "moe_hidden"))
     if "wi_1" in weights:
         hidden *= times(rows, "wi_1", "moe_hidden")
-    return times(hidden, "wo", "moe_expert_out")
+    return times(hidden.astype(rows.dtype), "wo", "moe_expert_out")
 
 
 def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array | None:
@@ -67,4 +67,4 @@ def _network(activation: Activation, x: jax.Array, weights: Weights) -> jax.Arra
     hidden = activation(x @ weights["wi_0"])
     if "wi_1" in weights:
         hidden *= x @ weights["wi_1"]
-    return hidden @ weights["wo"]
+    return hidden.astype(x.dtype) @ weights["wo"]

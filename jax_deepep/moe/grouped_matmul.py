@@ -25,12 +25,16 @@ def chosen(choice: Any, platform: str) -> Any:
     """Return the name or function that `choice` stands for on a platform.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: there is none of this name, or not on this platform.
     """
     if not callable(choice) and choice not in NAMES:
         raise ValueError(
             f"grouped_matmul: got {choice!r}; takes {', '.join(map(repr, NAMES))}, or a function of "
             "(rows, matrices, group_sizes)."
+        )
+    if choice == "triton" and platform != "cuda":
+        raise ValueError(
+            f"grouped_matmul: got 'triton' on {platform}; takes it on NVIDIA GPUs only. Use 'auto' here."
         )
     if choice == "auto":
         return "blocks" if platform == "cpu" else "ragged_dot"

@@ -26,7 +26,7 @@ from jax_deepep.capacity import round_up
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
 from jax_deepep.moe.grouped_matmul import chosen
-from jax_deepep.ops.checks import check_array
+from jax_deepep.ops.checks import check_array, check_rows_dtype
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
 from jax_deepep.ops.handle import ExpertMajor
@@ -42,7 +42,8 @@ class MoEAux:
 
     Attributes:
         expert_load: int32 [E], tokens that chose each expert, dropped rows included.
-        balance_loss: float32 [], see `jax_deepep.gating.balance_loss`; 1 when all loads are equal.
+        balance_loss: float32 [], see `jax_deepep.gating.balance_loss`; 1 when all loads are equal, 0 without
+            any token.
         num_dropped: int32 [], rows that did not fit into the capacity.
     """
 
@@ -119,7 +120,12 @@ def placed(
     return jax.sharding.auto_axes(change, axes=explicit, out_sharding=placement)(value)
 
 
-def _check(config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None) -> None:
+def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
+    if not isinstance(config, MoEConfig):
+        raise TypeError(
+            f"config: got {type(config).__name__}; takes a MoEConfig, which is static: "
+            "jax.jit(moe, static_argnums=0)."
+        )
     config.check_placement(placement)
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
@@ -127,6 +133,7 @@ def _check(config: MoEConfig, parameters: Parameters, x: jax.Array, placement: j
         if axes[0] == "exp":
             shape = (config.comm.num_experts, *shape[1:])
         check_array(name, parameters[name], shape, names=f"[{', '.join(a or '·' for a in axes)}]")
+    check_rows_dtype("x", x)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
 
@@ -168,7 +175,7 @@ def _per_device(
     if config.tensor_axes:
         out = lax.psum(out, config.tensor_axes)  # every device had a part of each expert's F
         num_dropped = lax.pmax(num_dropped, config.tensor_axes)  # the same on all of them
-    return out, MoEAux(load, gating.balance_loss(load, probability / num_tokens), num_dropped)
+    return out, MoEAux(load, gating.balance_loss(load, probability / max(num_tokens, 1)), num_dropped)
 
 
 def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:

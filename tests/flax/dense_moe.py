@@ -17,7 +17,7 @@ MAX_TOKENS = 64
 
 
 def config_of(mesh_name: str, axis_types: AxisType = AxisType.Auto, **choices: Any) -> MoEConfig:
-    """Return a layer on one of the tests' meshes; `experts_per_tok` stands for K."""
+    """Return a layer on one of the tests' meshes; `choices` may replace E and K."""
     sizes = (choices.pop("num_experts", E), choices.pop("num_experts_per_tok", K), H, F)
     mesh = mesh_named(mesh_name, axis_types)
     return build_config(*sizes, mesh=mesh, axis_name=expert_axes(mesh_name), max_tokens=MAX_TOKENS, **choices)
@@ -42,11 +42,12 @@ def on_mesh(config: MoEConfig, parameters: dict[str, np.ndarray]) -> dict[str, j
     return {name: put_on_mesh(value, config.mesh, config.spec(name)) for name, value in parameters.items()}
 
 
-def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> jax.Array:
-    """Return what the layer must compute without a capacity, from arrays in full, in float32."""
+def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> tuple[jax.Array, jax.Array]:
+    """Return (output, balance loss) of the layer without a capacity, from arrays in full, in float32."""
     tokens = x.reshape(-1, H)
+    logits = tokens @ parameters["gate"]
     topk_idx, topk_weights = gating.group_limited_topk(
-        tokens @ parameters["gate"],
+        logits,
         num_experts_per_tok=config.num_experts_per_tok,
         num_groups=config.num_groups,
         topk_groups=config.topk_groups,
@@ -67,7 +68,8 @@ def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> jax.Array:
     out = jnp.einsum("tk,tke,teh->th", topk_weights, chosen, network("", "e"))
     if config.shared_intermediate_size:
         out += network("shared_", "")
-    return out.reshape(x.shape)
+    probability = gating.router_probabilities(logits, config.score_function).mean(axis=0)
+    return out.reshape(x.shape), gating.balance_loss(chosen.sum(axis=(0, 1)), probability)
 
 
 def loss_of(out: jax.Array) -> jax.Array:

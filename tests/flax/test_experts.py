@@ -96,17 +96,37 @@ def test_blocks_are_not_computed_after_the_last_group() -> None:
 
 @pytest.mark.parametrize("choice", ["blocks", "triton"])
 def test_gradients_of_weights_are_summed_in_float32(choice: str) -> None:
-    """256 rows of an expert, each adding 1: in bfloat16 a sum of such terms would stop at 256 of them."""
-    rows = jnp.ones((640, H), jnp.bfloat16)
+    """640 blocks of an expert, each adding 1: in bfloat16 a sum of such terms would stop at 256 of them."""
+    rows = jnp.ones((640 * BLOCK, H), jnp.bfloat16)
     weights = {"wi_0": jnp.ones((1, H, F), jnp.bfloat16), "wo": jnp.zeros((1, F, H), jnp.bfloat16)}
-    group_sizes = jnp.array([640], jnp.int32)
+    group_sizes = jnp.array([len(rows)], jnp.int32)
 
     def run(weights):
         apply = partial(routed_experts, activation=jnp.ones_like, choice=choice, alignment=BLOCK)
-        return apply(rows, group_sizes, weights).astype(jnp.float32).sum()
+        return apply(rows, group_sizes, weights)[::BLOCK].astype(jnp.float32).sum()
 
     of_weights = jax.jit(jax.grad(run))(weights)
     np.testing.assert_array_equal(np.asarray(of_weights["wo"], np.float32), 640)
+
+
+@pytest.mark.parametrize("choice", ["blocks", "ragged_dot"])
+def test_an_activation_may_compute_in_float32(choice: str) -> None:
+    def activation(x):
+        return jax.nn.silu(x.astype(jnp.float32))
+
+    def of_weights(weights):
+        apply = partial(routed_experts, activation=activation, choice=choice, alignment=BLOCK)
+        out = apply(
+            jnp.asarray(numbers(len(EXPERT), H), jnp.bfloat16), jnp.asarray(GROUP_SIZES, jnp.int32), weights
+        )
+        assert out.dtype == jnp.bfloat16
+        return out.astype(jnp.float32).sum(), out
+
+    (_, out), gradients = jax.value_and_grad(of_weights, has_aux=True)(weights_of(True, jnp.bfloat16))
+    rows = numbers(len(EXPERT), H).astype(jnp.bfloat16).astype(np.float32)
+    weights = jax.tree.map(lambda value: value.astype(jnp.float32), weights_of(True, jnp.bfloat16))
+    assert_close(np.asarray(out, np.float32), np.asarray(expected(rows, weights)), tolerance=2e-2)
+    assert jax.tree.all(jax.tree.map(lambda value: value.dtype == jnp.bfloat16, gradients))
 
 
 def test_blocks_follow_the_rows_of_an_expert() -> None:
@@ -116,6 +136,9 @@ def test_blocks_follow_the_rows_of_an_expert() -> None:
     assert alignment_for("ragged_dot", 100) == alignment_for(loop_over_rows, 100) == 1
     assert chosen("auto", "cpu") == "blocks"
     assert chosen(loop_over_rows, "cpu") is loop_over_rows
+    assert chosen("triton", "cuda") == "triton"
+    with pytest.raises(ValueError, match="grouped_matmul: got 'triton' on cpu; takes it on NVIDIA GPUs only"):
+        chosen("triton", "cpu")
 
 
 def test_sizes_that_a_kernel_cannot_have() -> None:

@@ -67,7 +67,9 @@ def test_parameters(model_type: str, fused: bool, dtype) -> None:
     state_dict |= {f"model.layers.11.mlp.{name}": value * 0 for name, value in block.items()}
     config = CONFIGS[model_type]
     for result in (
-        from_hugging_face(block, config), from_hugging_face(state_dict, config, prefix="model.layers.1.mlp.")
+        from_hugging_face(block, config),
+        from_hugging_face(state_dict, config, prefix="model.layers.1.mlp."),
+        from_hugging_face(state_dict, config, prefix="model.layers.1.mlp"),
     ):  # fmt: skip
         _, parameters = result
         jax.tree.map(np.testing.assert_array_equal, parameters, ours(model_type, dtype))
@@ -125,6 +127,27 @@ def test_an_expert_that_is_missing() -> None:
     block = theirs("mixtral", fused=False)
     del block["experts.5.w3.weight"]
     with pytest.raises(ValueError, match=r"state_dict: has no 'experts\.5\.w3\.weight'"):
+        from_hugging_face(block, CONFIGS["mixtral"])
+
+
+def test_a_tensor_that_numpy_cannot_hold() -> None:
+    """As the float8 of DeepSeek-V3's own checkpoint, in torch."""
+
+    class Quantised:
+        dtype = "torch.float8_e4m3fn"
+
+        def detach(self):
+            return self
+
+        cpu = detach
+
+        def numpy(self):
+            raise TypeError("Got unsupported ScalarType Float8_e4m3fn")
+
+    block = {**theirs("mixtral", fused=False), "experts.2.w1.weight": Quantised()}
+    with pytest.raises(
+        ValueError, match=r"'experts\.2\.w1\.weight' cannot become an array \(.*; takes weights"
+    ):
         from_hugging_face(block, CONFIGS["mixtral"])
 
 

@@ -1,6 +1,7 @@
 """The layer as a function of global arrays, against the dense one, on every kind of mesh."""
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 import jax_deepep as ep
+from jax_deepep import jax_compat
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
+from jax_deepep.moe.triton_matmul import triton_matmul
 
 BATCH = (8, 6, H)
+BALANCE = 0.5  # weight of the balance loss
 DEEPSEEK = {
     "num_groups": 4,
     "topk_groups": 2,
@@ -27,12 +31,14 @@ DEEPSEEK = {
 }
 
 
-def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
+def results_of(
+    config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray, balance: float = BALANCE
+) -> Any:
     """Return ((output, aux), gradients of the parameters and x) of the layer, in full."""
 
     def loss(parameters, x):
         out, aux = moe(config, parameters, x)
-        return loss_of(out.astype(jnp.float32)), (out, aux)
+        return loss_of(out.astype(jnp.float32)) + balance * aux.balance_loss, (out, aux)
 
     is_even = x.ndim > 1 and x.shape[0] % config.num_token_shards == 0
     operands = (
@@ -44,14 +50,14 @@ def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarr
 
 
 def expected_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
-    """Return (output, gradients) of the dense layer."""
+    """Return ((output, balance loss), gradients) of the dense layer."""
 
     def loss(parameters, x):
-        out = dense_moe(config, parameters, x)
-        return loss_of(out), out
+        out, balance_loss = dense_moe(config, parameters, x)
+        return loss_of(out) + BALANCE * balance_loss, (out, balance_loss)
 
-    gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
-    return np.asarray(out), jax.tree.map(np.asarray, gradients)
+    gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(parameters, x)
+    return jax.tree.map(np.asarray, (results, gradients))
 
 
 @pytest.mark.parametrize(
@@ -73,9 +79,7 @@ def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
     parameters, x = parameters_of(config), numbers(*BATCH)
     (out, aux), gradients = results_of(config, parameters, x)
 
-    expected, expected_gradients = expected_of(config, parameters, x)
-    assert_close(out, expected)
-    assert_close(gradients, expected_gradients)
+    assert_close(((out, aux.balance_loss), gradients), expected_of(config, parameters, x))
     assert aux.expert_load.sum() == 8 * 6 * K
     assert aux.num_dropped == 0
 
@@ -88,10 +92,18 @@ def test_token_counts_that_do_not_divide(shape: tuple[int, ...], axis_types: Axi
     parameters, x = parameters_of(config), numbers(*shape)
     (out, aux), gradients = results_of(config, parameters, x)
 
-    assert_close((out, gradients), expected_of(config, parameters, x))
+    assert_close(((out, aux.balance_loss), gradients), expected_of(config, parameters, x))
     (_, alone), _ = results_of(config_of("one device"), parameters, x)
     np.testing.assert_array_equal(aux.expert_load, alone.expert_load)
-    assert_close(aux.balance_loss, alone.balance_loss)
+
+
+def test_no_tokens() -> None:
+    """As on the last, empty batch of a data set: all is 0, and the balance loss is no 0 / 0."""
+    config = config_of("data × expert", num_chunks=2)
+    (out, aux), gradients = results_of(config, parameters_of(config), np.zeros((0, H), np.float32))
+    assert out.shape == (0, H)
+    assert float(aux.balance_loss) == 0
+    assert not any(np.any(value) for value in jax.tree.leaves((aux, gradients)))
 
 
 @pytest.mark.collectives
@@ -108,7 +120,7 @@ def test_bfloat16() -> None:
     config = config_of("data × expert", dtype=jnp.bfloat16)
     parameters, x = parameters_of(config), numbers(*BATCH)
     (out, aux), gradients = results_of(config, parameters, x)
-    expected, expected_gradients = expected_of(config, parameters, x)
+    (expected, _), expected_gradients = expected_of(config, parameters, x)
 
     assert out.dtype == jnp.bfloat16
     assert {value.dtype for value in jax.tree.leaves(gradients)} == {np.dtype("float32")}
@@ -118,16 +130,18 @@ def test_bfloat16() -> None:
     np.testing.assert_array_equal(aux.expert_load, in_float32.expert_load)
 
 
-def test_rows_beyond_the_capacity_are_dropped() -> None:
-    """Every token goes to expert 0, whose device takes its fair share: the first tokens are kept."""
-    config = config_of("expert", num_experts_per_tok=1, capacity_factor=1.0, alignment=1, normalize=False)
+@pytest.mark.parametrize("mesh_name", ["expert", "fsdp × expert × tensor"])
+def test_rows_beyond_the_capacity_are_dropped(mesh_name: str) -> None:
+    """All tokens go to expert 0, whose device takes its fair share: those of the first device of a group."""
+    config = config_of(mesh_name, num_experts_per_tok=1, capacity_factor=1.0, alignment=1, normalize=False)
     parameters, x = parameters_of(config), np.abs(numbers(*BATCH))
     parameters["gate"] = np.zeros_like(parameters["gate"])
     parameters["gate"][:, 0] = 1
-    (out, aux), gradients = results_of(config, parameters, x)
+    (out, aux), gradients = results_of(config, parameters, x, balance=0)
 
-    kept = np.arange(8 * 6) < 8 * 6 // config.comm.size
-    expected, _ = expected_of(config, parameters, x)
+    per_device = 8 * 6 // config.num_token_shards
+    kept = np.arange(8 * 6) // per_device % config.comm.size == 0
+    (expected, _), _ = expected_of(config, parameters, x)
     assert aux.num_dropped == (~kept).sum()
     assert aux.expert_load[0] == kept.size
     assert_close(out.reshape(-1, H), np.where(kept[:, None], expected.reshape(-1, H), 0))
@@ -144,11 +158,11 @@ def test_bias_correction_chooses_only() -> None:
 
     np.testing.assert_array_equal(aux.expert_load, np.where(np.arange(E) < K, 8 * 6, 0))
     assert not gradients[0]["gate_bias"].any()
-    assert_close(out, expected_of(config, parameters, x)[0])
+    assert_close(out, expected_of(config, parameters, x)[0][0])
 
 
 def test_checkpoint_policies() -> None:
-    """A policy that keeps what dispatch brought spares the second exchange, and no policy changes a bit."""
+    """A policy that keeps what dispatch brought spares the second exchange; none changes the gradients."""
     config = config_of("expert", grouped_matmul="ragged_dot")
     parameters, x = (
         on_mesh(config, parameters_of(config)),
@@ -181,6 +195,22 @@ def test_checkpoint_policies() -> None:
         assert_close(gradients[name], gradients["plain"])
 
 
+@pytest.mark.parametrize(("num_chunks", "products"), [(1, 3 + 6), (2, 3 + 3 + 6)])
+def test_triton_kernels_go_into_the_layer(num_chunks: int, products: int, monkeypatch) -> None:
+    """Traced as for a GPU, wherever this runs: forward, again if in chunks, and both gradients of each."""
+    mesh = mesh_named("fsdp × expert × tensor")
+    sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": MAX_TOKENS, "hidden_size": H}
+    config = build_config(
+        E, K, H, 32, comm=ep.Communicator(mesh, implementation="xla", **sizes), num_chunks=num_chunks,
+        grouped_matmul=partial(triton_matmul, block=16), alignment=16, dtype=jnp.bfloat16,
+    )  # fmt: skip
+    parameters = on_mesh(config, parameters_of(config))
+    x = put_on_mesh(numbers(*BATCH), mesh, P(config.token_axes))
+    monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    step = jax.grad(lambda *operands: loss_of(moe(config, *operands)[0].astype(jnp.float32)), argnums=(0, 1))
+    assert str(jax.make_jaxpr(step)(parameters, x)).count("= pallas_call[") == products
+
+
 def test_first_parameters_are_placed() -> None:
     config = config_of("fsdp × expert × tensor", shared_intermediate_size=8, use_bias_correction=True)
     parameters = init_parameters(config, jax.random.key(0), jnp.bfloat16)
@@ -207,9 +237,17 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"mesh": mesh_named("one device")}, ValueError, "mesh: got .* together with a communicator of"),
         ({"comm": 3}, TypeError, r"comm: got int; takes a jax_deepep\.Communicator"),
         ({"num_chunks": 0}, ValueError, "num_chunks: got 0; takes an integer of at least 1"),
+        ({"num_chunks": 0, "comm": None, "max_tokens": 8}, ValueError, "num_chunks: got 0; takes an integer"),
+        ({"max_tokens": "8", "comm": None}, TypeError, "max_tokens: got '8'; takes a Python integer"),
+        ({"intermediate_size": 2.5}, TypeError, r"intermediate_size: got 2\.5; takes a Python integer"),
         ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive number, or None"),
         ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: got 'fast'; takes 'auto', 'blocks'"),
-        ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take other axes than"),
+        ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take two axes, other than"),
+        (
+            {"tensor_axis": "data", "fsdp_axis": "data"},
+            ValueError,
+            "fsdp_axis, tensor_axis: got 'data', 'data'",
+        ),
         ({"fsdp_axis": "data", "hidden_size": 3}, ValueError, "hidden_size: got 3"),
         ({"comm": None}, ValueError, "max_tokens: got None without comm; takes the most tokens"),
         ({"comm": None, "max_tokens": 8}, ValueError, "mesh: got None, and there are [248] devices; takes"),
@@ -228,6 +266,12 @@ def test_wrong_operands() -> None:
     parameters, x = parameters_of(config), numbers(*BATCH)
     with pytest.raises(ValueError, match=r"x: got shape \(8, 6, 15\); takes \[\.\.\., hidden_size\]"):
         moe(config, parameters, x[..., 1:])
+    with pytest.raises(TypeError, match="x: got list; takes an array"):
+        moe(config, parameters, [1.0] * H)
+    with pytest.raises(TypeError, match="x: got dtype int32; takes bfloat16, float16, float32"):
+        moe(config, parameters, x.astype(np.int32))
+    with pytest.raises(TypeError, match=r"config: got .*Tracer; takes a MoEConfig, which is static"):
+        jax.jit(moe)(config, parameters, x)
     with pytest.raises(ValueError, match=r"parameters: got \['gate'\]; takes \['gate', 'wi_0',"):
         moe(config, {"gate": parameters["gate"]}, x)
     with pytest.raises(ValueError, match=r"wo: got shape \(8, 31, 16\); takes \[exp, mlp, embed\] ="):
@@ -238,8 +282,8 @@ def test_wrong_operands() -> None:
 
 def test_a_communicator_is_not_made_while_tracing() -> None:
     def traced(x):
-        return moe(config_of("data × expert"), parameters_of(config), x)[0]
+        config_of("data × expert")
+        return x
 
-    config = config_of("data × expert")
     with pytest.raises(ValueError, match="comm: got None inside of a jitted or otherwise"):
         jax.jit(traced)(numbers(*BATCH))

@@ -1,5 +1,6 @@
 """`python -m jax_deepep.bench moe`: every contender computes the same, and what is measured is reported."""
 
+import dataclasses
 import json
 import os
 
@@ -65,3 +66,12 @@ def test_the_command(tmp_path, capsys) -> None:
     assert layer["name"] == "native, 2 chunks"
     assert layer["temporary_bytes"] > 0
     assert "T=8 H=24 F=32 K=2 E=8 R=2 float32 C=worst" in capsys.readouterr().out
+
+
+def test_wrong_arguments(capsys) -> None:
+    """Before anything is measured."""
+    with pytest.raises(ValueError, match="experts: got 9; takes a multiple of devices=2, at least topk=2"):
+        dataclasses.replace(PROBLEM, devices=2, experts=9)
+    with pytest.raises(SystemExit):
+        main(["moe", "--capacity-factor", "all"])
+    assert "--capacity-factor: invalid factor_or_none value: 'all'" in capsys.readouterr().err

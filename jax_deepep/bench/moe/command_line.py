@@ -64,6 +64,11 @@ class Result:
         return [self.name, *times, f"{self.temporary_bytes / 2**20:.1f}"]
 
 
+def factor_or_none(text: str) -> float | None:
+    """Return a capacity factor; None for the worst case."""
+    return None if text == "worst" else float(text)
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -81,7 +86,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (%(default)s)")
     parser.add_argument("--devices", type=int, help="R (all; on a CPU 8)")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--capacity-factor", default="worst", help='a number, or "worst" (%(default)s)')
+    parser.add_argument("--capacity-factor", type=factor_or_none, default="worst",
+                        help='a number, or "worst" (%(default)s)')  # fmt: skip
     matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
     parser.add_argument(
         "--matmuls", nargs="*", choices=matmuls, help="to apply experts (what the platform has)"
@@ -144,10 +150,9 @@ def main(arguments: Sequence[str]) -> int:
         prepare_cpu(options.devices or DEFAULT_DEVICES)
     devices = jax.devices()[: options.devices]
     mesh = Mesh(np.array(devices), (AXIS,))
-    factor = None if options.capacity_factor == "worst" else float(options.capacity_factor)
     problem = MoEProblem(
         options.tokens, options.hidden, options.intermediate, options.topk, options.experts,
-        len(devices), options.dtype, factor)  # fmt: skip
+        len(devices), options.dtype, options.capacity_factor)  # fmt: skip
     around: dict[str, Any] = surroundings()
     results = list(results_of(options, problem, mesh))
     if jax.process_index() == 0:

@@ -32,6 +32,13 @@ class MoEProblem:
     dtype: str
     capacity_factor: float | None
 
+    def __post_init__(self) -> None:
+        if self.experts % self.devices or self.topk > self.experts:
+            raise ValueError(
+                f"experts: got {self.experts}; takes a multiple of devices={self.devices}, at least "
+                f"topk={self.topk}."
+            )
+
     @property
     def name(self) -> str:
         """The shape in one line."""
