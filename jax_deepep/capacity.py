@@ -1,5 +1,6 @@
 """How many rows an op needs: pure arithmetic, used when tracing."""
 
+import math
 from typing import Any, Literal, TypeVar
 
 Number = TypeVar("Number", bound=Any)  # an int, or an array of them
@@ -30,6 +31,31 @@ def worst_case_rows(
         return round_up(num_ranks * num_tokens, alignment)
     rows = num_ranks * num_tokens * min(num_experts_per_tok, num_local_experts)
     return round_up(rows + num_local_experts * (alignment - 1), alignment)
+
+
+def bounded_rows(
+    *,
+    capacity_factor: float,
+    num_ranks: int,
+    num_tokens: int,
+    num_experts_per_tok: int,
+    num_local_experts: int,
+    alignment: int,
+) -> int:
+    """Return `capacity_factor` times the rows that an expert-major device receives on average, with padding.
+
+    On average one device receives as many rows as it sends, K · T. Not more than the worst case.
+    """
+    rows = math.ceil(capacity_factor * num_tokens * num_experts_per_tok) + num_local_experts * (alignment - 1)
+    worst_case = worst_case_rows(
+        layout="expert",
+        num_ranks=num_ranks,
+        num_tokens=num_tokens,
+        num_experts_per_tok=num_experts_per_tok,
+        num_local_experts=num_local_experts,
+        alignment=alignment,
+    )
+    return min(worst_case, round_up(rows, alignment))
 
 
 def num_groups(layout: Layout, num_local_experts: int) -> int:

@@ -37,8 +37,8 @@ def build_config(
         comm: the communicator, for any number of layers of the same sizes. The arguments below are those of
             one that is made here.
         mesh: None = the one that `jax.set_mesh` set, or the device, if there is only one.
-        axis_name: the expert-parallel axis, or a tuple of axes, outermost first. On a mesh that has none of
-            them every device has all experts.
+        axis_name: the expert-parallel axis, or a tuple of axes, outermost first. On a mesh without an axis
+            "expert", the default, every device has all experts.
         max_tokens: most tokens per device in one call of the layer.
         choices: further fields of `MoEConfig`.
 
@@ -86,6 +86,11 @@ def _communicator(
         mesh = _mesh_here()
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     here = tuple(name for name in names if name in mesh.axis_names)
+    if here != tuple(names) and axis_name != "expert":
+        raise ValueError(
+            f"axis_name: got {axis_name!r}; takes axes of the mesh, {mesh.axis_names}, or 'expert', without "
+            "which every device has all experts."
+        )
     return Communicator(mesh, here, max_tokens=round_up(max_tokens, num_chunks) // num_chunks, **sizes)
 
 

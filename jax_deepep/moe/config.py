@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jax_deepep.capacity import round_up, worst_case_rows
+from jax_deepep.capacity import bounded_rows
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
@@ -203,13 +203,12 @@ class MoEConfig:
             alignment = alignment_for(choice, fair_share / comm.num_local_experts)
         if self.capacity_factor is None:
             return None, alignment
-        worst_case = worst_case_rows(
-            layout="expert",
+        rows = bounded_rows(
+            capacity_factor=self.capacity_factor,
             num_ranks=comm.size,
             num_tokens=num_tokens,
             num_experts_per_tok=comm.num_experts_per_tok,
             num_local_experts=comm.num_local_experts,
             alignment=alignment,
         )
-        rows = math.ceil(self.capacity_factor * fair_share) + comm.num_local_experts * (alignment - 1)
-        return min(worst_case, round_up(rows, alignment)), alignment
+        return rows, alignment

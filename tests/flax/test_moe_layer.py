@@ -251,6 +251,11 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"fsdp_axis": "data", "hidden_size": 3}, ValueError, "hidden_size: got 3"),
         ({"comm": None}, ValueError, "max_tokens: got None without comm; takes the most tokens"),
         ({"comm": None, "max_tokens": 8}, ValueError, "mesh: got None, and there are [248] devices; takes"),
+        (
+            {"comm": None, "max_tokens": 8, "mesh": mesh_named("one device"), "axis_name": "exprt"},
+            ValueError,
+            "axis_name: got 'exprt'; takes axes of the mesh",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

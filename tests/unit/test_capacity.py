@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jax_deepep.capacity import num_groups, round_up, worst_case_rows
+from jax_deepep.capacity import bounded_rows, num_groups, round_up, worst_case_rows
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,19 @@ def test_the_worst_case_drops_nothing(alignment: int) -> None:
         )  # fmt: skip
         assert routes.group_sizes.sum(axis=1).max() <= rows
         assert not routes.num_dropped.any()
+
+
+@pytest.mark.parametrize(
+    ("factor", "alignment", "expected"),
+    # On average 10 · 3 rows; four groups may each be padded by alignment − 1; 80 · 3 come in the worst case.
+    [(1.0, 1, 30), (1.25, 1, 38), (1.0, 8, 64), (100.0, 1, 240), (100.0, 8, 272)],
+)
+def test_a_bound_on_rows(factor: float, alignment: int, expected: int) -> None:
+    rows = bounded_rows(
+        capacity_factor=factor, num_ranks=8, num_tokens=10, num_experts_per_tok=3, num_local_experts=4,
+        alignment=alignment,
+    )  # fmt: skip
+    assert rows == expected
 
 
 def test_groups_of_rows() -> None:

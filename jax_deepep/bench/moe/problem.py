@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepep.capacity import round_up, worst_case_rows
+from jax_deepep.capacity import bounded_rows, round_up, worst_case_rows
 from jax_deepep.moe.parameters import of_experts
 
 
@@ -58,17 +58,17 @@ class MoEProblem:
         live = self.tokens * self.topk
         counts = np.bincount(random.integers(0, num_local, live), minlength=num_local)
         group_sizes = round_up(counts, alignment)
+        sizes = {
+            "num_ranks": self.devices,
+            "num_tokens": self.tokens,
+            "num_experts_per_tok": self.topk,
+            "num_local_experts": num_local,
+            "alignment": alignment,
+        }
         if self.capacity_factor is None:
-            capacity = worst_case_rows(
-                layout="expert",
-                num_ranks=self.devices,
-                num_tokens=self.tokens,
-                num_experts_per_tok=self.topk,
-                num_local_experts=num_local,
-                alignment=alignment,
-            )
+            capacity = worst_case_rows(layout="expert", **sizes)
         else:
-            capacity = round_up(int(self.capacity_factor * live) + num_local * (alignment - 1), alignment)
+            capacity = bounded_rows(capacity_factor=self.capacity_factor, **sizes)
         first = np.cumsum(group_sizes) - group_sizes
         place = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
         key, dtype = jax.random.key(0), jnp.dtype(self.dtype)
