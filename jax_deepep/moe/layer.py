@@ -80,7 +80,8 @@ def moe(
     if dtype is None:
         dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
     num_tokens = x.size // config.hidden_size
-    padded = round_up(num_tokens, config.num_token_shards * config.num_chunks)
+    # At least one token for every device: XLA of JAX 0.11.2 crashes on operands without elements.
+    padded = round_up(max(num_tokens, 1), config.num_token_shards * config.num_chunks)
 
     def flatten(x: jax.Array) -> jax.Array:
         tokens = x.reshape(-1, config.hidden_size)
