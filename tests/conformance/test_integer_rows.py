@@ -20,7 +20,6 @@ PROBLEMS = [
     Problem("integers, alignment 8", hidden_size=37, alignment=8),
     Problem("integers, both capacities, alignment 4", hidden_size=37, capacity=12, expert_capacity=5,
             alignment=4, routing="skewed"),
-    Problem("integers, capacity 0", hidden_size=37, capacity=0),
     Problem("integers, token-major", hidden_size=37, num_topk=5, layout="token", routing="invalid"),
     Problem("integers, token-major, capacity, alignment 8", hidden_size=37, layout="token", capacity=16,
             alignment=8, routing="skewed"),
