@@ -23,9 +23,7 @@ def _milliseconds(result: Result, contender: str) -> str:
     spread = result.seconds.get(contender)
     if spread is None:
         return "–"
-    digits = 1 if spread.median >= 0.01 else 2
-    low, median, high = (f"{1e3 * s:.{digits}f}" for s in (spread.p10, spread.median, spread.p90))
-    return f"{median} ({low}–{high})"
+    return spread.text(1e3, digits=1 if spread.median >= 0.01 else 2)
 
 
 def _cells(result: Result) -> list[str]:

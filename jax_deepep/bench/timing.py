@@ -56,6 +56,11 @@ class Spread:
         p10, median, p90 = np.percentile(seconds, [10, 50, 90])
         return cls(float(median), float(p10), float(p90), len(seconds))
 
+    def text(self, per_second: float, digits: int) -> str:
+        """Return "median (p10–p90)" in a unit of which a second has `per_second`."""
+        median, p10, p90 = (f"{per_second * s:.{digits}f}" for s in (self.median, self.p10, self.p90))
+        return f"{median} ({p10}–{p90})"
+
 
 def take_turns(
     contenders: Mapping[str, Callable[[], Any]], *, repeats: int, limit_s: float, timer: Timer

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import jax
 import pytest
@@ -19,6 +18,7 @@ from jax_deepep.bench.moe.contenders import (
 )
 from jax_deepep.bench.moe.problem import MoEProblem
 from jax_deepep.communicator import Communicator
+from jax_deepep.launch import launched_rank
 
 PROBLEM = MoEProblem(
     tokens=8, hidden=16, intermediate=32, topk=2, experts=8, devices=jax.device_count(), dtype="float32",
@@ -50,7 +50,9 @@ def test_grouped_matmuls_agree() -> None:
         assert_close(other, of_weights["ragged_dot"])
 
 
-@pytest.mark.skipif("JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="a command for one process")
+@pytest.mark.skipif(
+    launched_rank() is not None, reason="the suite has joined the processes of the job, as the command would"
+)
 def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "moe.json"
     shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}

@@ -1,14 +1,14 @@
 """`python -m jax_deepep.bench routing`: what it counts is what the routing says, and it is drawn."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 
 from jax_deepep.bench.__main__ import main
+from jax_deepep.launch import launched_rank
 
-pytestmark = pytest.mark.skipif("JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="a command for one process")
+pytestmark = pytest.mark.skipif(launched_rank() is not None, reason="a command for one process")
 
 
 def test_rows_are_counted_and_drawn(tmp_path, capsys) -> None:

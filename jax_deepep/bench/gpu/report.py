@@ -27,7 +27,7 @@ COLUMNS = (
 
 def microseconds(spread: Spread) -> str:
     """Return median and percentiles."""
-    return f"{1e6 * spread.median:.0f} ({1e6 * spread.p10:.0f}–{1e6 * spread.p90:.0f})"
+    return spread.text(1e6, digits=0)
 
 
 def _cells(result: Result) -> list[str]:

@@ -3,9 +3,9 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jax_deepep.bench.moe.contenders import (
 from jax_deepep.bench.moe.problem import MoEProblem
 from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import Table, markdown, print_tables
+from jax_deepep.bench.timing import Spread, wall_clock
 from jax_deepep.communicator import Communicator
 from jax_deepep.launch.rank_environment import launched_rank
 from jax_deepep.moe.grouped_matmul import NAMES
@@ -57,10 +58,7 @@ class Result:
         """Return the row of the table."""
         if self.failure:
             return [f"{self.name}: {self.failure}", "–", "–", "–"]
-        times = []
-        for seconds in self.seconds.values():
-            low, median, high = 1e3 * np.percentile(seconds, [10, 50, 90])
-            times.append(f"{median:.2f} ({low:.2f}–{high:.2f})")
+        times = [Spread.of(seconds).text(1e3, digits=2) for seconds in self.seconds.values()]
         return [self.name, *times, f"{self.temporary_bytes / 2**20:.1f}"]
 
 
@@ -112,11 +110,8 @@ def measure(of: str, name: str, programs: dict[str, Program], repeats: int) -> R
             jax.block_until_ready(compiled(*operands))
         except (ValueError, jax.errors.JaxRuntimeError) as error:
             return Result(of, name, {}, 0, str(error).splitlines()[0][:80])
-        seconds[which] = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*operands))
-            seconds[which].append(time.perf_counter() - start)
+        run = partial(compiled, *operands)
+        seconds[which] = [wall_clock(run) for _ in range(repeats)]
         temporary = int(getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0))
     return Result(of, name, seconds, temporary)
 
