@@ -17,7 +17,7 @@ from jax_deepep.bootstrap import Exchange
 from jax_deepep.topology import Topology
 
 # Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
-# them), and where it is, for errors.
+# them), and the PCI address of its GPU.
 Export = tuple[int, int, str]
 
 

@@ -189,8 +189,7 @@ std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
     for (const void* operand : read_by_peers) {
       if (operand != nullptr && !rank->facts.Holds(operand)) {
         return "an operand that peers read is not in the memory pool that they have mapped: it is "
-               "a "
-               "constant of the program (pass it as an argument), or XLA did not preallocate its "
+               "a constant of the program (pass it as an argument), or XLA did not preallocate its "
                "pool (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
       }
     }

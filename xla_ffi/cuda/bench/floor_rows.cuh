@@ -11,6 +11,8 @@
 
 namespace jax_deepep {
 
+static_assert(kMaxFloorRows <= kMaxRowsAtOnce, "WithConstant has a case for each");
+
 struct Floor {
   OpFrame frame;
   FloorParams params;

@@ -13,12 +13,10 @@ namespace {
 // The operand that peers read.
 enum { kRows };
 
-// Words of 16 bytes of a row that a lane has in flight.
-constexpr int kWordsInFlight = 14;
-
 // A warp reads a row, and writes it once for each place.
 __device__ void GatherByLoads(const Floor& op, const GroupOp& group) {
   const int lane = threadIdx.x % 32;
+  constexpr int kWordsInFlight = GroupsInFlight<uint16_t>(1);
   const int words = static_cast<int>(op.row_bytes / 16);
   const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
