@@ -67,6 +67,8 @@ class Group {
       for (int peer = 0; peer < shape.num_ranks; ++peer) frame.control[peer] = controls_[peer]->device<DeviceControl>();
       frames_.push_back(frame);
     }
+    // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
+    Delay<<<1, 1>>>(0);
     CheckCuda(cudaDeviceSynchronize(), "set-up");
   }
   ~Group() {
@@ -371,9 +373,13 @@ void CheckSoak(int num_blocks, int steps) {
     }
     RunOnCpu(*comm, 2 * step, dispatches);
     RunOnCpu(*comm, 2 * step + 1, combines);
+    // One op of all ranks after the other: streams share queues of the GPU, and a rank's second op, which waits for its
+    // first, would hold up the first of another rank.
     for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
       group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+    }
+    for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
       group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
     }
