@@ -37,7 +37,7 @@ def chosen(choice: Any, platform: str) -> Any:
             f"grouped_matmul: got 'triton' on {platform}; takes it on NVIDIA GPUs only. Use 'auto' here."
         )
     if choice == "auto":
-        return "blocks" if platform == "cpu" else "ragged_dot"
+        return {"cpu": "blocks", "cuda": "triton"}.get(platform, "ragged_dot")
     return choice
 
 

@@ -72,7 +72,17 @@ __device__ __forceinline__ void AddTerm(const Packed<typename Type::Element>& gr
   for (int i = 0; i < kGroup; ++i) sums[i] = begins ? values[i] : __fadd_rn(sums[i], values[i]);
 }
 
-// Write the sum of a known number of inputs, all of them in flight.
+// A group that changes no sum.
+template <typename Element>
+__device__ __forceinline__ Packed<Element> MinusZeros() {
+  constexpr uint32_t kWord = sizeof(Element) == 4 ? 0x80000000u : 0x80008000u;
+  Packed<Element> packed;
+#pragma unroll
+  for (uint4& word : packed.words) word = uint4{kWord, kWord, kWord, kWord};
+  return packed;
+}
+
+// Write the sum of kInputs inputs, all of them in flight; with weights, perhaps of one less.
 template <typename Type, bool kWeighted, typename Sum, int kInputs>
 __device__ __forceinline__ void AddAtOnce(const Inputs& inputs, char* to, RowShape<true> shape) {
   using Element = typename Type::Element;
@@ -80,6 +90,8 @@ __device__ __forceinline__ void AddAtOnce(const Inputs& inputs, char* to, RowSha
   float weights[kInputs];
 #pragma unroll
   for (int input = 0; input < kInputs; ++input) rows[input] = inputs.Get(input, &weights[input]);
+  const bool full = !kWeighted || inputs.count == kInputs;
+  if (!full) weights[kInputs - 1] = 1.0f;
   const bool begins = Sum::BeginsWithTerm(inputs);
   ForGroups<GroupsInFlight<Element>(kInputs)>(shape.num_groups(), [&](int base, auto ahead) {
     constexpr int kGroups = decltype(ahead)::value;
@@ -88,7 +100,11 @@ __device__ __forceinline__ void AddAtOnce(const Inputs& inputs, char* to, RowSha
     for (int input = 0; input < kInputs; ++input) {
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
-        groups[input][i] = LoadGroup<Element>(rows[input], base + i * 32, shape);
+        if (input == kInputs - 1 && !full) {
+          groups[input][i] = MinusZeros<Element>();
+        } else {
+          groups[input][i] = LoadGroup<Element>(rows[input], base + i * 32, shape);
+        }
       }
     }
 #pragma unroll
@@ -129,8 +145,15 @@ template <typename Type, bool kWhole, bool kWeighted, typename Sum>
 __device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape) {
   if constexpr (kWhole) {
     if (inputs.count >= 1 && inputs.count <= kMaxRowsAtOnce) {
-      return WithConstant(inputs.count, [&](auto count) {
-        AddAtOnce<Type, kWeighted, Sum, decltype(count)::value>(inputs, to, shape);
+      // Weighing takes twice the code: a body for every second number of inputs only, because ranks
+      // that share a GPU each fetch their own, and those of all numbers do not stay in the SM's
+      // cache.
+      constexpr int kStep = kWeighted ? 2 : 1;
+      return WithConstant((inputs.count + kStep - 1) / kStep, [&](auto steps) {
+        constexpr int kInputs = decltype(steps)::value * kStep;
+        if constexpr (kInputs <= kMaxRowsAtOnce) {
+          AddAtOnce<Type, kWeighted, Sum, kInputs>(inputs, to, shape);
+        }
       });
     }
   }
