@@ -37,8 +37,8 @@ class MoEConfig:
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
-            or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU
-            and ragged_dot elsewhere.
+            or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU,
+            triton on NVIDIA GPUs, if it takes these sizes, and ragged_dot elsewhere.
         num_chunks: a device's tokens pass in so many chunks, one after the other, each recomputed for its
             gradient: only one chunk's rows are in memory.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in
@@ -96,7 +96,7 @@ class MoEConfig:
             raise ValueError(
                 f"capacity_factor: got {self.capacity_factor!r}; takes a positive number, or None."
             )
-        chosen(self.grouped_matmul, self.comm.platform)
+        _ = self.experts_by
         for axis, size, names in (
             (self._fsdp, self.hidden_size, "hidden_size"),
             (self._tensor, self.intermediate_size, "intermediate_size"),
@@ -193,14 +193,19 @@ class MoEConfig:
         _, axes = self.parameters[name]
         return P(*(None if axis is None else self.axis_rules[axis] for axis in axes))
 
+    @property
+    def experts_by(self) -> Any:
+        """The name or function that `grouped_matmul` stands for here."""
+        inner = self.intermediate_size // (1 if self._tensor is None else self.mesh.shape[self._tensor])
+        return chosen(self.grouped_matmul, self.comm.platform, (self.hidden_size, inner), self.alignment)
+
     def rows(self, num_tokens: int) -> tuple[int | None, int]:
         """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""
         comm = self.comm
         fair_share = num_tokens * comm.num_experts_per_tok
         alignment = self.alignment
         if alignment is None:
-            choice = chosen(self.grouped_matmul, comm.platform)
-            alignment = alignment_for(choice, fair_share / comm.num_local_experts)
+            alignment = alignment_for(self.experts_by, fair_share / comm.num_local_experts)
         if self.capacity_factor is None:
             return None, alignment
         rows = bounded_rows(

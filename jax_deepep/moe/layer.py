@@ -25,7 +25,6 @@ from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
-from jax_deepep.moe.grouped_matmul import chosen
 from jax_deepep.ops.checks import check_array, check_rows_dtype
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
@@ -235,7 +234,7 @@ def _chunk(
         dispatched.group_sizes,
         weights,
         activation=config.activation,
-        choice=chosen(config.grouped_matmul, config.comm.platform),
+        choice=config.experts_by,
         alignment=alignment,
     )
     bias = shared_experts(x, weights, activation=config.activation)

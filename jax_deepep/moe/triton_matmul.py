@@ -21,6 +21,12 @@ COLUMNS = 128  # of a tile of the result, at most
 DEPTH_BYTES = 128  # of the tiles that are multiplied: three pairs fit into the shared memory of an SM
 
 
+def takes(hidden_size: int, intermediate_size: int, alignment: int) -> bool:
+    """Return whether `triton_matmul` takes matrices of these sizes, and groups of this alignment."""
+    whole = all(size % SMALLEST_TILE == 0 for size in (hidden_size, intermediate_size, alignment))
+    return whole and alignment & (alignment - 1) == 0
+
+
 def triton_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int) -> jax.Array:
     """Multiply the rows of each group with its matrix: see `grouped_matmul`.
 
