@@ -96,7 +96,7 @@ class MoEConfig:
             raise ValueError(
                 f"capacity_factor: got {self.capacity_factor!r}; takes a positive number, or None."
             )
-        _ = self.experts_by
+        chosen(self.grouped_matmul, self.comm.platform)
         for axis, size, names in (
             (self._fsdp, self.hidden_size, "hidden_size"),
             (self._tensor, self.intermediate_size, "intermediate_size"),
@@ -196,8 +196,11 @@ class MoEConfig:
     @property
     def experts_by(self) -> Any:
         """The name or function that `grouped_matmul` stands for here."""
-        inner = self.intermediate_size // (1 if self._tensor is None else self.mesh.shape[self._tensor])
-        return chosen(self.grouped_matmul, self.comm.platform, (self.hidden_size, inner), self.alignment)
+        parts = 1 if self._tensor is None else self.mesh.shape[self._tensor]
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size // parts}
+        if self.alignment is not None:
+            sizes["alignment"] = self.alignment
+        return chosen(self.grouped_matmul, self.comm.platform, **sizes)
 
     def rows(self, num_tokens: int) -> tuple[int | None, int]:
         """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from jax_deepep.moe.triton_matmul import takes, triton_matmul
+from jax_deepep.moe.triton_matmul import refusal, triton_matmul
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Choice = Literal["auto", "blocks", "ragged_dot", "triton"] | GroupedMatmul
@@ -21,10 +21,13 @@ LARGEST_BLOCK = 128  # rows
 SMALLEST_BLOCK = {"blocks": 8, "triton": 16}
 
 
-def chosen(
-    choice: Any, platform: str, sizes: tuple[int, int] = (16, 16), alignment: int | None = None
-) -> Any:
-    """Return the name or function that `choice` stands for on a platform, for matrices of these sizes.
+def chosen(choice: Any, platform: str, **sizes: int) -> Any:
+    """Return the name or function that `choice` stands for on a platform.
+
+    Args:
+        choice: a name of NAMES, or a function.
+        platform: of the devices.
+        sizes: what is known of `hidden_size`, `intermediate_size` and `alignment`; "auto" heeds them.
 
     Raises:
         ValueError: there is none of this name, or not on this platform.
@@ -39,7 +42,7 @@ def chosen(
             f"grouped_matmul: got 'triton' on {platform}; takes it on NVIDIA GPUs only. Use 'auto' here."
         )
     if choice == "auto":
-        if platform == "cuda" and takes(*sizes, SMALLEST_BLOCK["triton"] if alignment is None else alignment):
+        if platform == "cuda" and refusal(**sizes) is None:
             return "triton"
         return "blocks" if platform == "cpu" else "ragged_dot"
     return choice

@@ -21,10 +21,15 @@ COLUMNS = 128  # of a tile of the result, at most
 DEPTH_BYTES = 128  # of the tiles that are multiplied: three pairs fit into the shared memory of an SM
 
 
-def takes(hidden_size: int, intermediate_size: int, alignment: int) -> bool:
-    """Return whether `triton_matmul` takes matrices of these sizes, and groups of this alignment."""
-    whole = all(size % SMALLEST_TILE == 0 for size in (hidden_size, intermediate_size, alignment))
-    return whole and alignment & (alignment - 1) == 0
+def refusal(**sizes: int) -> str | None:
+    """Return what is wrong with `hidden_size`, `intermediate_size` or `alignment` here, or None."""
+    for name, size in sizes.items():
+        if size % SMALLEST_TILE or (name == "alignment" and size & (size - 1)):
+            return (
+                f'{name}: got {size}; grouped_matmul="triton" takes multiples of {SMALLEST_TILE}, and as '
+                'alignment powers of two. Use grouped_matmul="ragged_dot" for others.'
+            )
+    return None
 
 
 def triton_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int) -> jax.Array:
@@ -42,13 +47,9 @@ def triton_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, 
     Raises:
         ValueError: a size is not a multiple of 16, or `block` no such power of two.
     """
-    sizes = {"hidden_size": matrices.shape[1], "intermediate_size": matrices.shape[2], "alignment": block}
-    for name, size in sizes.items():
-        if size % SMALLEST_TILE or (name == "alignment" and size & (size - 1)):
-            raise ValueError(
-                f'{name}: got {size}; grouped_matmul="triton" takes multiples of {SMALLEST_TILE}, and as '
-                'alignment powers of two. Use grouped_matmul="ragged_dot" for others.'
-            )
+    refused = refusal(hidden_size=matrices.shape[1], intermediate_size=matrices.shape[2], alignment=block)
+    if refused is not None:
+        raise ValueError(refused)
     return _matmul(block, *vary_together(frozenset(), rows, matrices, group_sizes))
 
 

@@ -137,8 +137,10 @@ def test_blocks_follow_the_rows_of_an_expert() -> None:
     assert chosen("auto", "cpu") == "blocks"
     assert chosen(loop_over_rows, "cpu") is loop_over_rows
     assert chosen("triton", "cuda") == "triton"
-    assert chosen("auto", "cuda", (64, 128)) == chosen("auto", "cuda", (64, 128), 32) == "triton"
-    assert chosen("auto", "cuda", (64, 100)) == chosen("auto", "cuda", (64, 128), 48) == "ragged_dot"
+    fitting = {"hidden_size": 64, "intermediate_size": 128}
+    assert chosen("auto", "cuda", **fitting) == chosen("auto", "cuda", **fitting, alignment=32) == "triton"
+    assert chosen("auto", "cuda", hidden_size=64, intermediate_size=100) == "ragged_dot"
+    assert chosen("auto", "cuda", **fitting, alignment=48) == "ragged_dot"
     with pytest.raises(ValueError, match="grouped_matmul: got 'triton' on cpu; takes it on NVIDIA GPUs only"):
         chosen("triton", "cpu")
 
