@@ -170,39 +170,48 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
     for (int base = lane; base - lane < num_groups; base += kChunkGroups) {
       constexpr int64_t kGroupBytes = sizeof(Packed<Element>);
       PrefetchChunk(op, row, num_rows, (base - lane) * kGroupBytes, kChunkGroups * kGroupBytes);
-      Packed<Element> x[kGroupsPerLane];
+      // x stays in registers; of y, one half is on its way while the other one is used.
+      constexpr int kHalf = kGroupsPerLane / 2;
+      Packed<Element> x[kGroupsPerLane], y[2][kHalf];
+      auto load = [&](const char* of, int first, int count, Packed<Element>* to) {
 #pragma unroll
-      for (int i = 0; i < kGroupsPerLane; ++i) {
-        const int at = base + i * 32;
-        if (at < num_groups) x[i] = LoadGroup<Element>(from, at, shape);
-      }
-      for (int j = 0; j < num_rows; ++j) {
-        const int64_t offset = __shfl_sync(~0u, row, j) * op.row_bytes;
-        const float scale = __shfl_sync(~0u, weight, j);
-        const char* y_row = static_cast<const char*>(params.y) + offset;
-        char* to = static_cast<char*>(params.rows) + offset;
-        Packed<Element> y[kGroupsPerLane];
-#pragma unroll
-        for (int i = 0; i < kGroupsPerLane; ++i) {
-          const int at = base + i * 32;
-          if (at < num_groups) y[i] = LoadGroup<Element>(y_row, at, shape);
+        for (int i = 0; i < count; ++i) {
+          const int at = base + (first + i) * 32;
+          if (at < num_groups) to[i] = LoadGroup<Element>(of, at, shape);
         }
+      };
+      auto y_row = [&](int j) {
+        return static_cast<const char*>(params.y) + __shfl_sync(~0u, row, j) * op.row_bytes;
+      };
+      load(from, 0, kGroupsPerLane, x);
+      load(y_row(0), 0, kHalf, y[0]);
+      for (int j = 0; j < num_rows; ++j) {
+        const float scale = __shfl_sync(~0u, weight, j);
+        char* to = static_cast<char*>(params.rows) + __shfl_sync(~0u, row, j) * op.row_bytes;
         float sums[kGroup] = {};
 #pragma unroll
-        for (int i = 0; i < kGroupsPerLane; ++i) {
-          const int at = base + i * 32;
-          if (at >= num_groups) continue;
-          float left[kGroup], right[kGroup];
-          Type::Unpack(x[i], left);
-          Type::Unpack(y[i], right);
-#pragma unroll
-          for (int e = 0; e < kGroup; ++e) {
-            if (kWhole || at * kGroup + e < shape.size) {
-              sums[e] = __fadd_rn(sums[e], __fmul_rn(left[e], right[e]));
-            }
-            left[e] = __fmul_rn(left[e], scale);
+        for (int half = 0; half < 2; ++half) {
+          if (half == 0) {
+            load(y_row(j), kHalf, kHalf, y[1]);
+          } else if (j + 1 < num_rows) {
+            load(y_row(j + 1), 0, kHalf, y[0]);
           }
-          StoreGroup(to, at, shape, Type::Pack(left));
+#pragma unroll
+          for (int i = 0; i < kHalf; ++i) {
+            const int at = base + (half * kHalf + i) * 32;
+            if (at >= num_groups) continue;
+            float left[kGroup], right[kGroup];
+            Type::Unpack(x[half * kHalf + i], left);
+            Type::Unpack(y[half][i], right);
+#pragma unroll
+            for (int e = 0; e < kGroup; ++e) {
+              if (kWhole || at * kGroup + e < shape.size) {
+                sums[e] = __fadd_rn(sums[e], __fmul_rn(left[e], right[e]));
+              }
+              left[e] = __fmul_rn(left[e], scale);
+            }
+            StoreGroup(to, at, shape, Type::Pack(left));
+          }
         }
         const float sum = __shfl_sync(~0u, FoldSums(sums), 0);
         if (lane == j) product = __fadd_rn(product, sum);
