@@ -12,7 +12,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 #include "interface/geometry.h"
 
@@ -141,64 +140,21 @@ struct Float16 {
   }
 };
 
-// Call use(base, groups) for the groups of a row: a lane's are base, base + 32, ..., as many as the
-// constant `groups` says, which is kAhead until less than that is left.
-template <int kAhead, typename Use>
-__device__ __forceinline__ void ForGroups(int total, Use use) {
-  int base = threadIdx.x % 32;
-  for (; base + 32 * (kAhead - 1) < total; base += 32 * kAhead) {
-    use(base, std::integral_constant<int, kAhead>());
-  }
-  for (; base < total; base += 32) use(base, std::integral_constant<int, 1>());
-}
-
-// Most rows that a warp works on at the same time, and how many groups of each a lane then has in
-// flight: about as many words of 16 bytes as 14 of one row.
-inline constexpr int kMaxRowsAtOnce = 8;
-
-template <typename Element>
-__host__ __device__ constexpr int GroupsInFlight(int num_rows) {
-  const int words = num_rows * Packed<Element>::kWords;
-  return words == 1 ? 14 : words == 2 ? 7 : words <= 4 ? 4 : words <= 7 ? 2 : 1;
-}
-
-// Call use(count) with a number of rows as a constant: from 1 to kMaxRowsAtOnce.
-template <typename Use>
-__device__ __forceinline__ void WithConstant(int count, Use use) {
-  switch (count) {
-    case 1:
-      return use(std::integral_constant<int, 1>());
-    case 2:
-      return use(std::integral_constant<int, 2>());
-    case 3:
-      return use(std::integral_constant<int, 3>());
-    case 4:
-      return use(std::integral_constant<int, 4>());
-    case 5:
-      return use(std::integral_constant<int, 5>());
-    case 6:
-      return use(std::integral_constant<int, 6>());
-    case 7:
-      return use(std::integral_constant<int, 7>());
-    case 8:
-      return use(std::integral_constant<int, 8>());
-  }
-}
-static_assert(kMaxRowsAtOnce == 8, "one case for each");
+// How many words of 16 bytes a lane has in flight at a time.
+inline constexpr int kWordsInFlight = 14;
 
 // Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.
 // `destination()` is asked once the first loads are under way. For copies, a row is 16-bit words.
 template <bool kWhole, typename Destination>
 __device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape,
                          Destination destination) {
-  constexpr int kAhead = GroupsInFlight<uint16_t>(1);
   const int lane = threadIdx.x % 32;
   int64_t mine = -1;
   uint32_t all = 0;
-  for (int base = 0; base < shape.num_groups(); base += 32 * kAhead) {
-    Packed<uint16_t> groups[kAhead];
+  for (int base = 0; base < shape.num_groups(); base += 32 * kWordsInFlight) {
+    Packed<uint16_t> groups[kWordsInFlight];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kWordsInFlight; ++i) {
       const int group = base + i * 32 + lane;
       if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(from, group, shape);
     }
@@ -209,7 +165,7 @@ __device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape,
     for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
       char* to = rows + __shfl_sync(~0u, mine, __ffs(lanes) - 1) * shape.size * sizeof(uint16_t);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
+      for (int i = 0; i < kWordsInFlight; ++i) {
         const int group = base + i * 32 + lane;
         if (group < shape.num_groups()) StoreGroup(to, group, shape, groups[i]);
       }

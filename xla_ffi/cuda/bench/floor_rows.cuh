@@ -3,6 +3,7 @@
 #define JAX_DEEPEP_CUDA_BENCH_FLOOR_ROWS_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/bench/floor.h"
 #include "cuda/group_op.cuh"
@@ -10,8 +11,6 @@
 #include "cuda/row_values.cuh"
 
 namespace jax_deepep {
-
-static_assert(kMaxFloorRows <= kMaxRowsAtOnce, "WithConstant has a case for each");
 
 struct Floor {
   OpFrame frame;
@@ -39,6 +38,50 @@ struct PairLine {
   // How many rows the pair has; called by a whole warp.
   __device__ int CountRows() const { return __popc(__ballot_sync(~0u, row != kNone)); }
 };
+
+// How many words of each row a lane has in flight when a warp works on several rows at once.
+__host__ __device__ constexpr int WordsInFlight(int num_rows) {
+  return num_rows == 1   ? kWordsInFlight
+         : num_rows == 2 ? 7
+         : num_rows <= 4 ? 4
+         : num_rows <= 7 ? 2
+                         : 1;
+}
+
+// Call use(base, count) for the words of a row: a lane's are base, base + 32, ..., as many as the
+// constant `count` says, which is kAhead until less than that is left.
+template <int kAhead, typename Use>
+__device__ __forceinline__ void ForWords(int total, Use use) {
+  int base = threadIdx.x % 32;
+  for (; base + 32 * (kAhead - 1) < total; base += 32 * kAhead) {
+    use(base, std::integral_constant<int, kAhead>());
+  }
+  for (; base < total; base += 32) use(base, std::integral_constant<int, 1>());
+}
+
+// Call use(count) with a number of rows as a constant.
+template <typename Use>
+__device__ __forceinline__ void WithConstant(int count, Use use) {
+  switch (count) {
+    case 1:
+      return use(std::integral_constant<int, 1>());
+    case 2:
+      return use(std::integral_constant<int, 2>());
+    case 3:
+      return use(std::integral_constant<int, 3>());
+    case 4:
+      return use(std::integral_constant<int, 4>());
+    case 5:
+      return use(std::integral_constant<int, 5>());
+    case 6:
+      return use(std::integral_constant<int, 6>());
+    case 7:
+      return use(std::integral_constant<int, 7>());
+    case 8:
+      return use(std::integral_constant<int, 8>());
+  }
+}
+static_assert(kMaxFloorRows == 8, "one case for each");
 
 // The row that a code of `source` names.
 __device__ inline const char* RowAt(const Floor& op, const GroupOp& group, int operand,

@@ -16,7 +16,6 @@ enum { kRows };
 // A warp reads a row, and writes it once for each place.
 __device__ void GatherByLoads(const Floor& op, const GroupOp& group) {
   const int lane = threadIdx.x % 32;
-  constexpr int kWordsInFlight = GroupsInFlight<uint16_t>(1);
   const int words = static_cast<int>(op.row_bytes / 16);
   const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
   int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
@@ -121,7 +120,7 @@ __device__ __forceinline__ void AddToRows(const Floor& op, const char* x, const 
     offsets[number] = __shfl_sync(~0u, line.row, number) * op.row_bytes;
   }
   // x is in flight too.
-  ForGroups<GroupsInFlight<uint16_t>(kRows + 1)>(
+  ForWords<WordsInFlight(kRows + 1)>(
       static_cast<int>(op.row_bytes / 16), [&](int base, auto words) {
         constexpr int kWords = decltype(words)::value;
         uint4 of_x[kWords], of_y[kRows][kWords];

@@ -21,7 +21,7 @@ __device__ __forceinline__ void SumInputs(const char* input, char* to, int words
     from[number] =
         reinterpret_cast<const uint4*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(input), number));
   }
-  ForGroups<GroupsInFlight<uint16_t>(kInputs)>(words_of_row, [&](int base, auto words) {
+  ForWords<WordsInFlight(kInputs)>(words_of_row, [&](int base, auto words) {
     constexpr int kWords = decltype(words)::value;
     uint4 runs[kInputs][kWords];
 #pragma unroll

@@ -34,130 +34,145 @@ struct Inputs {
   const char* row = nullptr;    // the lane's input
   float weight = 1.0f;          // and its weight
   float gradient = 0.0f;        // what goes back for the lane's entry
-
-  // Input `number` and its weight, for all lanes.
-  __device__ const char* Get(int number, float* input_weight) const {
-    const int lane = __ffs(__ballot_sync(~0u, place == number)) - 1;
-    const uint64_t address = __shfl_sync(~0u, reinterpret_cast<uint64_t>(row), lane);
-    const float of_lane = __shfl_sync(~0u, weight, lane);
-    const bool is_first = number == 0 && first != nullptr;
-    *input_weight = is_first ? 1.0f : of_lane;
-    return is_first ? first : reinterpret_cast<const char*>(address);
-  }
 };
 
-// How a sum goes: from zero or from its first term, and of terms that are rounded to the row type
-// or of products as they are.
+// How a sum goes: of terms that are rounded to the row type or of products as they are; from zero
+// or from its first term, which is to say from the zero that changes nothing.
 struct SumOfProducts {
   static constexpr bool kRounded = false;
-  __device__ static bool BeginsWithTerm(const Inputs&) { return true; }
+  __device__ static float Zero(const Inputs&) { return -0.0f; }
 };
 struct SumOfRows {
   static constexpr bool kRounded = true;
-  __device__ static bool BeginsWithTerm(const Inputs& inputs) { return inputs.first != nullptr; }
+  __device__ static float Zero(const Inputs& inputs) {
+    return inputs.first != nullptr ? -0.0f : 0.0f;
+  }
 };
 
-// Add a group of an input to a sum. Inputs without a weight have 1, which changes nothing.
-template <typename Type, bool kWeighted, bool kRounded>
-__device__ __forceinline__ void AddTerm(const Packed<typename Type::Element>& group, float weight,
-                                        bool begins, float* sums) {
+// A warp reads rows piece by piece: so many words of 16 bytes of each of its lanes, and so many
+// pieces ahead of the one that it adds.
+constexpr int kWordsOfPiece = 4;
+constexpr int kPieces = 3;
+
+// An input of a sum, in shared memory.
+struct Term {
+  const char* row;
+  float weight;
+};
+constexpr int kMaxTerms = kMaxTopk + 1;
+
+// Add groups of an input to sums. Inputs without a weight have 1, which changes nothing; to ask
+// costs less than to weigh the sums of step 1, which many of a token's inputs are.
+template <typename Type, bool kWeighted, bool kRounded, int kGroups>
+__device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)[kGroups],
+                                        float weight, float (&sums)[kGroups][kGroup]) {
   float values[kGroup];
-  Type::Unpack(group, values);
-  if constexpr (kWeighted) {
+  if (kWeighted && kRounded && weight != 1.0f) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(values[i], weight);
-    if constexpr (kRounded) Type::Unpack(Type::Pack(values), values);
+    for (Packed<typename Type::Element>& group : groups) {
+      Type::Unpack(group, values);
+#pragma unroll
+      for (float& value : values) value = __fmul_rn(value, weight);
+      group = Type::Pack(values);
+    }
   }
 #pragma unroll
-  for (int i = 0; i < kGroup; ++i) sums[i] = begins ? values[i] : __fadd_rn(sums[i], values[i]);
-}
-
-// A group that changes no sum.
-template <typename Element>
-__device__ __forceinline__ Packed<Element> MinusZeros() {
-  constexpr uint32_t kWord = sizeof(Element) == 4 ? 0x80000000u : 0x80008000u;
-  Packed<Element> packed;
+  for (int i = 0; i < kGroups; ++i) {
+    Type::Unpack(groups[i], values);
 #pragma unroll
-  for (uint4& word : packed.words) word = uint4{kWord, kWord, kWord, kWord};
-  return packed;
-}
-
-// Write the sum of kInputs inputs, all of them in flight; with weights, perhaps of one less.
-template <typename Type, bool kWeighted, typename Sum, int kInputs>
-__device__ __forceinline__ void AddAtOnce(const Inputs& inputs, char* to, RowShape<true> shape) {
-  using Element = typename Type::Element;
-  const char* rows[kInputs];
-  float weights[kInputs];
-#pragma unroll
-  for (int input = 0; input < kInputs; ++input) rows[input] = inputs.Get(input, &weights[input]);
-  const bool full = !kWeighted || inputs.count == kInputs;
-  if (!full) weights[kInputs - 1] = 1.0f;
-  const bool begins = Sum::BeginsWithTerm(inputs);
-  ForGroups<GroupsInFlight<Element>(kInputs)>(shape.num_groups(), [&](int base, auto ahead) {
-    constexpr int kGroups = decltype(ahead)::value;
-    Packed<Element> groups[kInputs][kGroups];
-#pragma unroll
-    for (int input = 0; input < kInputs; ++input) {
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        if (input == kInputs - 1 && !full) {
-          groups[input][i] = MinusZeros<Element>();
-        } else {
-          groups[input][i] = LoadGroup<Element>(rows[input], base + i * 32, shape);
-        }
-      }
+    for (int e = 0; e < kGroup; ++e) {
+      if (kWeighted && !kRounded) values[e] = __fmul_rn(values[e], weight);
+      sums[i][e] = __fadd_rn(sums[i][e], values[e]);
     }
+  }
+}
+
+// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs:
+// ranks that share a GPU each fetch their own code, and a loop for each number, though it does less
+// for a row, does not stay in the SM's cache together with the others.
+template <typename Type, bool kWeighted, typename Sum>
+__device__ __forceinline__ void AddPieces(const Inputs& inputs, char* to, RowShape<true> shape,
+                                          const Term* terms) {
+  using Group = Packed<typename Type::Element>;
+  constexpr int kGroups = kWordsOfPiece / Group::kWords;  // of a lane
+  const int lane = threadIdx.x % 32, num_groups = shape.num_groups();
+
+  int next_input = 0, next_base = lane;
+  auto load = [&](Group(&piece)[kGroups]) {
+    const char* row = terms[next_input].row;
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
-      float sums[kGroup] = {};
-#pragma unroll
-      for (int input = 0; input < kInputs; ++input) {
-        AddTerm<Type, kWeighted, Sum::kRounded>(groups[input][i], weights[input],
-                                                input == 0 && begins, sums);
-      }
-      StoreGroup(to, base + i * 32, shape, Type::Pack(sums));
+      const int at = next_base + i * 32;
+      if (at < num_groups) piece[i] = LoadGroup<typename Type::Element>(row, at, shape);
     }
-  });
+    if (++next_input == inputs.count) next_input = 0, next_base += kGroups * 32;
+  };
+  Group pieces[kPieces][kGroups];
+#pragma unroll
+  for (Group(&piece)[kGroups] : pieces) load(piece);
+
+  float sums[kGroups][kGroup];
+  auto clear = [&] {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (float& sum : sums[i]) sum = Sum::Zero(inputs);
+    }
+  };
+  clear();
+  int input = 0, base = lane;
+  while (true) {
+#pragma unroll
+    for (Group(&piece)[kGroups] : pieces) {
+      AddTerm<Type, kWeighted, Sum::kRounded>(piece, terms[input].weight, sums);
+      load(piece);
+      if (++input < inputs.count) continue;
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) {
+        const int at = base + i * 32;
+        if (at < num_groups) StoreGroup(to, at, shape, Type::Pack(sums[i]));
+      }
+      input = 0, base += kGroups * 32;
+      if (base - lane >= num_groups) return;
+      clear();
+    }
+  }
 }
 
-// The same for any number of inputs.
-template <typename Type, bool kWhole, bool kWeighted, typename Sum>
-__device__ void AddOneByOne(const Inputs& inputs, char* to, RowShape<kWhole> shape) {
-  using Element = typename Type::Element;
-  const bool begins = Sum::BeginsWithTerm(inputs);
-  for (int base = 0; base < shape.num_groups(); base += 32) {
-    const int group = base + threadIdx.x % 32;
-    const bool inside = group < shape.num_groups();
-    float sums[kGroup] = {};
+// The same for any row.
+template <typename Type, bool kWeighted, typename Sum>
+__device__ void AddOneByOne(const Inputs& inputs, char* to, RowShape<false> shape,
+                            const Term* terms) {
+  using Group = Packed<typename Type::Element>;
+  for (int group = threadIdx.x % 32; group < shape.num_groups(); group += 32) {
+    float sums[1][kGroup];
+#pragma unroll
+    for (float& sum : sums[0]) sum = Sum::Zero(inputs);
 #pragma unroll 4
     for (int input = 0; input < inputs.count; ++input) {
-      float weight;
-      const char* row = inputs.Get(input, &weight);
-      if (!inside) continue;
-      AddTerm<Type, kWeighted, Sum::kRounded>(LoadGroup<Element>(row, group, shape), weight,
-                                              input == 0 && begins, sums);
+      const Term& term = terms[input];
+      Group groups[1] = {LoadGroup<typename Type::Element>(term.row, group, shape)};
+      AddTerm<Type, kWeighted, Sum::kRounded>(groups, term.weight, sums);
     }
-    if (inside) StoreGroup(to, group, shape, Type::Pack(sums));
+    StoreGroup(to, group, shape, Type::Pack(sums[0]));
   }
 }
 
 template <typename Type, bool kWhole, bool kWeighted, typename Sum>
-__device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape) {
-  if constexpr (kWhole) {
-    if (inputs.count >= 1 && inputs.count <= kMaxRowsAtOnce) {
-      // Weighing takes twice the code: a body for every second number of inputs only, because ranks
-      // that share a GPU each fetch their own, and those of all numbers do not stay in the SM's
-      // cache.
-      constexpr int kStep = kWeighted ? 2 : 1;
-      return WithConstant((inputs.count + kStep - 1) / kStep, [&](auto steps) {
-        constexpr int kInputs = decltype(steps)::value * kStep;
-        if constexpr (kInputs <= kMaxRowsAtOnce) {
-          AddAtOnce<Type, kWeighted, Sum, kInputs>(inputs, to, shape);
-        }
-      });
-    }
+__device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape,
+                                      Term* terms) {
+  __syncwarp();
+  if (inputs.place != kNone) terms[inputs.place] = {inputs.row, inputs.weight};
+  if (inputs.first != nullptr && threadIdx.x % 32 == 0) terms[0] = {inputs.first, 1.0f};
+  __syncwarp();
+  if (inputs.count == 0) {
+    ZeroRow(to,
+            RowShape<kWhole>{static_cast<int>(shape.size * sizeof(typename Type::Element) / 2)});
+  } else if constexpr (kWhole) {
+    AddPieces<Type, kWeighted, Sum>(inputs, to, shape, terms);
+  } else {
+    AddOneByOne<Type, kWeighted, Sum>(inputs, to, shape, terms);
   }
-  AddOneByOne<Type, kWhole, kWeighted, Sum>(inputs, to, shape);
 }
 
 // The sum of the token's rows here stands where its rank finds it.
@@ -167,7 +182,7 @@ __device__ int64_t SumOffset(const Combine& op, int rank, int token) {
 
 // Step 1.
 template <typename Type, bool kWhole, bool kWeighted>
-__device__ void SumPairs(const Combine& op) {
+__device__ void SumPairs(const Combine& op, Term* terms) {
   struct Line {
     int32_t source, row;
   };
@@ -200,7 +215,8 @@ __device__ void SumPairs(const Combine& op) {
         const int rank = pair.source / op.frame.shape.max_tokens;
         const int token = pair.source % op.frame.shape.max_tokens;
         AddUp<Type, kWhole, kWeighted, SumOfProducts>(
-            pair.inputs, static_cast<char*>(params.sums) + SumOffset(op, rank, token), shape);
+            pair.inputs, static_cast<char*>(params.sums) + SumOffset(op, rank, token), shape,
+            terms);
       });
 }
 
@@ -246,7 +262,7 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
 
 // Step 3.
 template <typename Type, bool kWhole, bool kWeighted>
-__device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* taken) {
+__device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* taken, Term* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const int lane = threadIdx.x % 32;
@@ -265,7 +281,7 @@ __device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* take
           params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
         }
         AddUp<Type, kWhole, kWeighted, SumOfRows>(
-            inputs, static_cast<char*>(params.out) + token * op.row_bytes, shape);
+            inputs, static_cast<char*>(params.out) + token * op.row_bytes, shape, terms);
       });
 }
 
@@ -273,15 +289,17 @@ template <typename Type, bool kWhole, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
+  __shared__ Term of_warps[kWarps][kMaxTerms];
+  Term* terms = of_warps[threadIdx.x / 32];
   const CombineParams& params = op.params;
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
   group.Begin();
-  if (params.sums != nullptr) SumPairs<Type, kWhole, kWeighted>(op);
+  if (params.sums != nullptr) SumPairs<Type, kWhole, kWeighted>(op, terms);
   group.Publish();
   if (group.WaitForArrivals()) {
-    SumTokens<Type, kWhole, kWeighted>(op, group, taken);
+    SumTokens<Type, kWhole, kWeighted>(op, group, taken, terms);
     group.CountTaken(taken);
   }
   group.Finish(
@@ -334,11 +352,11 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
-const char* LoadCombineKernels(int max_shared_bytes) {
+const char* LoadCombineKernels(int /*max_shared_bytes*/) {
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     for (const bool whole : {false, true}) {
       for (const bool weighted : {false, true}) {
-        if (const char* error = LoadKernel(KernelFor(type, whole, weighted), max_shared_bytes)) {
+        if (const char* error = LoadKernel(KernelFor(type, whole, weighted), 0)) {
           return error;
         }
       }
