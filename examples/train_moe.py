@@ -28,6 +28,9 @@ from moe_language_model import Config, LanguageModel, abstract_model, save
 from standard_library_text import Text
 from tqdm import tqdm
 
+# GPUs would round products of float32 to fewer bits, and losses could not be compared with a CPU's.
+jax.config.update("jax_default_matmul_precision", "float32")
+
 STEPS = 250
 EVALUATE_EVERY = 25  # steps
 REQUIRED_BELOW_UNIGRAM = 0.2
