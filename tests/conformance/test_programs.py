@@ -1,6 +1,9 @@
 """What one problem alone cannot show: many routings of one program, and many communicators in one."""
 
+import os
+
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
@@ -128,6 +131,46 @@ def test_weighted_by_default_for_expert_major_rows(implementation: str) -> None:
     default, weighted, unweighted = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
     assert_same_bits(default, weighted)
     assert (default != unweighted).any()
+
+
+@pytest.mark.skipif(
+    "+CUSTOM_CALL" in os.environ.get("XLA_FLAGS", ""), reason="an op captured in a CUDA graph takes none"
+)
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_operands_that_are_constants(layout: str, implementation: str) -> None:
+    """XLA keeps constants elsewhere than arguments; peers read x and y, and the cotangents of all results."""
+    problem = Problem(f"constants, {layout}", layout=layout)
+    comm = problem.communicator(implementation)
+    inputs = inputs_of(problem)
+    y = np.nan_to_num(inputs.y[0], nan=3.5)
+    weights = np.linspace(1, 2, len(y), dtype=np.float32)
+    if layout == "token":
+        weights = np.stack([weights] * problem.num_topk, axis=1)
+    constants = (inputs.x[0], y, y[::-1] / 2, weights, inputs.bias[0])  # the same on every device
+
+    def program(topk_idx, topk_weights, x, y, *cotangents):
+        def ops(x, topk_weights, y):
+            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+            return dispatched.tokens, handle.weights, ep.combine(y, handle, comm=comm)
+
+        (tokens, _, out), backward = jax.vjp(ops, x, topk_weights, y)
+        return tokens, out, backward(cotangents)
+
+    def with_constants(topk_idx, topk_weights):
+        return program(topk_idx, topk_weights, *map(jnp.asarray, constants))
+
+    routing = (inputs.topk_idx, inputs.topk_weights)
+    as_arguments = [np.stack([constant] * len(inputs.x)) for constant in constants]
+    # With check_vma, gradients for constants, which do not vary over devices, would be summed over them.
+    tokens, *results = run_per_device(
+        with_constants, problem.mesh, problem.axis_name, *routing, check_vma=False
+    )
+    expected_tokens, *expected = run_per_device(
+        program, problem.mesh, problem.axis_name, *routing, *as_arguments, check_vma=False
+    )
+    mask = np.concatenate([routes.mask for routes in inputs.routes])
+    assert_same_bits(tokens[mask], expected_tokens[mask])
+    jax.tree.map(lambda got, expected: assert_same_sums(got, expected, implementation), results, expected)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

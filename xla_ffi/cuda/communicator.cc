@@ -49,6 +49,34 @@ int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms, int num
   return static_cast<int>(std::clamp<int64_t>(worth, 1, std::min(kBlocksForFullSpeed, most)));
 }
 
+// Peers have mapped nothing but the pool, and a constant of the program lies outside: copy it there
+// for the time of the op, which no rank leaves before all have read. Returns an error, or nothing.
+std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpStream& stream) {
+  const std::string outside =
+      "an operand that peers read is not in the memory pool that they have mapped: ";
+  const std::string no_pool =
+      outside + "XLA did not preallocate it (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
+  if (!array.replace) return no_pool;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaError_t error = cudaStreamIsCapturing(stream.stream, &capture);
+  if (capture != cudaStreamCaptureStatusNone) {  // XLA would have the copy back before a replay
+    return outside +
+           "it is a constant of the program, which a captured op cannot copy; pass it as an "
+           "argument";
+  }
+  if (error == cudaSuccess) {
+    void* copy = stream.allocate(array.bytes);
+    if (copy == nullptr) {
+      return outside + "it is a constant of the program, and there are no " +
+             std::to_string(array.bytes) + " bytes left in the pool to copy it";
+    }
+    if (!facts.Holds(copy)) return no_pool;
+    array.replace(copy);
+    error = cudaMemcpyAsync(copy, array.data, array.bytes, cudaMemcpyDeviceToDevice, stream.stream);
+  }
+  return error == cudaSuccess ? "" : outside + "copying it failed: " + cudaGetErrorString(error);
+}
+
 template <typename T>
 T ReadVolatile(const T& value) {
   return *static_cast<const volatile T*>(&value);
@@ -166,32 +194,31 @@ void CudaCommunicator::Load(const char* (*load)(int max_shared_bytes)) {
 }
 
 template <typename Params>
-std::string CudaCommunicator::LaunchVerb(
-    Verb verb, const Params& params, const std::vector<const void*>& read_by_peers,
-    const int32_t* believed_rank, int64_t device, cudaStream_t stream,
-    const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t)) {
-  return LaunchOp(verb, HashOf(params), read_by_peers, believed_rank, device,
+std::string CudaCommunicator::LaunchVerb(Verb verb, const Params& params,
+                                         std::initializer_list<PeerArray> read_by_peers,
+                                         const int32_t* believed_rank, const OpStream& stream,
+                                         const char* (*launch)(const OpFrame&, const Params&, int,
+                                                               const DeviceFacts&, cudaStream_t)) {
+  return LaunchOp(verb, HashOf(params), read_by_peers, believed_rank, stream,
                   [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-                    return launch(frame, params, num_blocks, facts, stream);
+                    return launch(frame, params, num_blocks, facts, stream.stream);
                   });
 }
 
 std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
-                                       const std::vector<const void*>& read_by_peers,
-                                       const int32_t* believed_rank, int64_t device,
+                                       std::initializer_list<PeerArray> read_by_peers,
+                                       const int32_t* believed_rank, const OpStream& stream,
                                        const Enqueue& enqueue) {
   const std::string name = "communicator #" + std::to_string(config_.id);
   // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
   std::shared_lock<std::shared_mutex> lock(launch_mutex_);
   if (closed_) return name + " is closed; make a new Communicator and compile again";
   for (const auto& rank : ranks_) {
-    if (rank->ordinal != device) continue;
-    for (const void* operand : read_by_peers) {
-      if (operand != nullptr && !rank->facts.Holds(operand)) {
-        return "an operand that peers read is not in the memory pool that they have mapped: it is "
-               "a constant of the program (pass it as an argument), or XLA did not preallocate its "
-               "pool (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
-      }
+    if (rank->ordinal != stream.device) continue;
+    for (const PeerArray& array : read_by_peers) {
+      if (array.data == nullptr || rank->facts.Holds(array.data)) continue;
+      const std::string error = CopyToPool(array, rank->facts, stream);
+      if (!error.empty()) return error;
     }
     OpFrame frame = rank->frame;
     frame.verb = verb;
@@ -200,30 +227,35 @@ std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
     const char* error = enqueue(frame, num_blocks_, rank->facts);
     return error == nullptr ? "" : error;
   }
-  return "device " + std::to_string(device) + " is not in the mesh of " + name;
+  return "device " + std::to_string(stream.device) + " is not in the mesh of " + name;
 }
 
-std::string CudaCommunicator::Launch(const DispatchParams& params, const int32_t* believed_rank,
-                                     int64_t device, cudaStream_t stream) {
-  return LaunchVerb(Verb::kDispatch, params, {params.x, params.scratch}, believed_rank, device,
+std::string CudaCommunicator::Launch(DispatchParams params, const int32_t* believed_rank,
+                                     const OpStream& stream) {
+  const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
+  return LaunchVerb(Verb::kDispatch, params, {{&params.x, bytes}, params.scratch}, believed_rank,
                     stream, &LaunchDispatch);
 }
 
-std::string CudaCommunicator::Launch(const RedispatchParams& params, const int32_t* believed_rank,
-                                     int64_t device, cudaStream_t stream) {
-  return LaunchVerb(Verb::kRedispatch, params, {params.x}, believed_rank, device, stream,
+std::string CudaCommunicator::Launch(RedispatchParams params, const int32_t* believed_rank,
+                                     const OpStream& stream) {
+  const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
+  return LaunchVerb(Verb::kRedispatch, params, {{&params.x, bytes}}, believed_rank, stream,
                     &LaunchRedispatch);
 }
 
-std::string CudaCommunicator::Launch(const CombineParams& params, const int32_t* believed_rank,
-                                     int64_t device, cudaStream_t stream) {
-  // Arrays of no rows are nowhere, and nobody reads them.
-  std::vector<const void*> read_by_peers = {params.sums};
-  if (params.route.capacity > 0) {
-    read_by_peers.insert(read_by_peers.end(), {params.y, params.weights, params.row_gradients});
-  }
-  return LaunchVerb(Verb::kCombine, params, read_by_peers, believed_rank, device, stream,
-                    &LaunchCombine);
+std::string CudaCommunicator::Launch(CombineParams params, const int32_t* believed_rank,
+                                     const OpStream& stream) {
+  const int64_t capacity = params.route.capacity;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int64_t floats = sizeof(float) * capacity;
+  const int64_t gradients = expert_major ? floats : floats * shape().num_topk;
+  return LaunchVerb(Verb::kCombine, params,
+                    {{&params.y, capacity * params.route.row_bytes()},
+                     {&params.weights, floats},
+                     {&params.row_gradients, gradients},
+                     params.sums},
+                    believed_rank, stream, &LaunchCombine);
 }
 
 std::string CudaCommunicator::WaitForOps() const {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -22,6 +23,32 @@
 #include "transport/cuda_peer.h"
 
 namespace jax_deepep {
+
+// Where an op is launched.
+struct OpStream {
+  int64_t device = 0;  // CUDA's ordinal
+  cudaStream_t stream = nullptr;
+  // Gives memory of XLA's pool, which XLA reuses after the op, or null.
+  std::function<void*(size_t bytes)> allocate;
+};
+
+// An array of this rank that peers read in an op.
+struct PeerArray {
+  const void* data;
+  int64_t bytes = 0;
+  std::function<void(const void* copy)> replace;  // none for a result
+
+  // An operand, as the parameters of the op have it: there a copy takes its place. One of no rows
+  // is nowhere, and nobody reads it.
+  template <typename T>
+  PeerArray(const T** operand, int64_t bytes)
+      : data(bytes > 0 ? *operand : nullptr),
+        bytes(bytes),
+        replace([operand](const void* copy) { *operand = static_cast<const T*>(copy); }) {}
+
+  // Scratch, which is a result.
+  PeerArray(const void* result) : data(result) {}
+};
 
 class CudaCommunicator {
  public:
@@ -44,18 +71,16 @@ class CudaCommunicator {
   int num_blocks() const { return num_blocks_; }
 
   // Enqueue a rank's part of an op. Returns an error, or nothing.
-  std::string Launch(const DispatchParams& params, const int32_t* believed_rank, int64_t device,
-                     cudaStream_t stream);
-  std::string Launch(const RedispatchParams& params, const int32_t* believed_rank, int64_t device,
-                     cudaStream_t stream);
-  std::string Launch(const CombineParams& params, const int32_t* believed_rank, int64_t device,
-                     cudaStream_t stream);
+  std::string Launch(DispatchParams params, const int32_t* believed_rank, const OpStream& stream);
+  std::string Launch(RedispatchParams params, const int32_t* believed_rank, const OpStream& stream);
+  std::string Launch(CombineParams params, const int32_t* believed_rank, const OpStream& stream);
 
   // Enqueue a rank's part of any op: `enqueue` gets the frame of the op, known to all ranks by
-  // `what`. Returns an error, or nothing.
+  // `what`, once peers can reach all that they read. Returns an error, or nothing.
   using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&)>;
-  std::string LaunchOp(Verb verb, uint64_t what, const std::vector<const void*>& read_by_peers,
-                       const int32_t* believed_rank, int64_t device, const Enqueue& enqueue);
+  std::string LaunchOp(Verb verb, uint64_t what, std::initializer_list<PeerArray> read_by_peers,
+                       const int32_t* believed_rank, const OpStream& stream,
+                       const Enqueue& enqueue);
 
   // Load kernels into the devices of this process. Throws std::runtime_error.
   void Load(const char* (*load)(int max_shared_bytes));
@@ -113,8 +138,8 @@ class CudaCommunicator {
 
   template <typename Params>
   std::string LaunchVerb(Verb verb, const Params& params,
-                         const std::vector<const void*>& read_by_peers,
-                         const int32_t* believed_rank, int64_t device, cudaStream_t stream,
+                         std::initializer_list<PeerArray> read_by_peers,
+                         const int32_t* believed_rank, const OpStream& stream,
                          const char* (*launch)(const OpFrame&, const Params&, int,
                                                const DeviceFacts&, cudaStream_t));
   // The first rank of this process whose device has told of a failure, or null.

@@ -50,17 +50,17 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
 
 }  // namespace
 
-ffi::Future Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const DispatchParams& params) {
   return JoinRanks(site, context, rank, error, std::make_unique<DispatchOp>(params));
 }
 
-ffi::Future Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const RedispatchParams& params) {
   return JoinRanks(site, context, rank, error, std::make_unique<RedispatchOp>(params));
 }
 
-ffi::Future Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const CombineParams& params) {
   return JoinRanks(site, context, rank, error, std::make_unique<CombineOp>(params));
 }

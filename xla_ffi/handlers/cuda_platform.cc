@@ -1,4 +1,5 @@
-// Launching on GPUs: enqueue one kernel on XLA's stream and wait for nothing.
+// Launching on GPUs: enqueue one kernel on XLA's stream, after copies of constants, and wait for
+// nothing.
 #include <string>
 
 #include "handlers/platform.h"
@@ -7,11 +8,11 @@ namespace jax_deepep {
 namespace {
 
 template <typename Params>
-ffi::Error Enqueue(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Error Enqueue(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const char* verb, const Params& params) {
   const std::string failure =
       error.empty() ? site->comm->Launch(params, static_cast<const int32_t*>(rank.untyped_data()),
-                                         context.device, context.stream)
+                                         context.op_stream())
                     : error;
   if (failure.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
@@ -20,17 +21,17 @@ ffi::Error Enqueue(CallSite* site, const LaunchContext& context, const ffi::AnyB
 
 }  // namespace
 
-ffi::Error Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Error Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                   const std::string& error, const DispatchParams& params) {
   return Enqueue(site, context, rank, error, "dispatch", params);
 }
 
-ffi::Error Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Error Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                   const std::string& error, const RedispatchParams& params) {
   return Enqueue(site, context, rank, error, "redispatch", params);
 }
 
-ffi::Error Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Error Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                   const std::string& error, const CombineParams& params) {
   return Enqueue(site, context, rank, error, "combine", params);
 }

@@ -2,8 +2,8 @@
 #include "handlers/floor_handler.h"
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
-#include <vector>
 
 #include "cuda/bench/floor.h"
 #include "handlers/call_site.h"
@@ -41,15 +41,15 @@ FloorParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tokens
   return params;
 }
 
-ffi::Error Run(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                std::string error, FloorKind kind, const FloorParams& params,
-               const std::vector<const void*>& read_by_peers, LaunchFloor launch) {
+               std::initializer_list<PeerArray> read_by_peers, LaunchFloor launch) {
   const auto variant = static_cast<uint64_t>(params.warps * 64 + params.depth);
   if (error.empty()) {
     error = site->comm->LaunchOp(
         Verb::kFloor,
         HashOf(params.route, 4 + (static_cast<uint64_t>(kind) << 8) + (variant << 16)),
-        read_by_peers, static_cast<const int32_t*>(rank.untyped_data()), context.device,
+        read_by_peers, static_cast<const int32_t*>(rank.untyped_data()), context.op_stream(),
         [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
           return launch(frame, params, num_blocks, facts, context.stream);
         });
@@ -72,8 +72,8 @@ ffi::Error GatherFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer ran
   params.out = rows->untyped_data();
   params.warps = static_cast<int32_t>(warps);
   params.depth = static_cast<int32_t>(depth);
-  return Run(site, context, rank, error, FloorKind::kGather, params, {params.x},
-             &LaunchGatherFloor);
+  return Run(site, context, rank, error, FloorKind::kGather, params,
+             {{&params.x, params.route.num_tokens * params.route.row_bytes()}}, &LaunchGatherFloor);
 }
 
 ffi::Error AddFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
@@ -90,7 +90,8 @@ ffi::Error AddFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, 
   params.x = x.untyped_data();
   params.y = y.untyped_data();
   params.out = rows->untyped_data();
-  return Run(site, context, rank, error, FloorKind::kAdd, params, {params.x}, &LaunchAddFloor);
+  return Run(site, context, rank, error, FloorKind::kAdd, params,
+             {{&params.x, params.route.num_tokens * params.route.row_bytes()}}, &LaunchAddFloor);
 }
 
 ffi::Error SumFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
@@ -113,7 +114,8 @@ ffi::Error SumFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, 
   params.inputs = static_cast<const int32_t*>(inputs.untyped_data());
   params.out = out->untyped_data();
   params.sums = DataIf<void>(with_sums, *sums);
-  return Run(site, context, rank, error, FloorKind::kSum, params, {params.y, params.sums},
+  return Run(site, context, rank, error, FloorKind::kSum, params,
+             {{&params.y, params.route.capacity * params.route.row_bytes()}, params.sums},
              &LaunchSumFloor);
 }
 

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -28,12 +29,19 @@ namespace ffi = xla::ffi;
 using PlatformCommunicator = CudaCommunicator;
 using LaunchResult = ffi::Error;
 
-// An op may be captured in a CUDA graph: its handler does nothing but enqueue kernels.
+// An op may be captured in a CUDA graph: its handler does nothing but enqueue a kernel, where
+// nothing is a constant of the program.
 inline constexpr std::initializer_list<ffi::Traits> kTraits = {ffi::Traits::kCmdBufferCompatible};
 
 struct LaunchContext {
   int64_t device = 0;  // CUDA's ordinal
   cudaStream_t stream = nullptr;
+  ffi::ScratchAllocator scratch;
+
+  OpStream op_stream() {
+    return {device, stream,
+            [this](size_t bytes) -> void* { return scratch.Allocate(bytes).value_or(nullptr); }};
+  }
 };
 #else
 using PlatformCommunicator = Communicator;
@@ -60,11 +68,11 @@ struct CallSite {
 
 // Do a rank's part of an op, or return `error`. `rank` is what the program believes this device's
 // rank to be.
-LaunchResult Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                     const std::string& error, const DispatchParams& params);
-LaunchResult Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                     const std::string& error, const RedispatchParams& params);
-LaunchResult Launch(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                     const std::string& error, const CombineParams& params);
 
 // Tell that JAX has compiled or loaded a program: calls of the next one are numbered from zero
@@ -83,8 +91,9 @@ struct xla::ffi::CtxDecoding<jax_deepep::LaunchContext> {
     const auto device = CtxDecoding<DeviceOrdinal>::Decode(api, context, diagnostic);
 #ifdef JAX_DEEPEP_CUDA
     const auto stream = CtxDecoding<PlatformStream<cudaStream_t>>::Decode(api, context, diagnostic);
-    if (!device.has_value() || !stream.has_value()) return std::nullopt;
-    return Type{*device, *stream};
+    auto scratch = CtxDecoding<ScratchAllocator>::Decode(api, context, diagnostic);
+    if (!device.has_value() || !stream.has_value() || !scratch.has_value()) return std::nullopt;
+    return Type{*device, *stream, *std::move(scratch)};
 #else
     const auto run = CtxDecoding<RunId>::Decode(api, context, diagnostic);
     if (!device.has_value() || !run.has_value()) return std::nullopt;
