@@ -170,3 +170,15 @@ def test_wrong_placements() -> None:
         moe(config_of("expert", 24), parameters, x, np.arange(24, dtype=np.int32) % E)
     with pytest.raises(ValueError, match=rf"num_experts: got {E} with {size} slots on {size} devices; takes"):
         config_of("expert", size)
+
+
+def test_slots_that_devices_cannot_share_evenly() -> None:
+    size = jax.device_count()
+    with pytest.raises(
+        ValueError,
+        match=rf"num_physical_experts: got {E + 1} for {size} devices along \('expert',\); takes a multiple "
+        rf"of {size}, the same number of slots on each, for example {E + size}\.",
+    ):
+        config_of("expert", E + 1)
+    with pytest.raises(TypeError, match=r"num_physical_experts: got 24\.0; takes a Python integer"):
+        config_of("expert", 24.0)
