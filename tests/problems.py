@@ -181,6 +181,14 @@ _ROUTINGS = [
     Problem("many experts per device", num_experts=32, num_topk=6),
 ]
 
+# No tokens, with rows of padding or without: the last, empty batch of a data set.
+_NO_TOKENS = [
+    Problem("no tokens", num_tokens=0),
+    Problem("no tokens, alignment 4", num_tokens=0, alignment=4),
+    Problem("no tokens, one device", "one device", num_tokens=0, capacity=5),
+    Problem("no tokens, Explicit", "node × expert", AxisType.Explicit, num_tokens=0, dtype="bfloat16"),
+]
+
 _ROWS = [
     Problem("hidden 37, bfloat16", dtype="bfloat16", hidden_size=37, num_topk=6),
     Problem("hidden 37, float16", dtype="float16", hidden_size=37, num_topk=6),
@@ -208,12 +216,13 @@ _LIMITS = [
 
 _TOKEN_MAJOR = [
     replace(problem, name=f"token-major, {problem.name}", layout="token", expert_capacity=None)
-    for problem in _ROUTINGS + _ROWS + _LIMITS
+    for problem in _ROUTINGS + _NO_TOKENS + _ROWS + _LIMITS
     if problem.name
     in {
         "random", "one token", "top all", "all to one device", "one device receives nothing", "some −1",
         "all −1", "invalid entries", "fewer tokens than max_tokens", "hidden 37, bfloat16", "capacity",
-        "capacity 0", "capacity, alignment 8", "many experts per device",
+        "capacity 0", "capacity, alignment 8", "many experts per device", "no tokens",
+        "no tokens, one device",
     }
 ]  # fmt: skip
 
@@ -236,16 +245,17 @@ _MESHES = [
     ]
 ]  # fmt: skip
 
-PROBLEMS = _ROUTINGS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES
+PROBLEMS = _ROUTINGS + _NO_TOKENS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES
 
 # What decides which bits the gradients have: the sizes and types of rows, and where rows go or do not go.
-WITH_GRADIENTS = _ROWS + [
+WITH_GRADIENTS = _NO_TOKENS + _ROWS + [
     problem
     for problem in PROBLEMS
     if problem.name
     in {
         "random", "all −1", "one expert per device", "many experts per device", "capacity", "expert capacity",
         "alignment 8", "both capacities, alignment 4", "limits and invalid entries",
+        "capacity 0", "token-major, capacity 0", "token-major, no tokens",
         "token-major, random", "token-major, invalid entries", "token-major, hidden 37, bfloat16",
         "token-major, capacity, alignment 8", "token-major, many experts per device",
         "data × expert 2, expert, Auto", "expert × data, expert, Explicit", "node × expert, token, Auto",

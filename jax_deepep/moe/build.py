@@ -1,5 +1,6 @@
 """From the arguments of a module to its configuration, communicator included."""
 
+import math
 from typing import Any
 
 import jax
@@ -51,7 +52,7 @@ def build_config(
         "hidden_size": hidden_size,
     }
     if comm is None:
-        comm = _communicator(mesh, axis_name, max_tokens, num_chunks, sizes)
+        comm = _communicator(mesh, axis_name, max_tokens, num_chunks, num_physical_experts, sizes)
     elif mesh is not None and mesh != comm.mesh:
         raise ValueError(
             f"mesh: got {mesh.shape} together with a communicator of {comm.mesh.shape}; takes None, "
@@ -68,6 +69,7 @@ def _communicator(
     axis_name: str | tuple[str, ...],
     max_tokens: int | None,
     num_chunks: int,
+    num_physical_experts: int | None,
     sizes: dict[str, Any],
 ) -> Communicator:
     if jax_compat.is_tracing():
@@ -91,6 +93,15 @@ def _communicator(
             f"axis_name: got {axis_name!r}; takes axes of the mesh, {mesh.axis_names}, or 'expert', without "
             "which every device has all experts."
         )
+    if num_physical_experts is not None:  # the communicator would say num_experts
+        check_integer("num_physical_experts", num_physical_experts, minimum=1)
+        num_devices = math.prod(mesh.shape[name] for name in here)
+        if num_physical_experts % num_devices:
+            raise ValueError(
+                f"num_physical_experts: got {num_physical_experts} for {num_devices} devices along {here}; "
+                f"takes a multiple of {num_devices}, the same number of slots on each, for example "
+                f"{round_up(num_physical_experts, num_devices)}."
+            )
     return Communicator(mesh, here, max_tokens=round_up(max_tokens, num_chunks) // num_chunks, **sizes)
 
 

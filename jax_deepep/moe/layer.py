@@ -79,7 +79,8 @@ def moe(
     if dtype is None:
         dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
     num_tokens = x.size // config.hidden_size
-    # At least one token for every device: XLA of JAX 0.11.2 crashes on operands without elements.
+    # At least one token for every device: the router would use arrays without elements inside the shard_map,
+    # on which XLA of JAX 0.11.2 crashes.
     padded = round_up(max(num_tokens, 1), config.num_token_shards * config.num_chunks)
 
     def flatten(x: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[jax.Array, Handle]:
     """Decide the routes of `topk_idx` and carry `x` along them."""
-    return implementation_of(shape.comm).dispatch(shape, x, topk_idx, topk_weights)
+    return implementation_of(shape, known_routes=False).dispatch(shape, x, topk_idx, topk_weights)
 
 
 def _dispatch_forward(shape, x, topk_idx, topk_weights):
@@ -49,9 +49,7 @@ def _dispatch_backward(shape, routes, gradients):
     if integers:
         # combine carries the weights' gradients beside rows of floats: the narrowest, whose sums nobody uses.
         tokens = handle.weights[:, None] if shape.layout == "expert" else handle.weights[:, :1]
-    x, topk_weights = implementation_of(shape.comm).combine(
-        shape, tokens, routes, row_gradients=handle.weights
-    )
+    x, topk_weights = implementation_of(shape).combine(shape, tokens, routes, row_gradients=handle.weights)
     return None if integers else x, None, topk_weights
 
 
@@ -71,7 +69,7 @@ def without_integer_tangents(results: Results) -> Results:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def redispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
     """Carry other data along known routes."""
-    tokens, _ = implementation_of(shape.comm).redispatch(shape, x, routes)
+    tokens, _ = implementation_of(shape).redispatch(shape, x, routes)
     return tokens
 
 
@@ -82,7 +80,7 @@ def _redispatch_forward(shape, x, routes):
 def _redispatch_backward(shape, routes, tokens):
     if tokens.dtype == float0:
         return None, None
-    x, _ = implementation_of(shape.comm).combine(shape, tokens, routes)
+    x, _ = implementation_of(shape).combine(shape, tokens, routes)
     return x, None
 
 
@@ -98,7 +96,7 @@ def combine(
     routes: Routes,
 ) -> jax.Array:
     """Carry `y` back to the tokens, weighted, and sum it."""
-    out, _ = implementation_of(shape.comm).combine(shape, y, routes, weights=weights, bias=bias)
+    out, _ = implementation_of(shape).combine(shape, y, routes, weights=weights, bias=bias)
     return out
 
 
@@ -111,7 +109,7 @@ def _combine_forward(shape, y, weights, bias, routes):
 
 def _combine_backward(shape, residuals, out):
     y, weights, has_bias, routes = residuals
-    y_gradient, weight_gradient = implementation_of(shape.comm).redispatch(
+    y_gradient, weight_gradient = implementation_of(shape).redispatch(
         shape, out, routes, weights=weights, y=y, zero_rest=True
     )
     bias_gradient = out if has_bias else None

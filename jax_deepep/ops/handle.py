@@ -59,7 +59,7 @@ class Handle:
         weights: float32, router weights on the receiving side: [C] expert-major, [C, K]
             token-major. The gradient of `topk_weights` flows through it.
         local_experts: int32 [C, K] token-major: local expert of each k or −1; None expert-major, not an
-            array of no elements, because XLA of JAX 0.11.2 crashes on one that enters a shard_map.
+            array of no elements: see `no_rows` for what JAX does with one that enters a shard_map.
         pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major: which tokens this device
             received, and the rows of each (`PairTable` in `xla_ffi/interface/geometry.h`); None elsewhere.
         group_sizes: int32 [G], rows of each group, padding included (G = L expert-major, else 1).

@@ -1,4 +1,4 @@
-"""The two ways to carry rows, behind one interface.
+"""The two ways to carry rows, and one where there are none to carry, behind one interface.
 
 An implementation is a module with three functions on per-device values. `RouteShape` gives the
 static sizes; optional operands that are None stay out of the computation. Rows are floats, W = H of them
@@ -17,10 +17,15 @@ or fewer; dispatch, and redispatch without weights and y, carry rows of integers
 
 from types import ModuleType
 
-from jax_deepep.communicator import Communicator
-from jax_deepep.ops import native, reference
+from jax_deepep.ops import native, no_rows, reference
+from jax_deepep.ops.handle import RouteShape
 
 
-def implementation_of(comm: Communicator) -> ModuleType:
-    """Return the module that carries rows for `comm`."""
-    return native if comm.implementation == "native" else reference
+def implementation_of(shape: RouteShape, *, known_routes: bool = True) -> ModuleType:
+    """Return the module for the ops of one dispatch: along `known_routes`, or the dispatch itself.
+
+    A dispatch without capacity moves no row either, but its tokens are counted.
+    """
+    if shape.num_tokens == 0 or (known_routes and shape.capacity == 0):
+        return no_rows
+    return native if shape.comm.implementation == "native" else reference

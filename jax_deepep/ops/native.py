@@ -1,8 +1,7 @@
 """implementation="native": the verbs as XLA custom calls, one JAX primitive each.
 
 A primitive states shapes and attributes, nothing else; the work is in `xla_ffi/`. An optional
-operand or result that is absent travels as one element, and a flag says so. (Not as none: XLA of JAX 0.11.2
-crashes on operands without elements.)
+operand or result that is absent travels as one element, and a flag says so.
 """
 
 from collections.abc import Callable, Sequence

@@ -162,12 +162,6 @@ def combine(
     """Implement `implementations.combine`."""
     comm, capacity = shape.comm, shape.capacity
     num_ranks = comm.size
-    if capacity == 0:  # one row that no entry points to, because nothing can be taken from no rows
-        capacity = 1
-        y = jnp.zeros((1, y.shape[1]), y.dtype)
-        weights = None if weights is None else jnp.zeros(1, weights.dtype)
-        if row_gradients is not None:
-            row_gradients = jnp.zeros((1, *row_gradients.shape[1:]), row_gradients.dtype)
     everyones = _gather(shape, routes.destination)  # [R, T, K]
     mine = (everyones >= 0) & (everyones // capacity == _rank(shape))
     row = jnp.where(mine, everyones % capacity, capacity)

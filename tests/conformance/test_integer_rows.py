@@ -23,6 +23,9 @@ PROBLEMS = [
     Problem("integers, token-major", hidden_size=37, num_topk=5, layout="token", routing="invalid"),
     Problem("integers, token-major, capacity, alignment 8", hidden_size=37, layout="token", capacity=16,
             alignment=8, routing="skewed"),
+    Problem("integers, capacity 0", hidden_size=37, capacity=0),
+    Problem("integers, no tokens", hidden_size=37, num_tokens=0, alignment=4),
+    Problem("integers, token-major, no tokens", hidden_size=37, num_tokens=0, layout="token", capacity=3),
     Problem("integers, one device", "one device", hidden_size=37, alignment=4),
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """A layer with copies of experts computes what it does without, with its devices' loads evened out."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -138,6 +139,98 @@ def test_copies_keep_rows_that_would_be_dropped(kind: str) -> None:
     assert apply._cache_size() == 1
 
 
+LAYERS = 2
+NO_AXIS = {nn.PARTITION_NAME: None}
+
+
+def nnx_layers(config: MoEConfig) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """Return (stacked parameters, a scan over the layers, one layer); with copies if `config` has them."""
+    arguments = {"comm": config.comm, "num_physical_experts": config.num_physical_experts}
+
+    @nnx.split_rngs(splits=LAYERS)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata=NO_AXIS)
+    def stacked(rngs: nnx.Rngs) -> ep_flax.MoE:
+        return ep_flax.MoE(E, K, H, F, rngs=rngs, **arguments)
+
+    @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0), transform_metadata=NO_AXIS)
+    @nnx.remat
+    def scan(layer: ep_flax.MoE, x: jax.Array, placement: Any) -> tuple[jax.Array, jax.Array]:
+        out, aux = layer(x, placement)
+        return x + out, aux.expert_load
+
+    graph, state = nnx.split(stacked(nnx.Rngs(0)))
+
+    def one(parameters, x):
+        out, aux = nnx.merge(graph, parameters)(x)
+        return x + out, aux.expert_load
+
+    return state, lambda parameters, *args: scan(nnx.merge(graph, parameters), *args), one
+
+
+def linen_layers(config: MoEConfig) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """Return what `nnx_layers` does."""
+    arguments = {"comm": config.comm, "num_physical_experts": config.num_physical_experts}
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, placement=None):
+            out, aux = linen.MoE(E, K, H, F, name="moe", **arguments)(x, placement)
+            return x + out, aux.expert_load
+
+    layers = nn.scan(
+        nn.remat(Layer, prevent_cse=False), variable_axes={"params": 0}, split_rngs={"params": True},
+        length=LAYERS, metadata_params=NO_AXIS,
+    )()  # fmt: skip
+    of_layers = None
+    if config.num_physical_experts is not None:
+        of_layers = jnp.zeros((LAYERS, config.num_physical_experts), jnp.int32)
+    variables = nn.unbox(jax.jit(layers.init)(jax.random.key(0), inputs(config)[1], of_layers))
+    return variables, layers.apply, Layer().apply
+
+
+@pytest.mark.parametrize("layers_of", [nnx_layers, linen_layers], ids=["nnx", "linen"])
+def test_scanned_layers_with_copies_are_a_loop_over_layers_without(layers_of: Callable[..., Any]) -> None:
+    """Rematerialised, each with a placement of its own, which is traced."""
+    size = jax.device_count()
+    with_copies, plain = config_of("expert", E + 2 * size), config_of("expert")
+    x = inputs(plain)[1]
+    parameters, in_a_scan, _ = layers_of(with_copies)
+    _, _, one = layers_of(plain)
+    # All but the first weight of every gate stay as they were: most tokens choose the same few experts.
+    popular = jnp.linspace(2, 0, E) ** 2
+
+    def skew(path, value):
+        is_gate = "gate" in jax.tree_util.keystr(path)
+        return value.at[:, 0].set(popular) if is_gate else value
+
+    parameters = jax.jit(lambda tree: jax.tree_util.tree_map_with_path(skew, tree))(parameters)
+
+    def in_a_loop(parameters, x, placement):
+        loads = []
+        for number in range(LAYERS):
+            x, load = one(jax.tree.map(lambda value, number=number: value[number], parameters), x)
+            loads.append(load)
+        return x, jnp.stack(loads)
+
+    def gradients_of(layers, placement):
+        def loss(parameters, x, placement):
+            out, loads = layers(parameters, x, placement)
+            return (out * jnp.sin(out)).sum(), (out, loads)
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        gradients, (out, loads) = fetch(step(parameters, x, placement))
+        return (jax.tree.leaves(gradients), out), loads
+
+    expected, loads = gradients_of(in_a_loop, None)
+    placement = plan_experts(loads, num_physical=E + 2 * size, num_devices=size)
+    assert placement.shape == (LAYERS, E + 2 * size)
+    assert (placement[0] != placement[1]).any()
+    got, loads_with = gradients_of(in_a_scan, put_on_mesh(placement, plain.mesh, P()))
+    np.testing.assert_array_equal(loads_with, loads)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, got, expected)
+
+
 def test_wrong_placements() -> None:
     size = jax.device_count()
     config = config_of("expert", E + size)
@@ -170,3 +263,15 @@ def test_wrong_placements() -> None:
         moe(config_of("expert", 24), parameters, x, np.arange(24, dtype=np.int32) % E)
     with pytest.raises(ValueError, match=rf"num_experts: got {E} with {size} slots on {size} devices; takes"):
         config_of("expert", size)
+
+
+def test_slots_that_devices_cannot_share_evenly() -> None:
+    size = jax.device_count()
+    with pytest.raises(
+        ValueError,
+        match=rf"num_physical_experts: got {E + 1} for {size} devices along \('expert',\); takes a multiple "
+        rf"of {size}, the same number of slots on each, for example {E + size}\.",
+    ):
+        config_of("expert", E + 1)
+    with pytest.raises(TypeError, match=r"num_physical_experts: got 24\.0; takes a Python integer"):
+        config_of("expert", 24.0)

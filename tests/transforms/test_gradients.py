@@ -142,6 +142,44 @@ def test_gradient_of_a_dispatch_along_a_handle(implementation: str) -> None:
 
 
 @by_implementation
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("layout", ["expert", "token"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_tokens": 0}, {"num_tokens": 0, "capacity": 4}, {"capacity": 0}],
+    ids=["no tokens", "no tokens, rows of padding", "no capacity"],
+)
+def test_gradients_where_no_row_travels(
+    sizes: dict, layout: str, check_vma: bool, implementation: str
+) -> None:
+    """Only the bias arrives and has a gradient, with arrays without elements all around the ops."""
+    problem = Problem("no row travels", layout=layout, **sizes)
+    comm = communicator(implementation, problem)
+    rows = inputs_of(problem)
+
+    def per_rank(x, x2, topk_weights, bias, topk_idx):
+        dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+        again, _ = ep.dispatch(x2, handle=handle, comm=comm)
+        mask = dispatched.mask[:, None]
+        y = jnp.where(mask, jnp.sin(dispatched.tokens) * again.tokens, 0)
+        return ep.combine(y, handle, comm=comm, bias=bias)
+
+    layer = per_device(per_rank, problem.mesh, problem.axis_name, check_vma=check_vma)
+
+    def loss(operands, topk_idx, g):
+        out = layer(*operands, topk_idx)
+        return jnp.sum(out * g), out
+
+    arrays = (rows.x, rows.x2, rows.topk_weights, rows.bias, rows.topk_idx, rows.x)
+    *operands, topk_idx, g = put_on_mesh(arrays, problem.mesh, device_axis(problem.mesh, problem.axis_name))
+    gradients, out = fetch(jax.jit(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
+    assert_same_bits(out, rows.bias)
+    assert_same_bits(gradients[3], rows.x)
+    for gradient, operand in zip(gradients[:3], operands[:3], strict=True):
+        assert_same_bits(gradient, np.zeros(operand.shape, operand.dtype))
+
+
+@by_implementation
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gradients_have_the_dtype_of_their_operand(implementation: str, dtype: str) -> None:
     problem = Problem(f"layer, {dtype}", dtype=dtype)

@@ -1,0 +1,77 @@
+"""What the verbs give where no row can travel: without tokens (T = 0), or without room for rows (C = 0).
+
+T and C are the same on all devices, so that none waits for another and nothing is exchanged. Operands are
+looked at only where they have elements: one without, used in a `shard_map` over several devices, crashes XLA
+of JAX 0.11.2, and no version takes a `shard_map` that uses such operands alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepep import jax_compat
+from jax_deepep.capacity import num_groups
+from jax_deepep.ops.handle import Handle, Routes, RouteShape
+
+
+def _full(value: int, shape: tuple[int, ...], dtype: Any, *, like: jax.Array) -> jax.Array:
+    """Return an array full of `value` that varies over the mesh as `like` does."""
+    return jax_compat.as_varying(jnp.full(shape, value, dtype), jax_compat.varying_axes(like))
+
+
+def dispatch(
+    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+) -> tuple[jax.Array, Handle]:
+    """Implement `implementations.dispatch` for T = 0; with tokens, those that do not fit must be counted."""
+    assert shape.num_tokens == 0
+    num_topk, groups = shape.comm.num_experts_per_tok, num_groups(shape.layout, shape.comm.num_local_experts)
+    of_rows = (shape.capacity,) if shape.layout == "expert" else (shape.capacity, num_topk)
+
+    def ints(value: int, *sizes: int) -> jax.Array:
+        return _full(value, sizes, jnp.int32, like=x)
+
+    handle = Handle(
+        source=ints(-1, shape.capacity),
+        destination=ints(-1, 0, num_topk),
+        weights=_full(0, of_rows, jnp.float32, like=x),
+        local_experts=ints(-1, *of_rows) if shape.layout == "token" else None,
+        pairs=None,
+        group_sizes=ints(0, groups),
+        num_rows=ints(0, groups),
+        num_received=ints(0),
+        num_dropped=ints(0),
+        num_invalid=ints(0),
+        route_shape=shape,
+    )
+    return _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x), handle
+
+
+def redispatch(
+    shape: RouteShape,
+    x: jax.Array,
+    routes: Routes,
+    *,
+    weights: jax.Array | None = None,
+    y: jax.Array | None = None,
+    zero_rest: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Implement `implementations.redispatch`; all rows are zero."""
+    rows = _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x)
+    return rows, None if y is None else _full(0, (shape.capacity,), jnp.float32, like=x)
+
+
+def combine(
+    shape: RouteShape,
+    y: jax.Array,
+    routes: Routes,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    row_gradients: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Implement `implementations.combine`; every token has its bias alone."""
+    if bias is None or shape.num_tokens == 0:
+        bias = _full(0, (shape.num_tokens, y.shape[1]), y.dtype, like=y)
+    entries = (shape.num_tokens, shape.comm.num_experts_per_tok)
+    return bias, None if row_gradients is None else _full(0, entries, jnp.float32, like=y)
