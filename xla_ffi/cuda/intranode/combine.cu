@@ -87,9 +87,9 @@ __device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)
   }
 }
 
-// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs:
-// ranks that share a GPU each fetch their own code, and a loop for each number, though it does less
-// for a row, does not stay in the SM's cache together with the others.
+// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs was
+// measured to be faster than a loop for each number, which does less for a row: probably because of
+// what an SM caches of code, since ranks that share a GPU each fetch their own (bench/RESULTS.md).
 template <typename Type, bool kWeighted, typename Sum>
 __device__ __forceinline__ void AddPieces(const Inputs& inputs, char* to, RowShape<true> shape,
                                           const Term* terms) {
