@@ -1,11 +1,16 @@
 """The implementations under test: a new one adds itself here and runs every suite."""
 
+import os
+
 import numpy as np
 import pytest
 
 # Ids hold these names, so that -k selects among them.
 IMPLEMENTATIONS = ["native", pytest.param("xla", marks=pytest.mark.collectives)]
 EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
+
+# Whether XLA captures ops in CUDA graphs, and replays them without our handlers.
+OPS_ARE_CAPTURED = "+CUSTOM_CALL" in os.environ.get("XLA_FLAGS", "")
 
 
 def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/row_math.h"
+#include "cuda/divisor.h"
 #include "routing/group_rows.h"
 
 namespace jax_deepep {
@@ -202,6 +203,31 @@ void CheckGroups() {
   CheckGroup(PlaceGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
 }
 
+// Against the language's own division, around every multiple where a quotient changes.
+void CheckDivisor(int64_t divisor) {
+  const Divisor by(static_cast<int32_t>(divisor));
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const int64_t multiples = kMost / divisor;
+  for (int64_t step = 0; step <= 40; ++step) {
+    for (int64_t value = multiples * step / 40 * divisor - 1, end = value + 2; value <= end; ++value) {
+      if (value < 0 || value > kMost) continue;
+      const auto of = static_cast<int32_t>(value);
+      const bool divides = by.Quotient(of) == value / divisor && by.Remainder(of) == value % divisor;
+      Check(divides && by.RoundUp(of) == RoundUp(value, divisor), "division by a Divisor", divisor);
+    }
+  }
+}
+
+void CheckDivisors() {
+  for (int64_t divisor = 1; divisor <= 5000; ++divisor) CheckDivisor(divisor);
+  for (int bits = 13; bits <= 31; ++bits) {
+    for (int64_t divisor = (int64_t{1} << bits) - 2; divisor <= (int64_t{1} << bits) + 2; ++divisor) {
+      if (divisor <= std::numeric_limits<int32_t>::max()) CheckDivisor(divisor);
+    }
+  }
+  Check(Divisor(0).Quotient(0) == 0, "nothing to divide");
+}
+
 }  // namespace
 }  // namespace jax_deepep
 
@@ -215,6 +241,7 @@ int main() {
   CheckRowBytes();
   CheckEntries();
   CheckGroups();
+  CheckDivisors();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

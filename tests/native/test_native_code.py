@@ -1,4 +1,4 @@
-"""Compiles and runs native_test.cc: row arithmetic against the formats' definitions, and rows of groups."""
+"""Compiles and runs native_test.cc: row arithmetic, rows of groups, division, against their definitions."""
 
 import pathlib
 import subprocess
@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-ffp-contract=off")
 
 
-def test_row_math_and_group_rows(tmp_path: pathlib.Path) -> None:
+def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
     program = tmp_path / "native_test"
     sources = (ROOT / "tests/native/native_test.cc", ROOT / "xla_ffi/cpu/row_math.cc")
     command = ["g++", *FLAGS, f"-I{ROOT / 'xla_ffi'}", *map(str, sources), "-o", str(program)]

@@ -6,33 +6,33 @@
 
 #include <cstdint>
 
+#include "cuda/divisor.h"
+
 namespace jax_deepep {
 
-// Items of work of a warp: number 0, 1, ... while Has(number).
 class PairOrder {
  public:
-  // `count` pairs, of which [own_begin, own_end) are of this rank.
-  __device__ PairOrder(int count, int own_begin, int own_end)
+  // `count` pairs, of which [own_begin, own_end) are of this rank; `num_warps` share them.
+  __device__ PairOrder(int count, int own_begin, int own_end, const Divisor& num_warps)
       : count_(count),
         own_begin_(own_begin),
         own_end_(own_end),
-        warp_(threadIdx.x / 32 * gridDim.x + blockIdx.x),
-        num_warps_(gridDim.x * (blockDim.x / 32)),
+        num_warps_(num_warps),
         own_share_(count == 0 ? 0
                               : ((static_cast<uint64_t>(own_end - own_begin) << 32) + count - 1) /
                                     static_cast<uint64_t>(count)) {}
 
-  __device__ bool Has(int number) const { return warp_ + int64_t{number} * num_warps_ < count_; }
+  __device__ int count() const { return count_; }
 
-  // The pair of the warp's item.
-  __device__ int At(int number) const {
+  // The pair of an item of work, for item < count.
+  __device__ int At(int item) const {
     // In every round of the warps, another one begins, so that none has only its own rank's pairs.
-    const int begin = number * num_warps_;
-    const int size = min(num_warps_, count_ - begin);
-    const int item = begin + (warp_ + number) % size;
-    const int own_before = OwnBefore(item);
-    if (OwnBefore(item + 1) > own_before) return own_begin_ + own_before;
-    const int other = item - own_before;  // among the pairs of other ranks, the next rank's first
+    const int round = num_warps_.Quotient(item), begin = round * num_warps_.divisor();
+    const bool whole_round = begin + num_warps_.divisor() <= count_;
+    const int turned = whole_round ? begin + num_warps_.Remainder(item - begin + round) : item;
+    const int own_before = OwnBefore(turned);
+    if (OwnBefore(turned + 1) > own_before) return own_begin_ + own_before;
+    const int other = turned - own_before;  // among the pairs of other ranks, the next rank's first
     const int after_own = count_ - own_end_;
     return other < after_own ? own_end_ + other : other - after_own;
   }
@@ -44,7 +44,8 @@ class PairOrder {
     return static_cast<int>(static_cast<uint64_t>(item) * own_share_ >> 32);
   }
 
-  int count_, own_begin_, own_end_, warp_, num_warps_;
+  int count_, own_begin_, own_end_;
+  const Divisor& num_warps_;
   uint64_t own_share_;  // of all pairs, times 2^32
 };
 

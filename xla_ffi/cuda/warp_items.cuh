@@ -5,16 +5,22 @@
 
 namespace jax_deepep {
 
+// Of all blocks.
+__device__ inline int NumWarps() { return gridDim.x * (blockDim.x / 32); }
+
+// A warp's items are this one and every NumWarps()-th after it.
+__device__ inline int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+
 // Call use(item, prepared) for this warp's items of `count`, in order. `prepared` is what
 // prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,
 // so that nobody waits for what they load. Both are asked for items past the end too.
 template <typename Read, typename Prepare, typename Use>
 __device__ __forceinline__ void ForWarpItems(int count, Read read, Prepare prepare, Use use) {
-  const int stride = gridDim.x * (blockDim.x / 32);
-  int item = threadIdx.x / 32 * gridDim.x + blockIdx.x;
-  auto found = read(item);
-  auto next = prepare(item, found);
-  found = read(item + stride);
+  const int stride = NumWarps();
+  int item = FirstItem();
+  const auto first = read(item);
+  auto found = read(item + stride);
+  auto next = prepare(item, first);
   for (; item < count; item += stride) {
     const auto prepared = next;
     next = prepare(item + stride, found);

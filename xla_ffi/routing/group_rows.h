@@ -1,5 +1,5 @@
 // Which row an entry gets, one entry after the other; a GPU plans the same rows with a thread for
-// each, and shares RoundUp.
+// each.
 //
 // 1. Every source counts its entries per group (a group is a local expert of some rank, or a rank).
 // 2. first[source][group] = entries of earlier sources in the group.
@@ -11,11 +11,10 @@
 #include <cstdint>
 
 #include "interface/geometry.h"
-#include "interface/host_device.h"
 
 namespace jax_deepep {
 
-JAX_DEEPEP_HOST_DEVICE inline int64_t RoundUp(int64_t value, int64_t multiple) {
+inline int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 

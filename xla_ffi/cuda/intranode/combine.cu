@@ -7,6 +7,7 @@
 //    and its row is read, and weighted, in place.
 #include <cuda_runtime.h>
 
+#include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
@@ -24,6 +25,7 @@ struct Combine {
   OpFrame frame;
   CombineParams params;
   int64_t row_bytes;
+  Divisor max_tokens, capacity;
 };
 
 // What a warp adds up. A lane may hold one input of the sum.
@@ -212,8 +214,8 @@ __device__ void SumPairs(const Combine& op, Term* terms) {
       },
       [&](int, const Pair& pair) {
         if (pair.inputs.count < 2) return;
-        const int rank = pair.source / op.frame.shape.max_tokens;
-        const int token = pair.source % op.frame.shape.max_tokens;
+        const int rank = op.max_tokens.Quotient(pair.source);
+        const int token = op.max_tokens.Remainder(pair.source);
         AddUp<Type, kWhole, kWeighted, SumOfProducts>(
             pair.inputs, static_cast<char*>(params.sums) + SumOffset(op, rank, token), shape,
             terms);
@@ -229,8 +231,8 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
   const int lane = threadIdx.x % 32;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const bool somewhere = destination != kNone;
-  const int rank = somewhere ? destination / params.route.capacity : shape.num_ranks + lane;
-  const int64_t row = somewhere ? destination % params.route.capacity : 0;
+  const int rank = somewhere ? op.capacity.Quotient(destination) : shape.num_ranks + lane;
+  const int64_t row = somewhere ? op.capacity.Remainder(destination) : 0;
   const uint32_t same = __match_any_sync(~0u, rank);
   const bool leads = somewhere && __ffs(same) - 1 == lane;
   Inputs inputs;
@@ -339,7 +341,8 @@ Kernel KernelFor(RowType type, bool whole, bool weighted) {
 
 const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
                           const DeviceFacts& device, cudaStream_t stream) {
-  Combine op{frame, params, params.route.row_bytes()};
+  Combine op{frame, params, params.route.row_bytes(), Divisor(frame.shape.max_tokens),
+             Divisor(params.route.capacity)};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.weights != nullptr) op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);

@@ -15,13 +15,14 @@
 
 #include <algorithm>
 
+#include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
 #include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
 #include "interface/dispatch.h"
-#include "routing/group_rows.h"
 
 namespace jax_deepep {
 namespace {
@@ -41,7 +42,10 @@ struct Dispatch {
   OpFrame frame;
   DispatchParams params;
   int64_t row_bytes;
+  Divisor local_experts, topk, alignment, num_warps;
   int count_warps;  // warps of a block that count: what its shared memory has counters for
+
+  __device__ int RankOf(int32_t expert) const { return local_experts.Quotient(expert); }
 };
 
 // A row as 16-bit words, for copies.
@@ -60,49 +64,92 @@ __device__ int32_t* TokenList(const Dispatch& op, int rank) {
          int64_t{rank} * op.params.route.num_tokens;
 }
 
-// A warp's view of some tokens: one entry per lane, whole tokens only.
+// Where a lane stands when a warp looks at whole tokens, an entry per lane.
+struct LaneOfToken {
+  int token;   // the how-manieth of the warp's
+  int entry;   // of the token
+  int tokens;  // of the warp
+
+  __device__ explicit LaneOfToken(const Divisor& topk)
+      : token(topk.Quotient(threadIdx.x % 32)),
+        entry(topk.Remainder(threadIdx.x % 32)),
+        tokens(topk.Quotient(32)) {}
+};
+
+// What the lane's entry is to the group.
 struct EntryLane {
-  bool inside;      // the lane has an entry
-  bool valid;       // it names an expert, for the first time in its token
-  bool wrong;       // it counts as invalid
-  bool makes_pair;  // the first valid one of its (token, rank)
-  int32_t expert;
-  int32_t rank;       // of the expert
+  bool valid;         // it names an expert, for the first time in its token
+  bool wrong;         // it counts as invalid
+  bool makes_pair;    // the first valid one of its (token, rank)
+  int32_t expert;     // or kNone
+  int32_t rank;       // of the expert, or kNone
   int32_t pair_lane;  // the lane that makes its pair
 };
 
-// `expert` is what the lane's entry of topk_idx says, if it has one.
-__device__ EntryLane LookAtEntry(const Dispatch& op, bool inside, int32_t expert) {
-  const GroupShape& shape = op.frame.shape;
+// `expert` is what topk_idx says. Lanes of a token compare themselves one by one: a match over the
+// whole warp takes as long as it has different values.
+__device__ EntryLane LookAtEntry(const Dispatch& op, const LaneOfToken& at, int32_t expert) {
   const int lane = threadIdx.x % 32;
-  const int in_warp = lane / shape.num_topk;  // token
-  EntryLane entry{};
-  entry.inside = inside;
-  entry.expert = inside ? expert : kNone;
-  const bool named = entry.expert >= 0 && entry.expert < shape.num_experts;
-  // Lanes of no expert match nobody else.
-  const int key = named ? in_warp * shape.num_experts + entry.expert : -1 - lane;
-  const int first_of_same = __ffs(__match_any_sync(~0u, key)) - 1;
-  entry.valid = named && first_of_same == lane;
-  entry.wrong = entry.inside && entry.expert != kNone && !entry.valid;
-  entry.rank = entry.valid ? entry.expert / shape.num_local_experts() : 0;
-  const int pair_key = entry.valid ? in_warp * shape.num_ranks + entry.rank : -1 - lane;
-  entry.pair_lane = __ffs(__match_any_sync(~0u, pair_key)) - 1;
+  const bool named = expert >= 0 && expert < op.frame.shape.num_experts;
+  EntryLane entry;
+  entry.expert = named ? expert : kNone;
+  entry.rank = named ? op.RankOf(expert) : kNone;
+  entry.pair_lane = lane;
+  int again = 0;
+  const int num_topk = op.frame.shape.num_topk;
+  for (int back = 1; back < num_topk; ++back) {
+    const int32_t of_expert = __shfl_up_sync(~0u, entry.expert, back);
+    const int32_t of_rank = __shfl_up_sync(~0u, entry.rank, back);
+    const bool same_token = at.entry >= back;
+    again = same_token && of_expert == entry.expert ? 1 : again;
+    entry.pair_lane = same_token && of_rank == entry.rank ? lane - back : entry.pair_lane;
+  }
+  entry.valid = named && again == 0;
+  entry.wrong = expert != kNone && !entry.valid;
   entry.makes_pair = entry.valid && entry.pair_lane == lane;
   return entry;
 }
 
-// Among the lanes with `counts`, how many before this one have the same `column`; adds them all to
-// the warp's own `counters`. Returns the counter before plus that.
-__device__ int CountInColumn(bool counts, int column, int32_t* counters) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t same = __match_any_sync(~0u, counts ? column : -1 - lane);
-  int place = 0;
-  if (counts) place = counters[column] + __popc(same & ((1u << lane) - 1));
-  __syncwarp();
-  if (counts && __ffs(same) - 1 == lane) counters[column] += __popc(same);
-  __syncwarp();
-  return place;
+// An entry's places among those that the warp has counted before.
+struct Places {
+  int in_expert = 0;
+  int in_list = 0;  // of its rank, if it makes a pair
+};
+
+// Add the lanes' entries to the warp's own `counters`, one token after the other: no two entries of
+// a token share a counter.
+__device__ Places CountEntries(int num_experts, const LaneOfToken& at, const EntryLane& entry,
+                               int32_t* counters) {
+  int32_t* of_expert = counters + entry.expert;
+  int32_t* of_list = counters + num_experts + entry.rank;
+  Places places;
+  for (int token = 0; token < at.tokens; ++token) {
+    if (token == at.token && entry.valid) {
+      places.in_expert = *of_expert;
+      if (entry.makes_pair) places.in_list = *of_list;
+      *of_expert = places.in_expert + 1;
+      if (entry.makes_pair) *of_list = places.in_list + 1;
+    }
+    __syncwarp();
+  }
+  return places;
+}
+
+// Call use(index, record) for each record that this thread reads, several of them in flight.
+template <typename Use>
+__device__ void ForRecords(const Dispatch& op, int64_t first, int64_t end, int stride, Use use) {
+  constexpr int kAhead = 4;
+  for (int64_t base = first; base < end; base += stride * kAhead) {
+    EntryRecord records[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (base + i * stride < end) records[i] = Records(op)[base + i * stride];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (base + i * stride < end) use(base + i * stride, records[i]);
+    }
+  }
 }
 
 // The tokens of one block, or of one warp of it.
@@ -110,9 +157,9 @@ struct TokenRange {
   int32_t begin, end;
 
   __device__ static TokenRange Part(TokenRange whole, int part, int parts) {
-    const int64_t size = whole.end - whole.begin;
-    return {static_cast<int32_t>(whole.begin + size * part / parts),
-            static_cast<int32_t>(whole.begin + size * (part + 1) / parts)};
+    const int size = (whole.end - whole.begin + parts - 1) / parts;
+    const int32_t begin = min(whole.begin + part * size, whole.end);
+    return {begin, min(begin + size, whole.end)};
   }
 };
 
@@ -127,33 +174,32 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
       warp < op.count_warps ? TokenRange::Part(block, warp, op.count_warps) : TokenRange{0, 0};
   int32_t* own_counters = counters + warp * columns;
 
-  for (int i = threadIdx.x; i < op.count_warps * columns; i += kThreads) counters[i] = 0;
-  __syncthreads();
   // A lane's entries stand a step apart; each is loaded while the one before is looked at.
-  const int num_topk = shape.num_topk, step = 32 / num_topk * num_topk;
+  const LaneOfToken at(op.topk);
+  const int num_topk = shape.num_topk, step = at.tokens * num_topk;
   const int64_t end = int64_t{tokens.end} * num_topk;
   int64_t index = int64_t{tokens.begin} * num_topk + lane;
-  const auto inside = [&] { return lane < step && index < end; };
-  int32_t next = inside() ? op.params.topk_idx[index] : kNone;
-  float next_weight = inside() ? op.params.topk_weights[index] : 0.0f;
+  bool inside = lane < step && index < end;
+  int32_t expert = inside ? op.params.topk_idx[index] : kNone;
+  float weight = inside ? op.params.topk_weights[index] : 0.0f;
+  for (int i = threadIdx.x; i < op.count_warps * columns; i += kThreads) counters[i] = 0;
+  __syncthreads();
   int wrong = 0;
-  for (int64_t first = index - lane; first < end; first += step) {
-    const int64_t at = index;
-    const float weight = next_weight;
-    const EntryLane entry = LookAtEntry(op, inside(), next);
-    index += step;
-    if (inside()) {
-      next = op.params.topk_idx[index];
-      next_weight = op.params.topk_weights[index];
-    }
-    const int in_expert = CountInColumn(entry.valid, entry.expert, own_counters);
-    const int in_list =
-        CountInColumn(entry.makes_pair, shape.num_experts + entry.rank, own_counters);
-    const int pair = __shfl_sync(~0u, in_list, entry.pair_lane);
+  while (__any_sync(~0u, inside)) {
+    const int64_t next_index = index + step;
+    const bool next_inside = lane < step && next_index < end;
+    const int32_t next_expert = next_inside ? op.params.topk_idx[next_index] : kNone;
+    const float next_weight = next_inside ? op.params.topk_weights[next_index] : 0.0f;
+    const EntryLane entry = LookAtEntry(op, at, expert);
+    const Places places = CountEntries(shape.num_experts, at, entry, own_counters);
+    const int pair = __shfl_sync(~0u, places.in_list, entry.pair_lane);
     wrong += __popc(__ballot_sync(~0u, entry.wrong));
-    if (!entry.inside) continue;
-    Records(op)[at] = {entry.valid ? entry.expert : kNone, expert_major ? in_expert : pair, weight,
-                       entry.makes_pair ? in_list : kNone};
+    if (inside) {
+      Records(op)[index] = {entry.valid ? entry.expert : kNone,
+                            expert_major ? places.in_expert : pair, weight,
+                            entry.makes_pair ? places.in_list : kNone};
+    }
+    index = next_index, inside = next_inside, expert = next_expert, weight = next_weight;
   }
   if (lane == 0 && wrong > 0) atomicAdd(&group.own().num_invalid, wrong);
   __syncthreads();
@@ -185,27 +231,18 @@ __device__ void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counte
     }
   }
   __syncthreads();
-  constexpr int kAhead = 4;  // records in flight of a lane
-  for (int64_t base = int64_t{tokens.begin} * num_topk + lane; base < end; base += 32 * kAhead) {
-    EntryRecord records[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      records[i].expert = kNone;
-      if (base + i * 32 < end) records[i] = Records(op)[base + i * 32];
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const EntryRecord& record = records[i];
-      if (record.expert == kNone) continue;
-      const int64_t at = base + i * 32;
-      const int rank = record.expert / shape.num_local_experts();
-      const int list = shape.num_experts + rank;
-      Records(op)[at].place = record.place + own_counters[expert_major ? record.expert : list];
-      if (record.pair != kNone) {
-        TokenList(op, rank)[own_counters[list] + record.pair] = static_cast<int32_t>(at / num_topk);
-      }
-    }
-  }
+  ForRecords(op, int64_t{tokens.begin} * num_topk + lane, end, 32,
+             [&](int64_t index, const EntryRecord& record) {
+               if (record.expert == kNone) return;
+               const int rank = op.RankOf(record.expert);
+               const int list = shape.num_experts + rank;
+               Records(op)[index].place =
+                   record.place + own_counters[expert_major ? record.expert : list];
+               if (record.pair != kNone) {
+                 TokenList(op, rank)[own_counters[list] + record.pair] =
+                     op.topk.Quotient(static_cast<int32_t>(index));
+               }
+             });
 }
 
 // Where all rows of the group stand, in shared memory. A group of rows is numbered over all ranks:
@@ -253,47 +290,53 @@ __device__ void MakePlan(const Dispatch& op, const Plan& plan) {
   const RouteShape& route = op.params.route;
   const int rank = op.frame.rank, lane = threadIdx.x % 32;
   const bool expert_major = route.layout == Layout::kExpertMajor;
-  const int per_rank = expert_major ? shape.num_local_experts() : 1;
+  const int per_rank = expert_major ? op.local_experts.divisor() : 1;
   const int first_column = expert_major ? 0 : shape.num_experts;
 
   for (int group = threadIdx.x; group < per_rank * shape.num_ranks; group += kThreads) {
-    const bool here = group / per_rank == rank;
+    const int local = group - rank * per_rank;
+    const bool here = local >= 0 && local < per_rank;
     int32_t before = 0;
 #pragma unroll 4
     for (int source = 0; source < shape.num_ranks; ++source) {
       if (source == rank) plan.first_of_own[group] = before;
-      if (here) plan.first_here[source * per_rank + group % per_rank] = before;
+      if (here) plan.first_here[source * per_rank + local] = before;
       before += LoadFresh(op.frame.Counts(rank, source) + first_column + group);
     }
     plan.kept[group] = before;
   }
-  for (int source = threadIdx.x; source < shape.num_ranks; source += kThreads) {
-    plan.pairs_before[source + 1] =
-        LoadFresh(op.frame.Counts(rank, source) + shape.num_experts + rank);
-    plan.taken[source] = 0;
+  if (threadIdx.x / 32 == kWarps - 1) {  // the one with the fewest groups
+    int32_t before = 0;
+    for (int base = 0; base < shape.num_ranks; base += 32) {
+      const int source = base + lane;
+      const bool inside = source < shape.num_ranks;
+      const int64_t pairs =
+          inside ? LoadFresh(op.frame.Counts(rank, source) + shape.num_experts + rank) : 0;
+      const auto until = before + static_cast<int32_t>(InclusiveScan(pairs));
+      if (inside) plan.pairs_before[source + 1] = until;
+      if (inside) plan.taken[source] = 0;
+      before = __shfl_sync(~0u, until, 31);
+    }
+    if (lane == 0) plan.pairs_before[0] = 0;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    plan.pairs_before[0] = 0;
-    for (int source = 0; source < shape.num_ranks; ++source) {
-      plan.pairs_before[source + 1] += plan.pairs_before[source];
-    }
-  }
-  // A warp for the groups of one rank, as PlaceGroup does it.
+  // A warp for the groups of one rank, as PlaceGroup does it. More than the whole rank has room for
+  // is dropped in any case.
+  const int64_t limit = route.expert_capacity == kNoLimit ? route.capacity : route.expert_capacity;
   for (int owner = threadIdx.x / 32; owner < shape.num_ranks; owner += kWarps) {
     int64_t end = 0, received = 0;
     for (int base = 0; base < per_rank; base += 32) {
       const int group = owner * per_rank + base + lane;
       const bool inside = base + lane < per_rank;
-      int64_t wanted = inside ? plan.kept[group] : 0;
-      received += wanted;
-      if (route.expert_capacity != kNoLimit) wanted = min(wanted, route.expert_capacity);
-      const int64_t padded = RoundUp(wanted, route.alignment);
+      const int32_t sent = inside ? plan.kept[group] : 0;
+      received += sent;
+      const int32_t wanted = static_cast<int32_t>(min(int64_t{sent}, limit));
+      const int64_t padded = op.alignment.RoundUp(wanted);
       const int64_t until = end + InclusiveScan(padded);
       if (inside) {
         const int64_t offset = min(until - padded, int64_t{route.capacity});
         plan.offset[group] = static_cast<int32_t>(offset);
-        plan.kept[group] = static_cast<int32_t>(min(wanted, route.capacity - offset));
+        plan.kept[group] = static_cast<int32_t>(min(int64_t{wanted}, route.capacity - offset));
       }
       end = __shfl_sync(~0u, until, 31);
     }
@@ -318,20 +361,20 @@ __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
   const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
   const TokenRange block = TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
-  const int64_t end = int64_t{block.end} * shape.num_topk;
-  for (int64_t i = int64_t{block.begin} * shape.num_topk + threadIdx.x; i < end; i += kThreads) {
-    const EntryRecord record = Records(op)[i];
-    int32_t destination = kNone;
-    if (record.expert != kNone) {
-      const int owner = record.expert / shape.num_local_experts();
-      const int group = expert_major ? record.expert : owner;
-      const int32_t row = RowOf(plan, group, plan.first_of_own[group], record.place);
-      if (row != kNone) {
-        destination = static_cast<int32_t>(int64_t{owner} * op.params.route.capacity + row);
-      }
-    }
-    op.params.destination[i] = destination;
-  }
+  ForRecords(
+      op, int64_t{block.begin} * shape.num_topk + threadIdx.x, int64_t{block.end} * shape.num_topk,
+      kThreads, [&](int64_t index, const EntryRecord& record) {
+        int32_t destination = kNone;
+        if (record.expert != kNone) {
+          const int owner = op.RankOf(record.expert);
+          const int group = expert_major ? record.expert : owner;
+          const int32_t row = RowOf(plan, group, plan.first_of_own[group], record.place);
+          if (row != kNone) {
+            destination = static_cast<int32_t>(int64_t{owner} * op.params.route.capacity + row);
+          }
+        }
+        op.params.destination[index] = destination;
+      });
 }
 
 __device__ void MarkEmpty(const Dispatch& op, int64_t row) {
@@ -351,8 +394,7 @@ __device__ void MarkEmpty(const Dispatch& op, int64_t row) {
 template <bool kWhole>
 __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
-  const int groups =
-      params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
+  const int groups = params.route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
   int64_t kept = 0, end = 0;
@@ -361,7 +403,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
     const bool inside = group < groups;
     const int at = op.frame.rank * groups + group;
     const int32_t rows = inside ? plan.kept[at] : 0;
-    const int32_t padded = static_cast<int32_t>(RoundUp(rows, params.route.alignment));
+    const auto padded = static_cast<int32_t>(op.alignment.RoundUp(rows));
     const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first row of no token
     if (warp == 0 && inside) {
       params.num_rows[group] = rows;
@@ -391,86 +433,97 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   }
 }
 
+// A token that has experts here.
+struct Pair {
+  int32_t number, source, token;
+  EntryRecord record;  // of the lane's entry
+};
+
+// Write down where the pair's rows stand. Returns the row that this lane is to write, or kNone.
+__device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTable& table,
+                              const Pair& pair) {
+  const GroupShape& shape = op.frame.shape;
+  const DispatchParams& params = op.params;
+  const EntryRecord& record = pair.record;
+  const int rank = op.frame.rank, num_topk = shape.num_topk, lane = threadIdx.x % 32;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int per_rank = expert_major ? op.local_experts.divisor() : 1;
+  const int32_t code = pair.source * shape.max_tokens + pair.token;
+  const int expert = record.expert - rank * op.local_experts.divisor();
+  const bool here = expert >= 0 && expert < op.local_experts.divisor();
+  int32_t row = kNone;
+  if (here) {
+    const int local = expert_major ? expert : 0;
+    row = RowOf(plan, rank * per_rank + local, plan.first_here[pair.source * per_rank + local],
+                record.place);
+  }
+  const uint32_t live = __ballot_sync(~0u, row != kNone);
+  const int nth = __popc(live & ((1u << lane) - 1));
+  if (live != 0 && lane == 0) atomicAdd(&plan.taken[pair.source], 1);
+  if (expert_major) {
+    if (row != kNone) {
+      params.source[row] = code;
+      params.weights[row] = record.weight;
+    }
+    int32_t* line = params.pairs + int64_t{1 + pair.number} * table.line_ints();
+    if (lane == 0) line[0] = code;
+    if (row != kNone && nth < table.max_rows) line[1 + nth] = row;
+    if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
+    return row;
+  }
+  const int32_t shared_row = __reduce_max_sync(~0u, row);
+  if (shared_row == kNone) return kNone;
+  if (lane == 0) params.source[shared_row] = code;
+  if (lane < num_topk) {
+    const int64_t at = int64_t{shared_row} * num_topk + lane;
+    params.weights[at] = here ? record.weight : 0.0f;
+    params.local_experts[at] = here ? expert : kNone;
+  }
+  return nth == 0 ? row : kNone;
+}
+
 // Pull the rows of this rank, a warp for each token.
 template <bool kWhole>
 __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
-  const DispatchParams& params = op.params;
-  const int rank = op.frame.rank, num_ranks = shape.num_ranks, num_topk = shape.num_topk;
-  const int lane = threadIdx.x % 32;
-  const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  const int per_rank = expert_major ? shape.num_local_experts() : 1;
-  const PairTable table(shape, params.route);
-  const PairOrder order(plan.pairs_before[num_ranks], plan.pairs_before[rank],
-                        plan.pairs_before[rank + 1]);
-
-  // Each lane looks up one of the next 32 items, so that the way to a peer is waited for once
-  // in 32.
-  int32_t of_lane_pair = 0, of_lane_source = 0, of_lane_token = 0;
-  for (int number = 0; order.Has(number); ++number) {
-    if (number % 32 == 0 && order.Has(number + lane)) {
-      of_lane_pair = order.At(number + lane);
-      int low = 0, high = num_ranks;  // pairs_before[low] <= pair < pairs_before[high]
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (plan.pairs_before[middle] <= of_lane_pair ? low : high) = middle;
-      }
-      of_lane_source = low;
-      const int32_t* list =
-          group.Operand<int32_t>(low, kLists) + int64_t{rank} * params.route.num_tokens;
-      of_lane_token = LoadFresh(list + of_lane_pair - plan.pairs_before[low]);
-      if (of_lane_token < 0 || of_lane_token >= params.route.num_tokens) of_lane_token = 0;
-    }
-    __syncwarp();
-    const int pair = __shfl_sync(~0u, of_lane_pair, number % 32);
-    const int source = __shfl_sync(~0u, of_lane_source, number % 32);
-    const int64_t token = __shfl_sync(~0u, of_lane_token, number % 32);
-    EntryRecord record;
-    record.expert = kNone;
-    if (lane < num_topk) {
-      const uint4 words =
-          LoadOnce(reinterpret_cast<const uint4*>(group.Operand<EntryRecord>(source, kRecords) +
-                                                  token * num_topk) +
-                   lane);
-      record = *reinterpret_cast<const EntryRecord*>(&words);
-    }
-    CarryRow(group.Operand<char>(source, kRows) + token * op.row_bytes,
-             static_cast<char*>(params.tokens), WordsOf<kWhole>(op), [&] {
-               const int32_t code = source * shape.max_tokens + static_cast<int32_t>(token);
-               const bool here =
-                   record.expert >= 0 && record.expert / shape.num_local_experts() == rank;
-               const int local = here && expert_major ? record.expert - rank * per_rank : 0;
-               int32_t row = kNone;
-               if (here) {
-                 row = RowOf(plan, rank * per_rank + local,
-                             plan.first_here[source * per_rank + local], record.place);
-               }
-               const uint32_t live = __ballot_sync(~0u, row != kNone);
-               const int nth = __popc(live & ((1u << lane) - 1));
-               if (live != 0 && lane == 0) atomicAdd(&plan.taken[source], 1);
-               if (expert_major) {
-                 if (row != kNone) {
-                   params.source[row] = code;
-                   params.weights[row] = record.weight;
-                 }
-                 int32_t* line = params.pairs + int64_t{1 + pair} * table.line_ints();
-                 if (lane == 0) line[0] = code;
-                 if (row != kNone && nth < table.max_rows) line[1 + nth] = row;
-                 if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
-                 return int64_t{row};
-               }
-               const int32_t shared_row = __reduce_max_sync(~0u, row);
-               if (shared_row == kNone) return int64_t{kNone};
-               if (lane == 0) params.source[shared_row] = code;
-               if (lane < num_topk) {
-                 const int64_t at = int64_t{shared_row} * num_topk + lane;
-                 params.weights[at] = here ? record.weight : 0.0f;
-                 params.local_experts[at] =
-                     here ? record.expert - rank * shape.num_local_experts() : kNone;
-               }
-               return row != kNone && nth == 0 ? int64_t{row} : int64_t{kNone};
-             });
-  }
+  const RouteShape& route = op.params.route;
+  const int rank = op.frame.rank, lane = threadIdx.x % 32;
+  const int num_pairs = plan.pairs_before[shape.num_ranks];
+  const PairTable table(shape, route);
+  const PairOrder order(num_pairs, plan.pairs_before[rank], plan.pairs_before[rank + 1],
+                        op.num_warps);
+  ForWarpItems(
+      num_pairs,
+      [&](int item) {
+        Pair pair{0, 0, 0, {kNone}};
+        if (item >= num_pairs) return pair;
+        pair.number = order.At(item);
+        int low = 0, high = shape.num_ranks;  // pairs_before[low] <= number < pairs_before[high]
+        while (high - low > 1) {
+          const int middle = (low + high) / 2;
+          (plan.pairs_before[middle] <= pair.number ? low : high) = middle;
+        }
+        pair.source = low;
+        const int32_t* list =
+            group.Operand<int32_t>(low, kLists) + int64_t{rank} * route.num_tokens;
+        pair.token = LoadFresh(list + pair.number - plan.pairs_before[low]);
+        return pair;
+      },
+      [&](int, Pair pair) {
+        if (pair.token < 0 || pair.token >= route.num_tokens) pair.token = 0;
+        if (lane < shape.num_topk) {
+          const auto* records = group.Operand<EntryRecord>(pair.source, kRecords) +
+                                int64_t{pair.token} * shape.num_topk;
+          const uint4 words = LoadOnce(reinterpret_cast<const uint4*>(records + lane));
+          pair.record = *reinterpret_cast<const EntryRecord*>(&words);
+        }
+        return pair;
+      },
+      [&](int, const Pair& pair) {
+        CarryRow(group.Operand<char>(pair.source, kRows) + pair.token * op.row_bytes,
+                 static_cast<char*>(op.params.tokens), WordsOf<kWhole>(op),
+                 [&] { return WriteRoute(op, plan, table, pair); });
+      });
 }
 
 __device__ void WriteFailure(const Dispatch& op) {
@@ -478,7 +531,7 @@ __device__ void WriteFailure(const Dispatch& op) {
   const GroupShape& shape = op.frame.shape;
   const int64_t capacity = params.route.capacity, num_topk = shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  const int groups = expert_major ? shape.num_local_experts() : 1;
+  const int groups = expert_major ? op.local_experts.divisor() : 1;
   FillAsFailed(params.route.row_type, params.tokens, capacity * params.route.row_size);
   FillAsFailed(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
   FillByBlock(params.source, capacity, kNone);
@@ -537,7 +590,14 @@ int64_t LeastSharedBytesOfDispatch(const GroupShape& shape) {
 const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
                            const DeviceFacts& device, cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
-  Dispatch op{frame, params, params.route.row_bytes(), kWarps};
+  Dispatch op{frame,
+              params,
+              params.route.row_bytes(),
+              Divisor(shape.num_local_experts()),
+              Divisor(shape.num_topk),
+              Divisor(params.route.alignment),
+              Divisor(num_blocks * kWarps),
+              kWarps};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
   op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *

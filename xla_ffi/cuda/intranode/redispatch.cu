@@ -4,11 +4,13 @@
 
 #include <vector>
 
+#include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
 #include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
 #include "interface/redispatch.h"
 
 namespace jax_deepep {
@@ -25,6 +27,7 @@ struct Redispatch {
   OpFrame frame;
   RedispatchParams params;
   int64_t row_bytes;
+  Divisor max_tokens, num_warps;
 };
 
 // The pairs of this rank, in either layout.
@@ -37,7 +40,7 @@ class Pairs {
     own_end_ = FirstOf(op.frame.rank + 1);
   }
 
-  __device__ PairOrder Order() const { return {count_, own_begin_, own_end_}; }
+  __device__ PairOrder Order() const { return {count_, own_begin_, own_end_, op_.num_warps}; }
   __device__ bool expert_major() const { return op_.params.route.layout == Layout::kExpertMajor; }
   __device__ int32_t SourceOf(int pair) const {
     return expert_major() ? Line(pair)[0] : op_.params.source[pair];
@@ -55,10 +58,11 @@ class Pairs {
   }
   // The first pair of a rank, or of a later one.
   __device__ int FirstOf(int rank) const {
+    const int64_t first_code = int64_t{rank} * op_.frame.shape.max_tokens;
     int low = 0, high = count_;
     while (low < high) {
       const int middle = (low + high) / 2;
-      if (SourceOf(middle) / op_.frame.shape.max_tokens < rank) {
+      if (SourceOf(middle) < first_code) {
         low = middle + 1;
       } else {
         high = middle;
@@ -86,13 +90,12 @@ class Pairs {
 };
 
 __device__ const char* RowAt(const Redispatch& op, const GroupOp& group, int32_t source) {
-  const int rank = source / op.frame.shape.max_tokens;
-  const int64_t token = source % op.frame.shape.max_tokens;
-  return group.Operand<char>(rank, kRows) + token * op.row_bytes;
+  const int64_t token = op.max_tokens.Remainder(source);
+  return group.Operand<char>(op.max_tokens.Quotient(source), kRows) + token * op.row_bytes;
 }
 
 __device__ void CountTaken(int32_t* taken, const Redispatch& op, int32_t source) {
-  if (threadIdx.x % 32 == 0) atomicAdd(&taken[source / op.frame.shape.max_tokens], 1);
+  if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
 }
 
 // A row as 16-bit words, for copies.
@@ -106,8 +109,8 @@ template <bool kWhole>
 __device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
                       int32_t* taken) {
   const PairOrder order = pairs.Order();
-  for (int number = 0; order.Has(number); ++number) {
-    const int pair = order.At(number);
+  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
+    const int pair = order.At(item);
     const int32_t source = pairs.SourceOf(pair);
     const int64_t row = pairs.RowOfLane(pair);
     CountTaken(taken, op, source);
@@ -157,8 +160,8 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
   const RowShape<kWhole> shape{params.route.row_size};
   const int num_groups = shape.num_groups();
   const PairOrder order = pairs.Order();
-  for (int number = 0; order.Has(number); ++number) {
-    const int pair = order.At(number);
+  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
+    const int pair = order.At(item);
     const int32_t source = pairs.SourceOf(pair);
     const int32_t row = pairs.RowOfLane(pair);
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
@@ -308,7 +311,8 @@ Kernel ScaleKernelFor(RowType type) {
 const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& params, int num_blocks,
                              const DeviceFacts& device, cudaStream_t stream) {
   const RowType type = params.route.row_type;
-  Redispatch op{frame, params, params.route.row_bytes()};
+  Redispatch op{frame, params, params.route.row_bytes(), Divisor(frame.shape.max_tokens),
+                Divisor(num_blocks * kWarps)};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   if (params.weights == nullptr && params.y == nullptr) {
     const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
