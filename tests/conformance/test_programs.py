@@ -135,7 +135,7 @@ def test_weighted_by_default_for_expert_major_rows(implementation: str) -> None:
 def test_operands_that_are_constants(layout: str, implementation: str) -> None:
     """XLA keeps constants elsewhere than arguments; peers read x and y, and the cotangents of all results.
 
-    An op captured in a CUDA graph cannot take them, and says so.
+    An op that is captured in a CUDA graph cannot take them, and says so.
     """
     problem = Problem(f"constants, {layout}", layout=layout)
     comm = problem.communicator(implementation)

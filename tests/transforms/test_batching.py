@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS
 from jax.sharding import PartitionSpec as P
-from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
 from moe_layer import LAYER, PARAMETERS, assert_close, communicator, layer_inputs, masked_experts, moe
 from problems import Problem
 
@@ -56,7 +56,7 @@ def test_vmap_of_a_shard_map(implementation: str) -> None:
     spec = device_axis(MESH, AXIS)
     x = put_on_mesh(np.stack([inputs.x] * BATCH), MESH, P(None, *spec))
     rest = put_on_mesh(inputs.operands[1:], MESH, spec)
-    assert_close(fetch(jax.jit(layer)(x, *rest)), np.stack([inputs.out] * BATCH))
+    assert_close(fetch(compiled(layer)(x, *rest)), np.stack([inputs.out] * BATCH))
 
 
 def test_vmap_over_pipeline_stages(implementation: str) -> None:
@@ -79,7 +79,7 @@ def test_vmap_over_pipeline_stages(implementation: str) -> None:
     arrays = (*inputs.operands, inputs.g)
     by_stage = [array.reshape(*mesh.devices.shape, *array.shape[1:]) for array in arrays]
     *operands, topk_idx, g = put_on_mesh(by_stage, mesh, P("stage", "expert"))
-    gradients, out = fetch(jax.jit(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
+    gradients, out = fetch(compiled(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
     assert_close(out.reshape(inputs.out.shape), inputs.out)
     for name, gradient, expected in zip(PARAMETERS, gradients, inputs.expected, strict=True):
         assert_close({name: gradient.reshape(expected.shape)}, {name: expected})

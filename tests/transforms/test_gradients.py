@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS, assert_same_bits
-from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
 from moe_layer import LAYER, LAYERS, assert_close, communicator, layer_inputs, moe
 from problems import Problem, inputs_of
 
@@ -34,7 +34,7 @@ def test_gradient_of_the_layer(problem: Problem, implementation: str, check_vma:
     sharding = device_axis(problem.mesh, problem.axis_name)
     *operands, topk_idx, g = put_on_mesh((*inputs.operands, inputs.g), problem.mesh, sharding)
     # Not the loss itself: its sum over the devices would be a collective of XLA.
-    gradients, out = fetch(jax.jit(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
+    gradients, out = fetch(compiled(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
     assert_close(out, inputs.out)
     assert_close(gradients, inputs.expected)
 
@@ -172,7 +172,7 @@ def test_gradients_where_no_row_travels(
 
     arrays = (rows.x, rows.x2, rows.topk_weights, rows.bias, rows.topk_idx, rows.x)
     *operands, topk_idx, g = put_on_mesh(arrays, problem.mesh, device_axis(problem.mesh, problem.axis_name))
-    gradients, out = fetch(jax.jit(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
+    gradients, out = fetch(compiled(jax.grad(loss, has_aux=True))(tuple(operands), topk_idx, g))
     assert_same_bits(out, rows.bias)
     assert_same_bits(gradients[3], rows.x)
     for gradient, operand in zip(gradients[:3], operands[:3], strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS
 from jax.sharding import PartitionSpec as P
-from meshes import device_axis, fetch, per_device, put_on_mesh
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh
 from moe_layer import LAYER, assert_close
 from problems import Problem, inputs_of
 
@@ -83,7 +83,7 @@ def test_gradients(transformation: str, check_vma: bool, implementation: str) ->
 
     arrays = (inputs.x, inputs.topk_weights, inputs.topk_idx, g)
     operands = put_on_mesh(arrays, LAYER.mesh, device_axis(LAYER.mesh, LAYER.axis_name))
-    gradients, out = fetch(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*operands))
+    gradients, out = fetch(compiled(jax.grad(loss, argnums=(0, 1), has_aux=True))(*operands))
     assert_close([out, *gradients], expected)
 
 
@@ -107,6 +107,6 @@ def test_vmap_over_pipeline_stages(implementation: str) -> None:
     arrays = (inputs.x, inputs.topk_weights, inputs.topk_idx, g)
     by_stage = [array.reshape(*mesh.devices.shape, *array.shape[1:]) for array in arrays]
     operands = put_on_mesh(by_stage, mesh, P("stage", "expert"))
-    gradients, out = fetch(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*operands))
+    gradients, out = fetch(compiled(jax.grad(loss, argnums=(0, 1), has_aux=True))(*operands))
     got = [array.reshape(like.shape) for array, like in zip([out, *gradients], expected, strict=True)]
     assert_close(got, expected)

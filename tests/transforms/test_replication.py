@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS
 from jax.sharding import PartitionSpec as P
-from meshes import device_axis, fetch, per_device, put_on_mesh
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh
 from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe
 
 import jax_deepep as ep
@@ -44,7 +44,7 @@ def test_replicated_operands_and_the_sum_of_their_gradients(implementation: str)
         return jnp.sum(out**2), out
 
     operands = put_on_mesh((x, topk_weights, bias, topk_idx, scales), MESH, P())
-    gradients, out = fetch(jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands))
+    gradients, out = fetch(compiled(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*operands))
 
     live = topk_idx >= 0
     factor = np.where(live, scales[topk_idx].astype(np.float64), 0)
@@ -76,7 +76,7 @@ def test_one_replicated_operand_among_varying_ones(implementation: str, replicat
     def weighted_sum(layer):
         return lambda operands, topk_idx, g: jnp.sum(layer(*operands, topk_idx) * g)
 
-    gradients = jax.jit(jax.grad(weighted_sum(layer)))(tuple(operands[:4]), operands[4], g)
+    gradients = compiled(jax.grad(weighted_sum(layer)))(tuple(operands[:4]), operands[4], g)
 
     # The same with a copy of the operand on every device, whose gradients are summed outside.
     copies = [
@@ -85,7 +85,7 @@ def test_one_replicated_operand_among_varying_ones(implementation: str, replicat
     ]
     *copies, topk_idx = put_on_mesh(copies, MESH, varying)
     all_varying = per_device(lambda *operands: moe(comm, *operands), MESH, AXIS)
-    expected = jax.jit(jax.grad(weighted_sum(all_varying)))(tuple(copies), topk_idx, g)
+    expected = compiled(jax.grad(weighted_sum(all_varying)))(tuple(copies), topk_idx, g)
     expected = [
         value.sum(axis=0) if name == replicated else value
         for name, value in zip(names[:4], fetch(expected), strict=True)

@@ -15,6 +15,7 @@ from jax_deepep.bench.problems import AXIS, Problem
 from jax_deepep.ops import reference
 from jax_deepep.ops.handle import Routes, RouteShape
 
+pytestmark = pytest.mark.collectives
 RANKS, TOKENS, TOPK, EXPERTS, CAPACITY = 4, 6, 3, 12, 32
 
 

@@ -30,6 +30,7 @@ def results_of(programs: dict) -> list:
     return [fetch(jax.jit(function)(*operands)) for function, operands in programs.values()]
 
 
+@pytest.mark.collectives
 def test_layers_agree() -> None:
     """Otherwise a contender may be fast because it is wrong."""
     mesh = mesh_named("expert")
