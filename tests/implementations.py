@@ -9,8 +9,8 @@ import pytest
 IMPLEMENTATIONS = ["native", pytest.param("xla", marks=pytest.mark.collectives)]
 EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
 
-# Whether XLA captures all ops in CUDA graphs. By default, it does so where five operations or more that it can
-# capture follow each other.
+# Whether XLA captures all ops in CUDA graphs. By default, it does so where five operations or more follow
+# each other that it can capture.
 OPS_ARE_CAPTURED = "+CUSTOM_CALL" in os.environ.get("XLA_FLAGS", "")
 
 
