@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
+from jax_deepep.launch.rank_environment import RankSettings
+
 _EXAMPLES = """\
 examples:
   python -m jax_deepep.launch -n 8 -- python train.py
@@ -47,8 +49,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--share-gpu", action="store_true",
-        help="all processes on one GPU, under a private MPS daemon; "
-        "1/N of its SMs and 0.8/N of its memory for each",
+        help="all processes on one GPU, under a private MPS daemon",
+    )  # fmt: skip
+    # With 0.8 on 80 GB, eight ranks left NCCL too little; on 141 GB it had 3.5 GB per rank, and enough.
+    parser.add_argument(
+        "--memory-fraction", type=_fraction, default=RankSettings.memory_fraction, metavar="F",
+        help="with --share-gpu: this part of the GPU's memory for XLA in all ranks together, F/N each "
+        "(XLA_PYTHON_CLIENT_MEM_FRACTION); CUDA and NCCL need the rest; default %(default)g",
     )  # fmt: skip
     parser.add_argument(
         "--log-dir",
@@ -115,6 +122,16 @@ def _count(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"got {text!r}; takes a whole number from 1 to 4096, for example 8")
     return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = 0.0
+    if not 0 < fraction <= 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; takes a number above 0, up to 1, for example 0.5")
+    return fraction
 
 
 def _seconds(text: str) -> float:

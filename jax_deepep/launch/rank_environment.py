@@ -49,6 +49,7 @@ class RankSettings:
     platform: str | None = None  # "cpu", "cuda"; None: JAX's own choice
     devices_per_process: int | None = None
     share_gpu: bool = False
+    memory_fraction: float = 0.65  # with share_gpu: of the GPU, for the pools of all ranks together
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def rank_environ(
     _set_cpu_devices(env, settings)
     if settings.share_gpu:
         # Preallocation stays as it is (on, in JAX): a preallocated pool is what peers can map.
-        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.8 / place.num_local:.4f}"
+        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{settings.memory_fraction / place.num_local:.4f}"
         env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # NCCL >= 2.30; older ones refuse ranks that share a GPU
     plugins = [name for name in env.get("PYTEST_PLUGINS", "").split(",") if name not in ("", PYTEST_PLUGIN)]
     env["PYTEST_PLUGINS"] = ",".join([*plugins, PYTEST_PLUGIN])

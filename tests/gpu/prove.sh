@@ -9,6 +9,8 @@
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
 #     faults     ranks that are killed, raise or stall, without MPS
+#     graphs-faults    the same, captured
+#     unit       the communicator and what it counts
 #     example    the training example with 8 ranks
 #     bench-N    python -m jax_deepep.bench, tables and JSON into OUT_FOLDER
 set -uo pipefail
@@ -17,6 +19,7 @@ out=$1
 shift
 mkdir -p "$out"
 failed=()
+captured="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
 
 share() {
   local ranks=$1
@@ -40,7 +43,9 @@ part() {
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
     soak) build_harness && "$out/cuda_ranks" soak 20000 ;;
     suite-*) suite "$ranks" ;;
-    graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" suite "$ranks" ;;
+    graphs-faults) XLA_FLAGS=$captured part faults ;;
+    graphs-*) XLA_FLAGS=$captured suite "$ranks" ;;
+    unit) share 2 python3 -m pytest -q tests/unit -m "not collectives" ;;
     faults) JAX_PLATFORMS=cuda python3 -m pytest -q tests/multiprocess/test_faults.py -k cuda ;;
     example) share 8 python3 examples/train_moe.py --steps 30 ;;
     bench-*) share "$ranks" python3 -m jax_deepep.bench --json "$out/g$ranks.json" --markdown "$out/g$ranks.md" ;;
@@ -49,7 +54,7 @@ part() {
 }
 
 export -f share suite build_harness part
-export out
+export out captured
 for name in "$@"; do
   echo "== $name"
   timeout "${PART_LIMIT_S:-300}" bash -c 'part "$1"' part "$name" || failed+=("$name")

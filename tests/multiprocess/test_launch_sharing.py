@@ -66,6 +66,8 @@ def test_the_ranks_share_and_the_daemon_goes(
         "-n",
         "4",
         "--share-gpu",
+        "--memory-fraction",
+        "0.6",
         "--",
         sys.executable,
         script,
@@ -81,7 +83,7 @@ def test_the_ranks_share_and_the_daemon_goes(
     for variables in told:
         # Limited to a part of the SMs each, ranks do not always get all of theirs, and wait for each other.
         assert variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] is None
-        assert float(variables["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.2)
+        assert float(variables["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.15)
         assert variables["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
         assert variables["JAX_LOCAL_DEVICE_IDS"] == "0"
         assert variables["CUDA_MPS_PIPE_DIRECTORY"] == (tmp_path / "pipe_folder").read_text().strip()

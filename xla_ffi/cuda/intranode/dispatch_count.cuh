@@ -32,8 +32,8 @@ struct EntryLane {
   int32_t pair_lane;  // the lane that makes its pair
 };
 
-// `expert` is what topk_idx says. Lanes of a token compare themselves one by one: a match over the
-// whole warp takes as long as it has different values.
+// `expert` is what topk_idx says. Lanes of a token compare themselves one by one, which takes less
+// time than to match all lanes of the warp.
 __device__ inline EntryLane LookAtEntry(const Dispatch& op, const LaneOfToken& at, int32_t expert) {
   const int lane = threadIdx.x % 32;
   const bool named = expert >= 0 && expert < op.frame.shape.num_experts;
