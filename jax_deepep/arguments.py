@@ -62,10 +62,11 @@ def check_sizes(comm: Any, num_ranks: int) -> None:
             f"num_experts_per_tok: got {comm.num_experts_per_tok}; takes at most num_experts="
             f"{comm.num_experts}, because a token goes to an expert once."
         )
-    if num_ranks * comm.max_tokens > INT32_MAX:
+    most_tokens = INT32_MAX // (num_ranks * comm.num_experts_per_tok)
+    if comm.max_tokens > most_tokens:
         raise ValueError(
             f"max_tokens: got {comm.max_tokens} on each of {num_ranks} devices; takes at most "
-            f"{INT32_MAX // num_ranks} (token numbers are int32)."
+            f"{most_tokens} (the entries of all tokens are numbered in int32)."
         )
     timeout_s: Any = comm.timeout_s
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):

@@ -89,7 +89,10 @@ def run_job(
     """Start this host's ranks, watch them, report."""
     log_dir = prepare_log_dir(options.log_dir, link)
     settings = RankSettings(
-        options.platform, options.devices_per_process, options.share_gpu, options.memory_fraction
+        options.platform,
+        options.devices_per_process,
+        options.share_gpu,
+        options.memory_fraction or RankSettings.memory_fraction,
     )
     job = link.job
     say(f"{rank_names(job.ranks)} of {job.num_ranks} on this host; logs in {log_dir}")

@@ -53,9 +53,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     # With 0.8 on 80 GB, eight ranks left NCCL too little; on 141 GB it had 3.5 GB per rank, and enough.
     parser.add_argument(
-        "--memory-fraction", type=_fraction, default=RankSettings.memory_fraction, metavar="F",
+        "--memory-fraction", type=_fraction, metavar="F",
         help="with --share-gpu: this part of the GPU's memory for XLA in all ranks together, F/N each "
-        "(XLA_PYTHON_CLIENT_MEM_FRACTION); CUDA and NCCL need the rest; default %(default)g",
+        "(XLA_PYTHON_CLIENT_MEM_FRACTION); CUDA and NCCL need the rest; default "
+        f"{RankSettings.memory_fraction:g}",
     )  # fmt: skip
     parser.add_argument(
         "--log-dir",
@@ -111,6 +112,11 @@ def _check(parser: _Parser, options: argparse.Namespace) -> None:
         )
     if options.share_gpu and options.platform == "cpu":
         parser.error("--share-gpu: got --platform cpu with it; takes a GPU, so leave one of the two out")
+    if options.memory_fraction is not None and not options.share_gpu:
+        parser.error(
+            f"--memory-fraction: got {options.memory_fraction:g} without --share-gpu; takes ranks that share "
+            "a GPU: for ranks with GPUs of their own, set XLA_PYTHON_CLIENT_MEM_FRACTION"
+        )
     if options.share_gpu and (options.devices_per_process or 1) != 1:
         parser.error(
             f"--devices-per-process: got {options.devices_per_process} with --share-gpu; takes 1 there, "

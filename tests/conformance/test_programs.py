@@ -163,7 +163,7 @@ def test_operands_that_are_constants(layout: str, implementation: str) -> None:
     expected_tokens, *expected = run_per_device(
         program, problem.mesh, problem.axis_name, *routing, *as_arguments, check_vma=False
     )
-    if OPS_ARE_CAPTURED and implementation == "native":
+    if OPS_ARE_CAPTURED and comm.topology.platform == "cuda" and implementation == "native":
         with pytest.raises(jax.errors.JaxRuntimeError, match=r"constant of the program.*an argument"):
             run_per_device(with_constants, problem.mesh, problem.axis_name, *routing, check_vma=False)
         return

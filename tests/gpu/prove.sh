@@ -8,9 +8,8 @@
 #     soak       20,000 steps of eight ranks with random routing and delays
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
-#     faults     ranks that are killed, raise or stall, without MPS
-#     graphs-faults    the same, captured
-#     unit       the communicator and what it counts
+#     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
+#     unit       all of tests/unit with two ranks
 #     example    the training example with 8 ranks
 #     bench-N    python -m jax_deepep.bench, tables and JSON into OUT_FOLDER
 set -uo pipefail
@@ -19,7 +18,6 @@ out=$1
 shift
 mkdir -p "$out"
 failed=()
-captured="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
 
 share() {
   local ranks=$1
@@ -43,8 +41,7 @@ part() {
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
     soak) build_harness && "$out/cuda_ranks" soak 20000 ;;
     suite-*) suite "$ranks" ;;
-    graphs-faults) XLA_FLAGS=$captured part faults ;;
-    graphs-*) XLA_FLAGS=$captured suite "$ranks" ;;
+    graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" suite "$ranks" ;;
     unit) share 2 python3 -m pytest -q tests/unit -m "not collectives" ;;
     faults) JAX_PLATFORMS=cuda python3 -m pytest -q tests/multiprocess/test_faults.py -k cuda ;;
     example) share 8 python3 examples/train_moe.py --steps 30 ;;
@@ -54,7 +51,7 @@ part() {
 }
 
 export -f share suite build_harness part
-export out captured
+export out
 for name in "$@"; do
   echo "== $name"
   timeout "${PART_LIMIT_S:-300}" bash -c 'part "$1"' part "$name" || failed+=("$name")

@@ -14,21 +14,33 @@ pytestmark = starts_its_own_processes
 
 NUM_PROCESSES = 3
 TIMEOUT_S = 4  # as in ranks/faults.py
+OPS_BEFORE = 3 * 4  # runs of `first_step` there, and ops of a run
 DEADLINE_S = 60.0  # a run takes about 12 s on two cores
 
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+CAPTURED = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("cpu", {}), id="cpu"),
+        pytest.param(("cuda", {}), id="cuda", marks=pytest.mark.gpu),
+        pytest.param(("cuda", CAPTURED), id="cuda in graphs", marks=pytest.mark.gpu),
+    ]
+)
 def faults(request: pytest.FixtureRequest) -> Callable[..., RankProcesses]:
     """Return what starts the ranks of a fault."""
+    platform, environment = request.param
 
     def start(name: str, victim: int, *arguments: object) -> RankProcesses:
         return RankProcesses(
             "faults",
             NUM_PROCESSES,
             (name, victim, *arguments),
-            platform=request.param,
+            platform=platform,
+            environment=environment,
             deadline_s=DEADLINE_S,
         )
 
@@ -69,7 +81,7 @@ def test_a_rank_dies_before_an_op(faults: Callable[..., RankProcesses], victim: 
         for rank in survivors_of(victim):
             report = run.wait_for_report(rank, "abandoned")
             assert_abandoned(report, victim)
-            assert_names_steps(report["error"], victim, expected=5, seen=4)
+            assert_names_steps(report["error"], victim, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
         run.assert_nothing_is_left()
 
 
@@ -80,7 +92,7 @@ def test_a_rank_raises_before_an_op(faults: Callable[..., RankProcesses]) -> Non
         for rank in survivors_of(1):
             report = run.wait_for_report(rank, "abandoned")
             assert_abandoned(report, 1)
-            assert_names_steps(report["error"], 1, expected=5, seen=4)
+            assert_names_steps(report["error"], 1, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
         run.assert_nothing_is_left()
 
 
@@ -119,7 +131,7 @@ def test_a_rank_stalls_before_an_op_and_returns(faults: Callable[..., RankProces
         for rank in survivors_of(victim):
             report = run.wait_for_report(rank, "abandoned")
             assert_abandoned(report, victim)
-            assert_names_steps(report["error"], victim, expected=5, seen=4)
+            assert_names_steps(report["error"], victim, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
         run.ranks[victim].signal(signal.SIGCONT)
         assert_late_rank_does_no_harm(run, victim)
 

@@ -190,6 +190,11 @@ def test_the_program_is_run_as_python_would_run_it(tmp_path: Path) -> None:
         (["-n", "2"], ["COMMAND: got nothing", "-- python train.py"]),
         (["-n", "2", "--", "no-such-program"], ["COMMAND: got 'no-such-program'", "check its name"]),
         (["-n", "2", "--share-gpu", "--platform", "cpu", "--", "true"], ["--share-gpu", "leave one"]),
+        (["-n", "2", "--memory-fraction", "0.5", "--", "true"], ["--memory-fraction: got 0.5", "share"]),
+        (
+            ["-n", "2", "--share-gpu", "--memory-fraction", "2", "--", "true"],
+            ["--memory-fraction: got '2'", "up to 1"],
+        ),
         (
             ["-n", "2", "--share-gpu", "--devices-per-process", "2", "--", "true"],
             ["--devices-per-process: got 2", "takes 1"],

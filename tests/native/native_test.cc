@@ -1,4 +1,4 @@
-// Checks of the plain C++ that every platform shares: prints each failure, returns how many there were.
+// Checks of the plain C++ of the platforms: prints each failure, returns how many there were.
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -203,19 +203,21 @@ void CheckGroups() {
   CheckGroup(PlaceGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
 }
 
-// Against the language's own division, around every multiple where a quotient changes.
+// Against the language's own division, around multiples, where a quotient changes, and at the end.
 void CheckDivisor(int64_t divisor) {
   const Divisor by(static_cast<int32_t>(divisor));
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const int64_t multiples = kMost / divisor;
+  const auto check = [&](int64_t value) {
+    if (value < 0 || value > kMost) return;
+    const auto of = static_cast<int32_t>(value);
+    const bool divides = by.Quotient(of) == value / divisor && by.Remainder(of) == value % divisor;
+    Check(divides && by.RoundUp(of) == RoundUp(value, divisor), "division by a Divisor", divisor);
+  };
   for (int64_t step = 0; step <= 40; ++step) {
-    for (int64_t value = multiples * step / 40 * divisor - 1, end = value + 2; value <= end; ++value) {
-      if (value < 0 || value > kMost) continue;
-      const auto of = static_cast<int32_t>(value);
-      const bool divides = by.Quotient(of) == value / divisor && by.Remainder(of) == value % divisor;
-      Check(divides && by.RoundUp(of) == RoundUp(value, divisor), "division by a Divisor", divisor);
-    }
+    const int64_t multiple = kMost / divisor * step / 40 * divisor;
+    for (int64_t value = multiple - 1; value <= multiple + 1; ++value) check(value);
   }
+  check(kMost);
 }
 
 void CheckDivisors() {

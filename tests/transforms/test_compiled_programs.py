@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 from implementations import IMPLEMENTATIONS, assert_same_bits
-from meshes import device_axis, fetch, per_device, put_on_mesh
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh
 from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe
 
 MESH, AXIS = LAYER.mesh, LAYER.axis_name
@@ -33,7 +33,7 @@ def test_export_round_trip(implementation: str) -> None:
     checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
     exported = jax.export.export(step, disabled_checks=checks)(*arrays)
     again = jax.export.deserialize(exported.serialize())
-    out, gradients = fetch(jax.jit(again.call)(*arrays))
+    out, gradients = fetch(compiled(again.call)(*arrays))
     inputs = layer_inputs()
     assert_close(out, inputs.out)
     assert_close(gradients, inputs.expected)

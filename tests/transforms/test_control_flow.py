@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS, assert_same_bits
-from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
 from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe
 from problems import inputs_of
 
@@ -111,7 +111,7 @@ def test_donated_operands(implementation: str) -> None:
 def test_donated_handle(implementation: str) -> None:
     comm = communicator(implementation)
     rows = inputs_of(LAYER)
-    route = jax.jit(per_device(lambda x, idx, w: ep.dispatch(x, idx, w, comm=comm)[1], MESH, AXIS))
+    route = compiled(per_device(lambda x, idx, w: ep.dispatch(x, idx, w, comm=comm)[1], MESH, AXIS))
     total = jax.jit(
         per_device(lambda y, handle: (ep.combine(y, handle, comm=comm), handle), MESH, AXIS), donate_argnums=1
     )
@@ -157,12 +157,11 @@ def test_handle_out_of_jit_and_back(implementation: str) -> None:
     rows = inputs_of(LAYER)
     arrays = (rows.x, rows.topk_idx, rows.topk_weights, rows.y, rows.bias)
     x, topk_idx, topk_weights, y, bias = put_on_mesh(arrays, MESH, device_axis(MESH, AXIS))
-    dispatched, handle = jax.jit(per_device(lambda x, idx, w: ep.dispatch(x, idx, w, comm=comm), MESH, AXIS))(
-        x, topk_idx, topk_weights
-    )
+    route = compiled(per_device(lambda x, idx, w: ep.dispatch(x, idx, w, comm=comm), MESH, AXIS))
+    dispatched, handle = route(x, topk_idx, topk_weights)
     assert isinstance(handle, ep.Handle)
     assert handle.source.shape == dispatched.mask.shape
-    out = jax.jit(
+    out = compiled(
         per_device(lambda y, handle, bias: ep.combine(y, handle, comm=comm, bias=bias), MESH, AXIS)
     )(y, handle, bias)
 

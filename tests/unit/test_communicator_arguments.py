@@ -42,7 +42,7 @@ CASES = [
     (
         {"max_tokens": 2**30},
         ValueError,
-        rf"max_tokens: got 1073741824 .*takes at most {(2**31 - 1) // SIZE}",
+        rf"max_tokens: got 1073741824 .*takes at most {(2**31 - 1) // (SIZE * 3)}",
     ),
     ({"hidden_size": "wide"}, TypeError, r"hidden_size: got 'wide'; takes a positive integer"),
     ({"num_sms": 0}, ValueError, r"num_sms: got 0; takes a positive integer"),

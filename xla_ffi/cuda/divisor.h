@@ -1,5 +1,5 @@
 // Division by a number that the host knows before the kernel starts: a multiplication, where the
-// hardware's way to divide integers is some forty instructions that wait for each other.
+// compiler's way to divide integers is some twenty instructions that wait for each other.
 #ifndef JAX_DEEPEP_CUDA_DIVISOR_H_
 #define JAX_DEEPEP_CUDA_DIVISOR_H_
 

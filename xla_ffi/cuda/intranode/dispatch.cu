@@ -15,14 +15,18 @@
 
 #include <algorithm>
 
+#include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/dispatch_count.cuh"
 #include "cuda/intranode/dispatch_op.cuh"
 #include "cuda/intranode/dispatch_plan.cuh"
 #include "cuda/intranode/launch.h"
+#include "cuda/memory_order.cuh"
+#include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
+#include "interface/dispatch.h"
 
 namespace jax_deepep {
 namespace {

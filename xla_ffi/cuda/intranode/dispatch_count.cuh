@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/dispatch_op.cuh"
 
@@ -12,7 +13,7 @@ namespace jax_deepep {
 
 // Where a lane stands when a warp looks at whole tokens, an entry per lane.
 struct LaneOfToken {
-  int token;   // the how-manieth of the warp's
+  int token;   // which of the warp's
   int entry;   // of the token
   int tokens;  // of the warp
 
@@ -22,7 +23,7 @@ struct LaneOfToken {
         tokens(topk.Quotient(32)) {}
 };
 
-// What the lane's entry is to the group.
+// What becomes of the lane's entry.
 struct EntryLane {
   bool valid;         // it names an expert, for the first time in its token
   bool wrong;         // it counts as invalid
@@ -32,8 +33,8 @@ struct EntryLane {
   int32_t pair_lane;  // the lane that makes its pair
 };
 
-// `expert` is what topk_idx says. Lanes of a token compare themselves one by one, which takes less
-// time than to match all lanes of the warp.
+// `expert` is what topk_idx says. Lanes of a token compare themselves one by one: with K = 8, that
+// takes less time than to match all lanes of the warp.
 __device__ inline EntryLane LookAtEntry(const Dispatch& op, const LaneOfToken& at, int32_t expert) {
   const int lane = threadIdx.x % 32;
   const bool named = expert >= 0 && expert < op.frame.shape.num_experts;
