@@ -9,9 +9,10 @@ import pytest
 IMPLEMENTATIONS = ["native", pytest.param("xla", marks=pytest.mark.collectives)]
 EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
 
-# Whether XLA captures all ops in CUDA graphs, on GPUs. By default, it does so where five operations or more
-# follow each other that it can capture.
-OPS_ARE_CAPTURED = "--xla_gpu_graph_min_graph_size=1" in os.environ.get("XLA_FLAGS", "").split()
+# Has XLA capture all ops in CUDA graphs, on GPUs. By default, it does so where five operations or more follow
+# each other that it can capture.
+CAPTURE_ALL_OPS = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
+OPS_ARE_CAPTURED = set(CAPTURE_ALL_OPS.split()) <= set(os.environ.get("XLA_FLAGS", "").split())
 
 
 def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:

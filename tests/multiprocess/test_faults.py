@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from implementations import CAPTURE_ALL_OPS
 from rank_processes import RankProcesses, starts_its_own_processes
 
 pytestmark = starts_its_own_processes
@@ -20,14 +21,11 @@ DEADLINE_S = 60.0  # a run takes about 12 s on two cores
 KILLED = -signal.SIGKILL
 
 
-CAPTURED = {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"}
-
-
 @pytest.fixture(
     params=[
         pytest.param(("cpu", {}), id="cpu"),
         pytest.param(("cuda", {}), id="cuda", marks=pytest.mark.gpu),
-        pytest.param(("cuda", CAPTURED), id="cuda in graphs", marks=pytest.mark.gpu),
+        pytest.param(("cuda", {"XLA_FLAGS": CAPTURE_ALL_OPS}), id="cuda in graphs", marks=pytest.mark.gpu),
     ]
 )
 def faults(request: pytest.FixtureRequest) -> Callable[..., RankProcesses]:
