@@ -95,7 +95,7 @@ def test_output_and_gradients_are_those_without_copies(own_first: bool, is_trace
     [
         ("data × expert", {}),
         ("node × expert", {"num_chunks": 2}),
-        ("stage × expert", {"axis_types": AxisType.Explicit}),
+        ("data × expert", {"axis_types": AxisType.Explicit}),
         ("data × expert", {"fsdp_axis": "data"}),
     ],
     ids=["two groups", "two axes, in chunks", "explicit axes", "fsdp"],

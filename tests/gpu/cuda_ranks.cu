@@ -92,7 +92,6 @@ class Group {
 
   void Wait() { CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks"); }
   HostStatus& status(int rank) { return *statuses_[rank]; }
-  cudaStream_t stream(int rank) { return streams_[rank]; }
 
  private:
   int num_blocks_;
@@ -254,6 +253,8 @@ void CheckLargest() {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
   for (const Problem& problem : {
            MakeProblem("2048 experts", 4, 2048, 8, 200, 64, RowType::kBFloat16, kExpert),
+           // Their counters leave room for a few of a block's warps only.
+           MakeProblem("8192 experts", 2, 8192, 8, 200, 64, RowType::kBFloat16, kExpert),
            MakeProblem("64 ranks", 64, 2048, 8, 40, 128, RowType::kBFloat16, kExpert, 4),
            MakeProblem("64 ranks, 32 choices", 64, 64, 32, 20, 72, RowType::kFloat32, kExpert),
            MakeProblem("64 ranks, by token", 64, 128, 32, 20, 128, RowType::kFloat16, kToken),

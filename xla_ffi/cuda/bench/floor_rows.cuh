@@ -9,6 +9,7 @@
 #include "cuda/group_op.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
 
@@ -23,7 +24,7 @@ struct PairLine {
   int32_t source = kNone;
   int32_t row = kNone;
 
-  // Read the line of `pair`, if there is one: ahead of its use, so that nobody waits for it.
+  // Read the line of `pair`, if there is one.
   __device__ static PairLine Read(const FloorParams& params, int pair, int count) {
     PairLine line;
     if (pair < count) {
@@ -38,6 +39,16 @@ struct PairLine {
   // How many rows the pair has; called by a whole warp.
   __device__ int CountRows() const { return __popc(__ballot_sync(~0u, row != kNone)); }
 };
+
+// Call use(line) for the pairs of this warp, in order.
+template <typename Use>
+__device__ __forceinline__ void ForPairs(const FloorParams& params, Use use) {
+  const int count = params.pairs[0];
+  ForWarpItems(
+      count, [&](int pair) { return PairLine::Read(params, pair, count); },
+      [](int, const PairLine& line) { return line; },
+      [&](int, const PairLine& line) { use(line); });
+}
 
 // How many words of each row a lane has in flight when a warp works on several rows at once.
 __host__ __device__ constexpr int WordsInFlight(int num_rows) {

@@ -77,7 +77,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
   const int groups = params.route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  const int warp = FirstItem();
   int64_t kept = 0, end = 0;
   for (int base = 0; base < groups; base += 32) {
     const int group = base + lane;
@@ -96,7 +96,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
       const int of_lane = __ffs(lanes) - 1;
       const int64_t first = __shfl_sync(~0u, rest, of_lane);
       const int count = __shfl_sync(~0u, padded - rows, of_lane);
-      for (int i = warp; i < count; i += gridDim.x * kWarps) {
+      for (int i = warp; i < count; i += NumWarps()) {
         ZeroRow(static_cast<char*>(params.tokens) + (first + i) * op.row_bytes,
                 WordsOf<kWhole>(op));
         if (lane == 0) MarkEmpty(op, first + i);
@@ -190,9 +190,9 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         pair.token = LoadFresh(list + pair.number - plan.pairs_before[low]);
         return pair;
       },
-      [&](int, Pair pair) {
+      [&](int item, Pair pair) {
         if (pair.token < 0 || pair.token >= route.num_tokens) pair.token = 0;
-        if (lane < shape.num_topk) {
+        if (item < num_pairs && lane < shape.num_topk) {
           const auto* records = group.Operand<EntryRecord>(pair.source, kRecords) +
                                 int64_t{pair.token} * shape.num_topk;
           const uint4 words = LoadOnce(reinterpret_cast<const uint4*>(records + lane));
