@@ -17,7 +17,12 @@ enum { kRows };
 __device__ void GatherByLoads(const Floor& op, const GroupOp& group) {
   const int lane = threadIdx.x % 32;
   const int words = static_cast<int>(op.row_bytes / 16);
-  ForPairs(op.params, [&](const PairLine& line) {
+  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
+  int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  PairLine next = PairLine::Read(op.params, pair, count);
+  for (; pair < count; pair += stride) {
+    const PairLine line = next;
+    next = PairLine::Read(op.params, pair + stride, count);
     const int num_rows = line.CountRows();
     const auto* from = reinterpret_cast<const uint4*>(RowAt(op, group, kRows, line.source));
     for (int base = 0; base < words; base += 32 * kWordsInFlight) {
@@ -37,7 +42,7 @@ __device__ void GatherByLoads(const Floor& op, const GroupOp& group) {
         }
       }
     }
-  });
+  }
 }
 
 // A warp keeps kDepth rows in flight through shared memory; every lane writes one place of a row.
@@ -144,11 +149,16 @@ __device__ __forceinline__ void AddToRows(const Floor& op, const char* x, const 
 }
 
 __device__ void GatherAndAdd(const Floor& op, const GroupOp& group) {
-  ForPairs(op.params, [&](const PairLine& line) {
+  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
+  int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  PairLine next = PairLine::Read(op.params, pair, count);
+  for (; pair < count; pair += stride) {
+    const PairLine line = next;
+    next = PairLine::Read(op.params, pair + stride, count);
     const char* x = RowAt(op, group, kRows, line.source);
     WithConstant(line.CountRows(),
                  [&](auto rows) { AddToRows<decltype(rows)::value>(op, x, line); });
-  });
+  }
 }
 
 // kDepth 0: by loads and stores.

@@ -5,7 +5,6 @@
 #include "cuda/bench/floor.h"
 #include "cuda/bench/floor_rows.cuh"
 #include "cuda/group_op.cuh"
-#include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -50,36 +49,43 @@ __device__ __forceinline__ void SumInputs(const Floor& op, const char* input, in
 
 // On the side of the experts: pairs with several rows.
 __device__ void SumPairs(const Floor& op) {
-  ForPairs(op.params, [&](const PairLine& line) {
+  const int count = op.params.pairs[0], stride = gridDim.x * kWarps;
+  int pair = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  PairLine next = PairLine::Read(op.params, pair, count);
+  for (; pair < count; pair += stride) {
+    const PairLine line = next;
+    next = PairLine::Read(op.params, pair + stride, count);
     const int num_rows = line.CountRows();
-    if (num_rows < 2) return;
+    if (num_rows < 2) continue;
     const char* input = static_cast<const char*>(op.params.y) + max(line.row, 0) * op.row_bytes;
     SumInputs(op, input, num_rows, op.params.sums, line.source);
-  });
+  }
 }
 
 // On the side of the tokens: one row, or one sum, per (token, rank).
 __device__ void SumTokens(const Floor& op, const GroupOp& group) {
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32;
-  const int num_tokens = op.params.route.num_tokens;
-  ForWarpItems(
-      num_tokens,
-      [&](int token) {
-        return token < num_tokens && lane < shape.num_topk
-                   ? op.params.inputs[int64_t{token} * shape.num_topk + lane]
-                   : kNone;
-      },
-      [&](int, int32_t code) -> const char* {
-        if (code == kNone) return nullptr;
-        const FloorInput at = FloorInput::Decode(code, shape, op.params.route);
-        return at.pair == kNone ? group.Operand<char>(at.rank, kRows) + at.row * op.row_bytes
-                                : group.Operand<char>(at.rank, kSums) + at.pair * op.row_bytes;
-      },
-      [&](int token, const char* input) {
-        const int count = __popc(__ballot_sync(~0u, input != nullptr));
-        SumInputs(op, input, count, op.params.out, token);
-      });
+  const int num_tokens = op.params.route.num_tokens, stride = gridDim.x * kWarps;
+  auto read = [&](int token) {
+    return token < num_tokens && lane < shape.num_topk
+               ? op.params.inputs[int64_t{token} * shape.num_topk + lane]
+               : kNone;
+  };
+  int token = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+  int32_t next = read(token);
+  for (; token < num_tokens; token += stride) {
+    const int32_t code = next;
+    next = read(token + stride);
+    const int count = __popc(__ballot_sync(~0u, code != kNone));
+    const char* input = nullptr;
+    if (code != kNone) {
+      const FloorInput at = FloorInput::Decode(code, shape, op.params.route);
+      input = at.pair == kNone ? group.Operand<char>(at.rank, kRows) + at.row * op.row_bytes
+                               : group.Operand<char>(at.rank, kSums) + at.pair * op.row_bytes;
+    }
+    SumInputs(op, input, count, op.params.out, token);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, 1) SumFloorKernel(const __grid_constant__ Floor op) {
