@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a change of the kernels has to pass on a machine with one GPU, and what is measured there. Parts run in
+# What a change of the kernels has to pass on a machine with a GPU, and what is measured there. Parts run in
 # the order given, each with its own time limit; one that fails does not stop the others.
 #
 #     tests/gpu/prove.sh OUT_FOLDER PART...
@@ -8,6 +8,8 @@
 #     soak       20,000 steps of eight ranks with random routing and delays
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
+#     links-N    the same, N ranks with a GPU each
+#     alone-N    the same, and none sees the GPUs of others (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
 #     unit       all of tests/unit with two ranks
 #     example    the training example with 8 ranks
@@ -25,9 +27,13 @@ share() {
   python3 -m jax_deepep.launch -n "$ranks" --share-gpu --console first --log-dir "$out/logs$ranks" -- "$@"
 }
 
-suite() {
-  share "$1" python3 -m pytest -q tests/conformance tests/transforms -m "not collectives"
+spread() {
+  local ranks=$1
+  shift
+  python3 -m jax_deepep.launch -n "$ranks" --platform cuda --console first --log-dir "$out/logs$ranks" -- "$@"
 }
+
+suite="python3 -m pytest -q tests/conformance tests/transforms -m 'not collectives'"
 
 build_harness() {
   [ -x "$out/cuda_ranks" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
@@ -40,8 +46,10 @@ part() {
   case $1 in
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
     soak) build_harness && "$out/cuda_ranks" soak 20000 ;;
-    suite-*) suite "$ranks" ;;
-    graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" suite "$ranks" ;;
+    suite-*) share "$ranks" bash -c "$suite" ;;
+    graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" share "$ranks" bash -c "$suite" ;;
+    links-*) spread "$ranks" bash -c "$suite" ;;
+    alone-*) spread "$ranks" bash -c "CUDA_VISIBLE_DEVICES=\$JAX_LOCAL_DEVICE_IDS JAX_LOCAL_DEVICE_IDS=0 $suite" ;;
     unit) share 2 python3 -m pytest -q tests/unit -m "not collectives" ;;
     faults) JAX_PLATFORMS=cuda python3 -m pytest -q tests/multiprocess/test_faults.py -k cuda ;;
     example) share 8 python3 examples/train_moe.py --steps 30 ;;
@@ -50,8 +58,8 @@ part() {
   esac
 }
 
-export -f share suite build_harness part
-export out
+export -f share spread build_harness part
+export out suite
 for name in "$@"; do
   echo "== $name"
   timeout "${PART_LIMIT_S:-300}" bash -c 'part "$1"' part "$name" || failed+=("$name")
