@@ -10,12 +10,15 @@ devices, XLA's own collectives included.
 import os
 import re
 import warnings
+from collections.abc import Mapping, MutableMapping
 
 import jax
 
 from jax_deepep import jax_compat
 
 THREADS_PER_DEVICE = 2
+
+_written: str | None = None  # the NPROC that stands in this process's environment by our doing
 
 
 def _num_threads() -> int:
@@ -34,12 +37,29 @@ def _num_configured_devices() -> int:
     return max([configured, 1, *map(int, forced)])
 
 
+def set_num_threads(environ: MutableMapping[str, str], num_devices: int) -> None:
+    """Set NPROC for a process with so many CPU devices, if it has fewer cores and the user has not set it.
+
+    Args:
+        environ: of that process; what this process was given or has written itself is told apart.
+        num_devices: one alone waits for no other, and needs nothing.
+    """
+    needed = THREADS_PER_DEVICE * num_devices
+    if num_devices > 1 and not _set_by_user(environ) and needed > len(os.sched_getaffinity(0)):
+        environ["NPROC"] = str(needed)
+
+
+def _set_by_user(environ: Mapping[str, str]) -> bool:
+    return environ.get("NPROC", _written) != _written
+
+
 def reserve_cpu_threads() -> None:
-    """Set NPROC for the devices asked for, unless the user set it or the client exists already."""
-    needed = THREADS_PER_DEVICE * _num_configured_devices()
-    if "NPROC" in os.environ or jax_compat.backends_are_initialized() or _num_threads() >= needed:
+    """Set NPROC for the devices that this process asks for, unless the client exists already."""
+    global _written
+    if jax_compat.backends_are_initialized() or _set_by_user(os.environ):
         return
-    os.environ["NPROC"] = str(needed)
+    set_num_threads(os.environ, _num_configured_devices())
+    _written = os.environ.get("NPROC")
 
 
 def warn_of_too_few_threads(num_devices: int) -> None:

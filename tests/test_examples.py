@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from own_processes import starts_its_own_processes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-pytestmark = pytest.mark.skipif("JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="starts its own processes")
+pytestmark = starts_its_own_processes
 
 
 def run(script: str, *arguments: str) -> str:

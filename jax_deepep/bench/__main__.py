@@ -12,7 +12,6 @@ from jax_deepep.bench.report import BYTES_MOVED, markdown_table, print_table, wr
 from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.launch.rank_environment import launched_rank
 
-DEFAULT_DEVICES = 8
 SHAPE_OPTIONS = ("tokens", "hidden", "topk", "experts", "devices", "dtype", "layout", "capacity")
 
 

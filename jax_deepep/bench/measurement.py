@@ -12,7 +12,7 @@ import numpy as np
 from jax_deepep.bench import ops_under_test
 from jax_deepep.bench.memcpy_rate import Memcpy
 from jax_deepep.bench.problems import AXIS, Problem, draw_inputs
-from jax_deepep.bench.timing import Spread, take_turns, timer_for
+from jax_deepep.bench.timing import Spread, take_turns
 from jax_deepep.communicator import Implementation
 
 MEMCPY = "memcpy"
@@ -70,10 +70,9 @@ def measure(
             f"or set XLA_FLAGS=--xla_force_host_platform_device_count={problem.devices}."
         )
     mesh = jax.make_mesh((problem.devices,), (AXIS,), devices=available[: problem.devices])
-    timer = timer_for(available[0].platform)
     inputs = draw_inputs(problem, mesh)
     empty = ops_under_test.empty_program(mesh)
-    launch = Spread.of(take_turns({"empty": empty}, repeats=50, limit_s=1.0, timer=timer)["empty"])
+    launch = Spread.of(take_turns({"empty": empty}, repeats=50, limit_s=1.0)["empty"])
 
     with contextlib.ExitStack() as stack:
         tested = {}
@@ -93,7 +92,7 @@ def measure(
                 name: ops.programs[op] for name, ops in tested.items()
             }
             contenders[MEMCPY] = partial(memcpy.copy, bytes_moved)
-            seconds = take_turns(contenders, repeats=repeats, limit_s=limit_s, timer=timer)
+            seconds = take_turns(contenders, repeats=repeats, limit_s=limit_s)
             ratio = None
             if {"native", "xla"} <= seconds.keys():
                 ratio = float(np.median(np.divide(seconds["xla"], seconds["native"])))

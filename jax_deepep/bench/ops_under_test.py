@@ -47,15 +47,7 @@ def build(
     problem: Problem, mesh: Mesh, inputs: Inputs, implementation: Implementation
 ) -> tuple[Communicator, OpsUnderTest]:
     """Compile every op of `problem`; the communicator is the caller's to close."""
-    comm = Communicator(
-        mesh,
-        AXIS,
-        num_experts=problem.experts,
-        num_experts_per_tok=problem.topk,
-        max_tokens=problem.tokens,
-        hidden_size=problem.hidden,
-        implementation=implementation,
-    )
+    comm = problem.communicator(mesh, implementation)
 
     def per_device(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS)))

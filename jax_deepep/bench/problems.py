@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep.capacity import Layout, worst_case_rows
+from jax_deepep.communicator import Communicator, Implementation
 
 AXIS = "expert"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -98,6 +100,30 @@ class Problem:
         """Return the fields by name."""
         return dataclasses.asdict(self)
 
+    def communicator(self, mesh: Mesh, implementation: Implementation, **options: Any) -> Communicator:
+        """Make a communicator of these sizes; it is the caller's to close."""
+        return Communicator(
+            mesh,
+            AXIS,
+            num_experts=self.experts,
+            num_experts_per_tok=self.topk,
+            max_tokens=self.tokens,
+            hidden_size=self.hidden,
+            implementation=implementation,
+            **options,
+        )
+
+    def draw_routing(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw (topk_idx int32 [R·T, K], topk_weights float32 [R·T, K]).
+
+        A token chooses K different experts, all equally often, with positive weights of sum 1.
+        """
+        total = self.devices * self.tokens
+        scores = random.random((total, self.experts), np.float32)
+        topk_idx = np.argpartition(scores, self.topk - 1, axis=1)[:, : self.topk].astype(np.int32)
+        topk_weights = random.random((total, self.topk), np.float32) + np.float32(0.1)
+        return topk_idx, topk_weights / topk_weights.sum(axis=1, keepdims=True)
+
 
 DEFAULT_PROBLEMS = (
     Problem(capacity="1.25x"),
@@ -113,8 +139,7 @@ class Inputs:
 
     Attributes:
         x: [R·T, H].
-        topk_idx: int32 [R·T, K], K different experts per token, uniform.
-        topk_weights: float32 [R·T, K], positive, of sum 1.
+        topk_idx, topk_weights: as `Problem.draw_routing` returns them.
     """
 
     x: jax.Array
@@ -127,10 +152,7 @@ def draw_inputs(problem: Problem, mesh: Mesh, seed: int = 0) -> Inputs:
     random = np.random.default_rng(seed)
     total = problem.devices * problem.tokens
     x = random.standard_normal((total, problem.hidden), np.float32)
-    scores = random.random((total, problem.experts), np.float32)
-    topk_idx = np.argsort(scores, axis=1)[:, : problem.topk].astype(np.int32)
-    topk_weights = random.random((total, problem.topk), np.float32) + np.float32(0.1)
-    topk_weights /= topk_weights.sum(axis=1, keepdims=True)
+    topk_idx, topk_weights = problem.draw_routing(random)
     sharding = NamedSharding(mesh, P(AXIS))
     return Inputs(
         jax.device_put(x.astype(jnp.dtype(problem.dtype)), sharding),

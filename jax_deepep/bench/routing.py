@@ -21,7 +21,6 @@ from jax_deepep.bench.problems import AXIS, Problem
 from jax_deepep.bench.routing_plot import draw
 from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import Table, markdown, print_tables
-from jax_deepep.communicator import Communicator
 from jax_deepep.ops.dispatch import dispatch
 from jax_deepep.ops.handle import ExpertMajor
 
@@ -79,10 +78,7 @@ def measure(
     problem: Problem, mesh: Mesh, choices: tuple[jax.Array, jax.Array], name: str, placement: np.ndarray
 ) -> Routing:
     """Dispatch once; return where the rows went."""
-    comm = Communicator(
-        mesh, AXIS, num_experts=len(placement), num_experts_per_tok=problem.topk, max_tokens=problem.tokens,
-        hidden_size=problem.hidden, implementation="native",
-    )  # fmt: skip
+    comm = dataclasses.replace(problem, experts=len(placement)).communicator(mesh, "native")
 
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P(AXIS), P(AXIS), P()), out_specs=P(AXIS))

@@ -1,15 +1,12 @@
 """Rounds in which all contenders take turns, and what is kept of them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-
-# Run something once and return its seconds.
-Timer = Callable[[Callable[[], Any]], float]
 
 MIN_ROUNDS = 5  # below this, percentiles mean nothing
 
@@ -25,15 +22,6 @@ def wall_clock(run: Callable[[], Any]) -> float:
     seconds = time.perf_counter() - start
     del result  # freed outside of the measurement
     return seconds
-
-
-# What measures on a platform. A CUDA timer, by events on the streams, belongs here.
-TIMERS: dict[str, Timer] = {"cpu": wall_clock}
-
-
-def timer_for(platform: str) -> Timer:
-    """Return what measures on `platform`; where there is nothing better, the wall clock."""
-    return TIMERS.get(platform, wall_clock)
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Spread:
 
 
 def take_turns(
-    contenders: Mapping[str, Callable[[], Any]], *, repeats: int, limit_s: float, timer: Timer
+    contenders: Mapping[str, Callable[[], Any]], *, repeats: int, limit_s: float
 ) -> dict[str, list[float]]:
     """Time every contender once per round, so that a slow moment of the machine meets all of them.
 
@@ -71,21 +59,27 @@ def take_turns(
         contenders: what to run, by name; every one runs twice before anything counts.
         repeats: rounds; fewer, but at least MIN_ROUNDS, where they would take longer than limit_s.
         limit_s: seconds.
-        timer: what measures a run.
 
     Returns:
         Seconds of each round by name; entry i of all names is of one round.
     """
     names = list(contenders)
     for name in names:
-        timer(contenders[name])
-    round_s = sum(SETTLE_S + timer(contenders[name]) for name in names)
+        wall_clock(contenders[name])
+    round_s = sum(SETTLE_S + wall_clock(contenders[name]) for name in names)
     rounds = min(repeats, max(MIN_ROUNDS, int(limit_s / max(round_s, 1e-9))))
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        # Another one begins each time: none always comes after the same one, whose traces are in the cache.
-        for place in range(len(names)):
-            name = names[(number + place) % len(names)]
-            time.sleep(SETTLE_S)
-            seconds[name].append(timer(contenders[name]))
+    for name in turns(names, rounds):
+        time.sleep(SETTLE_S)
+        seconds[name].append(wall_clock(contenders[name]))
     return seconds
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Yield every name once per round.
+
+    Another one begins each time: none always comes after the same one, whose traces are in the cache.
+    """
+    for number in range(rounds):
+        for place in range(len(names)):
+            yield names[(number + place) % len(names)]

@@ -188,7 +188,9 @@ class _RankSession:
             # in a collective. The launcher ends them when it reads this.
             failed = self._place.state_file("failed")
             if not failed.exists():
-                failed.write_text(str(self._status))
+                unfinished = failed.with_suffix(".new")
+                unfinished.write_text(str(self._status))
+                unfinished.replace(failed)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax_deepep.cpu_threads import set_num_threads
+
 PREFIX = "JAX_DEEPEP_LAUNCH_"
 PYTEST_PLUGIN = "jax_deepep.launch.pytest_plugin"
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -168,10 +170,8 @@ def _set_cpu_devices(env: dict[str, str], settings: RankSettings) -> None:
     if count is not None:
         flags = _DEVICE_COUNT_FLAG.sub("", env.get("XLA_FLAGS", "")).split()
         env["XLA_FLAGS"] = " ".join([*flags, f"--xla_force_host_platform_device_count={count}"])
-    if settings.platform != "cuda" and "NPROC" not in env:
-        # XLA's CPU thread pool has as many threads as cores, or as NPROC says. Collectives of several
-        # devices block its threads: with fewer than two per device, programs in flight deadlock.
-        env["NPROC"] = str(max(len(os.sched_getaffinity(0)), 2 * (count or 1)))
+    if settings.platform != "cuda":
+        set_num_threads(env, count or 1)
 
 
 def _keep_package_importable(env: dict[str, str]) -> None:

@@ -21,7 +21,7 @@ class MoEConfig:
     """The static part of a MoE layer. Hashable, free to be closed over or to be a static argument.
 
     Attributes:
-        comm: how rows are carried; its mesh is the layer's. `communicator` makes one.
+        comm: how rows are carried; its mesh is the layer's. `build_config` makes one.
         num_experts: E.
         num_experts_per_tok: K.
         hidden_size: H.

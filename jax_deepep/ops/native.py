@@ -119,7 +119,7 @@ def _dispatch_types(
     expert_major = shape.layout == "expert"
     array = partial(jax_compat.array_like, x)
     return [
-        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle in order
+        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle, of which `pairs` is late
         array((capacity,), jnp.int32),  # source
         array(topk_idx.shape, jnp.int32),  # destination
         array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights

@@ -116,21 +116,6 @@ def test_communicators_along_different_axes_in_one_program(implementation: str) 
             np.testing.assert_array_equal(num_rows[group], routes.num_rows)
 
 
-def test_weighted_by_default_for_expert_major_rows(implementation: str) -> None:
-    problem = Problem("weighted", num_topk=3)
-    comm = problem.communicator(implementation)
-    inputs = inputs_of(problem)
-
-    def program(x, topk_idx, topk_weights, y):
-        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
-        return [ep.combine(y, handle, comm=comm, weighted=weighted) for weighted in (None, True, False)]
-
-    arrays = (inputs.x, inputs.topk_idx, inputs.topk_weights, inputs.y)
-    default, weighted, unweighted = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
-    assert_same_bits(default, weighted)
-    assert (default != unweighted).any()
-
-
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_operands_that_are_constants(layout: str, implementation: str) -> None:
     """XLA keeps constants elsewhere than arguments; peers read x and y, and the cotangents of all results.

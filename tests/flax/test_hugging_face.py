@@ -130,6 +130,34 @@ def test_an_expert_that_is_missing() -> None:
         from_hugging_face(block, CONFIGS["mixtral"])
 
 
+def test_bfloat16_of_torch() -> None:
+    """The dtype of most checkpoints, which torch cannot give to NumPy."""
+
+    class Tensor:
+        dtype = "torch.bfloat16"
+
+        def __init__(self, array: np.ndarray) -> None:
+            self.array, self.shape = array, array.shape
+
+        def detach(self):
+            return self
+
+        cpu = detach
+
+        def float(self):
+            of_float = Tensor(self.array)
+            of_float.numpy = lambda: self.array.astype(np.float32)
+            return of_float
+
+        def numpy(self):
+            raise TypeError("Got unsupported ScalarType BFloat16")
+
+    block = {name: Tensor(value) for name, value in theirs("mixtral", fused=True, dtype=jnp.bfloat16).items()}
+    _, parameters = from_hugging_face(block, CONFIGS["mixtral"])
+    jax.tree.map(np.testing.assert_array_equal, parameters, ours("mixtral", jnp.bfloat16))
+    assert {value.dtype for value in parameters.values()} == {np.dtype(jnp.bfloat16)}
+
+
 def test_a_tensor_that_numpy_cannot_hold() -> None:
     """As the float8 of DeepSeek-V3's own checkpoint, in torch."""
 

@@ -66,6 +66,22 @@ def test_the_modules_agree() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_first_values_and_dtype_are_the_users(kind: str) -> None:
+    constant = nn.initializers.constant
+    choices = {"gate_init": constant(0.5), "kernel_init": constant(0.25), "param_dtype": jnp.bfloat16}
+    if kind == "nnx":
+        parameters = nnx.to_pure_dict(nnx.state(nnx_layer(**choices)))
+    else:
+        layer = linen.MoE(*SIZES, comm=COMM, **CHOICES, **choices)
+        variables = nn.unbox(jax.jit(layer.init)(jax.random.key(0), batch()))
+        parameters = {**variables["params"], **variables["router"]}
+    assert {"gate", "gate_bias", "wi_0", "wo", "shared_wi_0", "shared_wo"} <= parameters.keys()
+    for name, value in fetch(parameters).items():
+        assert value.dtype == (jnp.float32 if name == "gate_bias" else jnp.bfloat16), name
+        np.testing.assert_array_equal(value, {"gate": 0.5, "gate_bias": 0}.get(name, 0.25), name)
+
+
 @pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_nnx_parameters_are_born_on_the_mesh(axis_types: AxisType) -> None:
     config = config_of(MESH, axis_types, **CHOICES)

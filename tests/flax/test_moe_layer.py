@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_moe import MAX_TOKENS, E, H, K, config_of, dense_moe, loss_of, numbers, on_mesh, parameters_of
+from dense_moe import MAX_TOKENS, E, F, H, K, config_of, dense_moe, loss_of, numbers, on_mesh, parameters_of
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import fetch, mesh_named, put_on_mesh
@@ -292,3 +292,8 @@ def test_a_communicator_is_not_made_while_tracing() -> None:
 
     with pytest.raises(ValueError, match="comm: got None inside of a jitted or otherwise"):
         jax.jit(traced)(numbers(*BATCH))
+
+
+def test_without_an_axis_of_experts_every_device_has_all() -> None:
+    config = build_config(E, K, H, F, mesh=mesh_named("data × fsdp"), max_tokens=4)
+    assert (config.comm.size, config.comm.num_local_experts) == (1, E)

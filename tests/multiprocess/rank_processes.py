@@ -23,20 +23,17 @@ from typing import Any
 import leftovers
 import pytest
 
-from jax_deepep.launch import launched_rank
-
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent
 REPORT = "REPORT "  # begins a line of findings, as `report` of ranks/rank_side.py writes it
 
-# A suite under the launcher is itself one of several processes, all of which would start the same ones.
-starts_its_own_processes = pytest.mark.skipif(launched_rank() is not None, reason="starts its own processes")
 
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _hold_port() -> socket.socket:
+    # With SO_REUSEPORT, JAX's coordinator (gRPC sets it too) can bind the port beside us, but nobody else.
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    holder.bind(("127.0.0.1", 0))
+    return holder
 
 
 @dataclass
@@ -86,7 +83,8 @@ class RankProcesses:
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         self._deadline = time.monotonic() + self.deadline_s
         self._shared_before = leftovers.named_shared_memory()
-        address = f"127.0.0.1:{_free_port()}"
+        self._port = _hold_port()
+        address = f"127.0.0.1:{self._port.getsockname()[1]}"
         # Rank 0 hosts JAX's coordinator, whose end aborts the others, so it must be the last to leave. It
         # reads this pipe as its standard input: the end of file is the end of all others, dead or alive.
         others_live, hold = os.pipe()
@@ -209,3 +207,4 @@ class RankProcesses:
         if kind is not None and not issubclass(kind, pytest.fail.Exception):
             print(self.describe())
         self._directory.cleanup()
+        self._port.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from launcher_runs import ROOT, launcher
-from rank_processes import starts_its_own_processes
+from own_processes import starts_its_own_processes
 
 pytestmark = starts_its_own_processes
 

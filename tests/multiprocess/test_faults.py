@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 from implementations import CAPTURE_ALL_OPS
-from rank_processes import RankProcesses, starts_its_own_processes
+from own_processes import starts_its_own_processes
+from rank_processes import RankProcesses
 
 pytestmark = starts_its_own_processes
 
@@ -195,6 +196,12 @@ def test_arguments_differ_between_processes(
             f"CommunicatorError: {argument}: rank 0 (process 0) got {usual}, "
             f"but rank 1 (process 1) got {other};"
         )
+
+
+def test_a_mesh_without_a_device_of_the_process(mismatches: RankProcesses) -> None:
+    for rank in range(NUM_PROCESSES):
+        error = mismatches.wait_for_report(rank, "mesh of others")["error"]
+        assert error.startswith(f"ValueError: mesh: got one without a device of this process ({rank});")
 
 
 def test_equal_arguments_work_after_different_ones(mismatches: RankProcesses) -> None:

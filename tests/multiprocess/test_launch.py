@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from launcher_runs import alive, launch, launcher, pids, program, two_hosts, wait_until
+from own_processes import starts_its_own_processes
 
-pytestmark = pytest.mark.skipif(
-    "JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="starts launchers of its own: run it outside of one"
-)
+pytestmark = starts_its_own_processes
 
 PSUM = """
 import jax, jax.numpy as jnp
@@ -214,3 +213,39 @@ def test_bad_arguments_are_explained(tmp_path: Path, arguments: list[str], words
     assert status in (2, 127)
     assert all(word in output for word in words), output
     assert "Traceback" not in output
+
+
+def test_a_log_dir_may_be_used_again(tmp_path: Path) -> None:
+    """What the ranks of the first job left there says nothing about those of the second."""
+    command = ["-n", "2", "--log-dir", tmp_path / "log", "--", sys.executable, "-c"]
+    status, output = launch(*command, "raise SystemExit(3)", cwd=tmp_path)
+    assert status == 3, output
+    status, output = launch(*command, "print('well')", cwd=tmp_path)
+    assert status == 0, output
+    assert [(tmp_path / "log" / f"rank{rank}.log").read_text() for rank in (0, 1)] == ["well\n"] * 2
+
+
+def test_the_console_can_show_the_first_rank_alone(tmp_path: Path) -> None:
+    command = ["--log-dir", tmp_path / "log", "--", sys.executable, "-c", "print('a line')"]
+    status, output = launch("-n", "2", "--console", "first", *command, cwd=tmp_path)
+    assert status == 0
+    assert "[0] a line\n" in output
+    assert "[1]" not in output
+    assert (tmp_path / "log" / "rank1.log").read_text() == "a line\n"
+
+
+def test_the_death_of_a_launcher_ends_the_job_on_the_other_host(tmp_path: Path) -> None:
+    line = ["-n", "1", "--hosts", ",".join(two_hosts()), "--grace", "1", "--node-rank"]
+    script = program(tmp_path, END)
+    with (
+        launcher(*line, "0", "--", sys.executable, script, tmp_path, "pass", cwd=tmp_path) as first,
+        launcher(*line, "1", "--", sys.executable, script, tmp_path, "pass", cwd=tmp_path) as second,
+    ):
+        wait_until(lambda: len(pids(tmp_path)) == 6)
+        try:
+            second.kill()
+            output, _ = first.communicate(timeout=30)
+        finally:
+            os.kill(int((tmp_path / "1.stray.pid").read_text()), signal.SIGKILL)  # of a session of its own
+    assert first.returncode == 1, output
+    assert "the launcher of host 1 is gone" in output

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ PLACE = JobPlace(4, 4, 8, "10.0.0.1:6000", "10.0.0.1:6000")
 
 
 def environ_of(
-    local_rank: int, settings: RankSettings, base: Mapping[str, str] | None = None
+    local_rank: int, settings: RankSettings, base: Mapping[str, str] | None = None, place: JobPlace = PLACE
 ) -> dict[str, str]:
-    return rank_environ(base or {}, PLACE, local_rank, settings, Path("/logs"))
+    return rank_environ(base or {}, place, local_rank, settings, Path("/logs"))
 
 
 def test_outside_of_clusters_there_is_no_place() -> None:
@@ -135,7 +136,8 @@ def test_addresses() -> None:
             split_address(bad)
 
 
-def test_a_rank_is_a_slurm_task_to_jax() -> None:
+def test_a_rank_is_a_slurm_task_to_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
     env = environ_of(
         1, RankSettings("cpu", 2), {**OPEN_MPI, "XLA_FLAGS": "--a --xla_force_host_platform_device_count=9"}
     )
@@ -144,11 +146,17 @@ def test_a_rank_is_a_slurm_task_to_jax() -> None:
     assert env["JAX_LOCAL_DEVICE_IDS"] == "2,3"
     assert env["JAX_PLATFORMS"] == "cpu"
     assert env["XLA_FLAGS"] == "--a --xla_force_host_platform_device_count=2"
-    assert int(env["NPROC"]) >= 4
+    assert env["NPROC"] == "4"
     assert not [name for name in env if name.startswith("OMPI")]
     place = launched_rank(env)
     assert place is not None
     assert (place.rank, place.num_ranks, place.local_rank, place.log_dir) == (5, 8, 1, Path("/logs"))
+
+
+def test_ranks_of_other_launchers_on_the_host_have_the_first_devices() -> None:
+    place = replace(PLACE, first_local_index=4)
+    env = environ_of(1, RankSettings("cuda", 2), place=place)
+    assert (env["SLURM_LOCALID"], env["JAX_LOCAL_DEVICE_IDS"]) == ("5", "10,11")
 
 
 def test_what_the_user_has_set_stays() -> None:

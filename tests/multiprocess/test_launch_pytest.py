@@ -1,16 +1,14 @@
 """pytest under the launcher: the same tests on every rank, and one report of them."""
 
-import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from launcher_runs import launch, program
+from own_processes import starts_its_own_processes
 
-pytestmark = pytest.mark.skipif(
-    "JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="starts launchers of its own: run it outside of one"
-)
+pytestmark = starts_its_own_processes
 
 SUM = """
 import jax, jax.numpy as jnp, pathlib, pytest, time

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 from launcher_runs import alive, launch, launcher, pids, program, wait_until
+from own_processes import starts_its_own_processes
 
-pytestmark = pytest.mark.skipif(
-    "JAX_DEEPEP_LAUNCH_RANK" in os.environ, reason="starts launchers of its own: run it outside of one"
-)
+pytestmark = starts_its_own_processes
 
 # As the true one: -d starts a daemon that writes its id; without it, commands come on the standard input.
 CONTROL = """#!/bin/sh

@@ -12,7 +12,8 @@ import faulthandler
 import os
 
 import pytest
-from rank_processes import RankProcesses, starts_its_own_processes
+from own_processes import starts_its_own_processes
+from rank_processes import RankProcesses
 
 pytestmark = starts_its_own_processes
 

@@ -4,7 +4,10 @@ Every test runs in a process of its own: mesh (data 2 × expert 4), where rank 2
 """
 
 import pytest
+from own_processes import starts_its_own_processes
 from subprocesses import run_python
+
+pytestmark = starts_its_own_processes
 
 SETUP = """
 TIMEOUT_S, LATE_BY_S, LATE_DEVICE = 1.0, 2.5, 2

@@ -38,7 +38,10 @@ def test_vmap_inside_shard_map(implementation: str) -> None:
             outs = [layer(x[i], topk_weights, matrices, bias, topk_idx[i]) for i in range(BATCH)]
             return jnp.stack(outs)
 
-        return all_of(jax.vmap(layer, in_axes=(0, None, None, None, 0))), all_of(one_by_one)
+        def batched(x, *rest):
+            return jax.vmap(layer, in_axes=(1, None, None, None, 0))(jnp.moveaxis(x, 0, 1), *rest)
+
+        return all_of(batched), all_of(one_by_one)
 
     arrays = (x, inputs.topk_weights, inputs.matrices, inputs.bias, topk_idx, inputs.g)
     got, expected = run_per_device(both, MESH, AXIS, *arrays)

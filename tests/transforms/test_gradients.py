@@ -78,23 +78,6 @@ def test_gradient_for_y_is_zero_in_rows_of_no_token(problem: Problem, implementa
 
 
 @by_implementation
-def test_gradient_of_an_unweighted_combine(implementation: str) -> None:
-    """Without weights the gradient for y is the cotangent of its token, bit for bit."""
-    comm = communicator(implementation)
-    inputs, rows = layer_inputs(), inputs_of(LAYER)
-
-    def program(x, topk_idx, topk_weights, y, g):
-        _, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
-        carried, _ = ep.dispatch(g, handle=handle, comm=comm)
-        _, backward = jax.vjp(lambda y: ep.combine(y, handle, comm=comm, weighted=False), y)
-        return backward(g)[0], jnp.where(carried.mask[:, None], carried.tokens, 0)
-
-    arrays = (rows.x, rows.topk_idx, rows.topk_weights, rows.y, inputs.g)
-    gradient, carried = run_per_device(program, LAYER.mesh, LAYER.axis_name, *arrays)
-    assert_same_bits(gradient, carried)
-
-
-@by_implementation
 @pytest.mark.parametrize("limit", [{}, {"capacity": 6}], ids=["everything arrives", "capacity"])
 def test_gradient_of_token_major_rows(implementation: str, limit: dict) -> None:
     """Experts that weight and sum by themselves: the weights' gradient comes back through the rows."""
@@ -177,28 +160,3 @@ def test_gradients_where_no_row_travels(
     assert_same_bits(gradients[3], rows.x)
     for gradient, operand in zip(gradients[:3], operands[:3], strict=True):
         assert_same_bits(gradient, np.zeros(operand.shape, operand.dtype))
-
-
-@by_implementation
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_gradients_have_the_dtype_of_their_operand(implementation: str, dtype: str) -> None:
-    problem = Problem(f"layer, {dtype}", dtype=dtype)
-    comm = communicator(implementation, problem)
-    rows = inputs_of(problem)
-
-    def program(x, topk_weights, topk_idx, bias):
-        def layer(x, topk_weights, bias):
-            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
-            return ep.combine(dispatched.tokens, handle, comm=comm, bias=bias)
-
-        return jax.vjp(layer, x, topk_weights, bias)[1](jnp.ones_like(x))
-
-    arrays = (rows.x, rows.topk_weights, rows.topk_idx, rows.bias)
-    gradients = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
-    x_gradient, weight_gradient, bias_gradient = gradients
-    assert x_gradient.dtype == bias_gradient.dtype == rows.x.dtype
-    assert weight_gradient.dtype == np.float32
-    total = rows.topk_weights.sum(axis=-1, keepdims=True).repeat(problem.hidden_size, axis=-1)
-    assert_close(x_gradient.astype(np.float32), total, 2e-2)
-    expected = rows.x.astype(np.float64).sum(axis=-1, keepdims=True).repeat(problem.num_topk, axis=-1)
-    assert_close(weight_gradient, expected)

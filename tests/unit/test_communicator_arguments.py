@@ -6,6 +6,7 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
+from jax_deepep.arguments import chosen_implementation
 
 MESH = mesh_named("data × expert")
 SIZE = MESH.shape["expert"]
@@ -96,3 +97,15 @@ def test_a_wrong_argument_leaves_nothing_behind() -> None:
     topk_idx, topk_weights = jax.numpy.array([[0, 1, 2]] * 2), jax.numpy.ones((2, 3))
     dispatched, _ = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
     assert dispatched.num_rows.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
+
+
+def test_between_hosts_auto_is_xla_and_native_is_refused() -> None:
+    hosts = {"one", "another"}
+    implementation, why = chosen_implementation("auto", {0: "", 1: ""}, hosts)
+    assert (implementation, why.split(" (")[0]) == (
+        "xla", "auto: the processes of the mesh cannot share memory"
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r'implementation: got "native", but the processes .*; takes "xla"'):
+        chosen_implementation("native", {0: "", 1: ""}, hosts)
+    assert chosen_implementation("auto", {0: "", 1: ""}, {"one"})[0] == "native"
+    assert chosen_implementation("auto", {0: "", 1: "no GPU"}, {"one"}) == ("xla", "auto: no GPU")

@@ -57,9 +57,10 @@ def measure(rounds: Rounds, inputs: RoutedInputs, num_sms: int, repeats: int) ->
         RuntimeError: a floor moves other rows than the ops do, or the communicator broke.
     """
     problem = inputs.problem
-    with ops_under_test.make_communicator(rounds.mesh, inputs, num_sms) as comm:
+    options = {"num_sms": num_sms, "timeout_s": ops_under_test.TIMEOUT_S}
+    with problem.communicator(rounds.mesh, "native", **options) as comm:
         shape = ops_under_test.route_shape(comm, inputs)
-        dispatched = ops_under_test.run_dispatch(rounds.mesh, ops_under_test.dispatch_inputs(shape, inputs))
+        dispatched = ops_under_test.run_dispatch(rounds.mesh, ops_under_test.dispatch_of(shape, inputs))
         ops = ops_under_test.ops_of(shape, inputs, dispatched)
         plain = floors.floors_of(rounds.mesh, shape, inputs, dispatched)
         gradient, _ = jax.block_until_ready(rounds.alone(ops["dispatch backward"])())

@@ -8,7 +8,6 @@ import jax
 from jax.sharding import Mesh
 
 from jax_deepep.bench.gpu.routed_inputs import RoutedInputs, per_device
-from jax_deepep.bench.problems import AXIS
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import native
 from jax_deepep.ops.handle import Routes, RouteShape
@@ -44,22 +43,6 @@ def after_start(value: jax.Array, after: jax.Array | None) -> jax.Array:
     return value if after is None else value + after
 
 
-def make_communicator(mesh: Mesh, inputs: RoutedInputs, num_sms: int) -> Communicator:
-    """Make the communicator of one measurement; it is the caller's to close."""
-    problem = inputs.problem
-    return Communicator(
-        mesh,
-        AXIS,
-        num_experts=problem.experts,
-        num_experts_per_tok=problem.topk,
-        max_tokens=problem.tokens,
-        hidden_size=problem.hidden,
-        implementation="native",
-        num_sms=num_sms,
-        timeout_s=TIMEOUT_S,
-    )
-
-
 def route_shape(comm: Communicator, inputs: RoutedInputs) -> RouteShape:
     """Return the static part of the ops on `inputs`."""
     problem = inputs.problem
@@ -67,7 +50,7 @@ def route_shape(comm: Communicator, inputs: RoutedInputs) -> RouteShape:
     return RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None)
 
 
-def dispatch_inputs(shape: RouteShape, inputs: RoutedInputs) -> Contender:
+def dispatch_of(shape: RouteShape, inputs: RoutedInputs) -> Contender:
     """Return the dispatch of `inputs`; its results are the fields of `Dispatched`."""
 
     def dispatch(after, x, topk_idx, topk_weights):
@@ -105,7 +88,7 @@ def ops_of(shape: RouteShape, inputs: RoutedInputs, dispatched: Dispatched) -> d
 
     received = (dispatched.tokens, dispatched.routes, dispatched.weights)
     return {
-        "dispatch": dispatch_inputs(shape, inputs),
+        "dispatch": dispatch_of(shape, inputs),
         "combine": Contender(combine, received),
         "dispatch backward": Contender(dispatch_backward, received),
         "combine backward": Contender(combine_backward, (inputs.x, *received)),

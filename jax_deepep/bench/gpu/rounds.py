@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax_deepep.bench.gpu.ops_under_test import TIMEOUT_S, Contender
 from jax_deepep.bench.gpu.routed_inputs import DTYPE, per_device, put_on_ranks
 from jax_deepep.bench.problems import AXIS
-from jax_deepep.bench.timing import Spread
+from jax_deepep.bench.timing import Spread, turns
 from jax_deepep.bootstrap import Exchange
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import native
@@ -124,10 +124,7 @@ class Rounds:
                 seconds_of(program)
         names = list(programs)
         seconds: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(repeats):
-            # All ranks in the same order, which begins with another one each time.
-            for place in range(len(names)):
-                name = names[(number + place) % len(names)]
-                seconds[name].append(seconds_of(programs[name]))
+        for name in turns(names, repeats):  # all ranks in the same order
+            seconds[name].append(seconds_of(programs[name]))
         everyones = exchange_with_all("seconds", seconds).values()
         return {name: Spread.of(np.max([of_rank[name] for of_rank in everyones], axis=0)) for name in names}

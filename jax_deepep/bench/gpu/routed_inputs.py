@@ -24,8 +24,7 @@ class RoutedInputs:
     Attributes:
         problem: the shape, with a capacity that drops nothing.
         x: [R·T, H].
-        topk_idx: int32 [R·T, K], K different experts per token, uniform.
-        topk_weights: float32 [R·T, K].
+        topk_idx, topk_weights: as `Problem.draw_routing` returns them.
         rows: that all ranks receive together.
     """
 
@@ -76,11 +75,7 @@ def draw(problem: Problem, mesh: Mesh, seed: int = 0) -> RoutedInputs:
     """Draw the inputs of `problem`, whose capacity is replaced by one that they fit."""
     total = problem.devices * problem.tokens
     # Every process draws the routing of all ranks: the capacity depends on it.
-    random = np.random.default_rng(seed)
-    scores = random.random((total, problem.experts), np.float32)
-    topk_idx = np.argpartition(scores, problem.topk - 1, axis=1)[:, : problem.topk].astype(np.int32)
-    topk_weights = random.random((total, problem.topk), np.float32) + np.float32(0.1)
-    topk_weights /= topk_weights.sum(axis=1, keepdims=True)
+    topk_idx, topk_weights = problem.draw_routing(np.random.default_rng(seed))
     rows = rows_of_ranks(topk_idx, problem)
     problem = dataclasses.replace(problem, capacity=str(fitting_capacity(int(rows.max()))))
 

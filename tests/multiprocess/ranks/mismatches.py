@@ -33,7 +33,7 @@ def make(**different) -> ep.Communicator:
         "timeout_s": 4.0,
         "implementation": "native",
     }
-    mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
+    mesh = different.pop("mesh", None) or jax.make_mesh((NUM_PROCESSES,), ("expert",))
     return ep.Communicator(mesh, **arguments | different)
 
 
@@ -58,6 +58,10 @@ join()
 for name, value in OTHERS.items():
     meet(f"before {name}")
     report(name, error=error_of(lambda n=name, v=value: make(**({n: v} if DIFFERENT else {}))))
+
+others = [device for device in jax.devices() if device.process_index != RANK]
+mesh_of_others = jax.sharding.Mesh(others, "expert")
+report("mesh of others", error=error_of(lambda: make(mesh=mesh_of_others, num_experts=len(others))))
 
 meet("before the equal ones")
 comm = make(timeout_s=60.0)

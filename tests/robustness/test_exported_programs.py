@@ -1,0 +1,64 @@
+"""An exported program meets the communicators of the process that loads it."""
+
+from pathlib import Path
+
+import pytest
+from own_processes import starts_its_own_processes
+from subprocesses import run_python
+
+pytestmark = starts_its_own_processes
+
+MAKE = """
+mesh = mesh_named("expert")
+def make(max_tokens):
+    return ep.Communicator(mesh, "expert", num_experts=8, num_experts_per_tok=2, max_tokens=max_tokens,
+                           hidden_size=8, implementation="native", timeout_s=20.0)
+spec = device_axis(mesh, "expert")
+x = np.ones((8, 4, 8), np.float32)
+idx = np.tile(np.array([0, 5], np.int32), (8, 4, 1))
+weights = np.full((8, 4, 2), 0.5, np.float32)
+operands = put_on_mesh((x, idx, weights), mesh, spec)
+"""
+EXPORT = """
+comm = make(4)
+def body(x, idx, weights):
+    dispatched, handle = ep.dispatch(x, idx, weights, comm=comm)
+    return ep.combine(dispatched.tokens, handle, comm=comm)
+names = ("jax_deepep_dispatch", "jax_deepep_combine")
+checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+step = jax.jit(per_device(body, mesh, "expert"))
+exported = jax.export.export(step, disabled_checks=checks)(*operands)
+open({path!r}, "wb").write(exported.serialize())
+"""
+LOAD = """
+comm = make({max_tokens})
+step = jax.jit(jax.export.deserialize(open({path!r}, "rb").read()).call)
+print(fetch(step(*operands)).mean())
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("exported") / "program")
+    run_python(MAKE + EXPORT.format(path=path))
+    assert Path(path).stat().st_size > 0
+    return path
+
+
+def test_it_runs_where_the_communicator_is_the_same(exported: str) -> None:
+    assert float(run_python(MAKE + LOAD.format(path=exported, max_tokens=4))) == 1.0
+
+
+def test_it_refuses_a_communicator_of_other_arguments(exported: str) -> None:
+    program = LOAD.format(path=exported, max_tokens=5).replace("print(", "expect_error(lambda: ")
+    expect = """
+def expect_error(function):
+    try:
+        function()
+    except jax.errors.JaxRuntimeError as error:
+        print(error)
+    else:
+        raise AssertionError("no error")
+"""
+    text = run_python(MAKE + expect + program)
+    assert "which was made with other arguments here than where the program was traced" in text

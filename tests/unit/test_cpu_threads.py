@@ -1,0 +1,54 @@
+"""NPROC is set for the devices that a process has, on few cores, and never against the user."""
+
+import os
+
+import pytest
+
+from jax_deepep import cpu_threads, jax_compat
+
+DEVICES = "--xla_force_host_platform_device_count={}"
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    monkeypatch.setattr(jax_compat, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(cpu_threads, "_written", None)
+    monkeypatch.setenv("NPROC", "to be put back")  # also what the code under test sets
+    monkeypatch.delenv("NPROC")
+
+
+def test_two_threads_for_each_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", DEVICES.format(1))
+    cpu_threads.reserve_cpu_threads()
+    assert "NPROC" not in os.environ  # one device waits for no other, and children may have more
+    monkeypatch.setenv("XLA_FLAGS", DEVICES.format(4))
+    cpu_threads.reserve_cpu_threads()
+    assert os.environ["NPROC"] == "8"
+
+
+def test_what_we_wrote_is_not_taken_for_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", DEVICES.format(4))
+    cpu_threads.reserve_cpu_threads()
+    of_child = dict(os.environ)
+    cpu_threads.set_num_threads(of_child, 8)
+    assert of_child["NPROC"] == "16"
+    monkeypatch.setenv("XLA_FLAGS", DEVICES.format(8))
+    cpu_threads.reserve_cpu_threads()
+    assert os.environ["NPROC"] == "16"
+
+
+def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC", "3")
+    monkeypatch.setenv("XLA_FLAGS", DEVICES.format(8))
+    cpu_threads.reserve_cpu_threads()
+    of_child = dict(os.environ)
+    cpu_threads.set_num_threads(of_child, 8)
+    assert os.environ["NPROC"] == of_child["NPROC"] == "3"
+
+
+def test_enough_cores_need_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setenv("XLA_FLAGS", DEVICES.format(8))
+    cpu_threads.reserve_cpu_threads()
+    assert "NPROC" not in os.environ
