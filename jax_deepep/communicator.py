@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import weakref
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -133,7 +132,7 @@ class Communicator:
                 self._set("_why", why)
                 return
             self._set("_native", native)
-            weakref.finalize(self, native_module.release, native)
+            native_module.close_at_exit(self, native)
 
     def _exchange_between_processes(self) -> bootstrap.Exchange:
         timeout_s = self.timeout_s if arguments.is_timeout(self.timeout_s) else 600.0

@@ -3,17 +3,22 @@
 A native module is a table of capsules; nothing happens when it is imported but that.
 """
 
+import atexit
+import contextlib
 import functools
 import importlib
 import os
 import pathlib
+import threading
+import weakref
 from types import ModuleType
 from typing import Any
 
 import jax
 
-# JAX records this event after it has compiled a program or loaded it from its cache.
-PROGRAM_COMPILED = "/jax/core/compile/backend_compile_duration"
+# JAX records this event as a scalar before it compiles a program or loads it from its cache, and as a
+# duration after that, on the same thread, also if it has failed.
+COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 # The module of a platform, the name under which XLA knows the platform, and what builds the module.
 _PLATFORMS = {
@@ -37,11 +42,31 @@ def _find(platform: str) -> tuple[ModuleType | None, str]:
         jax.ffi.register_ffi_type(type_name, type_info, platform=xla_platform)
     for target, stages in module.targets().items():
         jax.ffi.register_ffi_target(target, stages, platform=xla_platform, api_version=1)
-    if platform == "cpu":  # the one that numbers the calls of a program
-        jax.monitoring.register_event_duration_secs_listener(
-            lambda event, *_, **__: module.finish_program() if event == PROGRAM_COMPILED else None
-        )
+    if platform == "cpu":
+        _number_calls_by_program(module)
     return module, ""
+
+
+def _number_calls_by_program(module: ModuleType) -> None:
+    """Number the custom calls of a program alike in all processes of a job: from zero, in its own order.
+
+    Programs that other threads compile at the same time would be counted too: with several processes, one
+    compilation waits for the other.
+    """
+    compiling = threading.RLock()
+
+    def begin(event: str, *_: Any, **__: Any) -> None:
+        if event == COMPILATION and jax.distributed.is_initialized():
+            compiling.acquire()
+            module.begin_program()
+
+    def end(event: str, *_: Any, **__: Any) -> None:
+        if event == COMPILATION:
+            with contextlib.suppress(RuntimeError):  # of a compilation that began before there was a job
+                compiling.release()
+
+    jax.monitoring.register_scalar_listener(begin)
+    jax.monitoring.register_event_duration_secs_listener(end)
 
 
 def _remedy(needs: str) -> str:
@@ -73,6 +98,11 @@ def load(platform: str) -> ModuleType:
     return module
 
 
-def release(native_communicator: Any) -> None:
-    """Close a native communicator that Python has let go of."""
-    native_communicator.close()
+def close_at_exit(owner: Any, native_communicator: Any) -> None:
+    """Close a native communicator when the interpreter ends.
+
+    If its owner goes before that, programs may still use it, and it goes with the last of them.
+    """
+    close = functools.partial(native_communicator.close)  # an object of its own, to be found again
+    atexit.register(close)
+    weakref.finalize(owner, atexit.unregister, close).atexit = False

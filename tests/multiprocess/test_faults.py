@@ -103,6 +103,37 @@ def test_a_rank_dies_after_an_op_that_nobody_follows(faults: Callable[..., RankP
         run.assert_nothing_is_left()
 
 
+def test_a_rank_dies_in_a_loop(faults: Callable[..., RankProcesses]) -> None:
+    """The same op has been there before, in earlier iterations."""
+    with faults("dies_in_a_loop", 1) as run:
+        run.finish({1: KILLED})
+        for rank in survivors_of(1):
+            report = run.wait_for_report(rank, "abandoned")
+            assert_abandoned(report, 1)
+            ops_before = OPS_BEFORE + 4 * 2
+            assert_names_steps(report["error"], 1, expected=ops_before + 1, seen=ops_before)
+        run.assert_nothing_is_left()
+
+
+def test_a_thread_that_compiles_beside_does_no_harm(faults: Callable[..., RankProcesses]) -> None:
+    with faults("compiles_beside", 1) as run:
+        run.finish({})
+        for rank in range(NUM_PROCESSES):
+            assert not run.wait_for_report(rank, "unharmed")["abandoned"]
+
+
+def test_calls_that_share_a_number_are_told_and_end() -> None:
+    """What must not happen, forced: it is an error, and no op is left running."""
+    with RankProcesses("faults", NUM_PROCESSES, ("calls_share_a_number", 0), deadline_s=DEADLINE_S) as run:
+        run.finish({})
+        for rank in range(NUM_PROCESSES):
+            report = run.wait_for_report(rank, "told")
+            # Of the same calls on every rank, or of others, depending on which were numbered anew.
+            assert re.search(r"bear the same number|waited 4 s \(timeout_s\)", report["error"])
+            assert report["abandoned"]
+        run.assert_nothing_is_left()
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_rank_dies_at_any_moment_of_many_ops(faults: Callable[..., RankProcesses], seed: int) -> None:
     victim = 1 + seed % 2

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from implementations import IMPLEMENTATIONS, assert_same_bits
 from meshes import compiled, device_axis, fetch, per_device, put_on_mesh
@@ -45,6 +46,25 @@ def test_every_run_gives_the_same_bits(implementation: str) -> None:
     first = fetch(step(*arrays))
     for _ in range(20):
         jax.tree.map(assert_same_bits, fetch(step(*arrays)), first)
+
+
+def test_what_follows_an_op_treats_subnormals_as_xla_does() -> None:
+    """On a CPU, XLA flushes them to zero; an op that ends on a thread of ours does not change that."""
+
+    def tiny(implementation: str):
+        step, arrays = training_step(implementation)
+
+        def program(*args):
+            out, _ = step(*args)
+            sign = jnp.where(out > 0, 1.0, -1.0)  # of which both implementations are sure
+            return [sign * jnp.float32(1e-38) * jnp.float32(factor) for factor in (0.5, 0.01, 2.0)]
+
+        program = jax.jit(program)
+        return [fetch(program(*arrays)) for _ in range(10)]
+
+    expected = tiny("xla")[0]
+    for got in tiny("native"):
+        jax.tree.map(assert_same_bits, got, expected)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

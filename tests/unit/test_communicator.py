@@ -202,19 +202,14 @@ def test_an_unused_communicator_is_collected(implementation: str) -> None:
 
 
 def test_a_program_outlives_its_communicator() -> None:
-    """Collected while a compiled program is still there: the program says so."""
+    """Let go of while a compiled program is still there, which works on."""
     comm = make()
     program, operands = layer_program(comm)
     compiled = program.lower(*operands).compile()
-    gone = weakref.ref(comm)
     del comm, program
     jax.clear_caches()
     gc.collect()
-    if gone() is None:
-        with pytest.raises(jax.errors.JaxRuntimeError, match="make a new Communicator"):
-            jax.block_until_ready(compiled(*operands))
-    else:  # the program holds it: then it works
-        assert_close(fetch(compiled(*operands)), layer_inputs().out)
+    assert_close(fetch(compiled(*operands)), layer_inputs().out)
 
 
 def test_stats_of_the_other_implementation() -> None:

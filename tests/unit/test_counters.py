@@ -55,6 +55,12 @@ def test_stats_count_rows_per_peer(problem: Problem) -> None:
     combine = jax.jit(
         per_device(lambda y, handle: ep.combine(y, handle, comm=comm), problem.mesh, problem.axis_name)
     )
+    carry = jax.jit(
+        per_device(
+            lambda x, handle: ep.dispatch(x, handle=handle, comm=comm)[0].tokens,
+            problem.mesh, problem.axis_name,
+        )
+    )  # fmt: skip
     x, topk_idx, topk_weights, y = put_on_mesh(
         (inputs.x, inputs.topk_idx, inputs.topk_weights, inputs.y), problem.mesh, spec
     )
@@ -76,6 +82,8 @@ def test_stats_count_rows_per_peer(problem: Problem) -> None:
     assert_counted(0 * there)  # since the last call
     fetch([combine(y, handle), combine(y, handle)])
     assert_counted(2 * back)
+    fetch(carry(x, handle))
+    assert_counted(there)
 
 
 def test_check_is_silent_where_nothing_is_wrong() -> None:

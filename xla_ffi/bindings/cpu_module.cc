@@ -19,7 +19,7 @@ NB_MODULE(_cpu, module) {
   nb::set_leak_warnings(false);
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
-  module.def("finish_program", &FinishProgram);
+  module.def("begin_program", &BeginProgram);
   nb::class_<Communicator>(module, "Communicator")
       .def(nb::new_([](int64_t id, int64_t fingerprint, const PlaceTuples& places, int32_t process,
                        int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk,

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -38,12 +39,10 @@ using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 
 // A communicator goes with its last owner, Python or a program of XLA: with the GIL or without.
 void Destroy(CudaCommunicator* comm) {
-  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
-    nb::gil_scoped_release release;
-    delete comm;
-  } else {
-    delete comm;
-  }
+  std::optional<nb::gil_scoped_release> release;
+  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) release.emplace();
+  comm->Close();
+  delete comm;
 }
 
 std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const PlaceTuples& places,

@@ -28,6 +28,11 @@ Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config
   steps_.assign(num_places, 0);
   const SegmentLayout layout(config_, config_.process);
   if (layout.needed()) {
+    if (shape().num_ranks > ControlBlock::kMaxRanks) {
+      throw std::runtime_error("a group has " + std::to_string(shape().num_ranks) +
+                               " devices, and takes at most " +
+                               std::to_string(ControlBlock::kMaxRanks) + " in several processes");
+    }
     auto segment = std::make_unique<SharedSegment>();
     const std::string error = segment->Create(layout.control_bytes(), layout.window_bytes());
     if (!error.empty()) throw std::runtime_error(error);
@@ -92,11 +97,15 @@ void Communicator::Join(const void* instruction, int64_t call, int64_t run, cons
   std::unique_lock<std::mutex> lock(mutex_);
   ++num_running_;
   const int64_t step = ++steps_[Index(place.group, place.rank)];
-  if (!broken_.empty()) {
+  const auto found = meetings_.find(key);
+  // A rank that comes twice under one name would take the place of its own op, which must end too.
+  const bool twice = found != meetings_.end() && found->second.ranks[place.rank] != nullptr;
+  if (!broken_.empty() || twice) {
     lock.unlock();
     std::vector<std::unique_ptr<Op>> ops;
     ops.push_back(std::move(op));
     Finish(std::move(ops), /*abandon=*/true);
+    if (twice) Break(Named("two calls of one program bear the same number", place.group));
     return;
   }
   Meeting& meeting = meetings_[key];
@@ -166,6 +175,7 @@ void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon) {
         std::lock_guard<std::mutex> lock(comm->mutex_);
         if (--comm->num_running_ == 0) comm->ops_ended_.notify_all();
       }
+      const FlushSubnormals as_xla_does;  // its program goes on in this call
       op->done();
     });
   }
@@ -181,19 +191,15 @@ void Communicator::ServeGroup(LocalGroup& group) {
     }
     if (!op.has_value()) continue;
     std::unique_lock<std::mutex> lock(mutex_);
+    group.exchange->Take(*op);
     const auto found = meetings_.find(Key{group.group, *op, nullptr});
-    if (found == meetings_.end()) continue;  // abandoned meanwhile
-    Meeting meeting = std::move(found->second);
+    if (found == meetings_.end()) continue;      // abandoned meanwhile
+    Meeting meeting = std::move(found->second);  // complete: every rank announces an op once
     meetings_.erase(found);
     lock.unlock();
-    if (meeting.num_arrived == group.num_local_ranks) {
-      group.runs_op = true;
-      Run(group, std::move(meeting));
-      group.runs_op = false;
-      continue;
-    }
-    Finish(std::move(meeting.ranks), /*abandon=*/true);
-    Break(Named("two calls of one program bear the same number", group.group));
+    group.runs_op = true;
+    Run(group, std::move(meeting));
+    group.runs_op = false;
   }
 }
 
@@ -261,6 +267,7 @@ void Communicator::SetDeadline(const LocalGroup& group, Meeting* meeting) {
 // Who keeps an op from running, or nothing if it is other ops of this process.
 std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting) const {
   const LocalGroup& group = *groups_.at(key.group);
+  if (group.exchange != nullptr && group.exchange->IsScheduled(key.op)) return "";
   std::vector<int> missing;
   for (int rank = 0; rank < shape().num_ranks; ++rank) {
     const bool came = group.is_local(rank) ? meeting.ranks[rank] != nullptr

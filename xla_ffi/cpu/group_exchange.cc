@@ -8,14 +8,8 @@
 namespace jax_deepep {
 namespace {
 
-constexpr size_t kWindowAlignment = 64;
-
 // A lost wake-up would cost this much, and is not expected.
 constexpr std::chrono::milliseconds kLongestSleep(500);
-
-size_t Aligned(size_t bytes) {
-  return (bytes + kWindowAlignment - 1) / kWindowAlignment * kWindowAlignment;
-}
 
 struct WindowSizes {
   explicit WindowSizes(const GroupShape& shape) {
@@ -69,7 +63,10 @@ bool GroupExchange::Announce(const OpName& op, int rank, int64_t step) {
   const auto ranks_here = std::count(process_of_.begin(), process_of_.end(), self_);
   const uint64_t scheduled = blocks_[0]->num_scheduled.load(std::memory_order_acquire);
   if (index - scheduled * ranks_here >= ControlBlock::kRingSize) return false;
-  own.announced[index % ControlBlock::kRingSize] = {op, rank};
+  ControlBlock::Announcement& entry = own.announced[index % ControlBlock::kRingSize];
+  entry.op = op;
+  entry.rank.store(rank, std::memory_order_relaxed);
+  own_announcements_.emplace(op, index);
   // Pairs with the acquire load in ScheduleReady: the entry is there before its number.
   own.num_announced.store(index + 1, std::memory_order_release);
   Ring(&blocks_[0]->doorbell);
@@ -164,13 +161,32 @@ std::string GroupExchange::BrokenByPeer() const {
   return "";
 }
 
+void GroupExchange::Take(const OpName& op) {
+  const auto [begin, end] = own_announcements_.equal_range(op);
+  for (auto it = begin; it != end; ++it) {
+    ControlBlock::Announcement& entry =
+        blocks_[self_]->announced[it->second % ControlBlock::kRingSize];
+    entry.rank.store(ControlBlock::kTaken, std::memory_order_relaxed);
+  }
+  own_announcements_.erase(begin, end);
+}
+
+bool GroupExchange::IsScheduled(const OpName& op) const {
+  const ControlBlock& leader = *blocks_[0];
+  const uint64_t end = leader.num_scheduled.load(std::memory_order_acquire);
+  for (uint64_t index = num_taken_; index < end; ++index) {
+    if (leader.scheduled[index % ControlBlock::kRingSize] == op) return true;
+  }
+  return false;
+}
+
 bool GroupExchange::HasAnnounced(const OpName& op, int rank) const {
   const ControlBlock& block = *blocks_[process_of_[rank]];
   const uint64_t end = block.num_announced.load(std::memory_order_acquire);
   const uint64_t begin = end < ControlBlock::kRingSize ? 0 : end - ControlBlock::kRingSize;
   for (uint64_t index = begin; index < end; ++index) {
     const ControlBlock::Announcement& entry = block.announced[index % ControlBlock::kRingSize];
-    if (entry.rank == rank && entry.op == op) return true;
+    if (entry.rank.load(std::memory_order_relaxed) == rank && entry.op == op) return true;
   }
   return false;
 }

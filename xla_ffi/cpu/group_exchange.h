@@ -36,6 +36,9 @@ struct OpName {
   bool operator==(const OpName& other) const { return AsTuple() == other.AsTuple(); }
 };
 
+// Rounded up to whole cache lines: what processes share is laid out in these.
+inline size_t Aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 // The memory of one rank that other processes read. All of it is written by the rank's own process.
 struct RankWindow {
   char* x = nullptr;                 // [max_tokens] rows of up to max_row_bytes
@@ -56,8 +59,9 @@ struct ControlBlock {
 
   struct Announcement {
     OpName op;
-    int32_t rank;
+    std::atomic<int32_t> rank;  // kTaken once its process has taken the op up
   };
+  static constexpr int32_t kTaken = -1;
 
   Doorbell doorbell;
   std::atomic<uint64_t> num_announced;  // entries ever written to `announced`
@@ -98,10 +102,17 @@ class GroupExchange {
   // What a process of the group broke the communicator with, or nothing.
   std::string BrokenByPeer() const;
 
+  // Note that this process takes up an op that was scheduled: a loop may announce the same name
+  // again. Callers of this and of Announce exclude each other.
+  void Take(const OpName& op);
+
   // How many scheduled ops this process has taken up.
   uint64_t num_taken() const { return num_taken_; }
 
-  // Whether a rank has announced an op, as far back as the ring reaches.
+  // Whether an op is scheduled that this process has not taken up.
+  bool IsScheduled(const OpName& op) const;
+
+  // Whether a rank has announced an op that its process has not taken up.
   bool HasAnnounced(const OpName& op, int rank) const;
 
   // How many ops a rank has come to.
@@ -122,10 +133,11 @@ class GroupExchange {
   const int self_;
   const std::vector<int> process_of_;
   const double timeout_s_;
-  std::atomic<uint64_t> num_taken_{0};  // of the leader's schedule
-  uint64_t num_barriers_ = 0;           // that this process has come to
-  std::vector<uint64_t> num_read_;      // leader: of each process's announcements
-  std::map<OpName, int> num_pending_;   // leader: ranks that announced an op not yet scheduled
+  std::atomic<uint64_t> num_taken_{0};                 // of the leader's schedule
+  std::multimap<OpName, uint64_t> own_announcements_;  // not taken up; their indices
+  uint64_t num_barriers_ = 0;                          // that this process has come to
+  std::vector<uint64_t> num_read_;                     // leader: of each process's announcements
+  std::map<OpName, int> num_pending_;  // leader: ranks that announced an op not yet scheduled
 };
 
 }  // namespace jax_deepep

@@ -6,10 +6,6 @@
 namespace jax_deepep {
 namespace {
 
-constexpr size_t kCacheLine = 64;
-
-size_t Aligned(size_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
-
 std::set<int> ProcessesOf(const CommunicatorConfig& config, int group) {
   std::set<int> processes;
   for (const Place& place : config.places) {

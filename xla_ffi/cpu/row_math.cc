@@ -11,9 +11,11 @@
 // The compiler makes one version of a function per instruction set and picks one when loading, so
 // that a wheel built anywhere is fast everywhere. Contraction is off (see CMakeLists.txt): every
 // version gives the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define JAX_DEEPEP_ALL_ISAS \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define JAX_DEEPEP_ALL_ISAS __attribute__((target_clones("avx2", "default")))  // knows no levels
 #else
 #define JAX_DEEPEP_ALL_ISAS
 #endif

@@ -22,6 +22,11 @@ constexpr std::chrono::seconds kIdleLifetime(20);
 // Below this much memory traffic, waking a second thread costs more than it saves.
 constexpr int64_t kBytesWorthSharing = 128 << 10;
 
+#if defined(__x86_64__)
+// Bits of MXCSR: flush to zero, denormals are zero.
+constexpr unsigned int kFlushing = 0x8000 | 0x40;
+#endif
+
 class OwnThreads {
  public:
   void Run(std::function<void()> task) {
@@ -71,8 +76,20 @@ void RunOnOwnThread(std::function<void()> task) {
 
 void KeepSubnormals() {
 #if defined(__x86_64__)
-  constexpr unsigned int kFlushToZero = 0x8000, kDenormalsAreZero = 0x40;
-  _mm_setcsr(_mm_getcsr() & ~(kFlushToZero | kDenormalsAreZero));
+  _mm_setcsr(_mm_getcsr() & ~kFlushing);
+#endif
+}
+
+FlushSubnormals::FlushSubnormals() {
+#if defined(__x86_64__)
+  before_ = _mm_getcsr();
+  _mm_setcsr(before_ | kFlushing);
+#endif
+}
+
+FlushSubnormals::~FlushSubnormals() {
+#if defined(__x86_64__)
+  _mm_setcsr(before_);
 #endif
 }
 

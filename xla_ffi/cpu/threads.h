@@ -15,6 +15,18 @@ void RunOnOwnThread(std::function<void()> task);
 // new thread inherits that from the one that makes it.
 void KeepSubnormals();
 
+// Flush subnormal numbers to zero on this thread, as XLA's own threads do, while this exists.
+class FlushSubnormals {
+ public:
+  FlushSubnormals();
+  ~FlushSubnormals();
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+
+ private:
+  unsigned int before_ = 0;
+};
+
 // Cores that this process may use.
 int NumCores();
 

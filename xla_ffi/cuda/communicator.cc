@@ -49,8 +49,9 @@ int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms, int num
   return static_cast<int>(std::clamp<int64_t>(worth, 1, std::min(kBlocksForFullSpeed, most)));
 }
 
-// Peers have mapped nothing but the pool, and a constant of the program lies outside: copy it there
-// for the time of the op, which no rank leaves before all have read. Returns an error, or nothing.
+// Peers have mapped nothing but the pool, and outside of it lie constants of the program, and
+// arrays that XLA did not allocate (of dlpack, in host memory): copy what does to the pool for the
+// time of the op, which no rank leaves before all have read. Returns an error, or nothing.
 std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpStream& stream) {
   const std::string outside =
       "an operand that peers read is not in the memory pool that they have mapped: ";
@@ -61,13 +62,15 @@ std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const O
   cudaError_t error = cudaStreamIsCapturing(stream.stream, &capture);
   if (capture != cudaStreamCaptureStatusNone) {  // XLA would have the copy back before a replay
     return outside +
-           "it is a constant of the program, which a captured op cannot copy; pass it as an "
-           "argument";
+           "it is a constant of the program, or an array that XLA did not allocate, which a "
+           "captured op cannot copy; pass it as an argument that XLA has computed or copied";
   }
   if (error == cudaSuccess) {
     void* copy = stream.allocate(array.bytes);
     if (copy == nullptr) {
-      return outside + "it is a constant of the program, and there are no " +
+      return outside +
+             "it is a constant of the program, or an array that XLA did not allocate, "
+             "and there are no " +
              std::to_string(array.bytes) + " bytes left in the pool to copy it";
     }
     if (!facts.Holds(copy)) return no_pool;

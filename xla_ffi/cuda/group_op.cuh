@@ -46,7 +46,7 @@ class GroupOp {
           own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
       shared_.began_ns = NanosecondClock();
       if (blockIdx.x == 0 && *frame_.believed_rank != frame_.rank) {
-        Fail(Failure::kWrongRank, uint64_t{1} << *frame_.believed_rank, nullptr);
+        Fail(Failure::kWrongRank, uint64_t{1} << *frame_.believed_rank);
       }
     }
     __syncthreads();
@@ -103,7 +103,7 @@ class GroupOp {
         different |= static_cast<uint64_t>(__ballot_sync(~0u, differs)) << base;
       }
       if (threadIdx.x == 0) {
-        if (different != 0) Fail(Failure::kDifferentOps, different, own_.arrived);
+        if (different != 0) Fail(Failure::kDifferentOps, different);
         shared_.flag = different == 0;
       }
     }
@@ -150,7 +150,7 @@ class GroupOp {
     // overwrote after giving up, then it sees here that the peer gave up.
     FenceSystem();
     if (Stopped()) {
-      if (threadIdx.x == 0) Fail(Failure::kNone, 0, nullptr);
+      if (threadIdx.x == 0) Fail(Failure::kNone, 0);
       fail();
     } else {
       succeed();
@@ -220,7 +220,7 @@ class GroupOp {
       }
       stopped = __any_sync(~0u, stopped);
       if (threadIdx.x == 0) {
-        if (missing != 0 && !stopped) Fail(failure, missing, flags);
+        if (missing != 0 && !stopped) Fail(failure, missing);
         shared_.flag = missing == 0 && !stopped;
       }
     }
@@ -233,7 +233,7 @@ class GroupOp {
   // Give up, once; called by one thread. A rank that nobody has told says why to its host and to
   // all peers; one that was told passes that on, to its peers as well: who told it may not have
   // come to them yet, and they may read this rank's operands, and succeed, after it has left.
-  __device__ __noinline__ void Fail(Failure failure, uint64_t missing, const uint64_t* flags) {
+  __device__ __noinline__ void Fail(Failure failure, uint64_t missing) {
     if (atomicCAS(&own_.failed, 0u, 1u) != 0u) return;
     HostStatus& status = *frame_.status;
     const uint64_t broken = LoadAcquireSystem(&own_.broken);
@@ -246,7 +246,7 @@ class GroupOp {
       report.missing = missing;
 #pragma unroll 1
       for (int rank = 0; rank < num_ranks(); ++rank) {
-        report.seen[rank] = flags == nullptr ? step() : LoadAcquireSystem(&flags[rank]);
+        report.seen[rank] = LoadAcquireSystem(&own_.arrived[rank]);
       }
     }
     CopyReport(&status.report, report);

@@ -13,7 +13,7 @@
 namespace jax_deepep {
 namespace {
 
-// Shared memory that kernels declare statically, at most.
+// Shared memory that kernels which also take dynamic shared memory declare statically, at most.
 constexpr int kStaticSharedBytes = 2560;
 
 }  // namespace

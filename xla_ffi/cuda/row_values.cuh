@@ -35,6 +35,12 @@ struct RowShape {
   __host__ __device__ int num_groups() const { return (size + kGroup - 1) / kGroup; }
 };
 
+// A row as 16-bit words, for copies.
+template <bool kWhole>
+__device__ __forceinline__ RowShape<kWhole> WordsOf(int64_t row_bytes) {
+  return {static_cast<int>(row_bytes / sizeof(uint16_t))};
+}
+
 inline bool IsWhole(int size) { return size % kGroup == 0; }
 
 // Past the first-level cache: rows are read once.
@@ -144,7 +150,7 @@ struct Float16 {
 inline constexpr int kWordsInFlight = 14;
 
 // Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.
-// `destination()` is asked once the first loads are under way. For copies, a row is 16-bit words.
+// `destination()` is asked once the first loads are under way. The row is 16-bit words.
 template <bool kWhole, typename Destination>
 __device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape,
                          Destination destination) {

@@ -13,9 +13,10 @@ const XLA_FFI_TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
 namespace {
 
-// Calls instantiated since the last program was finished. XLA instantiates those of one program one
-// after the other, in the order of its thunks, which is the same wherever the same program is
-// compiled; on which thread it does so differs between versions.
+// Calls instantiated since the compilation of a program began. XLA instantiates those of one
+// program in the order of its thunks, which is the same wherever the same program is compiled; on
+// which thread it does so differs between versions. Python lets no other compilation begin
+// meanwhile.
 std::atomic<int64_t> calls_in_program{0};
 
 // Nothing for a type that rows cannot have. Integers are only carried, so that their width is all
@@ -42,7 +43,7 @@ std::optional<RowType> RowTypeOf(ffi::DataType type) {
 
 }  // namespace
 
-void FinishProgram() { calls_in_program = 0; }
+void BeginProgram() { calls_in_program = 0; }
 
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
                                                             ffi::Dictionary attributes) {

@@ -75,9 +75,9 @@ LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer
 LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                     const std::string& error, const CombineParams& params);
 
-// Tell that JAX has compiled or loaded a program: calls of the next one are numbered from zero
-// again, whatever programs another process has compiled meanwhile.
-void FinishProgram();
+// Tell that JAX begins to compile or to load a program: its calls are numbered from zero, whatever
+// programs another process has compiled before.
+void BeginProgram();
 
 }  // namespace jax_deepep
 

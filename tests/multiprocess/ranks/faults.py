@@ -29,6 +29,7 @@ from rank_side import (
 )
 
 import jax_deepep as ep
+from jax_deepep import native_module
 
 TIMEOUT_S = 4.0
 VICTIM = int(ARGUMENTS[1])
@@ -166,6 +167,95 @@ def dies_after_the_op() -> None:
     step.comm.close()
     report("unharmed", same=is_same(results, first))
     leave_without_the_dead()
+
+
+def dies_in_a_loop() -> None:
+    """The victim dies in the fifth iteration of one program: the ops of the others have come before."""
+    step, _ = first_step()
+
+    def die(number, rank):
+        if (number, rank) == (4, VICTIM):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.float32(0)
+
+    def program(x, topk_idx, topk_weights):
+        def iterate(x, number):
+            here = jax.lax.axis_index("expert")
+            nothing = jax.pure_callback(die, jax.ShapeDtypeStruct((), jnp.float32), number, here)
+            dispatched, handle = ep.dispatch(x + nothing, topk_idx, topk_weights, comm=step.comm)
+            return ep.combine(dispatched.tokens, handle, comm=step.comm), None
+
+        return jax.lax.scan(iterate, x, jnp.arange(10))[0]
+
+    mapped = jax.shard_map(
+        program, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    jax.block_until_ready(jax.jit(mapped)(*step.operands))
+    report_abandoned(step, step.run())
+    leave_without_the_dead()
+
+
+def compiles_beside() -> None:
+    """While the victim compiles a program, another thread of it compiles others."""
+    done = threading.Event()
+
+    def compile_others() -> None:
+        for size in range(1, 10_000):
+            jax.jit(lambda x: x + 1).lower(jnp.zeros(size)).compile()
+            if done.is_set():
+                return
+
+    thread = threading.Thread(target=compile_others)
+    if RANK == VICTIM:
+        thread.start()
+    try:
+        step = Step.of(8, 16)
+    finally:
+        done.set()
+    meet("programs are compiled")
+    results = step.run()
+    step.comm.check()
+    report("unharmed", abandoned=is_abandoned(results))
+    if RANK == VICTIM:
+        thread.join()
+    meet("the end")
+
+
+def calls_share_a_number() -> None:
+    """Calls of one program, none of which waits for another, are taken for one."""
+    comm = Step.of(8, 16).comm
+    done = threading.Event()
+    begin_program = native_module.load("cpu").begin_program
+
+    def restart_the_count() -> None:
+        while not done.is_set():
+            begin_program()
+            time.sleep(0)
+
+    def program(x):
+        rank = jax.lax.axis_index("expert")
+        topk_idx = jnp.stack([2 * rank + jnp.zeros(8, jnp.int32), 2 * rank + jnp.ones(8, jnp.int32)], axis=1)
+        weights = 0.5 + 0 * topk_idx.astype(jnp.float32)
+        sent = [ep.dispatch(x * scale, topk_idx, weights, comm=comm)[0].tokens for scale in range(40)]
+        return sum(sent)
+
+    x = jax.make_array_from_callback(
+        (8 * NUM_PROCESSES, 16), NamedSharding(comm.mesh, P("expert")), lambda _: np.ones((8, 16), np.float32)
+    )
+    mapped = jax.shard_map(program, mesh=comm.mesh, in_specs=P("expert"), out_specs=P("expert"))
+    thread = threading.Thread(target=restart_the_count)
+    thread.start()
+    try:
+        compiled = jax.jit(mapped).lower(x).compile()
+    finally:
+        done.set()
+        thread.join()
+    meet("programs are compiled")
+    sent = np.asarray(compiled(x).addressable_data(0))
+    error = error_of(comm.check)
+    comm.close()
+    report("told", error=error, abandoned=bool(np.isnan(sent).all()))
+    meet("the end")
 
 
 def _run_until_abandoned(step: Step, first: dict[str, np.ndarray], fault: int) -> dict[str, np.ndarray]:

@@ -31,12 +31,6 @@
 namespace jax_deepep {
 namespace {
 
-// A row as 16-bit words, for copies.
-template <bool kWhole>
-__device__ RowShape<kWhole> WordsOf(const Dispatch& op) {
-  return {static_cast<int>(op.row_bytes / sizeof(uint16_t))};
-}
-
 // Tell this rank's tokens where they went.
 __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
@@ -98,7 +92,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
       const int count = __shfl_sync(~0u, padded - rows, of_lane);
       for (int i = warp; i < count; i += NumWarps()) {
         ZeroRow(static_cast<char*>(params.tokens) + (first + i) * op.row_bytes,
-                WordsOf<kWhole>(op));
+                WordsOf<kWhole>(op.row_bytes));
         if (lane == 0) MarkEmpty(op, first + i);
       }
     }
@@ -202,7 +196,7 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
       },
       [&](int, const Pair& pair) {
         CarryRow(group.Operand<char>(pair.source, kRows) + pair.token * op.row_bytes,
-                 static_cast<char*>(op.params.tokens), WordsOf<kWhole>(op),
+                 static_cast<char*>(op.params.tokens), WordsOf<kWhole>(op.row_bytes),
                  [&] { return WriteRoute(op, plan, table, pair); });
       });
 }

@@ -98,12 +98,6 @@ __device__ void CountTaken(int32_t* taken, const Redispatch& op, int32_t source)
   if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
 }
 
-// A row as 16-bit words, for copies.
-template <bool kWhole>
-__device__ RowShape<kWhole> WordsOf(const Redispatch& op) {
-  return {static_cast<int>(op.row_bytes / sizeof(uint16_t))};
-}
-
 // Rows as they are.
 template <bool kWhole>
 __device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
@@ -113,9 +107,10 @@ __device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& p
     const int pair = order.At(item);
     const int32_t source = pairs.SourceOf(pair);
     const int64_t row = pairs.RowOfLane(pair);
+    if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
     CountTaken(taken, op, source);
-    CarryRow(RowAt(op, group, source), static_cast<char*>(op.params.rows), WordsOf<kWhole>(op),
-             [row] { return row; });
+    CarryRow(RowAt(op, group, source), static_cast<char*>(op.params.rows),
+             WordsOf<kWhole>(op.row_bytes), [row] { return row; });
   }
 }
 
@@ -243,7 +238,7 @@ __device__ void WriteZeros(const Redispatch& op) {
     if (empty && params.products != nullptr) params.products[row] = 0.0f;
     for (uint32_t lanes = __ballot_sync(~0u, empty && row < end); lanes != 0; lanes &= lanes - 1) {
       const int64_t at = base + __ffs(lanes) - 1;
-      ZeroRow(static_cast<char*>(params.rows) + at * op.row_bytes, WordsOf<kWhole>(op));
+      ZeroRow(static_cast<char*>(params.rows) + at * op.row_bytes, WordsOf<kWhole>(op.row_bytes));
     }
   }
 }
