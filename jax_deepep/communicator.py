@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from jax_deepep import arguments, bootstrap, native_communicator, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
+from jax_deepep.launch.rank_environment import launched_rank
 from jax_deepep.topology import Topology
 
 Implementation = Literal["auto", "native", "xla"]
@@ -94,6 +96,14 @@ class Communicator:
         axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
         topology = Topology.of(self.mesh, axis_names)
         self._set("topology", topology)
+        rank = launched_rank()
+        if rank is not None and rank.num_ranks > 1 and jax.process_count() == 1:
+            warnings.warn(
+                f"This is rank {rank.rank} of {rank.num_ranks} of python -m jax_deepep.launch, and JAX knows "
+                "of no other process: call jax.distributed.initialize() first, in every rank, or each one "
+                "computes for itself.",
+                stacklevel=3,
+            )
         exchange = None
         new_id = _next_id
         obstacles = {jax.process_index(): native_communicator.obstacle(self)}
@@ -284,6 +294,20 @@ class Communicator:
         if self.closed:
             raise CommunicatorError(f"comm: {self!r} is closed; make a new Communicator and trace again.")
         self._raise_if_broken()
+
+    def check_program(self, mesh: Mesh) -> None:
+        """Raise if a program over `mesh` would have other groups, or other ranks in them.
+
+        The native side can tell a device that takes itself for another rank, and no other mistake.
+        """
+        of_program = Topology.of(mesh, self.axis_names)
+        if self.size > 1 and not of_program.has_groups_of(self.topology):
+            groups = [[[d.id for d in group] for group in t.groups] for t in (of_program, self.topology)]
+            raise ValueError(
+                f"comm: the program's mesh has the groups of devices {groups[0]} along {self.axis_name!r}, "
+                f"and the communicator's has {groups[1]}; use shard_map with comm.mesh, or make the "
+                "communicator with the mesh of the program."
+            )
 
     def close(self) -> None:
         """Wait for running ops, then free what the communicator holds. Local; may be repeated.

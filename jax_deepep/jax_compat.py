@@ -13,6 +13,7 @@ from jax._src import xla_bridge as _xla_bridge
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
+from jax.sharding import Mesh
 
 ShapedArray = _core.ShapedArray
 
@@ -59,6 +60,12 @@ def manual_axes() -> tuple[str, ...]:
 def axis_sizes_here() -> dict[str, int]:
     """Return name and size of the mesh axes in scope; empty outside of any mesh."""
     return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def mesh_of_lowering(ctx: Any) -> Mesh | None:
+    """Return the mesh of the `shard_map` that a primitive is lowered in, or None if it has no devices."""
+    mesh = getattr(ctx.module_context.axis_context, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def varying_axes(value: Any) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """The MoE layer as an NNX module: wiring of `jax_deepep.moe`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import spmd
 
+from jax_deepep import jax_compat
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.copies import physical_parameters
-from jax_deepep.moe.layer import MoEAux, moe
+from jax_deepep.moe.layer import MoEAux, moe, placed
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
 
@@ -58,9 +60,12 @@ class MoE(nnx.Module):
         rules = tuple((name, axis) for name, axis in config.axis_rules.items() if name not in outer)
         for name, (shape, logical_axes) in config.parameters.items():
             kind, dtype = (GateBias, jnp.float32) if name == "gate_bias" else (nnx.Param, param_dtype)
-            value = initializer_of(name, gate_init, kernel_init)(rngs.params(), shape, dtype)
-            placed = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
-            setattr(self, name, placed)
+            init = functools.partial(initializer_of(name, gate_init, kernel_init), shape=shape, dtype=dtype)
+            key = rngs.params()
+            # Typed as a whole on a mesh of Explicit axes, it would be made as a whole on every device.
+            value = placed(config, key, config.spec(name), init) if jax_compat.is_tracing() else init(key)
+            parameter = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
+            setattr(self, name, parameter)
 
     def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
         """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.

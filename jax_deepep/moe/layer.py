@@ -75,13 +75,19 @@ def moe(
         ValueError, TypeError: a wrong parameter or x, or more tokens than the communicator takes.
     """
     _check(config, parameters, x, placement)
+    # Outside of any transformation, shard_map would compile its operations one by one, in every call.
+    layer = _layer if jax_compat.is_tracing() else jax.jit(_layer, static_argnums=0)
+    return layer(config, parameters, x, placement)
+
+
+def _layer(
+    config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None
+) -> tuple[jax.Array, MoEAux]:
     dtype = config.dtype
     if dtype is None:
         dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
     num_tokens = x.size // config.hidden_size
-    # At least one token for every device: the router would use arrays without elements inside the shard_map,
-    # on which XLA of JAX 0.11.2 crashes.
-    padded = round_up(max(num_tokens, 1), config.num_token_shards * config.num_chunks)
+    padded = _padded(config, num_tokens)
 
     def flatten(x: jax.Array) -> jax.Array:
         tokens = x.reshape(-1, config.hidden_size)
@@ -127,6 +133,11 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
             f"config: got {type(config).__name__}; takes a MoEConfig, which is static: "
             "jax.jit(moe, static_argnums=0)."
         )
+    if manual := jax_compat.manual_axes():
+        raise ValueError(
+            f"x: got in a call inside of a shard_map over {manual}; takes arrays of all devices, outside of "
+            "any: what one device does there is jax_deepep.dispatch and combine."
+        )
     config.check_placement(placement)
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
@@ -137,6 +148,20 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
     check_rows_dtype("x", x)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
+    num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks
+    of_chunk = _padded(config, num_tokens) // (config.num_token_shards * num_chunks)
+    if of_chunk > config.comm.max_tokens:
+        chunks = "" if num_chunks == 1 else f" in each of {num_chunks} chunks"
+        raise ValueError(
+            f"x: got {num_tokens} tokens, {of_chunk} on each of {config.num_token_shards} devices{chunks}; "
+            f"the communicator takes at most max_tokens={config.comm.max_tokens}."
+        )
+
+
+def _padded(config: MoEConfig, num_tokens: int) -> int:
+    # At least one token for every device: the router would use arrays without elements inside the shard_map,
+    # on which XLA of JAX 0.11.2 crashes.
+    return round_up(max(num_tokens, 1), config.num_token_shards * config.num_chunks)
 
 
 def _per_device(

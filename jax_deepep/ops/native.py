@@ -33,6 +33,8 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
     primitive.def_abstract_eval(output_types)
 
     def lower(ctx: Any, *operands: Any, shape: RouteShape, **flags: Any) -> Any:
+        if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
+            shape.comm.check_program(mesh)
         attributes = _attributes(shape, with_limits=verb == "dispatch")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
 

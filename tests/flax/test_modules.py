@@ -22,7 +22,7 @@ from process_exchange import all_gather
 from jax_deepep import flax as ep_flax
 from jax_deepep.flax import linen
 from jax_deepep.gating import update_bias
-from jax_deepep.moe import MoEAux
+from jax_deepep.moe import MoEAux, build_config
 
 MESH = "fsdp × expert × tensor"
 LAYERS = 3
@@ -90,6 +90,24 @@ def test_nnx_parameters_are_born_on_the_mesh(axis_types: AxisType) -> None:
     for name, value in nnx.to_pure_dict(nnx.state(layer)).items():
         assert value.sharding.is_equivalent_to(jax.NamedSharding(config.mesh, config.spec(name)), value.ndim)
         assert specs[name] == config.spec(name)
+
+
+@pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_nnx_parameters_are_made_where_they_lie(axis_types: AxisType) -> None:
+    """Under jit, no device makes the matrices of the others' experts."""
+    config = config_of("expert", axis_types)
+    experts, hidden, inner = 8, 64, 512
+    comm = build_config(experts, 2, hidden, inner, mesh=config.mesh, max_tokens=4).comm
+
+    def make():
+        return nnx.to_pure_dict(
+            nnx.state(ep_flax.MoE(experts, 2, hidden, inner, comm=comm, rngs=nnx.Rngs(0)))
+        )
+
+    with jax.set_mesh(config.mesh):
+        temporary = jax.jit(make).lower().compile().memory_analysis().temp_size_in_bytes
+    of_all = 3 * experts * hidden * inner * 4  # bytes of the matrices
+    assert temporary < 2 * of_all / comm.size
 
 
 def test_logical_axis_rules_of_the_program_come_first() -> None:

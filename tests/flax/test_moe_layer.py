@@ -15,7 +15,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 import jax_deepep as ep
-from jax_deepep import jax_compat
+from jax_deepep import jax_compat, native_module
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
 from jax_deepep.moe.triton_matmul import triton_matmul
 
@@ -281,8 +281,40 @@ def test_wrong_operands() -> None:
         moe(config, {"gate": parameters["gate"]}, x)
     with pytest.raises(ValueError, match=r"wo: got shape \(8, 31, 16\); takes \[exp, mlp, embed\] ="):
         moe(config, {**parameters, "wo": parameters["wo"][:, 1:]}, x)
-    with pytest.raises(ValueError, match="x: got 96 tokens; the communicator takes at most max_tokens=64"):
-        moe(config, parameters, numbers(96 * config.num_token_shards, H))
+    num_tokens = 96 * config.num_token_shards
+    words = (
+        f"x: got {num_tokens} tokens, 96 on each of {config.num_token_shards} devices; the .* max_tokens=64"
+    )
+    with pytest.raises(ValueError, match=words):
+        moe(config, parameters, numbers(num_tokens, H))
+
+
+def test_inside_of_a_shard_map_it_says_what_to_use() -> None:
+    config = config_of("data × expert")
+    parameters, x = parameters_of(config), numbers(*BATCH)
+    inside = jax.shard_map(
+        lambda x: moe(config, parameters, x)[0], mesh=config.mesh, in_specs=P("data"), out_specs=P("data")
+    )
+    with pytest.raises(ValueError, match=r"x: got in a call inside of a shard_map over \('data', 'expert'\)"):
+        jax.jit(inside)(x)
+
+
+def test_without_a_jit_it_is_compiled_once() -> None:
+    config = config_of("data × expert")
+    parameters, x = on_mesh(config, parameters_of(config)), numbers(*BATCH)
+    once = fetch(moe(config, parameters, x))
+    compiled = []
+
+    def note(event: str, *_: Any, **__: Any) -> None:
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        again = fetch(moe(config, parameters, x))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert not [event for event in compiled if event == native_module.COMPILATION]
+    jax.tree.map(np.testing.assert_array_equal, again, once)
 
 
 def test_a_communicator_is_not_made_while_tracing() -> None:

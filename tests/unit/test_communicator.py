@@ -231,3 +231,35 @@ def test_ranks_follow_the_mesh() -> None:
     out = program(*put_on_mesh(inputs.operands, mesh, device_axis(mesh, "expert")))
     assert_close(fetch(out), inputs.out)
     assert LAYER.max_tokens == SIZES["max_tokens"]
+
+
+@pytest.mark.parametrize("order", ["swapped groups", "another order of axes"])
+def test_a_program_over_another_mesh_is_refused_when_it_is_compiled(order: str) -> None:
+    """Groups of other devices, and the same devices as other ranks: before anything waits for anything."""
+    mesh = mesh_named("node × expert")
+    groups, size = mesh.devices.shape
+    if size < 2:
+        pytest.skip("needs groups of several devices")
+    comm = ep.Communicator(mesh, "expert", **SIZES, implementation="native")
+    devices = mesh.devices.copy()
+    if order == "swapped groups":
+        devices[:, 1] = devices[::-1, 1]
+    else:
+        devices = devices.reshape(size, groups).T
+    assert {tuple(group) for group in devices} != {tuple(group) for group in mesh.devices}
+    other = jax.sharding.Mesh(devices, mesh.axis_names)
+    program = jax.jit(per_device(lambda *operands: moe(comm, *operands), other, "expert"))
+    operands = put_on_mesh(layer_inputs().operands, other, device_axis(other, "expert"))
+    with pytest.raises(ValueError, match=r"comm: the program's mesh has .*; use shard_map with comm\.mesh"):
+        program(*operands)
+    comm.check()
+
+
+def test_groups_in_another_order_are_the_same() -> None:
+    """The first axis reversed: every group and every rank in it stay what they are."""
+    comm = make()
+    other = jax.sharding.Mesh(MESH.devices[::-1], MESH.axis_names)
+    program = jax.jit(per_device(lambda *operands: moe(comm, *operands), other, "expert"))
+    _, operands = layer_program(comm)
+    operands = jax.device_put(operands, jax.NamedSharding(other, device_axis(other, "expert")))
+    assert_close(fetch(program(*operands)), layer_inputs().out)
