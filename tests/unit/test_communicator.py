@@ -263,3 +263,30 @@ def test_groups_in_another_order_are_the_same() -> None:
     _, operands = layer_program(comm)
     operands = jax.device_put(operands, jax.NamedSharding(other, device_axis(other, "expert")))
     assert_close(fetch(program(*operands)), layer_inputs().out)
+
+
+def test_a_group_of_one_needs_no_axis_in_the_program() -> None:
+    mesh = mesh_named("one device")
+    comm = ep.Communicator(mesh, "expert", **SIZES, implementation="native")
+    other = jax.sharding.Mesh(mesh.devices, ("data",))
+    x = np.ones((1, 4, 8), np.float32)
+    topk_idx = np.tile(np.array([0, 5, 7], np.int32), (1, 4, 1))
+    topk_weights = np.full((1, 4, 3), 0.5, np.float32)
+
+    def there_and_back(x, topk_idx, topk_weights):
+        dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+        return ep.combine(dispatched.tokens, handle, comm=comm)
+
+    program = jax.jit(per_device(there_and_back, other, "data"))
+    np.testing.assert_array_equal(fetch(program(x, topk_idx, topk_weights)), 1.5 * x)
+
+
+def test_a_program_of_one_group_alone() -> None:
+    if jax.process_count() > 1:
+        pytest.skip("needs a group whose devices are all of this process")
+    comm, inputs = make(), layer_inputs()
+    one_group = jax.sharding.Mesh(MESH.devices[:1], MESH.axis_names)
+    program = jax.jit(per_device(lambda *operands: moe(comm, *operands), one_group, "expert"))
+    of_group = [array[: comm.size] for array in inputs.operands]
+    operands = put_on_mesh(of_group, one_group, device_axis(one_group, "expert"))
+    assert_close(fetch(program(*operands)), inputs.out[: comm.size])
