@@ -303,7 +303,7 @@ class Communicator:
         if self.size == 1:  # whatever axes the program has, a device is its own group
             return
         of_program = Topology.of(mesh, self.axis_names)
-        if not of_program.is_part_of(self.topology):
+        if not of_program.has_groups_of(self.topology):
             groups = [[[d.id for d in group] for group in t.groups] for t in (of_program, self.topology)]
             raise ValueError(
                 f"comm: the program's mesh has the groups of devices {groups[0]} along {self.axis_name!r}, "

@@ -31,9 +31,9 @@ class Topology:
         num_ranks = int(np.prod([mesh.shape[name] for name in axis_names]))
         return cls(grid.reshape(-1, num_ranks), tuple(axis_names))
 
-    def is_part_of(self, other: "Topology") -> bool:
-        """Return whether every group is one of `other`, with the same ranks; in whatever order."""
-        return {tuple(group) for group in self.groups} <= {tuple(group) for group in other.groups}
+    def has_groups_of(self, other: "Topology") -> bool:
+        """Return whether the groups are those of `other`, with the same ranks, in whatever order."""
+        return {tuple(group) for group in self.groups} == {tuple(group) for group in other.groups}
 
     @property
     def num_ranks(self) -> int:

@@ -279,14 +279,3 @@ def test_a_group_of_one_needs_no_axis_in_the_program() -> None:
 
     program = jax.jit(per_device(there_and_back, other, "data"))
     np.testing.assert_array_equal(fetch(program(x, topk_idx, topk_weights)), 1.5 * x)
-
-
-def test_a_program_of_one_group_alone() -> None:
-    if jax.process_count() > 1:
-        pytest.skip("needs a group whose devices are all of this process")
-    comm, inputs = make(), layer_inputs()
-    one_group = jax.sharding.Mesh(MESH.devices[:1], MESH.axis_names)
-    program = jax.jit(per_device(lambda *operands: moe(comm, *operands), one_group, "expert"))
-    of_group = [array[: comm.size] for array in inputs.operands]
-    operands = put_on_mesh(of_group, one_group, device_axis(one_group, "expert"))
-    assert_close(fetch(program(*operands)), inputs.out[: comm.size])
