@@ -295,22 +295,6 @@ class Communicator:
             raise CommunicatorError(f"comm: {self!r} is closed; make a new Communicator and trace again.")
         self._raise_if_broken()
 
-    def check_program(self, mesh: Mesh) -> None:
-        """Raise if a program over `mesh` would have other groups, or other ranks in them.
-
-        The native side can tell a device that takes itself for another rank, and no other mistake.
-        """
-        if self.size == 1:  # whatever axes the program has, a device is its own group
-            return
-        of_program = Topology.of(mesh, self.axis_names)
-        if not of_program.has_groups_of(self.topology):
-            groups = [[[d.id for d in group] for group in t.groups] for t in (of_program, self.topology)]
-            raise ValueError(
-                f"comm: the program's mesh has the groups of devices {groups[0]} along {self.axis_name!r}, "
-                f"and the communicator's has {groups[1]}; use shard_map with comm.mesh, or make the "
-                "communicator with the mesh of the program."
-            )
-
     def close(self) -> None:
         """Wait for running ops, then free what the communicator holds. Local; may be repeated.
 

@@ -94,7 +94,8 @@ def _bind_address(place: LauncherPlace) -> str:
     return str(address)
 
 
-def _reserve_port(address: str, port: int) -> socket.socket:
+def reserve_port(address: str, port: int) -> socket.socket:
+    """Return what keeps a port, 0 for any, free for JAX's coordinator until it is closed."""
     # With SO_REUSEPORT, JAX's coordinator (gRPC sets it too) can bind the port while we hold it, and
     # nobody else gets it in between. A socket that does not listen takes no connections.
     holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
@@ -151,7 +152,7 @@ def _welcome_others(
                     continue
                 peer.sendall(_encode({"welcome": True}))
                 met[hello["index"]] = (peer, hello["num_local"])
-    reserved = _reserve_port(address, place.port or 0 if place.count == 1 else 0)
+    reserved = reserve_port(address, place.port or 0 if place.count == 1 else 0)
     port = reserved.getsockname()[1]
     counts = [num_local, *(met[index][1] for index in sorted(met))]
     common: Message = {"coordinator": _in_url(place.coordinator, port), "num_ranks": sum(counts)}

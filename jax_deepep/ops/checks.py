@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops.handle import Handle
+from jax_deepep.topology import Topology
 
 ROW_DTYPES = ("bfloat16", "float16", "float32")
 CARRIED_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")  # by dispatch, bit for bit
@@ -138,6 +140,23 @@ def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
                 "have; make the communicator with the mesh of the program."
             )
     return frozenset(comm.axis_names) & frozenset(manual)
+
+
+def check_groups(comm: Communicator, mesh: Mesh) -> None:
+    """Raise if a program over `mesh` would have other groups than `comm`, or other ranks in them.
+
+    The native side can tell a device that takes itself for another rank, and no other mistake.
+    """
+    if comm.size == 1:  # whatever axes the program has, a device is its own group
+        return
+    of_program = Topology.of(mesh, comm.axis_names)
+    if not of_program.has_groups_of(comm.topology):
+        groups = [[[d.id for d in group] for group in t.groups] for t in (of_program, comm.topology)]
+        raise ValueError(
+            f"comm: the program's mesh has the groups of devices {groups[0]} along {comm.axis_name!r}, "
+            f"and the communicator's has {groups[1]}; use shard_map with comm.mesh, or make the "
+            "communicator with the mesh of the program."
+        )
 
 
 def vary_together(axes: frozenset[str], *values: Any) -> tuple[Any, ...]:

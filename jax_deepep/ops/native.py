@@ -15,6 +15,7 @@ from jax import lax
 from jax_deepep import jax_compat
 from jax_deepep.capacity import dispatch_scratch_ints, num_groups, pair_table_shape
 from jax_deepep.jax_compat import ShapedArray, batching, mlir
+from jax_deepep.ops.checks import check_groups
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 LAYOUT_CODES = {"expert": 0, "token": 1}
@@ -34,7 +35,7 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
 
     def lower(ctx: Any, *operands: Any, shape: RouteShape, **flags: Any) -> Any:
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
-            shape.comm.check_program(mesh)
+            check_groups(shape.comm, mesh)
         attributes = _attributes(shape, with_limits=verb == "dispatch")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
 

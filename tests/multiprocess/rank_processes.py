@@ -8,7 +8,6 @@ its own, and only the deadline is common. A rank prints its findings as lines of
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,17 +22,11 @@ from typing import Any
 import leftovers
 import pytest
 
+from jax_deepep.launch.host_rendezvous import reserve_port
+
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent
 REPORT = "REPORT "  # begins a line of findings, as `report` of ranks/rank_side.py writes it
-
-
-def _hold_port() -> socket.socket:
-    # With SO_REUSEPORT, JAX's coordinator (gRPC sets it too) can bind the port beside us, but nobody else.
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    holder.bind(("127.0.0.1", 0))
-    return holder
 
 
 @dataclass
@@ -83,7 +76,7 @@ class RankProcesses:
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         self._deadline = time.monotonic() + self.deadline_s
         self._shared_before = leftovers.named_shared_memory()
-        self._port = _hold_port()
+        self._port = reserve_port("127.0.0.1", 0)
         address = f"127.0.0.1:{self._port.getsockname()[1]}"
         # Rank 0 hosts JAX's coordinator, whose end aborts the others, so it must be the last to leave. It
         # reads this pipe as its standard input: the end of file is the end of all others, dead or alive.

@@ -4,12 +4,12 @@ import json
 
 import jax.numpy as jnp
 import pytest
+from own_processes import is_a_command_for_one_process
 
 from jax_deepep.bench.__main__ import main
 from jax_deepep.bench.ops_under_test import PASSES, OpsUnderTest, check_agreement
-from jax_deepep.launch import launched_rank
 
-pytestmark = pytest.mark.skipif(launched_rank() is not None, reason="a command for one process")
+pytestmark = is_a_command_for_one_process
 SHAPE = "--tokens 16 --hidden 32 --topk 2 --experts 8 --devices 2 --dtype bfloat16 --layout expert"
 
 

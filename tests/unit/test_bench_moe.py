@@ -7,6 +7,7 @@ import jax
 import pytest
 from meshes import fetch, mesh_named
 from moe_layer import assert_close
+from own_processes import is_a_command_for_one_process
 
 from jax_deepep.bench.__main__ import main
 from jax_deepep.bench.moe.contenders import (
@@ -18,7 +19,6 @@ from jax_deepep.bench.moe.contenders import (
 )
 from jax_deepep.bench.moe.problem import MoEProblem
 from jax_deepep.communicator import Communicator
-from jax_deepep.launch import launched_rank
 
 PROBLEM = MoEProblem(
     tokens=8, hidden=16, intermediate=32, topk=2, experts=8, devices=jax.device_count(), dtype="float32",
@@ -51,9 +51,7 @@ def test_grouped_matmuls_agree() -> None:
         assert_close(other, of_weights["ragged_dot"])
 
 
-@pytest.mark.skipif(
-    launched_rank() is not None, reason="the suite has joined the processes of the job, as the command would"
-)
+@is_a_command_for_one_process
 def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "moe.json"
     shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}

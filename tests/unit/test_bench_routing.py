@@ -4,11 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from own_processes import is_a_command_for_one_process
 
 from jax_deepep.bench.__main__ import main
-from jax_deepep.launch import launched_rank
 
-pytestmark = pytest.mark.skipif(launched_rank() is not None, reason="a command for one process")
+pytestmark = is_a_command_for_one_process
 
 
 def test_rows_are_counted_and_drawn(tmp_path, capsys) -> None:

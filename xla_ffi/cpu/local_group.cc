@@ -60,7 +60,6 @@ LocalGroup::LocalGroup(const CommunicatorConfig& config, int group)
   for (const Place& place : config.places) {
     if (place.group != group) continue;
     process_of[place.rank] = index_of(place.process);
-    num_local_ranks += place.process == config.process;
   }
   const size_t num_counters = static_cast<size_t>(config.shape.num_ranks) * config.shape.num_ranks;
   taken_.rows_sent.assign(num_counters, 0);

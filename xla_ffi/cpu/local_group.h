@@ -67,7 +67,6 @@ struct LocalGroup {
   int self = 0;                 // index of this process among `processes`
   std::vector<int> processes;   // ascending; the first leads
   std::vector<int> process_of;  // of each rank, an index into `processes`
-  int num_local_ranks = 0;
 
   std::unique_ptr<GroupExchange> exchange;           // where it spans processes
   std::vector<RankWindow> windows;                   // likewise, of every rank
