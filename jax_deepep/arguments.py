@@ -5,6 +5,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jax_deepep.capacity import INT32_MAX
@@ -28,29 +29,28 @@ def checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-SIZES = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms")
-
-
-def plain_int(value: Any) -> Any:
-    """Return an integer of any type, NumPy's for example, as an int; anything else as it is."""
-    if isinstance(value, bool):
-        return value
+def checked_integer(name: str, value: Any, *, minimum: int) -> int:
+    """Return `value` as an int, if it is a static integer of any type, from `minimum` to what int32 holds."""
     try:
-        return operator.index(value)
-    except TypeError:
-        return value
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(
+            f"{name}: got {value!r}; takes a Python integer (a static value, known when tracing)."
+        ) from None
+    if number < minimum:
+        raise ValueError(f"{name}: got {number}; takes an integer of at least {minimum}.")
+    if number > INT32_MAX:
+        raise ValueError(f"{name}: got {number}; takes at most {INT32_MAX} (an int32).")
+    return number
+
+
+SIZES = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size")
 
 
 def check_sizes(comm: Any, num_ranks: int) -> None:
     """Raise unless the sizes, the timeout and the mode of `comm` are ones that it can have."""
-    for name in SIZES:
-        value = getattr(comm, name)
-        if value is None and name == "num_sms":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: got {value!r}; takes a positive integer.")
-        if value < 1:
-            raise ValueError(f"{name}: got {value}; takes a positive integer.")
     if comm.num_experts % num_ranks:
         below = comm.num_experts - comm.num_experts % num_ranks
         raise ValueError(

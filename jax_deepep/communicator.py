@@ -92,7 +92,9 @@ class Communicator:
     def __post_init__(self) -> None:
         global _next_id
         for name in arguments.SIZES:
-            self._set(name, arguments.plain_int(getattr(self, name)))
+            self._set(name, arguments.checked_integer(name, getattr(self, name), minimum=1))
+        if self.num_sms is not None:
+            self._set("num_sms", arguments.checked_integer("num_sms", self.num_sms, minimum=1))
         axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
         topology = Topology.of(self.mesh, axis_names)
         self._set("topology", topology)
@@ -219,7 +221,7 @@ class Communicator:
             transport = (
                 f"peers' arrays are read in place, over NVLink or in one GPU; {self._native.num_blocks} SMs"
             )
-        elif processes == 1:
+        elif self._native.segment_descriptor < 0:  # no group is spread over several processes
             transport = "process memory: peers' arrays are read in place"
         else:
             transport = "shared memory between the processes of this host"

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_deepep.ops.checks import check_array, check_integer
+from jax_deepep.arguments import checked_integer
+from jax_deepep.ops.checks import check_array
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 
@@ -191,7 +192,7 @@ def _check(
     for name, value in (
         ("num_experts_per_tok", num_experts_per_tok), ("num_groups", num_groups), ("topk_groups", topk_groups)
     ):  # fmt: skip
-        check_integer(name, value, minimum=1)
+        checked_integer(name, value, minimum=1)
     if num_experts % num_groups:
         raise ValueError(f"num_groups: got {num_groups}; takes a divisor of the {num_experts} experts.")
     if topk_groups > num_groups:

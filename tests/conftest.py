@@ -21,9 +21,6 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
-# XLA's CPU client sizes its pool of threads by this. Its own collectives block one thread per device, so
-# that a small machine with eight devices would deadlock without it.
-os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
@@ -50,7 +47,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     return (
         f"jax {jax.__version__}: {jax.device_count()} {jax.default_backend()} devices "
-        f"in {jax.process_count()} process(es), NPROC={os.environ['NPROC']}"
+        f"in {jax.process_count()} process(es), NPROC={os.environ.get('NPROC')}"
     )
 
 

@@ -42,7 +42,7 @@ def surroundings() -> dict[str, Any]:
         "commit": _commit(),
         "processor": _processor(),
         "cores": usable_cores(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": os.getloadavg()[0],
         "devices": f"{len(devices)} {devices[0].platform} ({devices[0].device_kind})",
         "versions": {
             "jax_deepep": importlib.metadata.version("jax_deepep"),

@@ -130,8 +130,9 @@ def prepare_log_dir(wanted: Path | None, link: HostLink) -> Path:
     log_dir = (wanted or Path(tempfile.mkdtemp(prefix="jax_deepep_launch_"))).absolute()
     (log_dir / ".launch").mkdir(parents=True, exist_ok=True)
     for rank in link.job.ranks:
-        for stale in [*log_dir.glob(f"rank{rank}.*"), *(log_dir / ".launch").glob(f"rank{rank}.*")]:
-            stale.unlink()
+        ours = [log_dir / f"rank{rank}.log", log_dir / f"rank{rank}.stacks"]  # the folder may hold others
+        for stale in [*ours, *(log_dir / ".launch").glob(f"rank{rank}.*")]:
+            stale.unlink(missing_ok=True)
     return log_dir
 
 

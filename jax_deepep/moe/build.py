@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
+from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import round_up
 from jax_deepep.communicator import Communicator
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.ops.checks import check_integer
 
 
 def build_config(
@@ -82,8 +82,8 @@ def _communicator(
             "max_tokens: got None without comm; takes the most tokens that a device has in one call, or "
             "pass comm."
         )
-    check_integer("max_tokens", max_tokens, minimum=1)
-    check_integer("num_chunks", num_chunks, minimum=1)
+    max_tokens = checked_integer("max_tokens", max_tokens, minimum=1)
+    num_chunks = checked_integer("num_chunks", num_chunks, minimum=1)
     if mesh is None:
         mesh = _mesh_here()
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
@@ -94,7 +94,7 @@ def _communicator(
             "which every device has all experts."
         )
     if num_physical_experts is not None:  # the communicator would say num_experts
-        check_integer("num_physical_experts", num_physical_experts, minimum=1)
+        checked_integer("num_physical_experts", num_physical_experts, minimum=1)
         num_devices = math.prod(mesh.shape[name] for name in here)
         if num_physical_experts % num_devices:
             raise ValueError(

@@ -8,12 +8,13 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import bounded_rows
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
-from jax_deepep.ops.checks import check_array, check_integer
+from jax_deepep.ops.checks import check_array
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class MoEConfig:
                 f"devices; takes a multiple of {self.comm.size}, at most as many."
             )
         for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
-            check_integer(name, getattr(self, name), minimum=minimum)
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            checked_integer(name, getattr(self, name), minimum=minimum)
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(
-                f"capacity_factor: got {self.capacity_factor!r}; takes a positive number, or None."
+                f"capacity_factor: got {self.capacity_factor!r}; takes a positive, finite number, or None."
             )
         chosen(self.grouped_matmul, self.comm.platform)
         for axis, size, names in (

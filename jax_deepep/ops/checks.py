@@ -1,6 +1,5 @@
 """Checks of arguments at trace time. Errors name the argument, what it got, what it takes."""
 
-import operator
 from typing import Any
 
 import jax
@@ -24,20 +23,6 @@ def check_comm(comm: Any, op: str) -> None:
             "made outside of jit."
         )
     comm.raise_if_unusable()
-
-
-def check_integer(name: str, value: Any, *, minimum: int) -> None:
-    """Raise unless `value` is a static integer of at least `minimum`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except (TypeError, jax.errors.TracerIntegerConversionError):
-        raise TypeError(
-            f"{name}: got {value!r}; takes a Python integer (a static value, known when tracing)."
-        ) from None
-    if number < minimum:
-        raise ValueError(f"{name}: got {number}; takes an integer of at least {minimum}.")
 
 
 def check_rows_dtype(name: str, value: Any) -> None:

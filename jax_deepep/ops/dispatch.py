@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import INT32_MAX, Layout, worst_case_rows
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import autodiff
@@ -13,7 +14,6 @@ from jax_deepep.ops.checks import (
     check_call_site,
     check_comm,
     check_handle,
-    check_integer,
     check_sent_rows,
     vary_together,
 )
@@ -118,9 +118,9 @@ def _route_shape(
     """Check the static arguments and complete them."""
     if layout not in ("expert", "token"):
         raise ValueError(f'layout: got {layout!r}; takes "expert" or "token".')
-    check_integer("alignment", alignment, minimum=1)
+    alignment = checked_integer("alignment", alignment, minimum=1)
     if expert_capacity is not None:
-        check_integer("expert_capacity", expert_capacity, minimum=0)
+        expert_capacity = checked_integer("expert_capacity", expert_capacity, minimum=0)
         if layout == "token":
             raise ValueError(
                 f"expert_capacity: got {expert_capacity} with layout='token', whose rows belong "
@@ -134,9 +134,7 @@ def _route_shape(
         num_local_experts=comm.num_local_experts,
         alignment=alignment,
     )
-    if capacity is None:
-        capacity = worst_case
-    check_integer("capacity", capacity, minimum=0)
+    capacity = worst_case if capacity is None else checked_integer("capacity", capacity, minimum=0)
     if capacity % alignment:
         raise ValueError(
             f"capacity: got {capacity} with alignment={alignment}; takes a multiple of alignment, "

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from jax_deepep.capacity import Layout
 from jax_deepep.communicator import Communicator
@@ -32,6 +34,10 @@ class RouteShape:
     capacity: int
     alignment: int
     expert_capacity: int | None
+
+    def rank(self) -> jax.Array:
+        """Return this device's rank in its group, int32 []."""
+        return jnp.int32(0) if self.comm.size == 1 else lax.axis_index(self.comm.axis_names)
 
 
 class Routes(NamedTuple):

@@ -73,13 +73,6 @@ def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
     return attributes
 
 
-def _rank(shape: RouteShape) -> jax.Array:
-    """Return this device's rank: the native side checks that it is the one it expects."""
-    if shape.comm.size == 1:
-        return jnp.int32(0)
-    return lax.axis_index(shape.comm.axis_names)
-
-
 def _keeps_pairs(shape: RouteShape) -> bool:
     """Return whether the ops of this platform need the table of pairs."""
     return shape.comm.platform == "cuda" and shape.layout == "expert"
@@ -162,7 +155,7 @@ def dispatch(
 ) -> tuple[jax.Array, Handle]:
     """Implement `implementations.dispatch`."""
     tokens, *leaves = dispatch_p.bind(
-        _rank(shape),
+        shape.rank(),
         _whole_words(x),
         topk_idx,
         topk_weights,
@@ -223,7 +216,7 @@ def redispatch(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.redispatch`."""
     rows, products = redispatch_p.bind(
-        _rank(shape),
+        shape.rank(),
         _whole_words(x),
         routes.source,
         routes.group_sizes,
@@ -278,7 +271,7 @@ def combine(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.combine`."""
     out, gradients, _ = combine_p.bind(
-        _rank(shape),
+        shape.rank(),
         y,
         routes.destination,
         _or_placeholder(weights, jnp.float32),

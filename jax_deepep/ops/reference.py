@@ -22,10 +22,6 @@ def _gather(shape: RouteShape, value: jax.Array) -> jax.Array:
     return lax.all_gather(value, comm.axis_names)
 
 
-def _rank(shape: RouteShape) -> jax.Array:
-    return jnp.int32(0) if shape.comm.size == 1 else lax.axis_index(shape.comm.axis_names)
-
-
 def _valid_entries(topk_idx: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
     """Return (bool mask of entries that count, int32 [] count of entries that are wrong)."""
     inside = (topk_idx >= 0) & (topk_idx < num_experts)
@@ -48,7 +44,7 @@ def dispatch(
     comm, capacity = shape.comm, shape.capacity
     num_ranks, num_local = comm.size, comm.num_local_experts
     groups_here = num_groups(shape.layout, num_local)
-    rank = _rank(shape)
+    rank = shape.rank()
 
     _, num_invalid = _valid_entries(topk_idx, comm.num_experts)
     everyones_idx = _gather(shape, topk_idx)  # [R, T, K]
@@ -163,7 +159,7 @@ def combine(
     comm, capacity = shape.comm, shape.capacity
     num_ranks = comm.size
     everyones = _gather(shape, routes.destination)  # [R, T, K]
-    mine = (everyones >= 0) & (everyones // capacity == _rank(shape))
+    mine = (everyones >= 0) & (everyones // capacity == shape.rank())
     row = jnp.where(mine, everyones % capacity, capacity)
 
     gradients = None

@@ -240,7 +240,8 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"num_chunks": 0, "comm": None, "max_tokens": 8}, ValueError, "num_chunks: got 0; takes an integer"),
         ({"max_tokens": "8", "comm": None}, TypeError, "max_tokens: got '8'; takes a Python integer"),
         ({"intermediate_size": 2.5}, TypeError, r"intermediate_size: got 2\.5; takes a Python integer"),
-        ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive number, or None"),
+        ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive, finite number"),
+        ({"capacity_factor": float("inf")}, ValueError, "capacity_factor: got inf; takes a positive, finite"),
         ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: got 'fast'; takes 'auto', 'blocks'"),
         ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take two axes, other than"),
         (

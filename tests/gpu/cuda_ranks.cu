@@ -40,7 +40,7 @@ class Group {
   Group(const GroupShape& shape, int num_blocks, double timeout_s) : num_blocks_(num_blocks) {
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
-    device_.shared_bytes = shared_bytes - 2560;  // less what kernels declare statically
+    device_.shared_bytes = shared_bytes - kStaticSharedBytes;
     for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
@@ -89,6 +89,12 @@ class Group {
   void Launch(int rank, const RedispatchParams& params) { Launch(rank, Verb::kRedispatch, params, LaunchRedispatch); }
   void Launch(int rank, const CombineParams& params) { Launch(rank, Verb::kCombine, params, LaunchCombine); }
   void DelayRank(int rank, uint64_t nanoseconds) { Delay<<<1, 1, 0, streams_[rank]>>>(nanoseconds); }
+
+  // Let the program take a rank for another one.
+  void TakeFor(int rank, int32_t believed) {
+    *operands_[rank]->host<int32_t>() = believed;
+    operands_[rank]->ToDevice();
+  }
 
   void Wait() { CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks"); }
   HostStatus& status(int rank) { return *statuses_[rank]; }
@@ -350,6 +356,16 @@ void CheckMistakes(int num_blocks) {
   for (int rank = 0; rank < 2; ++rank) {
     Check(group.status(rank).failed == 1, "different ops fail");
     Check(group.status(rank).report.failure == Failure::kDifferentOps, "and are told apart");
+  }
+  Group other(problem.shape, num_blocks, 0.5);
+  other.TakeFor(1, 0);
+  for (int rank = 0; rank < 2; ++rank) other.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  other.Wait();
+  for (int rank = 0; rank < 2; ++rank) {
+    Check(other.status(rank).failed == 1, "a device taken for another fails the op");
+    Check(other.status(rank).report.failure == Failure::kWrongRank, "and all ranks are told so");
+    Check(other.status(rank).reporter == 1, "by the device itself");
+    Check(AllFailed(problem, ranks[rank]->tokens), "whose results are NaN");
   }
 }
 

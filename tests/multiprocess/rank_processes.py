@@ -95,14 +95,15 @@ class RankProcesses:
     def _start(self, rank: int, address: str, others_live: int, hold: int) -> RankProcess:
         output = Path(self._directory.name) / f"rank{rank}.log"
         environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JAX_", "XLA_", "NPROC"))
         }
         environment |= {
             leftovers.RUN: self.id,
             "JAX_PLATFORMS": self.platform,
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05",  # of a GPU, beside what the test's own process has
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.num_devices}",
-            "NPROC": str(max(4, 2 * self.num_devices)),
             "PYTHONPATH": os.pathsep.join(
                 [str(SOURCE), str(SOURCE / "tests"), str(HERE), os.environ.get("PYTHONPATH", "")]
             ),

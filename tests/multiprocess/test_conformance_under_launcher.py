@@ -21,7 +21,7 @@ pytestmark = starts_its_own_processes
 
 CONFORMANCE = str(Path(__file__).parent.parent / "conformance")
 WHOLE = "JAX_DEEPEP_WHOLE_CONFORMANCE" in os.environ
-SELECTION = [] if WHOLE else ["-k", "native and (some or drop or invalid or node)"]
+SELECTION = [] if WHOLE else ["-k", "native and (some or drop or invalid or node or signs)"]
 DEADLINE_S = 1500 if WHOLE else 200
 
 

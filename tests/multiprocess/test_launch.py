@@ -216,13 +216,18 @@ def test_bad_arguments_are_explained(tmp_path: Path, arguments: list[str], words
 
 
 def test_a_log_dir_may_be_used_again(tmp_path: Path) -> None:
-    """What the ranks of the first job left there says nothing about those of the second."""
+    """What the first job left there says nothing about the second; what is not of a job stays."""
+    others = [tmp_path / "log" / name for name in ("rank0.npz", "rank1.ckpt/state")]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("a user's")
     command = ["-n", "2", "--log-dir", tmp_path / "log", "--", sys.executable, "-c"]
     status, output = launch(*command, "raise SystemExit(3)", cwd=tmp_path)
     assert status == 3, output
     status, output = launch(*command, "print('well')", cwd=tmp_path)
     assert status == 0, output
     assert [(tmp_path / "log" / f"rank{rank}.log").read_text() for rank in (0, 1)] == ["well\n"] * 2
+    assert [other.read_text() for other in others] == ["a user's"] * 2
 
 
 def test_the_console_can_show_the_first_rank_alone(tmp_path: Path) -> None:

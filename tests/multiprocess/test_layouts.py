@@ -36,6 +36,8 @@ def digests_by_case(num_processes: int, num_devices: int) -> dict[str, dict[str,
             for case in CASES:
                 report = run.wait_for_report(rank, case)
                 assert report["repeatable"], f"{case} on process {rank}"
+                if case == "groups of neighbours":  # of four
+                    assert report["between_processes"] == (num_devices < 4)
                 assert found[case].keys().isdisjoint(report["digests"])
                 found[case] |= report["digests"]
         if num_processes > 1:

@@ -4,8 +4,10 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
+#include "cpu/group_exchange.h"
 #include "cpu/row_math.h"
 #include "cuda/divisor.h"
 #include "routing/group_rows.h"
@@ -123,6 +125,14 @@ void CheckSums() {
   SumTerms(RowType::kFloat32, out.data(), nullptr, nullptr, 0, kSize);
   for (int i = 0; i < kSize; ++i) Check(out[i] == 0.0f, "no term and no bias leave zero", i);
 
+  const float minus_zero = -0.0f;
+  const Term zeros[] = {{&minus_zero, 1.0f, 0}, {&minus_zero, 0.5f, 0}};
+  float sum;
+  SumTermsOfRank(RowType::kFloat32, &sum, zeros, 2, 1);
+  Check(std::signbit(sum), "the sum of one rank keeps the sign of zero");
+  SumTerms(RowType::kFloat32, &sum, nullptr, zeros, 2, 1);
+  Check(!std::signbit(sum), "which added to no bias is zero");
+
   // bfloat16 has eight significant bits: 256 + 1 on one rank is rounded away, before 256 is subtracted.
   const uint16_t big = Store(RowType::kBFloat16, 256.0f), one = Store(RowType::kBFloat16, 1.0f);
   const uint16_t minus = Store(RowType::kBFloat16, -256.0f);
@@ -151,6 +161,39 @@ void CheckFailed() {
   FillAsFailed(RowType::kInt32, bytes.data(), 5);
   for (int i = 0; i < 20; ++i) Check(bytes[i] == 0xff, "integers of a failed op have all bits set", i);
   for (int i = 20; i < 24; ++i) Check(bytes[i] == 7, "and nothing beyond", i);
+}
+
+// More ops than the rings hold, of which two processes take up few at a time: those that are accepted
+// come to both in one order, and the others are refused.
+void CheckRings() {
+  const auto leaders = std::make_unique<ControlBlock>(), others = std::make_unique<ControlBlock>();
+  GroupExchange leader({leaders.get(), others.get()}, 0, {0, 1}, 5.0);
+  GroupExchange other({leaders.get(), others.get()}, 1, {0, 1}, 5.0);
+  int64_t announced[2] = {0, 0}, taken[2] = {0, 0};
+  const auto announce = [&](GroupExchange& exchange, int rank) {
+    const OpName op{1, announced[rank], 7};
+    if (!exchange.Announce(op, rank, announced[rank] + 1)) return false;
+    ++announced[rank];
+    return true;
+  };
+  const auto take = [&](GroupExchange& exchange, int rank) {
+    const auto op = exchange.NextScheduled();
+    if (!op.has_value()) return;
+    exchange.Take(*op);
+    Check(op->call == taken[rank]++, "ops are taken up in the order of their schedule", op->call);
+  };
+  for (int round = 0; round < 4; ++round) {
+    while (announce(leader, 0)) {
+    }
+    while (announce(other, 1)) {
+    }
+    Check(announced[0] == taken[0] + ControlBlock::kRingSize, "a ring of ops may wait", announced[0]);
+    Check(announced[1] == taken[1] + ControlBlock::kRingSize, "in every process", announced[1]);
+    const int ahead = round % 2;  // each of them gets ahead of the other in turn
+    for (int i = 0; i < (ahead == 0 ? 3000 : 1000); ++i) take(leader, 0);
+    for (int i = 0; i < (ahead == 1 ? 3000 : 1000); ++i) take(other, 1);
+  }
+  Check(taken[0] == 8000 && taken[1] == 8000, "what both announced is scheduled", taken[0]);
 }
 
 // Rows of integers fill whole 16 bytes, however many float32 make the longest row.
@@ -240,6 +283,7 @@ int main() {
   CheckTinyFloats();
   CheckSums();
   CheckFailed();
+  CheckRings();
   CheckRowBytes();
   CheckEntries();
   CheckGroups();

@@ -1,4 +1,4 @@
-"""Compiles and runs native_test.cc: row arithmetic, rows of groups, division, against their definitions."""
+"""Compiles and runs native_test.cc: row arithmetic, rows of groups, rings, division, by their definitions."""
 
 import pathlib
 import subprocess
@@ -9,8 +9,14 @@ FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-ffp-contract=off")
 
 def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
     program = tmp_path / "native_test"
-    sources = (ROOT / "tests/native/native_test.cc", ROOT / "xla_ffi/cpu/row_math.cc")
-    command = ["g++", *FLAGS, f"-I{ROOT / 'xla_ffi'}", *map(str, sources), "-o", str(program)]
+    code = ROOT / "xla_ffi"
+    sources = (
+        ROOT / "tests/native/native_test.cc",
+        code / "cpu/group_exchange.cc",
+        code / "cpu/row_math.cc",
+        code / "transport/shared_memory.cc",
+    )
+    command = ["g++", *FLAGS, f"-I{code}", *map(str, sources), "-pthread", "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([program], capture_output=True, text=True, timeout=60)

@@ -1,5 +1,6 @@
 """An exported program meets the communicators of the process that loads it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,7 @@ def test_it_runs_where_the_communicator_is_the_same(exported: str) -> None:
     assert float(run_python(MAKE + LOAD.format(path=exported, max_tokens=4))) == 1.0
 
 
-def test_it_refuses_a_communicator_of_other_arguments(exported: str) -> None:
-    program = LOAD.format(path=exported, max_tokens=5).replace("print(", "expect_error(lambda: ")
-    expect = """
+EXPECT_ERROR = """
 def expect_error(function):
     try:
         function()
@@ -60,5 +59,24 @@ def expect_error(function):
     else:
         raise AssertionError("no error")
 """
-    text = run_python(MAKE + expect + program)
+
+
+def error_of(load: str) -> str:
+    return run_python(MAKE + EXPECT_ERROR + load.replace("print(", "expect_error(lambda: "))
+
+
+def test_it_refuses_a_communicator_of_other_arguments(exported: str) -> None:
+    text = error_of(LOAD.format(path=exported, max_tokens=5))
     assert "which was made with other arguments here than where the program was traced" in text
+
+
+def test_it_refuses_to_take_a_device_for_another(exported: str) -> None:
+    """On a mesh of the same devices in another order; only the op itself can see that."""
+    elsewhere = """
+other = jax.sharding.Mesh(mesh.devices[::-1], mesh.axis_names)
+operands = put_on_mesh((x, idx, weights), other, spec)
+"""
+    text = error_of(elsewhere + LOAD.format(path=exported, max_tokens=4))
+    assert re.search(
+        r"the program runs device (\d) as rank (?!\1)\d, but it is rank \1 of communicator", text
+    )

@@ -1,6 +1,5 @@
 """`python -m jax_deepep.bench moe`: every contender computes the same, and what is measured is reported."""
 
-import dataclasses
 import json
 
 import jax
@@ -11,13 +10,13 @@ from own_processes import is_a_command_for_one_process
 
 from jax_deepep.bench.__main__ import main
 from jax_deepep.bench.moe.contenders import (
-    AXIS,
     GATHERED,
     experts_programs,
     layer_programs,
     sizes_of,
 )
 from jax_deepep.bench.moe.problem import MoEProblem
+from jax_deepep.bench.problems import AXIS
 from jax_deepep.communicator import Communicator
 
 PROBLEM = MoEProblem(
@@ -69,10 +68,11 @@ def test_the_command(tmp_path, capsys) -> None:
     assert "T=8 H=24 F=32 K=2 E=8 R=2 float32 C=worst" in capsys.readouterr().out
 
 
+@is_a_command_for_one_process
 def test_wrong_arguments(capsys) -> None:
     """Before anything is measured."""
-    with pytest.raises(ValueError, match="experts: got 9; takes a multiple of devices=2, at least topk=2"):
-        dataclasses.replace(PROBLEM, devices=2, experts=9)
+    assert main(["moe", "--experts", "9", "--topk", "2", "--devices", "2"]) == 2
+    assert "error: experts: got 9; takes a multiple of devices=2, at least topk=2" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["moe", "--capacity-factor", "all"])
     assert "--capacity-factor: invalid factor_or_none value: 'all'" in capsys.readouterr().err

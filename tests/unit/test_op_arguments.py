@@ -9,7 +9,7 @@ import pytest
 from implementations import IMPLEMENTATIONS
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from meshes import mesh_named, per_device
+from meshes import fetch, mesh_named, per_device
 
 import jax_deepep as ep
 
@@ -75,6 +75,8 @@ DISPATCH = [
     ({"layout": "rows"}, ValueError, r"layout: got 'rows'; takes \"expert\" or \"token\""),
     ({"alignment": 0}, ValueError, r"alignment: got 0; takes an integer of at least 1"),
     ({"alignment": 2.0}, TypeError, r"alignment: got 2\.0; takes a Python integer"),
+    ({"alignment": 2**32, "capacity": 0}, ValueError, r"alignment: got 4294967296; takes at most 2147483647"),
+    ({"expert_capacity": 2**70}, ValueError, rf"expert_capacity: got {2**70}; takes at most 2147483647"),
     ({"capacity": -8}, ValueError, r"capacity: got -8; takes an integer of at least 0"),
     ({"capacity": 12, "alignment": 8}, ValueError,
      r"capacity: got 12 with alignment=8; takes a multiple of alignment, for example 16"),
@@ -92,6 +94,17 @@ DISPATCH = [
 def test_a_wrong_argument_of_dispatch(comm, wrong: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         trace(lambda: dispatch(comm, **wrong))
+
+
+def test_integers_of_numpy(comm) -> None:
+    options = {"capacity": 16, "alignment": 4, "expert_capacity": 2}
+    of_numpy = {name: np.int16(value) for name, value in options.items()}
+
+    def destinations(options: dict) -> np.ndarray:
+        mapped = per_device(lambda _: dispatch(comm, **options)[1].destination, MESH, "expert")
+        return fetch(jax.jit(mapped)(jnp.zeros(MESH.size)))
+
+    np.testing.assert_array_equal(destinations(of_numpy), destinations(options))
 
 
 def test_a_capacity_that_is_traced(comm) -> None:

@@ -159,8 +159,8 @@ class GroupCombine {
       // Token-major, all entries of a token on a rank share one row.
       if (i == begin || expert_major_) scratch->terms[num_terms++] = RowTerm(scratch->entries[i]);
     }
-    SumTerms(route_.row_type, SumOf(rank, source, token), /*bias=*/nullptr, scratch->terms.data(),
-             num_terms, route_.row_size);
+    SumTermsOfRank(route_.row_type, SumOf(rank, source, token), scratch->terms.data(), num_terms,
+                   route_.row_size);
     if (ranks_[rank]->row_gradients == nullptr) return;
     for (int i = begin; i < end; ++i) {
       GradientsOf(rank, source, token)[scratch->entries[i].k] = GradientOf(scratch->entries[i]);

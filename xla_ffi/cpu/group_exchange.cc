@@ -59,10 +59,11 @@ bool GroupExchange::Announce(const OpName& op, int rank, int64_t step) {
   ControlBlock& own = *blocks_[self_];
   own.steps[rank].store(step, std::memory_order_relaxed);
   const uint64_t index = own.num_announced.load(std::memory_order_relaxed);
-  // Every scheduled op has taken one announcement of each rank.
+  // An op that this process took up has had one announcement of each rank. With no more than a ring
+  // of others, neither ring overflows: the leader has read what was taken up, and an op is
+  // scheduled only once every process has announced it.
   const auto ranks_here = std::count(process_of_.begin(), process_of_.end(), self_);
-  const uint64_t scheduled = blocks_[0]->num_scheduled.load(std::memory_order_acquire);
-  if (index - scheduled * ranks_here >= ControlBlock::kRingSize) return false;
+  if (index - num_taken_ * ranks_here >= ControlBlock::kRingSize) return false;
   ControlBlock::Announcement& entry = own.announced[index % ControlBlock::kRingSize];
   entry.op = op;
   entry.rank.store(rank, std::memory_order_relaxed);
@@ -100,10 +101,11 @@ std::optional<OpName> GroupExchange::NextScheduled() {
   const uint32_t seen = blocks_[self_]->doorbell.load(std::memory_order_acquire);
   if (self_ == 0) ScheduleReady();
   const ControlBlock& leader = *blocks_[0];
-  // Pairs with the release store in ScheduleReady. A process runs every op, so that it cannot fall
-  // behind by a whole ring: the barriers inside the ops hold the others back.
+  // Pairs with the release store in ScheduleReady.
   if (num_taken_ < leader.num_scheduled.load(std::memory_order_acquire)) {
-    return leader.scheduled[num_taken_++ % ControlBlock::kRingSize];
+    const OpName op = leader.scheduled[num_taken_ % ControlBlock::kRingSize];
+    ++num_taken_;  // now its place may be written again: see Announce
+    return op;
   }
   WaitForRing(&blocks_[self_]->doorbell, seen, Clock::now() + kLongestSleep);
   return std::nullopt;

@@ -53,9 +53,9 @@ struct RankWindow {
 
 // What the processes of a group write for each other, one per process and group.
 struct ControlBlock {
-  static constexpr int kRingSize = 4096;  // ops announced and not yet scheduled
+  static constexpr int kRingSize = 4096;  // ops of a process, times its ranks, not yet taken up
   static constexpr int kMaxRanks = 1024;  // of one group
-  static constexpr int kMessageBytes = 2048;
+  static constexpr int kMessageBytes = 1 << 16;  // enough to name all ranks
 
   struct Announcement {
     OpName op;

@@ -149,13 +149,15 @@ JAX_DEEPEP_INLINE void FetchAhead(const void* columns, size_t bytes) {
 }
 
 // `count` columns of the sum over terms; inlined with a constant count for the bulk of a row.
+// Without a bias, it begins at `zero`.
 template <typename Type>
 JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Type::Storage* bias,
-                                  const Term* terms, int num_terms, int64_t begin, int64_t count) {
+                                  float zero, const Term* terms, int num_terms, int64_t begin,
+                                  int64_t count) {
   using Storage = typename Type::Storage;
   float total[kBlock];
   float part[kBlock];
-  for (int64_t i = 0; i < count; ++i) total[i] = bias == nullptr ? 0.0f : Type::Load(bias[i]);
+  for (int64_t i = 0; i < count; ++i) total[i] = bias == nullptr ? zero : Type::Load(bias[i]);
   for (int term = 0; term < num_terms;) {
     const int32_t rank = terms[term].rank;
     const auto* row = static_cast<const Storage*>(terms[term].row) + begin;
@@ -178,16 +180,16 @@ JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Ty
 }
 
 template <typename Type>
-JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, const Term* terms, int num_terms,
-                           int64_t size) {
+JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, float zero, const Term* terms,
+                           int num_terms, int64_t size) {
   using Storage = typename Type::Storage;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     auto* to = static_cast<Storage*>(out) + begin;
     const auto* from = bias == nullptr ? nullptr : static_cast<const Storage*>(bias) + begin;
     if (size - begin >= kBlock) {
-      SumColumns<Type>(to, from, terms, num_terms, begin, kBlock);
+      SumColumns<Type>(to, from, zero, terms, num_terms, begin, kBlock);
     } else {
-      SumColumns<Type>(to, from, terms, num_terms, begin, size - begin);
+      SumColumns<Type>(to, from, zero, terms, num_terms, begin, size - begin);
     }
   }
 }
@@ -210,17 +212,31 @@ JAX_DEEPEP_ALL_ISAS float DotFloat16(const void* a, const void* b, int64_t size)
 JAX_DEEPEP_ALL_ISAS float DotBFloat16(const void* a, const void* b, int64_t size) {
   return Dot<BFloat16>(a, b, size);
 }
-JAX_DEEPEP_ALL_ISAS void SumFloat32(void* out, const void* bias, const Term* terms, int num_terms,
-                                    int64_t size) {
-  Sum<Float32>(out, bias, terms, num_terms, size);
+JAX_DEEPEP_ALL_ISAS void SumFloat32(void* out, const void* bias, float zero, const Term* terms,
+                                    int num_terms, int64_t size) {
+  Sum<Float32>(out, bias, zero, terms, num_terms, size);
 }
-JAX_DEEPEP_ALL_ISAS void SumFloat16(void* out, const void* bias, const Term* terms, int num_terms,
-                                    int64_t size) {
-  Sum<Float16>(out, bias, terms, num_terms, size);
+JAX_DEEPEP_ALL_ISAS void SumFloat16(void* out, const void* bias, float zero, const Term* terms,
+                                    int num_terms, int64_t size) {
+  Sum<Float16>(out, bias, zero, terms, num_terms, size);
 }
-JAX_DEEPEP_ALL_ISAS void SumBFloat16(void* out, const void* bias, const Term* terms, int num_terms,
-                                     int64_t size) {
-  Sum<BFloat16>(out, bias, terms, num_terms, size);
+JAX_DEEPEP_ALL_ISAS void SumBFloat16(void* out, const void* bias, float zero, const Term* terms,
+                                     int num_terms, int64_t size) {
+  Sum<BFloat16>(out, bias, zero, terms, num_terms, size);
+}
+
+void SumFrom(RowType type, void* out, const void* bias, float zero, const Term* terms,
+             int num_terms, int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return SumFloat32(out, bias, zero, terms, num_terms, size);
+    case RowType::kFloat16:
+      return SumFloat16(out, bias, zero, terms, num_terms, size);
+    case RowType::kBFloat16:
+      return SumBFloat16(out, bias, zero, terms, num_terms, size);
+    case RowType::kInt32:
+      return;
+  }
 }
 
 }  // namespace
@@ -260,16 +276,11 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size) {
 
 void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
               int64_t size) {
-  switch (type) {
-    case RowType::kFloat32:
-      return SumFloat32(out, bias, terms, num_terms, size);
-    case RowType::kFloat16:
-      return SumFloat16(out, bias, terms, num_terms, size);
-    case RowType::kBFloat16:
-      return SumBFloat16(out, bias, terms, num_terms, size);
-    case RowType::kInt32:
-      return;
-  }
+  SumFrom(type, out, bias, 0.0f, terms, num_terms, size);
+}
+
+void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size) {
+  SumFrom(type, out, nullptr, -0.0f, terms, num_terms, size);  // -0 + p is p, for zeros too
 }
 
 void FillAsFailed(RowType type, void* values, int64_t count) {

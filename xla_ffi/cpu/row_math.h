@@ -30,6 +30,10 @@ struct Term {
 void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
               int64_t size);
 
+// out = p_d alone, for terms of one rank, at least one. A zero keeps its sign, which SumTerms loses
+// without a bias.
+void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size);
+
 // Fill what a failed op leaves: floats with NaN, integers with bits that are all set, which is -1,
 // and NaN where the bits are those of an 8-bit float of which it has one (e4m3, E8M0).
 void FillAsFailed(RowType type, void* values, int64_t count);

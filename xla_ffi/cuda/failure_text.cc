@@ -5,7 +5,6 @@
 #include "interface/error_text.h"
 
 namespace jax_deepep {
-namespace {
 
 const char* NameOf(Verb verb) {
   switch (verb) {
@@ -20,8 +19,6 @@ const char* NameOf(Verb verb) {
   }
   return "op";
 }
-
-}  // namespace
 
 std::string Describe(const FailureReport& report, int reporter, int group,
                      const CommunicatorConfig& config) {

@@ -46,7 +46,7 @@ class GroupOp {
           own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
       shared_.began_ns = NanosecondClock();
       if (blockIdx.x == 0 && *frame_.believed_rank != frame_.rank) {
-        Fail(Failure::kWrongRank, uint64_t{1} << *frame_.believed_rank);
+        Fail(Failure::kWrongRank, 0);
       }
     }
     __syncthreads();
@@ -277,6 +277,8 @@ class GroupOp {
   DeviceControl& own_;
   Shared& shared_;
 };
+
+static_assert(sizeof(GroupOp::Shared) <= kStaticSharedBytes);
 
 }  // namespace jax_deepep
 

@@ -7,16 +7,11 @@
 
 #include "cuda/device_control.h"
 #include "cuda/intranode/launch.h"
+#include "cuda/op_frame.h"
 #include "transport/cuda_driver.h"
 #include "transport/cuda_peer.h"
 
 namespace jax_deepep {
-namespace {
-
-// Shared memory that kernels which also take dynamic shared memory declare statically, at most.
-constexpr int kStaticSharedBytes = 2560;
-
-}  // namespace
 
 std::string ObstacleOfLimits(const GroupShape& shape) {
   if (shape.num_ranks > kMaxRanks) {

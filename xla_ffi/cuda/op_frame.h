@@ -38,6 +38,9 @@ struct OpFrame {
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
+// Shared memory that a kernel may declare statically, if it takes dynamic shared memory too.
+inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) + 512;
+
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_CUDA_OP_FRAME_H_

@@ -48,7 +48,8 @@ ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& ran
   if (error.empty()) {
     error = site->comm->LaunchOp(
         Verb::kFloor,
-        HashOf(params.route, 4 + (static_cast<uint64_t>(kind) << 8) + (variant << 16)),
+        HashOf(params.route, static_cast<uint64_t>(Verb::kFloor) +
+                                 (static_cast<uint64_t>(kind) << 8) + (variant << 16)),
         read_by_peers, static_cast<const int32_t*>(rank.untyped_data()), context.op_stream(),
         [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
           return launch(frame, params, num_blocks, facts, context.stream);

@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from jax_deepep.bench.cpu_devices import prepare_cpu
 from jax_deepep.bench.moe.contenders import (
-    AXIS,
     GATHERED,
     Program,
     experts_programs,
@@ -23,6 +22,7 @@ from jax_deepep.bench.moe.contenders import (
     sizes_of,
 )
 from jax_deepep.bench.moe.problem import MoEProblem
+from jax_deepep.bench.problems import AXIS
 from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import Table, markdown, print_tables
 from jax_deepep.bench.timing import Spread, wall_clock
@@ -145,9 +145,13 @@ def main(arguments: Sequence[str]) -> int:
         prepare_cpu(options.devices or DEFAULT_DEVICES)
     devices = jax.devices()[: options.devices]
     mesh = Mesh(np.array(devices), (AXIS,))
-    problem = MoEProblem(
-        options.tokens, options.hidden, options.intermediate, options.topk, options.experts,
-        len(devices), options.dtype, options.capacity_factor)  # fmt: skip
+    try:
+        problem = MoEProblem(
+            options.tokens, options.hidden, options.intermediate, options.topk, options.experts,
+            len(devices), options.dtype, options.capacity_factor)  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     around: dict[str, Any] = surroundings()
     results = list(results_of(options, problem, mesh))
     if jax.process_index() == 0:

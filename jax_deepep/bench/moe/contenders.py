@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating
 from jax_deepep.bench.moe.problem import MoEProblem
+from jax_deepep.bench.problems import AXIS
 from jax_deepep.communicator import Communicator
 from jax_deepep.moe import MoEConfig, init_parameters, moe
 from jax_deepep.moe.experts import routed_experts
 from jax_deepep.moe.grouped_matmul import alignment_for
 
-AXIS = "expert"
 GATHERED = "gathered"
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a function to be jitted, and its operands
 

@@ -33,7 +33,6 @@ from jax_deepep import native_module
 
 TIMEOUT_S = 4.0
 VICTIM = int(ARGUMENTS[1])
-SURVIVORS = [rank for rank in range(NUM_PROCESSES) if rank != VICTIM]
 NUM_EXPERTS, NUM_TOPK = 2 * NUM_PROCESSES, 2
 
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "cuda/intranode/launch.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
 #include "interface/geometry.h"
 

@@ -1,0 +1,46 @@
+// Loading and launching any kernel of ours.
+#ifndef JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
+#define JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_deepep {
+
+// A device of this process.
+struct DeviceFacts {
+  const char* pool = nullptr;  // XLA's memory
+  size_t pool_bytes = 0;
+  int shared_bytes = 0;      // most that a block may have
+  bool bulk_copies = false;  // SM90; only floors of the bench use them
+
+  bool Holds(const void* pointer) const {
+    const auto* address = static_cast<const char*>(pointer);
+    return address >= pool && address < pool + pool_bytes;
+  }
+  int64_t OffsetOf(const void* pointer) const { return static_cast<const char*>(pointer) - pool; }
+};
+
+template <typename Op>
+const char* LoadKernel(void (*kernel)(Op), int max_shared_bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename Op>
+const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
+                         int shared_bytes, cudaStream_t stream) {
+  void* arguments[] = {&op};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(num_threads),
+                       arguments, shared_bytes, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
