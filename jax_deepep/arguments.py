@@ -11,13 +11,17 @@ from jax.sharding import Mesh
 from jax_deepep.capacity import INT32_MAX
 
 
-def checked_axis_names(mesh: Any, axis_name: Any) -> tuple[str, ...]:
-    """Return the expert-parallel axes, outermost first, if `mesh` has them."""
+def check_mesh(mesh: Any) -> None:
+    """Raise unless `mesh` is a mesh of devices."""
     if not isinstance(mesh, Mesh):
         raise TypeError(
             f"mesh: got {type(mesh).__name__}; takes a jax.sharding.Mesh of devices, for example "
             'jax.make_mesh((8,), ("expert",)).'
         )
+
+
+def checked_axis_names(mesh: Mesh, axis_name: Any) -> tuple[str, ...]:
+    """Return the expert-parallel axes, outermost first, if `mesh` has them."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
@@ -46,11 +50,22 @@ def checked_integer(name: str, value: Any, *, minimum: int) -> int:
     return number
 
 
-SIZES = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size")
+SIZES = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms")
+
+
+def plain_int(value: Any) -> Any:
+    """Return an integer of any type, NumPy's for example, as an int; anything else as it is."""
+    try:
+        return checked_integer("", value, minimum=1)
+    except (TypeError, ValueError):
+        return value
 
 
 def check_sizes(comm: Any, num_ranks: int) -> None:
     """Raise unless the sizes, the timeout and the mode of `comm` are ones that it can have."""
+    for name in SIZES:
+        if name != "num_sms" or comm.num_sms is not None:
+            checked_integer(name, getattr(comm, name), minimum=1)
     if comm.num_experts % num_ranks:
         below = comm.num_experts - comm.num_experts % num_ranks
         raise ValueError(

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jax_deepep.arguments import checked_integer
+
 
 def plan_experts(
     load: ArrayLike, *, num_physical: int, num_devices: int, own_first: bool = True
@@ -44,7 +46,9 @@ def plan_experts(
     if not (np.isfinite(load) & (load >= 0)).all():
         raise ValueError("load: got a negative number, or one that is not finite; takes tokens per expert.")
     num_experts = load.shape[-1]
-    if num_devices < 1 or num_experts % num_devices:
+    num_physical = checked_integer("num_physical", num_physical, minimum=1)
+    num_devices = checked_integer("num_devices", num_devices, minimum=1)
+    if num_experts % num_devices:
         raise ValueError(f"num_devices: got {num_devices}; takes a divisor of the {num_experts} experts.")
     if num_physical < num_experts or num_physical % num_devices:
         raise ValueError(

@@ -91,11 +91,14 @@ class Communicator:
 
     def __post_init__(self) -> None:
         global _next_id
+        arguments.check_mesh(self.mesh)
         for name in arguments.SIZES:
-            self._set(name, arguments.checked_integer(name, getattr(self, name), minimum=1))
-        if self.num_sms is not None:
-            self._set("num_sms", arguments.checked_integer("num_sms", self.num_sms, minimum=1))
-        axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
+            self._set(name, arguments.plain_int(getattr(self, name)))
+        wrong_axes = None
+        try:
+            axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
+        except (TypeError, ValueError) as error:
+            wrong_axes, axis_names = error, self.mesh.axis_names
         topology = Topology.of(self.mesh, axis_names)
         self._set("topology", topology)
         rank = launched_rank()
@@ -112,8 +115,8 @@ class Communicator:
         host = bootstrap.host_identity()
         hosts = {host}
         if topology.processes != {jax.process_index()}:
-            # Before the arguments are checked here: an error that only one process sees would leave
-            # the others waiting for it.
+            # Before an error in the arguments is raised here: one that only one process sees would
+            # leave the others waiting for it.
             exchange = self._exchange_between_processes()
             mine = {
                 "arguments": self._arguments(),
@@ -127,6 +130,8 @@ class Communicator:
             new_id = max(facts["next_id"] for facts in all_facts.values())
             obstacles = {process: facts["obstacle"] for process, facts in all_facts.items()}
             hosts = {facts["host"] for facts in all_facts.values()}
+        if wrong_axes is not None:
+            raise wrong_axes
         arguments.check_sizes(self, topology.num_ranks)
         requested = self.implementation
         implementation, why = arguments.chosen_implementation(requested, obstacles, hosts)
@@ -324,3 +329,9 @@ class Communicator:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Communicator":
         return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"comm: {self!r} cannot be pickled, because it holds devices and an agreement of processes; make "
+            "it anew, in every process, with the same arguments."
+        )

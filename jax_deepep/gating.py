@@ -88,7 +88,7 @@ def group_limited_topk(
         weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
         if normalize:
             weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
-    return topk_idx, weights * scale
+    return topk_idx, weights * jnp.asarray(scale, jnp.float32)
 
 
 def router_probabilities(logits: jax.Array, score_function: ScoreFunction = "sigmoid") -> jax.Array:

@@ -1,10 +1,12 @@
 """What a MoE layer is made of: sizes, choices, and how they lie on the mesh."""
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -14,7 +16,13 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
-from jax_deepep.ops.checks import check_array
+from jax_deepep.ops.checks import ROW_DTYPES, check_array
+
+# What the integers among the fields are at least.
+LEAST = {
+    "num_experts": 1, "num_experts_per_tok": 1, "hidden_size": 1, "intermediate_size": 1, "num_chunks": 1,
+    "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,11 @@ class MoEConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.comm, Communicator):
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
+        for name, minimum in LEAST.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("alignment", "num_physical_experts"):
+                object.__setattr__(self, name, checked_integer(name, value, minimum=minimum))
+        self._check_choices()
         for name, of_comm in (
             ("num_experts" if self.num_physical_experts is None else "num_physical_experts", "num_experts"),
             ("num_experts_per_tok", "num_experts_per_tok"),
@@ -90,12 +103,6 @@ class MoEConfig:
             raise ValueError(
                 f"num_experts: got {self.num_experts} with {self.comm.num_experts} slots on {self.comm.size} "
                 f"devices; takes a multiple of {self.comm.size}, at most as many."
-            )
-        for name, minimum in (("intermediate_size", 1), ("shared_intermediate_size", 0), ("num_chunks", 1)):
-            checked_integer(name, getattr(self, name), minimum=minimum)
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise ValueError(
-                f"capacity_factor: got {self.capacity_factor!r}; takes a positive, finite number, or None."
             )
         chosen(self.grouped_matmul, self.comm.platform)
         for axis, size, names in (
@@ -114,6 +121,35 @@ class MoEConfig:
                 f"fsdp_axis, tensor_axis: got {self.fsdp_axis!r}, {self.tensor_axis!r}; take two axes, other "
                 f"than those of the experts, {self.comm.axis_names}."
             )
+
+    def _check_choices(self) -> None:
+        for name in ("scale", "capacity_factor"):
+            value = getattr(self, name)
+            if name == "capacity_factor" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name}: got {value!r}; takes a number of Python or NumPy (a static value).")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor: got {self.capacity_factor!r}; takes a positive, finite number, or None."
+            )
+        if not callable(self.activation):
+            raise TypeError(f"activation: got {self.activation!r}; takes a function, such as jax.nn.silu.")
+        try:
+            takes_dtype = self.dtype is None or jnp.dtype(self.dtype).name in ROW_DTYPES
+        except TypeError:  # no dtype at all
+            takes_dtype = False
+        if not takes_dtype:
+            raise TypeError(f"dtype: got {self.dtype!r}; takes None, {', '.join(ROW_DTYPES)}.")
+        for name in ("fsdp_axis", "tensor_axis"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TypeError(f"{name}: got {value!r}; takes the name of one mesh axis, or None.")
+
+    def __copy__(self) -> "MoEConfig":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MoEConfig":
+        return self  # a copy of `activation` would be another function, and compile everything again
 
     @property
     def mesh(self) -> Mesh:

@@ -42,12 +42,8 @@ def physical_parameters(
         return dict(parameters)
     if isinstance(placement, np.ndarray):
         _check_values(config, placement, own_first)
-    specs = {name: config.spec(name) for name, (_, axes) in config.parameters.items() if axes[0] == "exp"}
-    fetch = jax.shard_map(
-        functools.partial(_fetch, config, own_first), mesh=config.mesh, in_specs=(specs, P()), out_specs=specs
-    )
-    own = {name: placed(config, parameters[name], spec) for name, spec in specs.items()}
-    return {**parameters, **fetch(own, placed(config, jnp.asarray(placement), P()))}
+    own = {name: parameters[name] for name, (_, axes) in config.parameters.items() if axes[0] == "exp"}
+    return {**parameters, **_slots(config, own_first, own, jnp.asarray(placement))}
 
 
 def _check_values(config: MoEConfig, placement: np.ndarray, own_first: bool) -> None:
@@ -61,6 +57,19 @@ def _check_values(config: MoEConfig, placement: np.ndarray, own_first: bool) -> 
             "placement: does not begin with the own experts of every device; takes own_first=True of "
             "plan_experts, or pass own_first=False."
         )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # see layer.py
+def _slots(
+    config: MoEConfig, own_first: bool, own: dict[str, jax.Array], placement: jax.Array
+) -> dict[str, jax.Array]:
+    """Return the matrices of all slots [P, ...], given those of the experts [E, ...]."""
+    specs = {name: config.spec(name) for name in own}
+    fetch = jax.shard_map(
+        functools.partial(_fetch, config, own_first), mesh=config.mesh, in_specs=(specs, P()), out_specs=specs
+    )
+    own = {name: placed(config, own[name], spec) for name, spec in specs.items()}
+    return fetch(own, placed(config, placement, P()))
 
 
 def _fetch(

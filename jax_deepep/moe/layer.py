@@ -75,11 +75,11 @@ def moe(
         ValueError, TypeError: a wrong parameter or x, or more tokens than the communicator takes.
     """
     _check(config, parameters, x, placement)
-    # Outside of any transformation, shard_map would compile its operations one by one, in every call.
-    layer = _layer if jax_compat.is_tracing() else jax.jit(_layer, static_argnums=0)
-    return layer(config, parameters, x, placement)
+    return _layer(config, parameters, x, placement)
 
 
+# Compiled: outside of the user's jit, shard_map would compile its operations one by one, in every call.
+@functools.partial(jax.jit, static_argnums=0)
 def _layer(
     config: MoEConfig, parameters: Parameters, x: jax.Array, placement: jax.Array | None
 ) -> tuple[jax.Array, MoEAux]:

@@ -111,7 +111,8 @@ def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
             raise ValueError(
                 f"{op}: the mesh axis {axis!r} of size {size} is not manual here (manual: "
                 f"{manual or 'none'}); {op} takes per-device values. Call it inside "
-                "jax.shard_map(..., mesh=comm.mesh) over all mesh axes."
+                "jax.shard_map(..., mesh=comm.mesh) over all mesh axes; under a vmap, do not split the "
+                "mapped dimension over an Explicit axis."
             )
         if sizes.get(axis, 1) != size:
             raise ValueError(

@@ -1,5 +1,8 @@
 """The layer as a function of global arrays, against the dense one, on every kind of mesh."""
 
+import copy
+import dataclasses
+import pickle
 import re
 from functools import partial
 from typing import Any
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from dense_moe import MAX_TOKENS, E, F, H, K, config_of, dense_moe, loss_of, numbers, on_mesh, parameters_of
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -15,7 +19,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 import jax_deepep as ep
-from jax_deepep import jax_compat, native_module
+from jax_deepep import jax_compat
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
 from jax_deepep.moe.triton_matmul import triton_matmul
 
@@ -241,6 +245,18 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"max_tokens": "8", "comm": None}, TypeError, "max_tokens: got '8'; takes a Python integer"),
         ({"intermediate_size": 2.5}, TypeError, r"intermediate_size: got 2\.5; takes a Python integer"),
         ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive, finite number"),
+        ({"capacity_factor": "2"}, TypeError, "capacity_factor: got '2'; takes a number of Python or NumPy"),
+        ({"scale": jnp.float32(2)}, TypeError, "scale: got .*2.*; takes a number of Python or NumPy"),
+        ({"scale": None}, TypeError, "scale: got None; takes a number"),
+        (
+            {"activation": "silu"},
+            TypeError,
+            "activation: got 'silu'; takes a function, such as",
+        ),
+        ({"dtype": "bf16"}, TypeError, "dtype: got 'bf16'; takes None, bfloat16, float16, float32"),
+        ({"dtype": jnp.int32}, TypeError, "dtype: got .*int32.*; takes None, bfloat16"),
+        ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a Python integer"),
+        ({"fsdp_axis": ("data",)}, TypeError, r"fsdp_axis: got \('data',\); takes the name of one mesh axis"),
         ({"capacity_factor": float("inf")}, ValueError, "capacity_factor: got inf; takes a positive, finite"),
         ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: got 'fast'; takes 'auto', 'blocks'"),
         ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take two axes, other than"),
@@ -303,19 +319,21 @@ def test_inside_of_a_shard_map_it_says_what_to_use() -> None:
 def test_without_a_jit_it_is_compiled_once() -> None:
     config = config_of("data × expert")
     parameters, x = on_mesh(config, parameters_of(config)), numbers(*BATCH)
-    once = fetch(moe(config, parameters, x))
-    compiled = []
+    for call in (moe, jax.grad(lambda config, parameters, x: moe(config, parameters, x)[0].sum(), argnums=1)):
+        once = fetch(call(config, parameters, x))
+        with compilations() as compiled:
+            again = fetch(call(config, parameters, x))
+        assert not compiled
+        jax.tree.map(np.testing.assert_array_equal, again, once)
 
-    def note(event: str, *_: Any, **__: Any) -> None:
-        compiled.append(event)
 
-    jax.monitoring.register_event_duration_secs_listener(note)
-    try:
-        again = fetch(moe(config, parameters, x))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(note)
-    assert not [event for event in compiled if event == native_module.COMPILATION]
-    jax.tree.map(np.testing.assert_array_equal, again, once)
+def test_a_copy_of_a_configuration_is_the_same() -> None:
+    """Or else a copied module would be compiled anew; a copy of `jax.nn.silu` is another function."""
+    config = config_of("data × expert", capacity_factor=np.float32(1.5), alignment=np.int32(8))
+    assert copy.deepcopy(config) is copy.copy(config) is config
+    assert hash(config) == hash(dataclasses.replace(config, alignment=8))
+    with pytest.raises(TypeError, match=r"comm: Communicator #.* cannot be pickled.*; make it anew"):
+        pickle.dumps(config)
 
 
 def test_a_communicator_is_not_made_while_tracing() -> None:

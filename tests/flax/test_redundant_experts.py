@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from flax import linen as nn
 from flax import nnx
 from jax.sharding import AxisType
@@ -116,6 +117,18 @@ def module_of(kind: str, **sizes: Any):
     variables = jax.jit(layer.init)(jax.random.key(0), x, placement)
     parameters = nn.unbox(variables)["params"]
     return parameters, jax.jit(lambda parameters, *args: layer.apply({"params": parameters}, *args))
+
+
+def test_matrices_of_slots_are_fetched_by_one_program() -> None:
+    config = config_of("expert", 2 * E)
+    parameters, _ = inputs(config)
+    own = np.arange(E).reshape(config.comm.size, -1)
+    placement = np.concatenate([own, own[::-1]], axis=1).ravel().astype(np.int32)
+    once = fetch(physical_parameters(config, parameters, placement))
+    with compilations() as compiled:
+        again = fetch(physical_parameters(config, parameters, placement))
+    assert not compiled
+    jax.tree.map(np.testing.assert_array_equal, again, once)
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])

@@ -216,6 +216,10 @@ def mismatches():
         ("timeout_s", "4.0", "9.0"),
         ("implementation", "'native'", "'xla'"),
         ("mode", "'auto'", "'throughput'"),
+        ("wrong max_tokens", "4", "0"),
+        ("wrong num_experts", "3", "2.5"),
+        ("wrong hidden_size", "16", "2147483648"),
+        ("wrong axis_name", "'expert'", "'exprt'"),
     ],
 )
 def test_arguments_differ_between_processes(
@@ -224,9 +228,18 @@ def test_arguments_differ_between_processes(
     for rank in range(NUM_PROCESSES):
         error = mismatches.wait_for_report(rank, argument)["error"]
         assert error.startswith(
-            f"CommunicatorError: {argument}: rank 0 (process 0) got {usual}, "
+            f"CommunicatorError: {argument.removeprefix('wrong ')}: rank 0 (process 0) got {usual}, "
             f"but rank 1 (process 1) got {other};"
         )
+
+
+def test_arguments_are_wrong_on_all_processes(mismatches: RankProcesses) -> None:
+    for rank in range(NUM_PROCESSES):
+        tokens, experts, hidden, axis = mismatches.wait_for_report(rank, "all wrong")["errors"]
+        assert tokens.startswith("ValueError: max_tokens: got 0; takes an integer of at least 1")
+        assert experts.startswith("TypeError: num_experts: got 2.5; takes a Python integer")
+        assert hidden.startswith("ValueError: hidden_size: got 2147483648; takes at most 2147483647")
+        assert axis.startswith("ValueError: axis_name: got 'exprt'; takes an axis of mesh: ('expert',)")
 
 
 def test_a_mesh_without_a_device_of_the_process(mismatches: RankProcesses) -> None:

@@ -127,6 +127,15 @@ def test_normalised_softmax_is_the_softmax_of_the_chosen() -> None:
     np.testing.assert_allclose(weights, [[1 / (1 + np.e), np.e / (1 + np.e)]], rtol=1e-6)
 
 
+def test_weights_are_float32_whatever_the_scale() -> None:
+    logits = random_logits()
+    expected = ep.group_limited_topk(logits, num_experts_per_tok=2, scale=2.5)[1]
+    with jax.enable_x64(True):
+        weights = ep.group_limited_topk(logits, num_experts_per_tok=2, scale=np.float64(2.5))[1]
+    assert weights.dtype == jnp.float32
+    np.testing.assert_array_equal(weights, expected)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_vmap_and_leading_axes(name: str) -> None:
     logits = random_logits().reshape(2, 5, 5, EXPERTS)

@@ -22,6 +22,8 @@ OTHERS = {
     "implementation": "xla",
     "mode": "throughput",
 }
+# Wrong by themselves, which nobody may find out before all have been told.
+WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt"}
 
 
 def make(**different) -> ep.Communicator:
@@ -55,9 +57,14 @@ def norm_of_dispatched(comm: ep.Communicator) -> float:
 
 
 join()
-for name, value in OTHERS.items():
-    meet(f"before {name}")
-    report(name, error=error_of(lambda n=name, v=value: make(**({n: v} if DIFFERENT else {}))))
+for kind, arguments in (("", OTHERS), ("wrong ", WRONG)):
+    for name, value in arguments.items():
+        meet(f"before {kind}{name}")
+        report(f"{kind}{name}", error=error_of(lambda n=name, v=value: make(**({n: v} if DIFFERENT else {}))))
+
+meet("before all are wrong")
+errors = [error_of(lambda n=name, v=value: make(**{n: v})) for name, value in WRONG.items()]
+report("all wrong", errors=errors)
 
 others = [device for device in jax.devices() if device.process_index != RANK]
 mesh_of_others = jax.sharding.Mesh(others, "expert")
