@@ -125,7 +125,7 @@ class MoEConfig:
     def _check_choices(self) -> None:
         for name in ("scale", "capacity_factor"):
             value = getattr(self, name)
-            if name == "capacity_factor" and value is None:
+            if value is None and name == "capacity_factor":
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name}: got {value!r}; takes a number of Python or NumPy (a static value).")

@@ -124,7 +124,11 @@ void Communicator::Join(const void* instruction, int64_t call, int64_t run, cons
   if (group.spans_processes()) {
     const bool announced = group.exchange->Announce(key.op, place.rank, step);
     lock.unlock();
-    if (!announced) Break(Named("too many ops are in flight", place.group));
+    if (!announced) {
+      Break(DescribeBroken("more than " + std::to_string(ControlBlock::kRingSize) +
+                               " ops of the devices of one process wait for other processes",
+                           config_, place.group, kWaitBetween));
+    }
     return;
   }
   if (meeting.num_arrived < shape().num_ranks) return;

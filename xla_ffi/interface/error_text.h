@@ -47,6 +47,8 @@ inline constexpr char kRunSameProgram[] =
     "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
     "a "
     "longer timeout_s does not help.";
+inline constexpr char kWaitBetween[] =
+    "Make a new Communicator, and wait for results (jax.block_until_ready) before launching more.";
 inline constexpr char kCloseLater[] =
     "Close a communicator after the last run of a program that uses it, on every rank; make a new "
     "Communicator to go on.";
