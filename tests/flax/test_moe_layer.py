@@ -88,8 +88,17 @@ def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
     assert aux.num_dropped == 0
 
 
-@pytest.mark.parametrize("shape", [(3, 5, H), (1, H), (H,), (11, H)], ids=str)
-@pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("shape", "axis_types"),
+    [
+        ((3, 5, H), AxisType.Auto),
+        ((3, 5, H), AxisType.Explicit),
+        ((H,), AxisType.Auto),
+        ((1, H), AxisType.Explicit),
+        ((11, H), AxisType.Auto),
+    ],
+    ids=str,
+)
 def test_token_counts_that_do_not_divide(shape: tuple[int, ...], axis_types: AxisType) -> None:
     """Padding counts nowhere: not in the loads, not in the balance loss."""
     config = config_of("data × expert", axis_types, num_chunks=2)
