@@ -55,9 +55,11 @@ SIZES = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num
 
 def plain_int(value: Any) -> Any:
     """Return an integer of any type, NumPy's for example, as an int; anything else as it is."""
+    if isinstance(value, bool):
+        return value
     try:
-        return checked_integer("", value, minimum=1)
-    except (TypeError, ValueError):
+        return operator.index(value)
+    except TypeError:
         return value
 
 

@@ -257,11 +257,7 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"capacity_factor": "2"}, TypeError, "capacity_factor: got '2'; takes a number of Python or NumPy"),
         ({"scale": jnp.float32(2)}, TypeError, "scale: got .*2.*; takes a number of Python or NumPy"),
         ({"scale": None}, TypeError, "scale: got None; takes a number"),
-        (
-            {"activation": "silu"},
-            TypeError,
-            "activation: got 'silu'; takes a function, such as",
-        ),
+        ({"activation": "silu"}, TypeError, "activation: got 'silu'; takes a function, such as"),
         ({"dtype": "bf16"}, TypeError, "dtype: got 'bf16'; takes None, bfloat16, float16, float32"),
         ({"dtype": jnp.int32}, TypeError, "dtype: got .*int32.*; takes None, bfloat16"),
         ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a Python integer"),

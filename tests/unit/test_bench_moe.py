@@ -69,10 +69,13 @@ def test_the_command(tmp_path, capsys) -> None:
 
 
 @is_a_command_for_one_process
-def test_wrong_arguments(capsys) -> None:
+def test_a_wrong_shape(capsys) -> None:
     """Before anything is measured."""
     assert main(["moe", "--experts", "9", "--topk", "2", "--devices", "2"]) == 2
     assert "error: experts: got 9; takes a multiple of devices=2, at least topk=2" in capsys.readouterr().err
+
+
+def test_a_wrong_argument(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["moe", "--capacity-factor", "all"])
     assert "--capacity-factor: invalid factor_or_none value: 'all'" in capsys.readouterr().err
