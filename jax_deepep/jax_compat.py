@@ -3,6 +3,7 @@
 Supported: JAX 0.10.2 (the last for Python 3.11) and JAX 0.11.2 (Python 3.12).
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -66,6 +67,13 @@ def mesh_of_lowering(ctx: Any) -> Mesh | None:
     """Return the mesh of the `shard_map` that a primitive is lowered in, or None if it has no devices."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     return mesh if isinstance(mesh, Mesh) else None
+
+
+def index_in_program(ctx: Any, kind: str) -> int:
+    """Return how many calls of a `kind` were lowered before this one in its program (an MLIR module)."""
+    # The dictionary is that of the module, whatever mesh axes are manual where the call stands.
+    counters = ctx.module_context.cached_primitive_lowerings
+    return next(counters.setdefault(("calls of", kind), itertools.count()))
 
 
 def varying_axes(value: Any) -> frozenset[str]:

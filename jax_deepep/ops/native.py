@@ -37,10 +37,12 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
             check_groups(shape.comm, mesh)
         attributes = _attributes(shape, with_limits=verb == "dispatch")
+        attributes["call"] = jax_compat.index_in_program(ctx, "jax_deepep")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
 
     for platform in ("cpu", "cuda"):
-        mlir.register_lowering(primitive, lower, platform=platform)
+        # Not cacheable: every call has an index of its own in its program.
+        mlir.register_lowering(primitive, lower, platform=platform, cacheable=False)
 
     def batch(operands: Sequence[Any], dims: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[int]]:
         # One op after the other: the ranks of a group must meet for each of them anyway.

@@ -205,11 +205,6 @@ class GroupCombine {
 }  // namespace
 
 template <>
-const char* CombineOp::name() const {
-  return "combine";
-}
-
-template <>
 bool CombineOp::RunGroup(GroupRun& run) const {
   const GroupCombine combine(run.comm.shape(), params_.route, Collect(run), run.windows);
   if (run.spans_processes()) {

@@ -91,7 +91,7 @@ const Place* Communicator::FindPlace(int64_t device) const {
 void Communicator::Join(const void* instruction, int64_t call, int64_t run, const Place& place,
                         std::unique_ptr<Op> op) {
   LocalGroup& group = GroupOf(place.group);
-  Key key{place.group, {run, call, op->Fingerprint()}, instruction};
+  Key key{place.group, {run, call, op->signature().Hash()}, instruction};
   if (group.spans_processes()) key.instruction = nullptr;
 
   std::unique_lock<std::mutex> lock(mutex_);

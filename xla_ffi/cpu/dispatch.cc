@@ -186,11 +186,6 @@ int32_t CountInvalid(const GroupShape& shape, const DispatchParams& params) {
 }  // namespace
 
 template <>
-const char* DispatchOp::name() const {
-  return "dispatch";
-}
-
-template <>
 bool DispatchOp::RunGroup(GroupRun& run) const {
   const GroupShape& shape = run.comm.shape();
   const RouteShape& route = params_.route;

@@ -11,7 +11,7 @@
 #include "cpu/group_exchange.h"
 #include "interface/combine.h"
 #include "interface/dispatch.h"
-#include "interface/op_hash.h"
+#include "interface/op_signature.h"
 #include "interface/redispatch.h"
 
 namespace jax_deepep {
@@ -38,10 +38,10 @@ class Op {
  public:
   virtual ~Op() = default;
 
-  virtual const char* name() const = 0;
+  // What must be the same on all ranks.
+  virtual OpSignature signature() const = 0;
 
-  // A hash of what must be the same on all ranks.
-  virtual uint64_t Fingerprint() const = 0;
+  const char* name() const { return NameOf(signature().verb); }
 
   // Do the work of this process's ranks, all of one verb. Called on one of them, on a thread that
   // may block. False: a barrier failed.
@@ -57,10 +57,10 @@ class Op {
 template <typename Params>
 class VerbOp final : public Op {
  public:
-  explicit VerbOp(const Params& params) : params_(params) {}
+  // `call` as in OpSignature.
+  VerbOp(const Params& params, int64_t call) : params_(params), call_(call) {}
 
-  const char* name() const override;
-  uint64_t Fingerprint() const override { return HashOf(params_); }
+  OpSignature signature() const override { return SignatureOf(params_, call_); }
   bool RunGroup(GroupRun& run) const override;
   void Abandon(const Communicator& comm) const override;
 
@@ -76,6 +76,7 @@ class VerbOp final : public Op {
   }
 
   const Params params_;
+  const int64_t call_;
 };
 
 using DispatchOp = VerbOp<DispatchParams>;

@@ -106,11 +106,6 @@ void PublishRows(const RouteShape& route, const void* x, const RankWindow& windo
 }
 
 template <>
-const char* RedispatchOp::name() const {
-  return "redispatch";
-}
-
-template <>
 bool RedispatchOp::RunGroup(GroupRun& run) const {
   const std::vector<const RedispatchParams*> here = Collect(run);
   std::vector<const void*> sources;

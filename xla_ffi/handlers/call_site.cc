@@ -50,8 +50,11 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
   const ffi::ErrorOr<int64_t> comm_id = attributes.get<int64_t>("comm");
   const ffi::ErrorOr<int64_t> fingerprint = attributes.get<int64_t>("fingerprint");
   if (!comm_id.has_value()) return ffi::Unexpected(comm_id.error());
+  const ffi::ErrorOr<int64_t> call = attributes.get<int64_t>("call");
   if (!fingerprint.has_value()) return ffi::Unexpected(fingerprint.error());
+  if (!call.has_value()) return ffi::Unexpected(call.error());
   auto site = std::make_unique<CallSite>();
+  site->call = *call;
   site->number = calls_in_program++;
   std::string why_not;
   site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &why_not);

@@ -11,7 +11,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
                      ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool weighted,
                      bool with_bias, bool with_gradients, bool with_pairs, bool with_sums, int64_t,
-                     int64_t) {
+                     int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -75,7 +75,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CombineHandler, Combine,
                                   .Attr<bool>("with_pairs")
                                   .Attr<bool>("with_sums")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"),
+                                  .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("call"),
                               kTraits);
 
 }  // namespace jax_deepep

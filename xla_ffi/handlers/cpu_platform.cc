@@ -52,17 +52,17 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
 
 ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const DispatchParams& params) {
-  return JoinRanks(site, context, rank, error, std::make_unique<DispatchOp>(params));
+  return JoinRanks(site, context, rank, error, std::make_unique<DispatchOp>(params, site->call));
 }
 
 ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const RedispatchParams& params) {
-  return JoinRanks(site, context, rank, error, std::make_unique<RedispatchOp>(params));
+  return JoinRanks(site, context, rank, error, std::make_unique<RedispatchOp>(params, site->call));
 }
 
 ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                    const std::string& error, const CombineParams& params) {
-  return JoinRanks(site, context, rank, error, std::make_unique<CombineOp>(params));
+  return JoinRanks(site, context, rank, error, std::make_unique<CombineOp>(params, site->call));
 }
 
 }  // namespace jax_deepep

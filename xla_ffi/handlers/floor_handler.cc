@@ -61,7 +61,7 @@ ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& ran
 
 ffi::Error GatherFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
                        ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows, int64_t layout,
-                       int64_t warps, int64_t depth, int64_t, int64_t) {
+                       int64_t warps, int64_t depth, int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = x.element_count() / shape.hidden_size;
   const int64_t capacity = rows->element_count() / shape.hidden_size;
@@ -79,7 +79,7 @@ ffi::Error GatherFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer ran
 
 ffi::Error AddFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
                     ffi::AnyBuffer y, ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
-                    int64_t layout, int64_t, int64_t) {
+                    int64_t layout, int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = x.element_count() / shape.hidden_size;
   const int64_t capacity = rows->element_count() / shape.hidden_size;
@@ -98,7 +98,7 @@ ffi::Error AddFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, 
 ffi::Error SumFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
                     ffi::AnyBuffer pairs, ffi::AnyBuffer inputs, ffi::Result<ffi::AnyBuffer> out,
                     ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool with_sums, int64_t,
-                    int64_t) {
+                    int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = out->element_count() / shape.hidden_size;
   const int64_t capacity = y.element_count() / shape.hidden_size;
@@ -134,7 +134,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherFloorHandler, GatherFloor,
                                   .Attr<int64_t>("warps")
                                   .Attr<int64_t>("depth")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"),
+                                  .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("call"),
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AddFloorHandler, AddFloor,
@@ -148,7 +149,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AddFloorHandler, AddFloor,
                                   .Ret<ffi::AnyBuffer>()  // rows
                                   .Attr<int64_t>("layout")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"),
+                                  .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("call"),
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SumFloorHandler, SumFloor,
@@ -164,7 +166,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SumFloorHandler, SumFloor,
                                   .Attr<int64_t>("layout")
                                   .Attr<bool>("with_sums")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"),
+                                  .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("call"),
                               kTraits);
 
 }  // namespace jax_deepep

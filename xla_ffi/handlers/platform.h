@@ -62,7 +62,10 @@ struct CallSite {
   static const XLA_FFI_TypeInfo info;
 
   std::shared_ptr<PlatformCommunicator> comm;
-  // The how-manieth call of ours in its program: the same in every process.
+  int64_t call = 0;  // as in OpSignature
+  // Index of this instruction among those of our calls in its program, in the order in which XLA
+  // instantiates them: calls that share `call`, because their function was lowered once, have each
+  // their own.
   int64_t number = 0;
 };
 

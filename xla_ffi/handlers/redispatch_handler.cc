@@ -10,7 +10,7 @@ LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer ra
                         ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
                         ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> products,
                         int64_t layout, bool zero_rest, bool weighted, bool with_products,
-                        bool with_pairs, int64_t, int64_t) {
+                        bool with_pairs, int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   RedispatchParams params;
   RouteShape& route = params.route;
@@ -68,7 +68,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RedispatchHandler, Redispatch,
                                   .Attr<bool>("with_products")
                                   .Attr<bool>("with_pairs")
                                   .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint"),
+                                  .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("call"),
                               kTraits);
 
 }  // namespace jax_deepep

@@ -42,6 +42,7 @@ def _call(name: str, shape: RouteShape, results: Any, after: Any, *operands: Any
         layout=np.int64(LAYOUT_CODES[shape.layout]),
         comm=np.int64(shape.comm.id),
         fingerprint=np.int64(shape.comm.fingerprint),
+        call=np.int64(0),
         **attributes,
     )
 

@@ -1,0 +1,143 @@
+// What an op is: equal on all ranks of a group when they come to the same op, and otherwise what an
+// error tells about the difference.
+#ifndef JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
+#define JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
+
+#include <cstdint>
+#include <sstream>
+#include <string>
+
+#include "interface/combine.h"
+#include "interface/dispatch.h"
+#include "interface/geometry.h"
+#include "interface/redispatch.h"
+
+namespace jax_deepep {
+
+enum class Verb : int64_t {
+  kDispatch = 1,
+  kRedispatch = 2,
+  kCombine = 3,
+  kFloor = 4,  // of the bench
+};
+
+inline const char* NameOf(Verb verb) {
+  switch (verb) {
+    case Verb::kDispatch:
+      return "dispatch";
+    case Verb::kRedispatch:
+      return "redispatch";
+    case Verb::kCombine:
+      return "combine";
+    case Verb::kFloor:
+      return "floor";
+  }
+  return "op";
+}
+
+// Plain words, so that ranks can publish it as it is. An all-zero one is of no op.
+struct OpSignature {
+  Verb verb = Verb{};
+  int64_t call = 0;   // index of the call in its program, in the order in which JAX lowers them
+  int64_t flags = 0;  // which optional operands and results the call has
+  int64_t layout = 0;
+  int64_t row_type = 0;
+  int64_t row_size = 0;
+  int64_t num_tokens = 0;
+  int64_t capacity = 0;
+  int64_t alignment = 0;
+  int64_t expert_capacity = 0;
+
+  static constexpr int kWords = 10;
+  JAX_DEEPEP_HOST_DEVICE const int64_t* words() const {
+    return reinterpret_cast<const int64_t*>(this);
+  }
+
+  OpSignature() = default;
+  OpSignature(Verb verb, int64_t call, int64_t flags, const RouteShape& route)
+      : verb(verb),
+        call(call),
+        flags(flags),
+        layout(static_cast<int64_t>(route.layout)),
+        row_type(static_cast<int64_t>(route.row_type)),
+        row_size(route.row_size),
+        num_tokens(route.num_tokens),
+        capacity(route.capacity),
+        alignment(route.alignment),
+        expert_capacity(route.expert_capacity) {}
+
+  uint64_t Hash() const {
+    uint64_t hash = 0;
+    for (int i = 0; i < kWords; ++i) {
+      // The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), over a running sum.
+      hash += static_cast<uint64_t>(words()[i]) + 0x9e3779b97f4a7c15u;
+      hash = (hash ^ (hash >> 30)) * 0xbf58476d1ce4e5b9u;
+      hash = (hash ^ (hash >> 27)) * 0x94d049bb133111ebu;
+      hash ^= hash >> 31;
+    }
+    return hash;
+  }
+};
+
+static_assert(sizeof(OpSignature) == OpSignature::kWords * sizeof(int64_t));
+
+inline OpSignature SignatureOf(const DispatchParams& params, int64_t call) {
+  return {Verb::kDispatch, call, 0, params.route};
+}
+
+inline OpSignature SignatureOf(const RedispatchParams& params, int64_t call) {
+  const int64_t flags = (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
+                        (params.y != nullptr ? 4 : 0);
+  return {Verb::kRedispatch, call, flags, params.route};
+}
+
+inline OpSignature SignatureOf(const CombineParams& params, int64_t call) {
+  const int64_t flags = (params.weights != nullptr ? 1 : 0) | (params.bias != nullptr ? 2 : 0) |
+                        (params.row_gradients != nullptr ? 4 : 0);
+  return {Verb::kCombine, call, flags, params.route};
+}
+
+// Where two ranks' ops differ, in words: "num_tokens is 64 on rank 0 and 128 on rank 3".
+inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
+                                      const OpSignature& theirs, int their_rank) {
+  struct Field {
+    const char* name;
+    int64_t OpSignature::*value;
+  };
+  static constexpr Field kFields[] = {
+      {"call (index of the op in its program)", &OpSignature::call},
+      {"optional operands (bits)", &OpSignature::flags},
+      {"layout", &OpSignature::layout},
+      {"dtype", &OpSignature::row_type},
+      {"elements of a row", &OpSignature::row_size},
+      {"num_tokens", &OpSignature::num_tokens},
+      {"capacity", &OpSignature::capacity},
+      {"alignment", &OpSignature::alignment},
+      {"expert_capacity", &OpSignature::expert_capacity},
+  };
+  static constexpr const char* kLayouts[] = {"expert", "token"};
+  static constexpr const char* kRowTypes[] = {"float32", "float16", "bfloat16", "integers"};
+  const auto value_of = [](const OpSignature& of, const Field& field) -> std::string {
+    const int64_t value = of.*field.value;
+    if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayouts[value];
+    if (field.value == &OpSignature::row_type && value >= 0 && value < 4) return kRowTypes[value];
+    if (field.value == &OpSignature::expert_capacity && value == kNoLimit) return "None";
+    return std::to_string(value);
+  };
+  std::ostringstream text;
+  const char* separator = "";
+  const auto add = [&](const char* name, const std::string& here, const std::string& there) {
+    if (here == there) return;
+    text << separator << name << " is " << here << " on rank " << my_rank << " and " << there
+         << " on rank " << their_rank;
+    separator = "; ";
+  };
+  add("the op", NameOf(mine.verb), NameOf(theirs.verb));
+  for (const Field& field : kFields)
+    add(field.name, value_of(mine, field), value_of(theirs, field));
+  return text.str();
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
