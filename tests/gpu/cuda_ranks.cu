@@ -20,7 +20,8 @@
 #include "cpu/communicator.h"
 #include "cpu/op.h"
 #include "cuda/intranode/launch.h"
-#include "interface/op_hash.h"
+#include "cuda/rank_kernels.h"
+#include "interface/op_signature.h"
 #include "rank_arrays.cuh"
 
 namespace jax_deepep {
@@ -41,7 +42,7 @@ class Group {
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
+    for (auto* load : {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
     }
@@ -77,17 +78,29 @@ class Group {
   }
 
   template <typename Params>
-  void Launch(int rank, Verb verb, const Params& params,
-              const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t)) {
+  void Launch(int rank, const Params& params,
+              const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t),
+              cudaStream_t stream) {
     OpFrame frame = frames_[rank];
-    frame.verb = verb;
-    frame.what = HashOf(params);
-    const char* error = launch(frame, params, num_blocks_, device_, streams_[rank]);
+    frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
+    frame.op_hash = frame.op.Hash();
+    frame.launch = ++num_launches_;
+    const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
-  void Launch(int rank, const DispatchParams& params) { Launch(rank, Verb::kDispatch, params, LaunchDispatch); }
-  void Launch(int rank, const RedispatchParams& params) { Launch(rank, Verb::kRedispatch, params, LaunchRedispatch); }
-  void Launch(int rank, const CombineParams& params) { Launch(rank, Verb::kCombine, params, LaunchCombine); }
+  void Launch(int rank, const DispatchParams& params, cudaStream_t stream = nullptr) {
+    Launch(rank, params, LaunchDispatch, stream);
+  }
+  void Launch(int rank, const RedispatchParams& params, cudaStream_t stream = nullptr) {
+    Launch(rank, params, LaunchRedispatch, stream);
+  }
+  void Launch(int rank, const CombineParams& params, cudaStream_t stream = nullptr) {
+    Launch(rank, params, LaunchCombine, stream);
+  }
+  void GiveUp(int rank) {
+    const char* error = LaunchGiveUp(frames_[rank], Failure::kNotLaunched, streams_[rank]);
+    Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+  }
   void DelayRank(int rank, uint64_t nanoseconds) { Delay<<<1, 1, 0, streams_[rank]>>>(nanoseconds); }
 
   // Let the program take a rank for another one.
@@ -101,6 +114,7 @@ class Group {
 
  private:
   int num_blocks_;
+  uint64_t num_launches_ = 0;
   DeviceFacts device_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
   std::vector<cudaStream_t> streams_;
@@ -114,7 +128,7 @@ void RunOnCpu(Communicator& comm, int64_t run, const std::vector<Params>& params
   std::atomic<int> done{0};
   static const char instruction = 0;
   for (size_t rank = 0; rank < params.size(); ++rank) {
-    auto op = std::make_unique<VerbOp<Params>>(params[rank]);
+    auto op = std::make_unique<VerbOp<Params>>(params[rank], 0);
     op->done = [&done] { ++done; };
     comm.Join(&instruction, 0, run, *comm.FindPlace(rank), std::move(op));
   }
@@ -342,31 +356,130 @@ void CheckFaults(int num_ranks, int num_blocks, bool late) {
   CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1);
 }
 
-// Different ops meet, and a program that takes a device for another rank.
+// How an op that cannot succeed ends: soon, and on all ranks that came.
+void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr<Rank>>& ranks, int num_come,
+               Failure failure, int reporter, double seconds, const std::string& name) {
+  const auto before = std::chrono::steady_clock::now();
+  group.Wait();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
+  Check(took.count() < seconds, name + ": takes " + std::to_string(took.count()) + " s");
+  for (int rank = 0; rank < num_come; ++rank) {
+    Check(group.status(rank).failed == 1, name + ": fails");
+    Check(group.status(rank).report.failure == failure, name + ": is told from other failures");
+    Check(reporter == kNone || static_cast<int>(group.status(rank).reporter) == reporter, name + ": is told of by one");
+    Check(AllFailed(problem, ranks[rank]->tokens), name + ": results are NaN");
+  }
+}
+
+// Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never comes.
 void CheckMistakes(int num_blocks) {
-  const Problem problem = MakeProblem("mistakes", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  constexpr double kTimeout = 60, kAtOnce = 5;
+  const Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < 3; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  const auto dispatch = [&](Group& group, int rank, cudaStream_t stream = nullptr) {
+    group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]), stream);
+  };
+  {
+    Group group(problem.shape, num_blocks, kTimeout);
+    dispatch(group, 0);
+    Problem shorter = problem;
+    shorter.route.capacity -= 8;
+    group.Launch(1, DispatchOf<true>(shorter, *ranks[1]));
+    group.Wait();
+    for (int rank = 0; rank < 2; ++rank) {
+      const FailureReport& report = group.status(rank).report;
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different ops are told apart");
+      Check(report.other_rank == 1 - static_cast<int>(group.status(rank).reporter), "and whose they are");
+      const int64_t difference = report.op.capacity - report.other_op.capacity;
+      Check(difference == (report.other_rank == 1 ? 8 : -8), "and where they differ");
+    }
+  }
+  {
+    Group group(problem.shape, num_blocks, kTimeout);
+    group.TakeFor(1, 0);
+    for (int rank = 0; rank < 3; ++rank) dispatch(group, rank);
+    CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce, "a device taken for another");
+  }
+  {
+    Group group(problem.shape, num_blocks, kTimeout);
+    dispatch(group, 0);
+    dispatch(group, 1);
+    group.GiveUp(2);
+    CheckEnds(group, problem, ranks, 2, Failure::kNotLaunched, 2, kAtOnce, "an op that is not launched");
+    dispatch(group, 2);
+    CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce, "the op after one that is not launched");
+  }
+  {
+    Group group(problem.shape, num_blocks, kTimeout);
+    cudaStream_t beside;
+    CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
+    dispatch(group, 0);
+    dispatch(group, 1);
+    dispatch(group, 0, beside);
+    CheckEnds(group, problem, ranks, 2, Failure::kTwoAtOnce, 0, kAtOnce, "two ops at once");
+    dispatch(group, 2);
+    CheckEnds(group, problem, ranks, 3, Failure::kTwoAtOnce, 0, kAtOnce, "a rank that comes after two ops at once");
+    cudaStreamDestroy(beside);
+  }
+  {
+    // One SM is left, and a block takes one.
+    Group group(problem.shape, 2, 0.3);
+    int num_sms = 0;
+    CheckCuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), "attribute");
+    cudaStream_t beside;
+    CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
+    constexpr int kSharedBytes = 200 << 10;
+    CheckCuda(cudaFuncSetAttribute(Delay, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "attribute");
+    Delay<<<num_sms - 1, 1, kSharedBytes, beside>>>(1'500'000'000);
+    dispatch(group, 0);
+    CheckEnds(group, problem, ranks, 1, Failure::kNoRoom, 0, kAtOnce, "no SM for a block");
+    cudaStreamDestroy(beside);
+  }
+}
+
+// Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other, or fails.
+void CheckTwoAtOnce(int num_blocks, int tries) {
+  const Problem problem = MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  std::mt19937 random(5);
+  std::vector<std::unique_ptr<Rank>> ranks, others;
   for (int rank = 0; rank < 2; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
-  Group group(problem.shape, num_blocks, 0.5);
-  for (int rank = 0; rank < 2; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
-  group.Launch(0, CombineOf<true>(problem, *ranks[0], true, false, false));
-  group.Launch(1, CombineOf<true>(problem, *ranks[1], false, false, false));
-  group.Wait();
-  for (int rank = 0; rank < 2; ++rank) {
-    Check(group.status(rank).failed == 1, "different ops fail");
-    Check(group.status(rank).report.failure == Failure::kDifferentOps, "and are told apart");
+  for (int rank = 0; rank < 2; ++rank) others.push_back(std::make_unique<Rank>(problem, random));
+  const auto comm = CpuCommunicator(problem.shape);
+  for (auto* each : {&ranks, &others}) {
+    std::vector<DispatchParams> on_cpu;
+    for (auto& rank : *each) on_cpu.push_back(DispatchOf<false>(problem, *rank));
+    RunOnCpu(*comm, each == &ranks ? 0 : 1, on_cpu);
   }
-  Group other(problem.shape, num_blocks, 0.5);
-  other.TakeFor(1, 0);
-  for (int rank = 0; rank < 2; ++rank) other.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
-  other.Wait();
-  for (int rank = 0; rank < 2; ++rank) {
-    Check(other.status(rank).failed == 1, "a device taken for another fails the op");
-    Check(other.status(rank).report.failure == Failure::kWrongRank, "and all ranks are told so");
-    Check(other.status(rank).reporter == 1, "by the device itself");
-    Check(AllFailed(problem, ranks[rank]->tokens), "whose results are NaN");
+  cudaStream_t beside[2];
+  for (cudaStream_t& stream : beside) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  int num_failed = 0;
+  for (int i = 0; i < tries; ++i) {
+    Group group(problem.shape, num_blocks, 5.0);
+    const uint64_t delay = random() % 60'000;
+    for (auto* each : {&ranks, &others}) {
+      for (auto& rank : *each) {
+        CheckCuda(cudaMemset(rank->tokens.device<void>(), 0x55, rank->tokens.bytes()), "cudaMemset");
+      }
+    }
+    for (int rank = 0; rank < 2; ++rank) {
+      group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+      Delay<<<1, 1, 0, beside[rank]>>>(delay);
+      group.Launch(rank, DispatchOf<true>(problem, *others[rank]), beside[rank]);
+    }
+    group.Wait();
+    for (int rank = 0; rank < 2; ++rank) {
+      const bool failed = group.status(rank).failed == 1;
+      num_failed += failed;
+      for (Rank* each : {ranks[rank].get(), others[rank].get()}) {
+        if (failed && AllFailed(problem, each->tokens)) continue;
+        CheckSameRows(problem, each->tokens, *each, false, "two at once, " + std::to_string(i));
+      }
+    }
   }
+  std::printf("two at once: %d of %d ranks failed\n", num_failed, 2 * tries);
+  for (cudaStream_t stream : beside) cudaStreamDestroy(stream);
 }
 
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
@@ -429,6 +542,7 @@ int main(int argc, char** argv) {
         CheckFaults(40, 1, late);
       }
       CheckMistakes(2);
+      CheckTwoAtOnce(3, 200);
     } else if (what == "soak" && i + 1 < argc) {
       CheckSoak(3, std::atoi(argv[++i]));
     } else {

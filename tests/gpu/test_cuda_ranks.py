@@ -12,6 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = (
     "tests/gpu/cuda_ranks.cu",
+    "xla_ffi/cuda/rank_kernels.cu",
     "xla_ffi/cuda/intranode/*.cu",
     "xla_ffi/cpu/*.cc",
     "xla_ffi/transport/shared_memory.cc",

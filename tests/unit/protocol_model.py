@@ -42,17 +42,22 @@ def look(world: World, rank: int) -> Iterator[tuple[World, bool]]:
 def word_of_a_peer(world: World, rank: int) -> Iterator[tuple[World, int]]:
     """Let the rank see a store to its `broken` that it has not seen yet."""
     for reporter in range(len(world.ranks)):
-        for peer in world.peers(rank):
-            for i in world.unseen(peer, world.at.broken(rank, reporter)):
+        for writer in world.writers(rank):
+            for i in world.unseen(writer, world.at.broken(rank, reporter)):
                 told = world.copy()
-                told.see(peer, i)
+                told.see(writer, i)
                 yield told, reporter
+
+
+def missing_peers(world: World, rank: int, flag: Callable[[int, int], int]) -> list[int]:
+    op = world.ranks[rank].op
+    return [peer for peer in world.peers(rank) if world.seen[flag(rank, peer)] < op]
 
 
 def wait(world: World, rank: int, flag: Callable[[int, int], int]) -> Iterator[tuple[World, str]]:
     """WaitForAll. A rank's own flag needs no wait."""
     op = world.ranks[rank].op
-    missing = [peer for peer in world.peers(rank) if world.seen[flag(rank, peer)] < op]
+    missing = missing_peers(world, rank, flag)
     if missing:
         for looked, stopped in look(world.copy(), rank):
             yield looked, "stopped" if stopped else "late"
@@ -82,12 +87,21 @@ def fence(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def begin(world: World, rank: int) -> Iterator[World]:
+def begin(world: World, rank: int, *, looks: bool = True) -> Iterator[World]:
+    """Not where the group was lost before this op: a peer may still be in the lost one."""
     world.change(rank, op=world.ranks[rank].op + 1)
-    mistaken = world.copy()
-    mistaken.fail(rank, back="Write operands")
-    yield mistaken
-    yield world
+    for back in (
+        "Finish: IsLastBlock",  # the program takes the device for another rank
+        "Leave",  # the op cannot be launched: a kernel in its place tells the peers
+    ):
+        mistaken = world.copy()
+        mistaken.fail(rank, back=back)
+        yield mistaken
+    for looked, stopped in look(world, rank) if looks else [(world, False)]:
+        if stopped:
+            looked.change(rank, lost=True)
+            looked.go_to(rank, "Finish: IsLastBlock")
+        yield looked
 
 
 def write_operands(world: World, rank: int) -> Iterator[World]:
@@ -95,27 +109,18 @@ def write_operands(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def push_counts(world: World, rank: int) -> Iterator[World]:
-    """Not where the group was lost before this op, as Begin sees it: a peer may still be in the lost one."""
-    if 0 < world.ranks[rank].failed == world.ranks[rank].op:
-        yield from push_counts_always(world, rank)  # it is this op that has just failed
-        return
-    for looked, stopped in look(world, rank):
-        yield from iter([looked]) if stopped else push_counts_always(looked, rank)
-
-
-def push_counts_always(world: World, rank: int) -> Iterator[World]:
-    for peer in world.peers(rank):
-        world.store(rank, world.at.counts(peer, rank), world.ranks[rank].op)
+def sync_grid(world: World, rank: int) -> Iterator[World]:
+    """Blocks that find no SM in time fail the op."""
+    late = world.copy()
+    late.fail(rank, back="Finish: IsLastBlock")
+    yield late
     yield world
 
 
-def publish_unless_stopped(world: World, rank: int) -> Iterator[World]:
-    for looked, stopped in look(world, rank):
-        if stopped:
-            looked.change(rank, lost=True)
-            looked.go_to(rank, "Finish: IsLastBlock")  # its own flag stays away: WaitForArrivals is false
-        yield looked
+def push_counts(world: World, rank: int) -> Iterator[World]:
+    for peer in world.peers(rank):
+        world.store(rank, world.at.counts(peer, rank), world.ranks[rank].op)
+    yield world
 
 
 def tell_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
@@ -127,6 +132,7 @@ def tell_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[W
 
 
 def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
+    yield from compare_ops(world.copy(), rank)
     for waited, answer in wait(world, rank, world.at.arrived):
         if answer == "all":
             waited.begin_loads(rank)
@@ -139,11 +145,20 @@ def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
 
 
 def compare_ops(world: World, rank: int) -> Iterator[World]:
-    different = world.copy()
-    different.end_loads(rank)
-    different.fail(rank, back="Finish: IsLastBlock")
-    yield different
-    yield world
+    """Each peer that has arrived may turn out to have come to another op; nobody else is waited for then."""
+    op, at = world.ranks[rank].op, world.at
+    missing = missing_peers(world, rank, at.arrived)
+    for peer in world.peers(rank):
+        different = world.copy()
+        if peer in missing:
+            stored = [i for i in world.unseen(peer, at.arrived(rank, peer)) if world.queues[peer][i][1] >= op]
+            if not stored:
+                continue
+            different.see(peer, stored[0])
+        if different.seen[at.published(rank, peer)] != op:
+            raise Violation("addresses")
+        different.fail(rank, back="Finish: IsLastBlock")
+        yield different
 
 
 def first_loads(world: World, rank: int) -> Iterator[World]:
@@ -200,7 +215,7 @@ def look_again(world: World, rank: int) -> Iterator[World]:
 
 def succeed_or_fail(world: World, rank: int) -> Iterator[World]:
     me = world.ranks[rank]
-    if me.lost or me.failed:
+    if me.lost:
         world.fail(rank, back="Leave")
     elif me.wrong:
         raise Violation("data")
@@ -223,9 +238,11 @@ def leave(world: World, rank: int) -> Iterator[World]:
 # --- The steps of Fail.
 
 
-def claim(world: World, rank: int) -> Iterator[World]:
+def claim(world: World, rank: int, *, waits: bool = True) -> Iterator[World]:
     me = world.ranks[rank]
     if me.failed:
+        if waits:
+            world.wait_until_told(rank)
         world.change(rank, jump=me.back, back="")
     elif any(other.succeeded > me.op for other in world.ranks):
         raise Violation("broken for good")
@@ -276,14 +293,13 @@ def return_from_fail(world: World, rank: int) -> Iterator[World]:
 
 PROTOCOL = Protocol(
     [
-        Step("Begin", begin, LOCAL),
+        Step("Begin", begin, LOOK),
         Step("Write operands", write_operands, LOCAL),
-        Step("Push counts", push_counts, LOOK),
+        Step("SyncGrid", sync_grid, LOCAL),
+        Step("Push counts", push_counts, LOCAL),
         Step("Publish: IsLastBlock", fence, LOCAL),
-        Step("Publish: Stopped", publish_unless_stopped, LOOK),
         Step("Publish: StoreReleaseSystem(arrived)", tell_arrival, LOCAL),
         Step("WaitForArrivals", wait_for_arrivals, LOAD),
-        Step("WaitForArrivals: published.what", compare_ops, LOCAL),
         Step("First loads", first_loads, LOCAL),  # of what is seen already: no others matter
         Step("Last loads", last_loads, LOAD),
         Step("Finish: IsLastBlock", fence, LOCAL),

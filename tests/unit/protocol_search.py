@@ -93,10 +93,17 @@ class Result(NamedTuple):
 
 
 def find_violation(
-    protocol: Protocol, num_ranks: int, num_ops: int, *, at_once: bool = True, on_demand: bool = True
+    protocol: Protocol,
+    num_ranks: int,
+    num_ops: int,
+    *,
+    intruder: bool = False,
+    at_once: bool = True,
+    on_demand: bool = True,
 ) -> Result:
     """Search all runs of `num_ranks` ranks through `num_ops` ops, depth first.
 
+    With an `intruder`, a second op of the communicator may begin on rank 0 at any moment of an op there.
     Not `at_once`, steps that load nothing are taken by themselves; not `on_demand`, stores become visible by
     themselves at any moment, too.
     """
@@ -104,7 +111,7 @@ def find_violation(
     run: list[str] = []
     known = {start.key()}
     pending = [
-        _successors(protocol, start, run, at_once, on_demand)
+        _successors(protocol, start, run, intruder, at_once, on_demand)
     ]  # of every state on the way to the present one
     try:
         while pending:
@@ -119,15 +126,24 @@ def find_violation(
             if key not in known:
                 known.add(key)
                 run.append(name)
-                pending.append(_successors(protocol, world, run, at_once, on_demand))
+                pending.append(_successors(protocol, world, run, intruder, at_once, on_demand))
     except Violation as violation:
         return Result(str(violation), run, len(known))
     return Result(None, [], len(known))
 
 
 def _successors(
-    protocol: Protocol, world: World, run: list[str], at_once: bool, on_demand: bool
+    protocol: Protocol, world: World, run: list[str], intruder: bool, at_once: bool, on_demand: bool
 ) -> Iterator[tuple[str, World]]:
+    first = world.ranks[0]
+    if intruder and first.op > 0 and not first.failed and first.at not in (BEGIN, END):
+        after = world.copy()
+        after.intrude(0)
+        yield f"rank 0, op {first.op}: a second op begins", after
+    if first.telling:
+        after = world.copy()
+        after.tell_of_intrusion(0)
+        yield f"rank 0, op {first.op}: the second op tells", after
     for rank, me in enumerate(world.ranks):
         step = protocol.step_of(world, rank)
         if step is not None:

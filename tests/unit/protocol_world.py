@@ -33,6 +33,7 @@ class Rank(NamedTuple):
     succeeded: int = 0  # the last op that did
     lost: bool = False  # it has seen in this op that the group is broken
     wrong: bool = False  # what it loaded was not this op's
+    telling: bool = False  # a second op, which began beside this one, has given up and not yet told all
 
 
 class Words:
@@ -95,7 +96,8 @@ class World:
     @staticmethod
     def at_start(num_ranks: int, num_ops: int) -> "World":
         at = Words(num_ranks)
-        return World(num_ops, at, [Rank()] * num_ranks, [()] * num_ranks, bytearray(at.count))
+        # The second half of the queues has the stores of intruders, which nothing orders with the rank's own.
+        return World(num_ops, at, [Rank()] * num_ranks, [()] * (2 * num_ranks), bytearray(at.count))
 
     def copy(self) -> "World":
         return World(self.num_ops, self.at, self.ranks[:], self.queues[:], self.seen[:])
@@ -105,6 +107,11 @@ class World:
 
     def peers(self, rank: int) -> list[int]:
         return [peer for peer in range(len(self.ranks)) if peer != rank]
+
+    def writers(self, rank: int) -> list[int]:
+        """The queues from which a rank may be told that the group is broken."""
+        num_ranks = len(self.ranks)
+        return [*self.peers(rank), *(num_ranks + other for other in range(num_ranks))]
 
     def reporters_seen(self, rank: int) -> list[int]:
         """The values that the rank may find in its own_.broken."""
@@ -121,6 +128,28 @@ class World:
     def fail(self, rank: int, back: str) -> None:
         """Call Fail, and go on at the step `back`."""
         self.change(rank, jump="Fail", back=back)
+
+    def intrude(self, rank: int) -> None:
+        """Let a second op begin beside the one under way: it finds that, and gives up for both."""
+        self.change(rank, failed=self.ranks[rank].op, telling=True)
+
+    def tell_of_intrusion(self, rank: int) -> None:
+        self.change(rank, telling=False)
+        queue = len(self.ranks) + rank
+        for home in range(len(self.ranks)):
+            if home != rank:
+                self.store(queue, self.at.report(home, rank), 1)
+            self.store(queue, self.at.broken(home, rank), 1, release=True)
+
+    def wait_until_told(self, rank: int) -> None:
+        """What the rank does next is seen after all that the second op has told."""
+        if self.ranks[rank].telling:
+            self.tell_of_intrusion(rank)
+        queue = len(self.ranks) + rank
+        if self.queues[queue]:
+            self.queues[rank] += self.queues[queue]
+            self.queues[queue] = ()
+            self.fence(rank)
 
     def store(self, rank: int, word: int, value: int, *, release: bool = False) -> None:
         self.queues[rank] += ((word, value, release),)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import pytest
 from protocol_model import (
     PROTOCOL,
-    push_counts_always,
+    begin,
+    claim,
     tell_arrival,
     tell_leaving,
     tell_peers,
@@ -18,9 +19,20 @@ from protocol_search import Protocol, find_violation
 from protocol_world import World
 
 
-@pytest.mark.parametrize(("num_ranks", "num_ops"), [(2, 1), (2, 2), (2, 3), (2, 4), (3, 1), (3, 2)])
-def test_promises_are_kept(num_ranks: int, num_ops: int) -> None:
-    result = find_violation(PROTOCOL, num_ranks, num_ops)
+@pytest.mark.parametrize(
+    ("num_ranks", "num_ops", "intruder"),
+    [
+        (2, 1, True),
+        (2, 2, True),
+        (2, 3, True),
+        (2, 4, False),
+        (3, 1, True),
+        (3, 2, False),
+    ],
+)
+def test_promises_are_kept(num_ranks: int, num_ops: int, intruder: bool) -> None:
+    """With an intruder, also where two ops of the communicator run at once on a rank."""
+    result = find_violation(PROTOCOL, num_ranks, num_ops, intruder=intruder)
     assert result.broken_promise is None, "\n".join(result.run)
     assert result.num_states > 100 * num_ranks
 
@@ -66,6 +78,7 @@ class Mutation(NamedTuple):
     promise: str
     num_ranks: int = 2
     num_ops: int = 1
+    intruder: bool = False
 
 
 ARRIVED, LEFT = "Publish: StoreReleaseSystem(arrived)", "Finish: StoreReleaseSystem(left)"
@@ -83,10 +96,9 @@ MUTATIONS = [
         "addresses",
     ),
     Mutation("waits have no end", PROTOCOL.replaced("WaitForArrivals", wait_for_good), "progress"),
-    Mutation("who is lost publishes", PROTOCOL.without("Publish: Stopped"), "addresses", num_ops=2),
     Mutation(
-        "who has failed pushes counts",
-        PROTOCOL.replaced("Push counts", push_counts_always),
+        "who is lost begins",
+        PROTOCOL.replaced("Begin", partial(begin, looks=False)),
         "addresses",
         num_ops=2,
     ),
@@ -118,13 +130,21 @@ MUTATIONS = [
         "who is told tells nobody", PROTOCOL.replaced(BROKEN, keep_what_it_was_told), "data", num_ranks=3
     ),
     Mutation("broken is no release", PROTOCOL.replaced(BROKEN, partial(tell_peers, release=False)), "report"),
+    Mutation(
+        "who gives up beside a second op does not wait until it has told",
+        PROTOCOL.replaced("Fail", partial(claim, waits=False)),
+        "data",
+        intruder=True,
+    ),
     Mutation("no fence before the host's flag", PROTOCOL.without("Fail: __threadfence_system"), "report"),
 ]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_no_part_can_be_left_out(mutation: Mutation) -> None:
-    result = find_violation(mutation.protocol, mutation.num_ranks, mutation.num_ops)
+    result = find_violation(
+        mutation.protocol, mutation.num_ranks, mutation.num_ops, intruder=mutation.intruder
+    )
     assert result.broken_promise == mutation.promise, "\n".join(result.run)
 
 
@@ -134,5 +154,5 @@ def test_a_longer_search_has_the_same_answer(off: str, num_ops: int) -> None:
     """What keeps the search short hides nothing: see protocol_search.py."""
     assert find_violation(PROTOCOL, 2, num_ops, **{off: False}).broken_promise is None
     for mutation in MUTATIONS:
-        if (mutation.num_ranks, mutation.num_ops) == (2, num_ops):
+        if (mutation.num_ranks, mutation.num_ops, mutation.intruder) == (2, num_ops, False):
             assert find_violation(mutation.protocol, 2, num_ops, **{off: False}).broken_promise is not None

@@ -87,6 +87,13 @@ void AttachPeer(CudaCommunicator& comm, int process, const std::vector<ExportTup
   comm.AttachPeer(process, memories);
 }
 
+// Seconds and SMs of the last op of each rank.
+std::vector<std::pair<double, int>> LastOps(const CudaCommunicator& comm) {
+  std::vector<std::pair<double, int>> ops;
+  for (const auto& [seconds, num_sms] : comm.LastOps()) ops.emplace_back(seconds, num_sms);
+  return ops;
+}
+
 void LoadFloors(CudaCommunicator& comm) {
   comm.Load(LoadGatherFloors);
   comm.Load(LoadSumFloors);
@@ -117,14 +124,15 @@ NB_MODULE(_cuda, module) {
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, WithoutGil())
       .def("load_floors", &LoadFloors, WithoutGil())
-      .def_prop_ro("num_blocks", &CudaCommunicator::num_blocks)
-      .def_prop_ro("last_op_seconds", &CudaCommunicator::LastOpSeconds, WithoutGil())
+      .def_prop_ro("most_blocks", &CudaCommunicator::most_blocks)
+      .def_prop_ro("last_ops", &LastOps, WithoutGil())
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)
       .def_prop_ro("broken", &CudaCommunicator::broken)
       .def_prop_ro("timed_out", &CudaCommunicator::timed_out)
       .def_prop_ro("invalid_routing", &CudaCommunicator::invalid_routing)
       .def("wait_for_ops", &CudaCommunicator::WaitForOps, WithoutGil())
       .def("close", &CudaCommunicator::Close, WithoutGil())
+      .def("abandon", &CudaCommunicator::Abandon, WithoutGil())
       .def("take_stats", &TakeStats<CudaCommunicator>);
 }
 

@@ -9,22 +9,20 @@
 #include <utility>
 
 #include "cuda/failure_text.h"
+#include "cuda/failure_watch.h"
+#include "cuda/rank_kernels.h"
 #include "interface/error_text.h"
-#include "interface/op_hash.h"
 #include "transport/cuda_driver.h"
 
 namespace jax_deepep {
 namespace {
 
-// Blocks, one per SM, that fill the NVLink ports of a Hopper GPU: an SM copies 45 to 58 GB/s, and
-// the ports carry 450 GB/s each way, of which 375 were ever measured.
-constexpr int kBlocksForFullSpeed = 16;
-
-// Less than this per block is not worth another one.
-constexpr int64_t kBytesPerBlock = 64 << 10;
-
 void Check(const std::string& error) {
   if (!error.empty()) throw std::runtime_error(error);
+}
+
+void Check(const char* error, const char* what) {
+  if (error != nullptr) throw std::runtime_error(std::string(what) + " failed: " + error);
 }
 
 void Check(cudaError_t error, const char* what) {
@@ -39,43 +37,35 @@ int Attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-// The blocks of an op, of all ranks that share the GPU, wait for each other: they must all run at
-// once, one to an SM. Two SMs stay free for what a late rank has yet to do.
-int ChooseNumBlocks(const GroupShape& shape, int requested, int num_sms, int num_sharing) {
-  const int most = std::clamp((num_sms - 2) / num_sharing, 1, kMaxBlocks);
-  if (requested > 0) return std::min(requested, most);
-  const int64_t rows = int64_t{shape.max_tokens} * std::min(shape.num_topk, shape.num_ranks);
-  const int64_t worth = rows * shape.hidden_size * 2 / kBytesPerBlock + 1;
-  return static_cast<int>(std::clamp<int64_t>(worth, 1, std::min(kBlocksForFullSpeed, most)));
-}
-
-// Peers have mapped nothing but the pool, and outside of it lie constants of the program, and
-// arrays that XLA did not allocate (of dlpack, in host memory): copy what does to the pool for the
-// time of the op, which no rank leaves before all have read. Returns an error, or nothing.
-std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpStream& stream) {
+// Peers have mapped nothing but the pool, and outside of it lie constants of the program, arrays
+// that XLA did not allocate (of dlpack, in host memory), and what XLA puts into memory of its
+// collectives: copy what does to the pool for the time of the op, which no rank leaves before all
+// have read. Returns an error, or nothing.
+std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpLaunch& launch) {
   const std::string outside =
       "an operand that peers read is not in the memory pool that they have mapped: ";
   const std::string no_pool =
       outside + "XLA did not preallocate it (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
   if (!array.replace) return no_pool;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  cudaError_t error = cudaStreamIsCapturing(stream.stream, &capture);
+  cudaError_t error = cudaStreamIsCapturing(launch.stream, &capture);
   if (capture != cudaStreamCaptureStatusNone) {  // XLA would have the copy back before a replay
     return outside +
-           "it is a constant of the program, or an array that XLA did not allocate, which a "
-           "captured op cannot copy; pass it as an argument that XLA has computed or copied";
+           "it is a constant of the program, an array that XLA did not allocate, or in memory of "
+           "XLA's collectives (--xla_gpu_enable_nccl_user_buffers), which a captured op cannot "
+           "copy; pass it as an argument that XLA has computed or copied, without that flag";
   }
   if (error == cudaSuccess) {
-    void* copy = stream.allocate(array.bytes);
+    void* copy = launch.allocate(array.bytes);
     if (copy == nullptr) {
       return outside +
-             "it is a constant of the program, or an array that XLA did not allocate, "
-             "and there are no " +
+             "it is a constant of the program, an array that XLA did not allocate, or in memory of "
+             "XLA's collectives (--xla_gpu_enable_nccl_user_buffers), and there are no " +
              std::to_string(array.bytes) + " bytes left in the pool to copy it";
     }
     if (!facts.Holds(copy)) return no_pool;
     array.replace(copy);
-    error = cudaMemcpyAsync(copy, array.data, array.bytes, cudaMemcpyDeviceToDevice, stream.stream);
+    error = cudaMemcpyAsync(copy, array.data, array.bytes, cudaMemcpyDefault, launch.stream);
   }
   return error == cudaSuccess ? "" : outside + "copying it failed: " + cudaGetErrorString(error);
 }
@@ -110,8 +100,17 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
     Check(cudaHostAlloc(&status, sizeof(HostStatus), cudaHostAllocMapped | cudaHostAllocPortable),
           "cudaHostAlloc");
     rank->status = {new (status) HostStatus{}, FreePinned{device.ordinal}};
+    Check(cudaStreamCreateWithFlags(&rank->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     rank->taken_before.assign(3 * shape().num_ranks, 0);
     ranks_.push_back(std::move(rank));
+  }
+}
+
+CudaCommunicator::~CudaCommunicator() {
+  StopWatching(this);
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    cudaStreamDestroy(rank->stream);
   }
 }
 
@@ -177,15 +176,36 @@ void CudaCommunicator::Start() {
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool.data();
     }
-    const int blocks = ChooseNumBlocks(shape(), requested_sms_,
-                                       Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
-                                       std::max(1, ranks_on_gpu_[PciAddressOf(rank->facts.pool)]));
-    num_blocks_ = num_blocks_ == 0 ? blocks : std::min(num_blocks_, blocks);
+    rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
+                                   ranks_on_gpu_[PciAddressOf(rank->facts.pool)]);
     // This rank's own memory where it stands, not where it was mapped again.
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;
   }
-  for (auto* load : {LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) Load(load);
+  for (auto* load :
+       {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
+    Load(load);
+  }
+  TestPeers();
+  WatchForFailure(this);
+}
+
+// The driver may say that there is peer access where the machine does not carry it (GPUs passed
+// through to a virtual machine): then words come back other than they were written.
+void CudaCommunicator::TestPeers() const {
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    const auto word = static_cast<uint64_t>(config_.id + 1) << 32;
+    Check(LaunchTestPeers(rank->frame, word, rank->stream), "the test of peer access");
+    Check(cudaStreamSynchronize(rank->stream), "the test of peer access");
+    if (const uint32_t found = ReadVolatile(rank->status->unreachable); found != 0) {
+      throw std::runtime_error(
+          "peer access does not work: what rank " + std::to_string(rank->place.rank) +
+          " wrote to the memory of rank " + std::to_string(found - 1) +
+          " reads back otherwise, although the driver maps it; look for the IOMMU and ACS settings "
+          "of the host, or of the virtual machine");
+    }
+  }
 }
 
 void CudaCommunicator::Load(const char* (*load)(int max_shared_bytes)) {
@@ -196,69 +216,115 @@ void CudaCommunicator::Load(const char* (*load)(int max_shared_bytes)) {
   }
 }
 
-template <typename Params>
-std::string CudaCommunicator::LaunchVerb(Verb verb, const Params& params,
-                                         std::initializer_list<PeerArray> read_by_peers,
-                                         const int32_t* believed_rank, const OpStream& stream,
-                                         const char* (*launch)(const OpFrame&, const Params&, int,
-                                                               const DeviceFacts&, cudaStream_t)) {
-  return LaunchOp(verb, HashOf(params), read_by_peers, believed_rank, stream,
-                  [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-                    return launch(frame, params, num_blocks, facts, stream.stream);
-                  });
+int CudaCommunicator::most_blocks() const {
+  int most = kMaxBlocks;
+  for (const auto& rank : ranks_) most = std::min(most, rank->most_blocks);
+  return requested_sms_ > 0 ? std::min(most, requested_sms_) : most;
 }
 
-std::string CudaCommunicator::LaunchOp(Verb verb, uint64_t what,
+CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) const {
+  for (const auto& rank : ranks_) {
+    if (rank->ordinal == device) return rank.get();
+  }
+  return nullptr;
+}
+
+OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
+                                  const OpLaunch& launch) {
+  OpFrame frame = rank.frame;
+  frame.op = op;
+  frame.op_hash = op.Hash();
+  frame.launch = ++num_launches_;
+  frame.believed_rank = launch.believed_rank;
+  return frame;
+}
+
+// Peers must not wait for an op that cannot be launched, nor may this rank's next one take its
+// step. In order with the ops before it, but where the stream is captured: a graph whose capture
+// has failed is never run.
+void CudaCommunicator::GiveUp(const LocalRank& rank, Failure failure, const OpSignature& op,
+                              const OpLaunch& launch) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const bool in_order = cudaStreamIsCapturing(launch.stream, &capture) == cudaSuccess &&
+                        capture == cudaStreamCaptureStatusNone;
+  LaunchGiveUp(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
+}
+
+void CudaCommunicator::TellNotLaunched(const OpSignature& op, const OpLaunch& launch) {
+  std::shared_lock<std::shared_mutex> lock(launch_mutex_);
+  if (const LocalRank* rank = RankOn(launch.device)) {
+    GiveUp(*rank, Failure::kNotLaunched, op, launch);
+  }
+}
+
+std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
+                                                 std::initializer_list<PeerArray> read_by_peers,
+                                                 const OpLaunch& launch) const {
+  for (const PeerArray& array : read_by_peers) {
+    if (array.data == nullptr || rank.facts.Holds(array.data)) continue;
+    if (std::string error = CopyToPool(array, rank.facts, launch); !error.empty()) return error;
+  }
+  return "";
+}
+
+std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& bytes,
                                        std::initializer_list<PeerArray> read_by_peers,
-                                       const int32_t* believed_rank, const OpStream& stream,
-                                       const Enqueue& enqueue) {
+                                       const OpLaunch& launch, const Enqueue& enqueue) {
   const std::string name = "communicator #" + std::to_string(config_.id);
   // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
   std::shared_lock<std::shared_mutex> lock(launch_mutex_);
-  if (closed_) return name + " is closed; make a new Communicator and compile again";
-  for (const auto& rank : ranks_) {
-    if (rank->ordinal != stream.device) continue;
-    for (const PeerArray& array : read_by_peers) {
-      if (array.data == nullptr || rank->facts.Holds(array.data)) continue;
-      const std::string error = CopyToPool(array, rank->facts, stream);
-      if (!error.empty()) return error;
-    }
-    OpFrame frame = rank->frame;
-    frame.verb = verb;
-    frame.what = what;
-    frame.believed_rank = believed_rank;
-    const char* error = enqueue(frame, num_blocks_, rank->facts);
-    return error == nullptr ? "" : error;
+  const LocalRank* rank = RankOn(launch.device);
+  if (rank == nullptr) {
+    return "device " + std::to_string(launch.device) + " is not in the mesh of " + name;
   }
-  return "device " + std::to_string(stream.device) + " is not in the mesh of " + name;
+  if (closed_) {
+    GiveUp(*rank, Failure::kClosed, op, launch);
+    return name + " is closed; make a new Communicator and compile again";
+  }
+  std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
+  if (error.empty()) {
+    const int blocks = requested_sms_ > 0 ? std::min(requested_sms_, rank->most_blocks)
+                                          : BlocksFor(bytes, rank->most_blocks);
+    const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
+    if (failed != nullptr) error = failed;
+  }
+  if (!error.empty()) GiveUp(*rank, Failure::kNotLaunched, op, launch);
+  return error;
 }
 
-std::string CudaCommunicator::Launch(DispatchParams params, const int32_t* believed_rank,
-                                     const OpStream& stream) {
+template <typename Params>
+std::string CudaCommunicator::LaunchVerb(const Params& params,
+                                         std::initializer_list<PeerArray> read_by_peers,
+                                         const OpLaunch& launch,
+                                         const char* (*kernel)(const OpFrame&, const Params&, int,
+                                                               const DeviceFacts&, cudaStream_t)) {
+  return LaunchOp(SignatureOf(params, launch.call), BytesOf(shape(), params), read_by_peers, launch,
+                  [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                    return kernel(frame, params, num_blocks, facts, launch.stream);
+                  });
+}
+
+std::string CudaCommunicator::Launch(DispatchParams params, const OpLaunch& launch) {
   const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
-  return LaunchVerb(Verb::kDispatch, params, {{&params.x, bytes}, params.scratch}, believed_rank,
-                    stream, &LaunchDispatch);
+  return LaunchVerb(params, {{&params.x, bytes}, params.scratch}, launch, &LaunchDispatch);
 }
 
-std::string CudaCommunicator::Launch(RedispatchParams params, const int32_t* believed_rank,
-                                     const OpStream& stream) {
+std::string CudaCommunicator::Launch(RedispatchParams params, const OpLaunch& launch) {
   const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
-  return LaunchVerb(Verb::kRedispatch, params, {{&params.x, bytes}}, believed_rank, stream,
-                    &LaunchRedispatch);
+  return LaunchVerb(params, {{&params.x, bytes}}, launch, &LaunchRedispatch);
 }
 
-std::string CudaCommunicator::Launch(CombineParams params, const int32_t* believed_rank,
-                                     const OpStream& stream) {
+std::string CudaCommunicator::Launch(CombineParams params, const OpLaunch& launch) {
   const int64_t capacity = params.route.capacity;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int64_t floats = sizeof(float) * capacity;
   const int64_t gradients = expert_major ? floats : floats * shape().num_topk;
-  return LaunchVerb(Verb::kCombine, params,
+  return LaunchVerb(params,
                     {{&params.y, capacity * params.route.row_bytes()},
                      {&params.weights, floats},
                      {&params.row_gradients, gradients},
                      params.sums},
-                    believed_rank, stream, &LaunchCombine);
+                    launch, &LaunchCombine);
 }
 
 std::string CudaCommunicator::WaitForOps() const {
@@ -275,6 +341,24 @@ std::string CudaCommunicator::WaitForOps() const {
   return first_error;
 }
 
+bool CudaCommunicator::MarkClosed() {
+  bool marked = true;
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
+    FailureReport report;
+    report.failure = Failure::kClosed;
+    const uint64_t broken = rank->place.rank + 1;
+    const auto write = [&rank](void* to, const void* from, size_t bytes) {
+      return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, rank->stream) == cudaSuccess &&
+             cudaStreamSynchronize(rank->stream) == cudaSuccess;
+    };
+    marked = write(&control->reports[rank->place.rank], &report, sizeof(report)) &&
+             write(&control->broken, &broken, sizeof(broken)) && marked;
+  }
+  return marked;
+}
+
 void CudaCommunicator::Close() {
   {
     std::lock_guard<std::shared_mutex> lock(launch_mutex_);
@@ -282,26 +366,18 @@ void CudaCommunicator::Close() {
     closed_ = true;
   }
   WaitForOps();
+  StopWatching(this);
   // A replayed graph does not come to LaunchOp: its ops find on the device that they are to fail,
-  // and tell.
-  bool told = true;
-  for (const auto& rank : ranks_) {
-    OnDevice current(rank->ordinal);
-    auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
-    FailureReport report;
-    report.failure = Failure::kClosed;
-    const uint64_t broken = rank->place.rank + 1;
-    told = cudaMemcpy(&control->reports[rank->place.rank], &report, sizeof(report),
-                      cudaMemcpyHostToDevice) == cudaSuccess &&
-           cudaMemcpy(&control->broken, &broken, sizeof(broken), cudaMemcpyHostToDevice) ==
-               cudaSuccess &&
-           cudaStreamSynchronize(nullptr) == cudaSuccess && told;
-  }
-  // Every op that begins from now on finds that, and reads no peer. One that had begun before may
-  // still read, and is waited for.
-  if (!WaitForOps().empty() || !told || ranks_.empty()) return;
+  // and tell. Every op that begins from now on finds that, and reads no peer. One that had begun
+  // before may still read, and is waited for.
+  if (!MarkClosed() || !WaitForOps().empty() || ranks_.empty()) return;
   OnDevice current(ranks_.front()->ordinal);
   for (const auto& [place, peer] : peers_) peer->pool.Unmap();
+}
+
+void CudaCommunicator::Abandon() {
+  StopWatching(this);
+  MarkClosed();
 }
 
 const CudaCommunicator::LocalRank* CudaCommunicator::FailedRank() const {
@@ -364,18 +440,17 @@ Traffic CudaCommunicator::TakeTraffic() {
   return traffic;
 }
 
-std::vector<double> CudaCommunicator::LastOpSeconds() const {
-  std::vector<double> seconds;
+std::vector<CudaCommunicator::LastOp> CudaCommunicator::LastOps() const {
+  std::vector<LastOp> ops;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     const auto* control = reinterpret_cast<const DeviceControl*>(rank->control.data());
-    uint64_t nanoseconds = 0;
-    Check(
-        cudaMemcpy(&nanoseconds, &control->last_op_ns, sizeof(nanoseconds), cudaMemcpyDeviceToHost),
-        "cudaMemcpy");
-    seconds.push_back(1e-9 * static_cast<double>(nanoseconds));
+    uint64_t found[2] = {};  // nanoseconds and blocks stand side by side
+    Check(cudaMemcpy(found, &control->last_op_ns, sizeof(found), cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    ops.push_back({1e-9 * static_cast<double>(found[0]), static_cast<int>(found[1])});
   }
-  return seconds;
+  return ops;
 }
 
 size_t CudaCommunicator::buffer_bytes() const {

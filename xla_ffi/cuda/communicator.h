@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
@@ -15,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/block_count.h"
 #include "cuda/device_control.h"
 #include "cuda/intranode/launch.h"
 #include "cuda/obstacles.h"
@@ -24,10 +26,12 @@
 
 namespace jax_deepep {
 
-// Where an op is launched.
-struct OpStream {
+// How XLA launches an op.
+struct OpLaunch {
   int64_t device = 0;  // CUDA's ordinal
   cudaStream_t stream = nullptr;
+  int64_t call = 0;                        // as in OpSignature
+  const int32_t* believed_rank = nullptr;  // as in OpFrame
   // Gives memory of XLA's pool, which XLA reuses after the op, or null.
   std::function<void*(size_t bytes)> allocate;
 };
@@ -55,6 +59,7 @@ class CudaCommunicator {
   // `devices` are those of this process, in the order of config.places. AttachPeer for every
   // process of the mesh, this one included, and Start must follow. Throws std::runtime_error.
   CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices, int num_sms);
+  ~CudaCommunicator();
 
   // For each device of this process in order: its control block, then XLA's pool. Descriptors are
   // the caller's. Throws std::runtime_error.
@@ -68,19 +73,23 @@ class CudaCommunicator {
 
   const CommunicatorConfig& config() const { return config_; }
   const GroupShape& shape() const { return config_.shape; }
-  int num_blocks() const { return num_blocks_; }
+  // The most SMs that an op may take, on any device of this process.
+  int most_blocks() const;
 
-  // Enqueue a rank's part of an op. Returns an error, or nothing.
-  std::string Launch(DispatchParams params, const int32_t* believed_rank, const OpStream& stream);
-  std::string Launch(RedispatchParams params, const int32_t* believed_rank, const OpStream& stream);
-  std::string Launch(CombineParams params, const int32_t* believed_rank, const OpStream& stream);
+  // Enqueue a rank's part of an op. Returns an error, of which peers are told, or nothing.
+  std::string Launch(DispatchParams params, const OpLaunch& launch);
+  std::string Launch(RedispatchParams params, const OpLaunch& launch);
+  std::string Launch(CombineParams params, const OpLaunch& launch);
 
   // Enqueue a rank's part of any op: `enqueue` gets the frame of the op, known to all ranks by
-  // `what`, once peers can reach all that they read. Returns an error, or nothing.
+  // its signature, once peers can reach all that they read. Likewise.
   using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&)>;
-  std::string LaunchOp(Verb verb, uint64_t what, std::initializer_list<PeerArray> read_by_peers,
-                       const int32_t* believed_rank, const OpStream& stream,
+  std::string LaunchOp(const OpSignature& op, const OpBytes& bytes,
+                       std::initializer_list<PeerArray> read_by_peers, const OpLaunch& launch,
                        const Enqueue& enqueue);
+
+  // Tell peers, in place of an op that the host cannot launch.
+  void TellNotLaunched(const OpSignature& op, const OpLaunch& launch);
 
   // Load kernels into the devices of this process. Throws std::runtime_error.
   void Load(const char* (*load)(int max_shared_bytes));
@@ -90,10 +99,13 @@ class CudaCommunicator {
   std::string WaitForOps() const;
 
   // Wait, then refuse new ops; replayed graphs end at once from now on. Peers' pools are unmapped;
-  // control blocks, to which late peers write, are not. May be repeated.
+  // control blocks stay for as long as programs may be replayed. May be repeated.
   void Close();
 
-  // The error that broke the communicator, or nothing.
+  // Let running ops end at once, and all later ones: this process is about to leave.
+  void Abandon();
+
+  // The error that broke the communicator, or nothing. Asks no device.
   std::string broken() const;
 
   // Whether that was a peer that did not come in time.
@@ -105,8 +117,12 @@ class CudaCommunicator {
   // Return what was counted since the last call.
   Traffic TakeTraffic();
 
-  // How long the last op of each rank of this process took on its device.
-  std::vector<double> LastOpSeconds() const;
+  // How long the last op of each rank of this process took on its device, and how many SMs.
+  struct LastOp {
+    double seconds;
+    int num_sms;
+  };
+  std::vector<LastOp> LastOps() const;
 
   // Bytes of device memory that this process holds for the communicator.
   size_t buffer_bytes() const;
@@ -127,6 +143,8 @@ class CudaCommunicator {
     DeviceMemory pool;
     std::unique_ptr<HostStatus, FreePinned> status;
     OpFrame frame;                       // but for what an op adds
+    int most_blocks = 1;                 // of an op
+    cudaStream_t stream = nullptr;       // for what must not wait for XLA's streams
     std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
   };
 
@@ -137,22 +155,31 @@ class CudaCommunicator {
   };
 
   template <typename Params>
-  std::string LaunchVerb(Verb verb, const Params& params,
-                         std::initializer_list<PeerArray> read_by_peers,
-                         const int32_t* believed_rank, const OpStream& stream,
-                         const char* (*launch)(const OpFrame&, const Params&, int,
+  std::string LaunchVerb(const Params& params, std::initializer_list<PeerArray> read_by_peers,
+                         const OpLaunch& launch,
+                         const char* (*kernel)(const OpFrame&, const Params&, int,
                                                const DeviceFacts&, cudaStream_t));
+  LocalRank* RankOn(int64_t device) const;
+  std::string CopyOperandsToPool(const LocalRank& rank,
+                                 std::initializer_list<PeerArray> read_by_peers,
+                                 const OpLaunch& launch) const;
+  OpFrame FrameOf(const LocalRank& rank, const OpSignature& op, const OpLaunch& launch);
+  void GiveUp(const LocalRank& rank, Failure failure, const OpSignature& op,
+              const OpLaunch& launch);
+  void TestPeers() const;
+  // Write on the devices of this process that the communicator is closed. False if one cannot.
+  bool MarkClosed();
   // The first rank of this process whose device has told of a failure, or null.
   const LocalRank* FailedRank() const;
 
   const CommunicatorConfig config_;
   const int requested_sms_;
-  int num_blocks_ = 0;                       // after Start
   std::map<std::string, int> ranks_on_gpu_;  // by its PCI address
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank
   std::shared_mutex launch_mutex_;                              // shared by who enqueues an op
   bool closed_ = false;                                         // under launch_mutex_
+  std::atomic<uint64_t> num_launches_{0};
   std::mutex traffic_mutex_;
 };
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "interface/geometry.h"
+#include "interface/op_signature.h"
 
 namespace jax_deepep {
 
@@ -17,37 +18,43 @@ inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp 
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
 
-enum class Verb : uint32_t {
-  kDispatch = 1,
-  kRedispatch = 2,
-  kCombine = 3,
-  kFloor = 4,  // of the bench
-};
-
 // Why an op failed.
 enum class Failure : uint32_t {
   kNone = 0,
   kNotArrived,    // peers did not come to the op in time
   kNotLeft,       // peers came, and did not finish reading in time
-  kDifferentOps,  // peers came to an op of another kind or shape
+  kDifferentOps,  // a peer came to another op
   kWrongRank,     // the program runs this device as another rank
   kClosed,        // the communicator was closed, and a program that has it ran on
+  kNotLaunched,   // the host could not launch the op; its program has the reason
+  kTwoAtOnce,     // another op of the communicator was running on the rank
+  kNoRoom,        // not all blocks of the op found an SM in time
 };
 
 // What a rank that gave up tells about it. Ranks are bits of `missing`.
 struct FailureReport {
   Failure failure = Failure::kNone;
-  Verb verb = Verb::kDispatch;
-  uint64_t step = 0;  // the how-manieth op of the communicator it was
+  int32_t other_rank = kNone;  // one that came to another op
+  uint64_t step = 0;           // of the communicator: counts its ops, from 1
   uint64_t missing = 0;
+  OpSignature op;
+  OpSignature other_op;           // of other_rank
   uint64_t seen[kMaxRanks] = {};  // the step at which each rank was seen
 };
 
-// Where a rank's arrays stand in its pool, and a hash of what the op is.
+// What a rank tells its peers about its part of an op. Words, one for each lane that writes them.
 struct Publication {
-  uint64_t what;
-  int64_t offsets[kMaxOperands];
+  uint64_t op_hash;
+  OpSignature op;
+  int64_t offsets[kMaxOperands];  // where its arrays stand in its pool
+
+  static constexpr int kWords = 1 + OpSignature::kWords + kMaxOperands;
 };
+static_assert(sizeof(Publication) == Publication::kWords * sizeof(uint64_t));
+static_assert(Publication::kWords <= 32);
+
+inline constexpr uint32_t kFailing = 1;
+inline constexpr uint32_t kFailed = 2;
 
 struct DeviceControl {
   // Written by peers: entry s by rank s alone, but for reports, which others pass on.
@@ -56,11 +63,13 @@ struct DeviceControl {
   Publication published[kMaxRanks];
   FailureReport reports[kMaxRanks];
   uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has ever read; set before left
+  uint64_t tests[kMaxRanks];  // of peer access, when the communicator starts
   uint64_t broken;  // 1 + the rank whose report says why the group ends; set after the report
 
   // Written by this rank.
   uint64_t step;          // ops that this rank has completed
-  uint32_t failed;        // no op can succeed any more
+  uint64_t active;        // OpFrame::launch of the op that is running, or 0
+  uint32_t failed;        // kFailing while peers and host are told, then kFailed: no op can succeed
   uint32_t num_waiting;   // blocks that wait in a grid barrier
   uint32_t generation;    // grid barriers completed
   uint32_t num_ready;     // blocks whose writes peers may read
@@ -69,6 +78,7 @@ struct DeviceControl {
   uint64_t rows_received[kMaxRanks];
   uint64_t waited_ns[kMaxRanks];
   uint64_t last_op_ns;  // from the first instruction of the last op to its end
+  uint64_t last_op_blocks;
 };
 
 // What a device tells its host, in pinned memory that the host reads at any time.
@@ -78,6 +88,7 @@ struct HostStatus {
   uint32_t failed;        // set after the report
   uint32_t num_invalid;   // of the first op with invalid entries
   uint64_t invalid_step;  // set after that
+  uint32_t unreachable;   // 1 + a rank whose memory is not what was written there
 };
 
 // Counts of a rank's entries, by group: experts first, then one per destination rank.

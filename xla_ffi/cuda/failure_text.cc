@@ -6,31 +6,16 @@
 
 namespace jax_deepep {
 
-const char* NameOf(Verb verb) {
-  switch (verb) {
-    case Verb::kDispatch:
-      return "dispatch";
-    case Verb::kRedispatch:
-      return "redispatch";
-    case Verb::kCombine:
-      return "combine";
-    case Verb::kFloor:
-      return "floor";
-  }
-  return "op";
-}
-
 std::string Describe(const FailureReport& report, int reporter, int group,
                      const CommunicatorConfig& config) {
-  const std::string op = NameOf(report.verb);
+  const std::string op = NameOf(report.op.verb);
+  const std::string on_rank = " on rank " + std::to_string(reporter);
   std::vector<MissingRank> missing;
-  std::string others;
   for (int peer = 0; peer < config.shape.num_ranks; ++peer) {
     if ((report.missing >> peer & 1) == 0) continue;
     missing.push_back({peer, static_cast<int64_t>(report.step),
                        static_cast<int64_t>(report.seen[peer]),
                        report.failure == Failure::kNotLeft});
-    others += " " + std::to_string(peer);
   }
   switch (report.failure) {
     case Failure::kWrongRank:
@@ -38,14 +23,26 @@ std::string Describe(const FailureReport& report, int reporter, int group,
                                 std::to_string(reporter) + " that it is in the communicator's mesh",
                             config, group, kRunSameProgram);
     case Failure::kDifferentOps:
-      return DescribeBroken(op + " on rank " + std::to_string(reporter) +
-                                " met another op at step " + std::to_string(report.step) +
-                                " on rank" + others,
-                            config, group, kRunSameProgram);
-    case Failure::kClosed:
       return DescribeBroken(
-          "a program ran on after the communicator was closed on rank " + std::to_string(reporter),
-          config, group, kCloseLater);
+          DescribeDifferentOps(report.op, reporter, static_cast<int64_t>(report.step),
+                               report.other_rank,
+                               DescribeDifference(report.op, reporter, report.other_op,
+                                                  report.other_rank)),
+          config, group, kRunSameProgram);
+    case Failure::kClosed:
+      return DescribeBroken("a program ran on after the communicator was closed" + on_rank, config,
+                            group, kCloseLater);
+    case Failure::kNotLaunched:
+      return DescribeBroken(op + on_rank + " could not be launched; its program has failed there " +
+                                "with the reason",
+                            config, group, kMakeAnother);
+    case Failure::kTwoAtOnce:
+      return DescribeBroken(op + on_rank + " began while another op of the communicator ran there",
+                            config, group, kOneAtATime);
+    case Failure::kNoRoom:
+      return DescribeBroken(op + on_rank + " waited " + std::to_string(config.timeout_s) +
+                                " s (timeout_s) for SMs for all of its blocks",
+                            config, group, kLeaveRoom);
     case Failure::kNone:
     case Failure::kNotArrived:
     case Failure::kNotLeft:

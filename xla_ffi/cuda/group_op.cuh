@@ -2,6 +2,9 @@
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
+// Begin, SyncGrid and WaitForArrivals are false where the op is lost: what follows is left out, up to
+// Finish.
+//
 // 1. Publish: the last block of a rank to come tells every peer, after all writes of the rank.
 // 2. WaitForArrivals: every block waits until all peers have published, so that it may read them.
 // 3. Finish: the last block tells every peer that this rank has done its reads, and waits until all
@@ -32,89 +35,86 @@ class GroupOp {
     uint64_t step;
     uint64_t began_ns;
     int flag;
-    bool failed_before;
+    bool refused;  // another op of the communicator is running on this rank
     const char* operands[kMaxOperands][kMaxRanks];
   };
 
   __device__ GroupOp(const OpFrame& frame, Shared* shared)
       : frame_(frame), own_(*frame.control[frame.rank]), shared_(*shared) {}
 
-  __device__ void Begin() {
+  // False where the group was lost before this op: an earlier one has failed on this rank, a peer
+  // has said so, or the communicator is closed and peers' pools are no longer mapped. A late peer
+  // may still be in the op that failed, so that this rank must not touch what the peer takes from
+  // its control block.
+  __device__ bool Begin() {
     if (threadIdx.x == 0) {
-      shared_.step = own_.step + 1;
-      shared_.failed_before =
-          own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
+      shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
+      bool lost = own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
+      const bool mistaken = *frame_.believed_rank != frame_.rank;
+      const uint64_t active = CompareAndSwap(&own_.active, 0, frame_.launch);
       shared_.began_ns = NanosecondClock();
-      if (blockIdx.x == 0 && *frame_.believed_rank != frame_.rank) {
-        Fail(Failure::kWrongRank, 0);
-      }
+      shared_.refused = active != 0 && active != frame_.launch;
+      if (shared_.refused) Fail(Failure::kTwoAtOnce, 0);
+      if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank, 0);
+      shared_.flag = !(lost || mistaken || shared_.refused);
     }
-    __syncthreads();
+    return SharedFlag();
   }
 
   __device__ uint64_t step() const { return shared_.step; }
   __device__ DeviceControl& own() const { return own_; }
 
-  // Whether the group was lost before this op: an earlier one has failed on this rank, a peer has
-  // said so, or the communicator is closed and peers' pools are no longer mapped. A late peer may
-  // still be in the op that failed, so that this rank must not touch what the peer takes from its
-  // control block.
-  __device__ bool failed_before() const { return shared_.failed_before; }
-
-  // Wait for all blocks of this rank; what they wrote before is visible after. Unbounded: they wait
-  // for nobody else.
-  __device__ void SyncGrid() {
+  // Wait for all blocks of this rank; what they wrote before is visible after.
+  __device__ bool SyncGrid() {
     __syncthreads();
     if (threadIdx.x == 0) {
+      shared_.flag = true;
       const uint32_t generation = LoadAcquireDevice(&own_.generation);
       if (AddAcquireRelease(&own_.num_waiting, 1) == gridDim.x - 1) {
         own_.num_waiting = 0;
         StoreReleaseDevice(&own_.generation, generation + 1);  // pairs with the load below
       } else {
-        while (LoadAcquireDevice(&own_.generation) == generation) {
+        const uint64_t began_ns = NanosecondClock();
+        // To look whether the op is lost takes longer than the other blocks do.
+        constexpr int kLoadsBetweenLooks = 256;
+        for (int i = 1; LoadAcquireDevice(&own_.generation) == generation; ++i) {
+          if (i % kLoadsBetweenLooks != 0) continue;
+          if (NanosecondClock() - began_ns > frame_.timeout_ns) Fail(Failure::kNoRoom, 0);
+          if (IsBroken()) {
+            shared_.flag = false;
+            break;
+          }
         }
       }
     }
-    __syncthreads();
+    return SharedFlag();
   }
 
   // Let peers read what this rank's blocks have written with ordinary stores, here and before.
   __device__ void Publish() {
-    if (!IsLastBlock(&own_.num_ready) || Stopped()) return;
-    for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
+    if (!IsLastBlock(&own_.num_ready)) return;
+    const int lane = threadIdx.x % 32;
+    for (int peer = threadIdx.x / 32; peer < num_ranks(); peer += blockDim.x / 32) {
       DeviceControl& control = *frame_.control[peer];
-      Publication& published = control.published[frame_.rank];
-      published.what = frame_.what;
-      for (int i = 0; i < kMaxOperands; ++i) published.offsets[i] = frame_.offsets[i];
+      if (lane < Publication::kWords) {
+        reinterpret_cast<uint64_t*>(&control.published[frame_.rank])[lane] = WordToPublish(lane);
+      }
+      __syncwarp();
       // Pairs with the acquire load in WaitForAll, on the peer. The other blocks' writes are
       // ordered before it by their ticket in IsLastBlock.
-      StoreReleaseSystem(&control.arrived[frame_.rank], step());
+      if (lane == 0) StoreReleaseSystem(&control.arrived[frame_.rank], step());
     }
   }
 
-  // Wait until all ranks have published. False: the op has failed, and nothing may be read.
+  // Wait until all ranks have published the same op. False: nothing may be read.
   __device__ bool WaitForArrivals() {
-    if (failed_before() || !WaitForAll(own_.arrived, Failure::kNotArrived)) return false;
-    if (threadIdx.x < 32) {
-      uint64_t different = 0;
-      for (int base = 0; base < num_ranks(); base += 32) {
-        const int rank = base + threadIdx.x;
-        const bool differs = rank < num_ranks() && own_.published[rank].what != frame_.what;
-        different |= static_cast<uint64_t>(__ballot_sync(~0u, differs)) << base;
-      }
-      if (threadIdx.x == 0) {
-        if (different != 0) Fail(Failure::kDifferentOps, different);
-        shared_.flag = different == 0;
-      }
-    }
+    if (!WaitForAll<true>(own_.arrived)) return false;
     for (int i = threadIdx.x; i < num_ranks() * kMaxOperands; i += blockDim.x) {
       const int rank = i / kMaxOperands, index = i % kMaxOperands;
       shared_.operands[index][rank] = frame_.pool[rank] + own_.published[rank].offsets[index];
     }
     __syncthreads();
-    const bool ok = shared_.flag != 0;
-    __syncthreads();
-    return ok;
+    return true;
   }
 
   // What a rank has published as its operand `index`. Only after WaitForArrivals.
@@ -135,6 +135,10 @@ class GroupOp {
   // End the op: on the last block, after all reads of this rank, succeed() is called or fail().
   template <typename Succeed, typename Fill>
   __device__ void Finish(Succeed succeed, Fill fail) {
+    if (shared_.refused) {  // the tickets are the other op's
+      fail();
+      return;
+    }
     if (!IsLastBlock(&own_.num_finished)) return;
     if (!Stopped()) {
       for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
@@ -144,7 +148,7 @@ class GroupOp {
         // Pairs with the acquire load in WaitForAll, on the peer: this rank's reads come before.
         StoreReleaseSystem(&control.left[frame_.rank], step());
       }
-      WaitForAll(own_.left, Failure::kNotLeft);
+      WaitForAll<false>(own_.left);
     }
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
     // overwrote after giving up, then it sees here that the peer gave up.
@@ -159,8 +163,17 @@ class GroupOp {
     if (threadIdx.x == 0) {
       own_.num_invalid = 0;
       own_.last_op_ns = NanosecondClock() - shared_.began_ns;
+      own_.last_op_blocks = gridDim.x;
       own_.step = step();
+      // Pairs with the compare-and-swap in Begin, of an op that runs at once with this one.
+      StoreReleaseDevice(&own_.active, 0);
     }
+  }
+
+  // What the host lets a kernel of its own do, in place of an op: the rank cannot go on.
+  __device__ void GiveUp(Failure failure) {
+    shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
+    Fail(failure, 0);
   }
 
  private:
@@ -169,10 +182,21 @@ class GroupOp {
   // Whether the op is lost: this rank or a peer has given up. The same answer for all threads.
   __device__ bool Stopped() {
     if (threadIdx.x == 0) shared_.flag = IsBroken();
+    return SharedFlag();
+  }
+
+  // What the first thread has written to shared_.flag, for all threads.
+  __device__ bool SharedFlag() {
     __syncthreads();
-    const bool stopped = shared_.flag != 0;
+    const bool flag = shared_.flag != 0;
     __syncthreads();
-    return stopped;
+    return flag;
+  }
+
+  __device__ uint64_t WordToPublish(int index) const {
+    if (index == 0) return frame_.op_hash;
+    if (index <= OpSignature::kWords) return frame_.op.words()[index - 1];
+    return frame_.offsets[index - 1 - OpSignature::kWords];
   }
 
   __device__ bool IsBroken() const {
@@ -186,64 +210,87 @@ class GroupOp {
     __syncthreads();
     if (threadIdx.x == 0) {
       FenceSystem();
-      shared_.flag = AddAcquireRelease(counter, 1) == gridDim.x - 1;
+      // More have come where two ops have run at once, which has failed.
+      shared_.flag = AddAcquireRelease(counter, 1) >= gridDim.x - 1;
       if (shared_.flag) *counter = 0;
     }
-    __syncthreads();
-    const bool last = shared_.flag != 0;
-    __syncthreads();
-    return last;
+    return SharedFlag();
   }
 
-  // Wait until the flags of all ranks have reached this step; leaves the answer in shared_.flag
-  // too.
-  __device__ bool WaitForAll(const uint64_t* flags, Failure failure) {
+  // Wait until the flags of all ranks have reached this step. Of arrivals, each is looked at as it
+  // comes: who has come to another op is not waited for, and neither is anybody else then.
+  template <bool kArrivals>
+  __device__ bool WaitForAll(const uint64_t* flags) {
     if (threadIdx.x < 32) {
+      // Where an op ended while this one began, some blocks have taken its step for theirs.
+      const uint64_t last_step = *static_cast<volatile uint64_t*>(&own_.step);
       const uint64_t began_ns = NanosecondClock();
       uint64_t missing = 0;
+      int different = kNone;
       bool stopped = false;
-      for (int base = 0; base < num_ranks(); base += 32) {
+      for (int base = 0; base < num_ranks() && !stopped; base += 32) {
         const int rank = base + threadIdx.x;
-        bool late = false;
-        if (rank < num_ranks()) {
+        bool here = rank >= num_ranks(), differs = false, late = false;
+        while (true) {
           // Pairs with the release stores in Publish and Finish, on the peer.
-          while (LoadAcquireSystem(&flags[rank]) < step() && !stopped && !late) {
+          if (!here && LoadAcquireSystem(&flags[rank]) >= step()) {
+            here = true;
+            if (kArrivals) {
+              differs = own_.published[rank].op_hash != frame_.op_hash;
+              if (blockIdx.x == 0) own_.waited_ns[rank] += NanosecondClock() - began_ns;
+            }
+          }
+          if (__all_sync(~0u, here) || __any_sync(~0u, differs)) break;
+          if (!here) {
             stopped = IsBroken();
             late = NanosecondClock() - began_ns > frame_.timeout_ns;
           }
-          if (blockIdx.x == 0 && failure == Failure::kNotArrived) {
-            own_.waited_ns[rank] += NanosecondClock() - began_ns;
-          }
-          late = late && !stopped;
+          stopped = __any_sync(~0u, stopped);
+          if (stopped || __any_sync(~0u, late)) break;
         }
-        missing |= static_cast<uint64_t>(__ballot_sync(~0u, late)) << base;
+        if (const uint32_t lanes = __ballot_sync(~0u, differs); lanes != 0) {
+          different = base + __ffs(lanes) - 1;
+          break;
+        }
+        missing |= static_cast<uint64_t>(__ballot_sync(~0u, !here && late)) << base;
       }
-      stopped = __any_sync(~0u, stopped);
       if (threadIdx.x == 0) {
-        if (missing != 0 && !stopped) Fail(failure, missing);
-        shared_.flag = missing == 0 && !stopped;
+        const bool alone = last_step + 1 == step();
+        if (!alone) {
+          Fail(Failure::kTwoAtOnce, 0);
+        } else if (different != kNone) {
+          Fail(Failure::kDifferentOps, 0, different);
+        } else if (missing != 0 && !stopped) {
+          Fail(kArrivals ? Failure::kNotArrived : Failure::kNotLeft, missing);
+        }
+        shared_.flag = alone && different == kNone && missing == 0 && !stopped;
       }
     }
-    __syncthreads();
-    const bool ok = shared_.flag != 0;
-    __syncthreads();
-    return ok;
+    return SharedFlag();
   }
 
   // Give up, once; called by one thread. A rank that nobody has told says why to its host and to
   // all peers; one that was told passes that on, to its peers as well: who told it may not have
   // come to them yet, and they may read this rank's operands, and succeed, after it has left.
-  __device__ __noinline__ void Fail(Failure failure, uint64_t missing) {
-    if (atomicCAS(&own_.failed, 0u, 1u) != 0u) return;
+  __device__ __noinline__ void Fail(Failure failure, uint64_t missing, int32_t other_rank = kNone) {
+    if (atomicCAS(&own_.failed, 0u, kFailing) != 0u) {
+      // Pairs with the release store below: who leaves this op leaves operands to XLA, and peers
+      // that still read them must have been told. Who tells waits for nobody.
+      while (LoadAcquireDevice(&own_.failed) == kFailing) {
+      }
+      return;
+    }
     HostStatus& status = *frame_.status;
     const uint64_t broken = LoadAcquireSystem(&own_.broken);
     const int reporter = broken != 0 ? static_cast<int>(broken - 1) : frame_.rank;
     FailureReport& report = own_.reports[reporter];
     if (broken == 0) {
       report.failure = failure;
-      report.verb = frame_.verb;
       report.step = step();
       report.missing = missing;
+      report.op = frame_.op;
+      report.other_rank = other_rank;
+      if (other_rank != kNone) report.other_op = own_.published[other_rank].op;
 #pragma unroll 1
       for (int rank = 0; rank < num_ranks(); ++rank) {
         report.seen[rank] = LoadAcquireSystem(&own_.arrived[rank]);
@@ -263,6 +310,7 @@ class GroupOp {
     // Pairs with the fence in Finish, on a peer: it is told before anything that it reads is
     // overwritten.
     FenceSystem();
+    StoreReleaseDevice(&own_.failed, kFailed);
   }
 
   __device__ static void CopyReport(FailureReport* to, const FailureReport& from) {

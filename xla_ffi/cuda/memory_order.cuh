@@ -35,6 +35,21 @@ __device__ __forceinline__ uint32_t AddAcquireRelease(uint32_t* address, uint32_
   return old;
 }
 
+__device__ __forceinline__ void StoreReleaseDevice(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+// Returns what was there before.
+__device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t expected,
+                                                   uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.acquire.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(old)
+               : "l"(address), "l"(expected), "l"(value)
+               : "memory");
+  return old;
+}
+
 __device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Loads of what a peer wrote during this op, by threads that did not acquire it themselves.

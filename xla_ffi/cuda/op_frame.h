@@ -14,9 +14,10 @@ namespace jax_deepep {
 struct OpFrame {
   GroupShape shape;
   int32_t rank = 0;
-  Verb verb = Verb::kDispatch;
-  uint64_t what = 0;                       // a hash of what must be the same on all ranks
-  uint64_t timeout_ns = 0;                 // the longest wait on a peer
+  OpSignature op;  // what must be the same on all ranks
+  uint64_t op_hash = 0;
+  uint64_t launch = 0;                     // another one for every launch, never 0
+  uint64_t timeout_ns = 0;                 // the longest wait
   const int32_t* believed_rank = nullptr;  // what the program takes this device for
   HostStatus* status = nullptr;
   int64_t offsets[kMaxOperands] = {};      // of what peers read of this rank, in its pool

@@ -2,7 +2,6 @@
 // nothing.
 #include <string>
 
-#include "cuda/failure_text.h"
 #include "handlers/platform.h"
 
 namespace jax_deepep {
@@ -10,31 +9,31 @@ namespace {
 
 template <typename Params>
 ffi::Error Enqueue(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                   const std::string& error, Verb verb, const Params& params) {
-  const std::string failure =
-      error.empty() ? site->comm->Launch(params, static_cast<const int32_t*>(rank.untyped_data()),
-                                         context.op_stream())
-                    : error;
+                   const std::string& error, const Params& params) {
+  const OpLaunch launch = context.op_launch(site, rank);
+  const OpSignature op = SignatureOf(params, site->call);
+  if (!error.empty()) site->comm->TellNotLaunched(op, launch);
+  const std::string failure = error.empty() ? site->comm->Launch(params, launch) : error;
   if (failure.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                    std::string("jax_deepep ") + NameOf(verb) + ": " + failure);
+                    std::string("jax_deepep ") + NameOf(op.verb) + ": " + failure);
 }
 
 }  // namespace
 
 ffi::Error Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                   const std::string& error, const DispatchParams& params) {
-  return Enqueue(site, context, rank, error, Verb::kDispatch, params);
+  return Enqueue(site, context, rank, error, params);
 }
 
 ffi::Error Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                   const std::string& error, const RedispatchParams& params) {
-  return Enqueue(site, context, rank, error, Verb::kRedispatch, params);
+  return Enqueue(site, context, rank, error, params);
 }
 
 ffi::Error Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                   const std::string& error, const CombineParams& params) {
-  return Enqueue(site, context, rank, error, Verb::kCombine, params);
+  return Enqueue(site, context, rank, error, params);
 }
 
 }  // namespace jax_deepep

@@ -7,7 +7,7 @@
 
 #include "cuda/bench/floor.h"
 #include "handlers/call_site.h"
-#include "interface/op_hash.h"
+#include "interface/op_signature.h"
 
 namespace jax_deepep {
 namespace {
@@ -41,19 +41,26 @@ FloorParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tokens
   return params;
 }
 
+// As the op has it that the floor is compared with, so that both take as many SMs.
+OpBytes BytesOf(const GroupShape& shape, FloorKind kind, const FloorParams& params) {
+  CombineParams combine;
+  RedispatchParams redispatch;
+  combine.route = redispatch.route = params.route;
+  redispatch.y = kind == FloorKind::kAdd ? params.y : nullptr;
+  return kind == FloorKind::kSum ? BytesOf(shape, combine) : BytesOf(shape, redispatch);
+}
+
 ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                std::string error, FloorKind kind, const FloorParams& params,
                std::initializer_list<PeerArray> read_by_peers, LaunchFloor launch) {
-  const auto variant = static_cast<uint64_t>(params.warps * 64 + params.depth);
+  const int64_t variant = (static_cast<int64_t>(kind) << 16) + params.warps * 64 + params.depth;
+  const OpSignature op(Verb::kFloor, site->call, variant, params.route);
   if (error.empty()) {
-    error = site->comm->LaunchOp(
-        Verb::kFloor,
-        HashOf(params.route, static_cast<uint64_t>(Verb::kFloor) +
-                                 (static_cast<uint64_t>(kind) << 8) + (variant << 16)),
-        read_by_peers, static_cast<const int32_t*>(rank.untyped_data()), context.op_stream(),
-        [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-          return launch(frame, params, num_blocks, facts, context.stream);
-        });
+    error = site->comm->LaunchOp(op, BytesOf(site->comm->shape(), kind, params), read_by_peers,
+                                 context.op_launch(site, rank),
+                                 [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                                   return launch(frame, params, num_blocks, facts, context.stream);
+                                 });
   }
   if (error.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep floor: " + error);

@@ -25,6 +25,8 @@ namespace jax_deepep {
 
 namespace ffi = xla::ffi;
 
+struct CallSite;
+
 #ifdef JAX_DEEPEP_CUDA
 using PlatformCommunicator = CudaCommunicator;
 using LaunchResult = ffi::Error;
@@ -38,10 +40,8 @@ struct LaunchContext {
   cudaStream_t stream = nullptr;
   ffi::ScratchAllocator scratch;
 
-  OpStream op_stream() {
-    return {device, stream,
-            [this](size_t bytes) -> void* { return scratch.Allocate(bytes).value_or(nullptr); }};
-  }
+  // `rank` is the operand of that name.
+  OpLaunch op_launch(const CallSite* site, const ffi::AnyBuffer& rank);
 };
 #else
 using PlatformCommunicator = Communicator;
@@ -68,6 +68,13 @@ struct CallSite {
   // their own.
   int64_t number = 0;
 };
+
+#ifdef JAX_DEEPEP_CUDA
+inline OpLaunch LaunchContext::op_launch(const CallSite* site, const ffi::AnyBuffer& rank) {
+  return {device, stream, site->call, static_cast<const int32_t*>(rank.untyped_data()),
+          [this](size_t bytes) -> void* { return scratch.Allocate(bytes).value_or(nullptr); }};
+}
+#endif
 
 // Do a rank's part of an op, or return `error`. `rank` is what the program believes this device's
 // rank to be.

@@ -25,6 +25,10 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def _numbers_of_sms(text: str) -> list[int | None]:
+    return [None if number == "auto" else int(number) for number in text.split(",")]
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -43,7 +47,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--layouts", nargs="+", choices=("token", "expert"), default=["token", "expert"], help="(both)"
     )
     parser.add_argument(
-        "--num-sms", type=_numbers, default=[4, 8, 16], metavar="S,…", help="SMs of each rank (4,8,16)"
+        "--num-sms",
+        type=_numbers_of_sms,
+        default=[8, 16, None],
+        metavar="S,…",
+        help="SMs of each rank; auto: as many as an op takes by itself (8,16,auto)",
     )
     parser.add_argument("--repeats", type=int, default=30, help="rounds (%(default)s)")
     parser.add_argument(

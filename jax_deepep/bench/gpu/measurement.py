@@ -50,7 +50,7 @@ class Result:
         return self.bytes_moved / self.device.median / 1e9
 
 
-def measure(rounds: Rounds, inputs: RoutedInputs, num_sms: int, repeats: int) -> Iterator[Result]:
+def measure(rounds: Rounds, inputs: RoutedInputs, num_sms: int | None, repeats: int) -> Iterator[Result]:
     """Measure every op on `inputs`, all of them and their floors in turns.
 
     Raises:
@@ -66,11 +66,10 @@ def measure(rounds: Rounds, inputs: RoutedInputs, num_sms: int, repeats: int) ->
         gradient, _ = jax.block_until_ready(rounds.alone(ops["dispatch backward"])())
         floors.check_floors(rounds.mesh, plain, dispatched, gradient)
         del gradient
-        device = rounds.device_seconds({**ops, **plain}, comm, repeats)
+        device, sms = rounds.device_seconds({**ops, **plain}, comm, repeats)
         host = rounds.host_seconds(ops, repeats)
         comm.check()
         for op in ops:
             kind = floors.kind_of_floor(op, problem.layout)
             of_op = {name: device[name] for name in plain if name.split(":")[0] == kind}
-            blocks = comm._native.num_blocks
-            yield Result(problem, blocks, op, inputs.bytes_moved, device[op], host[op], of_op)
+            yield Result(problem, sms[op], op, inputs.bytes_moved, device[op], host[op], of_op)

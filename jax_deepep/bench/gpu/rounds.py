@@ -87,17 +87,23 @@ class Rounds:
 
     def device_seconds(
         self, contenders: Mapping[str, Contender], comm: Communicator, repeats: int
-    ) -> dict[str, Spread]:
-        """Return the time of ops of `comm` on the device, that of the slowest rank in each round."""
+    ) -> tuple[dict[str, Spread], dict[str, int]]:
+        """Return the time of ops of `comm` on the device, that of the slowest rank in each round; and their SMs."""
         programs = {name: self.started_together(contender) for name, contender in contenders.items()}
 
         def seconds_of(program: Callable[[], Any]) -> float:
             self._values = self._flush(self._values)
             jax.block_until_ready(program())
-            [seconds] = comm._native.last_op_seconds
+            [(seconds, _)] = comm._native.last_ops
             return seconds
 
-        return self._take_turns(programs, seconds_of, repeats)
+        def num_sms_of(program: Callable[[], Any]) -> int:
+            seconds_of(program)
+            [(_, num_sms)] = comm._native.last_ops
+            return num_sms
+
+        seconds = self._take_turns(programs, seconds_of, repeats)
+        return seconds, {name: num_sms_of(program) for name, program in programs.items()}
 
     def host_seconds(self, contenders: Mapping[str, Contender], repeats: int) -> dict[str, Spread]:
         """Return the time from launch to result on the host, that of the slowest rank in each round."""

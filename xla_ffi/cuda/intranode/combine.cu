@@ -297,12 +297,13 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
-  group.Begin();
-  if (params.sums != nullptr) SumPairs<Type, kWhole, kWeighted>(op, terms);
-  group.Publish();
-  if (group.WaitForArrivals()) {
-    SumTokens<Type, kWhole, kWeighted>(op, group, taken, terms);
-    group.CountTaken(taken);
+  if (group.Begin()) {
+    if (params.sums != nullptr) SumPairs<Type, kWhole, kWeighted>(op, terms);
+    group.Publish();
+    if (group.WaitForArrivals()) {
+      SumTokens<Type, kWhole, kWeighted>(op, group, taken, terms);
+      group.CountTaken(taken);
+    }
   }
   group.Finish(
       [] {},

@@ -237,16 +237,16 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
   GroupOp group(op.frame, &shared);
   const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
 
-  group.Begin();
-  CountAndList(op, group,
-               reinterpret_cast<int32_t*>(memory));  // before the plan, in the same place
-  group.Publish();
-  if (group.WaitForArrivals()) {
-    MakePlan(op, plan);
-    Pull<kWhole>(op, group, plan);
-    WriteDestinations(op, plan);
-    WriteRest<kWhole>(op, plan);
-    group.CountTaken(plan.taken);
+  // Counters stand where the plan does afterwards.
+  if (group.Begin() && CountAndList(op, group, reinterpret_cast<int32_t*>(memory))) {
+    group.Publish();
+    if (group.WaitForArrivals()) {
+      MakePlan(op, plan);
+      Pull<kWhole>(op, group, plan);
+      WriteDestinations(op, plan);
+      WriteRest<kWhole>(op, plan);
+      group.CountTaken(plan.taken);
+    }
   }
   group.Finish(
       [&] {

@@ -82,8 +82,8 @@ __device__ inline Places CountEntries(int num_experts, const LaneOfToken& at,
   return places;
 }
 
-// Steps 1 and 2; `counters` are shared memory [count_warps][columns].
-__device__ inline void CountAndList(const Dispatch& op, GroupOp& group, int32_t* counters) {
+// Steps 1 and 2; `counters` are shared memory [count_warps][columns]. False: the op is lost.
+__device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t* counters) {
   const GroupShape& shape = op.frame.shape;
   const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -133,7 +133,7 @@ __device__ inline void CountAndList(const Dispatch& op, GroupOp& group, int32_t*
     }
     block_counts[column] = before;
   }
-  group.SyncGrid();
+  if (!group.SyncGrid()) return false;
 
   for (int column = threadIdx.x; column < columns; column += kThreads) {
     int32_t before = 0, total = 0;
@@ -144,7 +144,6 @@ __device__ inline void CountAndList(const Dispatch& op, GroupOp& group, int32_t*
       total += count;
     }
     for (int w = 0; w < op.count_warps; ++w) counters[w * columns + column] += before;
-    if (group.failed_before()) continue;
     for (int peer = blockIdx.x; peer < shape.num_ranks; peer += gridDim.x) {
       op.frame.Counts(peer, op.frame.rank)[column] = total;
     }
@@ -162,6 +161,7 @@ __device__ inline void CountAndList(const Dispatch& op, GroupOp& group, int32_t*
                      op.topk.Quotient(static_cast<int32_t>(index));
                }
              });
+  return true;
 }
 
 }  // namespace jax_deepep

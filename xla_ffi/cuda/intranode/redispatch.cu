@@ -252,13 +252,14 @@ __device__ void Run(const Redispatch& op, Work work) {
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
 
-  group.Begin();
-  group.Publish();
-  const Pairs pairs(op);
-  if (group.WaitForArrivals()) {
-    work(group, pairs, taken);
-    WriteZeros<kWhole>(op);
-    group.CountTaken(taken);
+  if (group.Begin()) {
+    group.Publish();
+    const Pairs pairs(op);
+    if (group.WaitForArrivals()) {
+      work(group, pairs, taken);
+      WriteZeros<kWhole>(op);
+      group.CountTaken(taken);
+    }
   }
   group.Finish([] {},
                [&] {

@@ -1,0 +1,77 @@
+#include "cuda/block_count.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "cuda/device_control.h"
+
+namespace jax_deepep {
+namespace {
+
+// Less than this per block is not worth another one.
+constexpr int64_t kBytesPerBlock = 64 << 10;
+
+// What one SM copies, and what the NVLink ports of a Hopper GPU carry each way, in GB/s.
+constexpr double kRateOfBlock = 45;
+constexpr double kRateOfLink = 335;
+
+// Local bytes are to take this part of the time that the link takes, where they can.
+constexpr double kPartOfLinkTime = 0.67;
+
+// Enough for the link alone.
+constexpr int kBlocksForLink = 24;
+
+// The rows of one rank's part of an op, on average.
+struct Rows {
+  double pairs;  // (token, rank): what crosses links, and what stays
+  double rows;   // on the side of the experts
+
+  Rows(const GroupShape& shape, const RouteShape& route) {
+    const double ranks = shape.num_ranks;
+    // A token's experts all differ; as if they were drawn one by one, it goes to more ranks.
+    const double to_rank = 1 - std::pow(1 - 1 / ranks, shape.num_topk);
+    pairs = route.num_tokens * ranks * to_rank;
+    rows = route.layout == Layout::kTokenMajor ? pairs : double{1} * route.num_tokens * shape.num_topk;
+    rows = std::min<double>(rows, route.capacity);
+    pairs = std::min(pairs, rows);
+  }
+};
+
+OpBytes Total(const GroupShape& shape, const RouteShape& route, double local_rows) {
+  const double row_bytes = static_cast<double>(route.row_bytes());
+  const Rows rows(shape, route);
+  const double from_peers = rows.pairs * (shape.num_ranks - 1) / shape.num_ranks;
+  return {static_cast<int64_t>(from_peers * row_bytes), static_cast<int64_t>(local_rows * row_bytes)};
+}
+
+}  // namespace
+
+OpBytes BytesOf(const GroupShape& shape, const DispatchParams& params) {
+  return Total(shape, params.route, Rows(shape, params.route).rows);
+}
+
+OpBytes BytesOf(const GroupShape& shape, const RedispatchParams& params) {
+  const double written = Rows(shape, params.route).rows;
+  return Total(shape, params.route, params.y != nullptr ? 2 * written : written);
+}
+
+OpBytes BytesOf(const GroupShape& shape, const CombineParams& params) {
+  const Rows rows(shape, params.route);
+  return Total(shape, params.route, rows.rows + (rows.rows > rows.pairs ? rows.pairs : 0));
+}
+
+int MostBlocks(int num_sms, int num_ranks_on_gpu) {
+  return std::clamp((num_sms - 2) / std::max(1, num_ranks_on_gpu), 1, kMaxBlocks);
+}
+
+int BlocksFor(const OpBytes& bytes, int most) {
+  const int64_t worth = std::max(bytes.local, bytes.link) / kBytesPerBlock + 1;
+  // Those with which local bytes take no longer than the link, and then some; without a link, all.
+  const double link_time = static_cast<double>(bytes.link) / kRateOfLink;
+  const double for_local = static_cast<double>(bytes.local) / kRateOfBlock;
+  const double wanted = bytes.link == 0 ? most : for_local / (link_time * kPartOfLinkTime);
+  const int64_t blocks = std::max<int64_t>(kBlocksForLink, std::llround(std::min<double>(wanted, most)));
+  return static_cast<int>(std::min({blocks, worth, int64_t{most}}));
+}
+
+}  // namespace jax_deepep

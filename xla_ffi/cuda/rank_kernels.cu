@@ -1,0 +1,54 @@
+#include "cuda/rank_kernels.h"
+
+#include "cuda/group_op.cuh"
+#include "cuda/kernel_launch.h"
+#include "cuda/memory_order.cuh"
+
+namespace jax_deepep {
+namespace {
+
+struct GiveUp {
+  OpFrame frame;
+  Failure failure;
+};
+
+__global__ void GiveUpKernel(const __grid_constant__ GiveUp op) {
+  __shared__ GroupOp::Shared shared;
+  GroupOp(op.frame, &shared).GiveUp(op.failure);
+}
+
+struct TestPeers {
+  OpFrame frame;
+  uint64_t word;
+};
+
+__global__ void TestPeersKernel(const __grid_constant__ TestPeers op) {
+  const OpFrame& frame = op.frame;
+  for (int peer = threadIdx.x; peer < frame.shape.num_ranks; peer += blockDim.x) {
+    auto* word = static_cast<volatile uint64_t*>(&frame.control[peer]->tests[frame.rank]);
+    *word = op.word + peer;
+    FenceSystem();
+    if (*word != op.word + peer) {
+      *static_cast<volatile uint32_t*>(&frame.status->unreachable) = 1 + peer;
+    }
+  }
+}
+
+}  // namespace
+
+const char* LaunchGiveUp(const OpFrame& frame, Failure failure, cudaStream_t stream) {
+  GiveUp op{frame, failure};
+  return LaunchKernel(GiveUpKernel, op, 1, 1, 0, stream);
+}
+
+const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t stream) {
+  TestPeers op{frame, word};
+  return LaunchKernel(TestPeersKernel, op, 1, 32, 0, stream);
+}
+
+const char* LoadRankKernels(int /*max_shared_bytes*/) {
+  const char* error = LoadKernel(GiveUpKernel, 0);
+  return error != nullptr ? error : LoadKernel(TestPeersKernel, 0);
+}
+
+}  // namespace jax_deepep
