@@ -224,7 +224,7 @@ class Communicator:
             transport = "JAX collectives over the mesh axes"
         elif self.platform == "cuda":
             transport = (
-                f"peers' arrays are read in place, over NVLink or in one GPU; {self._native.num_blocks} SMs"
+                f"peers' arrays are read in place, over NVLink or in one GPU; up to {self._native.most_blocks} SMs"
             )
         elif self._native.segment_descriptor < 0:  # no group is spread over several processes
             transport = "process memory: peers' arrays are read in place"

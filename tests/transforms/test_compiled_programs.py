@@ -48,6 +48,7 @@ def test_every_run_gives_the_same_bits(implementation: str) -> None:
         jax.tree.map(assert_same_bits, fetch(step(*arrays)), first)
 
 
+@pytest.mark.collectives  # of implementation="xla"
 def test_what_follows_an_op_treats_subnormals_as_xla_does() -> None:
     """On a CPU, XLA flushes them to zero; an op that ends on a thread of ours does not change that."""
 

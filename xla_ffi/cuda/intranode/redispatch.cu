@@ -168,9 +168,10 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
     for (int base = lane; base - lane < num_groups; base += kChunkGroups) {
       constexpr int64_t kGroupBytes = sizeof(Packed<Element>);
       PrefetchChunk(op, row, num_rows, (base - lane) * kGroupBytes, kChunkGroups * kGroupBytes);
-      // x stays in registers; of y, one half is on its way while the other one is used.
-      constexpr int kHalf = kGroupsPerLane / 2;
-      Packed<Element> x[kGroupsPerLane], y[2][kHalf];
+      // x stays in registers; of y, one part is on its way while the one before is used. Parts of
+      // float32 are small, or registers would not do for them.
+      constexpr int kParts = sizeof(Element) > 2 ? 8 : 2, kPart = kGroupsPerLane / kParts;
+      Packed<Element> x[kGroupsPerLane], y[2][kPart];
       auto load = [&](const char* of, int first, int count, Packed<Element>* to) {
 #pragma unroll
         for (int i = 0; i < count; ++i) {
@@ -182,25 +183,25 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
         return static_cast<const char*>(params.y) + __shfl_sync(~0u, row, j) * op.row_bytes;
       };
       load(from, 0, kGroupsPerLane, x);
-      load(y_row(0), 0, kHalf, y[0]);
+      load(y_row(0), 0, kPart, y[0]);
       for (int j = 0; j < num_rows; ++j) {
         const float scale = __shfl_sync(~0u, weight, j);
         char* to = static_cast<char*>(params.rows) + __shfl_sync(~0u, row, j) * op.row_bytes;
         float sums[kGroup] = {};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          if (half == 0) {
-            load(y_row(j), kHalf, kHalf, y[1]);
+        for (int part = 0; part < kParts; ++part) {
+          if (part + 1 < kParts) {
+            load(y_row(j), (part + 1) * kPart, kPart, y[(part + 1) % 2]);
           } else if (j + 1 < num_rows) {
-            load(y_row(j + 1), 0, kHalf, y[0]);
+            load(y_row(j + 1), 0, kPart, y[0]);
           }
 #pragma unroll
-          for (int i = 0; i < kHalf; ++i) {
-            const int at = base + (half * kHalf + i) * 32;
+          for (int i = 0; i < kPart; ++i) {
+            const int at = base + (part * kPart + i) * 32;
             if (at >= num_groups) continue;
             float left[kGroup], right[kGroup];
-            Type::Unpack(x[half * kHalf + i], left);
-            Type::Unpack(y[half][i], right);
+            Type::Unpack(x[part * kPart + i], left);
+            Type::Unpack(y[part % 2][i], right);
 #pragma unroll
             for (int e = 0; e < kGroup; ++e) {
               if (kWhole || at * kGroup + e < shape.size) {
