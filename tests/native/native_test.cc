@@ -9,6 +9,7 @@
 
 #include "cpu/group_exchange.h"
 #include "cpu/row_math.h"
+#include "cuda/block_count.h"
 #include "cuda/divisor.h"
 #include "routing/group_rows.h"
 
@@ -273,6 +274,37 @@ void CheckDivisors() {
   Check(Divisor(0).Quotient(0) == 0, "nothing to divide");
 }
 
+// Blocks of a dispatch of T tokens, K = 8, rows of 14,336 bytes, on a GPU of 132 SMs alone.
+int BlocksOfDispatch(int num_ranks, int num_tokens, Layout layout) {
+  GroupShape shape;
+  shape.num_ranks = num_ranks;
+  shape.num_experts = 256;
+  shape.num_topk = 8;
+  shape.max_tokens = num_tokens;
+  shape.hidden_size = 7168;
+  DispatchParams params;
+  params.route.layout = layout;
+  params.route.row_type = RowType::kBFloat16;
+  params.route.row_size = 7168;
+  params.route.num_tokens = num_tokens;
+  params.route.capacity = num_ranks * num_tokens * 8;
+  return BlocksFor(BytesOf(shape, params), MostBlocks(132, 1));
+}
+
+void CheckBlockCounts() {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  Check(MostBlocks(132, 1) == 130 && MostBlocks(132, 4) == 32 && MostBlocks(132, 200) == 1, "most blocks");
+  Check(BlocksOfDispatch(2, 1, kToken) == 1, "one block for one token");
+  Check(BlocksOfDispatch(2, 4096, kToken) == 24, "what the link takes");
+  const int for_rows = BlocksOfDispatch(2, 4096, kExpert);
+  Check(for_rows > 60 && for_rows <= 130, "more where rows are written several times", for_rows);
+  Check(BlocksOfDispatch(8, 4096, kExpert) < for_rows, "fewer where more comes over the link");
+  Check(BlocksOfDispatch(1, 4096, kExpert) == 130, "all where there is no link");
+  for (int tokens = 1; tokens < 4096; tokens *= 2) {
+    Check(BlocksOfDispatch(2, tokens, kExpert) <= BlocksOfDispatch(2, 2 * tokens, kExpert), "blocks by tokens", tokens);
+  }
+}
+
 }  // namespace
 }  // namespace jax_deepep
 
@@ -288,6 +320,7 @@ int main() {
   CheckEntries();
   CheckGroups();
   CheckDivisors();
+  CheckBlockCounts();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

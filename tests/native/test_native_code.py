@@ -14,6 +14,7 @@ def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
         ROOT / "tests/native/native_test.cc",
         code / "cpu/group_exchange.cc",
         code / "cpu/row_math.cc",
+        code / "cuda/block_count.cc",
         code / "transport/shared_memory.cc",
     )
     command = ["g++", *FLAGS, f"-I{code}", *map(str, sources), "-pthread", "-o", str(program)]
