@@ -4,9 +4,10 @@ Launcher 0 listens; the others connect and stay connected. So no port has to be 
 guessed to be free, hosts may start different numbers of ranks, and a rank that dies on one host ends
 the ranks of all hosts within seconds: JAX alone would notice after its heartbeat timeout of 100 s.
 
-Messages are JSON, one a line. Launcher 0 passes every failure on to the others.
+Messages are JSON, one a line; `job_watch` says which.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jax_deepep.launch.cluster_environment import LauncherPlace, PlaceError
+from jax_deepep.launch.hosts.cluster_environment import LauncherPlace, PlaceError
 from jax_deepep.launch.rank_environment import JobPlace
 
 _FIRST_PORT, _NUM_PORTS, _CANDIDATES = 20000, 12000, 8  # below the ports that the kernel hands out
@@ -44,26 +45,13 @@ class HostLink:
         if not data:
             return [{"gone": self.peers.pop(peer)}]
         *lines, self._partial[peer] = (self._partial[peer] + data).split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if self.is_first:
-            for message in messages:
-                if "failed" in message:
-                    self.send(message, other_than=peer)
-        return messages
+        return [json.loads(line) for line in lines]
 
-    def send(self, message: Message, other_than: socket.socket | None = None) -> None:
+    def send(self, message: Message) -> None:
         """Send to every connected launcher; one that is gone is noticed when reading."""
         for peer in self.peers:
-            if peer is not other_than:
-                try:
-                    peer.sendall(_encode(message))
-                except OSError:
-                    continue
-
-    def close(self) -> None:
-        """Hang up, and give the reserved port back."""
-        for peer in [*self.peers, *([self._reserved] if self._reserved else [])]:
-            peer.close()
+            with contextlib.suppress(OSError):
+                peer.sendall(_encode(message))
 
 
 def meet(place: LauncherPlace, num_local: int, timeout_s: float, cancelled: Callable[[], bool]) -> HostLink:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from jax_deepep import jax_compat
-from jax_deepep.launch.rank_environment import PREFIX, PYTEST_PLUGIN, LaunchedRank, launched_rank
+from jax_deepep.launched_rank import PREFIX, LaunchedRank, launched_rank
 
 _DEFAULT_TIMEOUT_S = 300.0
 _TIMEOUT_VARIABLE = PREFIX + "TEST_TIMEOUT"
@@ -41,10 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Join the job, before conftest files and plugins can start a backend."""
     place = launched_rank()
     plugins = [name for name in os.environ.get("PYTEST_PLUGINS", "").split(",") if name]
-    if place is None or PYTEST_PLUGIN not in plugins:
+    if place is None or __name__ not in plugins:
         return
     # A pytest that a test starts is no rank: it must not join the job a second time.
-    plugins.remove(PYTEST_PLUGIN)
+    plugins.remove(__name__)
     os.environ["PYTEST_PLUGINS"] = ",".join(plugins)
     _refuse_conflicts(config)
     _keep_files_apart(config, place)

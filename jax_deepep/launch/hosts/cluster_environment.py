@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jax_deepep.launch.kubernetes_job import KubernetesJob, read_job
+from jax_deepep.launch.hosts.kubernetes_job import KubernetesJob, read_job
 
 LOOPBACK = "127.0.0.1"
 
