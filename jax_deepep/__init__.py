@@ -1,7 +1,7 @@
 """Expert-parallel communication for Mixture-of-Experts models in JAX.
 
-The public surface, with `python -m jax_deepep.launch` and `.bench`; everything else is private. A name is loaded
-when it is first used: the launcher starts without JAX, and only `jax_deepep.flax` needs Flax.
+The public surface, with `python -m jax_deepep.launch` and `.bench`; everything else is private. A name is
+loaded when it is first used: the launcher starts without JAX, and only `jax_deepep.flax` needs Flax.
 """
 
 from typing import TYPE_CHECKING

@@ -17,9 +17,14 @@ class LaunchedRank:
     local_rank: int
     log_dir: Path
 
+    @property
+    def state(self) -> Path:
+        """What the files for the launcher are named, without their suffix."""
+        return self.log_dir / ".launch" / f"rank{self.rank}"
+
     def state_file(self, kind: str) -> Path:
         """The file of one kind of news: dumps, failed, pytest."""
-        return self.log_dir / ".launch" / f"rank{self.rank}.{kind}"
+        return self.state.with_suffix(f".{kind}")
 
     @property
     def stacks_file(self) -> Path:

@@ -1,12 +1,12 @@
 """The launcher's own processes: front, guard and worker, so that nothing outlives a job, whatever its end.
 
-* The front is the process that was started. It passes signals on through a pipe and returns the status, no more:
-  when it dies, by SIGKILL too, the pipe ends.
-* The guard, its child, is in a session of its own, out of reach of what ends the front's group or terminal. What
-  loses its parent below it becomes its child; when the worker has ended, however it did, it kills all that is left.
-* The worker, the guard's child, starts and watches the ranks. It reads the pipe, whose end it takes for SIGKILL.
+* The front is the process that was started. It passes signals on through a pipe and returns the status, no
+  more: when it dies, by SIGKILL too, the pipe ends.
+* The guard, its child, is in a session of its own, out of reach of what ends the front's group or terminal.
+  What loses its parent below it becomes its child. When the worker has ended, it kills all that is left.
+* The worker, the guard's child, starts and watches the ranks. It takes the end of the pipe for SIGKILL.
 
-So processes are ended in two places: ranks by the worker, politely, and all that remains by the guard, always.
+So processes are ended in two places: ranks by the worker, politely, and what remains by the guard, always.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _KILL_WAIT_S = 30.0  # a process in a call of a driver that hangs does not even 
 
 
 class StopRequests:
-    """The signals that the front got, as the worker hears of them; SIGKILL stands for a front that is gone."""
+    """The signals that the front got, as the worker hears of them; SIGKILL: the front is gone."""
 
     def __init__(self, pipe: int) -> None:
         os.set_blocking(pipe, False)

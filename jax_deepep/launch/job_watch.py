@@ -1,7 +1,7 @@
 """Watch the ranks of this host until the job is over, and end it when one of them fails.
 
-Launchers of several hosts decide together. Each tells launcher 0 of its first failure, at once, and again if it
-then finds one that comes before it; launcher 0 tells all to stop and, when everyone's failures have had time to
+Launchers of several hosts decide together. Each tells launcher 0 of its first failure, at once, and again if
+it then finds a likelier cause; launcher 0 tells all to stop and, when everyone's failures have had time to
 show, which one was the first. So there is one status and one cause, whatever each host saw first.
 """
 
@@ -103,9 +103,7 @@ class JobWatch:
         alone = not self._link.peers
         self._pump(lambda: bool(self._signals()) or (alone and self._all_exited()), _SETTLE_S)
         if not self._link.is_first:
-            self._pump(
-                lambda: bool(self._signals() or self._verdict) or not self._link.peers, _VERDICT_S
-            )
+            self._pump(lambda: bool(self._signals() or self._verdict) or not self._link.peers, _VERDICT_S)
         for rank in self._ranks:
             rank.read_output()  # its last words
         ends = [rank.end for rank in self._ranks]

@@ -7,7 +7,6 @@ else's job may depend on this one, nor this one on theirs.
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -34,7 +33,10 @@ class MpsDaemon:
         # A short path: the daemon makes Unix sockets in it, whose names end at 107 bytes.
         self._folder = Path(tempfile.mkdtemp(prefix="jax_deepep_mps_"))
         self._pipe, self._log = self._folder / "pipe", self._folder / "log"
-        self._variables = {"CUDA_MPS_PIPE_DIRECTORY": str(self._pipe), "CUDA_MPS_LOG_DIRECTORY": str(self._log)}
+        self._variables = {
+            "CUDA_MPS_PIPE_DIRECTORY": str(self._pipe),
+            "CUDA_MPS_LOG_DIRECTORY": str(self._log),
+        }
 
     @staticmethod
     def is_installed(environ: Mapping[str, str]) -> bool:
@@ -44,8 +46,8 @@ class MpsDaemon:
     def start(self) -> dict[str, str]:
         """Start the daemon and return what the ranks' environment needs to use it.
 
-        No rank is limited to a part of the SMs: one that is does not always get all of its part, and the ops of
-        a group, whose blocks wait for each other, then wait for good.
+        No rank is limited to a part of the SMs: one that is does not always get all of its part, and the ops
+        of a group, whose blocks wait for each other, then wait for good.
         """
         self._pipe.mkdir()
         self._log.mkdir()

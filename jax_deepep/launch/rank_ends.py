@@ -9,9 +9,9 @@ ABORTED = 128 + signal.SIGABRT
 
 
 class Blame(IntEnum):
-    """What an end says about the cause of a job's failure; of failures within the same second, the lowest counts.
+    """What an end says about the cause of a failed job; of failures within a second, the lowest counts.
 
-    Times alone would mislead. When a rank is killed, its connections break long before its process is gone: on a
+    Times alone would mislead. When a rank is killed, its connections break before its process is gone: on a
     loaded machine the others' exceptions are seen earlier than the death that caused them.
     """
 
@@ -23,7 +23,7 @@ class Blame(IntEnum):
 
 @dataclass(frozen=True)
 class RankEnd:
-    """The end of a rank, or of a launcher; a failure reported before the process is gone counts as its end."""
+    """The end of a rank, or of a launcher; a failure that a rank reports before it is gone is its end."""
 
     rank: int  # -1: a launcher
     status: int
@@ -33,7 +33,9 @@ class RankEnd:
     hung: bool = False  # a test ran past its deadline
 
 
-def end_by_status(rank: int, status: int, when: float, *, sent: Iterable[int], aborted_by_jax: bool) -> RankEnd:
+def end_by_status(
+    rank: int, status: int, when: float, *, sent: Iterable[int], aborted_by_jax: bool
+) -> RankEnd:
     """Return the end of a process, as its exit status tells it.
 
     Args:
@@ -56,6 +58,6 @@ def end_by_status(rank: int, status: int, when: float, *, sent: Iterable[int], a
 
 
 def first_failure(ends: Iterable[RankEnd | None]) -> RankEnd | None:
-    """Return the failure that the job's status comes from, among ends within a second; None without failures."""
+    """Return the failure that the job's status comes from, of ends within a second; None if all are good."""
     failures = [end for end in ends if end is not None and end.status != 0]
     return min(failures, key=lambda end: (end.blame, end.when, end.rank), default=None)

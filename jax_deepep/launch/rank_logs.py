@@ -1,4 +1,4 @@
-"""What is printed: ranks' lines on the console with their rank, and in one file per rank; the launcher's own."""
+"""What is printed: each rank's lines on the console and in a file, and the launcher's own."""
 
 import sys
 from collections.abc import Callable, Iterable

@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import signal
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from jax_deepep import jax_compat
+from jax_deepep.launch.inside_rank import python_program
 from jax_deepep.launched_rank import PREFIX, LaunchedRank, launched_rank
 
 _DEFAULT_TIMEOUT_S = 300.0
@@ -91,9 +91,7 @@ class _RankSession:
         self._events = place.state_file("pytest").open("a", buffering=1)
         self._stacks = place.stacks_file.open("a", buffering=1)
         if not place.state_file("dumps").exists():  # pytest was started by a shell script, say
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is left of it when Python ends
-            faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-            place.state_file("dumps").write_text(str(os.getpid()))
+            python_program.dump_stacks_on_request(str(place.state))
         self._arm()
         import jax
 
@@ -186,11 +184,7 @@ class _RankSession:
         elif self._status != 0:
             # Stopped early (-x, an internal error, a collection error): the other ranks may wait for this one
             # in a collective. The launcher ends them when it reads this.
-            failed = self._place.state_file("failed")
-            if not failed.exists():
-                unfinished = failed.with_suffix(".new")
-                unfinished.write_text(str(self._status))
-                unfinished.replace(failed)
+            python_program.report_failure(str(self._place.state), self._status)
         faulthandler.cancel_dump_traceback_later()
 
 
