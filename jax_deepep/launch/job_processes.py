@@ -83,8 +83,9 @@ def _guard(work: Callable[[], int], mps: MpsDaemon | None) -> int:
         ended, wait_status = os.wait()  # adopted ones are reaped as they end
     _kill_children(spare=mps.pid() if mps is not None else None)
     if mps is not None:
-        mps.stop()
-        _kill_children()
+        mps.quit()
+        _kill_children(grace_s=5.0)
+        mps.remove_folder()
     return _status(wait_status)
 
 
@@ -110,15 +111,20 @@ def _status(wait_status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _kill_children(spare: int | None = None) -> None:
-    """Kill all children; killing one may bring its own children up, so again until there are none."""
-    deadline = time.monotonic() + _KILL_WAIT_S
+def _kill_children(spare: int | None = None, grace_s: float = 0.0) -> None:
+    """Kill all children that do not end by themselves within the grace period.
+
+    Killing one may bring its own children up, so again until there are none.
+    """
+    begin = time.monotonic()
     while children := _children() - {spare}:
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - begin
+        if waited > grace_s + _KILL_WAIT_S:
             say(f"processes {sorted(children)} do not die by SIGKILL; not waiting for them any longer")
             return
         for pid in children:
-            os.kill(pid, signal.SIGKILL)
+            if waited >= grace_s:
+                os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from jax_deepep.launch.hosts.rendezvous import HostLink
+from jax_deepep.launch.hosts.rendezvous import HostLink, Peer
 from jax_deepep.launch.job_processes import StopRequests
 from jax_deepep.launch.rank_ends import Blame, RankEnd, first_failure
 from jax_deepep.launch.rank_logs import rank_names, say
@@ -144,7 +144,8 @@ class JobWatch:
             self._pump(lambda: self._stopping() or self._end_agreed)
 
     def _hosts_at_work(self) -> set[int]:
-        return set(self._link.peers.values()) - set(self._done_elsewhere) if self._link.is_first else set()
+        others = self._link.peers if self._link.is_first else []
+        return {peer.index for peer in others} - set(self._done_elsewhere)
 
     def _all_exited(self) -> bool:
         return all(rank.exited for rank in self._ranks)
@@ -194,21 +195,22 @@ class JobWatch:
                 "if they wait for a rank that has ended, they wait in vain"
             )
 
-    def _read_messages(self, peer: socket.socket) -> None:
-        index = self._link.peers[peer]
+    def _read_messages(self, peer: Peer) -> None:
         now = time.monotonic()
-        for message in self._link.receive(peer):
-            if "gone" in message:
-                self._selector.unregister(peer)
-                peer.close()
-                if index not in self._done_elsewhere and not self._end_agreed and self._verdict is None:
-                    how = f"the launcher of host {index} is gone"
-                    self._remote.append(RankEnd(-1, 1, now, how, Blame.KILLED))
-            elif "failed" in message:
+        messages = peer.receive()
+        if messages is None:
+            self._selector.unregister(peer)
+            self._link.peers.remove(peer)
+            peer.close()
+            if peer.index not in self._done_elsewhere and not self._end_agreed and self._verdict is None:
+                how = f"the launcher of host {peer.index} is gone"
+                self._remote.append(RankEnd(-1, 1, now, how, Blame.KILLED))
+        for message in messages or []:
+            if "failed" in message:
                 self._remote.append(RankEnd(**{**message["failed"], "when": now}))
             elif "verdict" in message:
                 self._verdict = RankEnd(**{**message["verdict"], "when": now})
             elif "done" in message:
-                self._done_elsewhere[index] = now
+                self._done_elsewhere[peer.index] = now
             self._end_agreed |= "end" in message
             self._told_to_stop |= "stop" in message or "verdict" in message

@@ -4,12 +4,9 @@ Private, because one client's fault kills every client of a daemon and may leave
 else's job may depend on this one, nor this one on theirs.
 """
 
-import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -78,10 +75,9 @@ class MpsDaemon:
         except (OSError, ValueError):
             return None
 
-    def stop(self) -> None:
-        """Stop the daemon if it runs, and remove the folder. The caller kills a daemon that is deaf."""
-        pid = self.pid()
-        if pid is not None:
+    def quit(self) -> None:
+        """Ask the daemon to end, if it runs. The caller waits for that, and kills a daemon that is deaf."""
+        if self.pid() is not None:
             try:
                 subprocess.run(
                     [_CONTROL], input="quit -t 5\n", text=True, env={**self._environ, **self._variables},
@@ -89,15 +85,7 @@ class MpsDaemon:
                 )  # fmt: skip
             except (OSError, subprocess.TimeoutExpired) as error:
                 say(f"the MPS daemon did not take 'quit': {error}")
-            _wait_for_end(pid, 5.0)
+
+    def remove_folder(self) -> None:
+        """Remove what the daemon has left."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _wait_for_end(pid: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(pid, os.WNOHANG)[0] == 0:
-                time.sleep(0.05)
-                continue
-        return

@@ -14,6 +14,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jax_deepep import jax_compat
@@ -93,8 +94,6 @@ class _RankSession:
         if not place.state_file("dumps").exists():  # pytest was started by a shell script, say
             python_program.dump_stacks_on_request(str(place.state))
         self._arm()
-        import jax
-
         if not jax.distributed.is_initialized():
             jax.distributed.initialize()
 
@@ -176,8 +175,6 @@ class _RankSession:
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         """Leave the job together with the others; alone, if the others may still be in their tests."""
-        import jax
-
         if self._orderly:
             self._arm()
             jax.distributed.shutdown()  # type: ignore[no-untyped-call]

@@ -79,7 +79,7 @@ def _print_without_this_file(error: BaseException) -> None:
 
 
 def state_path() -> str | None:
-    """Return where files for the launcher go, without their suffix; None if no launcher started this process."""
+    """Return what files for the launcher are named, without their suffix; None outside of ranks."""
     folder, rank = os.environ.get("JAX_DEEPEP_LAUNCH_LOG_DIR"), os.environ.get("JAX_DEEPEP_LAUNCH_RANK")
     return None if folder is None or rank is None else os.path.join(folder, ".launch", f"rank{rank}")
 
