@@ -103,8 +103,11 @@ def run_job(
         try:
             ranks.append(RankProcess(command, env, place, log))
         except OSError as error:
-            say(f"COMMAND: cannot run {command[0]!r}: {error.strerror}; check the file and its first line")
-            return 126
+            say(
+                f"COMMAND: expected a program that can be run, got {command[0]!r} ({error.strerror}); "
+                "check the file and its first line"
+            )
+            return 127 if isinstance(error, FileNotFoundError) else 126
     outcome = JobWatch(ranks, link, options.grace, requests).run()
     for rank in ranks:
         rank.log.close()

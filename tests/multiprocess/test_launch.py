@@ -216,6 +216,15 @@ def test_bad_arguments_are_explained(tmp_path: Path, arguments: list[str], words
     assert "Traceback" not in output
 
 
+def test_a_program_without_its_interpreter_is_explained(tmp_path: Path) -> None:
+    script = program(tmp_path, "#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    status, output = launch("-n", "2", "--", script, cwd=tmp_path)
+    assert status == 127, output
+    assert f"COMMAND: expected a program that can be run, got '{script}' (No such file" in output
+    assert "Traceback" not in output
+
+
 def test_a_log_dir_may_be_used_again(tmp_path: Path) -> None:
     """What the first job left there says nothing about the second; what is not of a job stays."""
     others = [tmp_path / "log" / name for name in ("rank0.npz", "rank1.ckpt/state")]
