@@ -50,12 +50,9 @@ def run_guarded(work: Callable[[StopRequests], int], mps: MpsDaemon | None) -> i
         mps: a daemon that it may start; the guard stops it.
     """
     reading, writing = os.pipe()
-    # What nohup or a shell's `&` has told this process to ignore stays ignored.
-    numbers = [
-        number
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    ]
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
 
     def pass_on(number: int, _: object) -> None:
         with contextlib.suppress(OSError):  # the worker has ended
