@@ -1,24 +1,85 @@
 """Expert-parallel communication for Mixture-of-Experts models in JAX.
 
-The public surface, with `jax_deepep.moe`, `.flax` and `.balancing`; everything else is private.
+The public surface, with `python -m jax_deepep.launch` and `.bench`; everything else is private. A name is
+loaded when it is first used: the launcher starts without JAX, and only `jax_deepep.flax` needs Flax.
 """
 
-from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from jax_deepep import gating as gating
-from jax_deepep.communicator import Communicator as Communicator
-from jax_deepep.communicator import CommunicatorStats as CommunicatorStats
 from jax_deepep.cpu_threads import reserve_cpu_threads as _reserve_cpu_threads
-from jax_deepep.errors import CommunicatorError as CommunicatorError
-from jax_deepep.errors import InvalidRoutingError as InvalidRoutingError
-from jax_deepep.errors import PeerTimeoutError as PeerTimeoutError
-from jax_deepep.gating import group_limited_topk as group_limited_topk
-from jax_deepep.ops.combine import combine as combine
-from jax_deepep.ops.dispatch import dispatch as dispatch
-from jax_deepep.ops.handle import ExpertMajor as ExpertMajor
-from jax_deepep.ops.handle import Handle as Handle
-from jax_deepep.ops.handle import TokenMajor as TokenMajor
+
+if TYPE_CHECKING:
+    from jax_deepep import balancing as balancing
+    from jax_deepep import flax as flax
+    from jax_deepep import gating as gating
+    from jax_deepep import moe as moe
+    from jax_deepep.communicator import Communicator as Communicator
+    from jax_deepep.communicator import CommunicatorStats as CommunicatorStats
+    from jax_deepep.errors import CommunicatorError as CommunicatorError
+    from jax_deepep.errors import InvalidRoutingError as InvalidRoutingError
+    from jax_deepep.errors import PeerTimeoutError as PeerTimeoutError
+    from jax_deepep.gating import group_limited_topk as group_limited_topk
+    from jax_deepep.ops.combine import combine as combine
+    from jax_deepep.ops.dispatch import dispatch as dispatch
+    from jax_deepep.ops.handle import ExpertMajor as ExpertMajor
+    from jax_deepep.ops.handle import Handle as Handle
+    from jax_deepep.ops.handle import TokenMajor as TokenMajor
+
+    __version__: str
+else:  # type checkers would take any name from a package that has this function
+
+    def __getattr__(name: str) -> object:
+        import importlib
+        from importlib.metadata import version
+
+        if name == "__version__":
+            value = version("jax_deepep")
+        elif name in _SUBMODULES:
+            value = importlib.import_module(f"jax_deepep.{name}")
+        elif name in _MODULE_OF:
+            value = getattr(importlib.import_module(f"jax_deepep.{_MODULE_OF[name]}"), name)
+        else:
+            raise AttributeError(f"module 'jax_deepep' has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+_SUBMODULES = ("balancing", "flax", "gating", "moe")
+_MODULE_OF = {
+    "Communicator": "communicator",
+    "CommunicatorError": "errors",
+    "CommunicatorStats": "communicator",
+    "ExpertMajor": "ops.handle",
+    "Handle": "ops.handle",
+    "InvalidRoutingError": "errors",
+    "PeerTimeoutError": "errors",
+    "TokenMajor": "ops.handle",
+    "combine": "ops.combine",
+    "dispatch": "ops.dispatch",
+    "group_limited_topk": "gating",
+}
+
+# Without flax, which `from jax_deepep import *` would load otherwise.
+__all__ = [
+    "Communicator",
+    "CommunicatorError",
+    "CommunicatorStats",
+    "ExpertMajor",
+    "Handle",
+    "InvalidRoutingError",
+    "PeerTimeoutError",
+    "TokenMajor",
+    "balancing",
+    "combine",
+    "dispatch",
+    "gating",
+    "group_limited_topk",
+    "moe",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__", "flax"})
+
 
 _reserve_cpu_threads()
-
-__version__ = _version("jax_deepep")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jax_deepep import arguments, bootstrap, native_communicator, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
-from jax_deepep.launch.rank_environment import launched_rank
+from jax_deepep.launched_rank import launched_rank
 from jax_deepep.topology import Topology
 
 Implementation = Literal["auto", "native", "xla"]

@@ -9,12 +9,9 @@ devices, XLA's own collectives included.
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Mapping, MutableMapping
-
-import jax
-
-from jax_deepep import jax_compat
 
 THREADS_PER_DEVICE = 2
 
@@ -31,7 +28,11 @@ def _num_threads() -> int:
 
 def _num_configured_devices() -> int:
     """Return how many CPU devices this process asks for, before the client exists."""
-    configured = int(getattr(jax.config, "jax_num_cpu_devices", -1))
+    if "jax" in sys.modules:
+        configured = int(getattr(sys.modules["jax"].config, "jax_num_cpu_devices", -1))
+    else:  # JAX, once it is imported, will begin with this
+        variable = os.environ.get("JAX_NUM_CPU_DEVICES", "")
+        configured = int(variable) if variable.isdigit() else -1
     flags = os.environ.get("XLA_FLAGS", "")
     forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
     return max([configured, 1, *map(int, forced)])
@@ -53,10 +54,18 @@ def _set_by_user(environ: Mapping[str, str]) -> bool:
     return environ.get("NPROC", _written) != _written
 
 
+def _client_exists() -> bool:
+    if "jax" not in sys.modules:  # nor is it imported for this: the launcher has no use for it
+        return False
+    from jax_deepep import jax_compat
+
+    return jax_compat.backends_are_initialized()
+
+
 def reserve_cpu_threads() -> None:
     """Set NPROC for the devices that this process asks for, unless the client exists already."""
     global _written
-    if jax_compat.backends_are_initialized() or _set_by_user(os.environ):
+    if _client_exists() or _set_by_user(os.environ):
         return
     set_num_threads(os.environ, _num_configured_devices())
     _written = os.environ.get("NPROC")

@@ -6,7 +6,7 @@ import re
 import sys
 
 # The launcher and the user come first: only what they left open is filled in. The launcher's variable is read
-# here by its name, because to import `jax_deepep` is to import JAX.
+# here by its name, because to import `jax_deepep` is to reserve threads for the devices asked for so far.
 if "JAX_DEEPEP_LAUNCH_RANK" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")

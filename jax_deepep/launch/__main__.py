@@ -3,36 +3,29 @@
 import argparse
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from jax_deepep.launch.cleanup_guard_pipe import CleanupGuard
-from jax_deepep.launch.cluster_environment import (
+from jax_deepep.launch.command_line import parse
+from jax_deepep.launch.failure_report import report
+from jax_deepep.launch.hosts.cluster_environment import (
     LauncherPlace,
     PlaceError,
     place_from_arguments,
     place_from_cluster,
 )
-from jax_deepep.launch.command_line import parse
-from jax_deepep.launch.failure_report import report, say
-from jax_deepep.launch.host_rendezvous import HostLink, meet
+from jax_deepep.launch.hosts.kubernetes_job import KubernetesError
+from jax_deepep.launch.hosts.rendezvous import HostLink, meet
+from jax_deepep.launch.job_processes import StopRequests, run_guarded
 from jax_deepep.launch.job_watch import JobWatch
-from jax_deepep.launch.kubernetes_job import KubernetesError
-from jax_deepep.launch.local_processes import RankProcess, adopt_orphans, kill_adopted
-from jax_deepep.launch.mps_daemon import MpsError, start_mps
+from jax_deepep.launch.mps_daemon import MpsDaemon, MpsError
 from jax_deepep.launch.python_command import through_python_program
-from jax_deepep.launch.rank_environment import (
-    LaunchedRank,
-    RankSettings,
-    launched_rank,
-    rank_environ,
-    without_launch,
-)
-from jax_deepep.launch.rank_logs import RankLog
-from jax_deepep.launch.rank_names import rank_names
+from jax_deepep.launch.rank_environment import RankSettings, rank_environ, without_launch
+from jax_deepep.launch.rank_logs import RankLog, rank_names, say
+from jax_deepep.launch.rank_process import RankProcess
+from jax_deepep.launched_rank import LaunchedRank, launched_rank
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,28 +38,26 @@ def main(arguments: list[str] | None = None) -> int:
             "check its name, its mode and PATH"
         )
         return 127
-    received: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: received.append(number))
+    mps = MpsDaemon(base) if options.share_gpu and MpsDaemon.is_installed(base) else None
+    return run_guarded(lambda requests: meet_and_run(options, base, mps, requests), mps)
+
+
+def meet_and_run(
+    options: argparse.Namespace, base: dict[str, str], mps: MpsDaemon | None, requests: StopRequests
+) -> int:
+    """Find the launchers of other hosts, then run the job with them."""
     try:
         place = find_place(options, base)
-        link = meet(place, options.n, options.start_timeout, cancelled=lambda: bool(received))
+        link = meet(place, options.n, options.start_timeout, cancelled=lambda: bool(requests.read()))
+        return run_job(options, base, link, mps, requests)
     except (PlaceError, KubernetesError) as error:
         say(str(error))
         return 2
-    except InterruptedError:
-        return 128 + received[0]
-    adopt_orphans()
-    guard = CleanupGuard()
-    try:
-        with guard:
-            return run_job(options, base, link, guard, received)
     except MpsError as error:
         say(str(error))
         return 1
-    finally:
-        kill_adopted(spare={guard.pid})
-        link.close()
+    except InterruptedError:
+        return 128 + requests.read()[0]
 
 
 def find_place(options: argparse.Namespace, environ: dict[str, str]) -> LauncherPlace:
@@ -83,8 +74,8 @@ def run_job(
     options: argparse.Namespace,
     base: dict[str, str],
     link: HostLink,
-    guard: CleanupGuard,
-    received: list[int],
+    mps: MpsDaemon | None,
+    requests: StopRequests,
 ) -> int:
     """Start this host's ranks, watch them, report."""
     log_dir = prepare_log_dir(options.log_dir, link)
@@ -96,31 +87,30 @@ def run_job(
     )
     job = link.job
     say(f"{rank_names(job.ranks)} of {job.num_ranks} on this host; logs in {log_dir}")
-    mps: dict[str, str] = {}
-    if options.share_gpu:
-        mps = start_mps(guard, base) or {}
-        if not mps:
-            say(
-                "--share-gpu: nvidia-cuda-mps-control is not on PATH, so the ranks take turns on the GPU. "
-                "Results are right, but times mean nothing"
-            )
+    mps_variables = mps.start() if mps is not None else {}
+    if options.share_gpu and mps is None:
+        say(
+            "--share-gpu: nvidia-cuda-mps-control is not on PATH, so the ranks take turns on the GPU. "
+            "Results are right, but times mean nothing"
+        )
     command = through_python_program(options.command)
     ranks: list[RankProcess] = []
-    try:
-        for local_rank in range(options.n):
-            env = {**rank_environ(base, job, local_rank, settings, log_dir), **mps}
-            rank_place = launched_rank(env)
-            assert rank_place is not None
-            log = RankLog(
-                rank_place.rank, log_dir / f"rank{rank_place.rank}.log", console(options.console, rank_place)
+    for local_rank in range(options.n):
+        env = {**rank_environ(base, job, local_rank, settings, log_dir), **mps_variables}
+        place = launched_rank(env)
+        assert place is not None
+        log = RankLog(place.rank, log_dir / f"rank{place.rank}.log", console(options.console, place))
+        try:
+            ranks.append(RankProcess(command, env, place, log))
+        except OSError as error:
+            say(
+                f"COMMAND: expected a program that can be run, got {command[0]!r} ({error.strerror}); "
+                "check the file and its first line"
             )
-            ranks.append(RankProcess(command, env, log, guard))
-        outcome = JobWatch(ranks, link, options.grace, received).run()
-    finally:
-        for rank in ranks:
-            rank.kill_group()
-            rank.log.close()
-        guard.order("forget")
+            return 127 if isinstance(error, FileNotFoundError) else 126
+    outcome = JobWatch(ranks, link, options.grace, requests).run()
+    for rank in ranks:
+        rank.log.close()
     report(outcome, ranks, log_dir)
     return outcome.status
 

@@ -1,6 +1,8 @@
 """The arguments of `python -m jax_deepep.launch`."""
 
 import argparse
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,18 +41,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "-n", type=_count, required=True, metavar="N", help="number of processes on this host"
     )
     parser.add_argument(
-        "--platform",
-        choices=("cpu", "cuda"),
+        "--platform", choices=("cpu", "cuda"),
         help="platform of JAX in the ranks (JAX_PLATFORMS); default: JAX's choice",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--devices-per-process", type=_count, metavar="K",
         help="devices of each process: K virtual ones on CPU, else the host's next K GPUs; default 1",
     )  # fmt: skip
     parser.add_argument(
-        "--share-gpu", action="store_true",
-        help="all processes on one GPU, under a private MPS daemon",
-    )  # fmt: skip
+        "--share-gpu", action="store_true", help="all processes on one GPU, under a private MPS daemon"
+    )
     # With 0.8 on 80 GB, eight ranks left NCCL too little; on 141 GB it had 3.5 GB per rank, and enough.
     parser.add_argument(
         "--memory-fraction", type=_fraction, metavar="F",
@@ -59,11 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         f"{RankSettings.memory_fraction:g}",
     )  # fmt: skip
     parser.add_argument(
-        "--log-dir",
-        type=Path,
-        metavar="DIR",
+        "--log-dir", type=Path, metavar="DIR",
         help="where rankR.log goes for each rank; default: a new temporary folder",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--console", choices=("auto", "all", "first"), default="auto",
         help="whose output is shown: all ranks', or the first one's of this host; "
@@ -88,11 +86,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "default: the first of --hosts, and a port derived from the job",
     )  # fmt: skip
     several.add_argument(
-        "--node-rank",
-        type=int,
-        metavar="I",
+        "--node-rank", type=int, metavar="I",
         help="which of the hosts this one is, from 0; default: found by its name",
-    )
+    )  # fmt: skip
     several.add_argument(
         "--start-timeout", type=_seconds, default=300.0, metavar="SECONDS",
         help="the longest to wait for the other hosts; default %(default)g",
@@ -131,20 +127,15 @@ def _count(text: str) -> int:
 
 
 def _fraction(text: str) -> float:
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0.0
-    if not 0 < fraction <= 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; takes a number above 0, up to 1, for example 0.5")
-    return fraction
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0, up to 1, for example 0.5")
 
 
 def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; takes seconds >= 0, for example 10")
-    return seconds
+    return _number(text, lambda value: 0 <= value < float("inf"), "seconds >= 0, for example 10")
+
+
+def _number(text: str, fits: Callable[[float], bool], takes: str) -> float:
+    with contextlib.suppress(ValueError):
+        if fits(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}; takes {takes}")

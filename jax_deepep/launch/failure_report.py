@@ -6,16 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jax_deepep.launch.job_watch import JobOutcome
-from jax_deepep.launch.local_processes import RankProcess
 from jax_deepep.launch.pytest_report import pytest_summary
-from jax_deepep.launch.rank_logs import last_words
-from jax_deepep.launch.rank_names import rank_names
-
-
-def say(text: str) -> None:
-    """Print a line of the launcher's own."""
-    sys.stdout.flush()
-    print(f"[launch] {text}", file=sys.stderr, flush=True)
+from jax_deepep.launch.rank_ends import Blame
+from jax_deepep.launch.rank_logs import last_words, rank_names, say
+from jax_deepep.launch.rank_process import RankProcess
 
 
 def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> None:
@@ -25,6 +19,11 @@ def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> 
         return
     for line in pytest_summary([rank.place for rank in ranks], shown=ranks[0].rank):
         say(line)
+    if outcome.done:
+        say(
+            f"{rank_names(outcome.done)} had ended with status 0 by then: "
+            "what waits for a rank that has ended fails"
+        )
     if outcome.elsewhere is not None:
         say(f"the job failed on another host ({outcome.elsewhere}); the ranks here were ended")
         return
@@ -42,7 +41,11 @@ def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> 
     if outcome.ended:
         say(f"{rank_names(outcome.ended)} ended by the launcher, because rank {first.rank} had failed")
     if first.rank == 0:
-        aborted = [rank.rank for rank in ranks if rank.is_consequence()]
+        aborted = [
+            rank.rank
+            for rank in ranks
+            if rank.rank not in outcome.ended and rank.end is not None and rank.end.blame is Blame.CONSEQUENCE
+        ]
         if aborted:
             say(
                 "rank 0 hosts JAX's coordinator: it died, and JAX then aborts the others. "

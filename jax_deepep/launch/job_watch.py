@@ -1,24 +1,30 @@
 """Watch the ranks of this host until the job is over, and end it when one of them fails.
 
-One thread and one loop: PR_SET_PDEATHSIG is tied to the thread that started the ranks, and nothing
-here needs a second one.
+Launchers of several hosts decide together. Each tells launcher 0 of its first failure, at once, and again if
+it then finds a likelier cause; launcher 0 tells all to stop and, when everyone's failures have had time to
+show, which one was the first. So there is one status and one cause, whatever each host saw first.
 """
 
-import os
 import selectors
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
-from jax_deepep.launch.host_rendezvous import HostLink
-from jax_deepep.launch.local_processes import RankEnd, RankProcess, first_failure
+from jax_deepep.launch.hosts.rendezvous import HostLink, Peer
+from jax_deepep.launch.job_processes import StopRequests
+from jax_deepep.launch.rank_ends import Blame, RankEnd, first_failure
+from jax_deepep.launch.rank_logs import rank_names, say
+from jax_deepep.launch.rank_process import RankProcess
 
 # A fault in the program usually hits all ranks at once. This long they may end by themselves, so
 # that each log has its own end and the true first failure can be told from its consequences. It is
 # also the time that the others have for dumping their stacks.
 _SETTLE_S = 1.0
+_VERDICT_S = 10.0  # the longest to wait for what launcher 0 decides
+_EARLY_END_S = 5.0  # ranks that end as late as this after others are said to be still running
+_KILL_S = 10.0  # the longest to wait for ranks that got SIGKILL; the guard goes on with them
 _POLL_S = 0.05
 
 
@@ -27,28 +33,31 @@ class JobOutcome:
     """How the job ended, as this host saw it."""
 
     status: int = 0
-    signal: int | None = None  # the signal that the launcher got
+    signal: int | None = None  # what the launcher got; SIGKILL: its front is gone
     first: RankProcess | None = None  # the rank of this host that failed first
     first_log_bytes: int = 0  # of its log; what it printed later is about the end of the others
     elsewhere: str | None = None  # what failed on another host
+    done: list[int] = field(default_factory=list)  # ranks that had ended with status 0 before
     ended: list[int] = field(default_factory=list)  # ranks that did nothing wrong and were ended
-    dumped: list[int] = field(default_factory=list)  # ranks that were asked for their stacks
 
 
 class JobWatch:
-    """The loop. `received` is filled by the launcher's signal handlers."""
+    """The loop: one thread for everything."""
 
     def __init__(
-        self, ranks: Sequence[RankProcess], link: HostLink, grace_s: float, received: list[int]
+        self, ranks: Sequence[RankProcess], link: HostLink, grace_s: float, requests: StopRequests
     ) -> None:
         self._ranks = ranks
         self._link = link
         self._grace_s = grace_s
-        self._received = received
-        self._remote_failure: RankEnd | None = None
-        self._remote_text = ""
-        self._done_elsewhere: set[int] = set()
+        self._requests = requests
+        self._told: RankEnd | None = None  # the failure of this host that launcher 0 knows
+        self._remote: list[RankEnd] = []  # failures of other hosts
+        self._told_to_stop = False
+        self._verdict: RankEnd | None = None
+        self._done_elsewhere: dict[int, float] = {}  # when the ranks of other hosts had all ended well
         self._end_agreed = False
+        self._said_who_is_done = False
         self._selector = selectors.DefaultSelector()
         for rank in ranks:
             self._selector.register(rank.output, selectors.EVENT_READ, rank)
@@ -61,64 +70,82 @@ class JobWatch:
         self._pump(lambda: self._stopping() or self._all_exited())
         if not self._stopping():
             self._wait_for_other_hosts()
-        if self._received:
-            outcome.signal = self._received[0]
-            outcome.status = 128 + outcome.signal
-            self._link.send({"failed": None, "status": outcome.status, "text": "its launcher got a signal"})
-            self._end_ranks(outcome.signal)
-        elif self._stopping():
-            outcome.dumped = [rank.rank for rank in self._ranks if rank.end is None and rank.dump_stacks()]
-            self._find_first(outcome)
-            outcome.ended = [rank.rank for rank in self._ranks if rank.end is None]
-            self._end_ranks(signal.SIGTERM)
+        if self._stopping():
+            (self._note_signal if self._signals() else self._decide)(outcome)
+            self._end_ranks(outcome.signal or signal.SIGTERM)
         for rank in self._ranks:
-            rank.kill_group()
+            rank.signal_group(signal.SIGKILL)  # what it has started may have outlived it
+        self._pump(self._all_exited, _KILL_S)
         self._pump(lambda: not self._outputs_open(), 0.5)  # a process outside the group may hold a pipe
         return outcome
 
+    def _signals(self) -> list[int]:
+        return self._requests.read()
+
     def _stopping(self) -> bool:
-        failed = any(rank.end is not None and rank.end.status != 0 for rank in self._ranks)
-        return failed or bool(self._received) or self._remote_failure is not None
+        failure = first_failure([*(rank.end for rank in self._ranks), *self._remote])
+        return failure is not None or self._told_to_stop or bool(self._signals())
 
-    def _find_first(self, outcome: JobOutcome) -> None:
-        first = first_failure(self._ranks)
-        if first is not None and not first.is_consequence():
-            self._tell_others(first)
-        self._pump(lambda: bool(self._received) or self._all_exited(), _SETTLE_S)
-        first = first_failure(self._ranks)
-        remote = self._remote_failure
-        if remote is not None and (first is None or first.is_consequence() or first.end is None):
-            outcome.status, outcome.elsewhere = remote.status, self._remote_text
-            return
-        assert first is not None
-        assert first.end is not None
-        outcome.first, outcome.status = first, first.end.status
-        outcome.first_log_bytes = first.log.path.stat().st_size
-        if first.is_consequence():
-            self._tell_others(first)
+    def _note_signal(self, outcome: JobOutcome) -> None:
+        outcome.signal = self._signals()[0]
+        outcome.status = 128 + outcome.signal
+        if outcome.signal != signal.SIGKILL:  # else the other hosts will see that this launcher is gone
+            how = f"its launcher got {signal.Signals(outcome.signal).name}"
+            self._announce(RankEnd(-1, outcome.status, time.monotonic(), how, Blame.KILLED))
 
-    def _tell_others(self, first: RankProcess) -> None:
-        assert first.end is not None
-        text = f"rank {first.rank} on {socket.gethostname()}: {first.end.how}"
-        self._link.send({"failed": first.rank, "status": first.end.status, "text": text})
+    def _decide(self, outcome: JobOutcome) -> None:
+        """Find the first failure, here or on another host."""
+        if self._link.is_first:
+            self._link.send({"stop": True})
+        for rank in self._ranks:
+            if rank.end is None:
+                rank.dump_stacks()
+        alone = not self._link.peers
+        self._pump(lambda: bool(self._signals()) or (alone and self._all_exited()), _SETTLE_S)
+        if not self._link.is_first:
+            self._pump(lambda: bool(self._signals() or self._verdict) or not self._link.peers, _VERDICT_S)
+        for rank in self._ranks:
+            rank.read_output()  # its last words
+        ends = [rank.end for rank in self._ranks]
+        unknown = RankEnd(-1, 1, 0.0, "the launcher of host 0 told to stop, and not why")
+        first = self._verdict or first_failure([*ends, *self._remote]) or unknown
+        if self._link.is_first:
+            self._announce(first)
+        outcome.done = [end.rank for end in ends if end is not None and end.status == 0]
+        outcome.ended = [rank.rank for rank in self._ranks if rank.end is None]
+        outcome.status = first.status
+        outcome.first = next((rank for rank in self._ranks if rank.rank == first.rank), None)
+        if outcome.first is None:
+            outcome.elsewhere = first.how
+        else:
+            outcome.first_log_bytes = outcome.first.log.path.stat().st_size
+
+    def _announce(self, end: RankEnd) -> None:
+        """Tell launcher 0 of a failure here; as launcher 0, tell all which failure is the first."""
+        if end.rank in self._link.job.ranks:
+            end = replace(end, how=f"rank {end.rank} on {socket.gethostname()}: {end.how}")
+        self._link.send({"verdict" if self._link.is_first else "failed": asdict(end)})
 
     def _end_ranks(self, number: int) -> None:
         for rank in self._ranks:
             if not rank.exited:
                 rank.signal_group(number)
-        signals_before = len(self._received)
+        signals_before = len(self._signals())
         # A second Ctrl-C means: now.
-        self._pump(lambda: self._all_exited() or len(self._received) > signals_before, self._grace_s)
+        self._pump(lambda: self._all_exited() or len(self._signals()) > signals_before, self._grace_s)
 
     def _wait_for_other_hosts(self) -> None:
         self._link.send({"done": True})
         if self._link.is_first:
-            everyone = set(self._link.peers.values()) | self._done_elsewhere
-            self._pump(lambda: self._stopping() or self._done_elsewhere >= everyone)
+            self._pump(lambda: self._stopping() or not self._hosts_at_work())
             if not self._stopping():
                 self._link.send({"end": True})
         else:
             self._pump(lambda: self._stopping() or self._end_agreed)
+
+    def _hosts_at_work(self) -> set[int]:
+        others = self._link.peers if self._link.is_first else []
+        return {peer.index for peer in others} - set(self._done_elsewhere)
 
     def _all_exited(self) -> bool:
         return all(rank.exited for rank in self._ranks)
@@ -130,44 +157,60 @@ class JobWatch:
         """Carry output and messages and notice exits, until the condition holds or time is up."""
         deadline = time.monotonic() + seconds
         while True:
+            now = time.monotonic()
             for rank in self._ranks:
-                rank.poll()
-            if until() or time.monotonic() > deadline:
+                rank.look(now)
+            self._tell_first_launcher()
+            self._say_who_is_done(now)
+            if until() or now > deadline:
                 return
             for key, _ in self._selector.select(_POLL_S):
-                if isinstance(key.data, RankProcess):
-                    self._read_output(key.data)
-                else:
+                if not isinstance(key.data, RankProcess):
                     self._read_messages(key.data)
+                elif not key.data.read_output():
+                    self._selector.unregister(key.fileobj)
 
-    def _read_output(self, rank: RankProcess) -> None:
-        try:
-            data = os.read(rank.output.fileno(), 65536)
-        except BlockingIOError:
+    def _tell_first_launcher(self) -> None:
+        first = first_failure(rank.end for rank in self._ranks)
+        if first != self._told and not self._link.is_first and self._verdict is None:
+            self._told = first
+            assert first is not None
+            self._announce(first)
+
+    def _say_who_is_done(self, now: float) -> None:
+        """Say it when some ranks have ended well and others go on, which may be waiting for them."""
+        ended = {rank.rank: rank.end.when for rank in self._ranks if rank.end is not None}
+        times = [*ended.values(), *self._done_elsewhere.values()]
+        if self._said_who_is_done or not times or now - max(times) < _EARLY_END_S or self._stopping():
             return
-        if data:
-            rank.log.write(data)
-        else:
-            self._selector.unregister(rank.output)
+        running = [rank.rank for rank in self._ranks if rank.end is None]
+        done = [rank_names(ended)] if ended else []
+        done += [f"all ranks of host {index}" for index in self._done_elsewhere]
+        at_work = [rank_names(running)] if running else []
+        at_work += [f"ranks of host {index}" for index in self._hosts_at_work()]
+        if at_work:
+            self._said_who_is_done = True
+            say(
+                f"{', '.join(done)} ended with status 0, and {', '.join(at_work)} still at work: "
+                "if they wait for a rank that has ended, they wait in vain"
+            )
 
-    def _read_messages(self, peer: socket.socket) -> None:
-        index = self._link.peers[peer]
-        for message in self._link.receive(peer):
-            if "gone" in message:
-                self._selector.unregister(peer)
-                peer.close()
-                if index not in self._done_elsewhere and not self._end_agreed:
-                    self._note_remote(
-                        RankEnd(-1, 1, time.monotonic()), f"the launcher of host {index} is gone"
-                    )
-            elif "failed" in message:
-                rank = -1 if message["failed"] is None else message["failed"]
-                self._note_remote(RankEnd(rank, message["status"], time.monotonic()), message["text"])
-            elif "end" in message:
-                self._end_agreed = True
-            elif "done" in message and self._link.is_first:
-                self._done_elsewhere.add(index)
-
-    def _note_remote(self, end: RankEnd, text: str) -> None:
-        if self._remote_failure is None:
-            self._remote_failure, self._remote_text = end, text
+    def _read_messages(self, peer: Peer) -> None:
+        now = time.monotonic()
+        messages = peer.receive()
+        if messages is None:
+            self._selector.unregister(peer)
+            self._link.peers.remove(peer)
+            peer.close()
+            if peer.index not in self._done_elsewhere and not self._end_agreed and self._verdict is None:
+                how = f"the launcher of host {peer.index} is gone"
+                self._remote.append(RankEnd(-1, 1, now, how, Blame.KILLED))
+        for message in messages or []:
+            if "failed" in message:
+                self._remote.append(RankEnd(**{**message["failed"], "when": now}))
+            elif "verdict" in message:
+                self._verdict = RankEnd(**{**message["verdict"], "when": now})
+            elif "done" in message:
+                self._done_elsewhere[peer.index] = now
+            self._end_agreed |= "end" in message
+            self._told_to_stop |= "stop" in message or "verdict" in message

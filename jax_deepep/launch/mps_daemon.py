@@ -1,7 +1,7 @@
 """A private MPS daemon, so that N ranks can compute on one GPU at the same time.
 
 Private, because one client's fault kills every client of a daemon and may leave it unusable: nobody
-else's job may depend on this one, nor this one on theirs. `cleanup_guard` stops it.
+else's job may depend on this one, nor this one on theirs.
 """
 
 import shutil
@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from jax_deepep.launch.cleanup_guard_pipe import CleanupGuard
+from jax_deepep.launch.rank_logs import say
 
 _CONTROL = "nvidia-cuda-mps-control"
 
@@ -19,44 +19,73 @@ class MpsError(RuntimeError):
     """The MPS daemon is installed, but did not start."""
 
 
-def start_mps(guard: CleanupGuard, environ: Mapping[str, str]) -> dict[str, str] | None:
-    """Start a daemon and return what the ranks' environment needs to use it.
+class MpsDaemon:
+    """The daemon, and the folder of its sockets and logs.
 
-    No rank is limited to a part of the SMs: one that is does not always get all of its part, and the ops of a
-    group, whose blocks wait for each other, then wait for good.
-
-    The guard learns of the folder before the daemon exists, so no ending can leave either behind.
-
-    Returns:
-        Variables for the ranks, or None where MPS is not installed.
+    It is made before the launcher's processes part: the worker starts it, the guard stops it.
     """
-    if shutil.which(_CONTROL, path=environ.get("PATH")) is None:
-        return None
-    # A short path: the daemon makes Unix sockets in it, whose names end at 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="jax_deepep_mps_"))
-    guard.order(f"mps {folder}")
-    (folder / "pipe").mkdir()
-    (folder / "log").mkdir()
-    pipes = {"CUDA_MPS_PIPE_DIRECTORY": str(folder / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(folder / "log")}
-    # The daemon would open every GPU that it sees. It renumbers what it does see, so the ranks must
-    # name the GPU by its new number, unless it goes by its UUID.
-    gpu = environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    # Into a file, not a pipe: the daemon lives on with its output open, and a pipe would never end.
-    started = folder / "log" / "start.log"
-    with started.open("w") as output:
-        status = subprocess.run(
-            [_CONTROL, "-d"],
-            env={**environ, **pipes, "CUDA_VISIBLE_DEVICES": gpu},
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=30, check=False,
-            start_new_session=True,
-        ).returncode  # fmt: skip
-    if status != 0:
-        raise MpsError(
-            f"--share-gpu: '{_CONTROL} -d' ended with status {status}: "
-            f"{started.read_text().strip() or 'no output'}. "
-            "Run it by hand to see why, or take its folder off PATH to share the GPU by time slices."
-        )
-    return {
-        **pipes,
-        "CUDA_VISIBLE_DEVICES": "0" if gpu.isdigit() else gpu,
-    }
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        # A short path: the daemon makes Unix sockets in it, whose names end at 107 bytes.
+        self._folder = Path(tempfile.mkdtemp(prefix="jax_deepep_mps_"))
+        self._pipe, self._log = self._folder / "pipe", self._folder / "log"
+        self._variables = {
+            "CUDA_MPS_PIPE_DIRECTORY": str(self._pipe),
+            "CUDA_MPS_LOG_DIRECTORY": str(self._log),
+        }
+
+    @staticmethod
+    def is_installed(environ: Mapping[str, str]) -> bool:
+        """Return whether there is MPS on PATH."""
+        return shutil.which(_CONTROL, path=environ.get("PATH")) is not None
+
+    def start(self) -> dict[str, str]:
+        """Start the daemon and return what the ranks' environment needs to use it.
+
+        No rank is limited to a part of the SMs: one that is does not always get all of its part, and the ops
+        of a group, whose blocks wait for each other, then wait for good.
+        """
+        self._pipe.mkdir()
+        self._log.mkdir()
+        # The daemon would open every GPU that it sees. It renumbers what it does see, so the ranks must
+        # name the GPU by its new number, unless it goes by its UUID.
+        gpu = self._environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
+        # Into a file, not a pipe: the daemon lives on with its output open, and a pipe would never end.
+        started = self._log / "start.log"
+        with started.open("w") as output:
+            status = subprocess.run(
+                [_CONTROL, "-d"],
+                env={**self._environ, **self._variables, "CUDA_VISIBLE_DEVICES": gpu},
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=30, check=False,
+                start_new_session=True,
+            ).returncode  # fmt: skip
+        if status != 0:
+            raise MpsError(
+                f"--share-gpu: '{_CONTROL} -d' ended with status {status}: "
+                f"{started.read_text().strip() or 'no output'}. "
+                "Run it by hand to see why, or take its folder off PATH to share the GPU by time slices."
+            )
+        return {**self._variables, "CUDA_VISIBLE_DEVICES": "0" if gpu.isdigit() else gpu}
+
+    def pid(self) -> int | None:
+        """Return the daemon's process id, if it runs."""
+        try:
+            return int((self._pipe / f"{_CONTROL}.pid").read_text())
+        except (OSError, ValueError):
+            return None
+
+    def quit(self) -> None:
+        """Ask the daemon to end, if it runs. The caller waits for that, and kills a daemon that is deaf."""
+        if self.pid() is not None:
+            try:
+                subprocess.run(
+                    [_CONTROL], input="quit -t 5\n", text=True, env={**self._environ, **self._variables},
+                    timeout=15, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+                )  # fmt: skip
+            except (OSError, subprocess.TimeoutExpired) as error:
+                say(f"the MPS daemon did not take 'quit': {error}")
+
+    def remove_folder(self) -> None:
+        """Remove what the daemon has left."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-_PROGRAM = str(Path(__file__).with_name("python_program.py"))
+_PROGRAM = str(Path(__file__).parent / "inside_rank" / "python_program.py")
 _OPTIONS_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 _FLAGS = re.compile(r"-[bBdEIOPqRsSuvx]+")  # those after which a program still follows
 

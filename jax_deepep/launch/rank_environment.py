@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jax_deepep.cpu_threads import set_num_threads
+from jax_deepep.launched_rank import PREFIX
 
-PREFIX = "JAX_DEEPEP_LAUNCH_"
-PYTEST_PLUGIN = "jax_deepep.launch.pytest_plugin"
+PYTEST_PLUGIN = "jax_deepep.launch.inside_rank.pytest_plugin"
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _JAX_PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS")
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\S+")
@@ -52,37 +52,6 @@ class RankSettings:
     devices_per_process: int | None = None
     share_gpu: bool = False
     memory_fraction: float = 0.65  # with share_gpu: of the GPU, for the pools of all ranks together
-
-
-@dataclass(frozen=True)
-class LaunchedRank:
-    """What a rank knows about itself, without JAX."""
-
-    rank: int
-    num_ranks: int
-    local_rank: int
-    log_dir: Path
-
-    def state_file(self, kind: str) -> Path:
-        """A file through which the rank tells its launcher something: dumps, failed, pytest."""
-        return self.log_dir / ".launch" / f"rank{self.rank}.{kind}"
-
-    @property
-    def stacks_file(self) -> Path:
-        """Where the rank dumps its stacks when it hangs, or when another rank failed."""
-        return self.log_dir / f"rank{self.rank}.stacks"
-
-
-def launched_rank(environ: Mapping[str, str] = os.environ) -> LaunchedRank | None:
-    """Return the place of this process in its job, or None if no launcher started it."""
-    if PREFIX + "RANK" not in environ:
-        return None
-    return LaunchedRank(
-        rank=int(environ[PREFIX + "RANK"]),
-        num_ranks=int(environ[PREFIX + "NUM_RANKS"]),
-        local_rank=int(environ[PREFIX + "LOCAL_RANK"]),
-        log_dir=Path(environ[PREFIX + "LOG_DIR"]),
-    )
 
 
 def without_launch(environ: Mapping[str, str]) -> dict[str, str]:

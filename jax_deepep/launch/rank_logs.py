@@ -1,7 +1,7 @@
-"""What the ranks print: each line on the console with its rank, everything in one file per rank."""
+"""What is printed: each rank's lines on the console and in a file, and the launcher's own."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _LONGEST_LINE = 65536
@@ -42,6 +42,25 @@ def show(rank: int, lines: list[bytes]) -> None:
     prefix = b"[%d] " % rank
     sys.stdout.buffer.write(b"".join(prefix + line + b"\n" for line in lines))
     sys.stdout.buffer.flush()
+
+
+def say(text: str) -> None:
+    """Print a line of the launcher's own."""
+    sys.stdout.flush()
+    print(f"[launch] {text}", file=sys.stderr, flush=True)
+
+
+def rank_names(ranks: Iterable[int]) -> str:
+    """Return "rank 3" or "ranks 0-2, 5"."""
+    ordered = sorted(ranks)
+    runs: list[list[int]] = []
+    for rank in ordered:
+        if runs and runs[-1][-1] + 1 == rank:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank {text}" if len(ordered) == 1 else f"ranks {text}"
 
 
 def last_words(path: Path, length: int) -> list[str]:

@@ -1,33 +1,102 @@
-"""Run by the launcher in front of every rank: tie the rank's life to the launcher's, then become the rank.
+"""One rank of this host: start it, see it end, end it."""
 
-Run as a script, with the standard library alone: `python -I -S rank_process.py LAUNCHER_PID COMMAND…`.
-It is a program of its own, not a `preexec_fn`, because code between fork and exec can deadlock in a
-process that has threads. PR_SET_PDEATHSIG fires when the parent *thread* ends: the launcher starts
-all ranks from its main thread, which lives as long as it does. The setting survives exec.
-"""
-
-import ctypes
+import contextlib
 import os
 import signal
-import sys
+import subprocess
+from collections.abc import Mapping, Sequence
 
-_PR_SET_PDEATHSIG = 1
+from jax_deepep.launch.rank_ends import ABORTED, RankEnd, end_by_status
+from jax_deepep.launch.rank_logs import RankLog
+from jax_deepep.launched_rank import LaunchedRank
 
-
-def main() -> None:
-    """Arm the parent-death signal and exec the command."""
-    launcher, command = int(sys.argv[1]), sys.argv[2:]
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # the launcher died before the line above could help
-        sys.exit(128 + signal.SIGKILL)
-    # Python ignores these at start, and ignored signals stay ignored through exec.
-    for name in ("SIGPIPE", "SIGXFSZ"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    try:
-        os.execvp(command[0], command)
-    except OSError as error:
-        print(f"cannot run {command[0]!r}: {error.strerror}", file=sys.stderr)
-        sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
+# What JAX prints before it aborts a process because another one, or the coordinator, is gone.
+_JAX_ABORT = b"JAX distributed service detected fatal errors"
+_READ_BYTES = 65536  # what a pipe holds
 
 
-main()
+class RankProcess:
+    """One rank. Its process is not reaped by its launcher, so its id cannot mean another process."""
+
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], place: LaunchedRank, log: RankLog
+    ) -> None:
+        self.place = place
+        self.rank = place.rank
+        self.log = log
+        self.end: RankEnd | None = None  # exit, or failure that the rank reported
+        self.exited = False
+        self._sent: set[int] = set()
+        # A process group of its own, to end it with all that it started.
+        self._process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            process_group=0,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        self.output = self._process.stdout
+        os.set_blocking(self.output.fileno(), False)
+
+    def look(self, now: float) -> None:
+        """Notice an exit, or a failure that the rank has reported while it is still on its way out.
+
+        Args:
+            now: the time of this look, the same for all ranks.
+        """
+        if self.exited:
+            return
+        info = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        self.exited = info is not None
+        if self.end is not None:
+            return
+        if (reported := self._reported_status()) is not None:  # before the exit, even if seen with it
+            self.end = RankEnd(self.rank, reported, now, f"exit status {reported}")
+        elif info is not None:
+            status = info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status
+            self.end = end_by_status(
+                self.rank, status, now, sent=self._sent,
+                aborted_by_jax=status == ABORTED and self._was_aborted_by_jax(),
+            )  # fmt: skip
+        elif self._dumped_at_deadline():
+            self.end = RankEnd(self.rank, 1, now, "a test ran past its deadline (status 1)", hung=True)
+
+    def read_output(self) -> bool:
+        """Log what the rank has printed; return False at the end of its output."""
+        try:
+            data = os.read(self.output.fileno(), _READ_BYTES)
+        except BlockingIOError:
+            return True
+        self.log.write(data)
+        return bool(data)
+
+    def _reported_status(self) -> int | None:
+        try:
+            return int(self.place.state_file("failed").read_text())
+        except FileNotFoundError:
+            return None
+
+    def _dumped_at_deadline(self) -> bool:
+        try:
+            return b"Timeout (" in self.place.stacks_file.read_bytes()
+        except FileNotFoundError:
+            return False
+
+    def _was_aborted_by_jax(self) -> bool:
+        self.read_output()  # its last words
+        with self.log.path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 262144))
+            return _JAX_ABORT in file.read()
+
+    def dump_stacks(self) -> None:
+        """Ask for the stacks of all threads, if the rank is prepared for it."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            pid = int(self.place.state_file("dumps").read_text())
+            if not self.exited and os.getpgid(pid) == self._process.pid:
+                self._sent.add(signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR1)
+
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the rank and everything it started."""
+        self._sent.add(number)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, number)

@@ -22,7 +22,7 @@ from typing import Any
 import leftovers
 import pytest
 
-from jax_deepep.launch.host_rendezvous import reserve_port
+from jax_deepep.launch.hosts.rendezvous import reserve_port
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent

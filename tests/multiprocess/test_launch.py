@@ -118,8 +118,11 @@ def test_the_death_of_the_coordinator_is_named_as_the_cause(tmp_path: Path) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_launcher_ends_everything(tmp_path: Path, number: signal.Signals) -> None:
     script = program(tmp_path, END)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with launcher("-n", "2", "--", sys.executable, script, tmp_path, "pass", cwd=tmp_path) as process:
+        signal.signal(signal.SIGHUP, before)
         wait_until(lambda: len(pids(tmp_path)) == 6)
+        process.send_signal(signal.SIGHUP)
         process.send_signal(number)
         output, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + number, output
@@ -127,20 +130,18 @@ def test_a_signal_to_the_launcher_ends_everything(tmp_path: Path, number: signal
     assert not [pid for pid in pids(tmp_path) if alive(pid)]
 
 
-def test_nothing_in_the_ranks_groups_survives_a_launcher_killed_with_9(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["launcher", "parent of the ranks"])
+def test_nothing_survives_a_launcher_killed_with_9(tmp_path: Path, victim: str) -> None:
     script = program(tmp_path, END)
     with launcher("-n", "2", "--", sys.executable, script, tmp_path, "pass", cwd=tmp_path) as process:
         wait_until(lambda: len(pids(tmp_path)) == 6)
-        groups = [int(path.read_text()) for path in tmp_path.glob("*.pid") if "stray" not in path.name]
-        strays = [int(path.read_text()) for path in tmp_path.glob("*.stray.pid")]
-        try:
-            process.kill()
-            wait_until(lambda: not any(alive(pid) for pid in groups))
-        finally:
-            for (
-                pid
-            ) in strays:  # a process that made its own session is beyond reach once the launcher is dead
-                os.kill(pid, signal.SIGKILL)
+        victim_pid = process.pid
+        if victim == "parent of the ranks":
+            stat = Path("/proc", (tmp_path / "0.self.pid").read_text(), "stat").read_text()
+            victim_pid = int(stat.rpartition(")")[2].split()[1])
+        os.kill(victim_pid, signal.SIGKILL)
+        assert process.wait(timeout=30) in (-9, 137)
+        wait_until(lambda: not any(alive(pid) for pid in pids(tmp_path)))
 
 
 def test_two_pretended_hosts_run_one_job(tmp_path: Path) -> None:
@@ -215,6 +216,15 @@ def test_bad_arguments_are_explained(tmp_path: Path, arguments: list[str], words
     assert "Traceback" not in output
 
 
+def test_a_program_without_its_interpreter_is_explained(tmp_path: Path) -> None:
+    script = program(tmp_path, "#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    status, output = launch("-n", "2", "--", script, cwd=tmp_path)
+    assert status == 127, output
+    assert f"COMMAND: expected a program that can be run, got '{script}' (No such file" in output
+    assert "Traceback" not in output
+
+
 def test_a_log_dir_may_be_used_again(tmp_path: Path) -> None:
     """What the first job left there says nothing about the second; what is not of a job stays."""
     others = [tmp_path / "log" / name for name in ("rank0.npz", "rank1.ckpt/state")]
@@ -247,11 +257,8 @@ def test_the_death_of_a_launcher_ends_the_job_on_the_other_host(tmp_path: Path) 
         launcher(*line, "1", "--", sys.executable, script, tmp_path, "pass", cwd=tmp_path) as second,
     ):
         wait_until(lambda: len(pids(tmp_path)) == 6)
-        try:
-            second.kill()
-            output, _ = first.communicate(timeout=30)
-        finally:
-            os.kill(int((tmp_path / "1.stray.pid").read_text()), signal.SIGKILL)  # of a session of its own
+        second.kill()
+        output, _ = first.communicate(timeout=30)
     assert first.returncode == 1, output
     assert "the launcher of host 1 is gone" in output
 

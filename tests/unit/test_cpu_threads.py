@@ -1,6 +1,8 @@
 """NPROC is set for the devices that a process has, on few cores, and never against the user."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,6 +25,18 @@ def test_two_threads_for_each_of_several_devices(monkeypatch: pytest.MonkeyPatch
     cpu_threads.reserve_cpu_threads()
     assert "NPROC" not in os.environ  # one device waits for no other, and children may have more
     monkeypatch.setenv("XLA_FLAGS", DEVICES.format(4))
+    cpu_threads.reserve_cpu_threads()
+    assert os.environ["NPROC"] == "8"
+
+
+def test_devices_of_jax_are_counted_whether_it_is_imported_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+    monkeypatch.delitem(sys.modules, "jax")
+    cpu_threads.reserve_cpu_threads()
+    assert os.environ["NPROC"] == "6"
+    config = SimpleNamespace(jax_num_cpu_devices=4)  # JAX has read the variable, or was told otherwise since
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=config))
     cpu_threads.reserve_cpu_threads()
     assert os.environ["NPROC"] == "8"
 

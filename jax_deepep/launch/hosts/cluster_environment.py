@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jax_deepep.launch.kubernetes_job import KubernetesJob, read_job
+from jax_deepep.launch.hosts.kubernetes_job import KubernetesJob, read_job
 
 LOOPBACK = "127.0.0.1"
 
@@ -94,33 +94,19 @@ def place_from_cluster(
         coordinator: "host" or "host:port", where the variables do not say it, or say it wrong.
         kubernetes: reads the Job of this pod; replaced in tests.
     """
-    place = _place_from_variables(environ, coordinator is not None, kubernetes)
-    if place is None or coordinator is None:
-        return place
-    address, port = split_address(coordinator)
-    return replace(place, coordinator=address, port=port)
-
-
-def _place_from_variables(
-    environ: Mapping[str, str],
-    coordinator_known: bool,
-    kubernetes: Callable[[Mapping[str, str]], KubernetesJob],
-) -> LauncherPlace | None:
-    for find in (_open_mpi, _slurm, _pmi):
-        place = find(environ)
-        if place is not None:
-            if place.coordinator == "" and not coordinator_known:
-                raise PlaceError(
-                    f"--coordinator: the variables of {place.found_in} do not say where the first "
-                    "process runs; add --coordinator HOST[:PORT] "
-                    "(which launcher this is, and of how many, is known)"
-                )
-            return place
-    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        job = kubernetes(environ)
-        index = int(environ["JOB_COMPLETION_INDEX"])
-        return LauncherPlace(index, job.parallelism, job.coordinator, job=job.name, found_in="Kubernetes")
-    return None
+    place = next((found for find in (_open_mpi, _slurm, _pmi) if (found := find(environ))), None)
+    if place is None and "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        job, index = kubernetes(environ), int(environ["JOB_COMPLETION_INDEX"])
+        place = LauncherPlace(index, job.parallelism, job.coordinator, job=job.name, found_in="Kubernetes")
+    if place is not None and coordinator is not None:
+        address, port = split_address(coordinator)
+        return replace(place, coordinator=address, port=port)
+    if place is not None and place.coordinator == "":
+        raise PlaceError(
+            f"--coordinator: the variables of {place.found_in} do not say where the first process runs; add "
+            "--coordinator HOST[:PORT] (which launcher this is, and of how many, is known)"
+        )
+    return place
 
 
 def _own_index(names: Sequence[str], environ: Mapping[str, str]) -> int:

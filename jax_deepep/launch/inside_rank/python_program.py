@@ -22,21 +22,21 @@ from typing import Any
 
 def main() -> None:
     """Do what `python ARGUMENTS` would do."""
-    state = _state_path()
+    state = state_path()
     if state is not None:
-        _dump_stacks_on_request(state)
+        dump_stacks_on_request(state)
     arguments = sys.argv[1:]
     try:
         _run(arguments)
     except SystemExit as error:
         if error.code is not None and error.code != 0:
-            _report(state, error.code & 0xFF if isinstance(error.code, int) else 1)
+            report_failure(state, error.code & 0xFF if isinstance(error.code, int) else 1)
         raise
     except KeyboardInterrupt:
         raise  # Python itself then dies by SIGINT, as callers expect
     except BaseException as error:
         _print_without_this_file(error)
-        _report(state, 1)
+        report_failure(state, 1)
         sys.exit(1)
 
 
@@ -78,12 +78,14 @@ def _print_without_this_file(error: BaseException) -> None:
         sys.stderr.flush()
 
 
-def _state_path() -> str | None:
+def state_path() -> str | None:
+    """Return what files for the launcher are named, without their suffix; None outside of ranks."""
     folder, rank = os.environ.get("JAX_DEEPEP_LAUNCH_LOG_DIR"), os.environ.get("JAX_DEEPEP_LAUNCH_RANK")
     return None if folder is None or rank is None else os.path.join(folder, ".launch", f"rank{rank}")
 
 
-def _report(state: str | None, status: int) -> None:
+def report_failure(state: str | None, status: int) -> None:
+    """Tell the launcher of a failure before this process is gone."""
     if state is None:
         return
     with contextlib.suppress(OSError), open(state + ".failed.new", "w") as file:
@@ -92,7 +94,7 @@ def _report(state: str | None, status: int) -> None:
         os.replace(state + ".failed.new", state + ".failed")
 
 
-def _dump_stacks_on_request(state: str) -> None:
+def dump_stacks_on_request(state: str) -> None:
     """On SIGUSR1 write the stack of every thread where the launcher will look for it."""
     folder, name = os.path.split(state)
     with contextlib.suppress(OSError):
@@ -106,4 +108,5 @@ def _dump_stacks_on_request(state: str) -> None:
             file.write(str(os.getpid()))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,16 +9,17 @@ import contextlib
 import faulthandler
 import json
 import os
-import signal
 import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jax_deepep import jax_compat
-from jax_deepep.launch.rank_environment import PREFIX, PYTEST_PLUGIN, LaunchedRank, launched_rank
+from jax_deepep.launch.inside_rank import python_program
+from jax_deepep.launched_rank import PREFIX, LaunchedRank, launched_rank
 
 _DEFAULT_TIMEOUT_S = 300.0
 _TIMEOUT_VARIABLE = PREFIX + "TEST_TIMEOUT"
@@ -41,10 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Join the job, before conftest files and plugins can start a backend."""
     place = launched_rank()
     plugins = [name for name in os.environ.get("PYTEST_PLUGINS", "").split(",") if name]
-    if place is None or PYTEST_PLUGIN not in plugins:
+    if place is None or __name__ not in plugins:
         return
     # A pytest that a test starts is no rank: it must not join the job a second time.
-    plugins.remove(PYTEST_PLUGIN)
+    plugins.remove(__name__)
     os.environ["PYTEST_PLUGINS"] = ",".join(plugins)
     _refuse_conflicts(config)
     _keep_files_apart(config, place)
@@ -91,12 +92,8 @@ class _RankSession:
         self._events = place.state_file("pytest").open("a", buffering=1)
         self._stacks = place.stacks_file.open("a", buffering=1)
         if not place.state_file("dumps").exists():  # pytest was started by a shell script, say
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what is left of it when Python ends
-            faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
-            place.state_file("dumps").write_text(str(os.getpid()))
+            python_program.dump_stacks_on_request(str(place.state))
         self._arm()
-        import jax
-
         if not jax.distributed.is_initialized():
             jax.distributed.initialize()
 
@@ -178,19 +175,13 @@ class _RankSession:
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
         """Leave the job together with the others; alone, if the others may still be in their tests."""
-        import jax
-
         if self._orderly:
             self._arm()
             jax.distributed.shutdown()  # type: ignore[no-untyped-call]
         elif self._status != 0:
             # Stopped early (-x, an internal error, a collection error): the other ranks may wait for this one
             # in a collective. The launcher ends them when it reads this.
-            failed = self._place.state_file("failed")
-            if not failed.exists():
-                unfinished = failed.with_suffix(".new")
-                unfinished.write_text(str(self._status))
-                unfinished.replace(failed)
+            python_program.report_failure(str(self._place.state), self._status)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -4,66 +4,80 @@ Launcher 0 listens; the others connect and stay connected. So no port has to be 
 guessed to be free, hosts may start different numbers of ranks, and a rank that dies on one host ends
 the ranks of all hosts within seconds: JAX alone would notice after its heartbeat timeout of 100 s.
 
-Messages are JSON, one a line. Launcher 0 passes every failure on to the others.
+Messages are JSON, one a line; `job_watch` says which.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import selectors
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from jax_deepep.launch.cluster_environment import LauncherPlace, PlaceError
+from jax_deepep.launch.hosts.cluster_environment import LauncherPlace, PlaceError
 from jax_deepep.launch.rank_environment import JobPlace
 
 _FIRST_PORT, _NUM_PORTS, _CANDIDATES = 20000, 12000, 8  # below the ports that the kernel hands out
 Message = dict[str, Any]
 
 
+class Peer:
+    """The connection to another launcher."""
+
+    def __init__(self, connection: socket.socket, index: int = 0) -> None:
+        self.index = index  # of the launcher at the other end
+        self._connection = connection
+        self._partial = b""
+
+    def fileno(self) -> int:
+        """The descriptor, for selectors."""
+        return self._connection.fileno()
+
+    def receive(self, timeout_s: float = 0.0, limit: int = 65536) -> list[Message] | None:
+        """Return the messages that come within this time, if any; None if the connection is closed."""
+        self._connection.settimeout(timeout_s)
+        try:
+            data = self._connection.recv(limit)
+        except (TimeoutError, BlockingIOError):
+            return []
+        except OSError:
+            data = b""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        return [json.loads(line) for line in lines] if data else None
+
+    def send(self, message: Message) -> None:
+        """Send; that the other launcher is gone is noticed when reading."""
+        self._connection.settimeout(10)
+        with contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+
+
+@dataclass
 class HostLink:
     """The connections of this launcher: to all others for launcher 0, to launcher 0 for the others."""
 
-    def __init__(
-        self, job: JobPlace, is_first: bool, reserved: socket.socket | None, peers: dict[socket.socket, int]
-    ) -> None:
-        self.job = job
-        self.is_first = is_first
-        self.peers = peers  # connection -> index of the launcher at its other end
-        self._reserved = reserved  # holds the coordinator's port for rank 0, which may bind it beside us
-        self._partial: dict[socket.socket, bytes] = dict.fromkeys(peers, b"")
+    job: JobPlace
+    peers: list[Peer]
+    reserved: socket.socket | None = (
+        None  # holds the coordinator's port for rank 0, which may bind it beside us
+    )
 
-    def receive(self, peer: socket.socket) -> list[Message]:
-        """Return what a readable connection brought; `{"gone": index}` if it was closed."""
-        try:
-            data = peer.recv(65536)
-        except OSError:
-            data = b""
-        if not data:
-            return [{"gone": self.peers.pop(peer)}]
-        *lines, self._partial[peer] = (self._partial[peer] + data).split(b"\n")
-        messages = [json.loads(line) for line in lines]
-        if self.is_first:
-            for message in messages:
-                if "failed" in message:
-                    self.send(message, other_than=peer)
-        return messages
+    @property
+    def is_first(self) -> bool:
+        """Whether this is launcher 0."""
+        return self.job.first_rank == 0
 
-    def send(self, message: Message, other_than: socket.socket | None = None) -> None:
-        """Send to every connected launcher; one that is gone is noticed when reading."""
+    def send(self, message: Message) -> None:
+        """Send to every launcher that is connected."""
         for peer in self.peers:
-            if peer is not other_than:
-                try:
-                    peer.sendall(_encode(message))
-                except OSError:
-                    continue
-
-    def close(self) -> None:
-        """Hang up, and give the reserved port back."""
-        for peer in [*self.peers, *([self._reserved] if self._reserved else [])]:
-            peer.close()
+            peer.send(message)
 
 
 def meet(place: LauncherPlace, num_local: int, timeout_s: float, cancelled: Callable[[], bool]) -> HostLink:
@@ -127,47 +141,37 @@ def _fingerprint(place: LauncherPlace) -> str:
     return hashlib.sha256(who.encode()).hexdigest()
 
 
-def _encode(message: Message) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
 def _welcome_others(
     place: LauncherPlace, num_local: int, deadline: float, cancelled: Callable[[], bool]
 ) -> HostLink:
     address = _bind_address(place)
-    met: dict[int, tuple[socket.socket, int]] = {}
+    met: dict[int, tuple[Peer, int]] = {}
     if place.count > 1:
         with _listen(place, address) as listener:
             while len(met) < place.count - 1:
                 missing = sorted(set(range(1, place.count)) - set(met))
                 _check_wait(deadline, cancelled, f"launchers {missing} of {place.count} did not come")
                 try:
-                    peer = listener.accept()[0]
+                    peer = Peer(listener.accept()[0])
                 except TimeoutError:
                     continue
-                hello = _read_line(peer)
+                hello = _next_message(peer, 5.0) or {}
                 if hello.get("job") != _fingerprint(place) or hello["index"] not in missing:
-                    peer.sendall(_encode({"refused": True}))
                     peer.close()
                     continue
-                peer.sendall(_encode({"welcome": True}))
-                met[hello["index"]] = (peer, hello["num_local"])
+                peer.send({"welcome": True})
+                peer.index = hello["index"]
+                met[peer.index] = (peer, hello["num_local"])
     reserved = reserve_port(address, place.port or 0 if place.count == 1 else 0)
     port = reserved.getsockname()[1]
     counts = [num_local, *(met[index][1] for index in sorted(met))]
-    common: Message = {"coordinator": _in_url(place.coordinator, port), "num_ranks": sum(counts)}
+    coordinator = _in_url(place.coordinator, port)
     for index, (peer, _) in met.items():
-        peer.sendall(_encode({**common, "first_rank": sum(counts[:index])}))
-        peer.settimeout(10)
+        peer.send({"coordinator": coordinator, "num_ranks": sum(counts), "first_rank": sum(counts[:index])})
     job = JobPlace(
-        0,
-        num_local,
-        sum(counts),
-        common["coordinator"],
-        _in_url(address, port),
-        place.local_index * num_local,
+        0, num_local, sum(counts), coordinator, _in_url(address, port), place.local_index * num_local
     )
-    return HostLink(job, True, reserved, {peer: index for index, (peer, _) in met.items()})
+    return HostLink(job, [peer for peer, _ in met.values()], reserved)
 
 
 def _listen(place: LauncherPlace, address: str) -> socket.socket:
@@ -198,51 +202,38 @@ def _join_first(
                 deadline, cancelled, f"launcher 0 was not found at {place.coordinator}, ports {_ports(place)}"
             )
             try:
-                peer = socket.create_connection((place.coordinator, port), timeout=2)
+                peer = Peer(socket.create_connection((place.coordinator, port), timeout=2))
             except OSError:
                 continue
-            try:
-                peer.sendall(_encode(hello))
-                if not _read_line(peer).get("welcome"):
-                    peer.close()
-                    continue
-            except (OSError, ValueError):  # somebody else's port
-                peer.close()
+            peer.send(hello)
+            if not (_next_message(peer, 5.0) or {}).get("welcome"):
+                peer.close()  # somebody else's port
                 continue
-            agreed = _wait_for_line(peer, deadline, cancelled)
+            agreed: Message | None = {}
+            while agreed == {}:
+                _check_wait(deadline, cancelled, "some other launchers did not come")
+                agreed = _next_message(peer, 0.2)
+            if agreed is None:
+                raise PlaceError("launcher 0 went away while the others were still coming; see its output")
             job = JobPlace(
                 agreed["first_rank"], num_local, agreed["num_ranks"], agreed["coordinator"],
                 agreed["coordinator"], place.local_index * num_local,
             )  # fmt: skip
-            peer.settimeout(10)
-            return HostLink(job, False, None, {peer: 0})
+            return HostLink(job, [peer])
         time.sleep(0.2)
 
 
-def _read_line(peer: socket.socket) -> Message:
-    peer.settimeout(5)
-    line = b""
-    try:
-        while not line.endswith(b"\n") and len(line) < 4096:
-            byte = peer.recv(1)  # one by one: nothing behind the line may be swallowed
-            if not byte:
-                return {}
-            line += byte
-        message = json.loads(line)
-    except (OSError, ValueError):
-        return {}
-    return message if isinstance(message, dict) else {}
-
-
-def _wait_for_line(peer: socket.socket, deadline: float, cancelled: Callable[[], bool]) -> Message:
-    with selectors.DefaultSelector() as selector:
-        selector.register(peer, selectors.EVENT_READ)
-        while not selector.select(0.2):
-            _check_wait(deadline, cancelled, "some other launchers did not come")
-    message = _read_line(peer)
-    if "first_rank" not in message:
-        raise PlaceError("launcher 0 went away while the others were still coming; see its output")
-    return message
+def _next_message(peer: Peer, seconds: float) -> Message | None:
+    """Return one message, {} if none comes in time, None if the other end hangs up or is no launcher."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            messages = peer.receive(left, limit=1)  # byte by byte: what follows the message stays there
+        except ValueError:
+            return None
+        if messages is None or messages:
+            return messages[0] if messages and isinstance(messages[0], dict) else None
+    return {}
 
 
 def _check_wait(deadline: float, cancelled: Callable[[], bool], what: str) -> None:

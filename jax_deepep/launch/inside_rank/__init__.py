@@ -1,0 +1,1 @@
+"""What runs in the ranks; everything beside this folder starts and watches them."""
