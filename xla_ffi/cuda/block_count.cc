@@ -31,7 +31,8 @@ struct Rows {
     // A token's experts all differ; as if they were drawn one by one, it goes to more ranks.
     const double to_rank = 1 - std::pow(1 - 1 / ranks, shape.num_topk);
     pairs = route.num_tokens * ranks * to_rank;
-    rows = route.layout == Layout::kTokenMajor ? pairs : double{1} * route.num_tokens * shape.num_topk;
+    rows =
+        route.layout == Layout::kTokenMajor ? pairs : double{1} * route.num_tokens * shape.num_topk;
     rows = std::min<double>(rows, route.capacity);
     pairs = std::min(pairs, rows);
   }
@@ -41,7 +42,8 @@ OpBytes Total(const GroupShape& shape, const RouteShape& route, double local_row
   const double row_bytes = static_cast<double>(route.row_bytes());
   const Rows rows(shape, route);
   const double from_peers = rows.pairs * (shape.num_ranks - 1) / shape.num_ranks;
-  return {static_cast<int64_t>(from_peers * row_bytes), static_cast<int64_t>(local_rows * row_bytes)};
+  return {static_cast<int64_t>(from_peers * row_bytes),
+          static_cast<int64_t>(local_rows * row_bytes)};
 }
 
 }  // namespace
@@ -70,7 +72,8 @@ int BlocksFor(const OpBytes& bytes, int most) {
   const double link_time = static_cast<double>(bytes.link) / kRateOfLink;
   const double for_local = static_cast<double>(bytes.local) / kRateOfBlock;
   const double wanted = bytes.link == 0 ? most : for_local / (link_time * kPartOfLinkTime);
-  const int64_t blocks = std::max<int64_t>(kBlocksForLink, std::llround(std::min<double>(wanted, most)));
+  const int64_t blocks =
+      std::max<int64_t>(kBlocksForLink, std::llround(std::min<double>(wanted, most)));
   return static_cast<int>(std::min({blocks, worth, int64_t{most}}));
 }
 

@@ -63,7 +63,7 @@ struct DeviceControl {
   Publication published[kMaxRanks];
   FailureReport reports[kMaxRanks];
   uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has ever read; set before left
-  uint64_t tests[kMaxRanks];  // of peer access, when the communicator starts
+  uint64_t tests[kMaxRanks];       // of peer access, when the communicator starts
   uint64_t broken;  // 1 + the rank whose report says why the group ends; set after the report
 
   // Written by this rank.

@@ -24,10 +24,9 @@ std::string Describe(const FailureReport& report, int reporter, int group,
                             config, group, kRunSameProgram);
     case Failure::kDifferentOps:
       return DescribeBroken(
-          DescribeDifferentOps(report.op, reporter, static_cast<int64_t>(report.step),
-                               report.other_rank,
-                               DescribeDifference(report.op, reporter, report.other_op,
-                                                  report.other_rank)),
+          DescribeDifferentOps(
+              report.op, reporter, static_cast<int64_t>(report.step), report.other_rank,
+              DescribeDifference(report.op, reporter, report.other_op, report.other_rank)),
           config, group, kRunSameProgram);
     case Failure::kClosed:
       return DescribeBroken("a program ran on after the communicator was closed" + on_rank, config,

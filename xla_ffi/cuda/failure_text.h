@@ -9,7 +9,6 @@
 
 namespace jax_deepep {
 
-
 // `reporter` is the rank of `group` that wrote the report.
 std::string Describe(const FailureReport& report, int reporter, int group,
                      const CommunicatorConfig& config);

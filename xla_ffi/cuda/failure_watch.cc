@@ -50,9 +50,10 @@ class Watch {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       changed_.wait(lock, [this] { return !watched_.empty(); });
-      watched_.erase(std::remove_if(watched_.begin(), watched_.end(),
-                                    [](const CudaCommunicator* comm) { return PrintIfBroken(*comm); }),
-                     watched_.end());
+      watched_.erase(
+          std::remove_if(watched_.begin(), watched_.end(),
+                         [](const CudaCommunicator* comm) { return PrintIfBroken(*comm); }),
+          watched_.end());
       changed_.wait_for(lock, kBetweenLooks);
     }
   }

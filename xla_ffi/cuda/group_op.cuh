@@ -2,8 +2,8 @@
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
-// Begin, SyncGrid and WaitForArrivals are false where the op is lost: what follows is left out, up to
-// Finish.
+// Begin, SyncGrid and WaitForArrivals are false where the op is lost: what follows is left out, up
+// to Finish.
 //
 // 1. Publish: the last block of a rank to come tells every peer, after all writes of the rank.
 // 2. WaitForArrivals: every block waits until all peers have published, so that it may read them.

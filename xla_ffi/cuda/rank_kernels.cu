@@ -1,8 +1,7 @@
-#include "cuda/rank_kernels.h"
-
 #include "cuda/group_op.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
+#include "cuda/rank_kernels.h"
 
 namespace jax_deepep {
 namespace {

@@ -56,11 +56,12 @@ ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& ran
   const int64_t variant = (static_cast<int64_t>(kind) << 16) + params.warps * 64 + params.depth;
   const OpSignature op(Verb::kFloor, site->call, variant, params.route);
   if (error.empty()) {
-    error = site->comm->LaunchOp(op, BytesOf(site->comm->shape(), kind, params), read_by_peers,
-                                 context.op_launch(site, rank),
-                                 [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-                                   return launch(frame, params, num_blocks, facts, context.stream);
-                                 });
+    error =
+        site->comm->LaunchOp(op, BytesOf(site->comm->shape(), kind, params), read_by_peers,
+                             context.op_launch(site, rank),
+                             [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                               return launch(frame, params, num_blocks, facts, context.stream);
+                             });
   }
   if (error.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep floor: " + error);

@@ -52,7 +52,8 @@ inline constexpr char kOneAtATime[] =
     "Let every op depend on the one before it (by its handle, its result, or "
     "jax.lax.optimization_barrier), run one program at a time, or make a Communicator for each.";
 inline constexpr char kLeaveRoom[] =
-    "Other kernels kept them, maybe of another communicator that waits itself: let programs run one "
+    "Other kernels kept them, maybe of another communicator that waits itself: let programs run "
+    "one "
     "after the other, or give the ops fewer SMs with num_sms. Then make a new Communicator.";
 inline constexpr char kWaitBetween[] =
     "Make a new Communicator, and wait for results (jax.block_until_ready) before launching more.";

@@ -1,0 +1,159 @@
+// How the communicator launches ops: operands where peers can read them, one kernel, and word to
+// the peers where that cannot be.
+#include <algorithm>
+#include <mutex>
+#include <string>
+
+#include "cuda/communicator.h"
+#include "cuda/intranode/launch.h"
+#include "cuda/rank_kernels.h"
+#include "interface/op_signature.h"
+
+namespace jax_deepep {
+namespace {
+
+// Peers have mapped nothing but the pool, and outside of it lie constants of the program, arrays
+// that XLA did not allocate (of dlpack, in host memory), and what XLA puts into memory of its
+// collectives: copy what does to the pool for the time of the op, which no rank leaves before all
+// have read. Returns an error, or nothing.
+std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpLaunch& launch) {
+  const std::string outside =
+      "an operand that peers read is not in the memory pool that they have mapped: ";
+  const std::string no_pool =
+      outside + "XLA did not preallocate it (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
+  if (!array.replace) return no_pool;
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaError_t error = cudaStreamIsCapturing(launch.stream, &capture);
+  if (capture != cudaStreamCaptureStatusNone) {  // XLA would have the copy back before a replay
+    return outside +
+           "it is a constant of the program, an array that XLA did not allocate, or in memory of "
+           "XLA's collectives (--xla_gpu_enable_nccl_user_buffers), which a captured op cannot "
+           "copy; pass it as an argument that XLA has computed or copied, without that flag";
+  }
+  if (error == cudaSuccess) {
+    void* copy = launch.allocate(array.bytes);
+    if (copy == nullptr) {
+      return outside +
+             "it is a constant of the program, an array that XLA did not allocate, or in memory of "
+             "XLA's collectives (--xla_gpu_enable_nccl_user_buffers), and there are no " +
+             std::to_string(array.bytes) + " bytes left in the pool to copy it";
+    }
+    if (!facts.Holds(copy)) return no_pool;
+    array.replace(copy);
+    error = cudaMemcpyAsync(copy, array.data, array.bytes, cudaMemcpyDefault, launch.stream);
+  }
+  return error == cudaSuccess ? "" : outside + "copying it failed: " + cudaGetErrorString(error);
+}
+
+}  // namespace
+
+int CudaCommunicator::most_blocks() const {
+  int most = kMaxBlocks;
+  for (const auto& rank : ranks_) most = std::min(most, rank->most_blocks);
+  return requested_sms_ > 0 ? std::min(most, requested_sms_) : most;
+}
+
+CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) const {
+  for (const auto& rank : ranks_) {
+    if (rank->ordinal == device) return rank.get();
+  }
+  return nullptr;
+}
+
+OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
+                                  const OpLaunch& launch) {
+  OpFrame frame = rank.frame;
+  frame.op = op;
+  frame.op_hash = op.Hash();
+  frame.launch = ++num_launches_;
+  frame.believed_rank = launch.believed_rank;
+  return frame;
+}
+
+// Peers must not wait for an op that cannot be launched, nor may this rank's next one take its
+// step. In order with the ops before it, but where the stream is captured: a graph whose capture
+// has failed is never run.
+void CudaCommunicator::GiveUp(const LocalRank& rank, Failure failure, const OpSignature& op,
+                              const OpLaunch& launch) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const bool in_order = cudaStreamIsCapturing(launch.stream, &capture) == cudaSuccess &&
+                        capture == cudaStreamCaptureStatusNone;
+  LaunchGiveUp(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
+}
+
+void CudaCommunicator::TellNotLaunched(const OpSignature& op, const OpLaunch& launch) {
+  std::shared_lock<std::shared_mutex> lock(launch_mutex_);
+  if (const LocalRank* rank = RankOn(launch.device)) {
+    GiveUp(*rank, Failure::kNotLaunched, op, launch);
+  }
+}
+
+std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
+                                                 std::initializer_list<PeerArray> read_by_peers,
+                                                 const OpLaunch& launch) const {
+  for (const PeerArray& array : read_by_peers) {
+    if (array.data == nullptr || rank.facts.Holds(array.data)) continue;
+    if (std::string error = CopyToPool(array, rank.facts, launch); !error.empty()) return error;
+  }
+  return "";
+}
+
+std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& bytes,
+                                       std::initializer_list<PeerArray> read_by_peers,
+                                       const OpLaunch& launch, const Enqueue& enqueue) {
+  const std::string name = "communicator #" + std::to_string(config_.id);
+  // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
+  std::shared_lock<std::shared_mutex> lock(launch_mutex_);
+  const LocalRank* rank = RankOn(launch.device);
+  if (rank == nullptr) {
+    return "device " + std::to_string(launch.device) + " is not in the mesh of " + name;
+  }
+  if (closed_) {
+    GiveUp(*rank, Failure::kClosed, op, launch);
+    return name + " is closed; make a new Communicator and compile again";
+  }
+  std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
+  if (error.empty()) {
+    const int blocks = requested_sms_ > 0 ? std::min(requested_sms_, rank->most_blocks)
+                                          : BlocksFor(bytes, rank->most_blocks);
+    const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
+    if (failed != nullptr) error = failed;
+  }
+  if (!error.empty()) GiveUp(*rank, Failure::kNotLaunched, op, launch);
+  return error;
+}
+
+template <typename Params>
+std::string CudaCommunicator::LaunchVerb(
+    const Params& params, std::initializer_list<PeerArray> read_by_peers, const OpLaunch& launch,
+    const char* (*kernel)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t)) {
+  return LaunchOp(SignatureOf(params, launch.call), BytesOf(shape(), params), read_by_peers, launch,
+                  [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                    return kernel(frame, params, num_blocks, facts, launch.stream);
+                  });
+}
+
+std::string CudaCommunicator::Launch(DispatchParams params, const OpLaunch& launch) {
+  const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
+  return LaunchVerb(params, {{&params.x, bytes}, params.scratch}, launch, &LaunchDispatch);
+}
+
+std::string CudaCommunicator::Launch(RedispatchParams params, const OpLaunch& launch) {
+  const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
+  return LaunchVerb(params, {{&params.x, bytes}}, launch, &LaunchRedispatch);
+}
+
+std::string CudaCommunicator::Launch(CombineParams params, const OpLaunch& launch) {
+  const int64_t capacity = params.route.capacity;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int64_t floats = sizeof(float) * capacity;
+  const int64_t gradients = expert_major ? floats : floats * shape().num_topk;
+  return LaunchVerb(params,
+                    {{&params.y, capacity * params.route.row_bytes()},
+                     {&params.weights, floats},
+                     {&params.row_gradients, gradients},
+                     params.sums},
+                    launch, &LaunchCombine);
+}
+
+}  // namespace jax_deepep
