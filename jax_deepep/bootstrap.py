@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jax
@@ -63,7 +63,7 @@ class Summary:
             self.findings[kind] = new
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(vars(self)).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> "Summary":
@@ -78,10 +78,13 @@ class Exchange:
 
         come_to    publish, read    report    verdict
 
-    Args:
+    Attributes:
         processes: process indices that take part, ascending.
         process: this one.
-        number: of this exchange among those of the same processes.
+        id: the same in all of them, in every run, and of no other exchange of one of them: see `between`.
+
+    Args:
+        index: which of `processes` this one is.
         client: the key-value store; not used where there is no other process.
         timeout_s: seconds that the whole exchange may last.
         name_of: describes a process in errors, by the ranks that it has.
@@ -90,37 +93,44 @@ class Exchange:
     def __init__(
         self,
         processes: tuple[int, ...],
-        process: int,
-        number: int,
+        index: int,
+        id: int,
         client: Any,
         timeout_s: float,
         name_of: Callable[[int], str],
     ) -> None:
         self.processes = processes
-        self.process = process
-        self.number = number
+        self.process = processes[index]
+        self.id = id
         self._client = client
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
         self._name_of = name_of
-        self._namespace = f"jax_deepep/{digest_of(processes)}/{number}"
-        self._index = processes.index(process)
+        self._namespace = f"jax_deepep/{id}"
+        self._index = index
         self._children = self._children_of(self._index)
         self._phase = 0
         self._phase_name = ""
         self._summary = Summary()
         self._own_keys: set[str] = set()
-        self._gave_up = False
+        self._keys_stay = False
 
     @classmethod
     def between(cls, processes: Iterable[int], timeout_s: float, name_of: Callable[[int], str]) -> "Exchange":
-        """Begin the next exchange between `processes`, this one among them."""
+        """Begin the next exchange between `processes`, this one among them.
+
+        Its id, of 63 bits, counts the exchanges of the same processes, whatever others, or other threads, do
+        meanwhile. Where these are not all processes of the job, their digest comes before the number.
+        """
         members = tuple(sorted(processes))
         with _numbering:
             number = _num_exchanges.get(members, 0)
             _num_exchanges[members] = number + 1
+        everyone = tuple(range(jax.process_count()))
+        digest = 0 if members == everyone else 1 + int(digest_of(members), 16) % (2**31 - 1)
         client = jax_compat.coordination_client() if len(members) > 1 else None
-        return cls(members, jax.process_index(), number, client, timeout_s, name_of)
+        index = members.index(jax.process_index())
+        return cls(members, index, digest << 32 | number, client, timeout_s, name_of)
 
     # The tree: processes in ascending order, as in a heap.
 
@@ -216,6 +226,8 @@ class Exchange:
                 )
 
     def _raise_for_findings(self) -> None:
+        # Some have yet to find out who is absent, and somebody may come late.
+        self._keys_stay = ABSENCE in self._summary.findings
         for kind, error in ((DIFFERENCE, CommunicatorError), (ABSENCE, PeerTimeoutError)):
             if kind in self._summary.findings:
                 raise error(self._summary.findings[kind][1])
@@ -234,7 +246,6 @@ class Exchange:
             "must make the same communicators in the same order.",
         )
         self._summary.same = {}
-        self._gave_up = True
         for phase in (self._phase, self._phase + 1):
             if self._index > 0:
                 self._set(self._key("up", self._index, phase), self._summary.encode())
@@ -320,9 +331,8 @@ class Exchange:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._gave_up:  # or else they tell those who come later
-            for key in self._own_keys:
-                self._client.key_value_delete(key)
+        while self._own_keys and not self._keys_stay:
+            self._client.key_value_delete(self._own_keys.pop())
 
 
 @contextlib.contextmanager
@@ -338,18 +348,6 @@ def _nothing_if(reason: str) -> Iterator[None]:
 def digest_of(value: Any) -> str:
     """Return a short text that is equal between processes when `value`, of numbers and texts, is."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def program_id(exchange: Exchange) -> int:
-    """Return the id under which programs know what an exchange has made: 63 bits.
-
-    It is the order of creation among communicators of the same processes, so that every run repeats it, two
-    threads never get the same one, and an old program cannot meet a new communicator. Where the processes are
-    not all of the job, their digest comes before it.
-    """
-    everyone = tuple(range(jax.process_count()))
-    digest = 1 + int(digest_of(exchange.processes), 16) % (2**31 - 1)
-    return (0 if exchange.processes == everyone else digest) << 32 | exchange.number
 
 
 def host_identity() -> str:

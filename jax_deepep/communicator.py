@@ -125,7 +125,7 @@ class Communicator:
             implementation, why = arguments.chosen_implementation(requested, obstacle)
             self._set("implementation", implementation)
             self._set("mode", "throughput")
-            self._set("id", bootstrap.program_id(exchange))
+            self._set("id", exchange.id)
             self._set("_why", why)
             self._set("_native", None)
             if implementation == "native":

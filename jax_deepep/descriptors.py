@@ -12,6 +12,7 @@ import selectors
 import socket
 import struct
 import threading
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -105,9 +106,7 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
             if not _is_same_user(connection):
                 raise CommunicatorError(f"a process of another user listens in place of {peer}")
             connection.sendall(offer["secret"].encode())
-            answer, descriptors, _, _ = socket.recv_fds(
-                connection, 256, offer["count"], socket.MSG_CMSG_CLOEXEC
-            )
+            answer, descriptors = _receive_message(connection, offer["count"])
     except TimeoutError:
         raise CommunicatorError(f"{peer} did not send its memory in time; look at what it does") from None
     except OSError as error:
@@ -115,7 +114,7 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
             f"{peer} did not send its memory ({error}); it may have ended: look at its output"
         ) from error
     if answer == _SENT and len(descriptors) == offer["count"]:
-        return list(descriptors)
+        return descriptors
     close_all(descriptors)
     if answer == _SENT:
         raise CommunicatorError(
@@ -124,6 +123,18 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
         )
     reason = answer.removeprefix(_FAILED).decode() or "it closed the connection"
     raise CommunicatorError(f"{peer} did not send its memory ({reason}); look at its output")
+
+
+def _receive_message(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """Return bytes and the open files that came with them; socket.recv_fds takes no flags, as of Python 3.12."""
+    received = array("i")
+    answer, extras, *_ = connection.recvmsg(
+        256, socket.CMSG_LEN(most * received.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, data in extras:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received.frombytes(data)
+    return answer, received.tolist()
 
 
 def close_all(descriptors: Iterable[int]) -> None:

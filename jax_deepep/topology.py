@@ -82,7 +82,7 @@ class Topology:
 
     def leaders_of(self, process: int) -> dict[int, int]:
         """Return the first process of each group of a process, by group."""
-        groups = self.groups_with({process})
+        groups = np.nonzero((self.process_of == process).any(axis=1))[0].tolist()
         return dict(zip(groups, self.process_of[groups].min(axis=1).tolist(), strict=True))
 
     def group_between_hosts(self, process: int, hosts: Mapping[int, str]) -> tuple[int, str] | None:
