@@ -104,7 +104,7 @@ def is_timeout(value: Any) -> bool:
 
 
 def chosen_implementation(requested: Any, obstacle: str) -> tuple[str, str]:
-    """Return "native" or "xla", and why; `obstacle` is what keeps some process from native ops, or nothing."""
+    """Return "native" or "xla", and why; `obstacle` is what keeps a process from native ops, or nothing."""
     if requested not in ("auto", "native", "xla"):
         raise ValueError(f'implementation: got {requested!r}; takes "auto", "native" or "xla".')
     if requested == "xla":

@@ -1,16 +1,15 @@
 """How the processes of a mesh agree on a communicator: in a tree, over a key-value store.
 
 The store is that of JAX's coordination service, which `jax.distributed` has started anyway. Every process
-reads the summaries of at most eight others, merges them with its own, gives the result to one more, and passes
-on the verdict that comes back: the number and the size of a process's messages do not grow with the number
-of processes, for the first process either. No fixed ports, no pickles; every wait has a deadline and its
-error names who is missing. Keys are deleted by the process that reads them, or by their owner at the end.
+reads the summaries of at most eight others, merges them with its own, gives the result to one more, and
+passes on the verdict that comes back: the number and the size of a process's messages do not grow with the
+number of processes, the first process's neither. No fixed ports, no pickles; every wait has a deadline and
+its error names who is missing. Keys are deleted by the process that reads them, or by their owner at the end.
 """
 
 import contextlib
 import hashlib
 import json
-import os
 import threading
 import time
 from collections import deque
@@ -49,8 +48,8 @@ class Summary:
 
     Attributes:
         same: texts that must be equal in all processes that have one of that name.
-        findings: by kind, where it stands in the order of all findings of the kind, and its text. Of each kind
-            the first one counts.
+        findings: by kind, where it stands in the order of all findings of the kind, and its text. Of each
+            kind the first one counts.
     """
 
     same: dict[str, str] = field(default_factory=dict)
@@ -235,15 +234,15 @@ class Exchange:
     # When somebody does not come.
 
     def _give_up(self, missing: list[int]) -> NoReturn:
-        """Raise for processes that are missing, and let those that come to this phase or the next one know."""
+        """Raise for processes that are missing, and tell those that come to this phase or the next one."""
         names = [self._name_of(self.processes[index]) for index in missing[:MOST_NAMES]]
         others = " and others" if len(missing) > MOST_NAMES else ""
         self._summary.add(
             ABSENCE,
             [self._index],
-            f"making a communicator on {self._name_of(self.process)} waited {self._timeout_s:g} s (timeout_s) "
-            f"in the exchange of {self._phase_name} for {', '.join(names)}{others}. Every process of the mesh "
-            "must make the same communicators in the same order.",
+            f"making a communicator on {self._name_of(self.process)} waited {self._timeout_s:g} s "
+            f"(timeout_s) in the exchange of {self._phase_name} for {', '.join(names)}{others}. Every "
+            "process of the mesh must make the same communicators in the same order.",
         )
         self._summary.same = {}
         for phase in (self._phase, self._phase + 1):
@@ -348,14 +347,3 @@ def _nothing_if(reason: str) -> Iterator[None]:
 def digest_of(value: Any) -> str:
     """Return a short text that is equal between processes when `value`, of numbers and texts, is."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-
-
-def host_identity() -> str:
-    """Return what is equal for processes that can share memory and abstract Unix sockets.
-
-    The variable JAX_DEEPEP_HOST_ID makes a process pretend to be on another host, of that name: for tests.
-    """
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    pretended = os.environ.get("JAX_DEEPEP_HOST_ID", "")
-    return f"{boot}/{pretended}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax_deepep import arguments, bootstrap, build_identity, native_communicator, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
 from jax_deepep.launch.rank_environment import launched_rank
-from jax_deepep.topology import Topology
+from jax_deepep.topology import Topology, host_identity
 
 Implementation = Literal["auto", "native", "xla"]
 Mode = Literal["auto", "throughput", "low_latency"]
@@ -150,14 +150,14 @@ class Communicator:
 
     def _agree_on_arguments(self, exchange: bootstrap.Exchange) -> str:
         """Raise if processes differ; return what keeps one of them from native ops, or nothing."""
-        here = jax.process_index()
+        here, host = jax.process_index(), host_identity()
         exchange.come_to("arguments")
-        exchange.publish("host", bootstrap.host_identity())
+        exchange.publish("host", host)
         hosts = exchange.read("host", set(self.topology.leaders_of(here).values()) - {here})
         summary = bootstrap.Summary(self._arguments())
         if text := native_communicator.obstacle(self):
             summary.add("obstacle", [here], text)
-        if spanning := self.topology.group_between_hosts(here, hosts | {here: bootstrap.host_identity()}):
+        if spanning := self.topology.group_between_hosts(here, hosts | {here: host}):
             group, text = spanning
             summary.add("group between hosts", [group, here], text)
         exchange.report(summary)
@@ -166,13 +166,13 @@ class Communicator:
 
     def _arguments(self) -> dict[str, str]:
         """Return the arguments as text that is equal between processes when they are."""
-        shape, devices = dict(self.mesh.shape), [device.id for device in self.mesh.devices.flat]
+        mesh = f"{dict(self.mesh.shape)} of devices {[device.id for device in self.mesh.devices.flat]}"
         names = ("axis_name", "num_experts", "num_experts_per_tok", "max_tokens", "hidden_size",
                  "implementation", "mode", "num_sms", "timeout_s")  # fmt: skip
         values = {name: repr(getattr(self, name)) for name in names}
         return {
             **build_identity.of(self),
-            **{name: _cut(text) for name, text in {"mesh": f"{shape} of devices {devices}", **values}.items()},
+            **{name: _cut(text) for name, text in {"mesh": mesh, **values}.items()},
         }
 
     def _set(self, name: str, value: Any) -> None:

@@ -48,10 +48,9 @@ class DescriptorServer:
         return {"address": self._address, "secret": self._secret.decode(), "count": len(self._descriptors)}
 
     def _serve(self) -> None:
-        connections: set[socket.socket] = set()
-        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as at_end:
+        connections: set[socket.socket] = set()  # that have not shown a secret yet
+        with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
-            at_end.callback(lambda: [connection.close() for connection in connections])
             while not self._stopping.is_set():
                 for key, _ in selector.select():
                     if key.fileobj is self._listener:
@@ -68,6 +67,8 @@ class DescriptorServer:
                         connections.discard(key.fileobj)
                         with key.fileobj as connection, contextlib.suppress(OSError):  # this one has gone
                             self._answer(connection)
+        for connection in connections:
+            connection.close()
 
     def _answer(self, connection: socket.socket) -> None:
         if not _is_same_user(connection):
@@ -126,7 +127,7 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
 
 
 def _receive_message(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
-    """Return bytes and the open files that came with them; socket.recv_fds takes no flags, as of Python 3.12."""
+    """Return bytes and the open files that came with them; socket.recv_fds ignores its flags."""
     received = array("i")
     answer, extras, *_ = connection.recvmsg(
         256, socket.CMSG_LEN(most * received.itemsize), socket.MSG_CMSG_CLOEXEC

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_deepep import bootstrap, cpu_threads, descriptors, native_module
 from jax_deepep.bootstrap import Exchange, Summary
-from jax_deepep.topology import Topology
+from jax_deepep.topology import Topology, host_identity
 
 # Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
 # them), and the PCI address of its GPU.
@@ -177,8 +177,7 @@ def _receive(
         received = descriptors.receive(offer, topology.describe_process(process), timeout_s)
         open_here.callback(descriptors.close_all, received)
         everyones[process] = [
-            (descriptor, size, gpu)
-            for descriptor, (size, gpu) in zip(received, offer["facts"], strict=True)
+            (descriptor, size, gpu) for descriptor, (size, gpu) in zip(received, offer["facts"], strict=True)
         ]
     return everyones
 
@@ -203,8 +202,8 @@ def _gpus(exports: list[Export]) -> list[str]:
 
 
 def _name_of_gpu(gpu: str) -> str:
-    """Return under what processes tell of the ranks on a GPU: those of other hosts have the same addresses."""
-    return f"gpus/{bootstrap.digest_of((bootstrap.host_identity(), gpu))}"
+    """Return the name of a GPU among those of all hosts, which have the same addresses."""
+    return f"gpus/{bootstrap.digest_of((host_identity(), gpu))}"
 
 
 def _publish_ranks_per_gpu(exports: list[Export], exchange: Exchange) -> None:

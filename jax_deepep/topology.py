@@ -1,6 +1,7 @@
 """Who is where: the expert-parallel groups of a mesh, derived from its device grid."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,7 @@ class Topology:
         return np.nonzero(np.isin(self.process_of, list(processes)).any(axis=1))[0].tolist()
 
     def peers_of(self, process: int) -> set[int]:
-        """Return the other processes that have devices in the groups of one: all that it exchanges rows with."""
+        """Return the other processes with devices in the groups of one: all that it exchanges rows with."""
         return set(np.unique(self.process_of[self.groups_with({process})]).tolist()) - {process}
 
     def leaders_of(self, process: int) -> dict[int, int]:
@@ -103,3 +104,14 @@ class Topology:
                     "in another network namespace, or of another user)"
                 )
         return None
+
+
+def host_identity() -> str:
+    """Return what is equal for processes that can share memory and abstract Unix sockets.
+
+    The variable JAX_DEEPEP_HOST_ID makes a process pretend to be on another host, of that name: for tests.
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    pretended = os.environ.get("JAX_DEEPEP_HOST_ID", "")
+    return f"{boot}/{pretended}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"

@@ -85,7 +85,9 @@ def test_a_send_that_fails_is_told_to_the_peer(
 def test_a_peer_that_has_ended(file: int) -> None:
     with DescriptorServer([file], num_peers=1) as server:
         offer = server.offer
-    with pytest.raises(CommunicatorError, match=r"rank 1 did not send its memory \(.*refused.*may have ended"):
+    with pytest.raises(
+        CommunicatorError, match=r"rank 1 did not send its memory \(.*refused.*may have ended"
+    ):
         receive(offer, "rank 1", 60.0)
 
 

@@ -168,7 +168,7 @@ def test_no_descriptor_is_left_open(native: NativeOnGpu, fails_at: str) -> None:
 def test_ranks_on_a_gpu_are_counted_by_host_and_address(
     native: NativeOnGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the whole mesh on this host, in whatever group; a GPU of the same address elsewhere is another."""
+    """Those of the whole mesh on this host, in whatever group; elsewhere the same address is another GPU."""
     native.fails = False
     names = [native_communicator._name_of_gpu(gpu) for gpu in ("00", "01")]
     monkeypatch.setenv("JAX_DEEPEP_HOST_ID", "another host")
