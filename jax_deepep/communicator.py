@@ -67,8 +67,8 @@ class Communicator:
         max_tokens: most tokens per device and op.
         hidden_size: H, elements of a row.
         implementation: "native" for our own kernels, "xla" for JAX collectives, which run on every
-            platform; "auto" takes the native one where the platform and topology have it. The
-            attribute holds what was chosen.
+            platform; "auto" takes the native one where the platform has it and every group lies inside one
+            host, however many hosts the mesh has. The attribute holds what was chosen.
         mode: "auto" or "throughput"; "low_latency" is not in this version. The attribute holds
             what was chosen.
         num_sms: CUDA: SMs that one op may occupy; None = chosen from the shape. At most the SMs of the GPU
@@ -77,6 +77,8 @@ class Communicator:
 
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        CommunicatorError: processes gave different arguments, or run different builds of this package.
+        PeerTimeoutError: a process of the mesh did not come within `timeout_s`.
     """
 
     mesh: Mesh

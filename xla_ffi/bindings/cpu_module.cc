@@ -10,6 +10,7 @@
 #include "cpu/communicator.h"
 #include "handlers/call_site.h"
 #include "handlers/registry.h"
+#include "source_digest.h"
 
 namespace jax_deepep {
 namespace {

@@ -19,6 +19,7 @@
 #include "handlers/call_site.h"
 #include "handlers/floor_handler.h"
 #include "handlers/registry.h"
+#include "source_digest.h"
 
 namespace jax_deepep {
 namespace {
