@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_deepep import bootstrap, cpu_threads, descriptors, native_module
 from jax_deepep.bootstrap import Exchange, Summary
-from jax_deepep.topology import Topology, host_identity
+from jax_deepep.topology import Topology, machine_identity
 
 # Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
 # them), and the PCI address of its GPU.
@@ -202,8 +202,8 @@ def _gpus(exports: list[Export]) -> list[str]:
 
 
 def _name_of_gpu(gpu: str) -> str:
-    """Return the name of a GPU among those of all hosts, which have the same addresses."""
-    return f"gpus/{bootstrap.digest_of((host_identity(), gpu))}"
+    """Return the name of a GPU among those of all machines, which have the same addresses."""
+    return f"gpus/{bootstrap.digest_of((machine_identity(), gpu))}"
 
 
 def _publish_ranks_per_gpu(exports: list[Export], exchange: Exchange) -> None:

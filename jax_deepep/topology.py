@@ -106,12 +106,16 @@ class Topology:
         return None
 
 
-def host_identity() -> str:
-    """Return what is equal for processes that can share memory and abstract Unix sockets.
+def machine_identity() -> str:
+    """Return what is equal for processes that run under one kernel, in whatever containers.
 
-    The variable JAX_DEEPEP_HOST_ID makes a process pretend to be on another host, of that name: for tests.
+    The variable JAX_DEEPEP_HOST_ID makes a process pretend to be on another machine, of that name: for tests.
     """
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    pretended = os.environ.get("JAX_DEEPEP_HOST_ID", "")
-    return f"{boot}/{pretended}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"
+    return f"{boot}/{os.environ.get('JAX_DEEPEP_HOST_ID', '')}"
+
+
+def host_identity() -> str:
+    """Return what is equal for processes that can share memory and abstract Unix sockets."""
+    return f"{machine_identity()}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"
