@@ -103,18 +103,12 @@ def is_timeout(value: Any) -> bool:
     return isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
 
 
-def chosen_implementation(requested: Any, obstacles: dict[int, str], hosts: set[str]) -> tuple[str, str]:
-    """Return "native" or "xla", and why; `obstacles` has each process's own, or an empty text."""
+def chosen_implementation(requested: Any, obstacle: str) -> tuple[str, str]:
+    """Return "native" or "xla", and why; `obstacle` is what keeps a process from native ops, or nothing."""
     if requested not in ("auto", "native", "xla"):
         raise ValueError(f'implementation: got {requested!r}; takes "auto", "native" or "xla".')
     if requested == "xla":
         return "xla", "as asked"
-    obstacle = next((text for text in obstacles.values() if text), "")
-    if not obstacle and len(hosts) > 1:
-        obstacle = (
-            "the processes of the mesh cannot share memory (they are on different hosts, in "
-            "different network namespaces, or of different users)"
-        )
     if not obstacle:
         return "native", "as asked" if requested == "native" else "auto: available here"
     return without_native(requested, obstacle)

@@ -1,20 +1,21 @@
-"""How processes find each other when a communicator is made.
+"""How the processes of a mesh agree on a communicator: in a tree, over a key-value store.
 
-Bytes travel over the key-value store of JAX's coordination service, which `jax.distributed` has
-started anyway; file descriptors travel between processes of one host over Unix sockets of the
-abstract namespace, which have no file and vanish with their process. No fixed ports, no pickles;
-every wait has a deadline and its error names who is missing.
+The store is that of JAX's coordination service, which `jax.distributed` has started anyway. Every process
+reads the summaries of at most eight others, merges them with its own, gives the result to one more, and
+passes on the verdict that comes back: the number and the size of a process's messages do not grow with the
+number of processes, the first process's neither. No fixed ports, no pickles; every wait has a deadline and
+its error names who is missing. Keys are deleted by the process that reads them, or by their owner at the end.
 """
 
+import contextlib
+import hashlib
 import json
-import os
-import secrets
-import socket
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import jax
 
@@ -24,154 +25,325 @@ from jax_deepep.errors import CommunicatorError, PeerTimeoutError
 # As good as forever, and no clock or timeout of the system overflows.
 LONGEST_WAIT_S = 1e9
 
+# Processes that one process reads from.
+ARITY = 8
+
+# Longer texts are cut before they are sent, and no more missing processes than this are named.
+MOST_CHARACTERS = 2000
+MOST_NAMES = 8
+
+# Findings that end the making of a communicator in all processes.
+DIFFERENCE = "difference"
+ABSENCE = "absence"
+
 # How many exchanges each set of processes has had: the same number in all of them, because making a
-# communicator is collective. Part of every key, so that no two exchanges meet.
+# communicator is collective.
 _num_exchanges: dict[tuple[int, ...], int] = {}
+_numbering = threading.Lock()
+
+
+@dataclass
+class Summary:
+    """What is told of a process, or of a process and all below it in the tree.
+
+    Attributes:
+        same: texts that must be equal in all processes that have one of that name.
+        findings: by kind, where it stands in the order of all findings of the kind, and its text. Of each
+            kind the first one counts.
+    """
+
+    same: dict[str, str] = field(default_factory=dict)
+    findings: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+
+    def add(self, kind: str, order: Iterable[int], text: str) -> None:
+        """Add a finding, unless there is an earlier one of its kind."""
+        new = (list(order), text[:MOST_CHARACTERS])
+        if kind not in self.findings or new[0] < self.findings[kind][0]:
+            self.findings[kind] = new
+
+    def encode(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Summary":
+        return cls(**json.loads(data))
 
 
 class Exchange:
     """One exchange between the processes of a mesh: a namespace, and a deadline for all of it.
 
+    A context manager; at its end this process deletes its keys. All processes go through the same phases, and
+    what one does in a phase never waits for what another does in the next one:
+
+        come_to    publish, read    report    verdict
+
+    Attributes:
+        processes: process indices that take part, ascending.
+        process: this one.
+        id: the same in all of them, in every run, and of no other exchange of one of them: see `between`.
+
     Args:
-        processes: process indices that take part, this one among them.
+        index: which of `processes` this one is.
+        client: the key-value store; not used where there is no other process.
         timeout_s: seconds that the whole exchange may last.
         name_of: describes a process in errors, by the ranks that it has.
     """
 
-    def __init__(self, processes: set[int], timeout_s: float, name_of: Callable[[int], str]) -> None:
-        self.processes = tuple(sorted(processes))
-        self.process = jax.process_index()
-        number = _num_exchanges.get(self.processes, 0)
-        _num_exchanges[self.processes] = number + 1
-        members = "-".join(map(str, self.processes))
-        self._namespace = f"jax_deepep/{members}/{number}"
+    def __init__(
+        self,
+        processes: tuple[int, ...],
+        index: int,
+        id: int,
+        client: Any,
+        timeout_s: float,
+        name_of: Callable[[int], str],
+    ) -> None:
+        self.processes = processes
+        self.process = processes[index]
+        self.id = id
+        self._client = client
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
         self._name_of = name_of
-        self._client = jax_compat.coordination_client()
+        self._namespace = f"jax_deepep/{id}"
+        self._index = index
+        self._children = self._children_of(self._index)
+        self._phase = 0
+        self._phase_name = ""
+        self._summary = Summary()
+        self._own_keys: set[str] = set()
+        self._keys_stay = False
 
-    def _seconds_left(self) -> float:
-        return max(self._deadline - time.monotonic(), 0.001)
+    @classmethod
+    def between(cls, processes: Iterable[int], timeout_s: float, name_of: Callable[[int], str]) -> "Exchange":
+        """Begin the next exchange between `processes`, this one among them.
 
-    def all_gather(self, name: str, message: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-        """Give `message`, of JSON values, to all processes; return everyone's, by process.
-
-        Raises:
-            PeerTimeoutError: some process did not give its own in time.
+        Its id, of 63 bits, counts the exchanges of the same processes, whatever others, or other threads, do
+        meanwhile. Where these are not all processes of the job, their digest comes before the number.
         """
-        key = f"{self._namespace}/{name}"
-        self._client.key_value_set_bytes(f"{key}/{self.process}", json.dumps(message).encode())
-        messages: dict[int, dict[str, Any]] = {}
-        for process in self.processes:
-            milliseconds = int(self._seconds_left() * 1000) + 1
-            try:
-                data = self._client.blocking_key_value_get_bytes(f"{key}/{process}", milliseconds)
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
-                continue
-            messages[process] = json.loads(data)
-        self._raise_if_missing(set(messages), f"the exchange of {name}")
-        return messages
+        members = tuple(sorted(processes))
+        with _numbering:
+            number = _num_exchanges.get(members, 0)
+            _num_exchanges[members] = number + 1
+        everyone = tuple(range(jax.process_count()))
+        digest = 0 if members == everyone else 1 + int(digest_of(members), 16) % (2**31 - 1)
+        client = jax_compat.coordination_client() if len(members) > 1 else None
+        index = members.index(jax.process_index())
+        return cls(members, index, digest << 32 | number, client, timeout_s, name_of)
 
-    def _raise_if_missing(self, found: set[int], what: str) -> None:
-        missing = [self._name_of(process) for process in self.processes if process not in found]
-        if missing:
-            raise PeerTimeoutError(
-                f"making a communicator on {self._name_of(self.process)} waited "
-                f"{self._timeout_s:g} s (timeout_s) in {what} for {', '.join(missing)}. Every "
-                "process of the mesh must make the same communicators in the same order."
-            )
+    # The tree: processes in ascending order, as in a heap.
 
-    def send_descriptors_to_all(self, descriptors: Sequence[int]) -> dict[int, list[int]]:
-        """Give open files to all other processes of this host; return theirs, by process.
+    def _children_of(self, index: int) -> range:
+        first = ARITY * index + 1
+        return range(first, min(first + ARITY, len(self.processes)))
 
-        All processes give at least one and at most 253 (the kernel's limit for one message). What is
-        returned is the caller's to close.
+    @staticmethod
+    def _parent_of(index: int) -> int:
+        return (index - 1) // ARITY
+
+    # What a phase consists of.
+
+    def agree(self, phase: str, summary: Summary) -> dict[str, str]:
+        """Merge the summaries of all processes; return the first finding of each kind.
 
         Raises:
+            CommunicatorError: texts differ that must be the same.
             PeerTimeoutError: some process did not come in time.
         """
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-            address = f"jax_deepep-{secrets.token_hex(16)}"
-            listener.bind(f"\0{address}")
-            listener.listen(len(self.processes))
-            mine = {"address": address, "count": len(descriptors)}
-            everyones = self.all_gather("descriptors", mine)
-            server = threading.Thread(
-                target=self._serve_descriptors, args=(listener, list(descriptors)), daemon=True
-            )
-            server.start()
-            received: dict[int, list[int]] = {}
-            try:
-                for process in self.processes:
-                    if process != self.process:
-                        received[process] = self._receive_descriptors(**everyones[process])
-                # Nobody may stop serving before everybody has been served.
-                self.all_gather("completion", {})
-            except BaseException:
-                _close(descriptor for peers in received.values() for descriptor in peers)
-                raise
-            server.join(self._seconds_left())
-        return received
+        self.come_to(phase)
+        self.report(summary)
+        return self.verdict()
 
-    def _serve_descriptors(self, listener: socket.socket, descriptors: list[int]) -> None:
-        served = 0
-        while served < len(self.processes) - 1:
-            listener.settimeout(self._seconds_left())
-            try:
-                connection, _ = listener.accept()
-            except OSError:  # the deadline, or the listener was closed: the main thread reports it
-                return
-            with connection:
-                if _is_same_user(connection):
-                    socket.send_fds(connection, [b"d"], descriptors)
-                    served += 1
+    def come_to(self, phase: str) -> None:
+        """Begin a phase."""
+        self._phase += 1
+        self._phase_name = phase
+        self._summary = Summary()
+        self._set_position(2 * self._phase)
 
-    def _receive_descriptors(self, address: str, count: int) -> list[int]:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(self._seconds_left())
-            connection.connect(f"\0{address}")
-            if not _is_same_user(connection):
-                raise CommunicatorError("a process of another user listens in place of a peer")
-            _, descriptors, _, _ = socket.recv_fds(connection, 1, count)
-        if len(descriptors) != count:
-            _close(descriptors)
-            raise CommunicatorError("a peer closed its connection instead of sending its memory")
-        return list(descriptors)
+    def publish(self, name: str, message: Any) -> None:
+        """Give a message of JSON values to whoever reads it before its next report."""
+        if self._client is not None:
+            key = self._published(name, self.process)
+            self._own_keys.add(key)
+            self._set(key, json.dumps(message).encode())
 
+    def read(self, name: str, processes: Iterable[int]) -> dict[int, Any]:
+        """Return what other processes have published or are about to publish, by process."""
+        messages: dict[int, Any] = {}
+        for process in processes:
+            data = self._wait_for(self._published(name, process))
+            if data is None:
+                self._give_up(self._missing_from([0]) or [self.processes.index(process)])
+            messages[process] = json.loads(data)
+        return messages
 
-def _close(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+    def read_all_others(self, name: str) -> list[Any]:
+        """Return what other processes, whichever they are, published under a name before a verdict."""
+        if self._client is None:
+            return []
+        own = self._published(name, self.process)
+        entries = self._client.key_value_dir_get_bytes(own.rpartition("/")[0])
+        return [json.loads(data) for key, data in entries if key != own]
 
+    def report(self, summary: Summary) -> None:
+        """Merge `summary` with those from below in the tree, and give the result to the process above."""
+        self._summary = summary
+        for child in self._children:
+            data = self._take(self._key("up", child))
+            if data is None:
+                self._give_up(self._missing_from(self._children) or [child])
+            self._merge(Summary.decode(data), self.processes[child])
+        if self._index > 0:
+            self._set(self._key("up", self._index), summary.encode())
+        self._set_position(2 * self._phase + 1)
 
-def _is_same_user(connection: socket.socket) -> bool:
-    """Return whether the process at the other end runs as this user: the address is no secret."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", credentials)
-    return user == os.getuid()
+    def verdict(self) -> dict[str, str]:
+        """Return the first finding of each kind of all processes, and pass them on below."""
+        if self._index > 0:
+            data = self._take(self._key("down", self._index))
+            if data is None:
+                self._give_up(self._missing_above())
+            self._summary = Summary.decode(data)
+        self._summary.same = {}
+        for child in self._children:
+            self._set(self._key("down", child), self._summary.encode())
+        self._raise_for_findings()
+        return {kind: text for kind, (_, text) in self._summary.findings.items()}
 
-
-def host_identity() -> str:
-    """Return what is equal for processes that can share memory and abstract Unix sockets."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"
-
-
-def check_same_arguments(arguments: Mapping[int, Mapping[str, str]], name_of: Callable[[int], str]) -> None:
-    """Raise if processes gave different arguments; `arguments` has each one's, as text, by process.
-
-    Raises:
-        CommunicatorError: naming the argument, the ranks and both values.
-    """
-    first, *others = arguments
-    for name, value in arguments[first].items():
-        for process in others:
-            if arguments[process][name] != value:
-                raise CommunicatorError(
-                    f"{name}: {name_of(first)} got {value}, but {name_of(process)} got "
-                    f"{arguments[process][name]}; every process takes the same value. "
-                    "Start all processes with the same arguments."
+    def _merge(self, below: Summary, process: int) -> None:
+        for kind, (order, text) in below.findings.items():
+            self._summary.add(kind, order, text)
+        for place, (name, value) in enumerate(self._summary.same.items()):
+            if below.same.get(name, value) != value:
+                self._summary.add(
+                    DIFFERENCE,
+                    [place, process],
+                    f"{name}: {self._name_of(self.process)} got {value}, but {self._name_of(process)} got "
+                    f"{below.same[name]}; every process takes the same value. Start all processes with the "
+                    "same arguments and the same build of jax_deepep.",
                 )
+
+    def _raise_for_findings(self) -> None:
+        # Some have yet to find out who is absent, and somebody may come late.
+        self._keys_stay = ABSENCE in self._summary.findings
+        for kind, error in ((DIFFERENCE, CommunicatorError), (ABSENCE, PeerTimeoutError)):
+            if kind in self._summary.findings:
+                raise error(self._summary.findings[kind][1])
+
+    # When somebody does not come.
+
+    def _give_up(self, missing: list[int]) -> NoReturn:
+        """Raise for processes that are missing, and tell those that come to this phase or the next one."""
+        names = [self._name_of(self.processes[index]) for index in missing[:MOST_NAMES]]
+        others = " and others" if len(missing) > MOST_NAMES else ""
+        self._summary.add(
+            ABSENCE,
+            [self._index],
+            f"making a communicator on {self._name_of(self.process)} waited {self._timeout_s:g} s "
+            f"(timeout_s) in the exchange of {self._phase_name} for {', '.join(names)}{others}. Every "
+            "process of the mesh must make the same communicators in the same order.",
+        )
+        self._summary.same = {}
+        for phase in (self._phase, self._phase + 1):
+            if self._index > 0:
+                self._set(self._key("up", self._index, phase), self._summary.encode())
+            for child in self._children:
+                self._set(self._key("down", child, phase), self._summary.encode())
+        self._raise_for_findings()
+        raise AssertionError("the absence is a finding")
+
+    def _missing_from(self, indices: Iterable[int]) -> list[int]:
+        """Look for processes that have not come to this phase, among some and all below those.
+
+        What is below a process that has reported has come: so little is looked at. Ends when there are more
+        than are named.
+        """
+        missing: list[int] = []
+        waiting = deque(indices)
+        while waiting and len(missing) <= MOST_NAMES:
+            index = waiting.popleft()
+            position = self._position_of(index)
+            if position < 2 * self._phase:
+                missing.append(index)
+            if position <= 2 * self._phase:
+                waiting.extend(self._children_of(index))
+        return missing
+
+    def _missing_above(self) -> list[int]:
+        """Return whom a process waits for that has reported and gets no verdict."""
+        top = self._index  # the highest process of those above that are still there, without a gap
+        while top > 0 and self._position_of(self._parent_of(top)) > 0:
+            top = self._parent_of(top)
+        # Whoever is through with the exchange has deleted its position, and the summaries that it read.
+        undecided = top == 0 or self._try_get(self._key("up", top)) is not None
+        names = self._missing_from([0]) if undecided else []
+        return names or [top if top < self._index else self._parent_of(self._index)]
+
+    def _set_position(self, position: int) -> None:
+        """Show where this process is: twice the number of the phase, and one more once it has reported."""
+        if self._client is not None:
+            key = self._position_key(self._index)
+            self._own_keys.add(key)
+            self._set(key, str(position).encode())
+
+    def _position_of(self, index: int) -> int:
+        return int(self._try_get(self._position_key(index)) or 0)
+
+    # Keys and the store.
+
+    def _key(self, direction: str, index: int, phase: int | None = None) -> str:
+        """Return the key by which a process tells the one above it, or is told by it."""
+        return f"{self._namespace}/{direction}/{self._phase if phase is None else phase}/{index}"
+
+    def _position_key(self, index: int) -> str:
+        return f"{self._namespace}/at/{index}"
+
+    def _published(self, name: str, process: int) -> str:
+        return f"{self._namespace}/of/{name}/{process}"
+
+    def _set(self, key: str, value: bytes) -> None:
+        self._client.key_value_set_bytes(key, value, allow_overwrite=True)
+
+    def _try_get(self, key: str) -> bytes | None:
+        with _nothing_if("NOT_FOUND"):
+            return self._client.key_value_try_get_bytes(key)
+        return None
+
+    def _wait_for(self, key: str) -> bytes | None:
+        """Return the value of a key, or None if it does not come in time."""
+        with _nothing_if("DEADLINE_EXCEEDED"):
+            return self._client.blocking_key_value_get_bytes(key, int(self.seconds_left() * 1000) + 1)
+        return None
+
+    def _take(self, key: str) -> bytes | None:
+        data = self._wait_for(key)
+        if data is not None:
+            self._client.key_value_delete(key)
+        return data
+
+    def seconds_left(self) -> float:
+        """Return how long this process may still wait, a moment at least."""
+        return max(self._deadline - time.monotonic(), 0.001)
+
+    def __enter__(self) -> "Exchange":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._own_keys and not self._keys_stay:
+            self._client.key_value_delete(self._own_keys.pop())
+
+
+@contextlib.contextmanager
+def _nothing_if(reason: str) -> Iterator[None]:
+    """Suppress the error of the store that there is nothing under a key."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if reason not in str(error):
+            raise
+
+
+def digest_of(value: Any) -> str:
+    """Return a short text that is equal between processes when `value`, of numbers and texts, is."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

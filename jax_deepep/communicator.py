@@ -11,17 +11,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import arguments, bootstrap, native_communicator, native_module
+from jax_deepep import arguments, bootstrap, build_identity, native_communicator, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
 from jax_deepep.launched_rank import launched_rank
-from jax_deepep.topology import Topology
+from jax_deepep.topology import Topology, host_identity
 
 Implementation = Literal["auto", "native", "xla"]
 Mode = Literal["auto", "throughput", "low_latency"]
 
-# A program names its communicator by the order of creation, which every process agrees on and
-# every run repeats; an id is never used again, so that an old program cannot meet a new one.
-_next_id = 0
+# Longer arguments are cut where processes compare them, and told apart by a digest.
+_MOST_CHARACTERS = 120
+
+
+def _cut(text: str) -> str:
+    """Return a text of a bounded length that differs between texts that differ."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[:_MOST_CHARACTERS]}… (digest {bootstrap.digest_of(text)})"
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ class Communicator:
         max_tokens: most tokens per device and op.
         hidden_size: H, elements of a row.
         implementation: "native" for our own kernels, "xla" for JAX collectives, which run on every
-            platform; "auto" takes the native one where the platform and topology have it. The
-            attribute holds what was chosen.
+            platform; "auto" takes the native one where the platform has it and every group lies inside one
+            host, however many hosts the mesh has. The attribute holds what was chosen.
         mode: "auto" or "throughput"; "low_latency" is not in this version. The attribute holds
             what was chosen.
         num_sms: CUDA: SMs that one op may occupy; None = chosen from the shape. At most the SMs of the GPU
@@ -71,6 +77,8 @@ class Communicator:
 
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        CommunicatorError: processes gave different arguments, or run different builds of this package.
+        PeerTimeoutError: a process of the mesh did not come within `timeout_s`.
     """
 
     mesh: Mesh
@@ -90,7 +98,6 @@ class Communicator:
     _native: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        global _next_id
         arguments.check_mesh(self.mesh)
         for name in arguments.SIZES:
             self._set(name, arguments.plain_int(getattr(self, name)))
@@ -109,47 +116,29 @@ class Communicator:
                 "computes for itself.",
                 stacklevel=3,
             )
-        exchange = None
-        new_id = _next_id
-        obstacles = {jax.process_index(): native_communicator.obstacle(self)}
-        host = bootstrap.host_identity()
-        hosts = {host}
-        if topology.processes != {jax.process_index()}:
+        with self._exchange_between_processes() as exchange:
             # Before an error in the arguments is raised here: one that only one process sees would
             # leave the others waiting for it.
-            exchange = self._exchange_between_processes()
-            mine = {
-                "arguments": self._arguments(),
-                "next_id": _next_id,
-                "obstacle": obstacles[jax.process_index()],
-                "host": host,
-            }
-            all_facts = exchange.all_gather("arguments", mine)
-            everyones = {process: facts["arguments"] for process, facts in all_facts.items()}
-            bootstrap.check_same_arguments(everyones, topology.describe_process)
-            new_id = max(facts["next_id"] for facts in all_facts.values())
-            obstacles = {process: facts["obstacle"] for process, facts in all_facts.items()}
-            hosts = {facts["host"] for facts in all_facts.values()}
-        if wrong_axes is not None:
-            raise wrong_axes
-        arguments.check_sizes(self, topology.num_ranks)
-        requested = self.implementation
-        implementation, why = arguments.chosen_implementation(requested, obstacles, hosts)
-        _next_id = new_id + 1
-        self._set("implementation", implementation)
-        self._set("mode", "throughput")
-        self._set("id", new_id)
-        self._set("_why", why)
-        self._set("_native", None)
-        if implementation == "native":
-            native, why_not = native_communicator.make(self, exchange)
-            if why_not:
-                implementation, why = arguments.without_native(requested, why_not)
-                self._set("implementation", implementation)
-                self._set("_why", why)
-                return
-            self._set("_native", native)
-            native_module.close_at_exit(self, native)
+            obstacle = self._agree_on_arguments(exchange)
+            if wrong_axes is not None:
+                raise wrong_axes
+            arguments.check_sizes(self, topology.num_ranks)
+            requested = self.implementation
+            implementation, why = arguments.chosen_implementation(requested, obstacle)
+            self._set("implementation", implementation)
+            self._set("mode", "throughput")
+            self._set("id", exchange.id)
+            self._set("_why", why)
+            self._set("_native", None)
+            if implementation == "native":
+                native, why_not = native_communicator.make(self, exchange)
+                if why_not:
+                    implementation, why = arguments.without_native(requested, why_not)
+                    self._set("implementation", implementation)
+                    self._set("_why", why)
+                    return
+                self._set("_native", native)
+                native_module.close_at_exit(self, native)
 
     def _exchange_between_processes(self) -> bootstrap.Exchange:
         timeout_s = self.timeout_s if arguments.is_timeout(self.timeout_s) else 600.0
@@ -159,14 +148,34 @@ class Communicator:
                 f"mesh: got one without a device of this process ({jax.process_index()}); only the "
                 "processes of a mesh make its communicators."
             )
-        return bootstrap.Exchange(topology.processes, timeout_s, topology.describe_process)
+        return bootstrap.Exchange.between(topology.processes, timeout_s, topology.describe_process)
+
+    def _agree_on_arguments(self, exchange: bootstrap.Exchange) -> str:
+        """Raise if processes differ; return what keeps one of them from native ops, or nothing."""
+        here, host = jax.process_index(), host_identity()
+        exchange.come_to("arguments")
+        exchange.publish("host", host)
+        hosts = exchange.read("host", set(self.topology.leaders_of(here).values()) - {here})
+        summary = bootstrap.Summary(self._arguments())
+        if text := native_communicator.obstacle(self):
+            summary.add("obstacle", [here], text)
+        if spanning := self.topology.group_between_hosts(here, hosts | {here: host}):
+            group, text = spanning
+            summary.add("group between hosts", [group, here], text)
+        exchange.report(summary)
+        findings = exchange.verdict()
+        return findings.get("obstacle") or findings.get("group between hosts", "")
 
     def _arguments(self) -> dict[str, str]:
         """Return the arguments as text that is equal between processes when they are."""
-        mesh = f"{dict(self.mesh.shape)} of devices {[d.id for d in self.mesh.devices.flat]}"
+        mesh = f"{dict(self.mesh.shape)} of devices {[device.id for device in self.mesh.devices.flat]}"
         names = ("axis_name", "num_experts", "num_experts_per_tok", "max_tokens", "hidden_size",
                  "implementation", "mode", "num_sms", "timeout_s")  # fmt: skip
-        return {"mesh": mesh, **{name: repr(getattr(self, name)) for name in names}}
+        values = {name: repr(getattr(self, name)) for name in names}
+        return {
+            **build_identity.of(self),
+            **{name: _cut(text) for name, text in {"mesh": mesh, **values}.items()},
+        }
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

@@ -6,15 +6,15 @@ cuda   every process lets its peers map its control blocks, and XLA's memory poo
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections import Counter
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_deepep import cpu_threads, native_module
-from jax_deepep.bootstrap import Exchange
-from jax_deepep.topology import Topology
+from jax_deepep import bootstrap, cpu_threads, descriptors, native_module
+from jax_deepep.bootstrap import Exchange, Summary
+from jax_deepep.topology import Topology, machine_identity
 
 # Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
 # them), and the PCI address of its GPU.
@@ -62,29 +62,45 @@ def _in_pool(device: jax.Device) -> tuple[int, int]:
     return device.local_hardware_id, array.unsafe_buffer_pointer()
 
 
-def make(comm: Any, exchange: Exchange | None) -> tuple[Any, str]:
+def make(comm: Any, exchange: Exchange) -> tuple[Any, str]:
     """Make the native half of `comm`; return it, or None and why some process could not.
 
     Args:
         comm: the communicator, complete but for this.
-        exchange: of all processes of the mesh, or None where there is one process.
+        exchange: between all processes of the mesh. Memory goes to those that share a group with this one.
     """
-    native, exports, why_not = None, [], ""
+    peers: set[int] = comm.topology.peers_of(jax.process_index())
+    native, exports, error = None, [], ""
     with contextlib.ExitStack() as open_here:
         try:
             native = _make_cpu(comm) if comm.platform == "cpu" else _make_cuda(comm)
-            exports = _exports_of(native, comm.platform)
-        except Exception as error:  # whatever it is, the other processes must learn of it
-            why_not = str(error)
-        if comm.platform == "cuda":
-            _close_at_end(open_here, exports)
-        if exchange is not None:
-            why_not = _first_error(exchange, "creation", why_not)
-            if not why_not and exports:  # a group spans processes, or the devices are GPUs
-                why_not = _attach(native, comm.platform, exports, exchange, open_here)
-        elif not why_not and comm.platform == "cuda":
-            why_not = _start(native, comm.platform, {jax.process_index(): exports})
-    return (None if why_not else native), why_not
+            exports = _exports_of(native, comm.platform, open_here)
+            _offer(exports, peers, exchange, open_here)
+            if comm.platform == "cuda":
+                _publish_ranks_per_gpu(exports, exchange)
+        except Exception as failure:  # whatever it is, the other processes must learn of it
+            error = _text_of(failure)
+        error = _first_error(exchange, "creation", error)
+        if not error:
+            offers = exchange.read("memory", sorted(peers))
+            try:
+                everyones = _receive(offers, comm.topology, exchange.seconds_left(), open_here)
+                _start(native, comm.platform, exports, everyones, exchange)
+            except Exception as failure:
+                error = _text_of(failure)
+            error = _first_error(exchange, "attachment", error)
+    return (None if error else native), error
+
+
+def _text_of(failure: Exception) -> str:
+    return str(failure) or type(failure).__name__
+
+
+def _first_error(exchange: Exchange, phase: str, error: str) -> str:
+    summary = Summary()
+    if error:
+        summary.add("error", [exchange.process], error)
+    return exchange.agree(phase, summary).get("error", "")
 
 
 def _make_cpu(comm: Any) -> Any:
@@ -102,15 +118,18 @@ def _make_cuda(comm: Any) -> Any:
 
 def _arguments(comm: Any) -> dict[str, Any]:
     topology: Topology = comm.topology
+    here = jax.process_index()
+    # Other groups than those of its peers do not concern a process, however many there are.
     places = [
         (_name_to_custom_calls(device), group, rank, device.process_index)
-        for (group, rank), device in np.ndenumerate(topology.groups)
+        for group in topology.groups_with({here, *topology.peers_of(here)})
+        for rank, device in enumerate(topology.groups[group])
     ]
     return {
         "id": comm.id,
         "fingerprint": comm.fingerprint,
         "places": places,
-        "process": jax.process_index(),
+        "process": here,
         "num_ranks": comm.size,
         "num_groups": len(topology.groups),
         "num_experts": comm.num_experts,
@@ -128,51 +147,72 @@ def _name_to_custom_calls(device: jax.Device) -> int:
     return device.local_hardware_id if device.process_index == jax.process_index() else -1
 
 
-def _exports_of(native: Any, platform: str) -> list[Export]:
-    """Return what peers need; the descriptors are the caller's on GPUs, and the communicator's on CPU."""
-    if platform == "cuda":
-        return native.exports()
-    return [(native.segment_descriptor, 0, "")] if native.segment_descriptor >= 0 else []
-
-
-def _close_at_end(stack: contextlib.ExitStack, exports: Iterable[Export]) -> None:
+def _exports_of(native: Any, platform: str, open_here: contextlib.ExitStack) -> list[Export]:
+    """Return what peers need; the descriptors are the communicator's on CPU."""
+    if platform == "cpu":
+        return [(native.segment_descriptor, 0, "")] if native.segment_descriptor >= 0 else []
+    exports: list[Export] = native.exports()
+    open_here.callback(descriptors.close_all, [descriptor for descriptor, *_ in exports])
     for descriptor, *_ in exports:
-        stack.callback(os.close, descriptor)
+        os.set_inheritable(descriptor, False)
+    return exports
 
 
-def _attach(
-    native: Any, platform: str, exports: list[Export], exchange: Exchange, open_here: contextlib.ExitStack
-) -> str:
-    """Exchange memory between processes; return the first error of any process."""
-    mine = {"bytes": [size for _, size, _ in exports], "places": [place for *_, place in exports]}
-    facts = exchange.all_gather("sizes", mine)
-    received = exchange.send_descriptors_to_all([descriptor for descriptor, *_ in exports])
-    everyones = {
-        process: list(zip(descriptors, facts[process]["bytes"], facts[process]["places"], strict=True))
-        for process, descriptors in received.items()
-    }
-    for peers_exports in everyones.values():
-        _close_at_end(open_here, peers_exports)
-    if platform == "cuda":  # its own devices go the same way
-        everyones[jax.process_index()] = exports
-    return _first_error(exchange, "attachment", _start(native, platform, everyones))
+def _offer(
+    exports: list[Export], peers: set[int], exchange: Exchange, open_here: contextlib.ExitStack
+) -> None:
+    """Let peers have the memory of this process until `open_here` ends."""
+    if peers:
+        server = descriptors.DescriptorServer([descriptor for descriptor, *_ in exports], len(peers))
+        open_here.enter_context(server)
+        exchange.publish("memory", {**server.offer, "facts": [facts for _, *facts in exports]})
 
 
-def _start(native: Any, platform: str, exports: dict[int, list[Export]]) -> str:
-    """Map the memory of processes; return an error, or nothing."""
-    try:
-        for process, memories in exports.items():
-            if platform == "cuda":
-                native.attach_peer(process, memories)
-            else:
-                [(descriptor, *_)] = memories
-                native.attach_peer(process, os.dup(descriptor))  # it takes a descriptor over
+def _receive(
+    offers: dict[int, Any], topology: Topology, timeout_s: float, open_here: contextlib.ExitStack
+) -> dict[int, list[Export]]:
+    """Return the memory of peers, open until `open_here` ends."""
+    everyones: dict[int, list[Export]] = {}
+    for process, offer in offers.items():
+        received = descriptors.receive(offer, topology.describe_process(process), timeout_s)
+        open_here.callback(descriptors.close_all, received)
+        everyones[process] = [
+            (descriptor, size, gpu) for descriptor, (size, gpu) in zip(received, offer["facts"], strict=True)
+        ]
+    return everyones
+
+
+def _start(
+    native: Any, platform: str, exports: list[Export], everyones: dict[int, list[Export]], exchange: Exchange
+) -> None:
+    """Map the memory of peers, and on GPUs, where its own goes the same way, of this process."""
+    if platform == "cpu":
+        for process, [(descriptor, *_)] in everyones.items():
+            native.attach_peer(process, os.dup(descriptor))  # it takes a descriptor over
         native.start()
-    except Exception as error:  # whatever it is, the other processes must learn of it
-        return str(error)
-    return ""
+        return
+    for process, memories in {**everyones, exchange.process: exports}.items():
+        native.attach_peer(process, memories)
+    native.start(_ranks_per_gpu(exports, exchange))
 
 
-def _first_error(exchange: Exchange, name: str, error: str) -> str:
-    errors = exchange.all_gather(name, {"error": error})
-    return next((facts["error"] for facts in errors.values() if facts["error"]), "")
+def _gpus(exports: list[Export]) -> list[str]:
+    """Return the PCI address of each device of this process, which exports two memories."""
+    return [gpu for *_, gpu in exports[::2]]
+
+
+def _name_of_gpu(gpu: str) -> str:
+    """Return the name of a GPU among those of all machines, which have the same addresses."""
+    return f"gpus/{bootstrap.digest_of((machine_identity(), gpu))}"
+
+
+def _publish_ranks_per_gpu(exports: list[Export], exchange: Exchange) -> None:
+    for gpu, count in Counter(_gpus(exports)).items():
+        exchange.publish(_name_of_gpu(gpu), count)
+
+
+def _ranks_per_gpu(exports: list[Export], exchange: Exchange) -> list[int]:
+    """Return how many ranks of the whole mesh are on the GPU of each device of this process."""
+    gpus = _gpus(exports)
+    own = Counter(gpus)
+    return [own[gpu] + sum(exchange.read_all_others(_name_of_gpu(gpu))) for gpu in gpus]

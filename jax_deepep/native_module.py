@@ -27,8 +27,17 @@ _PLATFORMS = {
 }
 
 
-@functools.cache
+# Two threads may make the first communicators, and custom calls are registered once.
+_finding = threading.Lock()
+
+
 def _find(platform: str) -> tuple[ModuleType | None, str]:
+    with _finding:
+        return _find_once(platform)
+
+
+@functools.cache
+def _find_once(platform: str) -> tuple[ModuleType | None, str]:
     """Import and register the native module of a platform; return it, or why there is none."""
     if os.environ.get("JAX_DEEPEP_NATIVE") == "0":
         return None, "JAX_DEEPEP_NATIVE=0 switches native ops off"

@@ -100,13 +100,9 @@ def test_a_wrong_argument_leaves_nothing_behind() -> None:
     assert dispatched.num_rows.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
 
 
-def test_between_hosts_auto_is_xla_and_native_is_refused() -> None:
-    hosts = {"one", "another"}
-    implementation, why = chosen_implementation("auto", {0: "", 1: ""}, hosts)
-    assert (implementation, why.split(" (")[0]) == (
-        "xla", "auto: the processes of the mesh cannot share memory"
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r'implementation: got "native", but the processes .*; takes "xla"'):
-        chosen_implementation("native", {0: "", 1: ""}, hosts)
-    assert chosen_implementation("auto", {0: "", 1: ""}, {"one"})[0] == "native"
-    assert chosen_implementation("auto", {0: "", 1: "no GPU"}, {"one"}) == ("xla", "auto: no GPU")
+def test_with_an_obstacle_auto_is_xla_and_native_is_refused() -> None:
+    assert chosen_implementation("auto", "group 3 spans hosts") == ("xla", "auto: group 3 spans hosts")
+    with pytest.raises(ValueError, match=r'implementation: got "native", but group 3 .*; takes "xla"'):
+        chosen_implementation("native", "group 3 spans hosts")
+    assert chosen_implementation("auto", "") == ("native", "auto: available here")
+    assert chosen_implementation("xla", "group 3 spans hosts") == ("xla", "as asked")

@@ -10,6 +10,7 @@ from meshes import mesh_named
 
 import jax_deepep as ep
 from jax_deepep import native_communicator, native_module
+from jax_deepep.bootstrap import Summary
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
 
@@ -80,31 +81,55 @@ def test_xla_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Exchange:
-    """One that fails at the step of a name; the other process, number 1, gives a descriptor."""
+    """One that fails in the phase of a name. The other process, number 1, offers what this one does."""
 
-    def __init__(self, fails_at: str) -> None:
+    process = 0
+
+    def __init__(self, fails_at: str = "") -> None:
         self.fails_at = fails_at
-        self.given: list[int] = []
+        self.published: dict[str, Any] = {}
+        self.of_others: dict[str, list] = {}
 
-    def all_gather(self, name: str, message: dict) -> dict[int, dict]:
-        if name == self.fails_at:
-            raise ep.PeerTimeoutError(name)
-        return {0: message, 1: message}
+    def publish(self, name: str, message: Any) -> None:
+        self.published[name] = message
 
-    def send_descriptors_to_all(self, descriptors: list[int]) -> dict[int, list[int]]:
-        self.given = [os.open(os.devnull, os.O_RDONLY) for _ in descriptors]
-        return {1: self.given}
+    def read(self, name: str, processes: list[int]) -> dict[int, Any]:
+        return dict.fromkeys(processes, self.published[name])
+
+    def read_all_others(self, name: str) -> list:
+        return self.of_others.get(name, [])
+
+    def agree(self, phase: str, summary: Summary) -> dict[str, str]:
+        if phase == self.fails_at:
+            raise ep.PeerTimeoutError(phase)
+        return {kind: text for kind, (_, text) in summary.findings.items()}
+
+    def seconds_left(self) -> float:
+        return 60.0
 
 
 class NativeOnGpu:
+    """Two devices of this process, a memory each of which is a file here."""
+
     def __init__(self) -> None:
-        self.descriptor = os.open(os.devnull, os.O_RDONLY)
+        self.descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+        for descriptor in self.descriptors:
+            os.set_inheritable(descriptor, True)
+        self.attached: dict[int, list] = {}
+        self.fails = True
+        self.ranks_per_gpu: list[int] = []
 
     def exports(self) -> list[tuple[int, int, str]]:
-        return [(self.descriptor, 512, "0000:01:00.0")]
+        return [(descriptor, 512, f"0{at // 2}") for at, descriptor in enumerate(self.descriptors)]
 
     def attach_peer(self, process: int, exports: list) -> None:
-        raise RuntimeError(f"process {process} cannot be mapped")
+        self.attached[process] = [descriptor for descriptor, *_ in exports]
+        assert not any(os.get_inheritable(descriptor) for descriptor in self.attached[process])
+        if self.fails:
+            raise RuntimeError(f"process {process} cannot be mapped")
+
+    def start(self, ranks_per_gpu: list[int]) -> None:
+        self.ranks_per_gpu = ranks_per_gpu
 
 
 def is_open(descriptor: int) -> bool:
@@ -115,17 +140,46 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("fails_at", ["creation", "sizes", "attachment", "nothing"])
-def test_no_descriptor_is_left_open(monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
-    native, exchange = NativeOnGpu(), Exchange(fails_at)
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> NativeOnGpu:
+    native = NativeOnGpu()
     monkeypatch.setattr(native_communicator, "_make_cuda", lambda comm: native)
-    comm = SimpleNamespace(platform="cuda")
+    return native
+
+
+def on_gpus() -> Any:
+    topology = SimpleNamespace(peers_of=lambda process: {1}, describe_process=lambda process: "rank 1")
+    return SimpleNamespace(platform="cuda", topology=topology)
+
+
+@pytest.mark.parametrize("fails_at", ["creation", "attachment", "nothing"])
+def test_no_descriptor_is_left_open(native: NativeOnGpu, fails_at: str) -> None:
+    """None, and none that a child process would have inherited meanwhile."""
     if fails_at == "nothing":
-        assert native_communicator.make(comm, exchange) == (None, "process 1 cannot be mapped")
+        assert native_communicator.make(on_gpus(), Exchange()) == (None, "process 1 cannot be mapped")
     else:
         with pytest.raises(ep.PeerTimeoutError, match=fails_at):
-            native_communicator.make(comm, exchange)
-    assert not [descriptor for descriptor in [native.descriptor, *exchange.given] if is_open(descriptor)]
+            native_communicator.make(on_gpus(), Exchange(fails_at))
+    everything = native.descriptors + native.attached.get(1, [])
+    assert len(everything) == (4 if fails_at == "creation" else 8)
+    assert not [descriptor for descriptor in everything if is_open(descriptor)]
+
+
+def test_ranks_on_a_gpu_are_counted_by_host_and_address(
+    native: NativeOnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the whole mesh on this host, in whatever group; elsewhere the same address is another GPU."""
+    native.fails = False
+    names = [native_communicator._name_of_gpu(gpu) for gpu in ("00", "01")]
+    monkeypatch.setenv("JAX_DEEPEP_HOST_ID", "another host")
+    elsewhere = [native_communicator._name_of_gpu(gpu) for gpu in ("00", "01")]
+    monkeypatch.delenv("JAX_DEEPEP_HOST_ID")
+    exchange = Exchange()
+    exchange.of_others = {names[1]: [1, 2], elsewhere[0]: [5]}
+    assert native_communicator.make(on_gpus(), exchange) == (native, "")
+    assert native.ranks_per_gpu == [1, 4]
+    assert [exchange.published[name] for name in names] == [1, 1]
+    assert set(native.attached) == {0, 1}
 
 
 class BrokenNative:

@@ -10,6 +10,7 @@
 #include "cpu/communicator.h"
 #include "handlers/call_site.h"
 #include "handlers/registry.h"
+#include "source_digest.h"
 
 namespace jax_deepep {
 namespace {
@@ -17,6 +18,7 @@ namespace {
 NB_MODULE(_cpu, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
+  module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
   module.def("begin_program", &BeginProgram);

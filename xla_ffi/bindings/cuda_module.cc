@@ -19,6 +19,7 @@
 #include "handlers/call_site.h"
 #include "handlers/floor_handler.h"
 #include "handlers/registry.h"
+#include "source_digest.h"
 
 namespace jax_deepep {
 namespace {
@@ -111,6 +112,7 @@ nb::dict TargetsAndFloors() {
 NB_MODULE(_cuda, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
+  module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
   module.def("state_types", &StateTypes);
   module.def("targets", &TargetsAndFloors);
   module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
@@ -122,7 +124,7 @@ NB_MODULE(_cuda, module) {
            nb::arg("devices"), nb::arg("num_sms"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
-      .def("start", &CudaCommunicator::Start, WithoutGil())
+      .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())
       .def("load_floors", &LoadFloors, WithoutGil())
       .def_prop_ro("most_blocks", &CudaCommunicator::most_blocks)
       .def_prop_ro("last_ops", &LastOps, WithoutGil())

@@ -53,7 +53,7 @@ inline nb::dict Targets() {
 // As good as forever, and clocks that count nanoseconds in 64 bits do not overflow.
 inline constexpr double kLongestWaitSeconds = 1e9;
 
-// Device, group, rank and process of every device of the mesh.
+// Device, group, rank and process of devices of the mesh.
 using PlaceTuples = std::vector<std::tuple<int64_t, int, int, int>>;
 
 inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint, const PlaceTuples& places,

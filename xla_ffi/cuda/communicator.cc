@@ -109,7 +109,6 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
     if (place.process != process) continue;
     const ExportedMemory& control = memories.at(next++);
     const ExportedMemory& pool = memories.at(next++);
-    ++ranks_on_gpu_[pool.gpu];
     std::vector<int> readers;  // devices here that share a group with it
     for (const auto& rank : ranks_) {
       if (rank->place.group == place.group) readers.push_back(rank->ordinal);
@@ -128,7 +127,8 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
   }
 }
 
-void CudaCommunicator::Start() {
+void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
+  size_t next_device = 0;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     OpFrame& frame = rank->frame;
@@ -144,7 +144,7 @@ void CudaCommunicator::Start() {
       frame.pool[peer] = memory.pool.data();
     }
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
-                                   ranks_on_gpu_[PciAddressOf(rank->facts.pool)]);
+                                   ranks_per_gpu.at(next_device++));
     // This rank's own memory where it stands, not where it was mapped again.
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;

@@ -57,7 +57,8 @@ struct PeerArray {
 class CudaCommunicator {
  public:
   // `devices` are those of this process, in the order of config.places. AttachPeer for every
-  // process of the mesh, this one included, and Start must follow. Throws std::runtime_error.
+  // process that shares a group with this one, itself included, and Start must follow. Throws
+  // std::runtime_error.
   CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices, int num_sms);
   ~CudaCommunicator();
 
@@ -68,8 +69,9 @@ class CudaCommunicator {
   // Map a process's memory, given as it exported it. Throws std::runtime_error.
   void AttachPeer(int process, const std::vector<ExportedMemory>& memories);
 
-  // Complete what kernels need and load them. Throws std::runtime_error.
-  void Start();
+  // Complete what kernels need and load them. `ranks_per_gpu` has, for each device of this process
+  // in order, how many ranks of the whole mesh are on it. Throws std::runtime_error.
+  void Start(const std::vector<int>& ranks_per_gpu);
 
   const CommunicatorConfig& config() const { return config_; }
   const GroupShape& shape() const { return config_.shape; }
@@ -174,7 +176,6 @@ class CudaCommunicator {
 
   const CommunicatorConfig config_;
   const int requested_sms_;
-  std::map<std::string, int> ranks_on_gpu_;  // by its PCI address
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank
   std::shared_mutex launch_mutex_;                              // shared by who enqueues an op

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 
@@ -22,12 +23,18 @@ struct Registry {
 };
 
 // Make a communicator known by its id, for as long as someone holds it. An id is used once in the
-// life of a process, so that an old program cannot meet a new communicator.
+// life of a process, so that an old program cannot meet a new communicator. Throws
+// std::runtime_error if it was used before.
 template <typename Communicator>
 void Register(const std::shared_ptr<Communicator>& comm) {
   auto& registry = Registry<Communicator>::Get();
   std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.by_id[comm->config().id] = comm;
+  const int64_t id = comm->config().id;
+  if (!registry.by_id.emplace(id, comm).second) {
+    throw std::runtime_error("communicator #" + std::to_string(id) +
+                             " was made in this process before; make a communicator by its "
+                             "constructor, which numbers it");
+  }
 }
 
 // The communicator that a program names, or null with the reason in `why_not`.

@@ -25,7 +25,7 @@ struct CommunicatorConfig {
   int32_t num_groups = 0;
   int32_t process = 0;  // this one
   double timeout_s = 0;
-  std::vector<Place> places;
+  std::vector<Place> places;  // of the groups of this process, and of those of its peers
 };
 
 // What crossed a communicator, per (group, rank, peer), flattened in this order; zero for ranks of

@@ -14,7 +14,7 @@ from jax_deepep.bench.gpu.ops_under_test import TIMEOUT_S, Contender
 from jax_deepep.bench.gpu.routed_inputs import DTYPE, per_device, put_on_ranks
 from jax_deepep.bench.problems import AXIS
 from jax_deepep.bench.timing import Spread, turns
-from jax_deepep.bootstrap import Exchange
+from jax_deepep.bootstrap import Exchange, Summary
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import native
 from jax_deepep.ops.handle import RouteShape
@@ -25,8 +25,16 @@ _START_HIDDEN = 8
 
 def exchange_with_all(name: str, message: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Give `message` to all processes and return everyone's, without a program on any device."""
-    processes = set(range(jax.process_count()))
-    return Exchange(processes, TIMEOUT_S, lambda process: f"process {process}").all_gather(name, message)
+    processes = range(jax.process_count())
+    with Exchange.between(processes, TIMEOUT_S, lambda process: f"process {process}") as exchange:
+        if len(exchange.processes) == 1:
+            return {exchange.process: dict(message)}
+        exchange.come_to(name)
+        exchange.publish(name, message)
+        everyones = exchange.read(name, processes)
+        exchange.report(Summary())
+        exchange.verdict()  # everybody has read
+    return everyones
 
 
 class Rounds:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
 
 import jax_deepep as ep
+from jax_deepep import build_identity
 
 DIFFERENT = int(ARGUMENTS[0]) == RANK
 OTHERS = {
@@ -61,6 +62,14 @@ for kind, arguments in (("", OTHERS), ("wrong ", WRONG)):
     for name, value in arguments.items():
         meet(f"before {kind}{name}")
         report(f"{kind}{name}", error=error_of(lambda n=name, v=value: make(**({n: v} if DIFFERENT else {}))))
+
+meet("before another build")
+for name in ("_python_sources", "_native_sources"):
+    function = getattr(build_identity, name)
+    if DIFFERENT:
+        setattr(build_identity, name, lambda *_: "f00d")
+    report(name, error=error_of(make))
+    setattr(build_identity, name, function)
 
 meet("before all are wrong")
 errors = [error_of(lambda n=name, v=value: make(**{n: v})) for name, value in WRONG.items()]
