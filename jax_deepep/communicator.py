@@ -71,8 +71,8 @@ class Communicator:
             host, however many hosts the mesh has. The attribute holds what was chosen.
         mode: "auto" or "throughput"; "low_latency" is not in this version. The attribute holds
             what was chosen.
-        num_sms: CUDA: SMs that one op may occupy; None = chosen from the shape. At most the SMs of the GPU
-            less two, divided by the ranks that share it: all of them must run at once.
+        num_sms: CUDA: SMs that one op occupies; None = as many as its bytes want, chosen for each op. At most
+            the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
 
     Raises:
@@ -232,9 +232,8 @@ class Communicator:
         if self.implementation == "xla":
             transport = "JAX collectives over the mesh axes"
         elif self.platform == "cuda":
-            transport = (
-                f"peers' arrays are read in place, over NVLink or in one GPU; up to {self._native.most_blocks} SMs"
-            )
+            sms = f"{'up to ' if self.num_sms is None else ''}{self._native.most_blocks} SMs per op"
+            transport = f"peers' arrays are read in place, over NVLink or in one GPU; {sms}"
         elif self._native.segment_descriptor < 0:  # no group is spread over several processes
             transport = "process memory: peers' arrays are read in place"
         else:

@@ -17,8 +17,8 @@ from jax_deepep.bootstrap import Exchange, Summary
 from jax_deepep.topology import Topology, machine_identity
 
 # Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
-# them), and the PCI address of its GPU.
-Export = tuple[int, int, str]
+# them), the PCI address of its GPU, and a number that no other allocation of any process has.
+Export = tuple[int, int, str, int]
 
 
 def obstacle(comm: Any) -> str:
@@ -150,7 +150,7 @@ def _name_to_custom_calls(device: jax.Device) -> int:
 def _exports_of(native: Any, platform: str, open_here: contextlib.ExitStack) -> list[Export]:
     """Return what peers need; the descriptors are the communicator's on CPU."""
     if platform == "cpu":
-        return [(native.segment_descriptor, 0, "")] if native.segment_descriptor >= 0 else []
+        return [(native.segment_descriptor, 0, "", 0)] if native.segment_descriptor >= 0 else []
     exports: list[Export] = native.exports()
     open_here.callback(descriptors.close_all, [descriptor for descriptor, *_ in exports])
     for descriptor, *_ in exports:
@@ -177,7 +177,7 @@ def _receive(
         received = descriptors.receive(offer, topology.describe_process(process), timeout_s)
         open_here.callback(descriptors.close_all, received)
         everyones[process] = [
-            (descriptor, size, gpu) for descriptor, (size, gpu) in zip(received, offer["facts"], strict=True)
+            (descriptor, *facts) for descriptor, facts in zip(received, offer["facts"], strict=True)
         ]
     return everyones
 
@@ -198,7 +198,7 @@ def _start(
 
 def _gpus(exports: list[Export]) -> list[str]:
     """Return the PCI address of each device of this process, which exports two memories."""
-    return [gpu for *_, gpu in exports[::2]]
+    return [gpu for _, _, gpu, _ in exports[::2]]
 
 
 def _name_of_gpu(gpu: str) -> str:

@@ -24,8 +24,8 @@
 namespace jax_deepep {
 namespace {
 
-// A descriptor, the bytes of memory that it stands for, and the PCI address of its GPU.
-using ExportTuple = std::tuple<int, size_t, std::string>;
+// The fields of ExportedMemory.
+using ExportTuple = std::tuple<int, size_t, std::string, uint64_t>;
 
 // An ordinal, and an address in XLA's pool.
 using DeviceTuple = std::pair<int, uintptr_t>;
@@ -77,14 +77,16 @@ std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
 std::vector<ExportTuple> Exports(const CudaCommunicator& comm) {
   std::vector<ExportTuple> exports;
   for (const ExportedMemory& memory : comm.Exports()) {
-    exports.emplace_back(memory.descriptor, memory.bytes, memory.gpu);
+    exports.emplace_back(memory.descriptor, memory.bytes, memory.gpu, memory.id);
   }
   return exports;
 }
 
 void AttachPeer(CudaCommunicator& comm, int process, const std::vector<ExportTuple>& exports) {
   std::vector<ExportedMemory> memories;
-  for (const auto& [descriptor, bytes, gpu] : exports) memories.push_back({descriptor, bytes, gpu});
+  for (const auto& [descriptor, bytes, gpu, id] : exports) {
+    memories.push_back({descriptor, bytes, gpu, id});
+  }
   comm.AttachPeer(process, memories);
 }
 

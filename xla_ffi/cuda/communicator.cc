@@ -117,7 +117,7 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
     OnDevice current(readers.front());
     auto peer = std::make_unique<Peer>();
     std::string error = peer->control.Import(control, readers, /*writable=*/true);
-    if (error.empty()) error = peer->pool.Import(pool, readers, /*writable=*/false);
+    if (error.empty()) peer->pool = ImportShared(pool, readers, &error);
     if (!error.empty()) {
       throw std::runtime_error("the memory of rank " + std::to_string(place.rank) + " (process " +
                                std::to_string(process) + ") cannot be mapped here: " + error +
@@ -141,7 +141,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
       const Peer& memory = *peers_.at({rank->place.group, peer});
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
-      frame.pool[peer] = memory.pool.data();
+      frame.pool[peer] = memory.pool->data();
     }
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
@@ -229,7 +229,7 @@ void CudaCommunicator::Close() {
   // before may still read, and is waited for.
   if (!MarkClosed() || !WaitForOps().empty() || ranks_.empty()) return;
   OnDevice current(ranks_.front()->ordinal);
-  for (const auto& [place, peer] : peers_) peer->pool.Unmap();
+  for (const auto& [place, peer] : peers_) peer->pool.reset();
 }
 
 void CudaCommunicator::Abandon() {

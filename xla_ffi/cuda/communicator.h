@@ -153,7 +153,7 @@ class CudaCommunicator {
   // What another rank of a local group exported, or a rank of this process.
   struct Peer {
     DeviceMemory control;
-    DeviceMemory pool;
+    std::shared_ptr<DeviceMemory> pool;  // of all communicators that map it
   };
 
   template <typename Params>

@@ -47,6 +47,7 @@ Driver::Driver() {
         DriverFunction("cuCtxPopCurrent", &pop_context),
         DriverFunction("cuDevicePrimaryCtxRetain", &retain_primary_context),
         DriverFunction("cuMemGetAddressRange", &get_address_range),
+        DriverFunction("cuPointerGetAttribute", &get_pointer_attribute),
         DriverFunction("cuMemRetainAllocationHandle", &retain_handle),
         DriverFunction("cuMemExportToShareableHandle", &export_handle),
         DriverFunction("cuMemImportFromShareableHandle", &import_handle),

@@ -15,6 +15,7 @@ struct Driver {
   decltype(&cuCtxPopCurrent) pop_context = nullptr;
   decltype(&cuDevicePrimaryCtxRetain) retain_primary_context = nullptr;
   decltype(&cuMemGetAddressRange) get_address_range = nullptr;
+  decltype(&cuPointerGetAttribute) get_pointer_attribute = nullptr;
   decltype(&cuMemRetainAllocationHandle) retain_handle = nullptr;
   decltype(&cuMemExportToShareableHandle) export_handle = nullptr;
   decltype(&cuMemImportFromShareableHandle) import_handle = nullptr;

@@ -3,6 +3,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
+#include <random>
+#include <tuple>
 
 #include "transport/cuda_driver.h"
 
@@ -18,7 +22,37 @@ CUmemAllocationProp ExportableOn(int device) {
   return properties;
 }
 
+// The driver numbers the allocations of a process; a random number tells processes apart, also one
+// that was started again in the place of another.
+uint64_t IdOfAllocation(const void* data) {
+  static const uint64_t process = [] {
+    std::random_device random;
+    return uint64_t{random()} << 32 | random();
+  }();
+  unsigned long long number = 0;
+  const CUresult result = TheDriver().get_pointer_attribute(&number, CU_POINTER_ATTRIBUTE_BUFFER_ID,
+                                                            reinterpret_cast<CUdeviceptr>(data));
+  return result == CUDA_SUCCESS && number != 0 ? process + number : 0;
+}
+
 }  // namespace
+
+std::shared_ptr<DeviceMemory> ImportShared(const ExportedMemory& memory,
+                                           const std::vector<int>& devices, std::string* error) {
+  using Key = std::tuple<uint64_t, std::string, std::vector<int>>;
+  static std::mutex mutex;
+  static auto* const mapped = new std::map<Key, std::weak_ptr<DeviceMemory>>;  // outlives threads
+  std::lock_guard<std::mutex> lock(mutex);
+  const Key key{memory.id, memory.gpu, devices};
+  if (const auto found = mapped->find(key); memory.id != 0 && found != mapped->end()) {
+    if (auto shared = found->second.lock()) return shared;
+  }
+  auto shared = std::make_shared<DeviceMemory>();
+  *error = shared->Import(memory, devices, /*writable=*/false);
+  if (!error->empty()) return nullptr;
+  (*mapped)[key] = shared;
+  return shared;
+}
 
 std::string PciAddressOf(const void* pointer) {
   cudaPointerAttributes attributes;
@@ -124,6 +158,7 @@ std::string DeviceMemory::Export(ExportedMemory* memory) const {
   driver.release(handle);
   memory->bytes = bytes_;
   memory->gpu = PciAddressOf(data_);
+  memory->id = IdOfAllocation(data_);
   return result == CUDA_SUCCESS ? "" : driver.Failed("cuMemExportToShareableHandle", result);
 }
 

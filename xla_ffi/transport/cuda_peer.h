@@ -7,6 +7,8 @@
 #define JAX_DEEPEP_TRANSPORT_CUDA_PEER_H_
 
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,7 @@ struct ExportedMemory {
   int descriptor = -1;
   size_t bytes = 0;
   std::string gpu;  // the PCI address of its device; empty if unknown
+  uint64_t id = 0;  // of the allocation, among those of all processes that ever were; 0 if unknown
 };
 
 // A range of device memory of this process's address space.
@@ -52,6 +55,11 @@ class DeviceMemory {
   size_t bytes_ = 0;
   bool mapped_ = false;
 };
+
+// Map memory that a process has exported, for reading, once for all in this process who ask for it
+// with the same devices. Returns null and an error, or what keeps the mapping.
+std::shared_ptr<DeviceMemory> ImportShared(const ExportedMemory& memory,
+                                           const std::vector<int>& devices, std::string* error);
 
 // The PCI address of the GPU that an address is on, or nothing.
 std::string PciAddressOf(const void* pointer);

@@ -96,7 +96,7 @@ class Rounds:
     def device_seconds(
         self, contenders: Mapping[str, Contender], comm: Communicator, repeats: int
     ) -> tuple[dict[str, Spread], dict[str, int]]:
-        """Return the time of ops of `comm` on the device, that of the slowest rank in each round; and their SMs."""
+        """Return how long ops of `comm` take on the device, the slowest rank in each round; and their SMs."""
         programs = {name: self.started_together(contender) for name, contender in contenders.items()}
 
         def seconds_of(program: Callable[[], Any]) -> float:
