@@ -3,6 +3,7 @@
 #define JAX_DEEPEP_INTERFACE_ERROR_TEXT_H_
 
 #include <cstdint>
+#include <cstdio>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -45,8 +46,7 @@ inline constexpr char kFindMissing[] =
     "if it was only slow.";
 inline constexpr char kRunSameProgram[] =
     "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
-    "a "
-    "longer timeout_s does not help.";
+    "a longer timeout_s does not help.";
 inline constexpr char kWaitBetween[] =
     "Make a new Communicator, and wait for results (jax.block_until_ready) before launching more.";
 inline constexpr char kCloseLater[] =
@@ -62,6 +62,14 @@ inline std::string DescribeBroken(const std::string& failure, const Communicator
   text << "). The communicator is broken: its ops return NaN and zero counts from now on. "
        << advice;
   return text.str();
+}
+
+// Print what broke a communicator, once per communicator and process: its program may sit in
+// another collective, and never come to where it would ask for the error.
+inline void TellOnStderr(const std::string& text) {
+  const std::string line = "jax_deepep: " + text + "\n";
+  std::fwrite(line.data(), 1, line.size(), stderr);  // in one call, so that lines do not mix
+  std::fflush(stderr);
 }
 
 inline std::string DescribeInvalidRouting(const CommunicatorConfig& config, int group, int rank,

@@ -138,6 +138,16 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
   return text.str();
 }
 
+// The failure of a rank whose op a peer met with another one; to be completed by DescribeBroken
+// with kRunSameProgram. `difference` is of DescribeDifference.
+inline std::string DescribeDifferentOps(const OpSignature& mine, int my_rank, int64_t step,
+                                        int their_rank, const std::string& difference) {
+  std::ostringstream text;
+  text << NameOf(mine.verb) << " on rank " << my_rank << " at step " << step
+       << " met a different op of rank " << their_rank << ": " << difference;
+  return text.str();
+}
+
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
