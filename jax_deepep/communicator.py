@@ -226,7 +226,7 @@ class Communicator:
             transport = (
                 f"peers' arrays are read in place, over NVLink or in one GPU; {self._native.num_blocks} SMs"
             )
-        elif self._native.segment_descriptor < 0:  # no group is spread over several processes
+        elif not self._native.shares_memory:  # no group is spread over several processes
             transport = "process memory: peers' arrays are read in place"
         else:
             transport = "shared memory between the processes of this host"
