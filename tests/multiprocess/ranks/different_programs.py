@@ -1,7 +1,7 @@
-"""Processes that run different programs, one after the other, each on a communicator of its own.
+"""Programs that differ between processes, or seem to, one after the other, each on a communicator of its own.
 
-Arguments: the rank that differs. Every process has one device and is one rank. No wait may last: timeout_s is
-beyond what the test waits for.
+Arguments: the rank that differs, and the cases. Every process has one device and is one rank. No wait may last:
+timeout_s is beyond what the test waits for.
 """
 
 import threading
@@ -16,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
 
 import jax_deepep as ep
+from jax_deepep import native_module
 
 DIFFERENT = int(ARGUMENTS[0]) == RANK
+CASES = ARGUMENTS[1].split(",")
 MAX_TOKENS, HIDDEN = 16, 16
 
 
@@ -34,9 +36,7 @@ def compiled(comm: ep.Communicator, body: Callable, num_tokens: int = 8) -> Call
     sharding = jax.NamedSharding(comm.mesh, P("expert"))
     shape = (NUM_PROCESSES * num_tokens, HIDDEN)
     x = jax.make_array_from_callback(shape, sharding, lambda _: np.ones((num_tokens, HIDDEN), np.float32))
-    mapped = jax.shard_map(
-        body, mesh=comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
-    )
+    mapped = jax.shard_map(body, mesh=comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
     program = jax.jit(mapped).lower(x).compile()
     return lambda: program(x)
 
@@ -57,7 +57,7 @@ def two_layers(comm: ep.Communicator, x: jax.Array, *alignments: int) -> jax.Arr
 
 
 # What all run, and what the one that differs runs in its place; and its tokens.
-CASES: dict[str, tuple[Callable, Callable, int]] = {
+DIFFERENT_PROGRAMS: dict[str, tuple[Callable, Callable, int]] = {
     "num_tokens": (layer, layer, 16),
     "capacity": (layer, lambda comm, x: layer(comm, x, capacity=32), 8),
     "dtype": (layer, lambda comm, x: layer(comm, x.astype(jnp.bfloat16)).astype(x.dtype), 8),
@@ -71,9 +71,9 @@ CASES: dict[str, tuple[Callable, Callable, int]] = {
 }  # fmt: skip
 
 
-def run_different(name: str) -> None:
+def different(name: str) -> None:
     """All run the usual program before, so that it is no stranger to the rank that differs."""
-    usual, other, num_tokens = CASES[name]
+    usual, other, num_tokens = DIFFERENT_PROGRAMS[name]
     comm = make()
     usual_program = compiled(comm, lambda x: usual(comm, x))
     for _ in range(2):
@@ -82,11 +82,10 @@ def run_different(name: str) -> None:
     out = program()
     error = error_of(comm.check)
     report(name, error=error, abandoned=bool(np.isnan(out.addressable_data(0)).all()))
-    meet(f"after {name}")
     comm.close()
 
 
-def run_from_two_threads() -> None:
+def two_threads(name: str) -> None:
     """Right programs that look like different ones: every other rank comes to the second one first."""
     comm = make()
 
@@ -114,10 +113,40 @@ def run_from_two_threads() -> None:
     thread.join()
     comm.check()
     comm.close()
-    report("two threads", results=[results[1], results[2]])
+    report(name, results=[results[1], results[2]])
 
 
-def come_after_the_close() -> None:
+def cleared_listeners(name: str) -> None:
+    """The one that differs has compiled other programs while nobody could tell us of it."""
+    comm = make()
+    compiled_without_a_word, done = threading.Event(), threading.Event()
+
+    def compile_others() -> None:
+        for alignment in (2, 4):
+            compiled(comm, lambda x, alignment=alignment: layer(comm, x, alignment=alignment))
+        jax.monitoring.clear_event_listeners()
+        jax.jit(lambda x: 2 * x).lower(jnp.ones(3)).compile()  # it begins, and its end is not told
+        compiled_without_a_word.set()
+        done.wait(60)  # lives on, so that it might be compiling still
+
+    thread = threading.Thread(target=compile_others)
+    if DIFFERENT:
+        thread.start()
+        compiled_without_a_word.wait(60)
+    means = [float(compiled(comm, lambda x: layer(comm, x))().addressable_data(0).mean())]
+    if DIFFERENT:  # as a JAX would that clears this list, too
+        jax.monitoring.unregister_scalar_listener(native_module._compilations._begin)
+    program = compiled(comm, lambda x: layer(comm, 2 * x))
+    done.set()
+    means.append(float(program().addressable_data(0).mean()))
+    comm.check()
+    comm.close()
+    report(name, means=means)
+    if DIFFERENT:
+        thread.join()
+
+
+def close_before_the_others(name: str) -> None:
     """The one that differs closes its communicator, which still serves a compiled program; others run on."""
     comm = make()
     program = compiled(comm, lambda x: layer(comm, x))
@@ -128,12 +157,11 @@ def come_after_the_close() -> None:
     if DIFFERENT:
         comm.close()
         comm.close()
-        report("after the close", held=held, holds=comm.buffer_bytes, error=error_of(program),
-               text=comm.describe())  # fmt: skip
+        report(name, held=held, holds=comm.buffer_bytes, error=error_of(program), text=comm.describe())
     else:
         later = program()
         error = error_of(comm.check)
-        report("after the close", error=error, abandoned=bool(np.isnan(later.addressable_data(0)).all()),
+        report(name, error=error, abandoned=bool(np.isnan(later.addressable_data(0)).all()),
                rows=int(comm.stats().rows_sent.sum()))  # fmt: skip
         comm.close()
     assert comm.buffer_bytes == 0
@@ -143,9 +171,13 @@ def come_after_the_close() -> None:
     del program
 
 
+OTHER_CASES = {
+    "two threads": two_threads,
+    "cleared listeners": cleared_listeners,
+    "close": close_before_the_others,
+}
+
 join()
-come_after_the_close()
-run_from_two_threads()
 for case in CASES:
-    run_different(case)
-meet("the end")
+    OTHER_CASES.get(case, different)(case)
+    meet(f"after {case}")
