@@ -1,4 +1,4 @@
-"""Compiles and runs native_test.cc: row arithmetic, rows of groups, rings, threads, division, by their definitions."""
+"""Compiles and runs native_test.cc: row arithmetic, rows of groups, rings, threads, division."""
 
 import pathlib
 import subprocess

@@ -33,8 +33,8 @@ def run_python(
 ) -> str:
     """Run `code` on 8 CPU devices and return what it printed; fail with all of it if it does not end well.
 
-    `num_threads` is NPROC, the size of XLA's thread pool; None leaves it to the package. `preload` is a library
-    that stands before the system's own.
+    `num_threads` is NPROC, the size of XLA's thread pool; None leaves it to the package. `preload` is a
+    library that stands before the system's own.
     """
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     if num_threads is not None:

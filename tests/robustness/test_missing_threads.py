@@ -1,4 +1,4 @@
-"""A process that gets no more threads, as under a limit on pids: an error of the op, and nothing hangs or dies."""
+"""A process that gets no more threads, as under a limit on pids: an error, and nothing hangs or dies."""
 
 import pathlib
 import subprocess
@@ -15,7 +15,8 @@ NO_THREADS = """
 #include <pthread.h>
 static bool refuses = false;
 extern "C" void refuse_threads(int on) { refuses = on; }
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*), void* of) {
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*),
+                              void* of) {
   using Function = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
   static const Function real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "pthread_create"));
   return refuses ? EAGAIN : real(thread, attributes, run, of);

@@ -1,7 +1,7 @@
 """Programs that differ between processes, or seem to, one after the other, each on a communicator of its own.
 
-Arguments: the rank that differs, and the cases. Every process has one device and is one rank. No wait may last:
-timeout_s is beyond what the test waits for.
+Arguments: the rank that differs, and the cases. Every process has one device and is one rank. No wait may
+last: timeout_s is beyond what the test waits for.
 """
 
 import threading
