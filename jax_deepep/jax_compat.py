@@ -4,12 +4,14 @@ Supported: JAX 0.10.2 (the last for Python 3.11) and JAX 0.11.2 (Python 3.12).
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
+from jax._src import monitoring as _monitoring
 from jax._src import xla_bridge as _xla_bridge
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import batching as batching
@@ -22,6 +24,14 @@ ShapedArray = _core.ShapedArray
 def apply_primitive(primitive: Primitive, *args: Any, **params: Any) -> Any:
     """Run a primitive outside of any transformation, by compiling it alone."""
     return _dispatch.apply_primitive(primitive, *args, **params)
+
+
+def keep_listeners(scalar: Callable[..., None], duration: Callable[..., None]) -> None:
+    """Register listeners to scalar and duration events of JAX, unless they are registered."""
+    if scalar not in _monitoring.get_scalar_listeners():
+        _monitoring.register_scalar_listener(scalar)
+    if duration not in _monitoring.get_event_duration_listeners():
+        _monitoring.register_event_duration_secs_listener(duration)
 
 
 def backends_are_initialized() -> bool:

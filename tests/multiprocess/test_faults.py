@@ -90,8 +90,28 @@ def test_a_rank_raises_before_an_op(faults: Callable[..., RankProcesses]) -> Non
         assert "ValueError: the data loader of this rank failed" in run.ranks[1].text()
         for rank in survivors_of(1):
             report = run.wait_for_report(rank, "abandoned")
+            if run.platform == "cpu":  # where its end closes the communicator, and others are told
+                assert report["results"]
+                assert report["later_results"]
+                assert report["error"].startswith("CommunicatorError: dispatch on rank ")
+                assert f"at step {OPS_BEFORE + 1} waits for rank 1, which has closed" in report["error"]
+                continue
             assert_abandoned(report, 1)
             assert_names_steps(report["error"], 1, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
+        run.assert_nothing_is_left()
+
+
+def test_a_rank_raises_during_an_op() -> None:
+    """Its program waits for a rank that waits for it, outside of any op: it leaves, and tells all. On CPU."""
+    with RankProcesses("faults", NUM_PROCESSES, ("raises_during_an_op", 1), deadline_s=DEADLINE_S) as run:
+        run.finish({1: 1})
+        for rank in survivors_of(1):
+            report = run.wait_for_report(rank, "left")
+            assert report["abandoned"]
+            assert report["error"].startswith(
+                "CommunicatorError: the program of rank 1 ended while its ops ran"
+            )
+            assert "ValueError: this rank failed" in report["error"]
         run.assert_nothing_is_left()
 
 
@@ -112,6 +132,8 @@ def test_a_rank_dies_in_a_loop() -> None:
             assert_abandoned(report, 1)
             ops_before = OPS_BEFORE + 4 * 2
             assert_names_steps(report["error"], 1, expected=ops_before + 1, seen=ops_before)
+            lines = [line for line in run.ranks[rank].text().splitlines() if line.startswith("jax_deepep: ")]
+            assert lines == ["jax_deepep: " + report["error"].removeprefix("PeerTimeoutError: ")]
         run.assert_nothing_is_left()
 
 
@@ -129,7 +151,9 @@ def test_calls_that_share_a_number_are_told_and_end() -> None:
         for rank in range(NUM_PROCESSES):
             report = run.wait_for_report(rank, "told")
             # Of the same calls on every rank, or of others, depending on which were numbered anew.
-            assert re.search(r"bear the same number|waited 4 s \(timeout_s\)", report["error"])
+            assert re.search(
+                r"bear the same number|met a different op|waited 4 s \(timeout_s\)", report["error"]
+            )
             assert report["abandoned"]
         run.assert_nothing_is_left()
 

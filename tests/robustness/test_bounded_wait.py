@@ -121,6 +121,27 @@ comm.close()
 """, timeout_s=90)  # fmt: skip
 
 
+def test_a_rank_that_waits_in_another_op_is_named_with_it() -> None:
+    """It might still come: XLA runs ops in any order. And stderr tells, once for all eight devices."""
+    run_python(SETUP + """
+import tempfile
+log = tempfile.TemporaryFile()
+os.dup2(log.fileno(), 2)
+@compiled
+def program(late, x, idx, weights):
+    usual = lambda x: layer(comm, x, idx, weights)
+    other = lambda x: layer(comm, x[:2], idx[:2], weights[:2]).repeat(2, axis=0)
+    return jax.lax.cond(late, other, usual, x)
+out = fetch(program(*operands))
+assert np.isnan(out[group_0]).all()
+expect(ep.PeerTimeoutError, comm.check, "waited 1 s", "where it waits in another op: ", "num_tokens is ",
+       "Let all ranks run the same program")
+log.seek(0)
+lines = [line for line in log.read().decode().splitlines() if line.startswith("jax_deepep: ")]
+assert lines == ["jax_deepep: " + comm._native.broken], lines
+""", timeout_s=90)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("op", "body", "step"),
     [

@@ -45,12 +45,12 @@ class Step:
     operands: tuple[jax.Array, ...]
 
     @classmethod
-    def of(cls, num_tokens: int, hidden_size: int) -> "Step":
+    def of(cls, num_tokens: int, hidden_size: int, timeout_s: float = TIMEOUT_S) -> "Step":
         """Make a communicator and compile the program for it. Collective."""
         mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
         comm = ep.Communicator(
             mesh, num_experts=NUM_EXPERTS, num_experts_per_tok=NUM_TOPK, max_tokens=num_tokens,
-            hidden_size=hidden_size, implementation="native", timeout_s=TIMEOUT_S,
+            hidden_size=hidden_size, implementation="native", timeout_s=timeout_s,
         )  # fmt: skip
 
         def results(x, topk_idx, topk_weights):
@@ -157,6 +157,23 @@ def raises_before_the_op() -> None:
     report_abandoned(step, step.run())
 
 
+def raises_during_an_op() -> None:
+    """The last rank does not come, so that the op of the victim would last."""
+    step = Step.of(8, 16, timeout_s=300.0)
+    meet("programs are compiled")
+    if RANK == VICTIM:
+        before = step.comm.buffer_bytes
+        threading.Thread(target=step.run, daemon=True).start()
+        while step.comm.buffer_bytes == before:  # what announces the op is not yet written
+            time.sleep(0.01)
+        raise ValueError("this rank failed")
+    if RANK == NUM_PROCESSES - 1:
+        while error_of(step.comm.check) == "no error":
+            time.sleep(0.01)
+    abandoned = is_abandoned(step.run())
+    report("left", abandoned=abandoned, error=error_of(step.comm.check))
+
+
 def dies_after_the_op() -> None:
     step, first = first_step()
     results = step.run()
@@ -228,7 +245,7 @@ def calls_share_a_number() -> None:
 
     def restart_the_count() -> None:
         while not done.is_set():
-            begin_program()
+            begin_program(True)
             time.sleep(0)
 
     def program(x):
@@ -251,9 +268,8 @@ def calls_share_a_number() -> None:
         thread.join()
     meet("programs are compiled")
     sent = np.asarray(compiled(x).addressable_data(0))
-    error = error_of(comm.check)
+    report("told", error=error_of(comm.check), abandoned=bool(np.isnan(sent).all()))
     comm.close()
-    report("told", error=error, abandoned=bool(np.isnan(sent).all()))
     meet("the end")
 
 
