@@ -3,6 +3,8 @@
 `timeout_s` is 300 there, so that no test passes that waits for it.
 """
 
+import re
+
 import pytest
 from own_processes import starts_its_own_processes
 from rank_processes import RankProcesses
@@ -12,17 +14,19 @@ pytestmark = starts_its_own_processes
 NUM_PROCESSES, VICTIM = 3, 1
 DEADLINE_S = 100.0
 
-# What the error says about rank 1; ops meet on GPUs one by one, whatever program they are of.
+# What the error says: the values of the other ranks, and of rank 1. Ops meet on GPUs one by one, whatever
+# program they are of.
+ALIGNED = [("capacity", "48", "56"), ("alignment", "1", "4")]
 DIFFERENCES = {
-    "num_tokens": "num_tokens is 8 on rank 0 and 16 on rank 1; capacity is 48 on rank 0 and 96 on rank 1",
-    "capacity": "capacity is 48 on rank 0 and 32 on rank 1",
-    "dtype": "dtype is float32 on rank 0 and bfloat16 on rank 1",
-    "alignment": "capacity is 48 on rank 0 and 56 on rank 1; alignment is 1 on rank 0 and 4 on rank 1",
-    "layout": "layout is expert on rank 0 and token on rank 1",
-    "another order": "capacity is 48 on rank 0 and 56 on rank 1; alignment is 1 on rank 0 and 4 on rank 1",
+    "num_tokens": [("num_tokens", "8", "16"), ("capacity", "48", "96")],
+    "capacity": [("capacity", "48", "32")],
+    "dtype": [("dtype", "float32", "bfloat16")],
+    "alignment": ALIGNED,
+    "layout": [("layout", "expert", "token")],
+    "another order": ALIGNED,
 }
 DIFFERENCES_OF_PROGRAMS = {
-    "skipped layer": "the number of ops in the program is 4 on rank 0 and 2 on rank 1",
+    "skipped layer": [("the number of ops in the program", "4", "2")],
     "around the ops": "the ops are alike, and the programs around them differ",
 }
 OTHER_CASES = ("two threads", "cleared listeners", "close")
@@ -36,13 +40,29 @@ def run_on_cpu():
         yield run
 
 
-def assert_told(run: RankProcesses, case: str, difference: str) -> None:
+def assert_told(run: RankProcesses, case: str, difference: str | list[tuple[str, str, str]]) -> None:
+    """Check that every rank is told, by whichever rank has found it out, where another one's op differs."""
     for rank in range(NUM_PROCESSES):
         report = run.wait_for_report(rank, case)
         assert report["abandoned"], "nothing of it may be trained on"
-        assert report["error"].startswith("CommunicatorError: dispatch on rank 0 at step ")
-        assert f" met a different op of rank 1: {difference}" in report["error"]
+        begin = r"CommunicatorError: dispatch on rank (\d) at step \d+ met a different op of rank (\d): "
+        found = re.match(begin, report["error"])
+        assert found, report["error"]
+        here, there = map(int, found.groups())
+        assert (here == VICTIM) != (there == VICTIM)
+        assert report["error"].removeprefix(found[0]).startswith(in_words(difference, here, there))
         assert "Let all ranks run the same program" in report["error"]
+
+
+def in_words(difference: str | list[tuple[str, str, str]], here: int, there: int) -> str:
+    if isinstance(difference, str):
+        return difference
+    values = [
+        (name, *((usual, other) if there == VICTIM else (other, usual))) for name, usual, other in difference
+    ]
+    return "; ".join(
+        f"{name} is {mine} on rank {here} and {theirs} on rank {there}" for name, mine, theirs in values
+    )
 
 
 @pytest.mark.parametrize("case", [*DIFFERENCES, *DIFFERENCES_OF_PROGRAMS])

@@ -115,6 +115,26 @@ def test_a_rank_raises_during_an_op() -> None:
         run.assert_nothing_is_left()
 
 
+@pytest.mark.gpu
+def test_an_op_cannot_be_launched_on_a_rank() -> None:
+    """The others need not wait for it, and its next op does not meet their present one."""
+    environment = {"XLA_FLAGS": CAPTURE_ALL_OPS}
+    with RankProcesses(
+        "faults",
+        NUM_PROCESSES,
+        ("cannot_launch", 1),
+        platform="cuda",
+        environment=environment,
+        deadline_s=DEADLINE_S,
+    ) as run:
+        run.finish({})
+        for rank in range(NUM_PROCESSES):
+            report = run.wait_for_report(rank, "told")
+            assert "dispatch on rank 1 could not be launched" in report["error"]
+            assert report["abandoned"]
+            assert ("constant of the program" in report["launch_error"]) == (rank == 1)
+
+
 def test_a_rank_dies_after_an_op_that_nobody_follows(faults: Callable[..., RankProcesses]) -> None:
     with faults("dies_after_the_op", 1) as run:
         run.finish({1: KILLED})

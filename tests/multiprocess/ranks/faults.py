@@ -174,6 +174,31 @@ def raises_during_an_op() -> None:
     report("left", abandoned=abandoned, error=error_of(step.comm.check))
 
 
+def cannot_launch() -> None:
+    """What peers read is a constant of the victim's program, which a captured op cannot copy."""
+    step, _ = first_step()
+    constant = np.ones((8, 16), np.float32)
+
+    def program(x, topk_idx, topk_weights):
+        x = jnp.asarray(constant) if RANK == VICTIM else x
+        return ep.dispatch(x, topk_idx, topk_weights, comm=step.comm)[0].tokens
+
+    mapped = jax.shard_map(
+        program, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    compiled = jax.jit(mapped).lower(*step.operands).compile()
+    meet("the victim's program is compiled")
+
+    def run() -> None:
+        for _ in range(3):  # the first run of a program captures nothing
+            jax.block_until_ready(compiled(*step.operands))
+
+    launch_error = error_of(run)
+    error = error_of(step.comm.check)
+    report("told", launch_error=launch_error, error=error, abandoned=is_abandoned(step.run()))
+    meet("the end")
+
+
 def dies_after_the_op() -> None:
     step, first = first_step()
     results = step.run()
