@@ -136,6 +136,7 @@ def cleared_listeners(name: str) -> None:
     means = [float(compiled(comm, lambda x: layer(comm, x))().addressable_data(0).mean())]
     if DIFFERENT:  # as a JAX would that clears this list, too
         jax.monitoring.unregister_scalar_listener(native_module._compilations._begin)
+        compiled(comm, lambda x: layer(comm, 3 * x))
     program = compiled(comm, lambda x: layer(comm, 2 * x))
     done.set()
     means.append(float(program().addressable_data(0).mean()))
