@@ -3,6 +3,7 @@
 Supported: JAX 0.10.2 (the last for Python 3.11) and JAX 0.11.2 (Python 3.12).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import Primitive as Primitive
+from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir
 from jax.sharding import Mesh
@@ -21,6 +24,19 @@ ShapedArray = _core.ShapedArray
 def apply_primitive(primitive: Primitive, *args: Any, **params: Any) -> Any:
     """Run a primitive outside of any transformation, by compiling it alone."""
     return _dispatch.apply_primitive(primitive, *args, **params)
+
+
+def register_dce_rule(
+    primitive: Primitive, rule: Callable[[list[bool], Any], tuple[list[bool], Any]]
+) -> None:
+    """Say what of an equation is left where only some of its results are used.
+
+    Args:
+        primitive: of the equation.
+        rule: (which results are used, the equation) → (which operands are used then, the equation that
+            computes the used results from them).
+    """
+    _partial_eval.dce_rules[primitive] = lambda used, *others: rule(used, others[-1])
 
 
 def backends_are_initialized() -> bool:

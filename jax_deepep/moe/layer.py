@@ -25,6 +25,7 @@ from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
+from jax_deepep.moe.order import zero_after
 from jax_deepep.ops.checks import check_array, check_rows_dtype
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
@@ -197,10 +198,16 @@ def _per_device(
         out = out.reshape(x.shape)
         counts = jax.tree.map(lambda v: v.sum(axis=0), counts)
 
-    load, probability, num_dropped = lax.psum(counts, config.token_axes)
+    load, probability, num_dropped, num_received = counts
+    # Our waits are bounded and say for whom: no collective of XLA comes before. Chunks are one loop, from which
+    # the gradient of the balance loss under `jax.checkpoint` takes the load without dispatching again.
+    zero, out = zero_after(num_received if config.num_chunks == 1 else load[0], out)
     if config.tensor_axes:
         out = lax.psum(out, config.tensor_axes)  # every device had a part of each expert's F
-        num_dropped = lax.pmax(num_dropped, config.tensor_axes)  # the same on all of them
+        zero, num_dropped = lax.pmax((zero, num_dropped), config.tensor_axes)  # the same on all of them
+    load, probability, num_dropped = lax.psum(
+        [value + zero.astype(value.dtype) for value in (load, probability, num_dropped)], config.token_axes
+    )
     return out, MoEAux(load, gating.balance_loss(load, probability / max(num_tokens, 1)), num_dropped)
 
 
@@ -221,8 +228,8 @@ def _chunk(
     placement: jax.Array | None,
     x: jax.Array,
     position: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    """Return (output [T, H], (load [E], sum of the router's probabilities [E], dropped rows []))."""
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Return (output [T, H], (load [E], sum of the router's probabilities [E], dropped, received rows []))."""
     # float32 means float32 here, on GPUs too: a rounding may send a token elsewhere.
     gate = parameters["gate"].astype(jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), gate, precision=lax.Precision.HIGHEST)
@@ -265,4 +272,4 @@ def _chunk(
     )
     bias = shared_experts(x, weights, activation=config.activation)
     out = combine(y, handle, comm=config.comm, bias=bias)
-    return out, (load, probability, handle.num_dropped)
+    return out, (load, probability, handle.num_dropped, handle.num_received)

@@ -182,23 +182,31 @@ def test_checkpoint_policies() -> None:
         put_on_mesh(numbers(*BATCH), config.mesh, P("expert")),
     )
     keep = jax.checkpoint_policies.save_only_these_names
+
+    def layer(parameters, x):
+        out, aux = moe(config, parameters, x)
+        return out, aux.balance_loss
+
     layers = {
-        "plain": lambda parameters, x: moe(config, parameters, x)[0],
-        "nothing kept": jax.checkpoint(lambda parameters, x: moe(config, parameters, x)[0]),
-        "rows kept": jax.checkpoint(
-            lambda parameters, x: moe(config, parameters, x)[0], policy=keep("moe_dispatched")
-        ),
-        "products kept": jax.checkpoint(
-            lambda parameters, x: moe(config, parameters, x)[0],
-            policy=keep("moe_dispatched", "moe_hidden", "moe_expert_out"),
-        ),
+        "plain": layer,
+        "nothing kept": jax.checkpoint(layer),
+        "rows kept": jax.checkpoint(layer, policy=keep("moe_dispatched")),
+        "products kept": jax.checkpoint(layer, policy=keep("moe_dispatched", "moe_hidden", "moe_expert_out")),
     }
     dispatches, products, gradients = {}, {}, {}
     for name, layer in layers.items():
-        step = jax.grad(lambda *operands, layer=layer: loss_of(layer(*operands)), argnums=(0, 1))
+
+        def loss(*operands, layer=layer):
+            out, balance_loss = layer(*operands)
+            return loss_of(out) + BALANCE * balance_loss
+
+        step = jax.grad(loss, argnums=(0, 1))
         program = jax.make_jaxpr(step)(parameters, x)
         compiled = jax.jit(step).lower(parameters, x).compile()
-        dispatches[name] = len(re.findall(r"custom_call_target=\"jax_deepep_dispatch\"", compiled.as_text()))
+        calls = re.findall(r"custom_call_target=\"jax_deepep_(\w+)\"", compiled.as_text())
+        dispatches[name] = calls.count("dispatch")
+        # The collective of the balance loss waits for the output, which is not computed again for it.
+        assert calls.count("combine") == 2
         products[name] = str(program).count("ragged_dot_general[")
         gradients[name] = fetch(compiled(parameters, x))
 
