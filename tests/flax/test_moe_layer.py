@@ -244,6 +244,20 @@ def test_first_parameters_are_placed() -> None:
     assert 0.8 < np.std(fetch(parameters)["wi_0"].astype(np.float32)) * H**0.5 < 1.2
 
 
+def test_first_parameters_are_made_where_they_lie() -> None:
+    """On a mesh of Explicit axes, the default of `jax.make_mesh`, with no more memory than on one of Auto."""
+    temporary, values = [], []
+    for axis_types in (AxisType.Auto, AxisType.Explicit):
+        config = build_config(E, K, 64, 256, mesh=mesh_named("expert", axis_types), max_tokens=4)
+        make = jax.jit(lambda key, config=config: init_parameters(config, key))
+        with jax.set_mesh(config.mesh):
+            program = make.lower(jax.random.key(0)).compile()
+            values.append(fetch(program(jax.random.key(0))))
+        temporary.append(program.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] <= temporary[0] < 2 * (3 * E * 64 * 256 * 4) / config.comm.size
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
 def test_the_mesh_of_the_program_is_the_default() -> None:
     with jax.set_mesh(mesh_named("data × expert")):
         config = build_config(E, K, H, 32, max_tokens=8, num_chunks=3)

@@ -193,7 +193,7 @@ def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
 
 @pytest.mark.collectives
 def test_a_rank_comes_late_to_a_layer(faults: Callable[..., RankProcesses]) -> None:
-    """A layer has collectives of XLA, whose waits nothing bounds: ours come first, and tell who is missing."""
+    """A layer has collectives of XLA, whose waits nothing bounds: ours come first and say who is missing."""
     victim = 1
     with faults("comes_late_to_a_layer", victim) as run:
         for rank in survivors_of(victim):
