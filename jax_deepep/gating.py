@@ -123,9 +123,9 @@ def balance_loss(load: jax.Array, mean_probability: jax.Array) -> jax.Array:
         load: [..., E], entries per expert over the tokens of a batch, or of a sequence.
         mean_probability: float32 [..., E], the mean of `router_probabilities` over the same tokens.
     """
-    num_experts = load.shape[-1]
-    total = jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
-    return num_experts * jnp.sum(lax.stop_gradient(load / total) * mean_probability, axis=-1)
+    load = lax.stop_gradient(load.astype(jnp.float32))
+    part = load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
+    return load.shape[-1] * jnp.sum(part * mean_probability, axis=-1)
 
 
 def update_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array = 1e-3) -> jax.Array:
@@ -142,7 +142,7 @@ def update_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array = 1e-3
     """
     load = load.astype(jnp.float32)
     step = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
-    return (bias + rate * step).astype(bias.dtype)
+    return (bias.astype(jnp.float32) + jnp.asarray(rate, jnp.float32) * step).astype(bias.dtype)
 
 
 def _as_last_axis(bias: jax.Array, scores: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ def _in_best_groups(scores: jax.Array, num_groups: int, topk_groups: int, best: 
     grouped = scores.reshape(*scores.shape[:-1], num_groups, -1)
     best_scores = lax.top_k(grouped, min(best, grouped.shape[-1]))[0]
     chosen = lax.top_k(best_scores.sum(axis=-1), topk_groups)[1]  # [..., topk_groups]
-    group = jnp.arange(scores.shape[-1]) // grouped.shape[-1]
+    group = jnp.arange(scores.shape[-1], dtype=jnp.int32) // grouped.shape[-1]
     group = group.reshape((1,) * (scores.ndim) + (-1,))  # [..., 1, E]
     return (chosen[..., None] == group).any(axis=-2)
 

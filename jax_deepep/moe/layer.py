@@ -86,7 +86,8 @@ def _layer(
 ) -> tuple[jax.Array, MoEAux]:
     dtype = config.dtype
     if dtype is None:
-        dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
+        with jax.numpy_dtype_promotion("standard"):  # the common one, as documented, is asked for
+            dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
     num_tokens = x.size // config.hidden_size
     padded = _padded(config, num_tokens)
 
@@ -186,7 +187,7 @@ def _per_device(
         )
         for name, value in weights.items()
     }
-    position = lax.axis_index(config.token_axes) * len(x) + jnp.arange(len(x))
+    position = lax.axis_index(config.token_axes) * len(x) + jnp.arange(len(x), dtype=jnp.int32)
 
     apply = functools.partial(_chunk, config, dtype, num_tokens, weights, placement)
     if config.num_chunks == 1:
@@ -196,11 +197,11 @@ def _per_device(
         chunks = jax.tree.map(lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (x, position))
         _, (out, counts) = lax.scan(lambda carry, chunk: (carry, recomputed(*chunk)), None, chunks)
         out = out.reshape(x.shape)
-        counts = jax.tree.map(lambda v: v.sum(axis=0), counts)
+        counts = jax.tree.map(lambda v: v.sum(axis=0, dtype=v.dtype), counts)
 
     load, probability, num_dropped, num_received = counts
-    # Our waits are bounded and say for whom: no collective of XLA comes before. Chunks are one loop, from which
-    # the gradient of the balance loss under `jax.checkpoint` takes the load without dispatching again.
+    # Our waits are bounded and say for whom: no collective of XLA comes before. Chunks are one loop, of which
+    # the gradient of the balance loss under `jax.checkpoint` wants the load without dispatching again.
     zero, out = zero_after(num_received if config.num_chunks == 1 else load[0], out)
     if config.tensor_axes:
         out = lax.psum(out, config.tensor_axes)  # every device had a part of each expert's F
@@ -229,7 +230,7 @@ def _chunk(
     x: jax.Array,
     position: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return (output [T, H], (load [E], sum of the router's probabilities [E], dropped, received rows []))."""
+    """Return (output [T, H], (load [E], sum of the router's probabilities [E], rows dropped, received []))."""
     # float32 means float32 here, on GPUs too: a rounding may send a token elsewhere.
     gate = parameters["gate"].astype(jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), gate, precision=lax.Precision.HIGHEST)
