@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_deepep.arguments import checked_integer
@@ -67,7 +68,11 @@ def group_limited_topk(
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
     """
-    _check(logits, bias, num_experts_per_tok, num_groups, topk_groups, score_function)
+    _check(logits, bias)
+    check_choices(
+        logits.shape[-1], num_experts_per_tok=num_experts_per_tok, num_groups=num_groups,
+        topk_groups=topk_groups, score_function=score_function, normalize=normalize,
+    )  # fmt: skip
     logits = logits.astype(jnp.float32)
     scores = jax.nn.softmax(logits) if score_function == "softmax" else jax.nn.sigmoid(logits)
     biased, ranking = scores, logits
@@ -136,13 +141,19 @@ def update_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array = 1e-3
     Mixture-of-Experts"; in DeepSeek-V3 with a rate of 1e-3).
 
     Args:
-        bias: [..., E] float, one row per layer if there are several.
+        bias: [..., E] float32, one row per layer if there are several.
         load: [..., E], entries per expert in this step, over all devices.
         rate: how far the bias moves.
+
+    Raises:
+        ValueError: a bias of 16 bits in which a step is lost, or, while tracing, may be.
     """
     load = load.astype(jnp.float32)
     step = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
-    return (bias.astype(jnp.float32) + jnp.asarray(rate, jnp.float32) * step).astype(bias.dtype)
+    moved = (bias.astype(jnp.float32) + jnp.asarray(rate, jnp.float32) * step).astype(bias.dtype)
+    if jnp.dtype(bias.dtype).itemsize < 4:
+        _check_moves(bias, moved, step, rate)
+    return moved
 
 
 def _as_last_axis(bias: jax.Array, scores: jax.Array) -> jax.Array:
@@ -173,22 +184,19 @@ def _check_score_function(score_function: Any) -> None:
         raise ValueError(f'score_function: got {score_function!r}; takes "sigmoid" or "softmax".')
 
 
-def _check(
-    logits: Any, bias: Any, num_experts_per_tok: Any, num_groups: Any, topk_groups: Any, score_function: Any
+def check_choices(
+    num_experts: int,
+    *,
+    num_experts_per_tok: Any,
+    num_groups: Any,
+    topk_groups: Any,
+    score_function: Any,
+    normalize: Any,
 ) -> None:
-    """Raise unless `group_limited_topk` can work with these arguments."""
+    """Raise unless `group_limited_topk` can choose so among `num_experts` experts."""
     _check_score_function(score_function)
-    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
-        raise TypeError(f"logits: got {type(logits).__name__}; takes an array.")
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits: got dtype {logits.dtype.name}; takes floats.")
-    if not logits.shape or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}; takes [..., num_experts].")
-    num_experts = logits.shape[-1]
-    if bias is not None:
-        check_array("bias", bias, (num_experts,), names="[num_experts]")
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise TypeError(f"bias: got dtype {bias.dtype.name}; takes floats.")
+    if not isinstance(normalize, bool | np.bool_):
+        raise TypeError(f"normalize: expected True or False, got {normalize!r}; pass a bool.")
     for name, value in (
         ("num_experts_per_tok", num_experts_per_tok), ("num_groups", num_groups), ("topk_groups", topk_groups)
     ):  # fmt: skip
@@ -203,3 +211,29 @@ def _check(
             f"num_experts_per_tok: got {num_experts_per_tok}; takes at most {available}, the experts of "
             f"topk_groups={topk_groups} of {num_groups} groups ({num_experts} experts in all)."
         )
+
+
+def _check(logits: Any, bias: Any) -> None:
+    """Raise unless `group_limited_topk` can work with these arrays."""
+    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
+        raise TypeError(f"logits: got {type(logits).__name__}; takes an array.")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits: got dtype {logits.dtype.name}; takes floats.")
+    if not logits.shape or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}; takes [..., num_experts].")
+    if bias is not None:
+        check_array("bias", bias, (logits.shape[-1],), names="[num_experts]")
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise TypeError(f"bias: got dtype {bias.dtype.name}; takes floats.")
+
+
+def _check_moves(bias: jax.Array, moved: jax.Array, step: jax.Array, rate: Any) -> None:
+    """Raise if a bias of 16 bits does not move by `rate`, or may not for all that is known."""
+    is_known = not isinstance(moved, jax.core.Tracer) and getattr(moved, "is_fully_addressable", True)
+    if is_known and not (np.asarray(step) * (np.asarray(moved) == np.asarray(bias))).any():
+        return
+    lost = "in which this step is lost" if is_known else "in which steps are lost as soon as it is not small"
+    raise ValueError(
+        f"bias: expected float32, got {bias.dtype.name} with rate={rate}, {lost}; keep the bias in float32, "
+        "as the layers do with gate_bias whatever their param_dtype."
+    )

@@ -140,6 +140,7 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
             f"x: got in a call inside of a shard_map over {manual}; takes arrays of all devices, outside of "
             "any: what one device does there is jax_deepep.dispatch and combine."
         )
+    _check_context_mesh(config)
     config.check_placement(placement)
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
@@ -147,6 +148,7 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
         if axes[0] == "exp":
             shape = (config.comm.num_experts, *shape[1:])
         check_array(name, parameters[name], shape, names=f"[{', '.join(a or '·' for a in axes)}]")
+        check_rows_dtype(name, parameters[name])
     check_rows_dtype("x", x)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
@@ -154,10 +156,32 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
     of_chunk = _padded(config, num_tokens) // (config.num_token_shards * num_chunks)
     if of_chunk > config.comm.max_tokens:
         chunks = "" if num_chunks == 1 else f" in each of {num_chunks} chunks"
+        needed = -(-of_chunk * num_chunks // config.comm.max_tokens)
         raise ValueError(
             f"x: got {num_tokens} tokens, {of_chunk} on each of {config.num_token_shards} devices{chunks}; "
-            f"the communicator takes at most max_tokens={config.comm.max_tokens}."
+            f"the communicator takes at most max_tokens={config.comm.max_tokens}. Make it with max_tokens="
+            f"{of_chunk}, or pass the tokens in num_chunks={needed} chunks."
         )
+
+
+def _check_context_mesh(config: MoEConfig) -> None:
+    here, own = jax.sharding.get_abstract_mesh(), config.mesh.abstract_mesh
+    if here.empty or (here.axis_names, here.axis_sizes, here.axis_types) == (
+        own.axis_names, own.axis_sizes, own.axis_types
+    ):  # fmt: skip
+        return
+    raise ValueError(
+        f"comm: expected a communicator of the mesh that jax.set_mesh set, {_described(here)}, got one of "
+        f"{_described(own)}; make both with one mesh, of the same axis_types."
+    )
+
+
+def _described(mesh: Any) -> str:
+    kinds = ", ".join(
+        f"{name}={size} ({kind.name})"
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    )
+    return f"[{kinds}]"
 
 
 def _padded(config: MoEConfig, num_tokens: int) -> int:
@@ -230,7 +254,7 @@ def _chunk(
     x: jax.Array,
     position: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Return (output [T, H], (load [E], sum of the router's probabilities [E], rows dropped, received []))."""
+    """Return (output [T, H], (load [E], sum of the router's probabilities [E], rows dropped, come []))."""
     # float32 means float32 here, on GPUs too: a rounding may send a token elsewhere.
     gate = parameters["gate"].astype(jnp.float32)
     logits = jnp.matmul(x.astype(jnp.float32), gate, precision=lax.Precision.HIGHEST)

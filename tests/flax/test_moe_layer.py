@@ -280,6 +280,18 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"scale": jnp.float32(2)}, TypeError, "scale: got .*2.*; takes a number of Python or NumPy"),
         ({"scale": None}, TypeError, "scale: got None; takes a number"),
         ({"activation": "silu"}, TypeError, "activation: got 'silu'; takes a function, such as"),
+        (
+            {"activation": lambda gate, up: gate * up},
+            TypeError,
+            "activation: expected an elementwise function of one array, got one that raises TypeError .*; ",
+        ),
+        ({"activation": jnp.sum}, TypeError, "activation: expected an elementwise .*, got a function to Sha"),
+        ({"score_function": "sofmax"}, ValueError, "score_function: got 'sofmax'; takes \"sigmoid\" or"),
+        ({"num_groups": 3}, ValueError, "num_groups: got 3; takes a divisor of the 8 experts"),
+        ({"num_groups": 2.0}, TypeError, r"num_groups: got 2\.0; takes a Python integer"),
+        ({"num_groups": 8}, ValueError, "num_experts_per_tok: got 3; takes at most 1, the experts of"),
+        ({"normalize": "no"}, TypeError, "normalize: expected True or False, got 'no'; pass a bool"),
+        ({"gated": 1}, TypeError, "gated: expected True or False, got 1; pass a bool"),
         ({"dtype": "bf16"}, TypeError, "dtype: got 'bf16'; takes None, bfloat16, float16, float32"),
         ({"dtype": jnp.int32}, TypeError, "dtype: got .*int32.*; takes None, bfloat16"),
         ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a Python integer"),
@@ -298,7 +310,7 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         (
             {"comm": None, "max_tokens": 8, "mesh": mesh_named("one device"), "axis_name": "exprt"},
             ValueError,
-            "axis_name: got 'exprt'; takes axes of the mesh",
+            "axis_name: got 'exprt'; takes axes of the mesh.* for example axis_name='expert'",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -328,9 +340,20 @@ def test_wrong_operands() -> None:
     num_tokens = 96 * config.num_token_shards
     words = (
         f"x: got {num_tokens} tokens, 96 on each of {config.num_token_shards} devices; the .* max_tokens=64"
+        r"\. Make it with max_tokens=96, or pass the tokens in num_chunks=2 chunks"
     )
     with pytest.raises(ValueError, match=words):
         moe(config, parameters, numbers(num_tokens, H))
+    with (
+        jax.enable_x64(True),
+        pytest.raises(TypeError, match=r"x: got dtype float64; .*astype\(jnp.float32\)"),
+    ):
+        moe(config, parameters, x.astype(np.float64))
+    with (
+        jax.set_mesh(mesh_named("data × expert", AxisType.Explicit)),
+        pytest.raises(ValueError, match=r"comm: expected a communicator of the mesh .*data=\d \(Explicit\)"),
+    ):
+        moe(config, parameters, x)
 
 
 def test_inside_of_a_shard_map_it_says_what_to_use() -> None:
