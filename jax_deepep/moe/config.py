@@ -165,8 +165,8 @@ class MoEConfig:
             what = f"one that raises {type(error).__name__} on an array: {str(error).splitlines()[:1]}"
         if what:
             raise TypeError(
-                f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu or "
-                "the like. With gated=True its result is multiplied with x · wi_1: it takes no second argument."
+                f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu "
+                "or the like. With gated=True its result is multiplied with x · wi_1, outside of it."
             )
 
     def __copy__(self) -> "MoEConfig":
