@@ -74,7 +74,7 @@ def group_limited_topk(
         topk_groups=topk_groups, score_function=score_function, normalize=normalize,
     )  # fmt: skip
     logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits) if score_function == "softmax" else jax.nn.sigmoid(logits)
+    scores = _scores(logits, score_function)
     biased, ranking = scores, logits
     if bias is not None:
         biased = ranking = scores + _as_last_axis(bias, scores)
@@ -87,13 +87,66 @@ def group_limited_topk(
         ranking = jnp.where(allowed, ranking, -jnp.inf)
     topk_idx = lax.top_k(ranking, num_experts_per_tok)[1]
 
+    return topk_idx, _weights(logits, scores, topk_idx, score_function, normalize, scale)
+
+
+def weights_of(
+    logits: jax.Array,
+    topk_idx: jax.Array,
+    *,
+    score_function: ScoreFunction = "sigmoid",
+    normalize: bool = True,
+    scale: float | jax.Array = 1.0,
+) -> jax.Array:
+    """Return the weights of given experts: those of `group_limited_topk` if it chose them, to the bit.
+
+    Args:
+        logits: [..., E] of any float dtype. Differentiable.
+        topk_idx: int32 [..., K]; entries outside of [0, E) name no expert and have weight 0.
+        score_function, normalize, scale: as in `group_limited_topk`.
+
+    Returns:
+        float32 [..., K].
+    """
+    _check_score_function(score_function)
+    logits = logits.astype(jnp.float32)
+    scores = _scores(logits, score_function)
+    is_expert = (topk_idx >= 0) & (topk_idx < logits.shape[-1])
+    return _weights(
+        logits, scores, jnp.where(is_expert, topk_idx, 0), score_function, normalize, scale, is_expert
+    )
+
+
+def _scores(logits: jax.Array, score_function: ScoreFunction) -> jax.Array:
+    return jax.nn.softmax(logits) if score_function == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _weights(
+    logits: jax.Array,
+    scores: jax.Array,
+    topk_idx: jax.Array,
+    score_function: ScoreFunction,
+    normalize: bool,
+    scale: float | jax.Array,
+    is_expert: jax.Array | None = None,
+) -> jax.Array:
+    """Return the weights of experts in [0, E); 0 where `is_expert`, if it is given, is False."""
     if normalize and score_function == "softmax":  # never 0 / 0, unlike the quotient of scores
-        weights = jax.nn.softmax(jnp.take_along_axis(logits, topk_idx, axis=-1))
+        chosen = jnp.take_along_axis(logits, topk_idx, axis=-1)
+        if is_expert is not None:
+            # Not −inf in all places of a token, of which the softmax and its gradient would be NaN.
+            is_any = is_expert.any(axis=-1, keepdims=True)
+            chosen = jnp.where(is_expert | ~is_any, chosen, -jnp.inf)
+        weights = jax.nn.softmax(chosen)
     else:
         weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
+        if is_expert is not None:
+            weights = jnp.where(is_expert, weights, 0)
         if normalize:
             weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
-    return topk_idx, weights * jnp.asarray(scale, jnp.float32)
+    if is_expert is not None:
+        weights = jnp.where(is_expert, weights, 0)
+    return weights * jnp.asarray(scale, jnp.float32)
 
 
 def router_probabilities(logits: jax.Array, score_function: ScoreFunction = "sigmoid") -> jax.Array:

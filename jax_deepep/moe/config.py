@@ -24,7 +24,7 @@ from jax_deepep.ops.checks import ROW_DTYPES, check_array
 LEAST = {
     "num_experts": 1, "num_experts_per_tok": 1, "hidden_size": 1, "intermediate_size": 1, "num_chunks": 1,
     "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1, "num_groups": 1,
-    "topk_groups": 1,
+    "topk_groups": 1, "expert_capacity": 0,
 }  # fmt: skip
 
 
@@ -46,6 +46,9 @@ class MoEConfig:
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.
         capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
             of its experts may need; rows beyond are dropped. None = as many as may ever come.
+        expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
+            either capacity every sender leaves out its share of what is too much, the lowest weights first:
+            see `jax_deepep.moe.fair_drops`.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
@@ -77,6 +80,7 @@ class MoEConfig:
     activation: Activation = jax.nn.silu
     gated: bool = True
     capacity_factor: float | None = None
+    expert_capacity: int | None = None
     alignment: int | None = None
     grouped_matmul: Choice = "auto"
     num_chunks: int = 1
@@ -90,7 +94,7 @@ class MoEConfig:
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
         for name, minimum in LEAST.items():
             value = getattr(self, name)
-            if value is not None or name not in ("alignment", "num_physical_experts"):
+            if value is not None or name not in ("alignment", "num_physical_experts", "expert_capacity"):
                 object.__setattr__(self, name, checked_integer(name, value, minimum=minimum))
         self._check_choices()
         for name, of_comm in (
@@ -262,6 +266,10 @@ class MoEConfig:
         if self.alignment is not None:
             sizes["alignment"] = self.alignment
         return chosen(self.grouped_matmul, self.comm.platform, **sizes)
+
+    def may_drop(self, num_tokens: int) -> bool:
+        """Return whether a dispatch of `num_tokens` tokens of every device can drop some."""
+        return self.rows(num_tokens)[0] is not None or self.expert_capacity is not None
 
     def rows(self, num_tokens: int) -> tuple[int | None, int]:
         """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""
