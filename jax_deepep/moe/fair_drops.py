@@ -5,8 +5,12 @@ and of an expert the rows of the last senders. So that no expert and no sender l
 sender leaves out by itself what exceeds its part of the room, before it sends anything: nothing is exchanged
 for it, what a token loses depends on the tokens of its own device alone, and it loses the same in every run.
 
-A sender's part is used by no other: a part of n rows is overrun by some √n by chance. Where a part would be
-less than `LEAST_PART` rows, that would cost more rows than it is worth, and dispatch alone decides.
+A sender's part is used by no other, so that more rows are dropped than by dispatch, but of low weight. With
+T = 1024, K = 8 of 64 experts on 8 devices, uniform routing and a capacity of the fair share: 1.2 % of the
+rows and 0.0 % of the weight, in place of 0.5 % of both, of which the last experts bore 3.8 % and the last
+sender 3.4 %. With T = 8: 12 % and 2.8 % in place of 4.4 % and 4.6 %, of which the last experts bore 30 %. (To
+divide the room by experts, in the order of dispatch, drops more, and all of it from the last senders.) Where
+parts are of less than `LEAST_PART` rows, dispatch alone decides: they would lose more weight than they save.
 """
 
 import jax
@@ -15,7 +19,7 @@ from jax import lax
 
 from jax_deepep.moe.config import MoEConfig
 
-LEAST_PART = 32  # rows
+LEAST_PART = 8  # rows
 
 
 def leave_out(
