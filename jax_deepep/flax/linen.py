@@ -9,12 +9,13 @@ from jax.sharding import Mesh
 
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
+from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
-from jax_deepep.moe.layer import MoEAux, moe
+from jax_deepep.moe.layer import Router, moe
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
 ROUTER = "router"  # the collection of `gate_bias`
@@ -55,6 +56,7 @@ class MoE(nn.Module):
     activation: Activation = MoEConfig.activation
     gated: bool = MoEConfig.gated
     capacity_factor: float | None = MoEConfig.capacity_factor
+    expert_capacity: int | None = MoEConfig.expert_capacity
     alignment: int | None = MoEConfig.alignment
     grouped_matmul: Choice = MoEConfig.grouped_matmul
     num_chunks: int = MoEConfig.num_chunks
@@ -78,8 +80,20 @@ class MoE(nn.Module):
         })  # fmt: skip
 
     @nn.compact
-    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+    def __call__(
+        self,
+        x: jax.Array,
+        placement: Any = None,
+        *,
+        mask: jax.Array | None = None,
+        router: Router | None = None,
+        topk_idx: jax.Array | None = None,
+        topk_weights: jax.Array | None = None,
+        aux: Scope = "global",
+        router_logits: bool = False,
+        sequence_loss: bool = False,
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
         With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
@@ -93,4 +107,8 @@ class MoE(nn.Module):
                 parameters[name] = self.variable(ROUTER, name, placed, None, shape, jnp.float32).value
             else:
                 parameters[name] = self.param(name, placed, shape, self.param_dtype)
-        return moe(config, physical_parameters(config, parameters, placement), x, placement)
+        parameters = physical_parameters(config, parameters, placement)
+        return moe(
+            config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
+        )  # fmt: skip

@@ -9,9 +9,10 @@ from flax import nnx
 from flax.core import spmd
 
 from jax_deepep import jax_compat
+from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.copies import physical_parameters
-from jax_deepep.moe.layer import MoEAux, moe, placed
+from jax_deepep.moe.layer import Router, moe, placed
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
 
@@ -67,11 +68,27 @@ class MoE(nnx.Module):
             parameter = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
             setattr(self, name, parameter)
 
-    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+    def __call__(
+        self,
+        x: jax.Array,
+        placement: Any = None,
+        *,
+        mask: jax.Array | None = None,
+        router: Router | None = None,
+        topk_idx: jax.Array | None = None,
+        topk_weights: jax.Array | None = None,
+        aux: Scope = "global",
+        router_logits: bool = False,
+        sequence_loss: bool = False,
+    ) -> tuple[jax.Array, MoEAux | None]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
         With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
         """
         parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
-        return moe(self.config, physical_parameters(self.config, parameters, placement), x, placement)
+        parameters = physical_parameters(self.config, parameters, placement)
+        return moe(
+            self.config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
+        )  # fmt: skip

@@ -235,6 +235,24 @@ def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
     run.assert_nothing_is_left()
 
 
+@pytest.mark.collectives
+def test_a_rank_comes_late_to_a_layer(faults: Callable[..., RankProcesses]) -> None:
+    """A layer has collectives of XLA, whose waits nothing bounds: ours come first and say who is missing."""
+    victim = 1
+    with faults("comes_late_to_a_layer", victim) as run:
+        for rank in survivors_of(victim):
+            report = run.wait_for_report(rank, "told")
+            assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) for rank {victim} \(", report["error"])
+            assert report["seconds"] < 3 * TIMEOUT_S
+        run.finish({})
+        for rank in range(NUM_PROCESSES):
+            assert not run.wait_for_report(rank, "first step")["abandoned"]
+            report = run.wait_for_report(rank, "ended")
+            assert report["abandoned"]
+            assert report["error"].startswith("PeerTimeoutError: ")
+        run.assert_nothing_is_left()
+
+
 def test_the_process_of_the_coordinator_dies(faults: Callable[..., RankProcesses]) -> None:
     with faults("process_0_dies", 0) as run:
         codes = run.finish()
