@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from implementations import IMPLEMENTATIONS, OPS_ARE_CAPTURED, assert_same_bits, assert_same_sums, cases
+from implementations import IMPLEMENTATIONS, OPS_ARE_CAPTURED, assert_same_bits, assert_same_sums
 from meshes import device_axis, fetch, per_device, put_on_mesh, run_per_device
 from problems import Problem, inputs_of
 
 import jax_deepep as ep
 
-by_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
-@cases("layout", ["expert", "token"], in_xla=lambda layout: True)
+@pytest.mark.parametrize("layout", ["expert", "token"])
 def test_many_random_routings(layout: str, implementation: str) -> None:
     """One compiled program against the oracle, from sparse to skewed to mostly invalid routings."""
     problem = Problem("many routings", num_topk=4, layout=layout, capacity=16, alignment=4)
@@ -55,7 +55,6 @@ def test_many_random_routings(layout: str, implementation: str) -> None:
             assert_same_sums(out[of_group], expected, implementation)
 
 
-@by_implementation
 def test_communicators_of_different_shapes_in_one_program(implementation: str) -> None:
     """Three on one mesh, one of them with other axes; the results of each feed the next."""
     first = Problem("first", num_experts=8, num_topk=2, max_tokens=9)
@@ -87,7 +86,6 @@ def test_communicators_of_different_shapes_in_one_program(implementation: str) -
         x = out  # the next one starts from the same bits
 
 
-@by_implementation
 def test_communicators_along_different_axes_in_one_program(implementation: str) -> None:
     """Groups along one axis, along the other, and of all devices along both, in either order."""
     along_both = Problem("along both axes", "node × expert", num_topk=2)
@@ -117,7 +115,7 @@ def test_communicators_along_different_axes_in_one_program(implementation: str) 
             np.testing.assert_array_equal(num_rows[group], routes.num_rows)
 
 
-@cases("layout", ["expert", "token"], in_xla=lambda layout: layout == "expert")
+@pytest.mark.parametrize("layout", ["expert", "token"])
 def test_operands_that_are_constants(layout: str, implementation: str) -> None:
     """XLA keeps constants elsewhere than arguments; peers read x and y, and the cotangents of all results.
 
