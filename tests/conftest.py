@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')
 
 import jax
 import pytest
+from cpu_budgets import CpuBudgets
 
 from jax_deepep.launch import launched_rank
 
@@ -30,6 +31,8 @@ _stderr = None
 def pytest_configure(config: pytest.Config) -> None:
     global _stderr
     _stderr = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")  # pytest's capture must not swallow it
+    if launched_rank() is None:  # ranks share the work of a test
+        config.pluginmanager.register(CpuBudgets())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -67,7 +70,11 @@ def _cancel_alarm() -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if item not in nightly]
+        config.hook.pytest_deselected(items=nightly)
     if why_not := _why_no_gpu():
         for item in items:
             if item.get_closest_marker("gpu"):

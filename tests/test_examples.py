@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = starts_its_own_processes
 
-# Flags come after the example's own choice of devices, and a smaller model takes the place of the default one.
+# Flags come after the example's own choice of devices; a smaller model takes the place of the default one.
 AS_A_SMALL_MODEL = f"""
 import functools, os, runpy, sys
 sys.path[0] = {str(EXAMPLES)!r}

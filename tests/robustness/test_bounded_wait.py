@@ -50,6 +50,7 @@ comm, bystander = make(), make(timeout_s=100.0)
 assert_works(bystander)
 """
 
+
 def test_everyone_ends_with_nan_and_the_error_says_who_was_missing() -> None:
     """The devices that waited and the one that came late: nothing trains on silently.
 
