@@ -29,7 +29,7 @@ def cases(names: str, *values: Iterable, in_xla: Callable[..., bool]) -> pytest.
         return getattr(value, "name", str(value))
 
     return pytest.mark.parametrize(
-        [*names.split(), "implementation"],
+        (*names.split(), "implementation"),
         [
             pytest.param(*case, implementation, marks=marks, id="-".join([*map(named, case), implementation]))
             for case in itertools.product(*values)

@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def outcome(problem: Problem, implementation: str) -> Outcome:
-    """Dispatch every kind of rows, and floats along the routes of the last; with the gradients of the first."""
+    """Dispatch every kind of rows, floats along the routes of the last, and gradients through the first."""
     comm = problem.communicator(implementation)
     inputs = inputs_of(problem)
     rows = ROWS_IN_XLA if implementation == "xla" else ROWS

@@ -7,13 +7,14 @@ import sys
 import textwrap
 
 import pytest
+from quick_compilation import QUICK_COMPILATION
 
 TESTS = pathlib.Path(__file__).parents[1]
 
 PREAMBLE = """
 import faulthandler, os, time
 faulthandler.dump_traceback_later({timeout_s} - 5, exit=True)
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 {flags}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def run_python(
         environment["LD_PRELOAD"] = str(preload)
     paths = [str(TESTS), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    program = PREAMBLE.format(timeout_s=timeout_s) + textwrap.dedent(code)
+    program = PREAMBLE.format(timeout_s=timeout_s, flags=QUICK_COMPILATION) + textwrap.dedent(code)
     try:
         ended = subprocess.run(
             [sys.executable, "-c", program],

@@ -1,6 +1,6 @@
 """The ops inside jax.checkpoint, scan, cond and while, donated operands, and the way of a handle.
 
-What a loop gives is compared with native ops in a row, whatever the implementation: they are quicker to compile.
+What a loop gives is compared with native ops in a row, for every implementation: they are quicker to compile.
 """
 
 import functools
