@@ -94,7 +94,11 @@ def train(
 
     is_first = jax.process_index() == 0
     if is_first:
-        print(comm.describe(), flush=True)
+        print(f"{comm.describe()}\ncompiling ...", flush=True)
+    # Before the bar begins, which would count this as a slow first step.
+    batch = jax.typeof(text.held_out_batches[0])
+    batch = jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=split)
+    update, nats_of = (function.lower(state, batch).compile() for function in (update, nats_of))
     history = History()
     last = steps if stop_after is None else stop_after
     with tqdm(range(1, last + 1), comm.implementation, unit="step", disable=not is_first) as bar:
