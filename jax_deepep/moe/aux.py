@@ -50,7 +50,7 @@ def _with_keys(aux: MoEAux) -> tuple[list[tuple[Any, Any]], None]:
     return [(jax.tree_util.SequenceKey(index), value) for index, value in enumerate(aux)], None
 
 
-# With the keys of a tuple: those of attributes, as a NamedTuple has by itself, are an error in `nnx.tabulate`.
+# With the keys of a tuple: those of attributes, as any NamedTuple has them, are an error in `nnx.tabulate`.
 jax.tree_util.register_pytree_with_keys(MoEAux, _with_keys, lambda _, values: MoEAux(*values))
 
 
