@@ -103,7 +103,7 @@ class MoE(nn.Module):
         aux: Scope = "global",
         router_logits: bool = False,
         sequence_loss: bool = False,
-    ) -> tuple[jax.Array, MoEAux | None]:
+    ) -> tuple[jax.Array, MoEAux | Any]:
         """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
         With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which

@@ -273,6 +273,11 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
             ValueError,
             "topk_weights: expected None without topk_idx, got an arr",
         ),
+        (
+            {"router": lambda x: x, "topk_idx": INDEX, "topk_weights": INDEX + 0.5},
+            ValueError,
+            "router: expected None with topk_weights, got a function; there is nothing to route",
+        ),
         ({"router": 3}, TypeError, "router: expected a function of x, got 3; pass one, or None"),
         (
             {"router": lambda x: x},
