@@ -1,5 +1,6 @@
 """The MoE layer as a Linen module: wiring of `jax_deepep.moe`."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -19,6 +20,16 @@ from jax_deepep.moe.layer import Router, moe
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
 ROUTER = "router"  # the collection of `gate_bias`
+
+
+def _warn_without_rule() -> None:
+    if not any(name == "exp" and axis is not None for name, axis in nn.get_logical_axis_rules()):
+        warnings.warn(
+            'jax_deepep.flax.linen.MoE: no logical axis rule places "exp", so that all experts are made on '
+            "one device, unless out_shardings of a jitted init place them. Set rules around init and apply: "
+            'flax.linen.logical_axis_rules([("exp", "expert"), ...]), under jax.set_mesh(mesh).',
+            stacklevel=3,
+        )
 
 
 class MoE(nn.Module):
@@ -92,13 +103,15 @@ class MoE(nn.Module):
         aux: Scope = "global",
         router_logits: bool = False,
         sequence_loss: bool = False,
-    ) -> tuple[jax.Array, MoEAux | None]:
+    ) -> tuple[jax.Array, MoEAux | Any]:
         """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
         With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
         """
         config = self._config()
+        if self.is_initializing() and config.comm.size > 1:
+            _warn_without_rule()
         parameters: dict[str, Any] = {}
         for name, (shape, logical_axes) in config.parameters.items():
             init = initializer_of(name, self.gate_init, self.kernel_init)

@@ -1,6 +1,5 @@
 """What a MoE layer tells besides its output, and how it is summed up."""
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,9 +13,7 @@ from jax_deepep.moe.order import zero_after
 Scope = Literal["global", "local", "off"]  # of `MoEAux`
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class MoEAux:
+class MoEAux(NamedTuple):
     """What a MoE layer tells besides its output.
 
     With `aux="global"` over all tokens of all devices, by one small exchange after the layer's own. With
@@ -47,6 +44,14 @@ class MoEAux:
     topk_idx: jax.Array
     sequence_balance_loss: jax.Array | None
     router_logits: jax.Array | None
+
+
+def _with_keys(aux: MoEAux) -> tuple[list[tuple[Any, Any]], None]:
+    return [(jax.tree_util.SequenceKey(index), value) for index, value in enumerate(aux)], None
+
+
+# With the keys of a tuple: those of attributes, as any NamedTuple has them, are an error in `nnx.tabulate`.
+jax.tree_util.register_pytree_with_keys(MoEAux, _with_keys, lambda _, values: MoEAux(*values))
 
 
 class Call(NamedTuple):

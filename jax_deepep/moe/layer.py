@@ -50,7 +50,7 @@ def moe(
     aux: Scope = "global",
     router_logits: bool = False,
     sequence_loss: bool = False,
-) -> tuple[jax.Array, MoEAux | None]:
+) -> tuple[jax.Array, MoEAux | Any]:
     """Send every token through its experts, on all devices of the mesh. Differentiable.
 
     **Collective:** takes global arrays, outside of `shard_map`; every process of the mesh calls it.
@@ -79,7 +79,7 @@ def moe(
             These three are static.
 
     Returns:
-        ([..., H], `MoEAux`).
+        ([..., H], `MoEAux`; None with `aux="off"`).
 
     Raises:
         ValueError, TypeError: a wrong argument, or more tokens than the communicator takes.

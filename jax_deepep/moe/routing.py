@@ -77,6 +77,10 @@ def given_by(
     if router is not None:
         if not callable(router):
             raise TypeError(f"router: expected a function of x, got {router!r}; pass one, or None.")
+        if topk_weights is not None:
+            raise ValueError(
+                "router: expected None with topk_weights, got a function; there is nothing to route."
+            )
         routed = router(x)
         if isinstance(routed, tuple):
             if topk_idx is not None or len(routed) != 2:

@@ -50,7 +50,7 @@ def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray,
     arrays = {name: placed(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
     floats = {name: placed(config, given.pop(name)) for name in ("topk_weights",) if name in given}
 
-    def loss(parameters, x, floats):
+    def loss(parameters, x, floats, arrays):
         out, aux = moe(config, parameters, x, **arrays, **floats, **given)
         losses = aux.balance_loss + aux.z_loss
         if aux.sequence_balance_loss is not None:
@@ -59,7 +59,7 @@ def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray,
         return loss_of(kept) + losses, (out, aux)
 
     gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(
-        on_mesh(config, parameters), placed(config, x), floats
+        on_mesh(config, parameters), placed(config, x), floats, arrays
     )
     return fetch(results), fetch(gradients)
 
@@ -171,21 +171,22 @@ def test_a_router_of_ones_own() -> None:
     parameters, x = on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H))
     gate = numbers(H, E, seed=7)
 
-    def by_logits(scale, x):
+    def by_logits(scale, x, parameters):
         return moe(config, parameters, x, router=lambda x: scale * (x @ gate), router_logits=True)
 
-    def by_choice(scale, x):
+    def by_choice(scale, x, parameters):
         def router(x):
             return ep.group_limited_topk(scale * (x @ gate), num_experts_per_tok=K, score_function="softmax")
 
         return moe(config, parameters, x, router=router)
 
     def run(call):
-        def loss(scale, x):
-            out, aux = call(scale, x)
+        def loss(scale, *operands):
+            out, aux = call(scale, *operands)
             return loss_of(out), (out, aux)
 
-        return fetch(jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(jnp.float32(0.5), x))
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        return fetch(step(jnp.float32(0.5), x, parameters))
 
     (gradients, (out, aux)), (expected_gradients, (expected, of_choice)) = run(by_logits), run(by_choice)
     assert_close((gradients, out), (expected_gradients, expected))
@@ -237,20 +238,17 @@ def test_aux_without_an_exchange() -> None:
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_modules_take_the_same(kind: str) -> None:
     config = config_of("data × expert")
-    given = {
-        "mask": placed(config, MASK), "topk_idx": placed(config, replayed(config)), "router_logits": True,
-        "sequence_loss": True, "router": lambda x: x @ numbers(H, E, seed=7),
-    }  # fmt: skip
-    x = placed(config, numbers(*SHAPE, H))
-    parameters = on_mesh(config, parameters_of(config))
+    given = {"router_logits": True, "sequence_loss": True, "router": lambda x: x @ numbers(H, E, seed=7)}
+    arrays = {"mask": placed(config, MASK), "topk_idx": placed(config, replayed(config))}
+    operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)), arrays)
     if kind == "nnx":
         graph, _ = nnx.split(ep_flax.MoE(E, K, H, 32, comm=config.comm, rngs=nnx.Rngs(0)))
-        call = lambda parameters, x: nnx.merge(graph, parameters)(x, **given)  # noqa: E731
+        call = lambda parameters, x, arrays: nnx.merge(graph, parameters)(x, **arrays, **given)  # noqa: E731
     else:
         layer = linen.MoE(E, K, H, 32, comm=config.comm)
-        call = lambda parameters, x: layer.apply({"params": parameters}, x, **given)  # noqa: E731
-    expected = jax.jit(lambda parameters, x: moe(config, parameters, x, **given))(parameters, x)
-    jax.tree.map(np.testing.assert_array_equal, fetch(jax.jit(call)(parameters, x)), fetch(expected))
+        call = lambda parameters, x, arrays: layer.apply({"params": parameters}, x, **arrays, **given)  # noqa: E731
+    expected = jax.jit(lambda parameters, x, arrays: moe(config, parameters, x, **arrays, **given))(*operands)
+    jax.tree.map(np.testing.assert_array_equal, fetch(jax.jit(call)(*operands)), fetch(expected))
 
 
 INDEX = np.zeros((*SHAPE, K), np.int32)
@@ -272,6 +270,11 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
             {"topk_weights": INDEX + 0.5},
             ValueError,
             "topk_weights: expected None without topk_idx, got an arr",
+        ),
+        (
+            {"router": lambda x: x, "topk_idx": INDEX, "topk_weights": INDEX + 0.5},
+            ValueError,
+            "router: expected None with topk_weights, got a function; there is nothing to route",
         ),
         ({"router": 3}, TypeError, "router: expected a function of x, got 3; pass one, or None"),
         (

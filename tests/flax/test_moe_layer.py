@@ -178,10 +178,10 @@ def test_drops_are_spread_over_experts_and_senders() -> None:
         experts, K, H, F, mesh=mesh, max_tokens=32, capacity_factor=0.8, alignment=1, normalize=False
     )
     parameters = on_mesh(config, parameters_of(config))
-    call = jax.jit(lambda x: moe(config, parameters, x, aux="local")[1])
+    call = jax.jit(lambda parameters, x: moe(config, parameters, x, aux="local")[1])
     drops = load = 0
     for seed in range(8):
-        aux = fetch(call(put_on_mesh(numbers(mesh.size * 32, H, seed=seed), mesh, P("expert"))))
+        aux = fetch(call(parameters, put_on_mesh(numbers(mesh.size * 32, H, seed=seed), mesh, P("expert"))))
         drops, load = drops + aux.expert_drops, load + aux.expert_load
     share = drops.sum() / load.sum()
     assert share > 0.1
