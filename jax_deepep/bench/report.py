@@ -96,7 +96,7 @@ def write_plot(results: Sequence[Result], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install jax_deepep[bench]") from error
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
     groups = _by_problem(results)
     figure = Figure(figsize=(9, 2.8 * len(groups)), layout="constrained")
     for axes, group in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):

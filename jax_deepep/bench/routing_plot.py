@@ -23,7 +23,7 @@ def draw(routings: Sequence[Routing], title: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install jax_deepep[bench]") from error
+        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(14, 1 + 3.6 * len(routings)), layout="constrained")
     figure.suptitle(title)
     most_sent = max(routing.rows_sent.max() for routing in routings)
