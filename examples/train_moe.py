@@ -4,8 +4,8 @@
 
 needs nothing but `pip install '.[examples]'` in a clone of this repository. Without an accelerator it splits
 the CPU into 8 devices, so that the program is the one that would run on 8 GPUs: the batch and the experts are
-split over one mesh axis, and `jax_deepep` carries every token to the devices of its experts and back. The model
-is in `moe_language_model.py`; `decode_moe.py` writes text with what `--save` keeps.
+split over one mesh axis, and `jax_deepep` carries every token to the devices of its experts and back. The
+model is in `moe_language_model.py`; `decode_moe.py` writes text with what `--save` keeps.
 """
 
 import argparse

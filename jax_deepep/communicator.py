@@ -100,7 +100,7 @@ class Communicator:
     def __post_init__(self) -> None:
         if jax_compat.is_tracing():
             raise ValueError(
-                "Communicator: expected to be made once, outside of jit and other transformations, got a call "
+                "Communicator: expected to be made outside of jit and other transformations, got a call "
                 "while tracing; make it before, and close over it or pass it to the layers as comm=."
             )
         arguments.check_mesh(self.mesh)

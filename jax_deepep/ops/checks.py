@@ -85,8 +85,8 @@ def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
     """Return the communicator of `handle`.
 
     Raises:
-        ValueError, TypeError: it is no handle, has not the shapes of one device, or is not of `comm`, where that
-            is given.
+        ValueError, TypeError: it is no handle, has not the shapes of one device, or is not of `comm`, where
+            that is given.
         CommunicatorError: the communicator cannot be used any more.
     """
     if not isinstance(handle, Handle):
