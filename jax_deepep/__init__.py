@@ -39,7 +39,8 @@ else:  # type checkers would take any name from a package that has this function
         elif name in _MODULE_OF:
             value = getattr(importlib.import_module(f"jax_deepep.{_MODULE_OF[name]}"), name)
         else:
-            raise AttributeError(f"module 'jax_deepep' has no attribute {name!r}")
+            later = f": {_LATER}" if name in _OF_LATER_VERSIONS else ""
+            raise AttributeError(f"module 'jax_deepep' has no attribute {name!r}{later}")
         globals()[name] = value
         return value
 
@@ -58,6 +59,19 @@ _MODULE_OF = {
     "dispatch": "ops.dispatch",
     "group_limited_topk": "gating",
 }
+
+_OF_LATER_VERSIONS = (
+    "BlockScaled",
+    "InFlight",
+    "Wire",
+    "combine_done",
+    "combine_start",
+    "dispatch_done",
+    "dispatch_start",
+    "quantize",
+    "quantize_dequantize",
+)
+_LATER = "it belongs to a later version, see Limits in README.md"
 
 # Without flax, which `from jax_deepep import *` would load otherwise.
 __all__ = [

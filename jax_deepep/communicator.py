@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import arguments, bootstrap, build_identity, native_communicator, native_module
+from jax_deepep import arguments, bootstrap, build_identity, jax_compat, native_communicator, native_module
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
 from jax_deepep.launched_rank import launched_rank
 from jax_deepep.topology import Topology, host_identity
@@ -98,6 +98,11 @@ class Communicator:
     _native: Any = field(init=False)
 
     def __post_init__(self) -> None:
+        if jax_compat.is_tracing():
+            raise ValueError(
+                "Communicator: expected to be made outside of jit and other transformations, got a call "
+                "while tracing; make it before, and close over it or pass it to the layers as comm=."
+            )
         arguments.check_mesh(self.mesh)
         for name in arguments.SIZES:
             self._set(name, arguments.plain_int(getattr(self, name)))

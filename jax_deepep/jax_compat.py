@@ -1,6 +1,6 @@
 """Every private or version-dependent JAX name that the package uses, in one place.
 
-Supported: JAX 0.10.2 (the last for Python 3.11) and JAX 0.11.2 (Python 3.12).
+Supported: JAX 0.10.2 (the last for Python 3.11) to JAX 0.12 (Python 3.12), whose tests run in CI on both.
 """
 
 import itertools
@@ -92,6 +92,11 @@ def mesh_of_lowering(ctx: Any) -> Mesh | None:
     """Return the mesh of the `shard_map` that a primitive is lowered in, or None if it has no devices."""
     mesh = getattr(ctx.module_context.axis_context, "mesh", None)
     return mesh if isinstance(mesh, Mesh) else None
+
+
+def platforms_of_lowering(ctx: Any) -> tuple[str, ...]:
+    """Return the platforms that a primitive is lowered for, such as ("cuda",)."""
+    return tuple(ctx.platforms or ctx.module_context.platforms)
 
 
 def index_in_program(ctx: Any, kind: str) -> int:

@@ -1,5 +1,6 @@
 """Checks of arguments at trace time. Errors name the argument, what it got, what it takes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ def check_comm(comm: Any, op: str) -> None:
     """Raise unless `comm` is a communicator that can still be used."""
     if not isinstance(comm, Communicator):
         raise TypeError(
-            f"comm: got {type(comm).__name__}; {op} takes the jax_deepep.Communicator that was "
-            "made outside of jit."
+            f"comm: expected a jax_deepep.Communicator, got {type(comm).__name__}; make one outside of jit "
+            f"and pass it to {op}."
         )
     comm.raise_if_unusable()
 
@@ -85,50 +86,55 @@ def check_array(
         raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {names} = [{sizes}].")
 
 
-def check_handle(handle: Any, comm: Communicator) -> None:
-    """Raise unless `handle` came from a dispatch of `comm` and has its per-device shapes."""
+def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
+    """Return the communicator of `handle`.
+
+    Raises:
+        ValueError, TypeError: it is no handle, has not the shapes of one device, or is not of `comm`, where
+            that is given.
+        CommunicatorError: the communicator cannot be used any more.
+    """
     if not isinstance(handle, Handle):
         raise TypeError(
-            f"handle: got {type(handle).__name__}; takes the jax_deepep.Handle that dispatch returned."
+            f"handle: expected a jax_deepep.Handle, got {type(handle).__name__}; pass the second result of "
+            "jax_deepep.dispatch."
         )
-    shape = handle.route_shape
-    if shape.comm is not comm:
+    own, capacity = handle.route_shape.comm, handle.route_shape.capacity
+    if comm is not None:
+        check_comm(comm, op)
+        if comm is not own:
+            raise ValueError(f"comm: expected {own!r}, which made the handle, got {comm!r}; leave comm out.")
+    own.raise_if_unusable()
+    if handle.source.shape != (capacity,):
         raise ValueError(
-            f"handle: got one of another communicator ({shape.comm!r}); takes one that dispatch "
-            f"returned with comm={comm!r}."
+            f"handle: expected the leaves of one device, source of shape [capacity] = [{capacity}], got "
+            f"{list(handle.source.shape)}; a handle that left shard_map with a leading axis loses it by "
+            "jax.tree.map(lambda leaf: leaf[0], handle)."
         )
-    if handle.source.shape != (shape.capacity,):
-        raise ValueError(
-            f"handle: got source of shape {tuple(handle.source.shape)}; takes the per-device shape "
-            f"[capacity] = [{shape.capacity}]. A handle that left shard_map with an added leading "
-            "axis must lose it again: jax.tree.map(lambda leaf: leaf[0], handle)."
-        )
+    return own
 
 
 def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
     """Raise unless `op` is called per device; return the mesh axes that its results vary along."""
     if comm.mesh.size == 1:
         return frozenset()
-    sizes = jax_compat.axis_sizes_here()
+    here, own = (
+        {axis: size for axis, size in sizes.items() if size > 1}
+        for sizes in (jax_compat.axis_sizes_here(), comm.mesh.shape)
+    )
+    if here and here != own:
+        raise ValueError(
+            f"comm: expected a communicator of the mesh in use here, {here}, got one of {own}; call {op} in "
+            "jax.shard_map(..., mesh=comm.mesh), or make the communicator with the mesh of the program."
+        )
     manual = jax_compat.manual_axes()
-    for axis, size in comm.mesh.shape.items():
-        if size > 1 and axis not in manual:
+    for axis, size in own.items():
+        if axis not in manual:
             raise ValueError(
-                f"{op}: the mesh axis {axis!r} of size {size} is not manual here (manual: "
-                f"{manual or 'none'}); {op} takes per-device values. Call it inside "
-                "jax.shard_map(..., mesh=comm.mesh) over all mesh axes; under a vmap, do not split the "
-                "mapped dimension over an Explicit axis."
-            )
-        if sizes.get(axis, 1) != size:
-            raise ValueError(
-                f"{op}: the mesh axis {axis!r} has size {sizes[axis]} here, but {size} in "
-                "comm.mesh; use one mesh for both."
-            )
-    for axis, size in sizes.items():
-        if size > 1 and axis not in comm.mesh.shape:
-            raise ValueError(
-                f"{op}: the mesh here has an axis {axis!r} of size {size} that comm.mesh does not "
-                "have; make the communicator with the mesh of the program."
+                f"{op}: expected values of one device, got a call where the mesh axis {axis!r} of size "
+                f"{size} is not manual (manual: {manual or 'none'}); call it in jax.shard_map(..., "
+                "mesh=comm.mesh) over all mesh axes. Under a vmap, do not split the mapped dimension over an "
+                "Explicit axis."
             )
     return frozenset(comm.axis_names) & frozenset(manual)
 
@@ -144,9 +150,19 @@ def check_groups(comm: Communicator, mesh: Mesh) -> None:
     if not of_program.has_groups_of(comm.topology):
         groups = [[[d.id for d in group] for group in t.groups] for t in (of_program, comm.topology)]
         raise ValueError(
-            f"comm: the program's mesh has the groups of devices {groups[0]} along {comm.axis_name!r}, "
-            f"and the communicator's has {groups[1]}; use shard_map with comm.mesh, or make the "
-            "communicator with the mesh of the program."
+            f"comm: expected the groups of devices that the program's mesh has along {comm.axis_name!r}, "
+            f"{groups[0]}, got {groups[1]}; use shard_map with comm.mesh, or make the communicator with the "
+            "mesh of the program."
+        )
+
+
+def check_platform(comm: Communicator, platforms: Sequence[str]) -> None:
+    """Raise unless a program for `platforms` can run native ops of `comm`."""
+    if set(platforms) != {comm.platform}:
+        raise ValueError(
+            f"comm: expected a communicator of {' and '.join(platforms)} devices, for which the program is "
+            f'lowered, got native ops on {comm.platform}; make it with implementation="xla", which runs on '
+            "every platform, or on a mesh of those devices."
         )
 
 

@@ -1,5 +1,7 @@
 """combine: carry the experts' results back to the tokens and sum them."""
 
+from typing import Any
+
 import jax
 
 from jax_deepep.communicator import Communicator
@@ -7,19 +9,19 @@ from jax_deepep.ops import autodiff
 from jax_deepep.ops.checks import (
     check_array,
     check_call_site,
-    check_comm,
-    check_handle,
     check_rows_dtype,
+    communicator_of,
     vary_together,
 )
 from jax_deepep.ops.handle import Handle
+from jax_deepep.ops.reverse_mode import only_in_reverse
 
 
 def combine(
     y: jax.Array,
-    handle: Handle,
+    handle: Handle[Any],
     *,
-    comm: Communicator,
+    comm: Communicator | None = None,
     weighted: bool | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
@@ -37,7 +39,7 @@ def combine(
         y: [C, H] bfloat16, float16 or float32, in the layout of the dispatch. Rows of no token are
             ignored, whatever they hold. Differentiable.
         handle: what the dispatch returned. Its router weights are differentiable.
-        comm: the communicator of the dispatch.
+        comm: None, or the communicator of the dispatch, to have that checked.
         weighted: multiply each row by its router weight. None = True for expert-major rows, False
             for token-major rows, whose sums over local experts are the caller's.
         bias: [T, H] of `y.dtype` or None, added to the sum (a shared expert, a residual).
@@ -50,8 +52,7 @@ def combine(
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
-    check_comm(comm, "combine")
-    check_handle(handle, comm)
+    comm = communicator_of(handle, comm, "combine")
     check_rows_dtype("y", y)
     shape = handle.route_shape
     check_array("y", y, (shape.capacity, comm.hidden_size), names="[capacity, hidden_size]")
@@ -70,4 +71,5 @@ def combine(
         check_array("bias", bias, (shape.num_tokens, comm.hidden_size), dtype=y.dtype, names=names)
     axes = check_call_site(comm, "combine")
     weights = handle.weights if weighted else None
-    return autodiff.combine(shape, *vary_together(axes, y, weights, bias, handle.routes))
+    operands = vary_together(axes, y, weights, bias, handle.routes)
+    return autodiff.combine(shape, *only_in_reverse("combine", operands))

@@ -1,6 +1,6 @@
 """dispatch: carry every token to the devices of its experts."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,56 @@ from jax_deepep.ops.checks import (
     check_array,
     check_call_site,
     check_comm,
-    check_handle,
     check_sent_rows,
+    communicator_of,
     vary_together,
 )
-from jax_deepep.ops.handle import ExpertMajor, Handle, RouteShape, TokenMajor
+from jax_deepep.ops.handle import ExpertMajor, Handle, Received, RouteShape, TokenMajor
+from jax_deepep.ops.reverse_mode import only_in_reverse
+
+
+@overload
+def dispatch(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    comm: Communicator,
+    layout: Literal["expert"] = "expert",
+    capacity: int | None = None,
+    expert_capacity: int | None = None,
+    alignment: int = 1,
+    wire: None = None,
+) -> tuple[ExpertMajor, Handle[ExpertMajor]]: ...
+
+
+@overload
+def dispatch(
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    comm: Communicator,
+    layout: Literal["token"],
+    capacity: int | None = None,
+    expert_capacity: None = None,
+    alignment: int = 1,
+    wire: None = None,
+) -> tuple[TokenMajor, Handle[TokenMajor]]: ...
+
+
+@overload
+def dispatch(
+    x: jax.Array,
+    *,
+    handle: Handle[Received],
+    comm: Communicator | None = None,
+    layout: Layout = "expert",
+    capacity: int | None = None,
+    expert_capacity: int | None = None,
+    alignment: int = 1,
+    wire: None = None,
+) -> tuple[Received, Handle[Received]]: ...
 
 
 def dispatch(
@@ -25,14 +70,14 @@ def dispatch(
     topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
-    comm: Communicator,
+    comm: Communicator | None = None,
     layout: Layout = "expert",
     capacity: int | None = None,
     expert_capacity: int | None = None,
     alignment: int = 1,
-    wire: str | None = None,
-    handle: Handle | None = None,
-) -> tuple[ExpertMajor | TokenMajor, Handle]:
+    wire: Any = None,
+    handle: Handle[Any] | None = None,
+) -> tuple[Any, Handle[Any]]:
     """Send every token to the devices of its experts, each row straight to its final place.
 
     **Collective:** every device of the expert-parallel group calls it with the same shapes, inside
@@ -48,7 +93,7 @@ def dispatch(
             4 · H bytes: rows of bits (a quantised format, its scales, ids), which have no gradient.
         topk_idx: int32 [T, K], global expert ids, −1 = no expert.
         topk_weights: float32 [T, K], router weights. Differentiable, whatever the dtype of x.
-        comm: the communicator, static.
+        comm: the communicator, static; with `handle` it may be left out, and is checked otherwise.
         layout: "expert" for rows grouped by local expert (`ExpertMajor`), "token" for one row per
             (token, device) (`TokenMajor`).
         capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, with
@@ -70,12 +115,15 @@ def dispatch(
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
+    if handle is not None:
+        comm = communicator_of(handle, comm, "dispatch")
     check_comm(comm, "dispatch")
+    assert comm is not None
     check_sent_rows("x", x, comm.hidden_size)
     if wire is not None:
         raise ValueError(
-            f"wire: got {wire!r}; this version takes None (rows travel in the dtype of x). "
-            "Quantised wire formats are not available yet."
+            f"wire: expected None, got {wire!r}; quantised wire formats are of a later version, and rows "
+            "travel in the dtype of x."
         )
     axes = check_call_site(comm, "dispatch")
     if handle is not None:
@@ -85,7 +133,7 @@ def dispatch(
             "expert_capacity": expert_capacity,
             "alignment": alignment,
         }
-        return _dispatch_along(handle, x, topk_idx, topk_weights, comm, options, axes)
+        return _dispatch_along(handle, x, topk_idx, topk_weights, options, axes)
     if topk_idx is None or topk_weights is None:
         raise TypeError(
             "topk_idx, topk_weights: got None; dispatch takes both, or handle= of an earlier "
@@ -102,7 +150,8 @@ def dispatch(
     check_array("topk_weights", topk_weights, (num_tokens, num_topk), dtype=jnp.float32, **routing)
 
     shape = _route_shape(comm, layout, num_tokens, capacity, expert_capacity, alignment)
-    tokens, handle = autodiff.dispatch(shape, *vary_together(axes, x, topk_idx, topk_weights))
+    operands = only_in_reverse("dispatch", vary_together(axes, x, topk_idx, topk_weights))
+    tokens, handle = autodiff.dispatch(shape, *operands)
     tokens, handle = autodiff.without_integer_tangents((tokens, handle))
     return _received(tokens, handle), handle
 
@@ -149,15 +198,13 @@ def _route_shape(
 
 
 def _dispatch_along(
-    handle: Handle,
+    handle: Handle[Any],
     x: jax.Array,
     topk_idx: jax.Array | None,
     topk_weights: jax.Array | None,
-    comm: Communicator,
     options: dict[str, Any],
     axes: frozenset[str],
-) -> tuple[ExpertMajor | TokenMajor, Handle]:
-    check_handle(handle, comm)
+) -> tuple[ExpertMajor | TokenMajor, Handle[Any]]:
     shape = handle.route_shape
     for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if value is not None:
@@ -175,11 +222,12 @@ def _dispatch_along(
             f"x: got {x.shape[0]} tokens; takes as many as the dispatch that made the handle, "
             f"{shape.num_tokens}."
         )
-    tokens = autodiff.redispatch(shape, *vary_together(axes, x, handle.routes))
+    operands = only_in_reverse("dispatch", vary_together(axes, x, handle.routes))
+    tokens = autodiff.redispatch(shape, *operands)
     return _received(tokens, handle), handle
 
 
-def _received(tokens: jax.Array, handle: Handle) -> ExpertMajor | TokenMajor:
+def _received(tokens: jax.Array, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
     """Show received rows in the terms of their layout."""
     mask = handle.source >= 0
     if handle.route_shape.layout == "expert":

@@ -1,7 +1,7 @@
 """What travels between the ops: the routes of one dispatch, and the arrays that it returns."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,9 @@ from jax import lax
 
 from jax_deepep.capacity import Layout
 from jax_deepep.communicator import Communicator
+
+# What a dispatch returned with a handle, and what a dispatch along it returns.
+Received = TypeVar("Received", bound="ExpertMajor | TokenMajor")
 
 
 def _static() -> dict[str, bool]:
@@ -51,8 +54,17 @@ class Routes(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Handle:
+class Handle(Generic[Received]):
     """The routes of one dispatch: a pytree of device arrays with static metadata.
+
+    It passes through jit, scan, checkpoint and donation as it is. What leaves a `shard_map` needs an axis
+    that the mesh can split, and some leaves have none (`num_dropped`): give it one of devices, and take that
+    away again where it enters the next,
+
+        handle = jax.tree.map(lambda leaf: leaf[None], handle)  # in the first; out_specs=P(axes of the mesh)
+        handle = jax.tree.map(lambda leaf: leaf[0], handle)  # in the next; in_specs likewise
+
+    which does for `ExpertMajor` and `TokenMajor`, too.
 
     Rows are *sent* from a token's device and *received* on an expert's device, so a device holds
     both ends: `source` for the rows that it received, `destination` for the tokens that it sent.

@@ -6,7 +6,7 @@ operand or result that is absent travels as one element, and a flag says so.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from jax import lax
 
 from jax_deepep import jax_compat, native_module
 from jax_deepep.capacity import dispatch_scratch_ints, num_groups, pair_table_shape
-from jax_deepep.jax_compat import ShapedArray, batching, mlir
-from jax_deepep.ops.checks import check_groups
+from jax_deepep.jax_compat import ShapedArray, ad, batching, mlir
+from jax_deepep.ops.checks import check_groups, check_platform
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 LAYOUT_CODES = {"expert": 0, "token": 1}
@@ -34,6 +34,7 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
     primitive.def_abstract_eval(output_types)
 
     def lower(ctx: Any, *operands: Any, shape: RouteShape, **flags: Any) -> Any:
+        check_platform(shape.comm, jax_compat.platforms_of_lowering(ctx))
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
             check_groups(shape.comm, mesh)
         native_module.watch_compilations()
@@ -41,9 +42,16 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
         attributes["call"] = jax_compat.index_in_program(ctx, "jax_deepep")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
 
-    for platform in ("cpu", "cuda"):
-        # Not cacheable: every call has an index of its own in its program.
-        mlir.register_lowering(primitive, lower, platform=platform, cacheable=False)
+    # Not cacheable: every call has an index of its own in its program.
+    mlir.register_lowering(primitive, lower, cacheable=False)
+
+    def differentiate(*_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            "gradient: expected one of first order, got the gradient of a gradient of native ops; make the "
+            'communicator with implementation="xla" for it.'
+        )
+
+    ad.primitive_jvps[primitive] = differentiate
 
     def batch(operands: Sequence[Any], dims: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[int]]:
         # One op after the other: the ranks of a group must meet for each of them anyway.

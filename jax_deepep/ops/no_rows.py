@@ -31,7 +31,7 @@ def dispatch(
     def ints(value: int, *sizes: int) -> jax.Array:
         return _full(value, sizes, jnp.int32, like=x)
 
-    handle = Handle(
+    handle: Handle = Handle(
         source=ints(-1, shape.capacity),
         destination=ints(-1, 0, num_topk),
         weights=_full(0, of_rows, jnp.float32, like=x),

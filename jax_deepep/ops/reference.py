@@ -103,7 +103,7 @@ def dispatch(
         local_experts = local_experts.at[target, k].set(local_expert)[:capacity]
 
     num_received = jnp.sum(received[rank], dtype=jnp.int32)
-    handle = Handle(
+    handle: Handle = Handle(
         source=source,
         destination=destination[rank],
         weights=weights[:capacity],

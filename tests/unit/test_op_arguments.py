@@ -1,6 +1,7 @@
 """Errors of dispatch and combine when tracing: each names the argument, what it got, and what it takes."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from implementations import IMPLEMENTATIONS
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
-from meshes import fetch, mesh_named, per_device
+from meshes import device_axis, fetch, mesh_named, per_device, put_on_mesh
 
 import jax_deepep as ep
 
@@ -71,7 +72,8 @@ DISPATCH = [
     ({"topk_weights": jnp.zeros((4, 3))}, ValueError, r"topk_weights: got shape \(4, 3\); .* \[5, 3\]"),
     ({"topk_weights": jnp.zeros((5, 3), jnp.bfloat16)}, TypeError,
      r"topk_weights: got dtype bfloat16; takes float32.*Cast it"),
-    ({"comm": "expert"}, TypeError, r"comm: got str; dispatch takes the jax_deepep\.Communicator"),
+    ({"comm": "expert"}, TypeError, r"comm: expected a jax_deepep\.Communicator, got str; make one outside"),
+    ({"comm": None}, TypeError, r"comm: expected a jax_deepep\.Communicator, got NoneType; .* to dispatch"),
     ({"layout": "rows"}, ValueError, r"layout: got 'rows'; takes \"expert\" or \"token\""),
     ({"alignment": 0}, ValueError, r"alignment: got 0; takes an integer of at least 1"),
     ({"alignment": 2.0}, TypeError, r"alignment: got 2\.0; takes a Python integer"),
@@ -86,7 +88,7 @@ DISPATCH = [
     ({"expert_capacity": -1}, ValueError, r"expert_capacity: got -1; takes an integer of at least 0"),
     ({"expert_capacity": 4, "layout": "token"}, ValueError,
      r"expert_capacity: got 4 with layout='token'.*takes None"),
-    ({"wire": "fp8"}, ValueError, r"wire: got 'fp8'; this version takes None"),
+    ({"wire": "fp8"}, ValueError, r"wire: expected None, got 'fp8'; .*of a later version"),
 ]  # fmt: skip
 
 
@@ -136,8 +138,9 @@ def test_a_wrong_argument_along_a_handle(comm, wrong: dict, words: str) -> None:
 COMBINE = [
     ({"y": jnp.zeros((40, 8))}, {}, ValueError, r"y: got shape \(40, 8\); takes \[capacity, .* \[16, 8\]"),
     ({"y": jnp.zeros((16, 8), jnp.int8)}, {}, TypeError, r"y: got dtype int8; takes bfloat16, float16"),
-    ({"handle": (1, 2)}, {}, TypeError, r"handle: got tuple; takes the jax_deepep\.Handle"),
-    ({"comm": None}, {}, TypeError, r"comm: got NoneType; combine takes the jax_deepep\.Communicator"),
+    ({"handle": (1, 2)}, {}, TypeError, r"handle: expected a jax_deepep\.Handle, got tuple; pass the second"),
+    ({"handle": None}, {}, TypeError, r"handle: expected a jax_deepep\.Handle, got NoneType"),
+    ({"comm": "expert"}, {}, TypeError, r"comm: expected a jax_deepep\.Communicator, got str; .* to combine"),
     ({"weighted": 1}, {}, TypeError, r"weighted: got 1; takes True, False or None"),
     ({"weighted": True}, {"layout": "token"}, ValueError, r"weighted: got True for token-major rows; takes"),
     ({"bias": jnp.zeros((4, 8))}, {}, ValueError, r"bias: got shape \(4, 8\); takes \[T, .* = \[5, 8\]"),
@@ -157,8 +160,14 @@ def test_a_wrong_argument_of_combine(
 
 def test_a_handle_of_another_communicator(comm) -> None:
     other = ep.Communicator(MESH, "expert", **SIZES, implementation=comm.implementation)
-    with pytest.raises(ValueError, match=r"handle: got one of another communicator .* takes one that"):
+    words = (
+        rf"comm: expected Communicator #{comm.id}\(.*, which made the handle, "
+        rf"got Communicator #{other.id}\(.*; leave comm out"
+    )
+    with pytest.raises(ValueError, match=words):
         trace(lambda: combine(comm, comm=other))
+    with pytest.raises(ValueError, match=words):
+        trace(lambda: ep.dispatch(jnp.zeros((5, 8)), handle=dispatch(comm)[1], comm=other))
     other.close()
 
 
@@ -168,13 +177,16 @@ def test_a_handle_that_kept_its_device_axis(comm) -> None:
         handle = jax.tree.map(lambda leaf: leaf[None], handle)
         return ep.combine(dispatched.tokens, handle, comm=comm)
 
-    words = r"handle: got source of shape .* must lose it again: jax\.tree\.map"
+    words = r"handle: expected .* \[capacity\] = \[\d+\], got \[1, \d+\]; .* loses it by jax\.tree\.map\("
     with pytest.raises(ValueError, match=words):
         trace(with_device_axis)
 
 
 def test_outside_of_shard_map(comm) -> None:
-    words = r"dispatch: the mesh axis 'stage' of size 2 is not manual here.*shard_map"
+    words = (
+        r"dispatch: expected values of one device, got a call where the mesh axis 'stage' of size 2 is not "
+        r"manual \(manual: none\); call it in jax\.shard_map"
+    )
     with pytest.raises(ValueError, match=words):
         jax.eval_shape(lambda: dispatch(comm))
 
@@ -185,7 +197,9 @@ def test_a_mesh_axis_that_is_not_manual(comm) -> None:
         lambda _: dispatch(comm)[0].mask,
         mesh=MESH, in_specs=P(), out_specs=P(), axis_names={"expert"}, check_vma=False,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"dispatch: the mesh axis 'stage' of size 2 is not manual here"):
+    with pytest.raises(
+        ValueError, match=r"dispatch: expected .* the mesh axis 'stage' of size 2 is not manual"
+    ):
         jax.eval_shape(jax.jit(mapped), jax.ShapeDtypeStruct((), jnp.float32))
 
 
@@ -199,7 +213,9 @@ def test_combine_outside_of_shard_map(comm) -> None:
 
     trace(keep)
     y = jnp.zeros((*kept[0].source.shape, 8))
-    with pytest.raises(ValueError, match=r"combine: the mesh axis 'stage' of size 2 is not manual here"):
+    with pytest.raises(
+        ValueError, match=r"combine: expected .* the mesh axis 'stage' of size 2 is not manual"
+    ):
         ep.combine(y, kept[0], comm=comm)
 
 
@@ -208,21 +224,105 @@ def other_mesh(**sizes: int) -> AbstractMesh:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "words"),
+    "mesh",
     [
-        (other_mesh(stage=4, expert=SIZE),
-         r"dispatch: the mesh axis 'stage' has size 4 here, but 2 in comm\.mesh"),
-        (other_mesh(expert=8), r"dispatch: the mesh axis 'stage' of size 2 is not manual here"),
-        (other_mesh(data=2, expert=SIZE), r"dispatch: the mesh axis 'stage' of size 2 is not manual here"),
-        (other_mesh(stage=2, data=2, expert=SIZE),
-         r"dispatch: the mesh here has an axis 'data' of size 2 that comm\.mesh does not have"),
+        other_mesh(stage=4, expert=SIZE),
+        other_mesh(expert=8),
+        other_mesh(data=2, expert=SIZE),
+        other_mesh(stage=2, data=2, expert=SIZE),
     ],
     ids=["another size", "an axis less", "another axis", "an axis more"],
-)  # fmt: skip
-def test_another_mesh_than_the_communicators(comm, mesh: AbstractMesh, words: str) -> None:
+)
+def test_another_mesh_than_the_communicators(comm, mesh: AbstractMesh) -> None:
+    here, own = ({axis: size for axis, size in of.shape.items() if size > 1} for of in (mesh, MESH))
+    words = (
+        f"comm: expected a communicator of the mesh in use here, {here}, got one of {own}; call dispatch in"
+    )
     mapped = per_device(lambda _: dispatch(comm)[0].mask, mesh, "expert")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=re.escape(words)):
         jax.eval_shape(mapped, jax.ShapeDtypeStruct((mesh.size,), jnp.float32))
+
+
+def differentiable(comm):
+    """Return a function of x [devices, T, H], whose rows go through both ops."""
+
+    def layer(x):
+        dispatched, handle = dispatch(comm, x=x)
+        return ep.combine(dispatched.tokens + ep.dispatch(x, handle=handle)[0].tokens, handle, weighted=False)
+
+    return per_device(layer, MESH, "expert")
+
+
+def test_forward_mode(comm) -> None:
+    layer, x = differentiable(comm), jnp.ones((MESH.size, 5, 8))
+    words = r"dispatch: expected .* reverse mode, got forward mode \(jvp, jacfwd, linearize\); use jax\.grad"
+    for function in (layer, jax.jit(layer)):
+        with pytest.raises(TypeError, match=words):
+            jax.jit(lambda x, function=function: jax.jvp(function, (x,), (x,))).lower(x)
+
+
+def test_gradients_of_gradients(comm) -> None:
+    """Native ops have none; those of xla are right."""
+    layer, x = differentiable(comm), jnp.ones((MESH.size, 5, 8))
+
+    def gradient(x):
+        out, backward = jax.vjp(layer, x)  # of ½ |layer(x)|², in which all is linear
+        return backward(out)[0]
+
+    def second(x):
+        return jax.vjp(gradient, x)[1](x)[0]
+
+    if comm.implementation == "xla":
+        value, of_gradient = fetch(jax.jit(lambda x: (gradient(x), second(x)))(x))
+        np.testing.assert_allclose(of_gradient, value, rtol=1e-6)
+        assert np.abs(value).max() > 0
+    else:
+        with pytest.raises(
+            TypeError, match=r"gradient: expected .* first order, got .* implementation=\"xla\""
+        ):
+            jax.jit(second).lower(x)
+
+
+def test_lowering_for_another_platform(comm) -> None:
+    program = jax.jit(differentiable(comm)).trace(jax.ShapeDtypeStruct((MESH.size, 5, 8), jnp.float32))
+    if comm.implementation == "xla":
+        assert "all_gather" in program.lower(lowering_platforms=("tpu",)).as_text()
+        return
+    for platform in {"cpu", "cuda", "rocm", "tpu"} - {comm.platform}:
+        words = rf"comm: expected .* of {platform} devices, .* on {comm.platform}; .*implementation=\"xla\""
+        with pytest.raises(ValueError, match=words):
+            program.lower(lowering_platforms=(platform,))
+
+
+def test_a_communicator_made_while_tracing() -> None:
+    words = r"Communicator: expected to be made outside of jit .*, got a call while tracing; make it before"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda: ep.Communicator(MESH, "expert", **SIZES) and jnp.zeros(()))
+
+
+def test_a_handle_leaves_a_shard_map_and_enters_another(comm) -> None:
+    """As its docstring says: with an axis of devices."""
+    x, idx = jnp.arange(MESH.size * 40.0).reshape(-1, 5, 8), jnp.arange(15, dtype=jnp.int32).reshape(5, 3) % 8
+    axes = device_axis(MESH, "expert")
+    options = {"topk_idx": idx, "topk_weights": jnp.full((5, 3), 0.5)}
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=axes, out_specs=axes)
+    def first(x):
+        results = dispatch(comm, x=x[0], **options)
+        return jax.tree.map(lambda leaf: leaf[None], results)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=MESH, in_specs=axes, out_specs=axes)
+    def second(dispatched, handle):
+        dispatched, handle = jax.tree.map(lambda leaf: leaf[0], (dispatched, handle))
+        return ep.combine(dispatched.tokens, handle)[None]
+
+    [x_on_mesh] = put_on_mesh([np.asarray(x)], MESH, axes)
+    dispatched, handle = first(x_on_mesh)
+    assert isinstance(handle, ep.Handle)
+    assert handle.num_dropped.shape == (MESH.size,)
+    np.testing.assert_array_equal(fetch(second(dispatched, handle)), 1.5 * x)
 
 
 def test_a_closed_communicator_is_not_traced(comm) -> None:

@@ -5,6 +5,8 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import jax_deepep as ep
 
 # In a process of its own, which has not imported JAX.
@@ -38,3 +40,11 @@ def test_type_checkers_and_programs_see_the_same_names() -> None:
     for name, (module, original) in declared.items():
         assert getattr(ep, name) is getattr(sys.modules[str(module)], original)
     assert not hasattr(ep, "no_such_name")
+
+
+@pytest.mark.parametrize("name", ["quantize", "Wire", "dispatch_start", "combine_done"])
+def test_names_of_later_versions_point_to_the_limits(name: str) -> None:
+    with pytest.raises(
+        AttributeError, match=rf"no attribute '{name}': it belongs to a later version, see Limits"
+    ):
+        getattr(ep, name)

@@ -1,0 +1,89 @@
+"""Programs for GPUs are lowered on a machine without one: JAX accepts our calls and Triton's kernels."""
+
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_named
+from own_processes import is_a_command_for_one_process
+
+import jax_deepep as ep
+from jax_deepep import jax_compat
+from jax_deepep.capacity import pair_table_shape
+from jax_deepep.moe import build_config, init_parameters, moe
+
+pytestmark = is_a_command_for_one_process
+
+EXPERT = P("expert")
+SIZES = {"num_experts": 32, "num_experts_per_tok": 4, "max_tokens": 16, "hidden_size": 128}
+
+
+@pytest.fixture
+def comm(monkeypatch: pytest.MonkeyPatch) -> ep.Communicator:
+    """A communicator of CPU devices that pass for H100s once it is made."""
+    mesh = mesh_named("expert")
+    comm = ep.Communicator(mesh, **SIZES, implementation="native")
+    gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    monkeypatch.setitem(vars(mesh), "abstract_mesh", mesh.abstract_mesh.update(abstract_device=gpu))
+    yield comm
+    comm.close()
+
+
+def calls_of(function, *operands: jax.ShapeDtypeStruct) -> tuple[Counter, str]:
+    """Lower a program for GPUs; return how often it calls each custom call, and its text."""
+    text = jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    return Counter(re.findall(r"custom_call @([\w$.]+)", text)), text
+
+
+def global_array(comm: ep.Communicator, shape: tuple[int, ...], dtype, spec: P = EXPERT):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(comm.mesh, spec))
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
+    def body(x, topk_idx, topk_weights, bias):
+        dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, layout=layout)
+        again, _ = ep.dispatch(x, handle=handle)
+        return ep.combine(dispatched.tokens + again.tokens, handle, bias=bias)
+
+    def loss(*operands):
+        return jnp.sum(jax.shard_map(body, mesh=comm.mesh, in_specs=EXPERT, out_specs=EXPERT)(*operands))
+
+    tokens = comm.mesh.size * 16
+    x = global_array(comm, (tokens, 128), jnp.bfloat16)
+    topk = [global_array(comm, (tokens, 4), dtype) for dtype in (jnp.int32, jnp.float32)]
+    calls, text = calls_of(jax.value_and_grad(loss, argnums=(0, 2, 3)), x, *topk, x)
+    # The backward of combine is a redispatch, and those of both dispatches are combines.
+    assert calls == {"jax_deepep_dispatch": 1, "jax_deepep_redispatch": 2, "jax_deepep_combine": 3}
+    pairs = pair_table_shape(
+        num_ranks=comm.size, num_tokens=16, num_experts_per_tok=4, num_local_experts=comm.num_local_experts
+    )
+    result = "x".join(map(str, pairs))
+    assert (f"tensor<{result}xi32>" in text) == (layout == "expert")  # what only ops on GPUs need
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
+@pytest.mark.parametrize("matmul", ["triton", "ragged_dot"])
+def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
+    config = build_config(32, 4, 128, 256, comm=comm, grouped_matmul=matmul, dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+    parameters = {
+        name: global_array(comm, value.shape, value.dtype, config.spec(name))
+        for name, value in shapes.items()
+    }
+
+    def loss(parameters, x):
+        out, aux = moe(config, parameters, x)
+        return jnp.sum(out) + aux.balance_loss.astype(out.dtype)
+
+    x = global_array(comm, (comm.mesh.size * 16, 128), jnp.bfloat16)
+    calls, _ = calls_of(jax.value_and_grad(loss), parameters, x)
+    assert calls["jax_deepep_dispatch"] == 1
+    assert calls["jax_deepep_redispatch"] == 1
+    assert calls["jax_deepep_combine"] == 2
+    # Three products forward; of each, the gradients of rows and of matrices.
+    assert calls["__gpu$xla.gpu.triton"] == (9 if matmul == "triton" else 0)
