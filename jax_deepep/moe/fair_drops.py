@@ -65,12 +65,16 @@ def _within(
     bits = lax.bitcast_convert_type(jnp.abs(weights), jnp.uint32).reshape(-1) >> jnp.uint32(16)
     key = (group.astype(jnp.uint32) << jnp.uint32(16)) | (jnp.uint32(0xFFFF) - bits)
     entry = jnp.arange(key.size, dtype=jnp.int32)
-    _, entry = lax.sort((key, entry), num_keys=1, is_stable=True)
-    sizes = jnp.zeros(num_groups + 1, jnp.int32).at[group].add(1)
-    first = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
-    place = jnp.arange(key.size, dtype=jnp.int32) - first[group[entry]]
+    sorted_key, sorted_entry = lax.sort((key, entry), num_keys=1, is_stable=True)
+    groups = jnp.arange(num_groups, dtype=jnp.int32)
+    bounds = jnp.arange(num_groups + 1, dtype=jnp.uint32) << jnp.uint32(16)
+    first = jnp.searchsorted(sorted_key, bounds).astype(jnp.int32)
     # The rest goes to other ranks for every group.
-    own = part + ((jnp.arange(num_groups, dtype=jnp.int32) + rank) % num_ranks < rest).astype(jnp.int32)
-    own = jnp.append(own, jnp.int32(key.size))  # what is in no group stays
-    stays = jnp.zeros(key.size, bool).at[entry].set(place < own[group[entry]])
+    own = part + ((groups + rank) % num_ranks < rest).astype(jnp.int32)
+    # The last entry of each group that stays: a look at it tells of every other, without a scatter, which
+    # takes longer than all of this where many entries meet in few groups. What is in no group stays.
+    last = jnp.minimum(first[:-1] + own, first[1:]) - 1
+    last_key = jnp.append(sorted_key[last], jnp.uint32(0xFFFFFFFF))[group]
+    last_entry = jnp.append(sorted_entry[last], jnp.int32(key.size))[group]
+    stays = (key < last_key) | ((key == last_key) & (entry <= last_entry))
     return jnp.where(stays.reshape(topk_idx.shape), topk_idx, -1)

@@ -137,7 +137,10 @@ void RunOnCpu(Communicator& comm, int64_t run, const std::vector<Params>& params
   for (size_t rank = 0; rank < params.size(); ++rank) {
     auto op = std::make_unique<VerbOp<Params>>(params[rank], 0);
     op->done = [&done] { ++done; };
-    comm.Join(&instruction, 0, run, *comm.FindPlace(rank), std::move(op));
+    op->fail = [](const std::string& why) { Check(false, why); };
+    OpCall call{&instruction, {}, 1, true};
+    call.op.run = run;
+    comm.Join(call, *comm.FindPlace(rank), std::move(op));
   }
   while (done < static_cast<int>(params.size())) std::this_thread::yield();
   comm.WaitForOps();

@@ -3,6 +3,7 @@
 A script runs as `python script.py ADDRESS RANK NUM_PROCESSES [ARGUMENTS]`, see ../rank_processes.py.
 """
 
+import glob
 import json
 import os
 import sys
@@ -24,9 +25,15 @@ MEETING_S = 60
 
 
 def join() -> None:
-    """Connect to the coordinator; the first thing that a script does."""
+    """Connect to the coordinator; the first thing that a script does. On GPUs, ranks take them in turns."""
+    num_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     jax.distributed.initialize(
-        ADDRESS, NUM_PROCESSES, RANK, initialization_timeout=60, shutdown_timeout_seconds=30
+        ADDRESS,
+        NUM_PROCESSES,
+        RANK,
+        local_device_ids=[RANK % num_gpus] if num_gpus > 0 else None,
+        initialization_timeout=60,
+        shutdown_timeout_seconds=30,
     )
 
 
