@@ -148,17 +148,16 @@ def test_bfloat16() -> None:
 def test_rows_beyond_the_capacity_are_dropped(mesh_name: str, bound: str) -> None:
     """All tokens go to expert 0, which takes half of them: every sender's, those of the higher weights."""
     plain = config_of(mesh_name, num_experts_per_tok=1, normalize=False)
-    per_device = 8 * 16 // plain.num_token_shards
-    size = plain.comm.size
+    shards, size, per_device = plain.num_token_shards, plain.comm.size, 16
     room = {"capacity_factor": size / 2, "expert_capacity": size * per_device // 2}[bound]
     config = config_of(mesh_name, num_experts_per_tok=1, alignment=1, normalize=False, **{bound: room})
-    parameters, x = parameters_of(config), np.abs(numbers(8, 16, H))
+    parameters, x = parameters_of(config), np.abs(numbers(shards, per_device, H))
     parameters["gate"] = np.zeros_like(parameters["gate"])
     parameters["gate"][:, 0] = 1
     (out, aux), gradients = results_of(config, parameters, x, balance=0)
 
-    assert aux.num_dropped == aux.expert_drops[0] == 8 * 16 // 2
-    assert aux.expert_load[0] == 8 * 16
+    assert aux.num_dropped == aux.expert_drops[0] == shards * per_device // 2
+    assert aux.expert_load[0] == shards * per_device
     kept = gradients[1].reshape(-1, H).all(axis=1)
     assert not gradients[1].reshape(-1, H)[~kept].any()
     (expected, _), _ = expected_of(plain, parameters, x)
