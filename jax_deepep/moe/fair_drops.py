@@ -66,11 +66,11 @@ def _within(
     key = (group.astype(jnp.uint32) << jnp.uint32(16)) | (jnp.uint32(0xFFFF) - bits)
     entry = jnp.arange(key.size, dtype=jnp.int32)
     _, entry = lax.sort((key, entry), num_keys=1, is_stable=True)
-    sizes = jnp.zeros(num_groups + 1, jnp.int32).at[group].add(1)
-    first = jnp.cumsum(sizes, dtype=jnp.int32) - sizes
+    # Not a histogram: on a GPU, few groups would make many additions wait for each other.
+    first = (group < jnp.arange(num_groups + 1, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
     place = jnp.arange(key.size, dtype=jnp.int32) - first[group[entry]]
     # The rest goes to other ranks for every group.
     own = part + ((jnp.arange(num_groups, dtype=jnp.int32) + rank) % num_ranks < rest).astype(jnp.int32)
     own = jnp.append(own, jnp.int32(key.size))  # what is in no group stays
-    stays = jnp.zeros(key.size, bool).at[entry].set(place < own[group[entry]])
+    stays = jnp.zeros(key.size, bool).at[entry].set(place < own[group[entry]], unique_indices=True)
     return jnp.where(stays.reshape(topk_idx.shape), topk_idx, -1)
