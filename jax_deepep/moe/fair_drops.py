@@ -67,7 +67,8 @@ def _within(
     entry = jnp.arange(key.size, dtype=jnp.int32)
     _, entry = lax.sort((key, entry), num_keys=1, is_stable=True)
     # Not a histogram: on a GPU, few groups would make many additions wait for each other.
-    first = (group < jnp.arange(num_groups + 1, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
+    bounds = jnp.arange(num_groups + 1, dtype=jnp.int32)
+    first = (group[None] < bounds[:, None]).sum(axis=1, dtype=jnp.int32)
     place = jnp.arange(key.size, dtype=jnp.int32) - first[group[entry]]
     # The rest goes to other ranks for every group.
     own = part + ((jnp.arange(num_groups, dtype=jnp.int32) + rank) % num_ranks < rest).astype(jnp.int32)
