@@ -67,12 +67,12 @@ def _within(
     entry = jnp.arange(key.size, dtype=jnp.int32)
     sorted_key, sorted_entry = lax.sort((key, entry), num_keys=1, is_stable=True)
     groups = jnp.arange(num_groups, dtype=jnp.int32)
-    bounds = jnp.arange(num_groups + 1, dtype=jnp.uint32) << jnp.uint32(16)
-    first = jnp.searchsorted(sorted_key, bounds).astype(jnp.int32)
+    bounds = jnp.arange(num_groups + 1, dtype=jnp.int32)
+    first = (group[None] < bounds[:, None]).sum(axis=1, dtype=jnp.int32)
     # The rest goes to other ranks for every group.
     own = part + ((groups + rank) % num_ranks < rest).astype(jnp.int32)
-    # The last entry of each group that stays: a look at it tells of every other, without a scatter, which
-    # takes longer than all of this where many entries meet in few groups. What is in no group stays.
+    # The last entry of each group that stays: a look at it tells of every other. No scatter, which on a GPU
+    # makes entries wait for each other where many meet in few groups. What is in no group stays.
     last = jnp.minimum(first[:-1] + own, first[1:]) - 1
     last_key = jnp.append(sorted_key[last], jnp.uint32(0xFFFFFFFF))[group]
     last_entry = jnp.append(sorted_entry[last], jnp.int32(key.size))[group]

@@ -204,8 +204,9 @@ def test_implementations_agree() -> None:
     sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": 64, "hidden_size": H}
     comm = ep.Communicator(native.mesh, implementation="xla", **sizes)
     xla = config_of("data × expert", comm=comm, capacity_factor=0.7, alignment=1)
-    parameters, x = parameters_of(native), numbers(BATCH, 64, H)
-    mask = np.random.default_rng(0).random((BATCH, 64)) < 0.9
+    shape = (native.num_token_shards, 64)
+    parameters, x = parameters_of(native), numbers(*shape, H)
+    mask = np.random.default_rng(0).random(shape) < 0.9
     results = [call_of(config, parameters, x, mask=mask, router_logits=True) for config in (native, xla)]
     assert_close(*results)
     assert results[0][0][1].num_dropped > 0

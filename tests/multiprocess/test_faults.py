@@ -236,10 +236,13 @@ def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
 
 
 @pytest.mark.collectives
-def test_a_rank_comes_late_to_a_layer(faults: Callable[..., RankProcesses]) -> None:
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_rank_comes_late_to_a_layer(platform: str) -> None:
     """A layer has collectives of XLA, whose waits nothing bounds: ours come first and say who is missing."""
     victim = 1
-    with faults("comes_late_to_a_layer", victim) as run:
+    with RankProcesses(
+        "late_to_a_layer", NUM_PROCESSES, (victim,), platform=platform, deadline_s=DEADLINE_S
+    ) as run:
         for rank in survivors_of(victim):
             report = run.wait_for_report(rank, "told")
             assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) for rank {victim} \(", report["error"])

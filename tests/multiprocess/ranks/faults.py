@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,6 @@ from rank_side import (
 
 import jax_deepep as ep
 from jax_deepep import native_module
-from jax_deepep.moe import build_config, init_parameters, moe
 
 TIMEOUT_S = 4.0
 VICTIM = int(ARGUMENTS[1])
@@ -44,7 +42,7 @@ class Step:
 
     comm: ep.Communicator
     program: jax.stages.Compiled
-    operands: tuple[Any, ...]
+    operands: tuple[jax.Array, ...]
 
     @classmethod
     def of(cls, num_tokens: int, hidden_size: int, timeout_s: float = TIMEOUT_S) -> "Step":
@@ -88,29 +86,6 @@ class Step:
         operands = tuple(jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays)
         mapped = jax.shard_map(with_gradients, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
         return cls(comm, jax.jit(mapped).lower(*operands).compile(), operands)
-
-    @classmethod
-    def of_layer(cls) -> "Step":
-        """Make a communicator and compile a MoE layer with its gradients. Collective."""
-        mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
-        comm = ep.Communicator(
-            mesh, num_experts=NUM_EXPERTS, num_experts_per_tok=NUM_TOPK, max_tokens=8, hidden_size=16,
-            implementation="native", timeout_s=TIMEOUT_S,
-        )  # fmt: skip
-        config = build_config(NUM_EXPERTS, NUM_TOPK, 16, 8, comm=comm)
-
-        def results(parameters, x):
-            def loss(parameters, x):
-                out, aux = moe(config, parameters, x)
-                return jnp.sum(out * out) + aux.balance_loss, out
-
-            (_, of_x), out = jax.grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
-            return {"out": out, "gradient of x": of_x}
-
-        parameters = init_parameters(config, jax.random.key(0))
-        x = np.random.default_rng(0).normal(size=(8 * NUM_PROCESSES, 16)).astype(np.float32)
-        x = jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("expert")), lambda index: x[index])
-        return cls(comm, jax.jit(results).lower(parameters, x).compile(), (parameters, x))
 
     def run(self) -> dict[str, np.ndarray]:
         """Run once; return this rank's part of the results."""
@@ -409,34 +384,6 @@ def _go_on_with_others(
         still_broken=error_of(step.comm.check),
     )
     meet("done")
-
-
-def comes_late_to_a_layer() -> None:
-    """The victim comes to a MoE layer only after the others were told that it is missing."""
-    step = Step.of_layer()
-    meet("programs are compiled")
-    first = step.run()
-    step.comm.check()
-    report("first step", abandoned=is_abandoned(first))
-    meet("first step")
-
-    def wait_for_the_error() -> None:
-        begin = time.monotonic()
-        while not (error := step.comm._broken_message()) and time.monotonic() - begin < MEETING_S / 2:
-            time.sleep(0.05)
-        report("told", error=error, seconds=time.monotonic() - begin)
-        meet("the others were told")
-
-    thread = threading.Thread(target=wait_for_the_error)
-    if RANK == VICTIM:
-        meet("the others were told")
-    else:
-        thread.start()
-    results = step.run()  # ends when the victim has come to the collectives of XLA, too
-    if RANK != VICTIM:
-        thread.join()
-    report("ended", abandoned=is_abandoned(results), error=error_of(step.comm.check))
-    meet("the end")
 
 
 def process_0_dies() -> None:

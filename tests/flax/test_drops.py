@@ -1,0 +1,65 @@
+"""Which rows a layer drops under a capacity."""
+
+import jax
+import numpy as np
+import pytest
+from dense_moe import E, F, H, K, config_of, dense_moe, loss_of, numbers, on_mesh, parameters_of
+from jax.sharding import PartitionSpec as P
+from meshes import fetch, mesh_named, put_on_mesh
+from moe_layer import assert_close
+
+from jax_deepep.moe import build_config, moe
+
+
+@pytest.mark.parametrize("bound", ["capacity_factor", "expert_capacity"])
+@pytest.mark.parametrize("mesh_name", ["expert", "fsdp × expert × tensor"])
+def test_rows_beyond_the_capacity_are_dropped(mesh_name: str, bound: str) -> None:
+    """All tokens go to expert 0, which takes half of them: every sender's, those of the higher weights."""
+    plain = config_of(mesh_name, num_experts_per_tok=1, normalize=False)
+    shards, size, per_device = plain.num_token_shards, plain.comm.size, 16
+    room = {"capacity_factor": size / 2, "expert_capacity": size * per_device // 2}[bound]
+    config = config_of(mesh_name, num_experts_per_tok=1, alignment=1, normalize=False, **{bound: room})
+    parameters, x = parameters_of(config), np.abs(numbers(shards, per_device, H))
+    parameters["gate"] = np.zeros_like(parameters["gate"])
+    parameters["gate"][:, 0] = 1
+
+    def loss(parameters, x):
+        out, aux = moe(config, parameters, x)
+        return loss_of(out), (out, aux)
+
+    step = jax.jit(jax.grad(loss, argnums=1, has_aux=True))
+    operands = on_mesh(config, parameters), put_on_mesh(x, config.mesh, P(config.token_axes))
+    gradient, (out, aux) = fetch(step(*operands))
+
+    assert aux.num_dropped == aux.expert_drops[0] == shards * per_device // 2
+    assert aux.expert_load[0] == shards * per_device
+    gradient = gradient.reshape(-1, H)
+    kept = gradient.all(axis=1)
+    assert not gradient[~kept].any()
+    expected, _ = jax.jit(lambda parameters, x: dense_moe(plain, parameters, x))(parameters, x)
+    assert_close(out.reshape(-1, H), np.where(kept[:, None], np.asarray(expected).reshape(-1, H), 0))
+    logits = x.reshape(-1, H).sum(axis=1).reshape(-1, per_device)  # those of the other experts are 0
+    for of_sender, stays in zip(logits, kept.reshape(-1, per_device), strict=True):
+        weight = 1 / (1 + (E - 1) * np.exp(-of_sender))
+        assert stays.sum() == per_device // 2
+        assert weight[stays].min() >= weight[~stays].max() * (1 - 2**-7)  # compared to 16 bits
+
+
+def test_drops_are_spread_over_experts_and_senders() -> None:
+    """Dispatch alone would drop the last expert of a device and the last sender, and never the first ones."""
+    mesh = mesh_named("expert")
+    experts = 4 * mesh.size
+    config = build_config(
+        experts, K, H, F, mesh=mesh, max_tokens=32, capacity_factor=0.8, alignment=1, normalize=False
+    )
+    parameters = on_mesh(config, parameters_of(config))
+    call = jax.jit(lambda parameters, x: moe(config, parameters, x, aux="local")[1])
+    drops = load = 0
+    for seed in range(8):
+        aux = fetch(call(parameters, put_on_mesh(numbers(mesh.size * 32, H, seed=seed), mesh, P("expert"))))
+        drops, load = drops + aux.expert_drops, load + aux.expert_load
+    share = drops.sum() / load.sum()
+    assert share > 0.1
+    of_place = lambda values: values.reshape(mesh.size, mesh.size, 4).sum(axis=(0, 1))  # noqa: E731
+    for rates in (of_place(drops) / of_place(load), drops.sum(axis=1) / load.sum(axis=1)):
+        assert share / 2 < rates.min() <= rates.max() < share * 2
