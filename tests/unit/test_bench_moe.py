@@ -78,4 +78,4 @@ def test_a_wrong_shape(capsys) -> None:
 def test_a_wrong_argument(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["moe", "--capacity-factor", "all"])
-    assert "--capacity-factor: invalid factor_or_none value: 'all'" in capsys.readouterr().err
+    assert "--capacity-factor: expected a positive number, got 'all'" in capsys.readouterr().err
