@@ -66,7 +66,9 @@ class Server:
 
         def step(weights, cache, key, text, count, position, is_running):
             """Read `count` [slots] bytes of `text` [slots, S] at `position`; return the byte after them."""
-            logits, _, new_cache = nnx.merge(graph, weights)(text, cache, position)
+            # Short prompts are padded, and free slots hold nothing: no expert has to do with either.
+            is_text = (jnp.arange(text.shape[1]) < count[:, None]) & is_running[:, None]
+            logits, _, new_cache = nnx.merge(graph, weights)(text, cache, position, is_text)
             logits = jnp.take_along_axis(logits, count[:, None, None] - 1, axis=1)[:, 0]
             if temperature > 0:
                 following = jax.random.categorical(key, logits / temperature)

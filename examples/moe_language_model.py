@@ -62,7 +62,7 @@ class Block(nnx.Module):
         )  # fmt: skip
         self.heads = config.heads
 
-    def __call__(self, x, cache=None, position=None):
+    def __call__(self, x, cache=None, position=None, mask=None):
         """Return (x [B, S, H], the MoE layer's `aux`, the cache with the keys and values of x)."""
         qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.heads, -1)
         query, key, value = jnp.moveaxis(qkv, 2, 0)
@@ -80,7 +80,9 @@ class Block(nnx.Module):
                 query, cache["key"], cache["value"], mask=visible[:, None]
             )
         x = x + self.out(attention.reshape(x.shape))
-        moved, aux = self.moe(self.norm2(x))
+        # Padding goes to no expert. Of text that is written nobody asks for loads and losses, which are an
+        # exchange of their own.
+        moved, aux = self.moe(self.norm2(x), mask=mask, aux="global" if cache is None else "off")
         return x + moved, aux, cache
 
 
@@ -94,19 +96,26 @@ class LanguageModel(nnx.Module):
         self.norm = nnx.RMSNorm(config.hidden, rngs=rngs)
         self.head = nnx.Linear(config.hidden, VOCABULARY, rngs=rngs)
 
-    def __call__(self, text: jax.Array, cache: Cache | None = None, position: jax.Array | None = None):
+    def __call__(
+        self,
+        text: jax.Array,
+        cache: Cache | None = None,
+        position: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ):
         """Return (logits [B, S, 256], `aux` of every block, cache).
 
         Args:
             text: [B, S] bytes. Without a cache, the beginning of a text.
             cache: what earlier bytes left behind; `empty_cache` begins one.
             position: int32 [B], how many bytes the cache has of each text: those in `text` follow.
+            mask: bool [B, S], False for padding; None = there is none.
         """
         place = jnp.arange(text.shape[1])[None] + (0 if position is None else position[:, None])
         x = self.embedding(text.astype(jnp.int32)) + self.position(place)
         auxes, caches = [], []
         for layer, block in enumerate(self.blocks):
-            x, aux, of_block = block(x, None if cache is None else cache[layer], position)
+            x, aux, of_block = block(x, None if cache is None else cache[layer], position, mask)
             auxes.append(aux)
             caches.append(of_block)
         return self.head(self.norm(x)), auxes, caches

@@ -2,10 +2,10 @@
 
     python examples/train_moe.py
 
-needs nothing but `pip install '.[examples]'` in a clone of this repository. Without an accelerator it splits
-the CPU into 8 devices, so that the program is the one that would run on 8 GPUs: the batch and the experts are
-split over one mesh axis, and `jax_deepep` carries every token to the devices of its experts and back. The
-model is in `moe_language_model.py`; `decode_moe.py` writes text with what `--save` keeps.
+needs `pip install -e '.[examples]'` in a clone. Without an accelerator it splits the CPU into 8
+devices, so that the program is the one that would run on 8 GPUs: the batch and the experts are split
+over one mesh axis, and `jax_deepep` carries every token to the devices of its experts and back. The model
+is in `moe_language_model.py`; `decode_moe.py` writes text with what `--save` keeps.
 """
 
 import argparse
@@ -94,7 +94,11 @@ def train(
 
     is_first = jax.process_index() == 0
     if is_first:
-        print(comm.describe(), flush=True)
+        print(f"{comm.describe()}\ncompiling ...", flush=True)
+    # Before the bar begins, which would count this as a slow first step.
+    batch = jax.typeof(text.held_out_batches[0])
+    batch = jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=split)
+    update, nats_of = (function.lower(state, batch).compile() for function in (update, nats_of))
     history = History()
     last = steps if stop_after is None else stop_after
     with tqdm(range(1, last + 1), comm.implementation, unit="step", disable=not is_first) as bar:

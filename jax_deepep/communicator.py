@@ -239,7 +239,7 @@ class Communicator:
         elif self.platform == "cuda":
             sms = f"{'up to ' if self.num_sms is None else ''}{self._native.most_blocks} SMs per op"
             transport = f"peers' arrays are read in place, over NVLink or in one GPU; {sms}"
-        elif self._native.segment_descriptor < 0:  # no group is spread over several processes
+        elif not self._native.shares_memory:  # no group is spread over several processes
             transport = "process memory: peers' arrays are read in place"
         else:
             transport = "shared memory between the processes of this host"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_deepep.arguments import checked_integer
@@ -67,9 +68,13 @@ def group_limited_topk(
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
     """
-    _check(logits, bias, num_experts_per_tok, num_groups, topk_groups, score_function)
+    _check(logits, bias)
+    check_choices(
+        logits.shape[-1], num_experts_per_tok=num_experts_per_tok, num_groups=num_groups,
+        topk_groups=topk_groups, score_function=score_function, normalize=normalize,
+    )  # fmt: skip
     logits = logits.astype(jnp.float32)
-    scores = jax.nn.softmax(logits) if score_function == "softmax" else jax.nn.sigmoid(logits)
+    scores = _scores(logits, score_function)
     biased, ranking = scores, logits
     if bias is not None:
         biased = ranking = scores + _as_last_axis(bias, scores)
@@ -82,13 +87,66 @@ def group_limited_topk(
         ranking = jnp.where(allowed, ranking, -jnp.inf)
     topk_idx = lax.top_k(ranking, num_experts_per_tok)[1]
 
+    return topk_idx, _weights(logits, scores, topk_idx, score_function, normalize, scale)
+
+
+def weights_of(
+    logits: jax.Array,
+    topk_idx: jax.Array,
+    *,
+    score_function: ScoreFunction = "sigmoid",
+    normalize: bool = True,
+    scale: float | jax.Array = 1.0,
+) -> jax.Array:
+    """Return the weights of given experts: those of `group_limited_topk` if it chose them, to the bit.
+
+    Args:
+        logits: [..., E] of any float dtype. Differentiable.
+        topk_idx: int32 [..., K]; entries outside of [0, E) name no expert and have weight 0.
+        score_function, normalize, scale: as in `group_limited_topk`.
+
+    Returns:
+        float32 [..., K].
+    """
+    _check_score_function(score_function)
+    logits = logits.astype(jnp.float32)
+    scores = _scores(logits, score_function)
+    is_expert = (topk_idx >= 0) & (topk_idx < logits.shape[-1])
+    return _weights(
+        logits, scores, jnp.where(is_expert, topk_idx, 0), score_function, normalize, scale, is_expert
+    )
+
+
+def _scores(logits: jax.Array, score_function: ScoreFunction) -> jax.Array:
+    return jax.nn.softmax(logits) if score_function == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _weights(
+    logits: jax.Array,
+    scores: jax.Array,
+    topk_idx: jax.Array,
+    score_function: ScoreFunction,
+    normalize: bool,
+    scale: float | jax.Array,
+    is_expert: jax.Array | None = None,
+) -> jax.Array:
+    """Return the weights of experts in [0, E); 0 where `is_expert`, if it is given, is False."""
     if normalize and score_function == "softmax":  # never 0 / 0, unlike the quotient of scores
-        weights = jax.nn.softmax(jnp.take_along_axis(logits, topk_idx, axis=-1))
+        chosen = jnp.take_along_axis(logits, topk_idx, axis=-1)
+        if is_expert is not None:
+            # Not −inf in all places of a token, of which the softmax and its gradient would be NaN.
+            is_any = is_expert.any(axis=-1, keepdims=True)
+            chosen = jnp.where(is_expert | ~is_any, chosen, -jnp.inf)
+        weights = jax.nn.softmax(chosen)
     else:
         weights = jnp.take_along_axis(scores, topk_idx, axis=-1)
+        if is_expert is not None:
+            weights = jnp.where(is_expert, weights, 0)
         if normalize:
             weights /= weights.sum(axis=-1, keepdims=True) + 1e-20
-    return topk_idx, weights * jnp.asarray(scale, jnp.float32)
+    if is_expert is not None:
+        weights = jnp.where(is_expert, weights, 0)
+    return weights * jnp.asarray(scale, jnp.float32)
 
 
 def router_probabilities(logits: jax.Array, score_function: ScoreFunction = "sigmoid") -> jax.Array:
@@ -123,9 +181,9 @@ def balance_loss(load: jax.Array, mean_probability: jax.Array) -> jax.Array:
         load: [..., E], entries per expert over the tokens of a batch, or of a sequence.
         mean_probability: float32 [..., E], the mean of `router_probabilities` over the same tokens.
     """
-    num_experts = load.shape[-1]
-    total = jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
-    return num_experts * jnp.sum(lax.stop_gradient(load / total) * mean_probability, axis=-1)
+    load = lax.stop_gradient(load.astype(jnp.float32))
+    part = load / jnp.maximum(load.sum(axis=-1, keepdims=True), 1)
+    return load.shape[-1] * jnp.sum(part * mean_probability, axis=-1)
 
 
 def update_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array = 1e-3) -> jax.Array:
@@ -136,13 +194,19 @@ def update_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array = 1e-3
     Mixture-of-Experts"; in DeepSeek-V3 with a rate of 1e-3).
 
     Args:
-        bias: [..., E] float, one row per layer if there are several.
+        bias: [..., E] float32, one row per layer if there are several.
         load: [..., E], entries per expert in this step, over all devices.
         rate: how far the bias moves.
+
+    Raises:
+        ValueError: a bias of 16 bits in which a step is lost, or, while tracing, may be.
     """
     load = load.astype(jnp.float32)
     step = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
-    return (bias + rate * step).astype(bias.dtype)
+    moved = (bias.astype(jnp.float32) + jnp.asarray(rate, jnp.float32) * step).astype(bias.dtype)
+    if jnp.dtype(bias.dtype).itemsize < 4:
+        _check_moves(bias, moved, step, rate)
+    return moved
 
 
 def _as_last_axis(bias: jax.Array, scores: jax.Array) -> jax.Array:
@@ -163,7 +227,7 @@ def _in_best_groups(scores: jax.Array, num_groups: int, topk_groups: int, best: 
     grouped = scores.reshape(*scores.shape[:-1], num_groups, -1)
     best_scores = lax.top_k(grouped, min(best, grouped.shape[-1]))[0]
     chosen = lax.top_k(best_scores.sum(axis=-1), topk_groups)[1]  # [..., topk_groups]
-    group = jnp.arange(scores.shape[-1]) // grouped.shape[-1]
+    group = jnp.arange(scores.shape[-1], dtype=jnp.int32) // grouped.shape[-1]
     group = group.reshape((1,) * (scores.ndim) + (-1,))  # [..., 1, E]
     return (chosen[..., None] == group).any(axis=-2)
 
@@ -173,22 +237,19 @@ def _check_score_function(score_function: Any) -> None:
         raise ValueError(f'score_function: got {score_function!r}; takes "sigmoid" or "softmax".')
 
 
-def _check(
-    logits: Any, bias: Any, num_experts_per_tok: Any, num_groups: Any, topk_groups: Any, score_function: Any
+def check_choices(
+    num_experts: int,
+    *,
+    num_experts_per_tok: Any,
+    num_groups: Any,
+    topk_groups: Any,
+    score_function: Any,
+    normalize: Any,
 ) -> None:
-    """Raise unless `group_limited_topk` can work with these arguments."""
+    """Raise unless `group_limited_topk` can choose so among `num_experts` experts."""
     _check_score_function(score_function)
-    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
-        raise TypeError(f"logits: got {type(logits).__name__}; takes an array.")
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits: got dtype {logits.dtype.name}; takes floats.")
-    if not logits.shape or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}; takes [..., num_experts].")
-    num_experts = logits.shape[-1]
-    if bias is not None:
-        check_array("bias", bias, (num_experts,), names="[num_experts]")
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise TypeError(f"bias: got dtype {bias.dtype.name}; takes floats.")
+    if not isinstance(normalize, bool | np.bool_):
+        raise TypeError(f"normalize: expected True or False, got {normalize!r}; pass a bool.")
     for name, value in (
         ("num_experts_per_tok", num_experts_per_tok), ("num_groups", num_groups), ("topk_groups", topk_groups)
     ):  # fmt: skip
@@ -203,3 +264,29 @@ def _check(
             f"num_experts_per_tok: got {num_experts_per_tok}; takes at most {available}, the experts of "
             f"topk_groups={topk_groups} of {num_groups} groups ({num_experts} experts in all)."
         )
+
+
+def _check(logits: Any, bias: Any) -> None:
+    """Raise unless `group_limited_topk` can work with these arrays."""
+    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
+        raise TypeError(f"logits: got {type(logits).__name__}; takes an array.")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits: got dtype {logits.dtype.name}; takes floats.")
+    if not logits.shape or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}; takes [..., num_experts].")
+    if bias is not None:
+        check_array("bias", bias, (logits.shape[-1],), names="[num_experts]")
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise TypeError(f"bias: got dtype {bias.dtype.name}; takes floats.")
+
+
+def _check_moves(bias: jax.Array, moved: jax.Array, step: jax.Array, rate: Any) -> None:
+    """Raise if a bias of 16 bits does not move by `rate`, or may not for all that is known."""
+    is_known = not isinstance(moved, jax.core.Tracer) and getattr(moved, "is_fully_addressable", True)
+    if is_known and not (np.asarray(step) * (np.asarray(moved) == np.asarray(bias))).any():
+        return
+    lost = "in which this step is lost" if is_known else "in which steps are lost as soon as it is not small"
+    raise ValueError(
+        f"bias: expected float32, got {bias.dtype.name} with rate={rate}, {lost}; keep the bias in float32, "
+        "as the layers do with gate_bias whatever their param_dtype."
+    )

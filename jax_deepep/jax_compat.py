@@ -4,13 +4,16 @@ Supported: JAX 0.10.2 (the last for Python 3.11) to JAX 0.12 (Python 3.12), whos
 """
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
+from jax._src import monitoring as _monitoring
 from jax._src import xla_bridge as _xla_bridge
+from jax._src.interpreters import partial_eval as _partial_eval
 from jax.extend.core import Primitive as Primitive
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
@@ -23,6 +26,27 @@ ShapedArray = _core.ShapedArray
 def apply_primitive(primitive: Primitive, *args: Any, **params: Any) -> Any:
     """Run a primitive outside of any transformation, by compiling it alone."""
     return _dispatch.apply_primitive(primitive, *args, **params)
+
+
+def keep_listeners(scalar: Callable[..., None], duration: Callable[..., None]) -> None:
+    """Register listeners to scalar and duration events of JAX, unless they are registered."""
+    if scalar not in _monitoring.get_scalar_listeners():
+        _monitoring.register_scalar_listener(scalar)
+    if duration not in _monitoring.get_event_duration_listeners():
+        _monitoring.register_event_duration_secs_listener(duration)
+
+
+def register_dce_rule(
+    primitive: Primitive, rule: Callable[[list[bool], Any], tuple[list[bool], Any]]
+) -> None:
+    """Say what of an equation is left where only some of its results are used.
+
+    Args:
+        primitive: of the equation.
+        rule: (which results are used, the equation) → (which operands are used then, the equation that
+            computes the used results from them).
+    """
+    _partial_eval.dce_rules[primitive] = lambda used, *others: rule(used, others[-1])
 
 
 def backends_are_initialized() -> bool:

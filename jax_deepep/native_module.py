@@ -4,21 +4,26 @@ A native module is a table of capsules; nothing happens when it is imported but 
 """
 
 import atexit
-import contextlib
 import functools
 import importlib
 import os
 import pathlib
+import sys
 import threading
 import weakref
-from types import ModuleType
+from collections.abc import Callable
+from types import FrameType, ModuleType
 from typing import Any
 
 import jax
 
+from jax_deepep import jax_compat
+
 # JAX records this event as a scalar before it compiles a program or loads it from its cache, and as a
 # duration after that, on the same thread, also if it has failed.
 COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+_LOOK_AGAIN_S = 0.1  # while another thread compiles: its end may have been taken from us
 
 # The module of a platform, the name under which XLA knows the platform, and what builds the module.
 _PLATFORMS = {
@@ -52,30 +57,73 @@ def _find_once(platform: str) -> tuple[ModuleType | None, str]:
     for target, stages in module.targets().items():
         jax.ffi.register_ffi_target(target, stages, platform=xla_platform, api_version=1)
     if platform == "cpu":
-        _number_calls_by_program(module)
+        global _compilations
+        _compilations = _Compilations(module.begin_program)
+        watch_compilations()
     return module, ""
 
 
-def _number_calls_by_program(module: ModuleType) -> None:
-    """Number the custom calls of a program alike in all processes of a job: from zero, in its own order.
+class _Compilations:
+    """Numbers the custom calls of a program alike in all processes of a job: from zero, in its own order.
 
     Programs that other threads compile at the same time would be counted too: with several processes, one
-    compilation waits for the other.
+    compilation waits for the other. Whoever clears JAX's listeners in between may take the end of one from
+    us, so that a thread counts as compiling only for as long as its stack says so.
     """
-    compiling = threading.RLock()
 
-    def begin(event: str, *_: Any, **__: Any) -> None:
-        if event == COMPILATION and jax.distributed.is_initialized():
-            compiling.acquire()
-            module.begin_program()
+    def __init__(self, begin_program: Callable[[bool], None]) -> None:
+        self._begin_program = begin_program
+        self._changed = threading.Condition()
+        self._compiling: tuple[int, FrameType] | None = None  # a thread, and the frame that compiles
 
-    def end(event: str, *_: Any, **__: Any) -> None:
-        if event == COMPILATION:
-            with contextlib.suppress(RuntimeError):  # of a compilation that began before there was a job
-                compiling.release()
+    def watch(self) -> None:
+        """Listen to JAX's compilations, again if its listeners were cleared."""
+        with self._changed:
+            jax_compat.keep_listeners(self._begin, self._end)
 
-    jax.monitoring.register_scalar_listener(begin)
-    jax.monitoring.register_event_duration_secs_listener(end)
+    def _begin(self, event: str, *_: Any, **__: Any) -> None:
+        if event != COMPILATION or not jax.distributed.is_initialized():
+            return
+        with self._changed:
+            while self._another_compiles():
+                self._changed.wait(_LOOK_AGAIN_S)
+            self._compiling = threading.get_ident(), _frame_that_compiles()
+            self._begin_program(threading.current_thread() is threading.main_thread())
+
+    def _another_compiles(self) -> bool:
+        if self._compiling is None or self._compiling[0] == threading.get_ident():
+            return False
+        thread, compiles = self._compiling
+        frame = sys._current_frames().get(thread)
+        while frame is not None and frame is not compiles:
+            frame = frame.f_back
+        return frame is not None
+
+    def _end(self, event: str, *_: Any, **__: Any) -> None:
+        if event != COMPILATION:
+            return
+        with self._changed:
+            if self._compiling is not None and self._compiling[0] == threading.get_ident():
+                self._compiling = None
+                self._changed.notify_all()
+
+
+def _frame_that_compiles() -> FrameType:
+    """Return the frame in which JAX begins to time a compilation, and in which it stays until the end."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("record_scalar", "__enter__"):
+        frame = frame.f_back
+    assert frame is not None
+    return frame
+
+
+_compilations: _Compilations | None = None  # where there is the native module for CPUs
+
+
+def watch_compilations() -> None:
+    """See that the calls of a program that is about to be compiled are numbered."""
+    if _compilations is not None:
+        _compilations.watch()
 
 
 def _remedy(needs: str) -> str:
@@ -112,6 +160,14 @@ def close_at_exit(owner: Any, native_communicator: Any) -> None:
 
     If its owner goes before that, programs may still use it, and it goes with the last of them.
     """
-    close = functools.partial(native_communicator.close)  # an object of its own, to be found again
+    close = functools.partial(_leave, native_communicator)  # an object of its own, to be found again
     atexit.register(close)
     weakref.finalize(owner, atexit.unregister, close).atexit = False
+
+
+def _leave(native_communicator: Any) -> None:
+    error = getattr(sys, "last_value", None)  # what ended the program, if that is why it ends
+    if error is not None:
+        # Its ops may wait for peers that wait for what the program does not do any more.
+        native_communicator.leave(f"{type(error).__name__}: {error}")
+    native_communicator.close()

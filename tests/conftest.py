@@ -5,25 +5,18 @@ import os
 import re
 import sys
 
+from quick_compilation import QUICK_COMPILATION
+
 # The launcher and the user come first: only what they left open is filled in. The launcher's variable is read
 # here by its name, because to import `jax_deepep` is to reserve threads for the devices asked for so far.
 if "JAX_DEEPEP_LAUNCH_RANK" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
-# Most programs here run once, so that LLVM's optimisation would take most of the time, and on GPUs the timing
-# of candidates for every matmul. What XLA does to a program before that is as ever, and so are our own ops,
-# which are compiled already. The last flag counts.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-        "--xla_gpu_autotune_level=0",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+os.environ["XLA_FLAGS"] = f"{QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"  # the last flag counts
 
 import jax
 import pytest
+from cpu_budgets import CpuBudgets
 
 from jax_deepep.launch import launched_rank
 
@@ -38,6 +31,8 @@ _stderr = None
 def pytest_configure(config: pytest.Config) -> None:
     global _stderr
     _stderr = os.fdopen(os.dup(sys.__stderr__.fileno()), "w")  # pytest's capture must not swallow it
+    if launched_rank() is None:  # ranks share the work of a test
+        config.pluginmanager.register(CpuBudgets())
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -75,7 +70,11 @@ def _cancel_alarm() -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if item not in nightly]
+        config.hook.pytest_deselected(items=nightly)
     if why_not := _why_no_gpu():
         for item in items:
             if item.get_closest_marker("gpu"):

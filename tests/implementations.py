@@ -1,18 +1,42 @@
 """The implementations under test: a new one adds itself here and runs every suite."""
 
+import itertools
 import os
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
 
 # Ids hold these names, so that -k selects among them.
-IMPLEMENTATIONS = ["native", pytest.param("xla", marks=pytest.mark.collectives)]
+_MARKS = {"native": (), "xla": (pytest.mark.collectives,)}
+IMPLEMENTATIONS = [pytest.param(name, marks=marks) for name, marks in _MARKS.items()]
 EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
 
 # Has XLA capture all ops in CUDA graphs, on GPUs. By default, it does so where five operations or more follow
 # each other that it can capture.
 CAPTURE_ALL_OPS = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
 OPS_ARE_CAPTURED = set(CAPTURE_ALL_OPS.split()) <= set(os.environ.get("XLA_FLAGS", "").split())
+
+
+def cases(names: str, *values: Iterable, in_xla: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Parametrize a test by the product of `values`, named in `names`, and by its implementation.
+
+    A program takes ten times as long to compile with "xla", which runs only the cases that `in_xla` wants.
+    """
+
+    def named(value: Any) -> str:
+        return getattr(value, "name", str(value))
+
+    return pytest.mark.parametrize(
+        (*names.split(), "implementation"),
+        [
+            pytest.param(*case, implementation, marks=marks, id="-".join([*map(named, case), implementation]))
+            for case in itertools.product(*values)
+            for implementation, marks in _MARKS.items()
+            if implementation != "xla" or in_xla(*case)
+        ],
+    )
 
 
 def assert_same_bits(got: np.ndarray, expected: np.ndarray) -> None:

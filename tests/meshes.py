@@ -118,12 +118,15 @@ def per_device(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `jax.jit` of a function.
+    """Return `jax.jit` of a function, whose calls are `captured`."""
+    return captured(jax.jit(function))
 
-    Where XLA captures all ops in CUDA graphs, a call runs three times: XLA may run them one by one at first,
-    then captures them, and replays the graph.
+
+def captured(program: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a program whose calls run three times where XLA captures all ops in CUDA graphs.
+
+    XLA may run ops one by one at first; then it captures them, and replays the graph.
     """
-    program = jax.jit(function)
 
     def run(*args: Any) -> Any:
         for _ in range(2 if OPS_ARE_CAPTURED else 0):

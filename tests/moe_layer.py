@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+from meshes import device_axis, per_device, put_on_mesh
 from problems import Problem, inputs_of
 
 import jax_deepep as ep
@@ -101,6 +102,28 @@ def layer_inputs(problem: Problem = LAYER) -> LayerInputs:
         y_gradient=np.concatenate([result.y for result in results]),
         mask=np.concatenate([routes.mask for routes in inputs.routes]),
     )  # fmt: skip
+
+
+@functools.cache
+def training_step(implementation: str, problem: Problem = LAYER, *, check_vma: bool = True):
+    """Return the layer with its gradients, jitted and compiled, and its operands on the mesh.
+
+    The gradients are those of per-device values, inside shard_map, where a device's cotangent reaches the
+    operands of its peers.
+    """
+    comm = communicator(implementation, problem)
+    inputs = layer_inputs(problem)
+
+    def step(*args):
+        *operands, topk_idx, g = args
+        layer = functools.partial(moe, comm, topk_idx=topk_idx, **problem.dispatch_options)
+        out, backward = jax.vjp(layer, *operands)
+        return out, backward(g)
+
+    mesh, axis = problem.mesh, problem.axis_name
+    arrays = put_on_mesh((*inputs.operands, inputs.g), mesh, device_axis(mesh, axis))
+    jitted = jax.jit(per_device(step, mesh, axis, check_vma=check_vma))
+    return jitted, jitted.lower(*arrays).compile(), arrays
 
 
 def assert_close(got, expected, tolerance: float = 1e-5) -> None:

@@ -7,17 +7,31 @@ import sys
 from pathlib import Path
 
 from own_processes import starts_its_own_processes
+from quick_compilation import QUICK_COMPILATION
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = starts_its_own_processes
+
+# Flags come after the example's own choice of devices; a smaller model takes the place of the default one.
+AS_A_SMALL_MODEL = f"""
+import functools, os, runpy, sys
+sys.path[0] = {str(EXAMPLES)!r}
+import virtual_devices
+os.environ["XLA_FLAGS"] += " {QUICK_COMPILATION}"
+import moe_language_model as model
+small = dict(hidden=32, expert_hidden=32, layers=1, context=32, sequences_per_device=1)
+model.Config = functools.partial(model.Config, **small)
+sys.argv = sys.argv[1:]
+runpy.run_path(os.path.join(sys.path[0], sys.argv[0]), run_name="__main__")
+"""
 
 
 def run(script: str, *arguments: str) -> str:
     """Run an example; return its output."""
     # It chooses its devices itself, as on a newcomer's machine.
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
-    command = [sys.executable, EXAMPLES / script, *arguments]
+    command = [sys.executable, "-c", AS_A_SMALL_MODEL, script, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

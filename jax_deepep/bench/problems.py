@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import Layout, worst_case_rows
 from jax_deepep.communicator import Communicator, Implementation
 
@@ -44,6 +45,8 @@ class Problem:
     capacity: str = "worst"
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "hidden", "topk", "experts", "devices"):
+            checked_integer(name, getattr(self, name), minimum=1)
         if self.experts % self.devices:
             raise ValueError(f"experts: got {self.experts}; takes a multiple of devices={self.devices}.")
         if self.topk > self.experts:

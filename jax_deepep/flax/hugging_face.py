@@ -18,19 +18,33 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 # multiplied with, and the way out.
 GATED = ("wi_0", "wi_1", "wo")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FUSED = ("experts.gate_up_proj", "experts.down_proj")  # of all experts: [E, 2 F, H] and [E, H, F]
+
+
+Setting = Callable[..., Any]  # of names in the config, of which there is one
 
 
 class Block(NamedTuple):
-    """How a model calls what it has. `routing` are arguments of `jax_deepep.group_limited_topk`."""
+    """How a model calls what it has.
 
-    num_experts: tuple[str, ...]  # names in the config, of which there is one
-    routing: Callable[[Callable[[str], Any]], dict[str, Any]]
-    expert_matrices: tuple[str, str, str] = PROJECTIONS  # where every expert is a module of its own
+    Attributes:
+        num_experts, intermediate_size: their names in the config.
+        routing: arguments of `jax_deepep.group_limited_topk`.
+        expert_matrices: names where every expert is a module of its own.
+        has_shared_experts: there may be `n_shared_experts` of them, each as large as a routed one.
+    """
+
+    num_experts: tuple[str, ...]
+    intermediate_size: str
+    routing: Callable[[Setting], dict[str, Any]]
+    expert_matrices: tuple[str, str, str] = PROJECTIONS
+    has_shared_experts: bool = False
 
 
 BLOCKS = {
     "deepseek_v3": Block(
         ("n_routed_experts", "num_local_experts"),
+        "moe_intermediate_size",
         lambda setting: {
             "score_function": "sigmoid",
             "num_groups": setting("n_group"),
@@ -39,10 +53,15 @@ BLOCKS = {
             "scale": setting("routed_scaling_factor"),
             "use_bias_correction": True,
         },
+        has_shared_experts=True,
     ),
-    "mixtral": Block(("num_local_experts",), lambda setting: {}, expert_matrices=("w1", "w3", "w2")),
+    "mixtral": Block(
+        ("num_local_experts",), "intermediate_size", lambda setting: {}, expert_matrices=("w1", "w3", "w2")
+    ),
     "qwen3_moe": Block(
-        ("num_experts", "num_local_experts"), lambda setting: {"normalize": setting("norm_topk_prob")}
+        ("num_experts", "num_local_experts"),
+        "moe_intermediate_size",
+        lambda setting: {"normalize": setting("norm_topk_prob")},
     ),
 }
 
@@ -78,7 +97,8 @@ def from_hugging_face(
         arrays of the dtype that they had). Matrices are views of the tensors where they can be.
 
     Raises:
-        ValueError: another kind of model, or tensors of another kind of block; named with what is taken.
+        ValueError: another kind of model, or other tensors than the config has: what is missing, superfluous
+            or of another shape is listed by name.
     """
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     model_type = settings.get("model_type")
@@ -95,97 +115,122 @@ def from_hugging_face(
             raise ValueError(f"config: has no {' or '.join(names)}, which a {model_type} has.")
         return value
 
-    num_experts = setting(*block.num_experts)
-    tensors = _Tensors(state_dict, prefix)
-    parameters = {"gate": tensors.take("gate.weight").T}
-    parameters |= dict(zip(GATED, _experts(tensors, block, num_experts), strict=True))
-    routing = block.routing(setting)
-    if routing.get("use_bias_correction"):
-        parameters["gate_bias"] = tensors.take("gate.e_score_correction_bias")
-    if "shared_experts.gate_proj.weight" in tensors:
-        for name, projection in zip(GATED, PROJECTIONS, strict=True):
-            parameters[f"shared_{name}"] = tensors.take(f"shared_experts.{projection}.weight").T
-    tensors.check_none_left(model_type)
-
-    hidden_size, experts_of_gate = parameters["gate"].shape
-    if not num_experts == experts_of_gate == len(parameters["wi_0"]):
-        raise ValueError(
-            f"config: has {num_experts} experts, but gate.weight has {experts_of_gate} and there are "
-            f"{len(parameters['wi_0'])} in the state dict; takes the config of the same model."
-        )
     activation = setting("hidden_act")
     if activation not in ACTIVATIONS:
         raise ValueError(f"config: got hidden_act={activation!r}; takes one of {', '.join(ACTIVATIONS)}.")
+    num_experts, hidden, inner = (
+        setting(*block.num_experts),
+        setting("hidden_size"),
+        setting(block.intermediate_size),
+    )
+    shared = inner * (settings.get("n_shared_experts") or 0) if block.has_shared_experts else 0
+    routing = block.routing(setting)
+
+    tensors = _Tensors(state_dict, prefix)
+    is_fused = any(name in tensors.of_block for name in FUSED)
+    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (num_experts, hidden)}
+    if routing.get("use_bias_correction"):
+        shapes["gate.e_score_correction_bias"] = (num_experts,)
+    if is_fused:
+        shapes |= dict(
+            zip(FUSED, ((num_experts, 2 * inner, hidden), (num_experts, hidden, inner)), strict=True)
+        )
+    else:
+        for expert in range(num_experts):
+            shapes |= _linear_layers(f"experts.{expert}.", block.expert_matrices, hidden, inner)
+    if shared:
+        shapes |= _linear_layers("shared_experts.", PROJECTIONS, hidden, shared)
+    tensors.check(shapes, model_type)
+
+    parameters = {"gate": tensors["gate.weight"].T}
+    if is_fused:
+        wi, wo = (tensors[name].swapaxes(1, 2) for name in FUSED)
+        matrices = [*np.split(wi, 2, axis=-1), wo]
+    else:
+        matrices = [
+            np.stack([tensors[f"experts.{expert}.{name}.weight"].T for expert in range(num_experts)])
+            for name in block.expert_matrices
+        ]
+    parameters |= dict(zip(GATED, matrices, strict=True))
+    if routing.get("use_bias_correction"):
+        parameters["gate_bias"] = tensors["gate.e_score_correction_bias"]
+    if shared:
+        for name, projection in zip(GATED, PROJECTIONS, strict=True):
+            parameters[f"shared_{name}"] = tensors[f"shared_experts.{projection}.weight"].T
     arguments = {
         "num_experts": num_experts,
         "num_experts_per_tok": setting("num_experts_per_tok"),
-        "hidden_size": hidden_size,
-        "intermediate_size": parameters["wi_0"].shape[-1],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
         "activation": ACTIVATIONS[activation],
         "score_function": "softmax",
         **routing,
     }
-    if "shared_wi_0" in parameters:
-        arguments["shared_intermediate_size"] = parameters["shared_wi_0"].shape[-1]
+    if shared:
+        arguments["shared_intermediate_size"] = shared
     return arguments, parameters
 
 
-def _experts(tensors: "_Tensors", block: Block, num_experts: int) -> list[np.ndarray]:
-    """Return `wi_0`, `wi_1` [E, H, F] and `wo` [E, F, H]; a linear layer of torch has [out, in]."""
-    if "experts.gate_up_proj" in tensors:
-        wi = tensors.take("experts.gate_up_proj").swapaxes(1, 2)  # [E, H, 2 F]
-        wo = tensors.take("experts.down_proj").swapaxes(1, 2)
-        return [*np.split(wi, 2, axis=-1), wo]
-    return [
-        np.stack([tensors.take(f"experts.{expert}.{name}.weight").T for expert in range(num_experts)])
-        for name in block.expert_matrices
-    ]
+def _linear_layers(
+    prefix: str, names: tuple[str, str, str], hidden: int, inner: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the matrices of one expert; a linear layer of torch has [out, in]."""
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    return {f"{prefix}{name}.weight": shape for name, shape in zip(names, shapes, strict=True)}
 
 
 class _Tensors:
-    """The tensors of one block, each to be taken once."""
+    """The tensors of one block."""
 
     def __init__(self, state_dict: Mapping[str, Any], prefix: str):
         self.prefix = prefix = prefix and prefix.removesuffix(".") + "."
-        self.left = {
+        self.of_block = {
             key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
         }
-        if not self.left:
+        if not self.of_block:
             raise ValueError(
                 f"prefix: got {prefix!r}, but no name in the state dict begins so; they are like "
                 f"{next(iter(state_dict), 'nothing: it is empty')!r}."
             )
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.left
-
-    def take(self, name: str) -> np.ndarray:
-        """Return the tensor `name` as an array."""
-        if name not in self.left:
-            raise ValueError(
-                f"state_dict: has no {self.prefix + name!r}; takes the whole MoE block, whose names "
-                f"begin with prefix={self.prefix!r}. There are {_some(self.left)}."
+    def check(self, shapes: Mapping[str, tuple[int, ...]], model_type: str) -> None:
+        """Raise unless the block has these tensors and no others: scales of quantised weights, biases, …"""
+        missing = [name for name in shapes if name not in self.of_block]
+        superfluous = [name for name in self.of_block if name not in shapes]
+        others = [
+            f"{self.prefix}{name} {list(self.of_block[name].shape)} in place of {list(shape)}"
+            for name, shape in shapes.items()
+            if name in self.of_block and tuple(self.of_block[name].shape) != shape
+        ]
+        faults = [
+            f"{what} {_some(names)}"
+            for what, names in (
+                ("no", [self.prefix + name for name in missing]),
+                ("superfluous", [self.prefix + name for name in superfluous]),
+                ("of another shape", others),
             )
+            if names
+        ]
+        if faults:
+            raise ValueError(
+                f"state_dict: expected the tensors that the config of this {model_type} has under "
+                f"prefix={self.prefix!r}, not quantised; got {'; '.join(faults)}. Read all files of the "
+                "checkpoint, and the config that belongs to it."
+            )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return the tensor `name` as an array."""
         try:
-            return _as_numpy(self.left.pop(name))
+            return _as_numpy(self.of_block[name])
         except TypeError as error:  # torch has dtypes that NumPy lacks: those of quantised weights
             raise ValueError(
                 f"state_dict: {self.prefix + name!r} cannot become an array ({error}); takes weights that "
                 "are not quantised: dequantise them to bfloat16 first."
             ) from error
 
-    def check_none_left(self, model_type: str) -> None:
-        """Raise if the block has something that would be ignored: scales of quantised weights, biases, …"""
-        if self.left:
-            raise ValueError(
-                f"state_dict: got {_some(self.left)}, which the MoE block of a {model_type} does not have; "
-                "takes its tensors alone, not quantised."
-            )
 
-
-def _some(names: Mapping[str, Any]) -> str:
-    shown = ", ".join(map(repr, sorted(names)[:4]))
-    return shown + (", …" if len(names) > 4 else "") if names else "none left"
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _as_numpy(tensor: Any) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The MoE layer as a Linen module: wiring of `jax_deepep.moe`."""
 
+import warnings
 from typing import Any
 
 import jax
@@ -9,15 +10,26 @@ from jax.sharding import Mesh
 
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
+from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
-from jax_deepep.moe.layer import MoEAux, moe
+from jax_deepep.moe.layer import Router, moe
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
 ROUTER = "router"  # the collection of `gate_bias`
+
+
+def _warn_without_rule() -> None:
+    if not any(name == "exp" and axis is not None for name, axis in nn.get_logical_axis_rules()):
+        warnings.warn(
+            'jax_deepep.flax.linen.MoE: no logical axis rule places "exp", so that all experts are made on '
+            "one device, unless out_shardings of a jitted init place them. Set rules around init and apply: "
+            'flax.linen.logical_axis_rules([("exp", "expert"), ...]), under jax.set_mesh(mesh).',
+            stacklevel=3,
+        )
 
 
 class MoE(nn.Module):
@@ -55,6 +67,7 @@ class MoE(nn.Module):
     activation: Activation = MoEConfig.activation
     gated: bool = MoEConfig.gated
     capacity_factor: float | None = MoEConfig.capacity_factor
+    expert_capacity: int | None = MoEConfig.expert_capacity
     alignment: int | None = MoEConfig.alignment
     grouped_matmul: Choice = MoEConfig.grouped_matmul
     num_chunks: int = MoEConfig.num_chunks
@@ -78,13 +91,27 @@ class MoE(nn.Module):
         })  # fmt: skip
 
     @nn.compact
-    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+    def __call__(
+        self,
+        x: jax.Array,
+        placement: Any = None,
+        *,
+        mask: jax.Array | None = None,
+        router: Router | None = None,
+        topk_idx: jax.Array | None = None,
+        topk_weights: jax.Array | None = None,
+        aux: Scope = "global",
+        router_logits: bool = False,
+        sequence_loss: bool = False,
+    ) -> tuple[jax.Array, MoEAux | Any]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
         With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
         """
         config = self._config()
+        if self.is_initializing() and config.comm.size > 1:
+            _warn_without_rule()
         parameters: dict[str, Any] = {}
         for name, (shape, logical_axes) in config.parameters.items():
             init = initializer_of(name, self.gate_init, self.kernel_init)
@@ -93,4 +120,8 @@ class MoE(nn.Module):
                 parameters[name] = self.variable(ROUTER, name, placed, None, shape, jnp.float32).value
             else:
                 parameters[name] = self.param(name, placed, shape, self.param_dtype)
-        return moe(config, physical_parameters(config, parameters, placement), x, placement)
+        parameters = physical_parameters(config, parameters, placement)
+        return moe(
+            config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
+        )  # fmt: skip

@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import spmd
+from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
+from jax_deepep.communicator import Communicator
+from jax_deepep.gating import ScoreFunction
+from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
+from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.copies import physical_parameters
-from jax_deepep.moe.layer import MoEAux, moe, placed
+from jax_deepep.moe.experts import Activation
+from jax_deepep.moe.grouped_matmul import Choice
+from jax_deepep.moe.layer import Router, moe, placed
 from jax_deepep.moe.parameters import Initializer, initializer_of
 
 
@@ -35,10 +42,10 @@ class MoE(nnx.Module):
     Args:
         num_experts, num_experts_per_tok, hidden_size, intermediate_size: E, K, H, F.
         rngs: `params` is used.
+        comm, mesh, axis_name, max_tokens: see `jax_deepep.moe.build_config`.
         param_dtype: of all parameters but `gate_bias`.
         gate_init, kernel_init: first values of `gate` and of the other matrices; None = LeCun's normal.
-        arguments: `comm`, or `mesh`, `axis_name` and `max_tokens` to make one, see
-            `jax_deepep.moe.build_config`, and the choices of `jax_deepep.moe.MoEConfig`.
+        others: see `jax_deepep.moe.MoEConfig`.
     """
 
     def __init__(
@@ -49,12 +56,60 @@ class MoE(nnx.Module):
         intermediate_size: int,
         *,
         rngs: nnx.Rngs,
+        comm: Communicator | None = None,
+        mesh: Mesh | None = None,
+        axis_name: str | tuple[str, ...] = "expert",
+        max_tokens: int | None = None,
+        num_groups: int = MoEConfig.num_groups,
+        topk_groups: int = MoEConfig.topk_groups,
+        score_function: ScoreFunction = MoEConfig.score_function,
+        normalize: bool = MoEConfig.normalize,
+        scale: float = MoEConfig.scale,
+        use_bias_correction: bool = MoEConfig.use_bias_correction,
+        shared_intermediate_size: int = MoEConfig.shared_intermediate_size,
+        activation: Activation = MoEConfig.activation,
+        gated: bool = MoEConfig.gated,
+        capacity_factor: float | None = MoEConfig.capacity_factor,
+        expert_capacity: int | None = MoEConfig.expert_capacity,
+        alignment: int | None = MoEConfig.alignment,
+        grouped_matmul: Choice = MoEConfig.grouped_matmul,
+        num_chunks: int = MoEConfig.num_chunks,
+        dtype: Any = MoEConfig.dtype,
+        num_physical_experts: int | None = MoEConfig.num_physical_experts,
+        fsdp_axis: str | None = MoEConfig.fsdp_axis,
+        tensor_axis: str | None = MoEConfig.tensor_axis,
         param_dtype: Any = jnp.float32,
         gate_init: Initializer | None = None,
         kernel_init: Initializer | None = None,
-        **arguments: Any,
     ):
-        config = build_config(num_experts, num_experts_per_tok, hidden_size, intermediate_size, **arguments)
+        config = build_config(
+            num_experts,
+            num_experts_per_tok,
+            hidden_size,
+            intermediate_size,
+            comm=comm,
+            mesh=mesh,
+            axis_name=axis_name,
+            max_tokens=max_tokens,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            score_function=score_function,
+            normalize=normalize,
+            scale=scale,
+            use_bias_correction=use_bias_correction,
+            shared_intermediate_size=shared_intermediate_size,
+            activation=activation,
+            gated=gated,
+            capacity_factor=capacity_factor,
+            expert_capacity=expert_capacity,
+            alignment=alignment,
+            grouped_matmul=grouped_matmul,
+            num_chunks=num_chunks,
+            dtype=dtype,
+            num_physical_experts=num_physical_experts,
+            fsdp_axis=fsdp_axis,
+            tensor_axis=tensor_axis,
+        )
         self.config = config
         outer = dict(spmd.get_logical_axis_rules())
         rules = tuple((name, axis) for name, axis in config.axis_rules.items() if name not in outer)
@@ -67,11 +122,27 @@ class MoE(nnx.Module):
             parameter = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
             setattr(self, name, parameter)
 
-    def __call__(self, x: jax.Array, placement: Any = None) -> tuple[jax.Array, MoEAux]:
-        """Return ([..., H], `MoEAux`) of x [..., H]; see `jax_deepep.moe.moe`.
+    def __call__(
+        self,
+        x: jax.Array,
+        placement: Any = None,
+        *,
+        mask: jax.Array | None = None,
+        router: Router | None = None,
+        topk_idx: jax.Array | None = None,
+        topk_weights: jax.Array | None = None,
+        aux: Scope = "global",
+        router_logits: bool = False,
+        sequence_loss: bool = False,
+    ) -> tuple[jax.Array, MoEAux | Any]:
+        """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
         With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
         """
         parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
-        return moe(self.config, physical_parameters(self.config, parameters, placement), x, placement)
+        parameters = physical_parameters(self.config, parameters, placement)
+        return moe(
+            self.config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
+        )  # fmt: skip

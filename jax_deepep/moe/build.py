@@ -75,7 +75,8 @@ def _communicator(
     if jax_compat.is_tracing():
         raise ValueError(
             "comm: got None inside of a jitted or otherwise transformed function; takes a "
-            "jax_deepep.Communicator made outside of it, because to make one is an agreement of processes."
+            "jax_deepep.Communicator made outside of it, because to make one is an agreement of processes. "
+            "Make it where the mesh is made and pass it on, comm=comm, to modules inside of others, too."
         )
     if max_tokens is None:
         raise ValueError(
@@ -91,7 +92,8 @@ def _communicator(
     if here != tuple(names) and axis_name != "expert":
         raise ValueError(
             f"axis_name: got {axis_name!r}; takes axes of the mesh, {mesh.axis_names}, or 'expert', without "
-            "which every device has all experts."
+            "which every device has all experts. Name the axis that splits the experts, for example "
+            f"axis_name={mesh.axis_names[-1]!r}."
         )
     if num_physical_experts is not None:  # the communicator would say num_experts
         checked_integer("num_physical_experts", num_physical_experts, minimum=1)

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jax_deepep import gating
 from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import bounded_rows
 from jax_deepep.communicator import Communicator
@@ -21,7 +23,8 @@ from jax_deepep.ops.checks import ROW_DTYPES, check_array
 # What the integers among the fields are at least.
 LEAST = {
     "num_experts": 1, "num_experts_per_tok": 1, "hidden_size": 1, "intermediate_size": 1, "num_chunks": 1,
-    "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1,
+    "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1, "num_groups": 1,
+    "topk_groups": 1, "expert_capacity": 0,
 }  # fmt: skip
 
 
@@ -43,6 +46,9 @@ class MoEConfig:
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.
         capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
             of its experts may need; rows beyond are dropped. None = as many as may ever come.
+        expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
+            either capacity every sender leaves out its share of what is too much, the lowest weights first:
+            see `jax_deepep.moe.fair_drops`.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
@@ -74,6 +80,7 @@ class MoEConfig:
     activation: Activation = jax.nn.silu
     gated: bool = True
     capacity_factor: float | None = None
+    expert_capacity: int | None = None
     alignment: int | None = None
     grouped_matmul: Choice = "auto"
     num_chunks: int = 1
@@ -87,7 +94,7 @@ class MoEConfig:
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
         for name, minimum in LEAST.items():
             value = getattr(self, name)
-            if value is not None or name not in ("alignment", "num_physical_experts"):
+            if value is not None or name not in ("alignment", "num_physical_experts", "expert_capacity"):
                 object.__setattr__(self, name, checked_integer(name, value, minimum=minimum))
         self._check_choices()
         for name, of_comm in (
@@ -133,8 +140,14 @@ class MoEConfig:
             raise ValueError(
                 f"capacity_factor: got {self.capacity_factor!r}; takes a positive, finite number, or None."
             )
-        if not callable(self.activation):
-            raise TypeError(f"activation: got {self.activation!r}; takes a function, such as jax.nn.silu.")
+        for name in ("use_bias_correction", "gated"):
+            if not isinstance(value := getattr(self, name), bool | np.bool_):
+                raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool.")
+        gating.check_choices(
+            self.num_experts, num_experts_per_tok=self.num_experts_per_tok, num_groups=self.num_groups,
+            topk_groups=self.topk_groups, score_function=self.score_function, normalize=self.normalize,
+        )  # fmt: skip
+        self._check_activation()
         try:
             takes_dtype = self.dtype is None or jnp.dtype(self.dtype).name in ROW_DTYPES
         except TypeError:  # no dtype at all
@@ -144,6 +157,21 @@ class MoEConfig:
         for name in ("fsdp_axis", "tensor_axis"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise TypeError(f"{name}: got {value!r}; takes the name of one mesh axis, or None.")
+
+    def _check_activation(self) -> None:
+        if not callable(self.activation):
+            raise TypeError(f"activation: got {self.activation!r}; takes a function, such as jax.nn.silu.")
+        rows = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        try:
+            result = jax.eval_shape(self.activation, rows)
+            what = "" if getattr(result, "shape", None) == rows.shape else f"a function to {result}"
+        except Exception as error:  # whatever a function raises that is none of one array
+            what = f"one that raises {type(error).__name__} on an array: {str(error).splitlines()[:1]}"
+        if what:
+            raise TypeError(
+                f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu "
+                "or the like. With gated=True its result is multiplied with x · wi_1, outside of it."
+            )
 
     def __copy__(self) -> "MoEConfig":
         return self
@@ -238,6 +266,10 @@ class MoEConfig:
         if self.alignment is not None:
             sizes["alignment"] = self.alignment
         return chosen(self.grouped_matmul, self.comm.platform, **sizes)
+
+    def may_drop(self, num_tokens: int) -> bool:
+        """Return whether a dispatch of `num_tokens` tokens of every device can drop some."""
+        return self.rows(num_tokens)[0] is not None or self.expert_capacity is not None
 
     def rows(self, num_tokens: int) -> tuple[int | None, int]:
         """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""

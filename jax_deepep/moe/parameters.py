@@ -1,5 +1,6 @@
 """First values of a MoE layer's parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jax_deepep.moe.config import MoEConfig
+from jax_deepep.moe.layer import placed
 
 Initializer = Callable[..., jax.Array]  # of (key, shape, dtype)
 
@@ -40,10 +42,13 @@ def init_parameters(
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         keys = jax.random.split(key, len(shapes))
-        return {
-            name: initializer_of(name)(key, shape, jnp.float32 if name == "gate_bias" else param_dtype)
-            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
+        return {name: first(name, key) for key, name in zip(keys, shapes, strict=True)}
+
+    def first(name: str, key: jax.Array) -> jax.Array:
+        dtype = jnp.float32 if name == "gate_bias" else param_dtype
+        value = functools.partial(initializer_of(name), shape=shapes[name], dtype=dtype)
+        # Typed as a whole on a mesh of Explicit axes, it would be made as a whole on every device.
+        return placed(config, key, config.spec(name), value)
 
     placement = {name: NamedSharding(config.mesh, config.spec(name)) for name in shapes}
     return jax.jit(init, out_shardings=placement)(key)

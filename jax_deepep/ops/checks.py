@@ -32,7 +32,7 @@ def check_rows_dtype(name: str, value: Any) -> None:
     if value.dtype.name not in ROW_DTYPES:
         raise TypeError(
             f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES)}. "
-            f"Cast it: {name}.astype(jnp.bfloat16)."
+            f"Cast it: {name}.astype(jnp.{_near(value.dtype)})."
         )
 
 
@@ -45,7 +45,7 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
     if value.dtype.name not in CARRIED_DTYPES:
         raise TypeError(
             f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES + CARRIED_DTYPES)}. "
-            f"Cast it: {name}.astype(jnp.bfloat16), or send its bits as integers: "
+            f"Cast it: {name}.astype(jnp.{_near(value.dtype)}), or send its bits as integers: "
             f"jax.lax.bitcast_convert_type({name}, jnp.uint8)."
         )
     check_array(name, value, (None, None), names="[T, W]")
@@ -56,6 +56,11 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
             f"hidden_size={hidden_size} float32. Send the rest along the same routes with handle=, or make "
             "the communicator with a larger hidden_size."
         )
+
+
+def _near(dtype: Any) -> str:
+    """Return the dtype of rows that loses least of `dtype`."""
+    return "float32" if dtype.itemsize >= 4 else "bfloat16"
 
 
 def _check_is_array(name: str, value: Any) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_deepep import jax_compat
+from jax_deepep import jax_compat, native_module
 from jax_deepep.capacity import dispatch_scratch_ints, num_groups, pair_table_shape
 from jax_deepep.jax_compat import ShapedArray, ad, batching, mlir
 from jax_deepep.ops.checks import check_groups, check_platform
@@ -37,6 +37,7 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
         check_platform(shape.comm, jax_compat.platforms_of_lowering(ctx))
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
             check_groups(shape.comm, mesh)
+        native_module.watch_compilations()
         attributes = _attributes(shape, with_limits=verb == "dispatch")
         attributes["call"] = jax_compat.index_in_program(ctx, "jax_deepep")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)

@@ -102,7 +102,7 @@ def dispatch(
         local_experts = jnp.full((capacity + 1, num_topk), -1, jnp.int32)
         local_experts = local_experts.at[target, k].set(local_expert)[:capacity]
 
-    num_received = jnp.sum(received[rank])
+    num_received = jnp.sum(received[rank], dtype=jnp.int32)
     handle: Handle = Handle(
         source=source,
         destination=destination[rank],
@@ -112,7 +112,7 @@ def dispatch(
         group_sizes=round_up(kept[rank], shape.alignment),
         num_rows=kept[rank],
         num_received=num_received,
-        num_dropped=num_received - jnp.sum(kept[rank]),
+        num_dropped=num_received - jnp.sum(kept[rank], dtype=jnp.int32),
         num_invalid=num_invalid,
         route_shape=shape,
     )

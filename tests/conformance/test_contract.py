@@ -1,41 +1,12 @@
 """dispatch, redispatch and combine against the oracle: every problem, every implementation."""
 
-import functools
-
 import numpy as np
 import oracle
-import pytest
-from implementations import assert_same_bits, assert_same_sums
-from meshes import run_per_device
-from problems import PROBLEMS, Inputs, Problem, inputs_of
+from implementations import assert_same_bits, assert_same_sums, cases
+from outcomes import outcome
+from problems import PROBLEMS, Inputs, Problem, is_run_in_xla
 
-import jax_deepep as ep
-
-
-@functools.cache
-def outcome(problem: Problem, implementation: str):
-    """Run everything that the contract says about one problem in one program."""
-    comm = problem.communicator(implementation)
-    inputs = inputs_of(problem)
-
-    def program(x, x2, topk_idx, topk_weights, y, bias):
-        dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
-        again, _ = ep.dispatch(x2, handle=handle, comm=comm)
-        return {
-            "dispatched": dispatched,
-            "handle": handle,
-            "again": again,
-            "default": ep.combine(y, handle, comm=comm, bias=bias),
-            "unweighted": ep.combine(y, handle, comm=comm, weighted=False),
-        }
-
-    arrays = (inputs.x, inputs.x2, inputs.topk_idx, inputs.topk_weights, inputs.y, inputs.bias)
-    return run_per_device(program, problem.mesh, problem.axis_name, *arrays), inputs
-
-
-@pytest.fixture(params=PROBLEMS, ids=lambda problem: problem.name)
-def problem(request: pytest.FixtureRequest) -> Problem:
-    return request.param
+pytestmark = cases("problem", PROBLEMS, in_xla=is_run_in_xla)
 
 
 def joined(inputs: Inputs, attribute: str) -> np.ndarray:
@@ -43,7 +14,7 @@ def joined(inputs: Inputs, attribute: str) -> np.ndarray:
 
 
 def test_rows_arrive_in_their_order(problem: Problem, implementation: str) -> None:
-    results, inputs = outcome(problem, implementation)
+    inputs, _, results, _ = outcome(problem, implementation)
     written = joined(inputs, "mask") if problem.layout == "token" else joined(inputs, "written")
     for name, x in (("dispatched", inputs.x), ("again", inputs.x2)):
         by_group = inputs.by_group(x)
@@ -55,7 +26,7 @@ def test_rows_arrive_in_their_order(problem: Problem, implementation: str) -> No
 
 
 def test_counts_and_sources(problem: Problem, implementation: str) -> None:
-    results, inputs = outcome(problem, implementation)
+    inputs, _, results, _ = outcome(problem, implementation)
     for dispatched in (results["dispatched"], results["again"]):
         np.testing.assert_array_equal(dispatched.mask, joined(inputs, "mask"))
         if problem.layout == "expert":
@@ -71,7 +42,7 @@ def test_counts_and_sources(problem: Problem, implementation: str) -> None:
 
 
 def test_router_weights_arrive_with_their_rows(problem: Problem, implementation: str) -> None:
-    results, inputs = outcome(problem, implementation)
+    inputs, _, results, _ = outcome(problem, implementation)
     for dispatched in (results["dispatched"], results["again"]):
         if problem.layout == "expert":
             assert_same_bits(dispatched.weights, joined(inputs, "row_weights"))
@@ -83,7 +54,7 @@ def test_router_weights_arrive_with_their_rows(problem: Problem, implementation:
 
 
 def test_dtypes_of_the_results(problem: Problem, implementation: str) -> None:
-    results, inputs = outcome(problem, implementation)
+    inputs, _, results, _ = outcome(problem, implementation)
     dispatched, handle = results["dispatched"], results["handle"]
     for leaf in (handle.source, handle.num_received, handle.num_dropped, handle.num_invalid):
         assert leaf.dtype == np.int32
@@ -92,7 +63,7 @@ def test_dtypes_of_the_results(problem: Problem, implementation: str) -> None:
 
 
 def test_combine_sums_in_exactly_this_order(problem: Problem, implementation: str) -> None:
-    results, inputs = outcome(problem, implementation)
+    inputs, _, results, _ = outcome(problem, implementation)
     y, bias = inputs.by_group(inputs.y), inputs.by_group(inputs.bias)
     weighted = problem.layout == "expert"
     expected = inputs.from_oracle(
@@ -104,7 +75,7 @@ def test_combine_sums_in_exactly_this_order(problem: Problem, implementation: st
 
 
 def test_a_token_with_no_expert_yields_its_bias_or_zero(problem: Problem, implementation: str) -> None:
-    results, inputs = outcome(problem, implementation)
+    inputs, _, results, _ = outcome(problem, implementation)
     nowhere = np.concatenate([(routes.row_of < 0).all(axis=-1) for routes in inputs.routes])
     assert_same_bits(results["default"][nowhere], inputs.bias[nowhere])
     np.testing.assert_array_equal(results["unweighted"][nowhere], 0)

@@ -10,18 +10,20 @@ from meshes import fetch, mesh_named
 
 from jax_deepep.flax import MoE, from_hugging_face
 
-H, F, S, E = 6, 4, 10, 8  # hidden, an expert's inner size, the shared one's, experts
+H, F, S, E = 6, 4, 8, 8  # hidden, an expert's inner size, that of the two shared ones together, experts
 CONFIGS = {
     "deepseek_v3": {
         "model_type": "deepseek_v3", "n_routed_experts": E, "num_experts_per_tok": 3, "n_group": 4,
         "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "hidden_act": "silu",
+        "hidden_size": H, "moe_intermediate_size": F, "intermediate_size": 99, "n_shared_experts": 2,
     },
     "mixtral": {
         "model_type": "mixtral", "num_local_experts": E, "num_experts_per_tok": 2, "hidden_act": "silu",
+        "hidden_size": H, "intermediate_size": F,
     },
     "qwen3_moe": {
         "model_type": "qwen3_moe", "num_experts": E, "num_experts_per_tok": 2, "norm_topk_prob": False,
-        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh", "hidden_size": H, "moe_intermediate_size": F,
     },
 }  # fmt: skip
 
@@ -81,12 +83,13 @@ def test_arguments() -> None:
     assert arguments == {
         "num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 6, "intermediate_size": 4, "num_groups": 4,
         "topk_groups": 2, "score_function": "sigmoid", "normalize": True, "scale": 2.5,
-        "use_bias_correction": True, "shared_intermediate_size": 10, "activation": jax.nn.silu,
+        "use_bias_correction": True, "shared_intermediate_size": 8, "activation": jax.nn.silu,
     }  # fmt: skip
     without_shared = theirs("deepseek_v3", fused=True)
     for name in ("gate_proj", "up_proj", "down_proj"):
         del without_shared[f"shared_experts.{name}.weight"]
-    assert "shared_intermediate_size" not in from_hugging_face(without_shared, CONFIGS["deepseek_v3"])[0]
+    config = {**CONFIGS["deepseek_v3"], "n_shared_experts": None}
+    assert "shared_intermediate_size" not in from_hugging_face(without_shared, config)[0]
     arguments, _ = from_hugging_face(theirs("qwen3_moe", fused=True), CONFIGS["qwen3_moe"])
     assert (arguments["score_function"], arguments["normalize"]) == ("softmax", False)
     assert arguments["activation"](jnp.float32(1)) == jax.nn.gelu(jnp.float32(1))
@@ -108,10 +111,13 @@ ERRORS = [
     ({"model_type": "llama"}, {}, "config: got model_type='llama'; takes one of 'deepseek_v3', 'mixtral'"),
     ({"norm_topk_prob": None}, {}, "config: has no norm_topk_prob, which a qwen3_moe has"),
     ({"num_experts": None}, {}, "config: has no num_experts or num_local_experts, which a qwen3_moe has"),
-    ({"num_experts": 4}, {}, "config: has 4 experts, but gate.weight has 8 and there are 8 in"),
+    ({"hidden_size": None}, {}, "config: has no hidden_size, which a qwen3_moe has"),
+    ({"num_experts": 4}, {},
+     r"of another shape gate\.weight \[8, 6\] in place of \[4, 6\], experts\.gate_up_proj \[8, 8, 6\] in"),
+    ({"moe_intermediate_size": 5}, {}, r"experts\.down_proj \[8, 6, 4\] in place of \[8, 6, 5\]\. Read all"),
     ({"hidden_act": "elu"}, {}, "config: got hidden_act='elu'; takes one of silu, gelu"),
-    ({}, {"gate.weight": None}, r"state_dict: has no 'gate\.weight'; takes the whole MoE block"),
-    ({}, {"gate.bias": np.zeros(8)}, r"state_dict: got 'gate\.bias', which the MoE block of a qwen3_moe"),
+    ({}, {"gate.weight": None}, r"state_dict: expected the tensors .*; got no gate\.weight\. Read all"),
+    ({}, {"gate.bias": np.zeros(8)}, r"this qwen3_moe has .*; got superfluous gate\.bias\. Read"),
 ]  # fmt: skip
 
 
@@ -122,12 +128,25 @@ def test_what_is_not_such_a_block(in_config: dict, in_block: dict, words: str) -
         from_hugging_face(block, {**CONFIGS["qwen3_moe"], **in_config})
 
 
-def test_an_expert_that_is_missing() -> None:
-    """As when a checkpoint of several files was read in part."""
-    block = theirs("mixtral", fused=False)
-    del block["experts.5.w3.weight"]
-    with pytest.raises(ValueError, match=r"state_dict: has no 'experts\.5\.w3\.weight'"):
-        from_hugging_face(block, CONFIGS["mixtral"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "module per expert"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_every_tensor_that_is_missing_or_of_another_shape_is_named(model_type: str, fused: bool) -> None:
+    """As when a checkpoint of several files was read in part, or belongs to another config."""
+    whole = {f"layers.3.mlp.{name}": value for name, value in theirs(model_type, fused=fused).items()}
+    for name, value in whole.items():
+        block = {**whole, "layers.3.mlp.more": value}
+        del block[name]
+        with pytest.raises(ValueError, match=r"got no (.*); superfluous layers\.3\.mlp\.more\.") as error:
+            from_hugging_face(block, CONFIGS[model_type], prefix="layers.3.mlp")
+        assert f"got no {name}; " in str(error.value)
+        wrong = f"got of another shape {name} [{value.shape[0] + 1}"
+        with pytest.raises(ValueError, match=r"got of another shape") as error:
+            from_hugging_face(
+                {**whole, name: np.concatenate([value, value[:1]])},
+                CONFIGS[model_type],
+                prefix="layers.3.mlp",
+            )
+        assert wrong in str(error.value)
 
 
 def test_bfloat16_of_torch() -> None:
@@ -162,7 +181,7 @@ def test_a_tensor_that_numpy_cannot_hold() -> None:
     """As the float8 of DeepSeek-V3's own checkpoint, in torch."""
 
     class Quantised:
-        dtype = "torch.float8_e4m3fn"
+        dtype, shape = "torch.float8_e4m3fn", (F, H)
 
         def detach(self):
             return self

@@ -1,6 +1,6 @@
 """The MoE blocks of `transformers` and ours with the same random weights: routing, outputs, gradients.
 
-`pip install '.[test]'` brings torch and `transformers` for Python 3.11 only: see pyproject.toml.
+`pip install -e '.[test]'` brings torch and `transformers` for Python 3.11 only: see pyproject.toml.
 """
 
 import functools

@@ -1,7 +1,10 @@
 """The NNX and the Linen module: the same layer, with everything that Flax does with modules."""
 
+import dataclasses
+import inspect
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from process_exchange import all_gather
 from jax_deepep import flax as ep_flax
 from jax_deepep.flax import linen
 from jax_deepep.gating import update_bias
-from jax_deepep.moe import MoEAux, build_config
+from jax_deepep.moe import MoEAux, MoEConfig, build_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:jax_deepep.flax.linen.MoE. no logical axis rule")
 
 MESH = "fsdp × expert × tensor"
 LAYERS = 3
@@ -236,6 +241,45 @@ def test_a_linen_module_makes_its_communicator_once() -> None:
     variables = jax.jit(layer.init)(jax.random.key(0), jnp.zeros((8, H)))
     out, _ = jax.jit(layer.apply)(nn.unbox(variables), numbers(8, H))
     assert np.any(fetch(out))
+
+
+def test_linen_without_a_rule_for_experts_warns() -> None:
+    """All of them are made on one device then."""
+    layer, x = linen.MoE(*SIZES, comm=COMM), batch()
+    with pytest.warns(
+        UserWarning, match=r'no logical axis rule places "exp".*Set rules around init and apply'
+    ):
+        jax.eval_shape(layer.init, jax.random.key(0), x)
+    with warnings.catch_warnings(), nn.logical_axis_rules([("exp", "expert")]):
+        warnings.simplefilter("error")
+        jax.eval_shape(layer.init, jax.random.key(0), x)
+
+
+def test_tabulate() -> None:
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.moe = ep_flax.MoE(*SIZES, comm=COMM, rngs=rngs)
+
+        def __call__(self, x):
+            return x + self.moe(x)[0]
+
+    assert "wi_0" in nnx.tabulate(Model(nnx.Rngs(0)), batch())
+
+
+def test_the_modules_have_the_same_arguments_written_out() -> None:
+    """In the order of the configuration, with its defaults."""
+    of_linen = {
+        field.name: field.default
+        for field in dataclasses.fields(linen.MoE)
+        if field.name not in ("parent", "name")
+    }
+    arguments = inspect.signature(ep_flax.MoE.__init__).parameters
+    of_nnx = {name: argument.default for name, argument in arguments.items() if name not in ("self", "rngs")}
+    missing = (dataclasses.MISSING, inspect.Parameter.empty)
+    clean = lambda of: {name: None if default in missing else default for name, default in of.items()}  # noqa: E731
+    assert clean(of_nnx) == clean(of_linen)
+    of_config = {field.name for field in dataclasses.fields(MoEConfig)}
+    assert of_config <= set(of_nnx)
 
 
 @pytest.mark.parametrize("module", ["jax_deepep", "jax_deepep.moe"])

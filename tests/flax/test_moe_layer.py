@@ -143,23 +143,51 @@ def test_bfloat16() -> None:
     np.testing.assert_array_equal(aux.expert_load, in_float32.expert_load)
 
 
+@pytest.mark.parametrize("bound", ["capacity_factor", "expert_capacity"])
 @pytest.mark.parametrize("mesh_name", ["expert", "fsdp × expert × tensor"])
-def test_rows_beyond_the_capacity_are_dropped(mesh_name: str) -> None:
-    """All tokens go to expert 0, whose device takes its fair share: those of the first device of a group."""
-    config = config_of(mesh_name, num_experts_per_tok=1, capacity_factor=1.0, alignment=1, normalize=False)
-    parameters, x = parameters_of(config), np.abs(numbers(*BATCH))
+def test_rows_beyond_the_capacity_are_dropped(mesh_name: str, bound: str) -> None:
+    """All tokens go to expert 0, which takes half of them: every sender's, those of the higher weights."""
+    plain = config_of(mesh_name, num_experts_per_tok=1, normalize=False)
+    per_device = 8 * 16 // plain.num_token_shards
+    size = plain.comm.size
+    room = {"capacity_factor": size / 2, "expert_capacity": size * per_device // 2}[bound]
+    config = config_of(mesh_name, num_experts_per_tok=1, alignment=1, normalize=False, **{bound: room})
+    parameters, x = parameters_of(config), np.abs(numbers(8, 16, H))
     parameters["gate"] = np.zeros_like(parameters["gate"])
     parameters["gate"][:, 0] = 1
     (out, aux), gradients = results_of(config, parameters, x, balance=0)
 
-    per_device = 8 * 6 // config.num_token_shards
-    kept = np.arange(8 * 6) // per_device % config.comm.size == 0
-    (expected, _), _ = expected_of(config, parameters, x)
-    assert aux.num_dropped == (~kept).sum()
-    assert aux.expert_load[0] == kept.size
-    assert_close(out.reshape(-1, H), np.where(kept[:, None], expected.reshape(-1, H), 0))
+    assert aux.num_dropped == aux.expert_drops[0] == 8 * 16 // 2
+    assert aux.expert_load[0] == 8 * 16
+    kept = gradients[1].reshape(-1, H).all(axis=1)
     assert not gradients[1].reshape(-1, H)[~kept].any()
-    assert gradients[1].reshape(-1, H)[kept].all()
+    (expected, _), _ = expected_of(plain, parameters, x)
+    assert_close(out.reshape(-1, H), np.where(kept[:, None], expected.reshape(-1, H), 0))
+    logits = x.reshape(-1, H).sum(axis=1).reshape(-1, per_device)  # those of the other experts are 0
+    for of_sender, stays in zip(logits, kept.reshape(-1, per_device), strict=True):
+        weight = 1 / (1 + (E - 1) * np.exp(-of_sender))
+        assert stays.sum() == per_device // 2
+        assert weight[stays].min() >= weight[~stays].max() * (1 - 2**-7)  # compared to 16 bits
+
+
+def test_drops_are_spread_over_experts_and_senders() -> None:
+    """Dispatch alone would drop the last expert of a device and the last sender, and never the first ones."""
+    mesh = mesh_named("expert")
+    experts = 4 * mesh.size
+    config = build_config(
+        experts, K, H, F, mesh=mesh, max_tokens=32, capacity_factor=0.8, alignment=1, normalize=False
+    )
+    parameters = on_mesh(config, parameters_of(config))
+    call = jax.jit(lambda parameters, x: moe(config, parameters, x, aux="local")[1])
+    drops = load = 0
+    for seed in range(8):
+        aux = fetch(call(parameters, put_on_mesh(numbers(mesh.size * 32, H, seed=seed), mesh, P("expert"))))
+        drops, load = drops + aux.expert_drops, load + aux.expert_load
+    share = drops.sum() / load.sum()
+    assert share > 0.1
+    of_place = lambda values: values.reshape(mesh.size, mesh.size, 4).sum(axis=(0, 1))  # noqa: E731
+    for rates in (of_place(drops) / of_place(load), drops.sum(axis=1) / load.sum(axis=1)):
+        assert share / 2 < rates.min() <= rates.max() < share * 2
 
 
 def test_bias_correction_chooses_only() -> None:
@@ -182,23 +210,31 @@ def test_checkpoint_policies() -> None:
         put_on_mesh(numbers(*BATCH), config.mesh, P("expert")),
     )
     keep = jax.checkpoint_policies.save_only_these_names
+
+    def layer(parameters, x):
+        out, aux = moe(config, parameters, x)
+        return out, aux.balance_loss
+
     layers = {
-        "plain": lambda parameters, x: moe(config, parameters, x)[0],
-        "nothing kept": jax.checkpoint(lambda parameters, x: moe(config, parameters, x)[0]),
-        "rows kept": jax.checkpoint(
-            lambda parameters, x: moe(config, parameters, x)[0], policy=keep("moe_dispatched")
-        ),
-        "products kept": jax.checkpoint(
-            lambda parameters, x: moe(config, parameters, x)[0],
-            policy=keep("moe_dispatched", "moe_hidden", "moe_expert_out"),
-        ),
+        "plain": layer,
+        "nothing kept": jax.checkpoint(layer),
+        "rows kept": jax.checkpoint(layer, policy=keep("moe_dispatched")),
+        "products kept": jax.checkpoint(layer, policy=keep("moe_dispatched", "moe_hidden", "moe_expert_out")),
     }
     dispatches, products, gradients = {}, {}, {}
     for name, layer in layers.items():
-        step = jax.grad(lambda *operands, layer=layer: loss_of(layer(*operands)), argnums=(0, 1))
+
+        def loss(*operands, layer=layer):
+            out, balance_loss = layer(*operands)
+            return loss_of(out) + BALANCE * balance_loss
+
+        step = jax.grad(loss, argnums=(0, 1))
         program = jax.make_jaxpr(step)(parameters, x)
         compiled = jax.jit(step).lower(parameters, x).compile()
-        dispatches[name] = len(re.findall(r"custom_call_target=\"jax_deepep_dispatch\"", compiled.as_text()))
+        calls = re.findall(r"custom_call_target=\"jax_deepep_(\w+)\"", compiled.as_text())
+        dispatches[name] = calls.count("dispatch")
+        # The collective of the balance loss waits for the output, which is not computed again for it.
+        assert calls.count("combine") == 2
         products[name] = str(program).count("ragged_dot_general[")
         gradients[name] = fetch(compiled(parameters, x))
 
@@ -236,6 +272,20 @@ def test_first_parameters_are_placed() -> None:
     assert 0.8 < np.std(fetch(parameters)["wi_0"].astype(np.float32)) * H**0.5 < 1.2
 
 
+def test_first_parameters_are_made_where_they_lie() -> None:
+    """On a mesh of Explicit axes, the default of `jax.make_mesh`, with no more memory than on one of Auto."""
+    temporary, values = [], []
+    for axis_types in (AxisType.Auto, AxisType.Explicit):
+        config = build_config(E, K, 64, 256, mesh=mesh_named("expert", axis_types), max_tokens=4)
+        make = jax.jit(lambda key, config=config: init_parameters(config, key))
+        with jax.set_mesh(config.mesh):
+            program = make.lower(jax.random.key(0)).compile()
+            values.append(fetch(program(jax.random.key(0))))
+        temporary.append(program.memory_analysis().temp_size_in_bytes)
+    assert temporary[1] <= temporary[0] < 2 * (3 * E * 64 * 256 * 4) / config.comm.size
+    jax.tree.map(np.testing.assert_array_equal, *values)
+
+
 def test_the_mesh_of_the_program_is_the_default() -> None:
     with jax.set_mesh(mesh_named("data × expert")):
         config = build_config(E, K, H, 32, max_tokens=8, num_chunks=3)
@@ -258,6 +308,18 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"scale": jnp.float32(2)}, TypeError, "scale: got .*2.*; takes a number of Python or NumPy"),
         ({"scale": None}, TypeError, "scale: got None; takes a number"),
         ({"activation": "silu"}, TypeError, "activation: got 'silu'; takes a function, such as"),
+        (
+            {"activation": lambda gate, up: gate * up},
+            TypeError,
+            "activation: expected an elementwise function of one array, got one that raises TypeError .*; ",
+        ),
+        ({"activation": jnp.sum}, TypeError, "activation: expected an elementwise .*, got a function to Sha"),
+        ({"score_function": "sofmax"}, ValueError, "score_function: got 'sofmax'; takes \"sigmoid\" or"),
+        ({"num_groups": 3}, ValueError, "num_groups: got 3; takes a divisor of the 8 experts"),
+        ({"num_groups": 2.0}, TypeError, r"num_groups: got 2\.0; takes a Python integer"),
+        ({"num_groups": 8}, ValueError, "num_experts_per_tok: got 3; takes at most 1, the experts of"),
+        ({"normalize": "no"}, TypeError, "normalize: expected True or False, got 'no'; pass a bool"),
+        ({"gated": 1}, TypeError, "gated: expected True or False, got 1; pass a bool"),
         ({"dtype": "bf16"}, TypeError, "dtype: got 'bf16'; takes None, bfloat16, float16, float32"),
         ({"dtype": jnp.int32}, TypeError, "dtype: got .*int32.*; takes None, bfloat16"),
         ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a Python integer"),
@@ -276,7 +338,7 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         (
             {"comm": None, "max_tokens": 8, "mesh": mesh_named("one device"), "axis_name": "exprt"},
             ValueError,
-            "axis_name: got 'exprt'; takes axes of the mesh",
+            "axis_name: got 'exprt'; takes axes of the mesh.* for example axis_name='expert'",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -306,9 +368,20 @@ def test_wrong_operands() -> None:
     num_tokens = 96 * config.num_token_shards
     words = (
         f"x: got {num_tokens} tokens, 96 on each of {config.num_token_shards} devices; the .* max_tokens=64"
+        r"\. Make it with max_tokens=96, or pass the tokens in num_chunks=2 chunks"
     )
     with pytest.raises(ValueError, match=words):
         moe(config, parameters, numbers(num_tokens, H))
+    with (
+        jax.enable_x64(True),
+        pytest.raises(TypeError, match=r"x: got dtype float64; .*astype\(jnp.float32\)"),
+    ):
+        moe(config, parameters, x.astype(np.float64))
+    with (
+        jax.set_mesh(mesh_named("data × expert", AxisType.Explicit)),
+        pytest.raises(ValueError, match=r"comm: expected a communicator of the mesh .*data=\d \(Explicit\)"),
+    ):
+        moe(config, parameters, x)
 
 
 def test_inside_of_a_shard_map_it_says_what_to_use() -> None:

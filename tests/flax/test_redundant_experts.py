@@ -20,6 +20,8 @@ from jax_deepep.balancing import imbalance, plan_experts
 from jax_deepep.flax import linen
 from jax_deepep.moe import MoEConfig, build_config, moe, physical_parameters
 
+pytestmark = pytest.mark.filterwarnings("ignore:jax_deepep.flax.linen.MoE. no logical axis rule")
+
 E, K, H, F, TOKENS = 16, 2, 8, 4, 128
 
 

@@ -19,6 +19,7 @@
 
 #include "cpu/communicator.h"
 #include "cpu/op.h"
+#include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
@@ -81,10 +82,9 @@ class Group {
   void Launch(int rank, const Params& params,
               const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t),
               cudaStream_t stream) {
-    OpFrame frame = frames_[rank];
+    OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
     frame.op_hash = frame.op.Hash();
-    frame.launch = ++num_launches_;
     const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
@@ -108,6 +108,13 @@ class Group {
     *operands_[rank]->host<int32_t>() = believed;
     operands_[rank]->ToDevice();
   }
+
+  OpFrame FrameOf(int rank) {
+    OpFrame frame = frames_[rank];
+    frame.launch = ++num_launches_;
+    return frame;
+  }
+  cudaStream_t stream(int rank) const { return streams_[rank]; }
 
   void Wait() { CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks"); }
   HostStatus& status(int rank) { return *statuses_[rank]; }
@@ -423,20 +430,34 @@ void CheckMistakes(int num_blocks) {
     CheckEnds(group, problem, ranks, 3, Failure::kTwoAtOnce, 0, kAtOnce, "a rank that comes after two ops at once");
     cudaStreamDestroy(beside);
   }
-  {
-    // One SM is left, and a block takes one.
-    Group group(problem.shape, 2, 0.3);
-    int num_sms = 0;
-    CheckCuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), "attribute");
-    cudaStream_t beside;
-    CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
-    constexpr int kSharedBytes = 200 << 10;
-    CheckCuda(cudaFuncSetAttribute(Delay, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), "attribute");
-    Delay<<<num_sms - 1, 1, kSharedBytes, beside>>>(1'500'000'000);
-    dispatch(group, 0);
-    CheckEnds(group, problem, ranks, 1, Failure::kNoRoom, 0, kAtOnce, "no SM for a block");
-    cudaStreamDestroy(beside);
+}
+
+__global__ void MeetKernel(const __grid_constant__ OpFrame frame) {
+  __shared__ GroupOp::Shared shared;
+  GroupOp group(frame, &shared);
+  if (group.Begin()) group.SyncGrid();
+}
+
+// Blocks that do not all find an SM. Ops are launched so that this cannot be; their wait for each other ends even so.
+void CheckNoRoom() {
+  GroupShape shape;
+  shape.num_ranks = 1;
+  shape.num_experts = 1;
+  shape.num_topk = 1;
+  Group group(shape, 1, 0.3);
+  int num_sms = 0;
+  CheckCuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), "attribute");
+  cudaStream_t beside;
+  CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
+  constexpr int kAlmostAnSm = 200 << 10;
+  for (auto* kernel : {reinterpret_cast<const void*>(Delay), reinterpret_cast<const void*>(MeetKernel)}) {
+    CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAlmostAnSm), "attribute");
   }
+  Delay<<<num_sms - 1, 1, kAlmostAnSm, beside>>>(1'500'000'000);
+  MeetKernel<<<2, 32, kAlmostAnSm, group.stream(0)>>>(group.FrameOf(0));
+  group.Wait();
+  Check(group.status(0).failed == 1 && group.status(0).report.failure == Failure::kNoRoom, "no SM for a block");
+  cudaStreamDestroy(beside);
 }
 
 // Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other, or fails.
@@ -542,6 +563,7 @@ int main(int argc, char** argv) {
         CheckFaults(40, 1, late);
       }
       CheckMistakes(2);
+      CheckNoRoom();
       CheckTwoAtOnce(3, 200);
     } else if (what == "soak" && i + 1 < argc) {
       CheckSoak(3, std::atoi(argv[++i]));

@@ -90,9 +90,49 @@ def test_a_rank_raises_before_an_op(faults: Callable[..., RankProcesses]) -> Non
         assert "ValueError: the data loader of this rank failed" in run.ranks[1].text()
         for rank in survivors_of(1):
             report = run.wait_for_report(rank, "abandoned")
+            if run.platform == "cpu":  # where its end closes the communicator, and others are told
+                assert report["results"]
+                assert report["later_results"]
+                assert report["error"].startswith("CommunicatorError: dispatch on rank ")
+                assert f"at step {OPS_BEFORE + 1} waits for rank 1, which has closed" in report["error"]
+                continue
             assert_abandoned(report, 1)
             assert_names_steps(report["error"], 1, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
         run.assert_nothing_is_left()
+
+
+def test_a_rank_raises_during_an_op() -> None:
+    """Its program waits for a rank that waits for it, outside of any op: it leaves, and tells all. On CPU."""
+    with RankProcesses("faults", NUM_PROCESSES, ("raises_during_an_op", 1), deadline_s=DEADLINE_S) as run:
+        run.finish({1: 1})
+        for rank in survivors_of(1):
+            report = run.wait_for_report(rank, "left")
+            assert report["abandoned"]
+            assert report["error"].startswith(
+                "CommunicatorError: the program of rank 1 ended while its ops ran"
+            )
+            assert "ValueError: this rank failed" in report["error"]
+        run.assert_nothing_is_left()
+
+
+@pytest.mark.gpu
+def test_an_op_cannot_be_launched_on_a_rank() -> None:
+    """The others need not wait for it, and its next op does not meet their present one."""
+    environment = {"XLA_FLAGS": CAPTURE_ALL_OPS}
+    with RankProcesses(
+        "faults",
+        NUM_PROCESSES,
+        ("cannot_launch", 1),
+        platform="cuda",
+        environment=environment,
+        deadline_s=DEADLINE_S,
+    ) as run:
+        run.finish({})
+        for rank in range(NUM_PROCESSES):
+            report = run.wait_for_report(rank, "told")
+            assert "dispatch on rank 1 could not be launched" in report["error"]
+            assert report["abandoned"]
+            assert ("constant of the program" in report["launch_error"]) == (rank == 1)
 
 
 def test_a_rank_dies_after_an_op_that_nobody_follows(faults: Callable[..., RankProcesses]) -> None:
@@ -112,6 +152,8 @@ def test_a_rank_dies_in_a_loop() -> None:
             assert_abandoned(report, 1)
             ops_before = OPS_BEFORE + 4 * 2
             assert_names_steps(report["error"], 1, expected=ops_before + 1, seen=ops_before)
+            lines = [line for line in run.ranks[rank].text().splitlines() if line.startswith("jax_deepep: ")]
+            assert lines == ["jax_deepep: " + report["error"].removeprefix("PeerTimeoutError: ")]
         run.assert_nothing_is_left()
 
 
@@ -129,7 +171,9 @@ def test_calls_that_share_a_number_are_told_and_end() -> None:
         for rank in range(NUM_PROCESSES):
             report = run.wait_for_report(rank, "told")
             # Of the same calls on every rank, or of others, depending on which were numbered anew.
-            assert re.search(r"bear the same number|waited 4 s \(timeout_s\)", report["error"])
+            assert re.search(
+                r"bear the same number|met a different op|waited 4 s \(timeout_s\)", report["error"]
+            )
             assert report["abandoned"]
         run.assert_nothing_is_left()
 
@@ -189,6 +233,24 @@ def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
         assert report["earlier"], "results from before"
         assert report["still_broken"].startswith("PeerTimeoutError: ")
     run.assert_nothing_is_left()
+
+
+@pytest.mark.collectives
+def test_a_rank_comes_late_to_a_layer(faults: Callable[..., RankProcesses]) -> None:
+    """A layer has collectives of XLA, whose waits nothing bounds: ours come first and say who is missing."""
+    victim = 1
+    with faults("comes_late_to_a_layer", victim) as run:
+        for rank in survivors_of(victim):
+            report = run.wait_for_report(rank, "told")
+            assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) for rank {victim} \(", report["error"])
+            assert report["seconds"] < 3 * TIMEOUT_S
+        run.finish({})
+        for rank in range(NUM_PROCESSES):
+            assert not run.wait_for_report(rank, "first step")["abandoned"]
+            report = run.wait_for_report(rank, "ended")
+            assert report["abandoned"]
+            assert report["error"].startswith("PeerTimeoutError: ")
+        run.assert_nothing_is_left()
 
 
 def test_the_process_of_the_coordinator_dies(faults: Callable[..., RankProcesses]) -> None:

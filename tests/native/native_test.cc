@@ -1,17 +1,39 @@
 // Checks of the plain C++ of the platforms: prints each failure, returns how many there were.
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cerrno>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/group_exchange.h"
 #include "cpu/row_math.h"
+#include "cpu/threads.h"
 #include "cuda/block_count.h"
 #include "cuda/divisor.h"
 #include "routing/group_rows.h"
+
+// In front of the system's own function, so that a test can do without: see CheckThreads.
+static std::atomic<bool> refuse_threads{false};
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*),
+                              void* of) noexcept {
+  using Function = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
+  static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "pthread_create"));
+  return refuse_threads ? EAGAIN : real(thread, attributes, run, of);
+}
 
 namespace jax_deepep {
 namespace {
@@ -172,8 +194,9 @@ void CheckRings() {
   GroupExchange other({leaders.get(), others.get()}, 1, {0, 1}, 5.0);
   int64_t announced[2] = {0, 0}, taken[2] = {0, 0};
   const auto announce = [&](GroupExchange& exchange, int rank) {
-    const OpName op{1, announced[rank], 7};
-    if (!exchange.Announce(op, rank, announced[rank] + 1)) return false;
+    OpNotice notice;
+    notice.step = announced[rank] + 1;
+    if (!exchange.Announce({1, announced[rank]}, rank, notice)) return false;
     ++announced[rank];
     return true;
   };
@@ -181,7 +204,7 @@ void CheckRings() {
     const auto op = exchange.NextScheduled();
     if (!op.has_value()) return;
     exchange.Take(*op);
-    Check(op->call == taken[rank]++, "ops are taken up in the order of their schedule", op->call);
+    Check(op->number == taken[rank]++, "ops are taken up in the order of their schedule", op->number);
   };
   for (int round = 0; round < 4; ++round) {
     while (announce(leader, 0)) {
@@ -195,6 +218,102 @@ void CheckRings() {
     for (int i = 0; i < (ahead == 1 ? 3000 : 1000); ++i) take(other, 1);
   }
   Check(taken[0] == 8000 && taken[1] == 8000, "what both announced is scheduled", taken[0]);
+}
+
+// Three ranks of two processes, which announce ops; what the leader finds about them.
+struct Group {
+  const std::unique_ptr<ControlBlock> leaders = std::make_unique<ControlBlock>();
+  const std::unique_ptr<ControlBlock> others = std::make_unique<ControlBlock>();
+  GroupExchange leader{{leaders.get(), others.get()}, 0, {0, 0, 1}, 5.0};
+  GroupExchange other{{leaders.get(), others.get()}, 1, {0, 0, 1}, 5.0};
+
+  void Come(int rank, int64_t run, int64_t number, int64_t num_tokens = 8) {
+    OpNotice notice;
+    notice.signature.num_tokens = num_tokens;
+    notice.num_calls = 4;
+    (rank < 2 ? leader : other).Announce({run, number}, rank, notice);
+  }
+  std::string Found() {
+    leader.NextScheduled();
+    return leader.different_ops();
+  }
+};
+
+void CheckDifferentOps() {
+  const auto contains = [](const std::string& text, const char* words) {
+    return text.find(words) != std::string::npos;
+  };
+  {
+    Group group;
+    group.Come(0, 1, 2);
+    group.Come(2, 1, 3, 16);
+    Check(group.Found().empty(), "ops of one run may come in any order");
+    group.Come(2, 1, 2, 16);
+    Check(contains(group.Found(), "num_tokens is 8 on rank 0 and 16 on rank 2"), "one op, two signatures");
+  }
+  {
+    Group group;
+    group.Come(1, 1, 0);
+    group.Come(2, 7, 0, 16);
+    Check(contains(group.Found(), "on rank 1 at step 0 met a different op of rank 2: num_tokens is 8"),
+          "two processes in two runs");
+  }
+  {
+    Group group;
+    group.Come(0, 1, 0);
+    group.Come(0, 7, 0);
+    group.Come(2, 7, 0);
+    Check(group.Found().empty(), "a process that has come to both runs");
+  }
+  {
+    Group group;
+    group.other.NoteOutOfOrder();
+    group.Come(0, 1, 0);
+    group.Come(2, 7, 0);
+    Check(group.Found().empty(), "runs that a process does not end one after the other");
+    Check(group.leader.WaitsIn(2).has_value() && !group.leader.WaitsIn(1).has_value(), "who waits somewhere");
+    Check(!group.leader.ClosedRank().has_value(), "nobody has closed");
+    group.other.NoteClosed();
+    Check(group.leader.ClosedRank() == 2 && !group.other.ClosedRank().has_value(), "a peer has closed");
+  }
+}
+
+void CheckThreads() {
+  const std::thread::id here = std::this_thread::get_id();
+  std::atomic<int> ran{0};
+  std::set<std::thread::id> threads;
+  refuse_threads = true;
+  Check(!RunOnOwnThreads({[&] { ++ran; }, [&] { ++ran; }}), "no threads, and so an error");
+  const auto cover = [&](int64_t begin, int64_t end) { ran += static_cast<int>(end - begin); };
+  ParallelFor(1000, 1, 1 << 20, cover);
+  Check(ran == 1000, "a loop is complete without helpers", ran);
+  try {
+    MakeThread([] {}).join();
+    Check(false, "a lasting thread that cannot be made is an error");
+  } catch (const std::runtime_error& error) {
+    Check(std::strstr(error.what(), "raise the limit on processes and threads") != nullptr, "its remedy");
+  }
+  refuse_threads = false;
+
+  // Each of so many has a thread of its own: all wait for all. And again with one thread more.
+  for (const int count : {4, 5}) {
+    std::mutex mutex;
+    std::condition_variable all_came;
+    int num_came = 0, num_left = 0;
+    const auto meet = [&] {
+      std::unique_lock<std::mutex> lock(mutex);
+      threads.insert(std::this_thread::get_id());
+      ++num_came;
+      all_came.notify_all();
+      all_came.wait(lock, [&] { return num_came == count; });
+      ++num_left;
+      all_came.notify_all();
+    };
+    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, meet)), "threads are made");
+    std::unique_lock<std::mutex> lock(mutex);
+    all_came.wait(lock, [&] { return num_left == count; });
+  }
+  Check(threads.count(here) == 0 && threads.size() >= 5, "tasks run on threads of their own");
 }
 
 // Rows of integers fill whole 16 bytes, however many float32 make the longest row.
@@ -316,6 +435,8 @@ int main() {
   CheckSums();
   CheckFailed();
   CheckRings();
+  CheckDifferentOps();
+  CheckThreads();
   CheckRowBytes();
   CheckEntries();
   CheckGroups();

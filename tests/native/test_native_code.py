@@ -1,4 +1,4 @@
-"""Compiles and runs native_test.cc: row arithmetic, rows of groups, rings, division, by their definitions."""
+"""Compiles and runs native_test.cc: row arithmetic, rows of groups, rings, threads, division."""
 
 import pathlib
 import subprocess
@@ -14,10 +14,11 @@ def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
         ROOT / "tests/native/native_test.cc",
         code / "cpu/group_exchange.cc",
         code / "cpu/row_math.cc",
+        code / "cpu/threads.cc",
         code / "cuda/block_count.cc",
         code / "transport/shared_memory.cc",
     )
-    command = ["g++", *FLAGS, f"-I{code}", *map(str, sources), "-pthread", "-o", str(program)]
+    command = ["g++", *FLAGS, f"-I{code}", *map(str, sources), "-pthread", "-ldl", "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert built.returncode == 0, built.stderr
     ran = subprocess.run([program], capture_output=True, text=True, timeout=60)

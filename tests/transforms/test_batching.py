@@ -1,5 +1,7 @@
 """vmap over a leading axis of the operands, and over stages that are a mesh axis of their own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,29 +25,24 @@ def test_vmap_inside_shard_map(implementation: str) -> None:
     topk_idx = np.stack([np.roll(inputs.topk_idx, shift, axis=1) for shift in range(BATCH)], axis=1)
     x = np.stack([inputs.x * (1 + shift) for shift in range(BATCH)], axis=1)
 
-    def both(x, topk_weights, matrices, bias, topk_idx, g):
-        def layer(x, topk_weights, matrices, bias, topk_idx):
-            return moe(comm, x, topk_weights, matrices, bias, topk_idx, masked_experts)
+    def one_by_one(x, topk_weights, matrices, bias, topk_idx):
+        layer = functools.partial(moe, communicator("native"), experts=masked_experts)
+        return jnp.stack([layer(x[i], topk_weights, matrices, bias, topk_idx[i]) for i in range(BATCH)])
 
-        def all_of(layer):
-            def outs(x, topk_weights, matrices, bias):
-                return layer(x, topk_weights, matrices, bias, topk_idx)
+    def batched(x, *rest):
+        layer = functools.partial(moe, comm, experts=masked_experts)
+        return jax.vmap(layer, in_axes=(1, None, None, None, 0))(jnp.moveaxis(x, 0, 1), *rest)
 
-            out, backward = jax.vjp(outs, x, topk_weights, matrices, bias)
+    def results_of(layer):
+        def with_gradients(*args):
+            *operands, topk_idx, g = args
+            out, backward = jax.vjp(lambda *operands: layer(*operands, topk_idx), *operands)
             return out, backward(jnp.stack([g] * BATCH))
 
-        def one_by_one(x, topk_weights, matrices, bias, topk_idx):
-            outs = [layer(x[i], topk_weights, matrices, bias, topk_idx[i]) for i in range(BATCH)]
-            return jnp.stack(outs)
-
-        def batched(x, *rest):
-            return jax.vmap(layer, in_axes=(1, None, None, None, 0))(jnp.moveaxis(x, 0, 1), *rest)
-
-        return all_of(batched), all_of(one_by_one)
+        return run_per_device(with_gradients, MESH, AXIS, *arrays)
 
     arrays = (x, inputs.topk_weights, inputs.matrices, inputs.bias, topk_idx, inputs.g)
-    got, expected = run_per_device(both, MESH, AXIS, *arrays)
-    assert_close(got, expected)
+    assert_close(results_of(batched), results_of(one_by_one))
 
 
 def test_vmap_of_a_shard_map(implementation: str) -> None:

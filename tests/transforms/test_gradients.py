@@ -4,21 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS, assert_same_bits
-from meshes import compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
-from moe_layer import LAYER, LAYERS, assert_close, communicator, layer_inputs, moe
+from implementations import IMPLEMENTATIONS, assert_same_bits, cases
+from meshes import captured, compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
+from moe_layer import LAYER, LAYERS, assert_close, communicator, layer_inputs, moe, training_step
 from problems import Problem, inputs_of
 
 import jax_deepep as ep
 
 by_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-by_layer = pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: problem.name)
+by_layer = cases("problem", LAYERS, in_xla=lambda problem: problem is LAYER)
 
 
-@by_implementation
-@by_layer
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_gradient_of_the_layer(problem: Problem, implementation: str, check_vma: bool) -> None:
+@cases("problem check_vma", LAYERS, [True, False], in_xla=lambda problem, vma: vma or problem is LAYER)
+def test_gradient_of_the_layer(problem: Problem, check_vma: bool, implementation: str) -> None:
     """jax.grad through shard_map, for every differentiable operand."""
     comm = communicator(implementation, problem)
     inputs = layer_inputs(problem)
@@ -39,27 +37,16 @@ def test_gradient_of_the_layer(problem: Problem, implementation: str, check_vma:
     assert_close(gradients, inputs.expected)
 
 
-@by_implementation
 @by_layer
 def test_vjp_inside_shard_map(problem: Problem, implementation: str) -> None:
     """jax.vjp of per-device values, where a device's cotangent reaches the operands of its peers."""
-    comm = communicator(implementation, problem)
     inputs = layer_inputs(problem)
-
-    def program(x, topk_weights, matrices, bias, topk_idx, g):
-        def layer(*operands):
-            return moe(comm, *operands, topk_idx, **problem.dispatch_options)
-
-        out, backward = jax.vjp(layer, x, topk_weights, matrices, bias)
-        return out, backward(g)
-
-    arrays = (*inputs.operands, inputs.g)
-    out, gradients = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    _, step, arrays = training_step(implementation, problem)
+    out, gradients = fetch(captured(step)(*arrays))
     assert_close(out, inputs.out)
     assert_close(gradients, inputs.expected)
 
 
-@by_implementation
 @by_layer
 def test_gradient_for_y_is_zero_in_rows_of_no_token(problem: Problem, implementation: str) -> None:
     comm = communicator(implementation, problem)
@@ -124,19 +111,23 @@ def test_gradient_of_a_dispatch_along_a_handle(implementation: str) -> None:
     assert_same_bits(gradient, combined)
 
 
-@by_implementation
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("layout", ["expert", "token"])
-@pytest.mark.parametrize(
-    "sizes",
-    [{"num_tokens": 0}, {"num_tokens": 0, "capacity": 4}, {"capacity": 0}],
-    ids=["no tokens", "no tokens, rows of padding", "no capacity"],
-)
-def test_gradients_where_no_row_travels(
-    sizes: dict, layout: str, check_vma: bool, implementation: str
-) -> None:
+WITHOUT_ROWS = [
+    Problem(f"{name}, {layout}", layout=layout, **sizes)
+    for name, sizes in {
+        "no tokens": {"num_tokens": 0},
+        "no tokens, rows of padding": {"num_tokens": 0, "capacity": 4},
+        "no capacity": {"capacity": 0},
+    }.items()
+    for layout in ("expert", "token")
+]
+
+
+@cases(
+    "problem check_vma", WITHOUT_ROWS, [True, False],
+    in_xla=lambda problem, check_vma: check_vma or problem.layout == "expert",
+)  # fmt: skip
+def test_gradients_where_no_row_travels(problem: Problem, check_vma: bool, implementation: str) -> None:
     """Only the bias arrives and has a gradient, with arrays without elements all around the ops."""
-    problem = Problem("no row travels", layout=layout, **sizes)
     comm = communicator(implementation, problem)
     rows = inputs_of(problem)
 

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import IMPLEMENTATIONS
+from implementations import IMPLEMENTATIONS, cases
 from jax.sharding import PartitionSpec as P
 from meshes import compiled, device_axis, fetch, per_device, put_on_mesh
 from moe_layer import LAYER, assert_close
 from problems import Problem, inputs_of
 
 import jax_deepep as ep
-
-pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 STEPS_PER_ONE = 16.0
 
@@ -68,8 +66,10 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@cases(
+    "transformation check_vma", TRANSFORMATIONS, [True, False],
+    in_xla=lambda transformation, check_vma: check_vma or transformation == "grad",
+)  # fmt: skip
 def test_gradients(transformation: str, check_vma: bool, implementation: str) -> None:
     inputs = inputs_of(LAYER)
     g, *expected = expected_of(LAYER)
@@ -87,6 +87,7 @@ def test_gradients(transformation: str, check_vma: bool, implementation: str) ->
     assert_close([out, *gradients], expected)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap_over_pipeline_stages(implementation: str) -> None:
     """spmd_axis_name with check_vma=True, where integer tangents have confused JAX."""
     problem = Problem("layer", mesh_name="stage × expert", num_tokens=5, routing="some_none")

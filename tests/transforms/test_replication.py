@@ -3,6 +3,8 @@
 The gradient of such an operand is summed over the devices, by a collective of XLA with every implementation.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,16 @@ def test_replicated_operands_and_the_sum_of_their_gradients(implementation: str)
     assert_close(gradients, (g * gate, factor * np.sum(g * x, axis=-1, keepdims=True), g))
 
 
+def weighted_sum(layer):
+    return lambda operands, topk_idx, g: jnp.sum(layer(*operands, topk_idx) * g)
+
+
+@functools.cache
+def gradients_of_varying_operands():
+    layer = per_device(lambda *operands: moe(communicator("native"), *operands), MESH, AXIS)
+    return compiled(jax.grad(weighted_sum(layer)))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("replicated", ["x", "topk_weights", "matrices", "bias"])
 def test_one_replicated_operand_among_varying_ones(implementation: str, replicated: str) -> None:
@@ -73,9 +85,6 @@ def test_one_replicated_operand_among_varying_ones(implementation: str, replicat
     operands = [put_on_mesh(a, MESH, spec) for a, spec in zip(arrays, specs, strict=True)]
     g = put_on_mesh(inputs.g, MESH, varying)
 
-    def weighted_sum(layer):
-        return lambda operands, topk_idx, g: jnp.sum(layer(*operands, topk_idx) * g)
-
     gradients = compiled(jax.grad(weighted_sum(layer)))(tuple(operands[:4]), operands[4], g)
 
     # The same with a copy of the operand on every device, whose gradients are summed outside.
@@ -84,8 +93,7 @@ def test_one_replicated_operand_among_varying_ones(implementation: str, replicat
         for name, a in zip(names, inputs.operands, strict=True)
     ]
     *copies, topk_idx = put_on_mesh(copies, MESH, varying)
-    all_varying = per_device(lambda *operands: moe(comm, *operands), MESH, AXIS)
-    expected = compiled(jax.grad(weighted_sum(all_varying)))(tuple(copies), topk_idx, g)
+    expected = gradients_of_varying_operands()(tuple(copies), topk_idx, g)
     expected = [
         value.sum(axis=0) if name == replicated else value
         for name, value in zip(names[:4], fetch(expected), strict=True)

@@ -3,56 +3,56 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from implementations import IMPLEMENTATIONS
-from meshes import run_per_device
+from implementations import cases
+from meshes import compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
 from moe_layer import LAYERS, assert_close, communicator, layer_inputs
 from problems import Problem
 
 import jax_deepep as ep
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: problem.name)
-@pytest.mark.parametrize("garbage", [np.nan, np.inf], ids=["nan", "inf"])
-def test_garbage_reaches_nothing(problem: Problem, implementation: str, garbage: float) -> None:
+@cases("problem", LAYERS, in_xla=lambda problem: True)
+def test_garbage_reaches_nothing(problem: Problem, implementation: str) -> None:
     """Planted before the experts and after them, and in the cotangent of the tokens."""
     comm = communicator(implementation, problem)
     inputs = layer_inputs(problem)
 
     @jax.custom_vjp
-    def plant(rows, mask):
+    def plant(garbage, rows, mask):
         return jnp.where(mask[:, None], rows, garbage)
 
-    def plant_forward(rows, mask):
-        return plant(rows, mask), mask
+    def plant_forward(garbage, rows, mask):
+        return plant(garbage, rows, mask), (garbage, mask)
 
-    def plant_backward(mask, cotangent):
-        return jnp.where(mask[:, None], cotangent, garbage), None
+    def plant_backward(residuals, cotangent):
+        garbage, mask = residuals
+        return None, jnp.where(mask[:, None], cotangent, garbage), None
 
     plant.defvjp(plant_forward, plant_backward)
 
-    def program(x, topk_weights, matrices, bias, topk_idx, g):
+    def program(garbage, x, topk_weights, matrices, bias, topk_idx, g):
         def layer(x, topk_weights, matrices, bias):
             dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
-            tokens = plant(dispatched.tokens, dispatched.mask)
+            tokens = plant(garbage, dispatched.tokens, dispatched.mask)
             # The experts themselves honour the mask; what is around them is ours.
             live = jnp.where(dispatched.mask[:, None], tokens, 0)
             y = jax.lax.ragged_dot(live, matrices, dispatched.group_sizes)
-            return ep.combine(plant(y, dispatched.mask), handle, comm=comm, bias=bias)
+            return ep.combine(plant(garbage, y, dispatched.mask), handle, comm=comm, bias=bias)
 
         out, backward = jax.vjp(layer, x, topk_weights, matrices, bias)
         x_bar, weights_bar, _, bias_bar = backward(g)
         return out, x_bar, weights_bar, bias_bar
 
-    arrays = (*inputs.operands, inputs.g)
-    results = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
+    mesh, axis = problem.mesh, problem.axis_name
+    arrays = put_on_mesh((*inputs.operands, inputs.g), mesh, device_axis(mesh, axis))
+    run = compiled(per_device(program, mesh, axis))
     expected = (inputs.out, *(inputs.gradients[name] for name in ("x", "topk_weights", "bias")))
-    assert_close(results, expected)
+    for garbage in (np.nan, np.inf):
+        everywhere = put_on_mesh(np.full(mesh.size, garbage, np.float32), mesh, device_axis(mesh, axis))
+        assert_close(fetch(run(everywhere, *arrays)), expected)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("problem", LAYERS, ids=lambda problem: problem.name)
+@cases("problem", LAYERS, in_xla=lambda problem: problem.alignment > 1)
 def test_a_grouped_matmul_needs_no_mask(problem: Problem, implementation: str) -> None:
     """ragged_dot honours group_sizes: garbage after the last group stays out, forward and backward."""
     comm = communicator(implementation, problem)

@@ -1,6 +1,8 @@
 """Placements of redundant experts, and how tokens find a copy."""
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -14,14 +16,82 @@ def zipf(num_experts: int, exponent: float = 1.0, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(1e6 / np.arange(1, num_experts + 1) ** exponent)
 
 
-def test_a_plan_by_hand() -> None:
-    """Copies go where the load per copy is highest: 8, 4 and again 4 of expert 0, 4 of expert 1."""
-    load = [8, 4, 1, 1]
-    anywhere = plan_experts(load, num_physical=8, num_devices=4, own_first=False)
-    np.testing.assert_array_equal(anywhere.reshape(4, 2), [[0, 1], [0, 1], [0, 2], [0, 3]])
-    assert imbalance(load, anywhere, 4) == 4 / 3.5
-    own_first = plan_experts(load, num_physical=8, num_devices=4)
-    np.testing.assert_array_equal(own_first.reshape(4, 2), [[0, 1], [1, 0], [2, 0], [3, 0]])
+def placements(num_experts: int, num_devices: int, slots: int, own_first: bool) -> Iterator[np.ndarray]:
+    """Return every placement without an expert twice on one device, up to the order of a device's slots."""
+    own = np.arange(num_experts).reshape(num_devices, -1)
+    choices = [
+        [held for held in itertools.combinations(range(num_experts), slots)
+         if not own_first or set(own[device]) <= set(held)]
+        for device in range(num_devices)
+    ]  # fmt: skip
+    for held in itertools.product(*choices):
+        placement = np.array(held).ravel()
+        if len(set(placement.tolist())) == num_experts:
+            yield placement
+
+
+@pytest.mark.parametrize(
+    ("load", "num_devices", "slots", "own_first"),
+    [
+        ([8, 4, 1, 1], 4, 2, True),
+        ([8, 4, 1, 1], 4, 2, False),
+        ([9, 1, 6, 0, 1, 1, 3, 3], 4, 3, True),
+        ([5, 1, 1, 9, 2, 1], 2, 4, True),
+        ([5, 1, 1, 9, 2, 1], 2, 4, False),
+        ([7, 3, 2], 3, 2, False),
+        ([40, 1, 1, 1, 1, 1, 1, 1], 4, 3, True),
+    ],
+    ids=str,
+)
+def test_small_plans_are_optimal(load: list[int], num_devices: int, slots: int, own_first: bool) -> None:
+    sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "own_first": own_first}
+    optimum = min(
+        imbalance(load, placement, num_devices)
+        for placement in placements(len(load), num_devices, slots, own_first)
+    )
+    assert imbalance(load, plan_experts(load, **sizes), num_devices) == pytest.approx(optimum)
+
+
+def test_a_plan_that_is_even() -> None:
+    load = [9, 1, 6, 0, 1, 1, 3, 3]
+    plan = plan_experts(load, num_physical=12, num_devices=4, own_first=False)
+    assert imbalance(load, plan, 4) == 1
+
+
+def climbed(load: np.ndarray, placement: np.ndarray, num_devices: int, num_own: int, seed: int) -> float:
+    """Return the imbalance after a thousand random changes, each kept unless it makes matters worse."""
+    random = np.random.default_rng(seed)
+    held, value = placement.reshape(num_devices, -1).copy(), imbalance(load, placement, num_devices)
+    for _ in range(1000):
+        new, (a, b) = held.copy(), random.integers(num_devices, size=2)
+        i, j = random.integers(num_own, held.shape[1], size=2)
+        if random.random() < 0.5:
+            new[a, i], new[b, j] = held[b, j], held[a, i]
+        else:
+            new[a, i] = random.integers(len(load))
+        is_allowed = all(len(set(row)) == len(row) for row in new[[a, b]].tolist())
+        if is_allowed and len(np.unique(new)) == len(load):
+            after = imbalance(load, new.ravel(), num_devices)
+            held, value = (new, after) if after <= value else (held, value)
+    return value
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_plans_are_as_good_as_those_of_a_local_search(own_first: bool) -> None:
+    """Which begins with a placement of its own, and with the plan itself."""
+    for seed, (num_devices, slots) in enumerate([(4, 5), (4, 6), (8, 3)]):
+        random = np.random.default_rng(seed)
+        load = random.zipf(1.5, 16).clip(0, 100).astype(float)
+        num_own = 16 // num_devices if own_first else 0
+        sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "own_first": own_first}
+        plan = plan_experts(load, **sizes)
+        own = np.arange(16).reshape(num_devices, -1)
+        first = np.stack(
+            [np.append(row, np.roll(np.arange(16), -row[-1] - 1)[: slots - len(row)]) for row in own]
+        )
+        planned = imbalance(load, plan, num_devices)
+        for start in (first.ravel(), plan):
+            assert planned <= climbed(load, start, num_devices, num_own, seed) * 1.02
 
 
 @pytest.mark.parametrize("own_first", [True, False])
@@ -39,6 +109,7 @@ def test_every_plan_is_a_placement(
     assert placement.dtype == np.int32
     assert set(placement.tolist()) == set(range(num_experts))
     of_device = placement.reshape(num_devices, slots)
+    assert all(len(set(row)) == slots for row in of_device.tolist())  # no expert twice on one device
     if own_first:
         own = np.arange(num_experts).reshape(num_devices, -1)
         np.testing.assert_array_equal(of_device[:, : own.shape[1]], own)
@@ -68,22 +139,32 @@ def test_no_load_is_even() -> None:
     assert imbalance(np.zeros(4), np.arange(4), 2) == 1
 
 
-def test_tokens_take_the_copies_in_turn() -> None:
+def test_every_entry_takes_a_copy_of_its_expert() -> None:
     rng = np.random.default_rng(0)
     placement = rng.permutation([0, 0, 0, 1, 2, 2, 4, 4, 4, 4])  # expert 3 has no slot
     topk_idx = np.stack([rng.permutation(5)[:3] for _ in range(40)]).astype(np.int32)
     topk_idx[::7, 1], topk_idx[::9, 2] = -1, 5  # no expert, and an invalid one
+    token = np.arange(7, 47, dtype=np.int32)
     program = jax.jit(functools.partial(to_slots, num_experts=5))
-    for first_token in (0, 7):
-        expected = topk_idx.copy()
-        for (token, k), expert in np.ndenumerate(topk_idx):
-            if 0 <= expert < 5:
-                slots = np.flatnonzero(placement == expert)
-                expected[token, k] = slots[(first_token + token) % len(slots)] if len(slots) else -1
-        token = np.arange(first_token, first_token + 40, dtype=np.int32)
-        result = program(topk_idx, token, placement.astype(np.int32))
-        assert result.dtype == np.int32
-        np.testing.assert_array_equal(result, expected)
+    slots = np.asarray(program(topk_idx, token, placement.astype(np.int32)))
+    assert slots.dtype == np.int32
+    expected = np.where(topk_idx == 3, -1, topk_idx)
+    held = np.where((slots >= 0) & (topk_idx != 5), placement[np.clip(slots, 0, 9)], slots)
+    np.testing.assert_array_equal(held, expected)
+    # What a token takes depends on nothing but itself.
+    some = np.asarray(program(topk_idx[5:9], token[5:9], placement.astype(np.int32)))
+    np.testing.assert_array_equal(some, slots[5:9])
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 8, 64])
+def test_copies_are_chosen_whatever_the_order_of_tokens(period: int) -> None:
+    """Every token of a number that `period` divides goes to expert 0, which has 2, 3 or 8 copies."""
+    token = np.arange(0, 4000 * period, period, dtype=np.int32)
+    topk_idx = np.zeros((len(token), 1), np.int32)
+    for copies in (2, 3, 8):
+        slots = to_slots(topk_idx, token, np.zeros(copies, np.int32), num_experts=1)
+        load = np.bincount(np.asarray(slots).ravel(), minlength=copies)
+        assert abs(load * copies / len(token) - 1).max() < 0.15
 
 
 ERRORS = [

@@ -177,6 +177,7 @@ ERRORS = [
     ({"num_experts_per_tok": 0}, ValueError, "num_experts_per_tok: got 0; takes an integer of at least 1"),
     ({"num_experts_per_tok": 2.0}, TypeError, r"num_experts_per_tok: got 2\.0; takes a Python integer"),
     ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: got 9; takes at most 8"),
+    ({"normalize": "no"}, TypeError, "normalize: expected True or False, got 'no'; pass a bool"),
     ({"num_groups": 3}, ValueError, "num_groups: got 3; takes a divisor of the 8 experts"),
     ({"num_groups": 2, "topk_groups": 3}, ValueError, "topk_groups: got 3; takes at most num_groups=2"),
     ({"num_groups": 4, "topk_groups": 1, "num_experts_per_tok": 3}, ValueError,
@@ -226,6 +227,16 @@ def test_bias_moves_towards_an_even_load() -> None:
     moved = gating.update_bias(bias, load, rate=0.25)
     np.testing.assert_array_equal(moved, [[0.25, 0.25, 0], [0.25, 0.25, -0.25]])
     assert gating.update_bias(jnp.zeros(3, jnp.bfloat16), load[0]).dtype == jnp.bfloat16
+
+
+def test_a_bias_that_would_not_move_is_an_error() -> None:
+    """A step of 1e-3 from 7 is none in bfloat16; what a traced bias holds is not known."""
+    load = np.int32([3, 1, 2])
+    for update in (gating.update_bias, jax.jit(gating.update_bias)):
+        with pytest.raises(ValueError, match=r"bias: expected float32, got bfloat16 with rate=.*; keep the"):
+            update(jnp.full(3, 7, jnp.bfloat16), load)
+    np.testing.assert_allclose(gating.update_bias(jnp.full(3, 7.0), load), [6.999, 7.001, 7])
+    gating.update_bias(jnp.full(3, 7, jnp.bfloat16), np.int32([2, 2, 2]))  # nothing is to move
 
 
 def test_the_bias_evens_out_a_skewed_router() -> None:

@@ -27,7 +27,7 @@ from protocol_world import World
         (2, 3, True),
         (2, 4, False),
         (3, 1, True),
-        (3, 2, False),
+        pytest.param(3, 2, False, marks=pytest.mark.nightly),
     ],
 )
 def test_promises_are_kept(num_ranks: int, num_ops: int, intruder: bool) -> None:
@@ -148,6 +148,7 @@ def test_no_part_can_be_left_out(mutation: Mutation) -> None:
     assert result.broken_promise == mutation.promise, "\n".join(result.run)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("off", ["at_once", "on_demand"])
 @pytest.mark.parametrize("num_ops", [1, 2])
 def test_a_longer_search_has_the_same_answer(off: str, num_ops: int) -> None:

@@ -21,7 +21,7 @@ NB_MODULE(_cpu, module) {
   module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
-  module.def("begin_program", &BeginProgram);
+  module.def("begin_program", &BeginProgram, nb::arg("on_main_thread"));
   nb::class_<Communicator>(module, "Communicator")
       .def(nb::new_([](int64_t id, int64_t fingerprint, const PlaceTuples& places, int32_t process,
                        int32_t num_ranks, int32_t num_groups, int32_t num_experts, int32_t num_topk,
@@ -36,6 +36,7 @@ NB_MODULE(_cpu, module) {
            nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
            nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
       .def_prop_ro("segment_descriptor", &Communicator::segment_descriptor)
+      .def_prop_ro("shares_memory", &Communicator::shares_memory)
       .def("attach_peer", &Communicator::AttachPeer, nb::arg("process"), nb::arg("descriptor"))
       .def("start", &Communicator::Start)
       .def_prop_ro("buffer_bytes", &Communicator::buffer_bytes)
@@ -50,6 +51,7 @@ NB_MODULE(_cpu, module) {
           },
           nb::call_guard<nb::gil_scoped_release>())
       .def("close", &Communicator::Close, nb::call_guard<nb::gil_scoped_release>())
+      .def("leave", &Communicator::Leave, nb::arg("why"), nb::call_guard<nb::gil_scoped_release>())
       .def("take_stats", &TakeStats<Communicator>);
 }
 

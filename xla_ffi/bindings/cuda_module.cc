@@ -136,7 +136,9 @@ NB_MODULE(_cuda, module) {
       .def_prop_ro("invalid_routing", &CudaCommunicator::invalid_routing)
       .def("wait_for_ops", &CudaCommunicator::WaitForOps, WithoutGil())
       .def("close", &CudaCommunicator::Close, WithoutGil())
-      .def("abandon", &CudaCommunicator::Abandon, WithoutGil())
+      .def(
+          "leave", [](CudaCommunicator& comm, const std::string&) { comm.Leave(); }, nb::arg("why"),
+          WithoutGil())
       .def("take_stats", &TakeStats<CudaCommunicator>);
 }
 

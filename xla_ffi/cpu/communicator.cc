@@ -1,6 +1,9 @@
 #include "cpu/communicator.h"
 
 #include <algorithm>
+#include <functional>
+#include <iterator>
+#include <limits>
 #include <stdexcept>
 #include <utility>
 
@@ -8,18 +11,11 @@
 #include "interface/error_text.h"
 
 namespace jax_deepep {
-namespace {
-
-std::chrono::steady_clock::duration Seconds(double seconds) {
-  return std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-      std::chrono::duration<double>(seconds));
-}
-
-}  // namespace
 
 Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config)) {
   for (const Place& place : config_.places) {
     places_[place.device] = place;
+    num_devices_here_ += place.process == config_.process;
     if (place.process == config_.process && groups_.count(place.group) == 0) {
       groups_[place.group] = std::make_unique<LocalGroup>(config_, place.group);
     }
@@ -27,7 +23,8 @@ Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config
   const size_t num_places = static_cast<size_t>(config_.num_groups) * shape().num_ranks;
   steps_.assign(num_places, 0);
   const SegmentLayout layout(config_, config_.process);
-  if (layout.needed()) {
+  shares_memory_ = layout.needed();
+  if (shares_memory_) {
     if (shape().num_ranks > ControlBlock::kMaxRanks) {
       throw std::runtime_error("a group has " + std::to_string(shape().num_ranks) +
                                " devices, and takes at most " +
@@ -38,7 +35,7 @@ Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config
     if (!error.empty()) throw std::runtime_error(error);
     segments_[config_.process] = std::move(segment);
   }
-  watchdog_ = std::thread([this] { WatchDeadlines(); });
+  watchdog_ = MakeThread([this] { WatchDeadlines(); });
 }
 
 int Communicator::segment_descriptor() const {
@@ -61,22 +58,28 @@ void Communicator::Start() {
   for (auto& [index, group] : groups_) {
     if (!group->spans_processes()) continue;
     group->Connect(config_, segments_);
-    group->worker = std::thread([this, group = group.get()] { ServeGroup(*group); });
+    group->worker = MakeThread([this, group = group.get()] { ServeGroup(*group); });
   }
 }
 
-Communicator::~Communicator() {
+Communicator::~Communicator() { Release(); }
+
+void Communicator::Release() {
+  std::lock_guard<std::mutex> releasing(release_mutex_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
   }
   watchdog_wake_.notify_all();
-  watchdog_.join();
+  if (watchdog_.joinable()) watchdog_.join();
   for (auto& [index, group] : groups_) {
-    if (!group->worker.joinable()) continue;
-    group->exchange->Wake();
-    group->worker.join();
+    if (group->exchange != nullptr) group->exchange->NoteClosed();
+    if (group->worker.joinable()) group->worker.join();  // the note has woken it
+    group->Disconnect();
   }
+  std::map<int, std::unique_ptr<SharedSegment>> segments;
+  std::lock_guard<std::mutex> lock(mutex_);
+  segments.swap(segments_);
 }
 
 size_t Communicator::Index(int group, int rank) const {
@@ -88,13 +91,12 @@ const Place* Communicator::FindPlace(int64_t device) const {
   return found == places_.end() ? nullptr : &found->second;
 }
 
-void Communicator::Join(const void* instruction, int64_t call, int64_t run, const Place& place,
-                        std::unique_ptr<Op> op) {
+bool Communicator::Join(const OpCall& call, const Place& place, std::unique_ptr<Op> op) {
   LocalGroup& group = GroupOf(place.group);
-  Key key{place.group, {run, call, op->signature().Hash()}, instruction};
-  if (group.spans_processes()) key.instruction = nullptr;
+  const Key key{place.group, call.op, group.spans_processes() ? nullptr : call.instruction};
 
   std::unique_lock<std::mutex> lock(mutex_);
+  if (closed_) return false;
   ++num_running_;
   const int64_t step = ++steps_[Index(place.group, place.rank)];
   const auto found = meetings_.find(key);
@@ -106,15 +108,16 @@ void Communicator::Join(const void* instruction, int64_t call, int64_t run, cons
     ops.push_back(std::move(op));
     Finish(std::move(ops), /*abandon=*/true);
     if (twice) Break(Named("two calls of one program bear the same number", place.group));
-    return;
+    return true;
   }
+  const OpNotice notice{op->signature(), step, call.num_calls};
   Meeting& meeting = meetings_[key];
   const Clock::time_point now = Clock::now();
   if (meeting.num_arrived == 0) {
     meeting.ranks.resize(shape().num_ranks);
     meeting.arrivals.resize(shape().num_ranks);
     meeting.first_rank = place.rank;
-    meeting.step = step;
+    meeting.first = notice;
     SetDeadline(group, &meeting);
     watchdog_wake_.notify_one();
   }
@@ -122,23 +125,38 @@ void Communicator::Join(const void* instruction, int64_t call, int64_t run, cons
   meeting.arrivals[place.rank] = now;
   ++meeting.num_arrived;
   if (group.spans_processes()) {
-    const bool announced = group.exchange->Announce(key.op, place.rank, step);
+    // XLA runs programs of several devices one after the other, and those of one device if they
+    // are launched from one thread.
+    const bool in_order = num_devices_here_ > 1 || call.on_main_thread;
+    if (!in_order || RunsBesideAnother(key)) group.exchange->NoteOutOfOrder();
+    const bool announced = group.exchange->Announce(key.op, place.rank, notice);
     lock.unlock();
     if (!announced) {
       Break(DescribeBroken("more than " + std::to_string(ControlBlock::kRingSize) +
                                " ops of the devices of one process wait for other processes",
                            config_, place.group, kWaitBetween));
     }
-    return;
+    return true;
   }
-  if (meeting.num_arrived < shape().num_ranks) return;
-  Meeting complete = std::move(meeting);
+  if (meeting.num_arrived < shape().num_ranks) return true;
+  const auto complete = std::make_shared<Meeting>(std::move(meeting));
   meetings_.erase(key);
   lock.unlock();
-  RunOnOwnThread([comm = shared_from_this(), &group,
-                  meeting = std::make_shared<Meeting>(std::move(complete))] {
-    comm->Run(group, std::move(*meeting));
-  });
+  if (!RunOnOwnThreads({[comm = shared_from_this(), &group, complete] {
+        comm->Run(group, std::move(*complete));
+      }})) {
+    EndWithoutThreads(std::move(complete->ranks));
+  }
+  return true;
+}
+
+// Whether an op waits here that is of another run, and so of a program that has not ended.
+bool Communicator::RunsBesideAnother(const Key& key) const {
+  constexpr int64_t kFirst = std::numeric_limits<int64_t>::min();
+  const auto begin = meetings_.lower_bound(Key{key.group, {kFirst, kFirst}, nullptr});
+  const auto end = meetings_.lower_bound(Key{key.group + 1, {kFirst, kFirst}, nullptr});
+  // In the order of their runs, and the one of `key` is among them.
+  return begin->first.op.run != key.op.run || std::prev(end)->first.op.run != key.op.run;
 }
 
 // Do the work of an op that all ranks have come to. On a thread of ours, which may block.
@@ -171,18 +189,37 @@ void Communicator::Run(LocalGroup& group, Meeting meeting) {
 // program inline and may block there, in a collective that waits for the other devices: each part
 // needs a thread of its own.
 void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon) {
-  for (auto& op : ops) {
-    if (op == nullptr) continue;
-    RunOnOwnThread([comm = shared_from_this(), op = std::shared_ptr<Op>(std::move(op)), abandon] {
+  ops.erase(std::remove(ops.begin(), ops.end(), nullptr), ops.end());
+  const auto parts = std::make_shared<std::vector<std::unique_ptr<Op>>>(std::move(ops));
+  std::vector<std::function<void()>> tasks;
+  for (const std::unique_ptr<Op>& op : *parts) {
+    tasks.push_back([comm = shared_from_this(), parts, op = op.get(), abandon] {
       if (abandon) op->Abandon(*comm);
-      {
-        std::lock_guard<std::mutex> lock(comm->mutex_);
-        if (--comm->num_running_ == 0) comm->ops_ended_.notify_all();
-      }
+      comm->EndPart();
       const FlushSubnormals as_xla_does;  // its program goes on in this call
       op->done();
     });
   }
+  if (!RunOnOwnThreads(std::move(tasks))) EndWithoutThreads(std::move(*parts));
+}
+
+// End parts of ops with an error, which ends XLA's programs as well: unlike results, it continues
+// nothing that could block this thread.
+void Communicator::EndWithoutThreads(std::vector<std::unique_ptr<Op>> ops) {
+  const std::string why = DescribeBroken("no thread could be made on which an op ends", config_,
+                                         groups_.begin()->first, kMoreThreads);
+  Break(why);
+  for (auto& op : ops) {
+    if (op == nullptr) continue;
+    EndPart();
+    const FlushSubnormals as_xla_does;
+    op->fail(why);
+  }
+}
+
+void Communicator::EndPart() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (--num_running_ == 0) ops_ended_.notify_all();
 }
 
 // Run the ops that span processes, in the order on which all of them agree.
@@ -192,6 +229,12 @@ void Communicator::ServeGroup(LocalGroup& group) {
     const std::optional<OpName> op = group.exchange->NextScheduled();
     if (std::string message = group.exchange->BrokenByPeer(); !message.empty()) {
       Break(std::move(message));
+    }
+    if (const std::string& different = group.exchange->different_ops(); !different.empty()) {
+      Break(Named(different, group.group));
+    }
+    if (const std::string closed = DescribeClosed(group); !closed.empty()) {
+      Break(DescribeBroken(closed, config_, group.group, kCloseLater));
     }
     if (!op.has_value()) continue;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -219,87 +262,20 @@ void Communicator::Break(std::string message) {
     }
   }
   std::map<Key, Meeting> abandoned;
+  bool first = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (broken_.empty()) broken_ = std::move(message);
+    first = broken_.empty();
+    if (first) broken_ = std::move(message);
     message = broken_;
     abandoned = std::move(meetings_);
     meetings_.clear();
   }
+  if (first) TellOnStderr(message);
   for (auto& [index, group] : groups_) {
     if (group->exchange != nullptr) group->exchange->Break(message);
   }
   for (auto& [key, meeting] : abandoned) Finish(std::move(meeting.ranks), /*abandon=*/true);
-}
-
-void Communicator::WatchDeadlines() {
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (!stopping_) {
-    if (meetings_.empty()) {
-      watchdog_wake_.wait(lock);
-      continue;
-    }
-    auto late = std::min_element(meetings_.begin(), meetings_.end(), [](auto& a, auto& b) {
-      return a.second.deadline < b.second.deadline;
-    });
-    if (const Clock::time_point deadline = late->second.deadline; Clock::now() < deadline) {
-      watchdog_wake_.wait_until(lock, deadline);
-      continue;
-    }
-    const LocalGroup& group = GroupOf(late->first.group);
-    const std::string missing = DescribeMissing(late->first, late->second);
-    if (missing.empty()) {
-      // The op waits behind others of this process, which have deadlines themselves.
-      SetDeadline(group, &late->second);
-      continue;
-    }
-    lock.unlock();
-    Break(Named(missing, group.group));
-    lock.lock();
-  }
-}
-
-int64_t Communicator::StepOf(const LocalGroup& group, int rank) const {
-  return group.is_local(rank) ? steps_[Index(group.group, rank)] : group.exchange->StepOf(rank);
-}
-
-void Communicator::SetDeadline(const LocalGroup& group, Meeting* meeting) {
-  meeting->deadline = Clock::now() + Seconds(config_.timeout_s);
-  if (group.exchange != nullptr) meeting->num_taken = group.exchange->num_taken();
-}
-
-// Who keeps an op from running, or nothing if it is other ops of this process.
-std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting) const {
-  const LocalGroup& group = *groups_.at(key.group);
-  if (group.exchange != nullptr && group.exchange->IsScheduled(key.op)) return "";
-  std::vector<int> missing;
-  for (int rank = 0; rank < shape().num_ranks; ++rank) {
-    const bool came = group.is_local(rank) ? meeting.ranks[rank] != nullptr
-                                           : group.exchange->HasAnnounced(key.op, rank);
-    if (!came) missing.push_back(rank);
-  }
-  bool stopped = false;
-  if (missing.empty()) {
-    // All have come, so that only the leader can be at fault: it has to schedule the op.
-    if (group.runs_op || group.exchange->num_taken() != meeting.num_taken) return "";
-    stopped = true;
-    for (int rank = 0; rank < shape().num_ranks; ++rank) {
-      if (group.process_of[rank] == 0) missing.push_back(rank);
-    }
-  }
-  std::vector<MissingRank> ranks;
-  for (const int rank : missing) {
-    ranks.push_back({rank, meeting.step, StepOf(group, rank), stopped});
-  }
-  return DescribeTimeout(meeting.ranks[meeting.first_rank]->name(), meeting.first_rank,
-                         config_.timeout_s, "", ranks);
-}
-
-// Complete the description of a failure with where it was and what to do.
-std::string Communicator::Named(const std::string& failure, int group) const {
-  if (failure.find("(communicator #") != std::string::npos) return failure;  // a peer's, complete
-  return DescribeBroken(failure, config_, group,
-                        IsTimeout(failure) ? kFindMissing : kRunSameProgram);
 }
 
 void Communicator::WaitForOps() {
@@ -308,14 +284,26 @@ void Communicator::WaitForOps() {
 }
 
 void Communicator::Close() {
-  WaitForOps();
-  std::lock_guard<std::mutex> lock(mutex_);
-  closed_ = true;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ops_ended_.wait(lock, [this] { return num_running_ == 0; });
+    closed_ = true;
+  }
+  Release();
 }
 
-bool Communicator::closed() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return closed_;
+void Communicator::Leave(const std::string& why) {
+  std::lock_guard<std::mutex> releasing(release_mutex_);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (closed_ || num_running_ == 0) return;
+  }
+  const LocalGroup& group = *groups_.begin()->second;
+  int rank = 0;
+  while (!group.is_local(rank)) ++rank;
+  Break(DescribeBroken(
+      "the program of rank " + std::to_string(rank) + " ended while its ops ran: " + why, config_,
+      group.group, kFindFailed));
 }
 
 std::string Communicator::broken() const {
@@ -351,6 +339,7 @@ Traffic Communicator::TakeTraffic() {
 }
 
 size_t Communicator::buffer_bytes() const {
+  std::lock_guard<std::mutex> lock(mutex_);
   const auto own = segments_.find(config_.process);
   return own == segments_.end() ? 0 : own->second->resident_bytes();
 }

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -21,12 +22,23 @@
 
 namespace jax_deepep {
 
+// One call of a program, in one run of it.
+struct OpCall {
+  const void* instruction;  // its name in this process
+  OpName op;
+  int64_t num_calls;    // of ours in the program
+  bool on_main_thread;  // the program was compiled there
+};
+
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
   // Where groups span processes, AttachPeer for each of the others and Start must follow. Throws
   // std::runtime_error if there is no memory to share.
   explicit Communicator(CommunicatorConfig config);
   ~Communicator();
+
+  // Whether rows go to other processes, through memory that is shared with them.
+  bool shares_memory() const { return shares_memory_; }
 
   // The descriptor of the memory that this process shares with its peers, or -1 if there is none.
   int segment_descriptor() const;
@@ -43,20 +55,22 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Where a device stands, or null if it is not in the mesh.
   const Place* FindPlace(int64_t device) const;
 
-  // Hand in one rank's part of an op: the `call`-th of our custom calls in a program, named
-  // `instruction` in this process, in one run of it. A loop comes back to the same name, but only
-  // after the device is through with it. The last rank to come starts the work; each part's `done`
-  // is then called on a thread of its own. Returns at once. On a broken communicator, and when a
-  // peer stays away for timeout_s, parts are abandoned: nothing of theirs is touched after `done`.
-  void Join(const void* instruction, int64_t call, int64_t run, const Place& place,
-            std::unique_ptr<Op> op);
+  // Hand in one rank's part of an op. A loop comes back to the same call, but only after the device
+  // is through with it. The last rank to come starts the work; each part's `done` is then called on
+  // a thread of its own. Returns at once. On a broken communicator, and when a peer stays away for
+  // timeout_s, parts are abandoned: nothing of theirs is touched after `done`. Returns false if the
+  // communicator is closed.
+  bool Join(const OpCall& call, const Place& place, std::unique_ptr<Op> op);
 
   // Wait until no op has begun and not ended. Bounded, because every op is.
   void WaitForOps();
 
-  // Wait for ops, then refuse new ones. May be repeated.
+  // Wait for ops, then refuse new ones, tell the peers, and free what is shared: compiled programs
+  // may hold this object for long. Peers that still read keep their own mappings. May be repeated.
   void Close();
-  bool closed() const;
+
+  // Give up ops that run: this process ends, because of `why`.
+  void Leave(const std::string& why);
 
   // The error that broke the communicator, or nothing.
   std::string broken() const;
@@ -74,7 +88,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Return what was counted since the last call.
   Traffic TakeTraffic();
 
-  // Bytes of shared memory that this process has filled.
+  // Bytes of shared memory that this process has filled, until it closes.
   size_t buffer_bytes() const;
 
  private:
@@ -96,24 +110,32 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
     std::vector<Clock::time_point> arrivals;
     int num_arrived = 0;
     int first_rank = 0;
-    int64_t step = 0;  // of the first rank: its how-manieth op this is
+    OpNotice first;  // what the first rank told
     Clock::time_point deadline;
     uint64_t num_taken = 0;  // scheduled ops that this process had taken up when that was set
   };
 
   void WatchDeadlines();
   void ServeGroup(LocalGroup& group);
+  void Release();
+  void EndPart();
+  bool RunsBesideAnother(const Key& key) const;
   void Run(LocalGroup& group, Meeting meeting);
   void Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon);
+  void EndWithoutThreads(std::vector<std::unique_ptr<Op>> ops);
   void Break(std::string message);
   void SetDeadline(const LocalGroup& group, Meeting* meeting);
   std::string DescribeMissing(const Key& key, const Meeting& meeting) const;
+  std::string DescribeClosed(const LocalGroup& group) const;
+  std::optional<OpNotice> WaitsIn(const LocalGroup& group, int rank) const;
   std::string Named(const std::string& failure, int group) const;
   int64_t StepOf(const LocalGroup& group, int rank) const;
   LocalGroup& GroupOf(int group) { return *groups_.at(group); }
   size_t Index(int group, int rank) const;
 
   const CommunicatorConfig config_;
+  bool shares_memory_ = false;
+  int num_devices_here_ = 0;
   std::unordered_map<int64_t, Place> places_;
   std::map<int, std::unique_ptr<SharedSegment>> segments_;  // by process
   std::map<int, std::unique_ptr<LocalGroup>> groups_;
@@ -129,6 +151,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::string broken_;
   std::string invalid_routing_;
   std::thread watchdog_;
+  std::mutex release_mutex_;  // held while the communicator is taken apart; taken before mutex_
 };
 
 }  // namespace jax_deepep

@@ -41,6 +41,19 @@ RankWindow RankWindow::At(char* memory, const GroupShape& shape) {
   return window;
 }
 
+std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice& theirs,
+                               int their_rank) {
+  std::string text = DescribeDifference(mine.signature, my_rank, theirs.signature, their_rank);
+  if (mine.num_calls != theirs.num_calls) {
+    if (!text.empty()) text += "; ";
+    text += "the number of ops in the program is " + std::to_string(mine.num_calls) + " on rank " +
+            std::to_string(my_rank) + " and " + std::to_string(theirs.num_calls) + " on rank " +
+            std::to_string(their_rank);
+  }
+  if (text.empty()) text = "the ops are alike, and the programs around them differ";
+  return text;
+}
+
 GroupExchange::GroupExchange(std::vector<ControlBlock*> blocks, int self,
                              std::vector<int> process_of, double timeout_s)
     : blocks_(std::move(blocks)),
@@ -55,9 +68,9 @@ void GroupExchange::RingAll() {
 
 void GroupExchange::Wake() { Ring(&blocks_[self_]->doorbell); }
 
-bool GroupExchange::Announce(const OpName& op, int rank, int64_t step) {
+bool GroupExchange::Announce(const OpName& op, int rank, const OpNotice& notice) {
   ControlBlock& own = *blocks_[self_];
-  own.steps[rank].store(step, std::memory_order_relaxed);
+  own.steps[rank].store(notice.step, std::memory_order_relaxed);
   const uint64_t index = own.num_announced.load(std::memory_order_relaxed);
   // An op that this process took up has had one announcement of each rank. With no more than a ring
   // of others, neither ring overflows: the leader has read what was taken up, and an op is
@@ -66,6 +79,7 @@ bool GroupExchange::Announce(const OpName& op, int rank, int64_t step) {
   if (index - num_taken_ * ranks_here >= ControlBlock::kRingSize) return false;
   ControlBlock::Announcement& entry = own.announced[index % ControlBlock::kRingSize];
   entry.op = op;
+  entry.notice = notice;
   entry.rank.store(rank, std::memory_order_relaxed);
   own_announcements_.emplace(op, index);
   // Pairs with the acquire load in ScheduleReady: the entry is there before its number.
@@ -82,9 +96,18 @@ void GroupExchange::ScheduleReady() {
     // Pairs with the release store in Announce.
     const uint64_t end = peer.num_announced.load(std::memory_order_acquire);
     for (; num_read_[process] < end; ++num_read_[process]) {
-      const OpName op = peer.announced[num_read_[process] % ControlBlock::kRingSize].op;
-      if (++num_pending_[op] < static_cast<int>(process_of_.size())) continue;
-      num_pending_.erase(op);
+      const auto& entry = peer.announced[num_read_[process] % ControlBlock::kRingSize];
+      const OpName op = entry.op;
+      // A process takes up what is scheduled here, so that the rank is still there.
+      const Waiter arrival{entry.rank.load(std::memory_order_relaxed), entry.notice};
+      std::vector<Waiter>& arrivals = pending_[op];
+      arrivals.push_back(arrival);
+      const Waiter& first = arrivals.front();
+      if (!(first.notice.signature == arrival.notice.signature) && different_ops_.empty()) {
+        different_ops_ = DescribeWaiters(first, arrival);
+      }
+      if (arrivals.size() < process_of_.size() || !different_ops_.empty()) continue;
+      pending_.erase(op);
       const uint64_t index = own.num_scheduled.load(std::memory_order_relaxed);
       own.scheduled[index % ControlBlock::kRingSize] = op;
       // Pairs with the acquire load in NextScheduled.
@@ -93,6 +116,74 @@ void GroupExchange::ScheduleReady() {
     }
   }
   if (rang) RingAll();
+  if (different_ops_.empty()) different_ops_ = FindDifferentOps();
+}
+
+std::string GroupExchange::DescribeWaiters(const Waiter& one, const Waiter& other) {
+  const auto& [mine, theirs] =
+      std::minmax(one, other, [](const Waiter& a, const Waiter& b) { return a.rank < b.rank; });
+  return DescribeDifferentOps(
+      mine.notice.signature, mine.rank, mine.notice.step, theirs.rank,
+      DescribeDifference(mine.notice, mine.rank, theirs.notice, theirs.rank));
+}
+
+// Two processes that each wait in a run of a program to which the other has not come. Where a
+// process ends a run before it begins the next one, and all of them begin runs in one order, that
+// is the end: each would have to end its run first. See xla_ffi/README.md.
+std::string GroupExchange::FindDifferentOps() const {
+  if (pending_.empty() || pending_.begin()->first.run == pending_.rbegin()->first.run) return "";
+  for (const ControlBlock* block : blocks_) {
+    // Read after the announcements; set before the first one of which it speaks.
+    if (block->out_of_order.load(std::memory_order_relaxed) != 0) return "";
+  }
+  struct Waiting {
+    OpName op;
+    const Waiter* arrival = nullptr;
+    bool one_run = true;
+  };
+  std::vector<Waiting> waiting(blocks_.size());
+  for (const auto& [op, arrivals] : pending_) {
+    for (const Waiter& arrival : arrivals) {
+      Waiting& process = waiting[process_of_[arrival.rank]];
+      if (process.arrival == nullptr) {
+        process.op = op;
+        process.arrival = &arrival;
+      }
+      process.one_run = process.one_run && process.op.run == op.run;
+    }
+  }
+  const Waiting* first = nullptr;
+  for (const Waiting& process : waiting) {
+    if (process.arrival == nullptr || !process.one_run) continue;
+    if (first == nullptr) first = &process;
+    if (process.op.run == first->op.run) continue;
+    // Rather the op of the same place in its program, if the process waits there too.
+    const auto same_place = pending_.find({process.op.run, first->op.number});
+    return DescribeWaiters(*first->arrival, same_place == pending_.end()
+                                                ? *process.arrival
+                                                : same_place->second.front());
+  }
+  return "";
+}
+
+void GroupExchange::NoteOutOfOrder() {
+  blocks_[self_]->out_of_order.store(1, std::memory_order_relaxed);
+}
+
+void GroupExchange::NoteClosed() {
+  // Pairs with the acquire load in ClosedRank: all that was scheduled for this process is seen.
+  blocks_[self_]->closed.store(1, std::memory_order_release);
+  RingAll();
+}
+
+std::optional<int> GroupExchange::ClosedRank() const {
+  for (size_t rank = 0; rank < process_of_.size(); ++rank) {
+    const int process = process_of_[rank];
+    if (process == self_) continue;
+    // Pairs with the release store in NoteClosed.
+    if (blocks_[process]->closed.load(std::memory_order_acquire) != 0) return rank;
+  }
+  return std::nullopt;
 }
 
 std::optional<OpName> GroupExchange::NextScheduled() {
@@ -182,15 +273,31 @@ bool GroupExchange::IsScheduled(const OpName& op) const {
   return false;
 }
 
-bool GroupExchange::HasAnnounced(const OpName& op, int rank) const {
-  const ControlBlock& block = *blocks_[process_of_[rank]];
+template <typename Visit>
+bool GroupExchange::FindAnnouncement(int process, Visit visit) const {
+  const ControlBlock& block = *blocks_[process];
   const uint64_t end = block.num_announced.load(std::memory_order_acquire);
   const uint64_t begin = end < ControlBlock::kRingSize ? 0 : end - ControlBlock::kRingSize;
   for (uint64_t index = begin; index < end; ++index) {
-    const ControlBlock::Announcement& entry = block.announced[index % ControlBlock::kRingSize];
-    if (entry.rank.load(std::memory_order_relaxed) == rank && entry.op == op) return true;
+    if (visit(block.announced[index % ControlBlock::kRingSize])) return true;
   }
   return false;
+}
+
+bool GroupExchange::HasAnnounced(const OpName& op, int rank) const {
+  return FindAnnouncement(process_of_[rank], [&](const ControlBlock::Announcement& entry) {
+    return entry.rank.load(std::memory_order_relaxed) == rank && entry.op == op;
+  });
+}
+
+std::optional<OpNotice> GroupExchange::WaitsIn(int rank) const {
+  std::optional<OpNotice> notice;
+  FindAnnouncement(process_of_[rank], [&](const ControlBlock::Announcement& entry) {
+    if (entry.rank.load(std::memory_order_relaxed) != rank) return false;
+    notice = entry.notice;
+    return true;
+  });
+  return notice;
 }
 
 int64_t GroupExchange::StepOf(int rank) const {

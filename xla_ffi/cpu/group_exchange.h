@@ -20,21 +20,32 @@
 #include <vector>
 
 #include "interface/geometry.h"
+#include "interface/op_signature.h"
 #include "transport/shared_memory.h"
 
 namespace jax_deepep {
 
-// Identifies an op: a run of a program, the how-manieth call of ours in it, and a hash of what the
-// call does, so that programs that differ between processes never meet.
+// Identifies an op: a run of a program, in which XLA hides a hash of the program, so that runs of
+// different programs differ between processes; and the index of the call in the program.
 struct OpName {
   int64_t run = 0;
-  int64_t call = 0;
-  uint64_t what = 0;
+  int64_t number = 0;
 
-  std::tuple<int64_t, int64_t, uint64_t> AsTuple() const { return {run, call, what}; }
+  std::tuple<int64_t, int64_t> AsTuple() const { return {run, number}; }
   bool operator<(const OpName& other) const { return AsTuple() < other.AsTuple(); }
   bool operator==(const OpName& other) const { return AsTuple() == other.AsTuple(); }
 };
+
+// What a rank tells of the op that it comes to.
+struct OpNotice {
+  OpSignature signature;
+  int64_t step = 0;       // of the rank
+  int64_t num_calls = 0;  // of ours in its program
+};
+
+// Where the op of one rank differs from what another came to, in words.
+std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice& theirs,
+                               int their_rank);
 
 // Rounded up to whole cache lines: what processes share is laid out in these.
 inline size_t Aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -59,6 +70,7 @@ struct ControlBlock {
 
   struct Announcement {
     OpName op;
+    OpNotice notice;
     std::atomic<int32_t> rank;  // kTaken once its process has taken the op up
   };
   static constexpr int32_t kTaken = -1;
@@ -71,6 +83,8 @@ struct ControlBlock {
   std::atomic<uint64_t> barriers;               // barriers that this process has come to
   std::atomic<int64_t> steps[kMaxRanks];        // ops that each rank of this process has come to
   std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each came to the op that runs now
+  std::atomic<uint32_t> out_of_order;           // see NoteOutOfOrder
+  std::atomic<uint32_t> closed;                 // the process comes to no op any more
   std::atomic<uint32_t> broken;                 // set after `message`
   char message[kMessageBytes];
 };
@@ -87,7 +101,20 @@ class GroupExchange {
 
   // Announce that a rank of this process has come to an op. One caller at a time. Returns false if
   // there is no room, because too many ops are in flight.
-  bool Announce(const OpName& op, int rank, int64_t step);
+  bool Announce(const OpName& op, int rank, const OpNotice& notice);
+
+  // Tell that programs of this process may run beside each other, so that nothing follows from the
+  // order in which it comes to ops of different programs.
+  void NoteOutOfOrder();
+
+  // Tell that this process has ended all ops that it came to, and comes to no other.
+  void NoteClosed();
+
+  // A rank of a process that has closed, if that keeps an op from being scheduled for good.
+  std::optional<int> ClosedRank() const;
+
+  // The leader: that ranks run different programs, in words, or nothing. Found by NextScheduled.
+  const std::string& different_ops() const { return different_ops_; }
 
   // Wait for the next scheduled op, for at most a moment; the leader schedules meanwhile.
   std::optional<OpName> NextScheduled();
@@ -115,6 +142,9 @@ class GroupExchange {
   // Whether a rank has announced an op that its process has not taken up.
   bool HasAnnounced(const OpName& op, int rank) const;
 
+  // The first op that a rank waits in, or nothing.
+  std::optional<OpNotice> WaitsIn(int rank) const;
+
   // How many ops a rank has come to.
   int64_t StepOf(int rank) const;
 
@@ -126,8 +156,20 @@ class GroupExchange {
   void Wake();
 
  private:
+  struct Waiter {
+    int rank;
+    OpNotice notice;
+  };
+
   void ScheduleReady();
+  static std::string DescribeWaiters(const Waiter& one, const Waiter& other);
+  std::string FindDifferentOps() const;
   void RingAll();
+
+  // Call visit(announcement) for what a process has announced, of what its ring still holds, until
+  // that returns true; returns whether it did.
+  template <typename Visit>
+  bool FindAnnouncement(int process, Visit visit) const;
 
   const std::vector<ControlBlock*> blocks_;
   const int self_;
@@ -137,7 +179,8 @@ class GroupExchange {
   std::multimap<OpName, uint64_t> own_announcements_;  // not taken up; their indices
   uint64_t num_barriers_ = 0;                          // that this process has come to
   std::vector<uint64_t> num_read_;                     // leader: of each process's announcements
-  std::map<OpName, int> num_pending_;  // leader: ranks that announced an op not yet scheduled
+  std::map<OpName, std::vector<Waiter>> pending_;      // leader: of ops not yet scheduled
+  std::string different_ops_;
 };
 
 }  // namespace jax_deepep

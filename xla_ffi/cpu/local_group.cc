@@ -66,8 +66,8 @@ LocalGroup::LocalGroup(const CommunicatorConfig& config, int group)
   taken_.rows_received.assign(num_counters, 0);
   seconds_waited_.assign(num_counters, 0.0);
   if (spans_processes()) return;
-  own_rows_received.reset(new RowCounters[num_counters]());
-  rows_received.push_back(own_rows_received.get());
+  own_rows_received.emplace_back(new RowCounters[num_counters]());
+  rows_received.push_back(own_rows_received.back().get());
 }
 
 void LocalGroup::Connect(const CommunicatorConfig& config,
@@ -85,6 +85,19 @@ void LocalGroup::Connect(const CommunicatorConfig& config,
     }
   }
   exchange = std::make_unique<GroupExchange>(std::move(blocks), self, process_of, config.timeout_s);
+}
+
+void LocalGroup::Disconnect() {
+  std::lock_guard<std::mutex> lock(traffic_mutex_);
+  if (exchange == nullptr) return;
+  const size_t num_counters = process_of.size() * process_of.size();
+  for (RowCounters*& counters : rows_received) {
+    own_rows_received.emplace_back(new RowCounters[num_counters]());
+    for (size_t i = 0; i < num_counters; ++i) own_rows_received.back()[i] = counters[i].load();
+    counters = own_rows_received.back().get();
+  }
+  windows.clear();
+  exchange.reset();
 }
 
 void LocalGroup::CountRows(int from, int to, int64_t rows) {

@@ -51,6 +51,9 @@ struct LocalGroup {
   void Connect(const CommunicatorConfig& config,
                const std::map<int, std::unique_ptr<SharedSegment>>& segments);
 
+  // Let go of what is shared, with the counters as they stand. No op runs, and none begins.
+  void Disconnect();
+
   // Add rows that a rank of this process received.
   void CountRows(int from, int to, int64_t rows);
 
@@ -68,10 +71,11 @@ struct LocalGroup {
   std::vector<int> processes;   // ascending; the first leads
   std::vector<int> process_of;  // of each rank, an index into `processes`
 
-  std::unique_ptr<GroupExchange> exchange;           // where it spans processes
-  std::vector<RankWindow> windows;                   // likewise, of every rank
-  std::vector<RowCounters*> rows_received;           // of each of `processes`
-  std::unique_ptr<RowCounters[]> own_rows_received;  // where it does not span processes
+  std::unique_ptr<GroupExchange> exchange;  // where it spans processes
+  std::vector<RankWindow> windows;          // likewise, of every rank
+  std::vector<RowCounters*> rows_received;  // of each of `processes`
+  // The counters themselves, where they are not shared (any more).
+  std::vector<std::unique_ptr<RowCounters[]>> own_rows_received;
   std::thread worker;
   std::atomic<bool> runs_op{false};  // the worker is inside an op, whose waits have deadlines
 

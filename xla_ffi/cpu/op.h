@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -50,7 +51,10 @@ class Op {
   // Write what an op leaves that met no peer: counts 0, floats NaN.
   virtual void Abandon(const Communicator& comm) const = 0;
 
+  // What ends it, one or the other: `fail` where there is no thread on which XLA's program could go
+  // on.
   std::function<void()> done;
+  std::function<void(const std::string& why)> fail;
 };
 
 // A verb's parameters as an op; RunGroup and Abandon stand in the verb's own file.

@@ -11,6 +11,9 @@
 #include <condition_variable>
 #include <deque>
 #include <mutex>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -29,15 +32,22 @@ constexpr unsigned int kFlushing = 0x8000 | 0x40;
 
 class OwnThreads {
  public:
-  void Run(std::function<void()> task) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    tasks_.push_back(std::move(task));
-    if (static_cast<int>(tasks_.size()) <= num_idle_) {
-      wake_.notify_one();
-      return;
+  bool Run(std::vector<std::function<void()>> tasks) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    while (num_free_ < static_cast<int>(tasks.size())) {
+      try {
+        std::thread([this] { Loop(); }).detach();
+      } catch (const std::system_error&) {
+        return false;
+      }
+      ++num_free_;
     }
-    lock.unlock();
-    std::thread([this] { Loop(); }).detach();
+    num_free_ -= static_cast<int>(tasks.size());
+    for (std::function<void()>& task : tasks) {
+      tasks_.push_back(std::move(task));
+      wake_.notify_one();
+    }
+    return true;
   }
 
  private:
@@ -45,11 +55,9 @@ class OwnThreads {
     KeepSubnormals();
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-      if (tasks_.empty()) {
-        ++num_idle_;
-        const bool woken = wake_.wait_for(lock, kIdleLifetime, [this] { return !tasks_.empty(); });
-        --num_idle_;
-        if (!woken) return;
+      if (!wake_.wait_for(lock, kIdleLifetime, [this] { return !tasks_.empty(); })) {
+        --num_free_;
+        return;
       }
       std::function<void()> task = std::move(tasks_.front());
       tasks_.pop_front();
@@ -57,21 +65,32 @@ class OwnThreads {
       task();
       task = nullptr;  // what it captured is released outside the lock
       lock.lock();
+      ++num_free_;
     }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;
-  int num_idle_ = 0;
+  std::deque<std::function<void()>> tasks_;  // each with a thread that waits for it, or soon will
+  int num_free_ = 0;                         // threads beyond those
 };
 
 }  // namespace
 
-void RunOnOwnThread(std::function<void()> task) {
+bool RunOnOwnThreads(std::vector<std::function<void()>> tasks) {
   // Never destroyed: detached threads may outlive static destructors.
   static OwnThreads* const threads = new OwnThreads;
-  threads->Run(std::move(task));
+  return threads->Run(std::move(tasks));
+}
+
+std::thread MakeThread(std::function<void()> task) {
+  try {
+    return std::thread(std::move(task));
+  } catch (const std::system_error& error) {
+    throw std::runtime_error(std::string("no thread could be made (") + error.what() +
+                             "); raise the limit on processes and threads (ulimit -u, or pids.max "
+                             "of the container)");
+  }
 }
 
 void KeepSubnormals() {
@@ -124,14 +143,21 @@ void ParallelFor(int64_t count, int64_t grain, int64_t bytes_per_item,
       body(begin, std::min(begin + grain, count));
     }
   };
-  shared.num_inside = num_threads - 1;
+  const auto help = [&shared, &work] {
+    work();
+    // Under the lock, because `shared` is gone as soon as the waiter sees the last one leave.
+    std::lock_guard<std::mutex> lock(shared.mutex);
+    if (--shared.num_inside == 0) shared.all_left.notify_one();
+  };
   for (int helper = 1; helper < num_threads; ++helper) {
-    RunOnOwnThread([&shared, &work] {
-      work();
-      // Under the lock, because `shared` is gone as soon as the waiter sees the last one leave.
+    {
       std::lock_guard<std::mutex> lock(shared.mutex);
-      if (--shared.num_inside == 0) shared.all_left.notify_one();
-    });
+      ++shared.num_inside;
+    }
+    if (RunOnOwnThreads({help})) continue;
+    std::lock_guard<std::mutex> lock(shared.mutex);
+    --shared.num_inside;  // the others do it
+    break;
   }
   work();
   std::unique_lock<std::mutex> lock(shared.mutex);

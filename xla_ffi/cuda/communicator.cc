@@ -197,13 +197,13 @@ std::string CudaCommunicator::WaitForOps() const {
   return first_error;
 }
 
-bool CudaCommunicator::MarkClosed() {
+bool CudaCommunicator::MarkBroken(Failure failure) {
   bool marked = true;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
     FailureReport report;
-    report.failure = Failure::kClosed;
+    report.failure = failure;
     const uint64_t broken = rank->place.rank + 1;
     const auto write = [&rank](void* to, const void* from, size_t bytes) {
       return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, rank->stream) ==
@@ -227,14 +227,14 @@ void CudaCommunicator::Close() {
   // A replayed graph does not come to LaunchOp: its ops find on the device that they are to fail,
   // and tell. Every op that begins from now on finds that, and reads no peer. One that had begun
   // before may still read, and is waited for.
-  if (!MarkClosed() || !WaitForOps().empty() || ranks_.empty()) return;
+  if (!MarkBroken(Failure::kClosed) || !WaitForOps().empty() || ranks_.empty()) return;
   OnDevice current(ranks_.front()->ordinal);
   for (const auto& [place, peer] : peers_) peer->pool.reset();
 }
 
-void CudaCommunicator::Abandon() {
+void CudaCommunicator::Leave() {
   StopWatching(this);
-  MarkClosed();
+  MarkBroken(Failure::kLeft);
 }
 
 const CudaCommunicator::LocalRank* CudaCommunicator::FailedRank() const {

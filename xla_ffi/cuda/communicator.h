@@ -104,8 +104,9 @@ class CudaCommunicator {
   // control blocks stay for as long as programs may be replayed. May be repeated.
   void Close();
 
-  // Let running ops end at once, and all later ones: this process is about to leave.
-  void Abandon();
+  // Let running ops end at once, and all later ones: the program has ended with an error, and does
+  // no more what peers may wait for.
+  void Leave();
 
   // The error that broke the communicator, or nothing. Asks no device.
   std::string broken() const;
@@ -169,8 +170,8 @@ class CudaCommunicator {
   void GiveUp(const LocalRank& rank, Failure failure, const OpSignature& op,
               const OpLaunch& launch);
   void TestPeers() const;
-  // Write on the devices of this process that the communicator is closed. False if one cannot.
-  bool MarkClosed();
+  // Write on the devices of this process why no op can succeed any more. False if one cannot.
+  bool MarkBroken(Failure failure);
   // The first rank of this process whose device has told of a failure, or null.
   const LocalRank* FailedRank() const;
 

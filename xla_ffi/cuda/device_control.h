@@ -26,6 +26,7 @@ enum class Failure : uint32_t {
   kDifferentOps,  // a peer came to another op
   kWrongRank,     // the program runs this device as another rank
   kClosed,        // the communicator was closed, and a program that has it ran on
+  kLeft,          // the program of the rank ended with an error
   kNotLaunched,   // the host could not launch the op; its program has the reason
   kTwoAtOnce,     // another op of the communicator was running on the rank
   kNoRoom,        // not all blocks of the op found an SM in time

@@ -31,6 +31,9 @@ std::string Describe(const FailureReport& report, int reporter, int group,
     case Failure::kClosed:
       return DescribeBroken("a program ran on after the communicator was closed" + on_rank, config,
                             group, kCloseLater);
+    case Failure::kLeft:
+      return DescribeBroken("the program" + on_rank + " ended with an error while its ops ran",
+                            config, group, kFindFailed);
     case Failure::kNotLaunched:
       return DescribeBroken(op + on_rank + " could not be launched; its program has failed there " +
                                 "with the reason",

@@ -35,9 +35,20 @@ template <typename Op>
 const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
                          int shared_bytes, cudaStream_t stream) {
   void* arguments[] = {&op};
+  // Blocks wait for each other: either all of them run or none, and more than the GPU has room for
+  // is an error here. Graphs take such kernels as well.
+  cudaLaunchAttribute cooperative = {};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(num_blocks);
+  config.blockDim = dim3(num_threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = 1;
   const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(num_threads),
-                       arguments, shared_bytes, stream);
+      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

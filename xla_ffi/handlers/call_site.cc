@@ -1,6 +1,6 @@
 #include "handlers/call_site.h"
 
-#include <atomic>
+#include <mutex>
 #include <optional>
 #include <sstream>
 
@@ -13,11 +13,11 @@ const XLA_FFI_TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 
 namespace {
 
-// Calls instantiated since the compilation of a program began. XLA instantiates those of one
-// program in the order of its thunks, which is the same wherever the same program is compiled; on
-// which thread it does so differs between versions. Python lets no other compilation begin
-// meanwhile.
-std::atomic<int64_t> calls_in_program{0};
+// The program that is being compiled. XLA instantiates the calls of one program in the order of its
+// thunks, which is the same wherever the same program is compiled; on which thread it does so
+// differs between versions. Python lets no other compilation begin meanwhile.
+std::mutex program_mutex;
+std::shared_ptr<ProgramCalls> program = std::make_shared<ProgramCalls>(false);
 
 // Nothing for a type that rows cannot have. Integers are only carried, so that their width is all
 // one.
@@ -43,7 +43,10 @@ std::optional<RowType> RowTypeOf(ffi::DataType type) {
 
 }  // namespace
 
-void BeginProgram() { calls_in_program = 0; }
+void BeginProgram(bool on_main_thread) {
+  std::lock_guard<std::mutex> lock(program_mutex);
+  program = std::make_shared<ProgramCalls>(on_main_thread);
+}
 
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
                                                             ffi::Dictionary attributes) {
@@ -55,7 +58,11 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
   if (!call.has_value()) return ffi::Unexpected(call.error());
   auto site = std::make_unique<CallSite>();
   site->call = *call;
-  site->number = calls_in_program++;
+  {
+    std::lock_guard<std::mutex> lock(program_mutex);
+    site->number = program->count++;
+    site->program = program;
+  }
   std::string why_not;
   site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &why_not);
   if (site->comm == nullptr) {

@@ -35,16 +35,19 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
         name +
         "; use shard_map with comm.mesh, or make the communicator with the mesh of the program"));
   }
-  if (comm.closed()) {
-    return Failed(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                             prefix + name +
-                                 " is closed, but the program was compiled with it; make a new "
-                                 "Communicator and trace the program again"));
-  }
   ffi::Promise promise;
   ffi::Future future(promise);
   op->done = [promise]() mutable { promise.SetAvailable(); };
-  comm.Join(site, site->number, context.run, *place, std::move(op));
+  op->fail = [promise, prefix](const std::string& why) mutable {
+    promise.SetError(ffi::Error(ffi::ErrorCode::kResourceExhausted, prefix + why));
+  };
+  const OpCall call{
+      site, {context.run, site->number}, site->program->count, site->program->on_main_thread};
+  if (comm.Join(call, *place, std::move(op))) return future;
+  promise.SetError(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                              prefix + name +
+                                  " is closed, but the program was compiled with it; make a new "
+                                  "Communicator and trace the program again"));
   return future;
 }
 

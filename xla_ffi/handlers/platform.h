@@ -6,6 +6,7 @@
 #ifndef JAX_DEEPEP_HANDLERS_PLATFORM_H_
 #define JAX_DEEPEP_HANDLERS_PLATFORM_H_
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
@@ -55,6 +56,14 @@ struct LaunchContext {
 };
 #endif
 
+// What our calls of one program have in common. Complete when the program has been compiled.
+struct ProgramCalls {
+  const bool on_main_thread;  // compiled there, and so presumably launched from there
+  std::atomic<int64_t> count{0};
+
+  explicit ProgramCalls(bool on_main_thread) : on_main_thread(on_main_thread) {}
+};
+
 // One custom call in one loaded program; pins the communicator for as long as the program lives.
 // Its address tells calls apart: XLA makes one per instruction, shared by the devices of a process.
 struct CallSite {
@@ -67,6 +76,7 @@ struct CallSite {
   // instantiates them: calls that share `call`, because their function was lowered once, have each
   // their own.
   int64_t number = 0;
+  std::shared_ptr<const ProgramCalls> program;
 };
 
 #ifdef JAX_DEEPEP_CUDA
@@ -87,7 +97,7 @@ LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer
 
 // Tell that JAX begins to compile or to load a program: its calls are numbered from zero, whatever
 // programs another process has compiled before.
-void BeginProgram();
+void BeginProgram(bool on_main_thread);
 
 }  // namespace jax_deepep
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "interface/communicator_config.h"
@@ -14,11 +15,23 @@ namespace jax_deepep {
 
 // A rank that kept an op from going on.
 struct MissingRank {
-  int rank = 0;
-  int64_t expected_step = 0;
-  int64_t seen_step = 0;
-  bool stopped = false;  // it came to the op, and not through it
+  int rank;
+  int64_t expected_step;
+  int64_t seen_step;
+  bool stopped;         // it came to the op, and not through it
+  std::string instead;  // how the op that it waits in differs, or nothing
+
+  MissingRank(int rank, int64_t expected_step, int64_t seen_step, bool stopped,
+              std::string instead = "")
+      : rank(rank),
+        expected_step(expected_step),
+        seen_step(seen_step),
+        stopped(stopped),
+        instead(std::move(instead)) {}
 };
+
+// Follows the step of a rank that waits in another op.
+inline constexpr char kWaitsElsewhere[] = ", where it waits in another op";
 
 inline std::string DescribeTimeout(const std::string& op, int waiting_rank, double timeout_s,
                                    const std::string& where,
@@ -29,7 +42,9 @@ inline std::string DescribeTimeout(const std::string& op, int waiting_rank, doub
   const char* separator = missing.size() == 1 ? "rank " : "ranks ";
   for (const MissingRank& peer : missing) {
     text << separator << peer.rank << " (expected at step " << peer.expected_step
-         << ", seen at step " << peer.seen_step << (peer.stopped ? ", then stopped)" : ")");
+         << ", seen at step " << peer.seen_step << (peer.stopped ? ", then stopped" : "");
+    if (!peer.instead.empty()) text << kWaitsElsewhere << ": " << peer.instead;
+    text << ")";
     separator = ", ";
   }
   return text.str();
@@ -44,6 +59,8 @@ inline bool IsTimeout(const std::string& description) {
 inline constexpr char kFindMissing[] =
     "Find out why the missing device did not come, then make a new Communicator; raise timeout_s "
     "if it was only slow.";
+inline constexpr char kFindFailed[] =
+    "Find out why it ended, then start the job again, or make a new Communicator without it.";
 inline constexpr char kRunSameProgram[] =
     "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
     "a longer timeout_s does not help.";
@@ -57,6 +74,10 @@ inline constexpr char kLeaveRoom[] =
     "after the other, or give the ops fewer SMs with num_sms. Then make a new Communicator.";
 inline constexpr char kWaitBetween[] =
     "Make a new Communicator, and wait for results (jax.block_until_ready) before launching more.";
+inline constexpr char kMoreThreads[] =
+    "Raise the limit on processes and threads (ulimit -u, or pids.max of the container), and make "
+    "a "
+    "new Communicator.";
 inline constexpr char kCloseLater[] =
     "Close a communicator after the last run of a program that uses it, on every rank; make a new "
     "Communicator to go on.";

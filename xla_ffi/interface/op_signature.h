@@ -3,6 +3,7 @@
 #ifndef JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
 #define JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <string>
@@ -65,6 +66,10 @@ struct OpSignature {
         capacity(route.capacity),
         alignment(route.alignment),
         expert_capacity(route.expert_capacity) {}
+
+  bool operator==(const OpSignature& other) const {
+    return std::equal(words(), words() + kWords, other.words());
+  }
 
   uint64_t Hash() const {
     uint64_t hash = 0;

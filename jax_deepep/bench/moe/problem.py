@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import bounded_rows, round_up, worst_case_rows
 from jax_deepep.moe.parameters import of_experts
 
@@ -33,6 +34,8 @@ class MoEProblem:
     capacity_factor: float | None
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "hidden", "intermediate", "topk", "experts", "devices"):
+            checked_integer(name, getattr(self, name), minimum=1)
         if self.experts % self.devices or self.topk > self.experts:
             raise ValueError(
                 f"experts: got {self.experts}; takes a multiple of devices={self.devices}, at least "

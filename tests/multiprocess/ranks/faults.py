@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from rank_side import (
 
 import jax_deepep as ep
 from jax_deepep import native_module
+from jax_deepep.moe import build_config, init_parameters, moe
 
 TIMEOUT_S = 4.0
 VICTIM = int(ARGUMENTS[1])
@@ -42,15 +44,15 @@ class Step:
 
     comm: ep.Communicator
     program: jax.stages.Compiled
-    operands: tuple[jax.Array, ...]
+    operands: tuple[Any, ...]
 
     @classmethod
-    def of(cls, num_tokens: int, hidden_size: int) -> "Step":
+    def of(cls, num_tokens: int, hidden_size: int, timeout_s: float = TIMEOUT_S) -> "Step":
         """Make a communicator and compile the program for it. Collective."""
         mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
         comm = ep.Communicator(
             mesh, num_experts=NUM_EXPERTS, num_experts_per_tok=NUM_TOPK, max_tokens=num_tokens,
-            hidden_size=hidden_size, implementation="native", timeout_s=TIMEOUT_S,
+            hidden_size=hidden_size, implementation="native", timeout_s=timeout_s,
         )  # fmt: skip
 
         def results(x, topk_idx, topk_weights):
@@ -86,6 +88,29 @@ class Step:
         operands = tuple(jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays)
         mapped = jax.shard_map(with_gradients, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
         return cls(comm, jax.jit(mapped).lower(*operands).compile(), operands)
+
+    @classmethod
+    def of_layer(cls) -> "Step":
+        """Make a communicator and compile a MoE layer with its gradients. Collective."""
+        mesh = jax.make_mesh((NUM_PROCESSES,), ("expert",))
+        comm = ep.Communicator(
+            mesh, num_experts=NUM_EXPERTS, num_experts_per_tok=NUM_TOPK, max_tokens=8, hidden_size=16,
+            implementation="native", timeout_s=TIMEOUT_S,
+        )  # fmt: skip
+        config = build_config(NUM_EXPERTS, NUM_TOPK, 16, 8, comm=comm)
+
+        def results(parameters, x):
+            def loss(parameters, x):
+                out, aux = moe(config, parameters, x)
+                return jnp.sum(out * out) + aux.balance_loss, out
+
+            (_, of_x), out = jax.grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
+            return {"out": out, "gradient of x": of_x}
+
+        parameters = init_parameters(config, jax.random.key(0))
+        x = np.random.default_rng(0).normal(size=(8 * NUM_PROCESSES, 16)).astype(np.float32)
+        x = jax.make_array_from_callback(x.shape, NamedSharding(mesh, P("expert")), lambda index: x[index])
+        return cls(comm, jax.jit(results).lower(parameters, x).compile(), (parameters, x))
 
     def run(self) -> dict[str, np.ndarray]:
         """Run once; return this rank's part of the results."""
@@ -155,6 +180,48 @@ def raises_before_the_op() -> None:
     if RANK == VICTIM:
         raise ValueError("the data loader of this rank failed")
     report_abandoned(step, step.run())
+
+
+def raises_during_an_op() -> None:
+    """The last rank does not come, so that the op of the victim would last."""
+    step = Step.of(8, 16, timeout_s=300.0)
+    meet("programs are compiled")
+    if RANK == VICTIM:
+        before = step.comm.buffer_bytes
+        threading.Thread(target=step.run, daemon=True).start()
+        while step.comm.buffer_bytes == before:  # what announces the op is not yet written
+            time.sleep(0.01)
+        raise ValueError("this rank failed")
+    if RANK == NUM_PROCESSES - 1:
+        while error_of(step.comm.check) == "no error":
+            time.sleep(0.01)
+    abandoned = is_abandoned(step.run())
+    report("left", abandoned=abandoned, error=error_of(step.comm.check))
+
+
+def cannot_launch() -> None:
+    """What peers read is a constant of the victim's program, which a captured op cannot copy."""
+    step, _ = first_step()
+    constant = np.ones((8, 16), np.float32)
+
+    def program(x, topk_idx, topk_weights):
+        x = jnp.asarray(constant) if RANK == VICTIM else x
+        return ep.dispatch(x, topk_idx, topk_weights, comm=step.comm)[0].tokens
+
+    mapped = jax.shard_map(
+        program, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    compiled = jax.jit(mapped).lower(*step.operands).compile()
+    meet("the victim's program is compiled")
+
+    def run() -> None:
+        for _ in range(3):  # the first run of a program captures nothing
+            jax.block_until_ready(compiled(*step.operands))
+
+    launch_error = error_of(run)
+    error = error_of(step.comm.check)
+    report("told", launch_error=launch_error, error=error, abandoned=is_abandoned(step.run()))
+    meet("the end")
 
 
 def dies_after_the_op() -> None:
@@ -228,7 +295,7 @@ def calls_share_a_number() -> None:
 
     def restart_the_count() -> None:
         while not done.is_set():
-            begin_program()
+            begin_program(True)
             time.sleep(0)
 
     def program(x):
@@ -251,9 +318,8 @@ def calls_share_a_number() -> None:
         thread.join()
     meet("programs are compiled")
     sent = np.asarray(compiled(x).addressable_data(0))
-    error = error_of(comm.check)
+    report("told", error=error_of(comm.check), abandoned=bool(np.isnan(sent).all()))
     comm.close()
-    report("told", error=error, abandoned=bool(np.isnan(sent).all()))
     meet("the end")
 
 
@@ -343,6 +409,34 @@ def _go_on_with_others(
         still_broken=error_of(step.comm.check),
     )
     meet("done")
+
+
+def comes_late_to_a_layer() -> None:
+    """The victim comes to a MoE layer only after the others were told that it is missing."""
+    step = Step.of_layer()
+    meet("programs are compiled")
+    first = step.run()
+    step.comm.check()
+    report("first step", abandoned=is_abandoned(first))
+    meet("first step")
+
+    def wait_for_the_error() -> None:
+        begin = time.monotonic()
+        while not (error := step.comm._broken_message()) and time.monotonic() - begin < MEETING_S / 2:
+            time.sleep(0.05)
+        report("told", error=error, seconds=time.monotonic() - begin)
+        meet("the others were told")
+
+    thread = threading.Thread(target=wait_for_the_error)
+    if RANK == VICTIM:
+        meet("the others were told")
+    else:
+        thread.start()
+    results = step.run()  # ends when the victim has come to the collectives of XLA, too
+    if RANK != VICTIM:
+        thread.join()
+    report("ended", abandoned=is_abandoned(results), error=error_of(step.comm.check))
+    meet("the end")
 
 
 def process_0_dies() -> None:

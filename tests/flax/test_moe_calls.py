@@ -1,0 +1,302 @@
+"""What a call of the layer takes and tells: masks, routing of one's own, repeated routing, `MoEAux`."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dense_moe import E, H, K, config_of, loss_of, numbers, on_mesh, parameters_of
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import fetch, put_on_mesh
+from moe_layer import assert_close
+
+import jax_deepep as ep
+from jax_deepep import flax as ep_flax
+from jax_deepep import gating
+from jax_deepep.flax import linen
+from jax_deepep.moe import MoEConfig, moe
+
+BATCH, SEQUENCE = 8, 6
+SHAPE = (BATCH, SEQUENCE)
+MASK = np.random.default_rng(0).random(SHAPE) < 0.7
+MASK[2] = False  # a whole sequence
+
+
+def network_of(config: MoEConfig, parameters: Any, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
+    """Return what the chosen experts of the tokens x [T, H] make of them, and the shared one, in float32."""
+    wi_0, wi_1, wo = (parameters[name] for name in ("wi_0", "wi_1", "wo"))
+    hidden = config.activation(jnp.einsum("th,ehf->tef", x, wi_0)) * jnp.einsum("th,ehf->tef", x, wi_1)
+    weights = (jax.nn.one_hot(topk_idx, E) * topk_weights[..., None]).sum(axis=1)
+    out = jnp.einsum("te,tef,efh->th", weights, hidden, wo)
+    if config.shared_intermediate_size:
+        hidden = config.activation(x @ parameters["shared_wi_0"]) * (x @ parameters["shared_wi_1"])
+        out += hidden @ parameters["shared_wo"]
+    return out
+
+
+def placed(config: MoEConfig, value: np.ndarray) -> jax.Array:
+    """Put values of tokens onto the mesh; their batch is split if it divides evenly."""
+    is_even = value.shape[0] % config.num_token_shards == 0
+    return put_on_mesh(value, config.mesh, P(config.token_axes if is_even else None))
+
+
+def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray, **given: Any) -> Any:
+    """Return ((output, aux), gradients of parameters, x and float arguments of a call), in full."""
+    arrays = {name: placed(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
+    floats = {name: placed(config, given.pop(name)) for name in ("topk_weights",) if name in given}
+
+    def loss(parameters, x, floats, arrays):
+        out, aux = moe(config, parameters, x, **arrays, **floats, **given)
+        losses = aux.balance_loss + aux.z_loss
+        if aux.sequence_balance_loss is not None:
+            losses += aux.sequence_balance_loss
+        kept = jnp.where(arrays["mask"][..., None], out, 0) if "mask" in arrays else out
+        return loss_of(kept) + losses, (out, aux)
+
+    gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(
+        on_mesh(config, parameters), placed(config, x), floats, arrays
+    )
+    return fetch(results), fetch(gradients)
+
+
+def expected_aux(config: MoEConfig, logits: Any, topk_idx: Any, mask: np.ndarray) -> Any:
+    """Return (load, balance loss, z-loss, balance loss of sequences) of logits [B, S, E]."""
+    chosen = jax.nn.one_hot(topk_idx, E).sum(axis=-2) * mask[..., None]
+    probability = gating.router_probabilities(logits, config.score_function) * mask[..., None]
+
+    def loss(axes):
+        number = jnp.maximum(mask.sum(axis=axes), 1)
+        return gating.balance_loss(chosen.sum(axis=axes), probability.sum(axis=axes) / number[..., None])
+
+    z = (jax.nn.logsumexp(logits, axis=-1) ** 2 * mask).sum() / mask.sum()
+    return chosen.sum(axis=(0, 1)), loss((0, 1)), z, loss((1,)).sum() / mask.any(axis=1).sum()
+
+
+def check(config: MoEConfig, shape: tuple[int, int], mask: np.ndarray | None = None, **given: Any) -> Any:
+    """Compare a call with what it stands for, gradients included; return its aux.
+
+    What is no token holds NaN, in x and in everything that is given.
+    """
+    parameters, x = parameters_of(config), numbers(*shape, H).copy()
+    is_token = np.ones(shape, bool) if mask is None else mask
+    clean = np.where(is_token[..., None], x, 0)
+    chosen, weights = given.get("topk_idx"), given.get("topk_weights")
+    choices = {"score_function": config.score_function, "normalize": config.normalize, "scale": config.scale}
+
+    def loss(parameters, x, floats):
+        logits = x @ parameters["gate"]
+        own, _ = gating.group_limited_topk(logits, num_experts_per_tok=K, **choices)
+        topk_idx = own if chosen is None else jnp.where((chosen >= 0).any(-1, keepdims=True), chosen, own)
+        if weights is None:
+            topk_weights = gating.weights_of(logits, topk_idx, **choices)
+            load, *losses = expected_aux(config, logits, topk_idx, is_token)
+        else:
+            topk_idx, topk_weights = chosen, floats["topk_weights"]
+            load, losses = expected_aux(config, logits, topk_idx, is_token)[0], [0.0, 0.0, 0.0]
+        flat = (value.reshape(-1, value.shape[-1]) for value in (x, topk_idx, topk_weights))
+        out = network_of(config, parameters, *flat).reshape(x.shape) * is_token[..., None]
+        topk_idx = jnp.where(is_token[..., None], topk_idx, -1)
+        return loss_of(out) + sum(losses), (out, topk_idx, load, *losses)
+
+    floats = {} if weights is None else {"topk_weights": weights}
+    gradients, expected = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(parameters, clean, floats)
+    x[~is_token] = np.nan
+    if mask is not None:
+        given["mask"] = mask
+    (out, aux), got_gradients = call_of(config, parameters, x, sequence_loss=True, **given)
+    got = (out, aux.topk_idx, aux.expert_load, aux.balance_loss, aux.z_loss, aux.sequence_balance_loss)
+    assert_close((got, got_gradients), jax.tree.map(np.asarray, (expected, gradients)))
+    np.testing.assert_array_equal(aux.topk_idx, expected[1])
+    assert not aux.num_dropped
+    return aux
+
+
+def replayed(config: MoEConfig) -> np.ndarray:
+    """Return experts of an earlier run; some tokens have none, as if they were new."""
+    rng = np.random.default_rng(1)
+    topk_idx = np.stack([rng.permutation(E)[:K] for _ in range(BATCH * SEQUENCE)]).reshape(*SHAPE, K)
+    topk_idx[0, ::2] = -1
+    topk_idx[1, 1, 1:] = -1
+    return topk_idx.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "choices"),
+    [
+        ("data × expert", {"shared_intermediate_size": 8, "num_chunks": 2}),
+        ("fsdp × expert × tensor", {"axis_types": AxisType.Explicit, "score_function": "sigmoid"}),
+    ],
+    ids=["in chunks", "explicit axes"],
+)
+def test_what_a_mask_leaves_out_reaches_nothing(mesh_name: str, choices: dict[str, Any]) -> None:
+    """Neither the load, nor a loss, nor a gradient; and its output is 0, whatever it holds."""
+    check(config_of(mesh_name, **choices), SHAPE, MASK)
+
+
+def test_packed_tokens_that_do_not_divide() -> None:
+    """Sequences then lie on several devices, and there is padding of the layer's own."""
+    check(config_of("data × expert"), (3, 5), MASK[:3, :5] | (np.arange(5) == 1))
+
+
+def test_own_routing() -> None:
+    config = config_of("data × expert")
+    topk_idx, weights = replayed(config), numbers(*SHAPE, K, seed=5)
+    aux = check(config, SHAPE, MASK, topk_idx=topk_idx, topk_weights=weights)
+    assert aux.balance_loss == aux.z_loss == 0
+
+
+def test_routing_is_repeated() -> None:
+    """Of tokens that have one; with the weights of the router, and its gradients."""
+    config = config_of("expert", score_function="sigmoid", scale=2.5)
+    check(config, SHAPE, MASK, topk_idx=replayed(config))
+
+
+def test_what_a_call_chose_makes_another_choose_the_same() -> None:
+    """To the bit, gradients included."""
+    config = config_of("data × expert", normalize=False)
+    parameters, x = parameters_of(config), numbers(*SHAPE, H)
+    first, gradients = call_of(config, parameters, x)
+    again, gradients_again = call_of(config, parameters, x, topk_idx=first[1].topk_idx)
+    jax.tree.map(np.testing.assert_array_equal, (again, gradients_again), (first, gradients))
+
+
+def test_a_router_of_ones_own() -> None:
+    """It returns logits, or experts and weights, and may close over what is traced."""
+    config = config_of("data × expert")
+    parameters, x = on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H))
+    gate = numbers(H, E, seed=7)
+
+    def by_logits(scale, x, parameters):
+        return moe(config, parameters, x, router=lambda x: scale * (x @ gate), router_logits=True)
+
+    def by_choice(scale, x, parameters):
+        def router(x):
+            return ep.group_limited_topk(scale * (x @ gate), num_experts_per_tok=K, score_function="softmax")
+
+        return moe(config, parameters, x, router=router)
+
+    def run(call):
+        def loss(scale, *operands):
+            out, aux = call(scale, *operands)
+            return loss_of(out), (out, aux)
+
+        step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        return fetch(step(jnp.float32(0.5), x, parameters))
+
+    (gradients, (out, aux)), (expected_gradients, (expected, of_choice)) = run(by_logits), run(by_choice)
+    assert_close((gradients, out), (expected_gradients, expected))
+    assert gradients[0] != 0
+    np.testing.assert_array_equal(aux.topk_idx, of_choice.topk_idx)
+    assert_close(aux.router_logits, np.asarray(0.5 * numbers(*SHAPE, H) @ gate))
+    own, _ = moe(config, {**parameters, "gate": 0.5 * gate}, x)
+    assert_close(out, fetch(own))
+
+
+@pytest.mark.collectives
+def test_implementations_agree() -> None:
+    """On everything that a call tells, with a capacity and with what it leaves out."""
+    native = config_of("data × expert", capacity_factor=0.7, alignment=1)
+    sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": 64, "hidden_size": H}
+    comm = ep.Communicator(native.mesh, implementation="xla", **sizes)
+    xla = config_of("data × expert", comm=comm, capacity_factor=0.7, alignment=1)
+    parameters, x = parameters_of(native), numbers(BATCH, 64, H)
+    mask = np.random.default_rng(0).random((BATCH, 64)) < 0.9
+    results = [call_of(config, parameters, x, mask=mask, router_logits=True) for config in (native, xla)]
+    assert_close(*results)
+    assert results[0][0][1].num_dropped > 0
+
+
+def test_aux_without_an_exchange() -> None:
+    """Of every device by itself, or none at all: such a step has no collective of XLA's."""
+    config = config_of("expert")
+    operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)))
+    programs = {
+        scope: jax.jit(functools.partial(moe, config, aux=scope)).lower(*operands).compile()
+        for scope in ("global", "local", "off")
+    }
+    assert re.search(" all-reduce", programs["global"].as_text())
+    for scope in ("local", "off"):
+        assert not re.search(" (all-reduce|all-gather|all-to-all|collective)", programs[scope].as_text())
+    results = {scope: fetch(program(*operands)) for scope, program in programs.items()}
+    for out, _ in results.values():
+        np.testing.assert_array_equal(out, results["global"][0])
+    assert results["off"][1] is None
+    every, local = results["global"][1], results["local"][1]
+    devices = config.num_token_shards
+    assert local.expert_load.shape == local.expert_drops.shape == (devices, E)
+    assert local.z_loss.shape == local.balance_loss.shape == local.num_dropped.shape == (devices,)
+    np.testing.assert_array_equal(local.expert_load.sum(axis=0), every.expert_load)
+    np.testing.assert_array_equal(local.topk_idx, every.topk_idx)
+    assert_close(local.z_loss.mean(), every.z_loss)
+
+
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_modules_take_the_same(kind: str) -> None:
+    config = config_of("data × expert")
+    given = {"router_logits": True, "sequence_loss": True, "router": lambda x: x @ numbers(H, E, seed=7)}
+    arrays = {"mask": placed(config, MASK), "topk_idx": placed(config, replayed(config))}
+    operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)), arrays)
+    if kind == "nnx":
+        graph, _ = nnx.split(ep_flax.MoE(E, K, H, 32, comm=config.comm, rngs=nnx.Rngs(0)))
+        call = lambda parameters, x, arrays: nnx.merge(graph, parameters)(x, **arrays, **given)  # noqa: E731
+    else:
+        layer = linen.MoE(E, K, H, 32, comm=config.comm)
+        call = lambda parameters, x, arrays: layer.apply({"params": parameters}, x, **arrays, **given)  # noqa: E731
+    expected = jax.jit(lambda parameters, x, arrays: moe(config, parameters, x, **arrays, **given))(*operands)
+    jax.tree.map(np.testing.assert_array_equal, fetch(jax.jit(call)(*operands)), fetch(expected))
+
+
+INDEX = np.zeros((*SHAPE, K), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"mask": MASK[1:]}, ValueError, r"mask: got shape \(7, 6\); takes x\.shape\[:-1\] = \[8, 6\]"),
+        ({"mask": MASK.astype(np.int32)}, TypeError, "mask: got dtype int32; takes bool"),
+        ({"topk_idx": INDEX[..., 1:]}, ValueError, r"topk_idx: got shape \(8, 6, 2\); takes \[\*x\.shape"),
+        ({"topk_idx": INDEX + 0.5}, TypeError, "topk_idx: got dtype float.*; takes int32"),
+        (
+            {"topk_idx": INDEX, "topk_weights": INDEX},
+            TypeError,
+            "topk_weights: expected floats, got dtype int32",
+        ),
+        (
+            {"topk_weights": INDEX + 0.5},
+            ValueError,
+            "topk_weights: expected None without topk_idx, got an arr",
+        ),
+        (
+            {"router": lambda x: x, "topk_idx": INDEX, "topk_weights": INDEX + 0.5},
+            ValueError,
+            "router: expected None with topk_weights, got a function; there is nothing to route",
+        ),
+        ({"router": 3}, TypeError, "router: expected a function of x, got 3; pass one, or None"),
+        (
+            {"router": lambda x: x},
+            ValueError,
+            r"router: got shape \(8, 6, 16\); takes .*num_experts\] = \[8, 6, 8",
+        ),
+        (
+            {"router": lambda x: (x, x), "topk_idx": INDEX},
+            ValueError,
+            r"router: expected logits or \(topk_idx, topk_weights\), got 2 results beside topk_idx; leave",
+        ),
+        ({"aux": "none"}, ValueError, 'aux: expected "global", "local" or "off", got \'none\'; pass one of'),
+        (
+            {"aux": "off", "router_logits": True},
+            ValueError,
+            "router_logits: expected False with topk_weights or",
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments(given: dict[str, Any], error: type[Exception], words: str) -> None:
+    config = config_of("data × expert")
+    with pytest.raises(error, match=words):
+        moe(config, parameters_of(config), numbers(*SHAPE, H), **given)
