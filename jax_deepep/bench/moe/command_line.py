@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep.arguments import checked_integer
 from jax_deepep.bench.cpu_devices import prepare_cpu
 from jax_deepep.bench.moe.contenders import (
     GATHERED,
@@ -152,8 +151,6 @@ def main(arguments: Sequence[str]) -> int:
         problem = MoEProblem(
             options.tokens, options.hidden, options.intermediate, options.topk, options.experts,
             len(devices), options.dtype, options.capacity_factor)  # fmt: skip
-        for name, value in [("repeats", options.repeats), *(("chunks", number) for number in options.chunks)]:
-            checked_integer(name, value, minimum=1)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
