@@ -27,7 +27,10 @@ def checked_axis_names(mesh: Mesh, axis_name: Any) -> tuple[str, ...]:
         raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
     for name in names:
         if name not in mesh.axis_names:
-            raise ValueError(f"axis_name: got {name!r}; takes an axis of mesh: {mesh.axis_names}.")
+            say = " or ".join(f'axis_name="{axis}"' for axis in mesh.axis_names)
+            raise ValueError(
+                f"axis_name: expected an axis of mesh, {mesh.axis_names}, got {name!r}; say {say}."
+            )
     if len(set(names)) != len(names):
         raise ValueError(f"axis_name: got {axis_name!r}; takes every axis once.")
     return tuple(names)

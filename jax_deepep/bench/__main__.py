@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jax_deepep.bench.cpu_devices import prepare_cpu
 from jax_deepep.bench.measurement import measure
+from jax_deepep.bench.numbers import positive_int, positive_number
 from jax_deepep.bench.problems import DEFAULT_PROBLEMS, DTYPES, Problem
 from jax_deepep.bench.report import BYTES_MOVED, markdown_table, print_table, write_json, write_plot
 from jax_deepep.bench.surroundings import surroundings
@@ -27,11 +28,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=BYTES_MOVED,
     )
     shape = parser.add_argument_group("shape")
-    shape.add_argument("--tokens", type=int, help=f"T, tokens per device ({default.tokens})")
-    shape.add_argument("--hidden", type=int, help=f"H, elements of a row ({default.hidden})")
-    shape.add_argument("--topk", type=int, help=f"K, experts per token ({default.topk})")
-    shape.add_argument("--experts", type=int, help=f"E, experts over all devices ({default.experts})")
-    shape.add_argument("--devices", type=int, help=f"R, devices of the group ({default.devices})")
+    shape.add_argument("--tokens", type=positive_int, help=f"T, tokens per device ({default.tokens})")
+    shape.add_argument("--hidden", type=positive_int, help=f"H, elements of a row ({default.hidden})")
+    shape.add_argument("--topk", type=positive_int, help=f"K, experts per token ({default.topk})")
+    shape.add_argument(
+        "--experts", type=positive_int, help=f"E, experts over all devices ({default.experts})"
+    )
+    shape.add_argument("--devices", type=positive_int, help=f"R, devices of the group ({default.devices})")
     shape.add_argument("--dtype", choices=DTYPES, help=f"of the rows ({default.dtype})")
     shape.add_argument("--layout", choices=("expert", "token"), help=f"of the rows ({default.layout})")
     shape.add_argument(
@@ -41,9 +44,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     run.add_argument(
         "--implementations", nargs="+", choices=("native", "xla"), default=["native", "xla"], help="(both)"
     )
-    run.add_argument("--repeats", type=int, default=30, help="rounds per op (%(default)s)")
+    run.add_argument("--repeats", type=positive_int, default=30, help="rounds per op (%(default)s)")
     run.add_argument(
-        "--limit-s", type=float, default=2.0, help="seconds per op: fewer rounds if more (%(default)s)"
+        "--limit-s",
+        type=positive_number,
+        default=2.0,
+        help="seconds per op: fewer rounds if more (%(default)s)",
     )
     run.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there")
     run.add_argument("--plot", type=Path, metavar="PATH", help="draw GB/s there (PNG, SVG, PDF)")

@@ -52,12 +52,14 @@ class Problem:
         if self.topk > self.experts:
             raise ValueError(f"topk: got {self.topk}; takes at most experts={self.experts}.")
         try:
-            self.capacity_rows  # noqa: B018 (evaluated for its error)
+            takes_capacity = self.capacity_rows is None or self.capacity_rows > 0
         except ValueError:
+            takes_capacity = False
+        if not takes_capacity:
             raise ValueError(
                 f'capacity: got {self.capacity!r}; takes "worst", rows ("4096"), or a multiple of the mean '
                 'number of rows ("1.25x").'
-            ) from None
+            )
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax_deepep import gating
 from jax_deepep.balancing import plan_experts, to_slots
 from jax_deepep.bench.cpu_devices import prepare_cpu
+from jax_deepep.bench.numbers import positive_int
 from jax_deepep.bench.problems import AXIS, Problem
 from jax_deepep.bench.routing_plot import draw
 from jax_deepep.bench.surroundings import surroundings
@@ -132,10 +133,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     }
     for name, what in sizes.items():
         value = getattr(default, name)
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{what} (%(default)s)")
+        parser.add_argument(
+            f"--{name}",
+            type=positive_int if isinstance(value, int) else str,
+            default=value,
+            help=f"{what} (%(default)s)",
+        )
     parser.add_argument("--skew", type=float, default=1.0, help="s of a popularity of 1 / n^s (%(default)s)")
     copies = "slots for copies of hot experts on each device, a run for each number (%(default)s)"
-    parser.add_argument("--copies", type=int, nargs="*", default=[1], metavar="N", help=copies)
+    parser.add_argument("--copies", type=positive_int, nargs="*", default=[1], metavar="N", help=copies)
     anywhere = "place all experts anew, and not the copies alone"
     parser.add_argument("--anywhere", action="store_true", help=anywhere)
     plot = Path("routing.png")

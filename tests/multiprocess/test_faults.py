@@ -323,7 +323,9 @@ def test_arguments_are_wrong_on_all_processes(mismatches: RankProcesses) -> None
         assert tokens.startswith("ValueError: max_tokens: got 0; takes an integer of at least 1")
         assert experts.startswith("TypeError: num_experts: got 2.5; takes a Python integer")
         assert hidden.startswith("ValueError: hidden_size: got 2147483648; takes at most 2147483647")
-        assert axis.startswith("ValueError: axis_name: got 'exprt'; takes an axis of mesh: ('expert',)")
+        assert axis.startswith(
+            "ValueError: axis_name: expected an axis of mesh, ('expert',), got 'exprt'; say"
+        )
 
 
 def test_a_mesh_without_a_device_of_the_process(mismatches: RankProcesses) -> None:

@@ -45,3 +45,17 @@ def test_implementations_that_disagree_have_no_speed() -> None:
 def test_a_wrong_shape(capsys) -> None:
     assert main(["--experts", "9", "--devices", "2"]) == 2
     assert "experts: got 9; takes a multiple of devices=2" in capsys.readouterr().err
+    assert main(["--capacity", "0"]) == 2
+    assert "capacity: got '0'; takes \"worst\", rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["--tokens 0", "moe --tokens 0", "routing --tokens 0", "--repeats -1", "moe --devices 0",
+             "moe --chunks 1 0", "routing --copies 0", "moe --hidden many"],
+)  # fmt: skip
+def test_numbers_that_are_not_positive(line: str, capsys) -> None:
+    *_, option, number = line.replace(" 1 0", " 0").split()
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert f"argument {option}: expected an integer of at least 1, got '{number}'" in capsys.readouterr().err

@@ -239,7 +239,9 @@ def assert_refused(devices: np.ndarray) -> None:
     other = jax.sharding.Mesh(devices, MESH.axis_names)
     program = jax.jit(per_device(lambda *operands: moe(comm, *operands), other, "expert"))
     operands = put_on_mesh(layer_inputs().operands, other, device_axis(other, "expert"))
-    with pytest.raises(ValueError, match=r"comm: the program's mesh has .*; use shard_map with comm\.mesh"):
+    with pytest.raises(
+        ValueError, match=r"comm: expected the groups .* program's mesh has .*; use shard_map with comm\.mesh"
+    ):
         program(*operands)
     comm.check()
 

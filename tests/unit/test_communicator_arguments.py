@@ -21,7 +21,7 @@ CASES = [
     (
         {"axis_name": "tensor"},
         ValueError,
-        r"axis_name: got 'tensor'; takes an axis of mesh: .*expert",
+        r"axis_name: expected an axis of mesh, .*, got .tensor.; say axis_name=.data. or axis_name=.expert.",
     ),
     (
         {"axis_name": ("data", "data")},

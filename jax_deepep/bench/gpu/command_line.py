@@ -14,6 +14,7 @@ from jax_deepep.bench.gpu import report, rival
 from jax_deepep.bench.gpu.measurement import Result, measure
 from jax_deepep.bench.gpu.rounds import Rounds, exchange_with_all
 from jax_deepep.bench.gpu.routed_inputs import draw
+from jax_deepep.bench.numbers import positive_int
 from jax_deepep.bench.problems import AXIS, Problem
 from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import markdown, print_tables
@@ -22,11 +23,11 @@ SMALL_TOKENS = (1, 8, 32, 128)
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [positive_int(number) for number in text.split(",")]
 
 
 def _numbers_of_sms(text: str) -> list[int | None]:
-    return [None if number == "auto" else int(number) for number in text.split(",")]
+    return [None if number == "auto" else positive_int(number) for number in text.split(",")]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -40,9 +41,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--tokens", type=_numbers, default=[4096], metavar="T,…", help="tokens per rank (4096)"
     )
     parser.add_argument("--small", action="store_true", help=f"T in {SMALL_TOKENS} too")
-    parser.add_argument("--hidden", type=int, default=7168, help="H, elements of a row (%(default)s)")
-    parser.add_argument("--topk", type=int, default=8, help="K, experts per token (%(default)s)")
-    parser.add_argument("--experts", type=int, default=256, help="E, over all ranks (%(default)s)")
+    parser.add_argument(
+        "--hidden", type=positive_int, default=7168, help="H, elements of a row (%(default)s)"
+    )
+    parser.add_argument("--topk", type=positive_int, default=8, help="K, experts per token (%(default)s)")
+    parser.add_argument("--experts", type=positive_int, default=256, help="E, over all ranks (%(default)s)")
     parser.add_argument(
         "--layouts", nargs="+", choices=("token", "expert"), default=["token", "expert"], help="(both)"
     )
@@ -53,7 +56,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="S,…",
         help="SMs of each rank; auto: as many as an op takes by itself (8,16,auto)",
     )
-    parser.add_argument("--repeats", type=int, default=30, help="rounds (%(default)s)")
+    parser.add_argument("--repeats", type=positive_int, default=30, help="rounds (%(default)s)")
     parser.add_argument(
         "--rival", action="store_true", help="time argsort + gather + jax.lax.ragged_all_to_all too"
     )

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep.arguments import checked_integer
 from jax_deepep.bench.cpu_devices import prepare_cpu
 from jax_deepep.bench.moe.contenders import (
     GATHERED,
@@ -23,6 +22,7 @@ from jax_deepep.bench.moe.contenders import (
     sizes_of,
 )
 from jax_deepep.bench.moe.problem import MoEProblem
+from jax_deepep.bench.numbers import positive_int, positive_number
 from jax_deepep.bench.problems import AXIS
 from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import Table, markdown, print_tables
@@ -65,7 +65,7 @@ class Result:
 
 def factor_or_none(text: str) -> float | None:
     """Return a capacity factor; None for the worst case."""
-    return None if text == "worst" else float(text)
+    return None if text == "worst" else positive_number(text)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -82,8 +82,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("experts", 32, "E, over all devices"),
         ("repeats", 10, "runs that count"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (%(default)s)")
-    parser.add_argument("--devices", type=int, help="R (all; on a CPU 8)")
+        parser.add_argument(f"--{name}", type=positive_int, default=default, help=f"{meaning} (%(default)s)")
+    parser.add_argument("--devices", type=positive_int, help="R (all; on a CPU 8)")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--capacity-factor", type=factor_or_none, default="worst",
                         help='a number, or "worst" (%(default)s)')  # fmt: skip
@@ -94,7 +94,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layer-matmul", choices=NAMES, default="auto", help="of the layers (%(default)s)")
     parser.add_argument("--layers", nargs="*", choices=LAYERS, default=LAYERS,
                         help="native, xla, dense: all tokens through all experts (all three)")  # fmt: skip
-    parser.add_argument("--chunks", nargs="+", type=int, default=[1], help="num_chunks of native (1)")
+    parser.add_argument(
+        "--chunks", nargs="+", type=positive_int, default=[1], help="num_chunks of native (1)"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there")
     parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables there")
     return parser.parse_args(arguments)
@@ -149,8 +151,6 @@ def main(arguments: Sequence[str]) -> int:
         problem = MoEProblem(
             options.tokens, options.hidden, options.intermediate, options.topk, options.experts,
             len(devices), options.dtype, options.capacity_factor)  # fmt: skip
-        for name, value in [("repeats", options.repeats), *(("chunks", number) for number in options.chunks)]:
-            checked_integer(name, value, minimum=1)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
