@@ -72,13 +72,17 @@ def test_different_programs(run_on_cpu: RankProcesses, case: str) -> None:
 
 @pytest.mark.gpu
 def test_different_programs_on_gpus() -> None:
-    arguments = (VICTIM, ",".join(DIFFERENCES))
+    cases = (
+        "num_tokens",
+        "another order",
+    )  # ranks may share a GPU, by time slices: programs take long to compile
+    arguments = (VICTIM, ",".join(cases))
     with RankProcesses(
-        "different_programs", NUM_PROCESSES, arguments, platform="cuda", deadline_s=DEADLINE_S
+        "different_programs", NUM_PROCESSES, arguments, platform="cuda", deadline_s=2 * DEADLINE_S
     ) as run:
         run.finish({})
-        for case, difference in DIFFERENCES.items():
-            assert_told(run, case, difference)
+        for case in cases:
+            assert_told(run, case, DIFFERENCES[case])
 
 
 def test_programs_of_two_threads_may_cross(run_on_cpu: RankProcesses) -> None:

@@ -177,7 +177,7 @@ def raises_during_an_op() -> None:
 def cannot_launch() -> None:
     """What peers read is a constant of the victim's program, which a captured op cannot copy."""
     step, _ = first_step()
-    constant = np.ones((8, 16), np.float32)
+    constant = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)  # not a number that XLA spreads itself
 
     def program(x, topk_idx, topk_weights):
         x = jnp.asarray(constant) if RANK == VICTIM else x

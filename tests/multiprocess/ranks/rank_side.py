@@ -26,7 +26,8 @@ MEETING_S = 60
 
 def join() -> None:
     """Connect to the coordinator; the first thing that a script does. On GPUs, ranks take them in turns."""
-    num_gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_gpus = len(visible.split(",") if visible else glob.glob("/dev/nvidia[0-9]*"))
     jax.distributed.initialize(
         ADDRESS,
         NUM_PROCESSES,
