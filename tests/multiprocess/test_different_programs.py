@@ -72,10 +72,8 @@ def test_different_programs(run_on_cpu: RankProcesses, case: str) -> None:
 
 @pytest.mark.gpu
 def test_different_programs_on_gpus() -> None:
-    cases = (
-        "num_tokens",
-        "another order",
-    )  # ranks may share a GPU, by time slices: programs take long to compile
+    """Two of them: ranks may share a GPU, by time slices, and then programs take long to compile."""
+    cases = ("num_tokens", "another order")
     arguments = (VICTIM, ",".join(cases))
     with RankProcesses(
         "different_programs", NUM_PROCESSES, arguments, platform="cuda", deadline_s=2 * DEADLINE_S
