@@ -21,6 +21,7 @@ from typing import Any
 
 import leftovers
 import pytest
+from quick_compilation import QUICK_COMPILATION
 
 from jax_deepep.launch.hosts.rendezvous import reserve_port
 
@@ -103,13 +104,21 @@ class RankProcesses:
             leftovers.RUN: self.id,
             "JAX_PLATFORMS": self.platform,
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05",  # of a GPU, beside what the test's own process has
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.num_devices}",
             "PYTHONPATH": os.pathsep.join(
                 [str(SOURCE), str(SOURCE / "tests"), str(HERE), os.environ.get("PYTHONPATH", "")]
             ),
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
             **self.environment,
+            "XLA_FLAGS": " ".join(
+                [
+                    f"--xla_force_host_platform_device_count={self.num_devices}",
+                    QUICK_COMPILATION,
+                    # Programs that differ between ranks would wait for each other's tuning.
+                    "--xla_gpu_shard_autotuning=false",
+                    self.environment.get("XLA_FLAGS", ""),
+                ]
+            ),
         }
         command = [sys.executable, HERE / "ranks" / f"{self.script}.py", address, rank, self.num_processes]
         with output.open("wb") as log:
