@@ -452,12 +452,14 @@ void CheckNoRoom() {
   CheckCuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), "attribute");
   cudaStream_t beside;
   CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
-  constexpr int kAlmostAnSm = 200 << 10;
+  int almost_an_sm = 0;  // of shared memory
+  CheckCuda(cudaDeviceGetAttribute(&almost_an_sm, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+  almost_an_sm -= kStaticSharedBytes;
   for (auto* kernel : {reinterpret_cast<const void*>(Delay), reinterpret_cast<const void*>(MeetKernel)}) {
-    CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kAlmostAnSm), "attribute");
+    CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, almost_an_sm), "attribute");
   }
-  Delay<<<num_sms - 1, 1, kAlmostAnSm, beside>>>(1'500'000'000);
-  MeetKernel<<<2, 32, kAlmostAnSm, group.stream(0)>>>(group.FrameOf(0));
+  Delay<<<num_sms - 1, 1, almost_an_sm, beside>>>(1'500'000'000);
+  MeetKernel<<<2, 32, almost_an_sm, group.stream(0)>>>(group.FrameOf(0));
   group.Wait();
   Check(group.status(0).failed == 1 && group.status(0).report.failure == Failure::kNoRoom, "no SM for a block");
   cudaStreamDestroy(beside);

@@ -119,8 +119,8 @@ class NativeOnGpu:
         self.fails = True
         self.ranks_per_gpu: list[int] = []
 
-    def exports(self) -> list[tuple[int, int, str]]:
-        return [(descriptor, 512, f"0{at // 2}") for at, descriptor in enumerate(self.descriptors)]
+    def exports(self) -> list[tuple[int, int, str, int]]:
+        return [(descriptor, 512, f"0{at // 2}", at) for at, descriptor in enumerate(self.descriptors)]
 
     def attach_peer(self, process: int, exports: list) -> None:
         self.attached[process] = [descriptor for descriptor, *_ in exports]

@@ -157,7 +157,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
   WatchForFailure(this);
 }
 
-// The driver may say that there is peer access where the machine does not carry it (GPUs passed
+// The driver may say that there is peer access where the machine does not support it (GPUs passed
 // through to a virtual machine): then words come back other than they were written.
 void CudaCommunicator::TestPeers() const {
   for (const auto& rank : ranks_) {

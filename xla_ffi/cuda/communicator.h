@@ -1,5 +1,5 @@
 // The native side of a communicator on GPUs: the memory through which ranks meet, and what a device
-// tells about ops that failed. It launches kernels and waits for nothing.
+// tells about ops that failed. Launching one waits for nothing.
 #ifndef JAX_DEEPEP_CUDA_COMMUNICATOR_H_
 #define JAX_DEEPEP_CUDA_COMMUNICATOR_H_
 

@@ -42,8 +42,7 @@ std::string Describe(const FailureReport& report, int reporter, int group,
       return DescribeBroken(op + on_rank + " began while another op of the communicator ran there",
                             config, group, kOneAtATime);
     case Failure::kNoRoom:
-      return DescribeBroken(op + on_rank + " waited " + std::to_string(config.timeout_s) +
-                                " s (timeout_s) for SMs for all of its blocks",
+      return DescribeBroken(op + on_rank + " found no SMs for all of its blocks within timeout_s",
                             config, group, kLeaveRoom);
     case Failure::kNone:
     case Failure::kNotArrived:

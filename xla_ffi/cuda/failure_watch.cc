@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cuda/communicator.h"
@@ -33,16 +35,25 @@ class Watch {
     try {
       std::thread([this] { Loop(); }).detach();
       running_ = true;
+      std::atexit([] { Get().EndWithProcess(); });
     } catch (const std::system_error&) {
     }
   }
 
   void Remove(const CudaCommunicator* comm) {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     const auto found = std::find(watched_.begin(), watched_.end(), comm);
     if (found == watched_.end()) return;
-    PrintIfBroken(**found);
     watched_.erase(found);
+    const std::string text = comm->broken();
+    lock.unlock();
+    if (!text.empty()) TellOnStderr(text);
+  }
+
+  // The driver may take the memory away in which devices tell of failures.
+  void EndWithProcess() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    watched_.clear();
   }
 
  private:
@@ -50,18 +61,19 @@ class Watch {
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       changed_.wait(lock, [this] { return !watched_.empty(); });
-      watched_.erase(
-          std::remove_if(watched_.begin(), watched_.end(),
-                         [](const CudaCommunicator* comm) { return PrintIfBroken(*comm); }),
-          watched_.end());
+      std::vector<std::string> texts;
+      const auto is_broken = [&texts](const CudaCommunicator* comm) {
+        std::string text = comm->broken();
+        const bool broken = !text.empty();
+        if (broken) texts.push_back(std::move(text));
+        return broken;
+      };
+      watched_.erase(std::remove_if(watched_.begin(), watched_.end(), is_broken), watched_.end());
+      lock.unlock();  // who reads stderr may be slow
+      for (const std::string& text : texts) TellOnStderr(text);
+      lock.lock();
       changed_.wait_for(lock, kBetweenLooks);
     }
-  }
-
-  static bool PrintIfBroken(const CudaCommunicator& comm) {
-    const std::string text = comm.broken();
-    if (!text.empty()) TellOnStderr(text);
-    return !text.empty();
   }
 
   std::mutex mutex_;

@@ -19,24 +19,24 @@ namespace {
 std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpLaunch& launch) {
   const std::string outside =
       "an operand that peers read is not in the memory pool that they have mapped: ";
+  const std::string what =
+      "it is a constant of the program, an array that XLA did not allocate, or in memory of XLA's "
+      "collectives (--xla_gpu_enable_nccl_user_buffers), ";
   const std::string no_pool =
       outside + "XLA did not preallocate it (XLA_PYTHON_CLIENT_PREALLOCATE=true, the default)";
   if (!array.replace) return no_pool;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(launch.stream, &capture);
   if (capture != cudaStreamCaptureStatusNone) {  // XLA would have the copy back before a replay
-    return outside +
-           "it is a constant of the program, an array that XLA did not allocate, or in memory of "
-           "XLA's collectives (--xla_gpu_enable_nccl_user_buffers), which a captured op cannot "
-           "copy; pass it as an argument that XLA has computed or copied, without that flag";
+    return outside + what +
+           "which a captured op cannot copy; pass it as an argument that XLA has computed or "
+           "copied, without that flag";
   }
   if (error == cudaSuccess) {
     void* copy = launch.allocate(array.bytes);
     if (copy == nullptr) {
-      return outside +
-             "it is a constant of the program, an array that XLA did not allocate, or in memory of "
-             "XLA's collectives (--xla_gpu_enable_nccl_user_buffers), and there are no " +
-             std::to_string(array.bytes) + " bytes left in the pool to copy it";
+      return outside + what + "and there are no " + std::to_string(array.bytes) +
+             " bytes left in the pool to copy it";
     }
     if (!facts.Holds(copy)) return no_pool;
     array.replace(copy);

@@ -64,20 +64,18 @@ inline constexpr char kFindFailed[] =
 inline constexpr char kRunSameProgram[] =
     "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
     "a longer timeout_s does not help.";
-inline constexpr char kMakeAnother[] = "Make a new Communicator when that is mended.";
+inline constexpr char kMakeAnother[] = "Make a new Communicator when that is fixed.";
 inline constexpr char kOneAtATime[] =
     "Let every op depend on the one before it (by its handle, its result, or "
     "jax.lax.optimization_barrier), run one program at a time, or make a Communicator for each.";
 inline constexpr char kLeaveRoom[] =
-    "Other kernels kept them, maybe of another communicator that waits itself: let programs run "
-    "one "
+    "Other kernels kept them, maybe of another communicator that waits itself: let one program run "
     "after the other, or give the ops fewer SMs with num_sms. Then make a new Communicator.";
 inline constexpr char kWaitBetween[] =
     "Make a new Communicator, and wait for results (jax.block_until_ready) before launching more.";
 inline constexpr char kMoreThreads[] =
-    "Raise the limit on processes and threads (ulimit -u, or pids.max of the container), and make "
-    "a "
-    "new Communicator.";
+    "Raise the limit on processes and threads (ulimit -u, or pids.max of the container), then make "
+    "a new Communicator.";
 inline constexpr char kCloseLater[] =
     "Close a communicator after the last run of a program that uses it, on every rank; make a new "
     "Communicator to go on.";

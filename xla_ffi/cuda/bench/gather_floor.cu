@@ -167,15 +167,16 @@ __global__ void __launch_bounds__(kThreads, 1) GatherFloorKernel(const __grid_co
   extern __shared__ __align__(128) char memory[];
   __shared__ GroupOp::Shared shared;
   GroupOp group(op.frame, &shared);
-  group.Begin();
-  group.Publish();
-  if (group.WaitForArrivals()) {
-    if constexpr (kAdd) {
-      GatherAndAdd(op, group);
-    } else if constexpr (kDepth > 0) {
-      GatherByBulkCopies<kDepth>(op, group, memory);
-    } else {
-      GatherByLoads(op, group);
+  if (group.Begin()) {
+    group.Publish();
+    if (group.WaitForArrivals()) {
+      if constexpr (kAdd) {
+        GatherAndAdd(op, group);
+      } else if constexpr (kDepth > 0) {
+        GatherByBulkCopies<kDepth>(op, group, memory);
+      } else {
+        GatherByLoads(op, group);
+      }
     }
   }
   group.Finish([] {}, [] {});

@@ -91,11 +91,10 @@ __device__ void SumTokens(const Floor& op, const GroupOp& group) {
 __global__ void __launch_bounds__(kThreads, 1) SumFloorKernel(const __grid_constant__ Floor op) {
   __shared__ GroupOp::Shared shared;
   GroupOp group(op.frame, &shared);
-  group.Begin();
-  if (op.params.sums != nullptr) SumPairs(op);
-  group.Publish();
-  if (group.WaitForArrivals()) {
-    SumTokens(op, group);
+  if (group.Begin()) {
+    if (op.params.sums != nullptr) SumPairs(op);
+    group.Publish();
+    if (group.WaitForArrivals()) SumTokens(op, group);
   }
   group.Finish([] {}, [] {});
 }
