@@ -25,7 +25,9 @@ SELECTION = [] if WHOLE else ["-k", "native and (some or drop or invalid or node
 DEADLINE_S = 1500 if WHOLE else 200
 
 
-@pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize(
+    ("num_processes", "num_devices"), [(2, 4), (4, 2), pytest.param(8, 1, marks=pytest.mark.nightly)]
+)
 def test_conformance(num_processes: int, num_devices: int) -> None:
     faulthandler.cancel_dump_traceback_later()  # this test has a deadline of its own
     suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CONFORMANCE, *SELECTION]

@@ -9,7 +9,7 @@ from rank_processes import RankProcesses
 pytestmark = starts_its_own_processes
 
 ONE_PROCESS = (1, 8)
-LAYOUTS = [(2, 4), (4, 2), (8, 1)]  # processes, devices of each
+LAYOUTS = [(2, 4), (4, 2), pytest.param((8, 1), marks=pytest.mark.nightly)]  # processes, devices of each
 DEADLINE_S = 120.0  # of one layout
 
 CASES = [
