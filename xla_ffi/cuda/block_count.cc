@@ -68,7 +68,7 @@ int MostBlocks(int num_sms, int num_ranks_on_gpu) {
 
 int BlocksFor(const OpBytes& bytes, int most) {
   const int64_t worth = std::max(bytes.local, bytes.link) / kBytesPerBlock + 1;
-  // Those with which local bytes take no longer than the link, and then some; without a link, all.
+  // Those with which local bytes take kPartOfLinkTime of the link's time; without a link, all.
   const double link_time = static_cast<double>(bytes.link) / kRateOfLink;
   const double for_local = static_cast<double>(bytes.local) / kRateOfBlock;
   const double wanted = bytes.link == 0 ? most : for_local / (link_time * kPartOfLinkTime);

@@ -145,6 +145,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     }
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
+    if (requested_sms_ > 0) rank->most_blocks = std::min(rank->most_blocks, requested_sms_);
     // This rank's own memory where it stands, not where it was mapped again.
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;

@@ -146,7 +146,7 @@ class CudaCommunicator {
     DeviceMemory pool;
     std::unique_ptr<HostStatus, FreePinned> status;
     OpFrame frame;                       // but for what an op adds
-    int most_blocks = 1;                 // of an op
+    int most_blocks = 1;                 // of an op; those asked for, if any were
     cudaStream_t stream = nullptr;       // for what must not wait for XLA's streams
     std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
   };
@@ -162,7 +162,7 @@ class CudaCommunicator {
                          const OpLaunch& launch,
                          const char* (*kernel)(const OpFrame&, const Params&, int,
                                                const DeviceFacts&, cudaStream_t));
-  LocalRank* RankOn(int64_t device) const;
+  const LocalRank* RankOn(int64_t device) const;
   std::string CopyOperandsToPool(const LocalRank& rank,
                                  std::initializer_list<PeerArray> read_by_peers,
                                  const OpLaunch& launch) const;

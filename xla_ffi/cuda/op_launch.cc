@@ -50,10 +50,10 @@ std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const O
 int CudaCommunicator::most_blocks() const {
   int most = kMaxBlocks;
   for (const auto& rank : ranks_) most = std::min(most, rank->most_blocks);
-  return requested_sms_ > 0 ? std::min(most, requested_sms_) : most;
+  return most;
 }
 
-CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) const {
+const CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) const {
   for (const auto& rank : ranks_) {
     if (rank->ordinal == device) return rank.get();
   }
@@ -101,21 +101,20 @@ std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
 std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& bytes,
                                        std::initializer_list<PeerArray> read_by_peers,
                                        const OpLaunch& launch, const Enqueue& enqueue) {
-  const std::string name = "communicator #" + std::to_string(config_.id);
+  const auto name = [this] { return "communicator #" + std::to_string(config_.id); };
   // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
   std::shared_lock<std::shared_mutex> lock(launch_mutex_);
   const LocalRank* rank = RankOn(launch.device);
   if (rank == nullptr) {
-    return "device " + std::to_string(launch.device) + " is not in the mesh of " + name;
+    return "device " + std::to_string(launch.device) + " is not in the mesh of " + name();
   }
   if (closed_) {
     GiveUp(*rank, Failure::kClosed, op, launch);
-    return name + " is closed; make a new Communicator and compile again";
+    return name() + " is closed; make a new Communicator and compile again";
   }
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
   if (error.empty()) {
-    const int blocks = requested_sms_ > 0 ? std::min(requested_sms_, rank->most_blocks)
-                                          : BlocksFor(bytes, rank->most_blocks);
+    const int blocks = requested_sms_ > 0 ? rank->most_blocks : BlocksFor(bytes, rank->most_blocks);
     const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
     if (failed != nullptr) error = failed;
   }
