@@ -40,6 +40,7 @@ NB_MODULE(_cpu, module) {
       .def("attach_peer", &Communicator::AttachPeer, nb::arg("process"), nb::arg("descriptor"))
       .def("start", &Communicator::Start)
       .def_prop_ro("buffer_bytes", &Communicator::buffer_bytes)
+      .def_prop_ro("num_running_ops", &Communicator::num_running_ops)
       .def_prop_ro("broken", &Communicator::broken)
       .def_prop_ro("timed_out", &Communicator::timed_out)
       .def_prop_ro("invalid_routing", &Communicator::invalid_routing)

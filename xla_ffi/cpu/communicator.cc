@@ -344,4 +344,9 @@ size_t Communicator::buffer_bytes() const {
   return own == segments_.end() ? 0 : own->second->resident_bytes();
 }
 
+int64_t Communicator::num_running_ops() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return num_running_;
+}
+
 }  // namespace jax_deepep

@@ -91,6 +91,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Bytes of shared memory that this process has filled, until it closes.
   size_t buffer_bytes() const;
 
+  // Parts of ops of this process that have begun and not ended.
+  int64_t num_running_ops() const;
+
  private:
   using Clock = std::chrono::steady_clock;
 

@@ -162,9 +162,8 @@ def raises_during_an_op() -> None:
     step = Step.of(8, 16, timeout_s=300.0)
     meet("programs are compiled")
     if RANK == VICTIM:
-        before = step.comm.buffer_bytes
         threading.Thread(target=step.run, daemon=True).start()
-        while step.comm.buffer_bytes == before:  # what announces the op is not yet written
+        while step.comm._native.num_running_ops == 0:
             time.sleep(0.01)
         raise ValueError("this rank failed")
     if RANK == NUM_PROCESSES - 1:
