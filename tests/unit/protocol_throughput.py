@@ -23,50 +23,13 @@ others did, giving up included, before what that one does.
 
 from collections.abc import Callable, Iterator
 
+from protocol_failure import FAIL_STEPS, fence, look, meet_different_op, wait
 from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
 from protocol_world import LOADS, Violation, World
 
-# --- Loads, with all that they may find.
 
-
-def look(world: World, rank: int) -> Iterator[tuple[World, bool]]:
-    """IsBroken: whether this rank or a peer has given up."""
-    if world.ranks[rank].failed or world.reporters_seen(rank):
-        yield world, True
-        return
-    for told, _ in word_of_a_peer(world, rank):
-        yield told, True
-    yield world, False
-
-
-def word_of_a_peer(world: World, rank: int) -> Iterator[tuple[World, int]]:
-    """Let the rank see a store to its `broken` that it has not seen yet."""
-    for reporter in range(len(world.ranks)):
-        for writer in world.writers(rank):
-            for i in world.unseen(writer, world.at.broken(rank, reporter)):
-                told = world.copy()
-                told.see(writer, i)
-                yield told, reporter
-
-
-def missing_peers(world: World, rank: int, flag: Callable[[int, int], int]) -> list[int]:
-    op = world.ranks[rank].op
-    return [peer for peer in world.peers(rank) if world.seen[flag(rank, peer)] < op]
-
-
-def wait(world: World, rank: int, flag: Callable[[int, int], int]) -> Iterator[tuple[World, str]]:
-    """WaitForAll. A rank's own flag needs no wait."""
-    op = world.ranks[rank].op
-    missing = missing_peers(world, rank, flag)
-    if missing:
-        for looked, stopped in look(world.copy(), rank):
-            yield looked, "stopped" if stopped else "late"
-    for peer in missing:
-        stored = [i for i in world.unseen(peer, flag(rank, peer)) if world.queues[peer][i][1] >= op]
-        if not stored:
-            return
-        world.see(peer, stored[0])
-    yield world, "all"
+def flags_of_peers(world: World, rank: int, flag: Callable[[int, int], int]) -> dict[int, int]:
+    return {peer: flag(rank, peer) for peer in world.peers(rank)}
 
 
 def check_loads(world: World, rank: int) -> None:
@@ -80,11 +43,6 @@ def check_loads(world: World, rank: int) -> None:
 
 
 # --- The steps of an op.
-
-
-def fence(world: World, rank: int) -> Iterator[World]:
-    world.fence(rank)
-    yield world
 
 
 def begin(world: World, rank: int, *, looks: bool = True) -> Iterator[World]:
@@ -133,7 +91,9 @@ def tell_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[W
 
 def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
     yield from compare_ops(world.copy(), rank)
-    for waited, answer in wait(world, rank, world.at.arrived):
+    for waited, answer in wait(
+        world, rank, flags_of_peers(world, rank, world.at.arrived), world.ranks[rank].op
+    ):
         if answer == "all":
             waited.begin_loads(rank)
         elif answer == "stopped":
@@ -145,19 +105,12 @@ def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
 
 
 def compare_ops(world: World, rank: int) -> Iterator[World]:
-    """Each peer that has arrived may turn out to have come to another op; nobody else is waited for then."""
     op, at = world.ranks[rank].op, world.at
-    missing = missing_peers(world, rank, at.arrived)
-    for peer in world.peers(rank):
-        different = world.copy()
-        if peer in missing:
-            stored = [i for i in world.unseen(peer, at.arrived(rank, peer)) if world.queues[peer][i][1] >= op]
-            if not stored:
-                continue
-            different.see(peer, stored[0])
-        if different.seen[at.published(rank, peer)] != op:
-            raise Violation("addresses")
-        different.fail(rank, back="Finish: IsLastBlock")
+    flags = flags_of_peers(world, rank, at.arrived)
+    for different in meet_different_op(world, rank, flags, op, back="Finish: IsLastBlock"):
+        for peer in world.peers(rank):
+            if different.seen[at.arrived(rank, peer)] >= op != different.seen[at.published(rank, peer)]:
+                raise Violation("addresses")
         yield different
 
 
@@ -199,7 +152,7 @@ def tell_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[W
 
 
 def wait_for_leaving(world: World, rank: int) -> Iterator[World]:
-    for waited, answer in wait(world, rank, world.at.left):
+    for waited, answer in wait(world, rank, flags_of_peers(world, rank, world.at.left), world.ranks[rank].op):
         if answer == "stopped":
             waited.change(rank, lost=True)
         elif answer == "late":
@@ -235,62 +188,6 @@ def leave(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-# --- The steps of Fail.
-
-
-def claim(world: World, rank: int, *, waits: bool = True) -> Iterator[World]:
-    me = world.ranks[rank]
-    if me.failed:
-        if waits:
-            world.wait_until_told(rank)
-        world.change(rank, jump=me.back, back="")
-    elif any(other.succeeded > me.op for other in world.ranks):
-        raise Violation("broken for good")
-    else:
-        world.change(rank, failed=me.op)
-    yield world
-
-
-def load_broken(world: World, rank: int) -> Iterator[World]:
-    found = [(world.copy(), reporter) for reporter in world.reporters_seen(rank) or [rank]]
-    for told, reporter in [*found, *word_of_a_peer(world, rank)]:
-        if reporter != rank and not told.seen[told.at.report(rank, reporter)]:
-            raise Violation("report")
-        told.change(rank, reporter=reporter)
-        yield told
-
-
-def report_to_host(world: World, rank: int) -> Iterator[World]:
-    world.store(rank, world.at.host_report(rank), 1)
-    yield world
-
-
-def tell_host(world: World, rank: int) -> Iterator[World]:
-    """The host may look at any moment: what if the flag is seen at once?"""
-    world.store(rank, world.at.host_flag(rank), 1)
-    now = world.copy()
-    now.see(rank, len(now.queues[rank]) - 1)
-    if not now.seen[now.at.host_report(rank)]:
-        raise Violation("report")
-    world.forget(rank, world.at.host_report(rank), world.at.host_flag(rank))
-    yield world
-
-
-def tell_peers(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
-    """Who was told passes the report on: the first to tell may have come no further than to this rank."""
-    reporter = world.ranks[rank].reporter
-    for peer in world.peers(rank):
-        if peer != reporter:
-            world.store(rank, world.at.report(peer, reporter), 1)
-        world.store(rank, world.at.broken(peer, reporter), 1, release=release)
-    yield world
-
-
-def return_from_fail(world: World, rank: int) -> Iterator[World]:
-    world.change(rank, jump=world.ranks[rank].back, back="", reporter=0)
-    yield world
-
-
 PROTOCOL = Protocol(
     [
         Step("Begin", begin, LOOK),
@@ -310,13 +207,6 @@ PROTOCOL = Protocol(
         Step("Finish: Stopped again", look_again, LOOK),
         Step("Finish: succeed or fail", succeed_or_fail, LOCAL),
         Step("Leave", leave, LOCAL),
-        Step("Fail", claim, LOCAL),
-        Step("Fail: LoadAcquireSystem(broken)", load_broken, LOAD),
-        Step("Fail: CopyReport(status)", report_to_host, LOCAL),
-        Step("Fail: __threadfence_system", fence, LOCAL),
-        Step("Fail: status.failed", tell_host, LOCAL),
-        Step("Fail: StoreReleaseSystem(broken)", tell_peers, LOCAL),
-        Step("Fail: FenceSystem", fence, LOCAL),
-        Step("Fail: return", return_from_fail, LOCAL),
+        *FAIL_STEPS,
     ]
 )
