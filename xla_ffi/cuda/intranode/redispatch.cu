@@ -9,6 +9,7 @@
 #include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
+#include "cuda/row_products.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 #include "interface/redispatch.h"
@@ -18,10 +19,6 @@ namespace {
 
 // The operand that peers read.
 enum { kRows };
-
-// Scaling keeps a chunk of a row in registers: so many groups of a lane.
-constexpr int kGroupsPerLane = 8;
-constexpr int kChunkGroups = 32 * kGroupsPerLane;  // 2048 elements: a block of the dot product
 
 struct Redispatch {
   OpFrame frame;
@@ -114,46 +111,10 @@ __device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& p
   }
 }
 
-// The sum over a warp's lanes of eight running sums each: halves of the eight first, then halves of
-// the warp, as the CPU does it. The result is that of lane 0.
-__device__ float FoldSums(float* sums) {
-#pragma unroll
-  for (int width = kGroup / 2; width > 0; width /= 2) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) sums[i] = __fadd_rn(sums[i], sums[i + width]);
-  }
-  float sum = sums[0];
-#pragma unroll
-  for (int width = 16; width > 0; width /= 2) {
-    sum = __fadd_rn(sum, __shfl_down_sync(~0u, sum, width));
-  }
-  return sum;
-}
-
-// Ask for a chunk of the rows of y that lanes name, but for the first, so that each is in the
-// second-level cache when its turn comes: registers hold one row's chunk at a time.
-__device__ void PrefetchChunk(const Redispatch& op, int32_t row, int num_rows, int64_t begin,
-                              int64_t bytes) {
-  constexpr int kLine = 128;
-  const int64_t end = min(begin + bytes, op.row_bytes);
-  for (int j = 1; j < num_rows; ++j) {
-    const char* y_row =
-        static_cast<const char*>(op.params.y) + __shfl_sync(~0u, row, j) * op.row_bytes;
-    for (int64_t at = begin + threadIdx.x % 32 * kLine; at < end; at += 32 * kLine) {
-      PrefetchToL2(y_row + at);
-    }
-  }
-}
-
 // Rows scaled by their weights, and their products with y. Expert-major.
 template <typename Type, bool kWhole>
 __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
                       int32_t* taken) {
-  using Element = typename Type::Element;
-  const RedispatchParams& params = op.params;
-  const int lane = threadIdx.x % 32;
-  const RowShape<kWhole> shape{params.route.row_size};
-  const int num_groups = shape.num_groups();
   const PairOrder order = pairs.Order();
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
     const int pair = order.At(item);
@@ -162,85 +123,7 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
     if (num_rows == 0) continue;
     CountTaken(taken, op, source);
-    const char* from = RowAt(op, group, source);
-    const float weight = row != kNone ? params.weights[row] : 0.0f;
-    float product = 0.0f;  // of the lane's row
-    for (int base = lane; base - lane < num_groups; base += kChunkGroups) {
-      constexpr int64_t kGroupBytes = sizeof(Packed<Element>);
-      PrefetchChunk(op, row, num_rows, (base - lane) * kGroupBytes, kChunkGroups * kGroupBytes);
-      // x stays in registers; of y, one part is on its way while the one before is used. Parts of
-      // float32 are small, or registers would not do for them.
-      constexpr int kParts = sizeof(Element) > 2 ? 8 : 2, kPart = kGroupsPerLane / kParts;
-      Packed<Element> x[kGroupsPerLane], y[2][kPart];
-      auto load = [&](const char* of, int first, int count, Packed<Element>* to) {
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-          const int at = base + (first + i) * 32;
-          if (at < num_groups) to[i] = LoadGroup<Element>(of, at, shape);
-        }
-      };
-      auto y_row = [&](int j) {
-        return static_cast<const char*>(params.y) + __shfl_sync(~0u, row, j) * op.row_bytes;
-      };
-      load(from, 0, kGroupsPerLane, x);
-      load(y_row(0), 0, kPart, y[0]);
-      for (int j = 0; j < num_rows; ++j) {
-        const float scale = __shfl_sync(~0u, weight, j);
-        char* to = static_cast<char*>(params.rows) + __shfl_sync(~0u, row, j) * op.row_bytes;
-        float sums[kGroup] = {};
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          if (part + 1 < kParts) {
-            load(y_row(j), (part + 1) * kPart, kPart, y[(part + 1) % 2]);
-          } else if (j + 1 < num_rows) {
-            load(y_row(j + 1), 0, kPart, y[0]);
-          }
-#pragma unroll
-          for (int i = 0; i < kPart; ++i) {
-            const int at = base + (part * kPart + i) * 32;
-            if (at >= num_groups) continue;
-            float left[kGroup], right[kGroup];
-            Type::Unpack(x[part * kPart + i], left);
-            Type::Unpack(y[part % 2][i], right);
-#pragma unroll
-            for (int e = 0; e < kGroup; ++e) {
-              if (kWhole || at * kGroup + e < shape.size) {
-                sums[e] = __fadd_rn(sums[e], __fmul_rn(left[e], right[e]));
-              }
-              left[e] = __fmul_rn(left[e], scale);
-            }
-            StoreGroup(to, at, shape, Type::Pack(left));
-          }
-        }
-        const float sum = __shfl_sync(~0u, FoldSums(sums), 0);
-        if (lane == j) product = __fadd_rn(product, sum);
-      }
-    }
-    if (row != kNone) params.products[row] = product;
-  }
-}
-
-// Zeros in the rows of no token, as far as they are wanted.
-template <bool kWhole>
-__device__ void WriteZeros(const Redispatch& op) {
-  const RedispatchParams& params = op.params;
-  const int groups =
-      params.route.layout == Layout::kExpertMajor ? op.frame.shape.num_local_experts() : 1;
-  const int lane = threadIdx.x % 32;
-  int64_t end = params.route.capacity;
-  if (!params.zero_rest) {
-    end = 0;
-    for (int group = 0; group < groups; ++group) end += params.group_sizes[group];
-  }
-  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x - lane;
-  for (int64_t base = first; base < params.route.capacity; base += gridDim.x * blockDim.x) {
-    const int64_t row = base + lane;
-    const bool empty = row < params.route.capacity && params.source[row] == kNone;
-    if (empty && params.products != nullptr) params.products[row] = 0.0f;
-    for (uint32_t lanes = __ballot_sync(~0u, empty && row < end); lanes != 0; lanes &= lanes - 1) {
-      const int64_t at = base + __ffs(lanes) - 1;
-      ZeroRow(static_cast<char*>(params.rows) + at * op.row_bytes, WordsOf<kWhole>(op.row_bytes));
-    }
+    ScaleRow<Type, kWhole>(op.params, op.row_bytes, RowAt(op, group, source), row, num_rows);
   }
 }
 
@@ -258,7 +141,7 @@ __device__ void Run(const Redispatch& op, Work work) {
     const Pairs pairs(op);
     if (group.WaitForArrivals()) {
       work(group, pairs, taken);
-      WriteZeros<kWhole>(op);
+      WriteZeros<kWhole>(op.params, op.frame.shape, op.row_bytes);
       group.CountTaken(taken);
     }
   }

@@ -1,10 +1,10 @@
 // Step 4 of dispatch, by every block for itself: from everyone's counts, where rows stand.
-#ifndef JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_PLAN_CUH_
-#define JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_PLAN_CUH_
+#ifndef JAX_DEEPEP_CUDA_DISPATCH_PLAN_CUH_
+#define JAX_DEEPEP_CUDA_DISPATCH_PLAN_CUH_
 
 #include <cstdint>
 
-#include "cuda/intranode/dispatch_op.cuh"
+#include "cuda/dispatch_op.cuh"
 #include "cuda/memory_order.cuh"
 
 namespace jax_deepep {
@@ -49,6 +49,36 @@ __device__ inline int64_t InclusiveScan(int64_t value) {
   return value;
 }
 
+// Where the groups of one rank stand, as PlaceGroup does it: plan.kept has the rows that are sent
+// to each, and then those that it keeps. By a warp.
+__device__ inline void PlaceGroups(const Dispatch& op, const Plan& plan, int owner) {
+  const RouteShape& route = op.params.route;
+  const int lane = threadIdx.x % 32;
+  const int per_rank = route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
+  // More than the whole rank has room for is dropped in any case.
+  const int64_t limit = route.expert_capacity == kNoLimit ? route.capacity : route.expert_capacity;
+  int64_t end = 0, received = 0;
+  for (int base = 0; base < per_rank; base += 32) {
+    const int group = owner * per_rank + base + lane;
+    const bool inside = base + lane < per_rank;
+    const int32_t sent = inside ? plan.kept[group] : 0;
+    received += sent;
+    const int32_t wanted = static_cast<int32_t>(min(int64_t{sent}, limit));
+    const int64_t padded = op.alignment.RoundUp(wanted);
+    const int64_t until = end + InclusiveScan(padded);
+    if (inside) {
+      const int64_t offset = min(until - padded, int64_t{route.capacity});
+      plan.offset[group] = static_cast<int32_t>(offset);
+      plan.kept[group] = static_cast<int32_t>(min(int64_t{wanted}, route.capacity - offset));
+    }
+    end = __shfl_sync(~0u, until, 31);
+  }
+  if (owner == op.frame.rank) {
+    received = __shfl_sync(~0u, InclusiveScan(received), 31);
+    if (lane == 0) *plan.received = received;
+  }
+}
+
 __device__ inline void MakePlan(const Dispatch& op, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
   const RouteShape& route = op.params.route;
@@ -84,30 +114,8 @@ __device__ inline void MakePlan(const Dispatch& op, const Plan& plan) {
     if (lane == 0) plan.pairs_before[0] = 0;
   }
   __syncthreads();
-  // A warp for the groups of one rank, as PlaceGroup does it. More than the whole rank has room for
-  // is dropped in any case.
-  const int64_t limit = route.expert_capacity == kNoLimit ? route.capacity : route.expert_capacity;
   for (int owner = threadIdx.x / 32; owner < shape.num_ranks; owner += kWarps) {
-    int64_t end = 0, received = 0;
-    for (int base = 0; base < per_rank; base += 32) {
-      const int group = owner * per_rank + base + lane;
-      const bool inside = base + lane < per_rank;
-      const int32_t sent = inside ? plan.kept[group] : 0;
-      received += sent;
-      const int32_t wanted = static_cast<int32_t>(min(int64_t{sent}, limit));
-      const int64_t padded = op.alignment.RoundUp(wanted);
-      const int64_t until = end + InclusiveScan(padded);
-      if (inside) {
-        const int64_t offset = min(until - padded, int64_t{route.capacity});
-        plan.offset[group] = static_cast<int32_t>(offset);
-        plan.kept[group] = static_cast<int32_t>(min(int64_t{wanted}, route.capacity - offset));
-      }
-      end = __shfl_sync(~0u, until, 31);
-    }
-    if (owner == rank) {
-      received = __shfl_sync(~0u, InclusiveScan(received), 31);
-      if (lane == 0) *plan.received = received;
-    }
+    PlaceGroups(op, plan, owner);
   }
   __syncthreads();
 }
@@ -122,4 +130,4 @@ __device__ inline int32_t RowOf(const Plan& plan, int group, int32_t first, int3
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_PLAN_CUH_
+#endif  // JAX_DEEPEP_CUDA_DISPATCH_PLAN_CUH_

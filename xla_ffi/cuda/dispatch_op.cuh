@@ -1,6 +1,6 @@
 // What the steps of dispatch share: the op, and the records that sources keep of their entries.
-#ifndef JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_OP_CUH_
-#define JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_OP_CUH_
+#ifndef JAX_DEEPEP_CUDA_DISPATCH_OP_CUH_
+#define JAX_DEEPEP_CUDA_DISPATCH_OP_CUH_
 
 #include <cstdint>
 
@@ -71,4 +71,4 @@ struct TokenRange {
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_OP_CUH_
+#endif  // JAX_DEEPEP_CUDA_DISPATCH_OP_CUH_
