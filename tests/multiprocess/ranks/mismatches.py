@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
 
 import jax_deepep as ep
-from jax_deepep import build_identity
+from jax_deepep.communicator import build_identity
 
 DIFFERENT = int(ARGUMENTS[0]) == RANK
 OTHERS = {
