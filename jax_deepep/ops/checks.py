@@ -61,7 +61,7 @@ def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
             f"handle: expected a jax_deepep.Handle, got {type(handle).__name__}; pass the second result of "
             "jax_deepep.dispatch."
         )
-    own, capacity = handle.route_shape.comm, handle.route_shape.capacity
+    own, capacity = handle.comm, handle.capacity
     if comm is not None:
         check_comm(comm, op)
         if comm is not own:
