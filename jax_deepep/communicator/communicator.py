@@ -20,6 +20,7 @@ from jax_deepep.communicator.config import (
     Mode,
     check_mesh,
     config_or_error,
+    groups_of,
 )
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.topology import Topology
@@ -108,10 +109,7 @@ class Communicator:
         check_mesh(self.mesh)
         arguments = dict(vars(self))
         config = config_or_error(arguments)
-        if isinstance(config, CommunicatorConfig):
-            topology = config.topology
-        else:
-            topology = Topology.of(self.mesh, self.mesh.axis_names)
+        topology = groups_of(arguments) if isinstance(config, Exception) else config.topology
         place = launch_variables.place_in_job()
         if place is not None and place[1] > 1 and jax.process_count() == 1:
             warnings.warn(

@@ -49,9 +49,9 @@ class CommunicatorConfig:
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
-        _check_axis_names(self.mesh, self.axis_name)
+        axis_names = _checked_axis_names(self.mesh, self.axis_name)
         if not isinstance(self.axis_name, str):
-            object.__setattr__(self, "axis_name", tuple(self.axis_name))
+            object.__setattr__(self, "axis_name", axis_names)
         for name in INTEGERS:
             value = getattr(self, name)
             if value is not None or name not in OPTIONAL_INTEGERS:
@@ -143,6 +143,16 @@ def config_or_error(arguments: Mapping[str, Any]) -> CommunicatorConfig | Except
         return error
 
 
+def groups_of(arguments: Mapping[str, Any]) -> Topology:
+    """Return the groups of arguments of which some are wrong; one of the whole mesh if `axis_name` is."""
+    mesh: Mesh = arguments["mesh"]
+    try:
+        axis_names = _checked_axis_names(mesh, arguments["axis_name"])
+    except Exception:
+        axis_names = mesh.axis_names
+    return Topology.of(mesh, axis_names)
+
+
 def is_timeout(value: Any) -> bool:
     """Return whether `value` is a number of seconds that a wait can last."""
     return isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
@@ -175,7 +185,7 @@ def _cut(text: str) -> str:
     return f"{text[:MOST_CHARACTERS]}… (digest {digest_of(text)})"
 
 
-def _check_axis_names(mesh: Mesh, axis_name: Any) -> None:
+def _checked_axis_names(mesh: Mesh, axis_name: Any) -> tuple[str, ...]:
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
         raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
@@ -187,6 +197,7 @@ def _check_axis_names(mesh: Mesh, axis_name: Any) -> None:
             )
     if len(set(names)) != len(names):
         raise ValueError(f"axis_name: got {axis_name!r}; takes every axis once.")
+    return tuple(names)
 
 
 def _check_timeout(timeout_s: Any) -> None:

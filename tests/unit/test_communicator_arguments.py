@@ -10,7 +10,7 @@ from meshes import mesh_named
 
 import jax_deepep as ep
 from jax_deepep.communicator.backend import choose
-from jax_deepep.communicator.config import CommunicatorConfig
+from jax_deepep.communicator.config import CommunicatorConfig, groups_of
 from jax_deepep.communicator.topology import Topology
 
 MESH = mesh_named("data × expert")
@@ -163,6 +163,13 @@ def test_the_configuration_has_the_arguments_of_the_communicator() -> None:
     assert {name: p.annotation for name, p in of_config.items()} == {
         name: p.annotation for name, p in of_communicator.items()
     }
+
+
+def test_processes_with_wrong_arguments_have_ranks_for_the_errors_of_others() -> None:
+    """Those of the groups that were meant, while `axis_name` is right."""
+    wrong = {"mesh": MESH, **ARGUMENTS, "num_experts": 7}
+    assert groups_of(wrong).has_groups_of(config_of("xla").topology)
+    assert groups_of({**wrong, "axis_name": "exprt"}).groups.shape == (1, MESH.size)
 
 
 def test_nodes_are_consecutive_ranks() -> None:

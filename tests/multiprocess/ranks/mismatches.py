@@ -22,9 +22,10 @@ OTHERS = {
     "timeout_s": 9.0,
     "implementation": "xla",
     "mode": "throughput",
+    "ranks_per_node": NUM_PROCESSES,
 }
 # Wrong by themselves, which nobody may find out before all have been told.
-WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt"}
+WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt", "ranks_per_node": 1}
 
 
 def make(**different) -> ep.Communicator:
