@@ -11,7 +11,7 @@ from jax_deepep.bench.numbers import positive_int, positive_number
 from jax_deepep.bench.problems import DEFAULT_PROBLEMS, DTYPES, Problem
 from jax_deepep.bench.report import BYTES_MOVED, markdown_table, print_table, write_json, write_plot
 from jax_deepep.bench.surroundings import surroundings
-from jax_deepep.launched_rank import launched_rank
+from jax_deepep.launch import launched_rank
 
 SHAPE_OPTIONS = ("tokens", "hidden", "topk", "experts", "devices", "dtype", "layout", "capacity")
 

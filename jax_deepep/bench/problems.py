@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import Layout, worst_case_rows
+from jax_deepep.checks import checked_integer
 from jax_deepep.communicator import Communicator, Implementation
 
 AXIS = "expert"

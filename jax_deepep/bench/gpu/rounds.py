@@ -14,8 +14,8 @@ from jax_deepep.bench.gpu.ops_under_test import TIMEOUT_S, Contender
 from jax_deepep.bench.gpu.routed_inputs import DTYPE, per_device, put_on_ranks
 from jax_deepep.bench.problems import AXIS
 from jax_deepep.bench.timing import Spread, turns
-from jax_deepep.bootstrap import Exchange, Summary
 from jax_deepep.communicator import Communicator
+from jax_deepep.communicator.process_exchange import Exchange, Summary
 from jax_deepep.ops import native
 from jax_deepep.ops.handle import RouteShape
 

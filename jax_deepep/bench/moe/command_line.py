@@ -28,7 +28,7 @@ from jax_deepep.bench.surroundings import surroundings
 from jax_deepep.bench.tables import Table, markdown, print_tables
 from jax_deepep.bench.timing import Spread, wall_clock
 from jax_deepep.communicator import Communicator
-from jax_deepep.launched_rank import launched_rank
+from jax_deepep.launch import launched_rank
 from jax_deepep.moe.grouped_matmul import NAMES
 
 DEFAULT_DEVICES = 8

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import bounded_rows, round_up, worst_case_rows
+from jax_deepep.checks import checked_integer
 from jax_deepep.moe.parameters import of_experts
 
 

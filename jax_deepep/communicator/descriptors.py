@@ -148,4 +148,4 @@ def _is_same_user(connection: socket.socket) -> bool:
     """Return whether the process at the other end runs as this user."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, user, _ = struct.unpack("3i", credentials)
-    return user == os.getuid()
+    return bool(user == os.getuid())

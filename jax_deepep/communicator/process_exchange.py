@@ -3,23 +3,22 @@
 The store is that of JAX's coordination service, which `jax.distributed` has started anyway. Every process
 reads the summaries of at most eight others, merges them with its own, gives the result to one more, and
 passes on the verdict that comes back: the number and the size of a process's messages do not grow with the
-number of processes, the first process's neither. No fixed ports, no pickles; every wait has a deadline and
-its error names who is missing. Keys are deleted by the process that reads them, or by their owner at the end.
+number of processes, the first process's neither. Every wait has a deadline, and its error names who is
+missing. Keys are deleted by the process that reads them, or by their owner at the end.
 """
 
-import contextlib
-import hashlib
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import jax
 
 from jax_deepep import jax_compat
+from jax_deepep.communicator.key_value_store import KeyValueClient, Namespace, digest_of
 from jax_deepep.errors import CommunicatorError, PeerTimeoutError
 
 # As good as forever, and no clock or timeout of the system overflows.
@@ -84,7 +83,7 @@ class Exchange:
 
     Args:
         index: which of `processes` this one is.
-        client: the key-value store; not used where there is no other process.
+        client: of the key-value store; None where there is no other process.
         timeout_s: seconds that the whole exchange may last.
         name_of: describes a process in errors, by the ranks that it has.
     """
@@ -94,24 +93,22 @@ class Exchange:
         processes: tuple[int, ...],
         index: int,
         id: int,
-        client: Any,
+        client: KeyValueClient | None,
         timeout_s: float,
         name_of: Callable[[int], str],
     ) -> None:
         self.processes = processes
         self.process = processes[index]
         self.id = id
-        self._client = client
+        self._keys = Namespace(client, f"jax_deepep/{id}")
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + min(timeout_s, LONGEST_WAIT_S)
         self._name_of = name_of
-        self._namespace = f"jax_deepep/{id}"
         self._index = index
         self._children = self._children_of(self._index)
         self._phase = 0
         self._phase_name = ""
         self._summary = Summary()
-        self._own_keys: set[str] = set()
         self._keys_stay = False
 
     @classmethod
@@ -131,9 +128,8 @@ class Exchange:
         index = members.index(jax.process_index())
         return cls(members, index, digest << 32 | number, client, timeout_s, name_of)
 
-    # The tree: processes in ascending order, as in a heap.
-
     def _children_of(self, index: int) -> range:
+        # The tree: processes in ascending order, as in a heap.
         first = ARITY * index + 1
         return range(first, min(first + ARITY, len(self.processes)))
 
@@ -163,16 +159,13 @@ class Exchange:
 
     def publish(self, name: str, message: Any) -> None:
         """Give a message of JSON values to whoever reads it before its next report."""
-        if self._client is not None:
-            key = self._published(name, self.process)
-            self._own_keys.add(key)
-            self._set(key, json.dumps(message).encode())
+        self._keys.set_own(self._published(name, self.process), json.dumps(message).encode())
 
     def read(self, name: str, processes: Iterable[int]) -> dict[int, Any]:
         """Return what other processes have published or are about to publish, by process."""
         messages: dict[int, Any] = {}
         for process in processes:
-            data = self._wait_for(self._published(name, process))
+            data = self._keys.wait_for(self._published(name, process), self.seconds_left())
             if data is None:
                 self._give_up(self._missing_from([0]) or [self.processes.index(process)])
             messages[process] = json.loads(data)
@@ -180,34 +173,31 @@ class Exchange:
 
     def read_all_others(self, name: str) -> list[Any]:
         """Return what other processes, whichever they are, published under a name before a verdict."""
-        if self._client is None:
-            return []
         own = self._published(name, self.process)
-        entries = self._client.key_value_dir_get_bytes(own.rpartition("/")[0])
-        return [json.loads(data) for key, data in entries if key != own]
+        return [json.loads(data) for data in self._keys.values_under(own.rpartition("/")[0], but=own)]
 
     def report(self, summary: Summary) -> None:
         """Merge `summary` with those from below in the tree, and give the result to the process above."""
         self._summary = summary
         for child in self._children:
-            data = self._take(self._key("up", child))
+            data = self._keys.take(self._key("up", child), self.seconds_left())
             if data is None:
                 self._give_up(self._missing_from(self._children) or [child])
             self._merge(Summary.decode(data), self.processes[child])
         if self._index > 0:
-            self._set(self._key("up", self._index), summary.encode())
+            self._keys.set(self._key("up", self._index), summary.encode())
         self._set_position(2 * self._phase + 1)
 
     def verdict(self) -> dict[str, str]:
         """Return the first finding of each kind of all processes, and pass them on below."""
         if self._index > 0:
-            data = self._take(self._key("down", self._index))
+            data = self._keys.take(self._key("down", self._index), self.seconds_left())
             if data is None:
                 self._give_up(self._missing_above())
             self._summary = Summary.decode(data)
         self._summary.same = {}
         for child in self._children:
-            self._set(self._key("down", child), self._summary.encode())
+            self._keys.set(self._key("down", child), self._summary.encode())
         self._raise_for_findings()
         return {kind: text for kind, (_, text) in self._summary.findings.items()}
 
@@ -247,9 +237,9 @@ class Exchange:
         self._summary.same = {}
         for phase in (self._phase, self._phase + 1):
             if self._index > 0:
-                self._set(self._key("up", self._index, phase), self._summary.encode())
+                self._keys.set(self._key("up", self._index, phase), self._summary.encode())
             for child in self._children:
-                self._set(self._key("down", child, phase), self._summary.encode())
+                self._keys.set(self._key("down", child, phase), self._summary.encode())
         self._raise_for_findings()
         raise AssertionError("the absence is a finding")
 
@@ -276,51 +266,26 @@ class Exchange:
         while top > 0 and self._position_of(self._parent_of(top)) > 0:
             top = self._parent_of(top)
         # Whoever is through with the exchange has deleted its position, and the summaries that it read.
-        undecided = top == 0 or self._try_get(self._key("up", top)) is not None
+        undecided = top == 0 or self._keys.try_get(self._key("up", top)) is not None
         names = self._missing_from([0]) if undecided else []
         return names or [top if top < self._index else self._parent_of(self._index)]
 
     def _set_position(self, position: int) -> None:
         """Show where this process is: twice the number of the phase, and one more once it has reported."""
-        if self._client is not None:
-            key = self._position_key(self._index)
-            self._own_keys.add(key)
-            self._set(key, str(position).encode())
+        self._keys.set_own(self._position_key(self._index), str(position).encode())
 
     def _position_of(self, index: int) -> int:
-        return int(self._try_get(self._position_key(index)) or 0)
-
-    # Keys and the store.
+        return int(self._keys.try_get(self._position_key(index)) or 0)
 
     def _key(self, direction: str, index: int, phase: int | None = None) -> str:
         """Return the key by which a process tells the one above it, or is told by it."""
-        return f"{self._namespace}/{direction}/{self._phase if phase is None else phase}/{index}"
+        return f"{direction}/{self._phase if phase is None else phase}/{index}"
 
     def _position_key(self, index: int) -> str:
-        return f"{self._namespace}/at/{index}"
+        return f"at/{index}"
 
     def _published(self, name: str, process: int) -> str:
-        return f"{self._namespace}/of/{name}/{process}"
-
-    def _set(self, key: str, value: bytes) -> None:
-        self._client.key_value_set_bytes(key, value, allow_overwrite=True)
-
-    def _try_get(self, key: str) -> bytes | None:
-        with _nothing_if("NOT_FOUND"):
-            return self._client.key_value_try_get_bytes(key)
-        return None
-
-    def _wait_for(self, key: str) -> bytes | None:
-        """Return the value of a key, or None if it does not come in time."""
-        with _nothing_if("DEADLINE_EXCEEDED"):
-            return self._client.blocking_key_value_get_bytes(key, int(self.seconds_left() * 1000) + 1)
-        return None
-
-    def _take(self, key: str) -> bytes | None:
-        data = self._wait_for(key)
-        if data is not None:
-            self._client.key_value_delete(key)
-        return data
+        return f"of/{name}/{process}"
 
     def seconds_left(self) -> float:
         """Return how long this process may still wait, a moment at least."""
@@ -330,20 +295,5 @@ class Exchange:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self._own_keys and not self._keys_stay:
-            self._client.key_value_delete(self._own_keys.pop())
-
-
-@contextlib.contextmanager
-def _nothing_if(reason: str) -> Iterator[None]:
-    """Suppress the error of the store that there is nothing under a key."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if reason not in str(error):
-            raise
-
-
-def digest_of(value: Any) -> str:
-    """Return a short text that is equal between processes when `value`, of numbers and texts, is."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+        if not self._keys_stay:
+            self._keys.delete_own()

@@ -1,33 +1,31 @@
 """The communicator: who exchanges rows with whom, made once, outside of jit."""
 
 import contextlib
-import hashlib
+import dataclasses
 import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import arguments, bootstrap, build_identity, jax_compat, native_communicator, native_module
+from jax_deepep import jax_compat, launch_variables
+from jax_deepep.communicator import native_module
+from jax_deepep.communicator.backend import Backend, agree, begin_exchange, choose
+from jax_deepep.communicator.config import (
+    CommunicatorConfig,
+    Implementation,
+    Mode,
+    check_mesh,
+    config_or_error,
+    groups_of,
+)
+from jax_deepep.communicator.native_types import NativeCommunicator
+from jax_deepep.communicator.topology import Topology
+from jax_deepep.cpu_threads import warn_of_too_few_threads
 from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
-from jax_deepep.launched_rank import launched_rank
-from jax_deepep.topology import Topology, host_identity
-
-Implementation = Literal["auto", "native", "xla"]
-Mode = Literal["auto", "throughput", "low_latency"]
-
-# Longer arguments are cut where processes compare them, and told apart by a digest.
-_MOST_CHARACTERS = 120
-
-
-def _cut(text: str) -> str:
-    """Return a text of a bounded length that differs between texts that differ."""
-    if len(text) <= _MOST_CHARACTERS:
-        return text
-    return f"{text[:_MOST_CHARACTERS]}… (digest {bootstrap.digest_of(text)})"
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,10 @@ class Communicator:
         num_sms: CUDA: SMs that one op occupies; None = as many as its bytes want, chosen for each op. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
+        ranks_per_node: None, or the group size R: all ranks of a group are on one node. Groups of several
+            nodes are not in this version.
+
+    What was asked for stays in `config`.
 
     Raises:
         ValueError, TypeError: a bad argument, named with what it got and what it takes.
@@ -92,10 +94,11 @@ class Communicator:
     mode: Mode = "auto"
     num_sms: int | None = None
     timeout_s: float = 600.0
+    ranks_per_node: int | None = None
+    config: CommunicatorConfig = field(init=False)
     topology: Topology = field(init=False)
     id: int = field(init=False)
-    _why: str = field(init=False)
-    _native: Any = field(init=False)
+    _backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
         if jax_compat.is_tracing():
@@ -103,84 +106,36 @@ class Communicator:
                 "Communicator: expected to be made outside of jit and other transformations, got a call "
                 "while tracing; make it before, and close over it or pass it to the layers as comm=."
             )
-        arguments.check_mesh(self.mesh)
-        for name in arguments.SIZES:
-            self._set(name, arguments.plain_int(getattr(self, name)))
-        wrong_axes = None
-        try:
-            axis_names = arguments.checked_axis_names(self.mesh, self.axis_name)
-        except (TypeError, ValueError) as error:
-            wrong_axes, axis_names = error, self.mesh.axis_names
-        topology = Topology.of(self.mesh, axis_names)
-        self._set("topology", topology)
-        rank = launched_rank()
-        if rank is not None and rank.num_ranks > 1 and jax.process_count() == 1:
+        check_mesh(self.mesh)
+        arguments = dict(vars(self))
+        config = config_or_error(arguments)
+        topology = groups_of(arguments) if isinstance(config, Exception) else config.topology
+        place = launch_variables.place_in_job()
+        if place is not None and place[1] > 1 and jax.process_count() == 1:
             warnings.warn(
-                f"This is rank {rank.rank} of {rank.num_ranks} of python -m jax_deepep.launch, and JAX knows "
-                "of no other process: call jax.distributed.initialize() first, in every rank, or each one "
-                "computes for itself.",
+                f"This is rank {place[0]} of {place[1]} of python -m jax_deepep.launch, and JAX knows of no "
+                "other process: call jax.distributed.initialize() first, in every rank, or each one computes "
+                "for itself.",
                 stacklevel=3,
             )
-        with self._exchange_between_processes() as exchange:
-            # Before an error in the arguments is raised here: one that only one process sees would
-            # leave the others waiting for it.
-            obstacle = self._agree_on_arguments(exchange)
-            if wrong_axes is not None:
-                raise wrong_axes
-            arguments.check_sizes(self, topology.num_ranks)
-            requested = self.implementation
-            implementation, why = arguments.chosen_implementation(requested, obstacle)
-            self._set("implementation", implementation)
-            self._set("mode", "throughput")
-            self._set("id", exchange.id)
-            self._set("_why", why)
-            self._set("_native", None)
-            if implementation == "native":
-                native, why_not = native_communicator.make(self, exchange)
-                if why_not:
-                    implementation, why = arguments.without_native(requested, why_not)
-                    self._set("implementation", implementation)
-                    self._set("_why", why)
-                    return
-                self._set("_native", native)
-                native_module.close_at_exit(self, native)
-
-    def _exchange_between_processes(self) -> bootstrap.Exchange:
-        timeout_s = self.timeout_s if arguments.is_timeout(self.timeout_s) else 600.0
-        topology = self.topology
-        if jax.process_index() not in topology.processes:
-            raise ValueError(
-                f"mesh: got one without a device of this process ({jax.process_index()}); only the "
-                "processes of a mesh make its communicators."
-            )
-        return bootstrap.Exchange.between(topology.processes, timeout_s, topology.describe_process)
-
-    def _agree_on_arguments(self, exchange: bootstrap.Exchange) -> str:
-        """Raise if processes differ; return what keeps one of them from native ops, or nothing."""
-        here, host = jax.process_index(), host_identity()
-        exchange.come_to("arguments")
-        exchange.publish("host", host)
-        hosts = exchange.read("host", set(self.topology.leaders_of(here).values()) - {here})
-        summary = bootstrap.Summary(self._arguments())
-        if text := native_communicator.obstacle(self):
-            summary.add("obstacle", [here], text)
-        if spanning := self.topology.group_between_hosts(here, hosts | {here: host}):
-            group, text = spanning
-            summary.add("group between hosts", [group, here], text)
-        exchange.report(summary)
-        findings = exchange.verdict()
-        return findings.get("obstacle") or findings.get("group between hosts", "")
-
-    def _arguments(self) -> dict[str, str]:
-        """Return the arguments as text that is equal between processes when they are."""
-        mesh = f"{dict(self.mesh.shape)} of devices {[device.id for device in self.mesh.devices.flat]}"
-        names = ("axis_name", "num_experts", "num_experts_per_tok", "max_tokens", "hidden_size",
-                 "implementation", "mode", "num_sms", "timeout_s")  # fmt: skip
-        values = {name: repr(getattr(self, name)) for name in names}
-        return {
-            **build_identity.of(self),
-            **{name: _cut(text) for name, text in {"mesh": mesh, **values}.items()},
-        }
+        with begin_exchange(topology, self.timeout_s) as exchange:
+            unsupported_reason = agree(exchange, topology, arguments, config)
+            # Not before: for an error that only one process sees, the others would wait.
+            if isinstance(config, Exception):
+                raise config
+            backend = choose(config, unsupported_reason, exchange)
+        for argument in dataclasses.fields(config):  # integers of any type are ints there
+            self._set(argument.name, getattr(config, argument.name))
+        self._set("config", config)
+        self._set("topology", topology)
+        self._set("id", exchange.id)
+        self._set("implementation", backend.implementation)
+        self._set("mode", "throughput")
+        self._set("_backend", backend)
+        if backend.native is not None:
+            native_module.close_at_exit(self, backend.native)
+            if topology.platform == "cpu":
+                warn_of_too_few_threads(len(topology.local_devices(exchange.process)))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -190,6 +145,10 @@ class Communicator:
             f"Communicator #{self.id}({self.size} ranks along {self.axis_name!r}, "
             f"{self.num_experts} experts, {self.implementation})"
         )
+
+    @property
+    def _native(self) -> NativeCommunicator | None:
+        return self._backend.native
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -219,10 +178,7 @@ class Communicator:
     @property
     def fingerprint(self) -> int:
         """63 bits that differ when the arguments do; a compiled program carries them."""
-        facts = (self.size, len(self.topology.groups), self.axis_names, self.num_experts,
-                 self.num_experts_per_tok, self.max_tokens, self.hidden_size)  # fmt: skip
-        digest = hashlib.sha256(repr(facts).encode()).digest()
-        return int.from_bytes(digest[:8], "little") >> 1
+        return self.config.fingerprint
 
     @property
     def closed(self) -> bool:
@@ -234,15 +190,6 @@ class Communicator:
         mesh = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
         groups, processes = len(self.topology.groups), len(self.topology.processes)
         state = "closed" if self.closed else self._broken_message() or "ready"
-        if self.implementation == "xla":
-            transport = "JAX collectives over the mesh axes"
-        elif self.platform == "cuda":
-            sms = f"{'up to ' if self.num_sms is None else ''}{self._native.most_blocks} SMs per op"
-            transport = f"peers' arrays are read in place, over NVLink or in one GPU; {sms}"
-        elif not self._native.shares_memory:  # no group is spread over several processes
-            transport = "process memory: peers' arrays are read in place"
-        else:
-            transport = "shared memory between the processes of this host"
         rows = [
             ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
             ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}; "
@@ -250,8 +197,8 @@ class Communicator:
             ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
                         f"{self.num_experts_per_tok} per token"),
             ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),
-            ("implementation", f"{self.implementation} ({self._why})"),
-            ("transport", transport),
+            ("implementation", f"{self.implementation} ({self._backend.reason})"),
+            ("transport", self._backend.transport()),
             ("mode", self.mode),
             ("buffers", f"{self.buffer_bytes / 2**20:.1f} MiB held between ops"),
             ("timeout", f"{self.timeout_s:g} s"),
@@ -306,7 +253,7 @@ class Communicator:
         return "" if self._native is None else self._native.broken
 
     def _raise_if_broken(self) -> None:
-        if message := self._broken_message():
+        if self._native is not None and (message := self._native.broken):
             raise PeerTimeoutError(message) if self._native.timed_out else CommunicatorError(message)
 
     def raise_if_unusable(self) -> None:
@@ -343,7 +290,7 @@ class Communicator:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Communicator":
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"comm: {self!r} cannot be pickled, because it holds devices and an agreement of processes; make "
             "it anew, in every process, with the same arguments."

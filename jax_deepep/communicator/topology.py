@@ -1,6 +1,7 @@
 """Who is where: the expert-parallel groups of a mesh, derived from its device grid."""
 
 import functools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +21,27 @@ class Topology:
         groups: devices, object array [num_groups, num_ranks]; every slice of the mesh along the
             expert-parallel axes is a group, and a device's rank is its column.
         axis_names: the expert-parallel axes, outermost first.
+        num_nodes: nodes of a group, each of as many consecutive ranks.
     """
 
     groups: np.ndarray
     axis_names: tuple[str, ...]
+    num_nodes: int = 1
 
     @classmethod
-    def of(cls, mesh: Mesh, axis_names: Sequence[str]) -> "Topology":
-        """Cut `mesh` into one group per coordinate along the axes that are not `axis_names`."""
+    def of(cls, mesh: Mesh, axis_names: Sequence[str], ranks_per_node: int | None = None) -> "Topology":
+        """Cut `mesh` into one group per coordinate along the axes that are not `axis_names`.
+
+        Args:
+            mesh: of devices.
+            axis_names: the expert-parallel axes, outermost first.
+            ranks_per_node: a divisor of the group's size, or None for one node.
+        """
         positions = [mesh.axis_names.index(name) for name in axis_names]
         grid = np.moveaxis(mesh.devices, positions, range(-len(positions), 0))
-        num_ranks = int(np.prod([mesh.shape[name] for name in axis_names]))
-        return cls(grid.reshape(-1, num_ranks), tuple(axis_names))
+        num_ranks = math.prod(mesh.shape[name] for name in axis_names)
+        num_nodes = num_ranks // (ranks_per_node or num_ranks)
+        return cls(grid.reshape(-1, num_ranks), tuple(axis_names), num_nodes)
 
     def has_groups_of(self, other: "Topology") -> bool:
         """Return whether the groups are those of `other`, with the same ranks, in whatever order."""
@@ -40,7 +50,16 @@ class Topology:
     @property
     def num_ranks(self) -> int:
         """Devices in one group."""
-        return self.groups.shape[1]
+        return int(self.groups.shape[1])
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Consecutive ranks of a group that are on one node."""
+        return self.num_ranks // self.num_nodes
+
+    def node_of(self, rank: int) -> int:
+        """Return the node of a rank, from zero within its group."""
+        return rank // self.ranks_per_node
 
     @property
     def platforms(self) -> set[str]:

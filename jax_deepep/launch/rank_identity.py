@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-PREFIX = "JAX_DEEPEP_LAUNCH_"
+from jax_deepep.launch_variables import PREFIX, place_in_job
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class LaunchedRank:
 
 def launched_rank(environ: Mapping[str, str] = os.environ) -> LaunchedRank | None:
     """Return the place of this process in its job, or None if no launcher started it."""
-    if PREFIX + "RANK" not in environ:
+    place = place_in_job(environ)
+    if place is None:
         return None
+    rank, num_ranks = place
     return LaunchedRank(
-        rank=int(environ[PREFIX + "RANK"]),
-        num_ranks=int(environ[PREFIX + "NUM_RANKS"]),
+        rank,
+        num_ranks,
         local_rank=int(environ[PREFIX + "LOCAL_RANK"]),
         log_dir=Path(environ[PREFIX + "LOG_DIR"]),
     )

@@ -12,12 +12,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import FrameType, ModuleType
-from typing import Any
+from types import FrameType
+from typing import Any, Literal, overload
 
 import jax
 
 from jax_deepep import jax_compat
+from jax_deepep.communicator.native_types import CpuModule, CudaModule, NativeCommunicator, NativeModule
 
 # JAX records this event as a scalar before it compiles a program or loads it from its cache, and as a
 # duration after that, on the same thread, also if it has failed.
@@ -36,13 +37,13 @@ _PLATFORMS = {
 _finding = threading.Lock()
 
 
-def _find(platform: str) -> tuple[ModuleType | None, str]:
+def _find(platform: str) -> tuple[Any, str]:
     with _finding:
         return _find_once(platform)
 
 
 @functools.cache
-def _find_once(platform: str) -> tuple[ModuleType | None, str]:
+def _find_once(platform: str) -> tuple[Any, str]:
     """Import and register the native module of a platform; return it, or why there is none."""
     if os.environ.get("JAX_DEEPEP_NATIVE") == "0":
         return None, "JAX_DEEPEP_NATIVE=0 switches native ops off"
@@ -127,7 +128,7 @@ def watch_compilations() -> None:
 
 
 def _remedy(needs: str) -> str:
-    package = pathlib.Path(__file__).parent
+    package = pathlib.Path(__file__).parents[1]
     if (package.parent / "pyproject.toml").exists():
         return (
             f"jax_deepep was imported from the checkout {package.parent}: run pip install -e . there, "
@@ -143,7 +144,19 @@ def obstacle(platform: str) -> str:
     return _find(platform)[1]
 
 
-def load(platform: str) -> ModuleType:
+@overload
+def load(platform: Literal["cpu"]) -> CpuModule: ...
+
+
+@overload
+def load(platform: Literal["cuda"]) -> CudaModule: ...
+
+
+@overload
+def load(platform: str) -> NativeModule: ...
+
+
+def load(platform: str) -> Any:
     """Return the native module of a platform.
 
     Raises:
@@ -155,7 +168,7 @@ def load(platform: str) -> ModuleType:
     return module
 
 
-def close_at_exit(owner: Any, native_communicator: Any) -> None:
+def close_at_exit(owner: Any, native_communicator: NativeCommunicator) -> None:
     """Close a native communicator when the interpreter ends.
 
     If its owner goes before that, programs may still use it, and it goes with the last of them.
@@ -165,7 +178,7 @@ def close_at_exit(owner: Any, native_communicator: Any) -> None:
     weakref.finalize(owner, atexit.unregister, close).atexit = False
 
 
-def _leave(native_communicator: Any) -> None:
+def _leave(native_communicator: NativeCommunicator) -> None:
     error = getattr(sys, "last_value", None)  # what ended the program, if that is why it ends
     if error is not None:
         # Its ops may wait for peers that wait for what the program does not do any more.

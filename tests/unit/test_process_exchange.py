@@ -12,8 +12,8 @@ import pytest
 from key_value_store import Store
 
 import jax_deepep as ep
-from jax_deepep.bootstrap import Exchange, Summary
-from jax_deepep.topology import Topology
+from jax_deepep.communicator.process_exchange import Exchange, Summary
+from jax_deepep.communicator.topology import Topology
 
 ARGUMENTS = {"mesh": "{'data': 1250, 'expert': 8} of devices [0, 1, 2, 3, 4]", "num_experts": "256"}
 GROUP_SIZE = 5
