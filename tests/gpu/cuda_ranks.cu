@@ -22,9 +22,11 @@
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/launch.h"
 #include "cuda/kernel_launch.h"
+#include "cuda/low_latency/launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
+#include "routing/group_rows.h"
 #include "rank_arrays.cuh"
 
 namespace jax_deepep {
@@ -54,17 +56,20 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, 
 // All ranks of one group on one device.
 class Group {
  public:
-  Group(const GroupShape& shape, int num_blocks, double timeout_s) : num_blocks_(num_blocks) {
+  // With windows for so many tokens of each rank, ops take low-latency mode.
+  Group(const GroupShape& shape, int num_blocks, double timeout_s, int window_tokens = 0)
+      : num_blocks_(num_blocks), low_latency_(window_tokens > 0), window_(shape, window_tokens) {
+    const int64_t control_bytes = window_.offset + (low_latency_ ? window_.bytes() : 0);
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
+    for (auto* load : {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels, LoadLowLatencyKernels}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
     }
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
-      controls_.push_back(std::make_unique<Array>(ControlBytes(shape)));
-      CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, ControlBytes(shape)), "cudaMemset");
+      controls_.push_back(std::make_unique<Array>(control_bytes));
+      CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, control_bytes), "cudaMemset");
       operands_.push_back(std::make_unique<Array>(4));
       *operands_.back()->host<int32_t>() = rank;
       operands_.back()->ToDevice();
@@ -100,7 +105,9 @@ class Group {
     OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
     frame.op_hash = frame.op.Hash();
-    const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
+    if (stream == nullptr) stream = streams_[rank];
+    const char* error = low_latency_ ? LaunchLowLatency(frame, window_, params, num_blocks_, device_, stream)
+                                     : launch(frame, params, num_blocks_, device_, stream);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void Launch(int rank, const DispatchParams& params, cudaStream_t stream = nullptr) {
@@ -136,6 +143,8 @@ class Group {
 
  private:
   int num_blocks_;
+  bool low_latency_;
+  WindowLayout window_;
   uint64_t num_launches_ = 0;
   DeviceFacts device_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
@@ -190,33 +199,50 @@ void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, c
   CheckSame(array, Rank::Rows(problem, end), what);
 }
 
-void CheckProblem(const Problem& problem, int num_blocks, int repeats) {
+// In low-latency mode, it is the rank of each expert that counts.
+void CheckDestination(const Problem& problem, Rank& rank, const std::string& what) {
+  if (!problem.low_latency) return CheckSame(rank.destination, rank.destination.bytes(), what);
+  const std::vector<char> got = rank.destination.FromDevice();
+  const int num_topk = problem.shape.num_topk;
+  for (int64_t i = 0; i < int64_t{problem.route.num_tokens} * num_topk; ++i) {
+    const int32_t* experts = rank.topk_idx.host<int32_t>() + i / num_topk * num_topk;
+    const bool valid = IsValidEntry(experts, i % num_topk, problem.shape.num_experts);
+    const int32_t expected = valid ? experts[i % num_topk] / problem.shape.num_local_experts() : kNone;
+    if (reinterpret_cast<const int32_t*>(got.data())[i] != expected) return Check(false, what);
+  }
+}
+
+void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency = false) {
+  problem.low_latency = low_latency;
+  const int64_t most_row_bytes = WindowLayout::MostRowBytes(problem.shape);
+  if (low_latency && problem.route.row_bytes() > most_row_bytes) problem.shape.hidden_size *= 2;
   const int num_ranks = problem.shape.num_ranks;
   std::mt19937 random(7);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
-  Group group(problem.shape, num_blocks, 5.0 * kLonger);
+  Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency ? problem.route.num_tokens + 2 : 0);
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
   int64_t run = 0;
   auto each = [&](auto make, auto check, const char* verb) {
     using Params = decltype(make(std::true_type(), *ranks[0]));
     std::vector<Params> on_cpu;
     for (int rank = 0; rank < num_ranks; ++rank) on_cpu.push_back(make(std::false_type(), *ranks[rank]));
+    const auto check_where = std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
     RunOnCpu(*comm, run++, on_cpu);
     for (int repeat = 0; repeat < repeats; ++repeat) {
       for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, make(std::true_type(), *ranks[rank]));
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {
-      Check(group.status(rank).failed == 0, std::string(problem.name) + ", " + verb + ": ended as it should");
-      check(*ranks[rank], std::string(problem.name) + ", " + verb + ", rank " + std::to_string(rank) + ": ");
+      Check(group.status(rank).failed == 0, check_where + ": ended as it should");
+      check(*ranks[rank], check_where + ", rank " + std::to_string(rank) + ": ");
     }
   };
   each([&](auto device, Rank& rank) { return DispatchOf<device.value>(problem, rank); },
        [&](Rank& rank, const std::string& where) {
          CheckSame(rank.source, rank.source.bytes(), where + "source");
-         CheckSame(rank.destination, rank.destination.bytes(), where + "destination");
+         CheckDestination(problem, rank, where + "destination");
          CheckSame(rank.weights, rank.weights.bytes(), where + "weights");
          if (!expert_major) CheckSame(rank.local_experts, rank.local_experts.bytes(), where + "local_experts");
          CheckSame(rank.group_sizes, rank.group_sizes.bytes(), where + "group_sizes");
@@ -290,7 +316,9 @@ void CheckConformance(int num_blocks) {
     problems.push_back(MakeProblem("long integers", 3, 9, 4, 21, 37, kI32, layout));
     problems.back().route.row_size = 40;
   }
-  for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2);
+  for (const Problem& problem : problems) {
+    for (const bool low_latency : {false, true}) CheckProblem(problem, num_blocks, 2, low_latency);
+  }
 }
 
 // All that a group may be. With one block for each rank: all blocks of all ranks must be resident.
@@ -305,7 +333,7 @@ void CheckLargest() {
            MakeProblem("64 ranks, by token", 64, 128, 32, 20, 128, RowType::kFloat16, kToken),
            MakeProblem("33 ranks, odd rows", 33, 66, 9, 15, 37, RowType::kBFloat16, kExpert),
        }) {
-    CheckProblem(problem, 1, 2);
+    for (const bool low_latency : {false, true}) CheckProblem(problem, 1, 2, low_latency);
   }
 }
 

@@ -13,6 +13,7 @@ struct RedispatchParams {
   // Operands.
   const void* x = nullptr;               // [T, W] of route.row_type
   const int32_t* source = nullptr;       // [C]
+  const int32_t* destination = nullptr;  // [T, K], or null where ops get on without
   const int32_t* group_sizes = nullptr;  // [G]
   const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
   const float* weights = nullptr;  // [C], or null for 1

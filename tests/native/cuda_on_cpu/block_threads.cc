@@ -95,6 +95,7 @@ struct Thread {
   Place place;
   void* stack_pointer = nullptr;
   unsigned num_exchanges = 0;
+  unsigned num_votes = 0;
 };
 
 class Block;
@@ -162,6 +163,7 @@ class Block {
   }
 
   Barrier* all() { return &all_; }
+  bool* AllOf(unsigned vote) { return &votes_[vote % 2]; }
   Warp& WarpOfCurrent() { return warps_[IndexOf(*current) / kWarpSize]; }
 
  private:
@@ -201,6 +203,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Barrier all_;
+  bool votes_[2] = {true, true};
   std::vector<int> ready_;
   int num_ended_ = 0;
   void* scheduler_ = nullptr;
@@ -226,6 +229,16 @@ void GiveWay() {
 }
 
 void SyncThreads() { block->Wait(block->all()); }
+bool SyncThreadsAnd(bool value) {
+  // Nobody sets the one of the next call before all have read this one: they all come to a barrier between.
+  bool* all = block->AllOf(current->num_votes++);
+  if (!value) *all = false;
+  block->Wait(block->all());
+  const bool result = *all;
+  block->Wait(block->all());
+  *all = true;
+  return result;
+}
 void SyncWarp() { block->Wait(&block->WarpOfCurrent().barrier); }
 
 const uint64_t* Exchange(uint64_t word) {

@@ -33,6 +33,7 @@ void RunGrid(int num_blocks, int num_threads, const std::function<void()>& body)
 void GiveWay();
 
 void SyncThreads();
+bool SyncThreadsAnd(bool value);  // whether it is true for all threads of the block
 void SyncWarp();
 
 // What the lanes of the warp, all of which call this, have given: one word of each.

@@ -73,6 +73,7 @@ void Enqueue(cudaStream_t stream, std::function<void()> work);
 // --- The device's.
 
 inline void __syncthreads() { cuda_on_cpu::SyncThreads(); }
+inline bool __syncthreads_and(bool value) { return cuda_on_cpu::SyncThreadsAnd(value); }
 inline void __syncwarp() { cuda_on_cpu::SyncWarp(); }
 inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 

@@ -37,11 +37,6 @@ struct SlotPlan {
   Plan plan;          // `offset` and `kept` of this rank's groups alone
   int32_t* counters;  // [count_warps][groups] entries of earlier runs of slots
   int32_t* rows;      // [slots of this block's warps][K]: rows, or kNone
-
-  static int64_t PlanInts(const GroupShape& shape) {
-    const int groups = std::max(shape.num_local_experts(), 1);
-    return 2 + 2 * groups + shape.num_ranks;
-  }
 };
 
 // Step 1.
@@ -79,23 +74,8 @@ __device__ void PushTokens(const LowLatencyDispatch& dispatch, const SignalledOp
         }
       }
     }
-    const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
-                                dispatch.signalled.num_parts);
-    if (words.shape.size > 0) {
-      char* to = leads ? group.SlotOf(rank, self, token).row() + words.begin : nullptr;
-      CopyRow<kWhole>(static_cast<const char*>(params.x) + token * op.row_bytes + words.begin,
-                      words.shape, to);
-    }
-    // A lane for each peer. Whether it has a row of the token is known to the lanes of the entries.
-    for (int base = 0; base < shape.num_ranks; base += 32) {
-      const int peer = base + lane;
-      bool has_row = false;
-      for (uint32_t lanes = __ballot_sync(~0u, leads); lanes != 0; lanes &= lanes - 1) {
-        has_row |= __shfl_sync(~0u, rank, __ffs(lanes) - 1) == peer;
-      }
-      const bool sends = peer < shape.num_ranks;
-      group.Send(sends, group.SlotOf(sends ? peer : self, self, token), part, has_row);
-    }
+    group.PushRow<kWhole>(static_cast<const char*>(params.x) + token * op.row_bytes, op.row_bytes, token,
+                          part, rank, leads);
   }
 }
 
@@ -254,8 +234,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   num_pairs = 0;
 
   if (group.Begin()) {
-    group.Announce();
     PushTokens<kWhole>(dispatch, group);
+    group.Announce();
     if (WaitForSlots(dispatch, group)) {
       PlanRows(dispatch, group, slots);
       CopyRows<kWhole>(dispatch, group, slots);

@@ -13,6 +13,9 @@
 namespace jax_deepep {
 
 const char* LoadLowLatencyKernels(int max_shared_bytes);
+const char* LoadLowLatencyDispatch(int max_shared_bytes);
+const char* LoadLowLatencyRedispatch(int max_shared_bytes);
+const char* LoadLowLatencyCombine(int max_shared_bytes);
 
 const char* LaunchLowLatency(const OpFrame& frame, const WindowLayout& window,
                              const DispatchParams& params, int num_blocks,

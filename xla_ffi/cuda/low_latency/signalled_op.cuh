@@ -63,6 +63,32 @@ struct RowPart {
   }
 };
 
+// Write a row to all the places that lanes of this warp name: every lane has one or null.
+template <bool kWhole>
+__device__ void CopyRow(const char* from, RowShape<kWhole> shape, char* to) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t all = __ballot_sync(~0u, to != nullptr);
+  if (all == 0) return;
+  for (int base = 0; base < shape.num_groups(); base += 32 * kWordsInFlight) {
+    Packed<uint16_t> groups[kWordsInFlight];
+#pragma unroll
+    for (int i = 0; i < kWordsInFlight; ++i) {
+      const int group = base + i * 32 + lane;
+      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(from, group, shape);
+    }
+    for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
+      const auto address = reinterpret_cast<uint64_t>(to);
+      char* of_lane =
+          reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1));
+#pragma unroll
+      for (int i = 0; i < kWordsInFlight; ++i) {
+        const int group = base + i * 32 + lane;
+        if (group < shape.num_groups()) StoreGroup(of_lane, group, shape, groups[i]);
+      }
+    }
+  }
+}
+
 class SignalledOp : public RankOp {
  public:
   __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
@@ -97,6 +123,28 @@ class SignalledOp : public RankOp {
     Signal* signal = slot.signals() + part;
     signal->op_hash = SignalHash(has_row);
     StoreReleaseSystem(&signal->step, step());  // pairs with the acquire load in Wait, on the owner
+  }
+
+  // Push a part of the row of a token to the ranks that `leads` lanes name, and send everyone the signal.
+  template <bool kWhole>
+  __device__ void PushRow(const char* row, int64_t row_bytes, int token, int part, int32_t rank,
+                          bool leads) const {
+    const int lane = threadIdx.x % 32, self = frame_.rank;
+    const RowPart<kWhole> words(static_cast<int>(row_bytes / 2), 2, part, signalled_.num_parts);
+    if (words.shape.size > 0) {
+      char* to = leads ? SlotOf(rank, self, token).row() + words.begin : nullptr;
+      CopyRow<kWhole>(row + words.begin, words.shape, to);
+    }
+    // A lane for each peer; that a peer has a row of the token is known to the lanes of entries.
+    for (int base = 0; base < num_ranks(); base += 32) {
+      const int peer = base + lane;
+      bool has_row = false;
+      for (uint32_t lanes = __ballot_sync(~0u, leads); lanes != 0; lanes &= lanes - 1) {
+        has_row |= __shfl_sync(~0u, rank, __ffs(lanes) - 1) == peer;
+      }
+      const bool sends = peer < num_ranks();
+      Send(sends, SlotOf(sends ? peer : self, self, token), part, has_row);
+    }
   }
 
   // Wait until a part of every slot that lanes of this warp name has come from its source. Returns
@@ -174,31 +222,6 @@ class SignalledOp : public RankOp {
 
   const SignalledFrame& signalled_;
 };
-
-// Write groups of a row to the rows that lanes of this warp name, or null. Each lane has one.
-template <bool kWhole>
-__device__ void CopyRow(const char* from, RowShape<kWhole> shape, char* to) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t all = __ballot_sync(~0u, to != nullptr);
-  for (int base = 0; base < shape.num_groups(); base += 32 * kWordsInFlight) {
-    Packed<uint16_t> groups[kWordsInFlight];
-#pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
-      const int group = base + i * 32 + lane;
-      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(from, group, shape);
-    }
-    for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
-      const auto address = reinterpret_cast<uint64_t>(to);
-      char* of_lane =
-          reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1));
-#pragma unroll
-      for (int i = 0; i < kWordsInFlight; ++i) {
-        const int group = base + i * 32 + lane;
-        if (group < shape.num_groups()) StoreGroup(of_lane, group, shape, groups[i]);
-      }
-    }
-  }
-}
 
 }  // namespace jax_deepep
 
