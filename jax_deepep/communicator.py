@@ -5,7 +5,7 @@ import hashlib
 import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -46,6 +46,18 @@ class CommunicatorStats:
     rows_sent: np.ndarray
     rows_received: np.ndarray
     seconds_waited: np.ndarray
+
+
+class LastOp(NamedTuple):
+    """The last op of one device.
+
+    Attributes:
+        seconds: from its first instruction on the device to its last, waits for peers included.
+        num_sms: SMs that it took.
+    """
+
+    seconds: float
+    num_sms: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -273,6 +285,21 @@ class Communicator:
                 'stats: implementation="xla" counts nothing; use implementation="native".'
             )
         return CommunicatorStats(*self._native.take_stats())
+
+    def last_ops(self) -> list[LastOp]:
+        """Return what the last op took on each device of this process, in the order of the mesh.
+
+        By the device's clock, captured or not. To be called when the op has ended; others are not waited for.
+
+        Raises:
+            CommunicatorError: the ops are not native ones of GPUs.
+        """
+        if self._native is None or self.platform != "cuda":
+            raise CommunicatorError(
+                f"last_ops: expected native ops on GPUs, got {self.implementation} ones on {self.platform}; "
+                "time whole programs there."
+            )
+        return [LastOp(*of_device) for of_device in self._native.last_ops]
 
     def check(self) -> None:
         """Wait for the ops launched so far and raise what they met. Local and sticky.
