@@ -23,7 +23,8 @@ enum class ChainStep : int {
 };
 
 inline constexpr int kMaxLinkRows = 1 << 15;
-// A block per row up to this many, which run at once on SM80 and newer: they wait for those of peers.
+// A block per row up to this many, which run at once on SM80 and newer: they wait for those of
+// peers.
 inline constexpr int kMaxRowBlocks = 320;
 inline constexpr int kFlagStride = 8;  // 32-bit words: a flag has 32 bytes of its own
 // What a warp copies at a time: 14 words of 16 bytes in each lane.
