@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from own_processes import is_a_command_for_one_process
+from own_processes import is_a_command_for_one_process, starts_its_own_processes
 
 from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
@@ -16,19 +18,15 @@ from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.report import Result, Spread
 from jax_deepep.bench.trials import slopes
 
-SHAPE = "--tokens 16 --hidden 32 --topk 2 --experts 8 --devices 2 --layout expert"
+SHAPE = "--tokens 16 --hidden 32 --topk 2 --experts 8 --layout expert"
 
 
 @is_a_command_for_one_process
-@pytest.mark.parametrize("command", [[], ["ops"]], ids=["bare", "ops"])
-def test_ops(command, tmp_path, capsys) -> None:
-    """The command without a name is `ops`."""
+def test_ops(tmp_path, capsys) -> None:
+    """The command without a name."""
     paths = {"json": tmp_path / "a.json", "markdown": tmp_path / "a.md", "plot": tmp_path / "a.png"}
     outputs = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-    # Both implementations once: xla takes long to compile.
-    implementations = ["--implementations", *(["native"] if command else ["native", "xla"])]
-    run = ["--trials", "5", "--limit-s", "0.1", *implementations, *outputs]
-    assert main([*command, *SHAPE.split(), *run]) == 0
+    assert main([*SHAPE.split(), "--devices", "2", "--trials", "5", "--limit-s", "0.1", *outputs]) == 0
 
     _, results = report.read_json(paths["json"])
     ops = {result.case: result for result in results if result.part == "ops"}
@@ -36,7 +34,8 @@ def test_ops(command, tmp_path, capsys) -> None:
     rows, row_bytes = 2 * 16 * 2, 32 * 2
     for name, result in ops.items():
         assert result.bytes_moved == PASSES[name] * rows * row_bytes
-        assert set(result.seconds) == set(implementations[1:])
+        assert set(result.seconds) == {"native", "xla"}
+        assert result.values["xla / native"] > 0
         assert result.best_baseline == "memcpy"
         for spread in (*result.seconds.values(), *result.baselines.values()):
             assert spread.trials == 5
@@ -50,6 +49,22 @@ def test_ops(command, tmp_path, capsys) -> None:
     assert paths["markdown"].read_text().count("\n| ") == (2 + len(PASSES)) + (2 + 1)
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
     assert "T=16 H=32 K=2 E=8 R=2 bfloat16 expert-major C=worst" in capsys.readouterr().out
+
+
+@starts_its_own_processes
+def test_ops_of_two_processes(tmp_path) -> None:
+    """Under the launcher, by name: the first process reports the slower one's times."""
+    path = tmp_path / "a.json"
+    launch = ["-m", "jax_deepep.launch", "-n", "2", "--platform", "cpu", "--log-dir", str(tmp_path / "logs")]
+    bench = ["-m", "jax_deepep.bench", "ops", *SHAPE.split(), "--trials", "2", "--chain", "1,2"]
+    command = [*launch, "--", sys.executable, *bench, "--implementations", "native", "--json", str(path)]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stdout + run.stderr
+    around, results = report.read_json(path)
+    assert around["processes"] == 2
+    assert [result.case for result in results] == [*PASSES, f"native {PAIR}"]
+    assert {result.primary.trials for result in results if result.primary} == {2}
+    assert {result.problem.devices for result in results} == {2}
 
 
 def test_a_slope_is_without_what_both_lengths_cost() -> None:

@@ -114,7 +114,7 @@ def test_fitting_capacity(most_rows: int, expected: int) -> None:
 def test_the_module_of_the_kernels() -> None:
     """Only the bench registers them; where they are not built, it says so."""
     if native_module.obstacle("cuda"):
-        with pytest.raises(ImportError, match="is not built|switches native ops off"):
+        with pytest.raises(ImportError, match=r"is not built|switches native ops off"):
             cuda_module.load()
         return
     assert not [target for target in native_module.load("cuda").targets() if "rows" in target]
