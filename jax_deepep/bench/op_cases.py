@@ -1,13 +1,14 @@
 """The ops and their gradients, each as a function of one device's values, and chains of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jax_deepep.bench.problem import Inputs, per_device
-from jax_deepep.bench.trials import Case, after_start
+from jax_deepep.bench.problem import Inputs
+from jax_deepep.bench.trials import Case, Stopwatch, after_start
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops.combine import combine as public_combine
 from jax_deepep.ops.dispatch import dispatch as public_dispatch
@@ -36,16 +37,18 @@ class OpCases:
         shape: the static part.
         dispatched: what combine and the gradients run on; their speed does not depend on the numbers.
         cases: by the names in PASSES.
+        programs: the same compiled, each alone.
         round_trip: [R·T, H], what dispatch + combine computes.
     """
 
     shape: RouteShape
     dispatched: Dispatched
     cases: dict[str, Case]
+    programs: dict[str, Callable[[], Any]]
     round_trip: jax.Array
 
     @classmethod
-    def of(cls, comm: Communicator, mesh: Mesh, inputs: Inputs) -> "OpCases":
+    def of(cls, comm: Communicator, stopwatch: Stopwatch, inputs: Inputs) -> "OpCases":
         """Compile and run a dispatch, and what follows from it."""
         problem = inputs.problem
         shape = RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None)
@@ -69,18 +72,19 @@ class OpCases:
             scaled = {"weights": weights, "y": y} if weighted else {}
             return ops.redispatch(shape, out, routes, zero_rest=True, **scaled)
 
-        operands = (inputs.x, inputs.topk_idx, inputs.topk_weights)
-        dispatched = Dispatched(*per_device(mesh, lambda *args: dispatch(None, *args))(*operands))
+        sent = Case(dispatch, (inputs.x, inputs.topk_idx, inputs.topk_weights))
+        programs = {"dispatch": stopwatch.program(sent)}
+        dispatched = Dispatched(*programs["dispatch"]())
         received = (dispatched.tokens, dispatched.routes, dispatched.weights)
         cases = {
-            "dispatch": Case(dispatch, operands),
+            "dispatch": sent,
             "combine": Case(combine, received),
             PAIR: chain(shape, inputs, 1),
             "dispatch backward": Case(dispatch_backward, received),
             "combine backward": Case(combine_backward, (inputs.x, *received)),
         }
-        round_trip = per_device(mesh, lambda *args: cases[PAIR].run(None, *args))(*operands)
-        return cls(shape, dispatched, cases, round_trip)
+        programs |= {name: stopwatch.program(case) for name, case in cases.items() if case is not sent}
+        return cls(shape, dispatched, cases, programs, programs[PAIR]())
 
 
 def chain(shape: RouteShape, inputs: Inputs, length: int) -> Case:

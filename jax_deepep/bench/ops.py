@@ -127,10 +127,11 @@ def measure(
         for name in options.implementations:
             sms = num_sms if name == "native" else None
             comm = problem.communicator(mesh, name, num_sms=sms, timeout_s=TIMEOUT_S)
-            tested[name] = OpCases.of(stack.enter_context(comm), mesh, inputs)
+            tested[name] = OpCases.of(stack.enter_context(comm), stopwatch, inputs)
         first = tested.get("native") or next(iter(tested.values()))
         for other in tested.values():
-            check_agreement(first, other)
+            if other is not first:
+                check_agreement(first, other)
         on_device = stopwatch.on_gpus and "native" in tested
         comm = first.shape.comm
         row_cases = _row_cases(stopwatch, first, inputs) if on_device else {}
@@ -140,7 +141,7 @@ def measure(
             stack.callback(memcpy.close)
 
         for op, passes in PASSES.items():
-            hosts = {name: stopwatch.host(ops.cases[op]) for name, ops in tested.items()}
+            hosts = {name: stopwatch.host_of(ops.programs[op]) for name, ops in tested.items()}
             values: dict[str, int | float] = {}
             if on_device and op != PAIR:  # two ops have no time of the last one
                 of_kind = f"{rows.kind_of(op, problem.layout)}:"
@@ -178,7 +179,7 @@ def _row_cases(stopwatch: Stopwatch, ops: OpCases, inputs: Inputs) -> dict[str, 
     if rows.unsupported_reason(inputs):
         return {}
     cases = rows.row_baselines(stopwatch.mesh, ops.shape, inputs, ops.dispatched)
-    gradient, _ = jax.block_until_ready(stopwatch.program(ops.cases["dispatch backward"])())
+    gradient, _ = jax.block_until_ready(ops.programs["dispatch backward"]())
     rows.check_row_baselines(stopwatch.mesh, cases, ops.dispatched, gradient)
     return cases
 

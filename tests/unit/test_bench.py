@@ -112,7 +112,7 @@ def test_shares_of_kernels() -> None:
 
 
 def test_implementations_that_disagree_have_no_speed() -> None:
-    one = OpCases(None, None, {}, jnp.ones((2, 8)))  # type: ignore[arg-type]
+    one = OpCases(None, None, {}, {}, jnp.ones((2, 8)))  # type: ignore[arg-type]
     check_agreement(one, dataclasses.replace(one, round_trip=jnp.ones((2, 8)) + 2**-8))
     with pytest.raises(RuntimeError, match=r"expected the same .* got a difference of up to 0.0625"):
         check_agreement(one, dataclasses.replace(one, round_trip=jnp.ones((2, 8)) + 2**-4))

@@ -42,6 +42,7 @@ void Load(const std::vector<int>& ordinals) {
     for (auto* load : {LoadGatherRows, LoadSumRows}) {
       if (error == nullptr) error = load(bytes - kStaticSharedBytes);
     }
+    cudaDeviceSynchronize();
   }
   cudaSetDevice(before);
   if (error != nullptr) throw std::runtime_error(std::string("loading kernels failed: ") + error);
