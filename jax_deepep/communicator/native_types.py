@@ -80,8 +80,6 @@ class CudaCommunicator(NativeCommunicator, Protocol):
 
     def start(self, ranks_per_gpu: Sequence[int]) -> None: ...
 
-    def load_floors(self) -> None: ...
-
 
 class NativeModule(Protocol):
     """A native module, for whatever platform: a table of capsules."""
