@@ -106,4 +106,8 @@ class CudaModule(NativeModule, Protocol):
         self, num_ranks: int, num_experts: int, num_topk: int, device: AddressInPool, limit_bytes: int
     ) -> str: ...
 
+    @property
+    def launch_op(self) -> Any:
+        """A capsule, with which a module of other kernels launches them as ops."""
+
     def Communicator(self, **arguments: Any) -> CudaCommunicator: ...

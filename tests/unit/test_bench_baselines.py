@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jax_deepep import Communicator, CommunicatorError, native_module
+from jax_deepep import Communicator, CommunicatorError
 from jax_deepep.bench.baselines import cuda_module, rows
 from jax_deepep.bench.problem import (
     AXIS,
@@ -19,6 +19,7 @@ from jax_deepep.bench.problem import (
     per_device,
     rows_of_devices,
 )
+from jax_deepep.communicator import native_module
 from jax_deepep.ops import reference
 from jax_deepep.ops.handle import Routes, RouteShape
 
