@@ -5,7 +5,7 @@ import dataclasses
 import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jax_deepep.communicator.config import (
     config_or_error,
     groups_of,
 )
+from jax_deepep.communicator.native import CudaHalf
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.topology import Topology
 from jax_deepep.cpu_threads import warn_of_too_few_threads
@@ -44,6 +45,18 @@ class CommunicatorStats:
     rows_sent: np.ndarray
     rows_received: np.ndarray
     seconds_waited: np.ndarray
+
+
+class LastOp(NamedTuple):
+    """The last op of one device.
+
+    Attributes:
+        seconds: from its first instruction on the device to its last, waits for peers included.
+        num_sms: SMs that it took.
+    """
+
+    seconds: float
+    num_sms: int
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -220,6 +233,22 @@ class Communicator:
                 'stats: implementation="xla" counts nothing; use implementation="native".'
             )
         return CommunicatorStats(*self._native.take_stats())
+
+    def last_ops(self) -> list[LastOp]:
+        """Return what the last op took on each device of this process, in the order of the mesh.
+
+        By the device's clock, captured or not. To be called when the op has ended; others are not waited for.
+
+        Raises:
+            CommunicatorError: the ops are not native ones of GPUs.
+        """
+        half = self._backend.half
+        if not isinstance(half, CudaHalf):
+            raise CommunicatorError(
+                f"last_ops: expected native ops on GPUs, got {self.implementation} ones on {self.platform}; "
+                "time whole programs there."
+            )
+        return [LastOp(*of_device) for of_device in half.native.last_ops]
 
     def check(self) -> None:
         """Wait for the ops launched so far and raise what they met. Local and sticky.

@@ -80,8 +80,6 @@ class CudaCommunicator(NativeCommunicator, Protocol):
 
     def start(self, ranks_per_gpu: Sequence[int]) -> None: ...
 
-    def load_floors(self) -> None: ...
-
 
 class NativeModule(Protocol):
     """A native module, for whatever platform: a table of capsules."""
@@ -107,5 +105,9 @@ class CudaModule(NativeModule, Protocol):
     def obstacle(
         self, num_ranks: int, num_experts: int, num_topk: int, device: AddressInPool, limit_bytes: int
     ) -> str: ...
+
+    @property
+    def launch_op(self) -> Any:
+        """A capsule, with which a module of other kernels launches them as ops."""
 
     def Communicator(self, **arguments: Any) -> CudaCommunicator: ...

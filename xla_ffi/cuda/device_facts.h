@@ -12,7 +12,7 @@ struct DeviceFacts {
   const char* pool = nullptr;  // XLA's memory
   size_t pool_bytes = 0;
   int shared_bytes = 0;      // most that a block may have
-  bool bulk_copies = false;  // SM90; only floors of the bench use them
+  bool bulk_copies = false;  // SM90; only the bench uses them
 
   bool Holds(const void* pointer) const {
     const auto* address = static_cast<const char*>(pointer);

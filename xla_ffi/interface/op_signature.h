@@ -19,7 +19,7 @@ enum class Verb : int64_t {
   kDispatch = 1,
   kRedispatch = 2,
   kCombine = 3,
-  kFloor = 4,  // of the bench
+  kBaseline = 4,  // of the bench
 };
 
 inline const char* NameOf(Verb verb) {
@@ -30,8 +30,8 @@ inline const char* NameOf(Verb verb) {
       return "redispatch";
     case Verb::kCombine:
       return "combine";
-    case Verb::kFloor:
-      return "floor";
+    case Verb::kBaseline:
+      return "baseline";
   }
   return "op";
 }
