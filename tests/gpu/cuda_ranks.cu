@@ -56,10 +56,10 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, 
 // All ranks of one group on one device.
 class Group {
  public:
-  // With windows for so many tokens of each rank, ops take low-latency mode.
-  Group(const GroupShape& shape, int num_blocks, double timeout_s, int window_tokens = 0)
-      : num_blocks_(num_blocks), low_latency_(window_tokens > 0), window_(shape, window_tokens) {
-    const int64_t control_bytes = window_.offset + (low_latency_ ? window_.bytes() : 0);
+  // With windows for all tokens, so that ops may take either mode.
+  Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false)
+      : num_blocks_(num_blocks), low_latency_(low_latency), window_(shape, shape.max_tokens) {
+    const int64_t control_bytes = window_.offset + window_.bytes();
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
@@ -104,6 +104,7 @@ class Group {
               cudaStream_t stream) {
     OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
+    if (low_latency_) frame.op.flags |= OpSignature::kLowLatency;
     frame.op_hash = frame.op.Hash();
     if (stream == nullptr) stream = streams_[rank];
     const char* error = low_latency_ ? LaunchLowLatency(frame, window_, params, num_blocks_, device_, stream)
@@ -124,6 +125,9 @@ class Group {
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void DelayRank(int rank, uint64_t nanoseconds) { LaunchDelay(nanoseconds, streams_[rank]); }
+
+  // Let later ops take this mode.
+  void Take(bool low_latency) { low_latency_ = low_latency; }
 
   // Let the program take a rank for another one.
   void TakeFor(int rank, int32_t believed) {
@@ -221,7 +225,7 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
-  Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency ? problem.route.num_tokens + 2 : 0);
+  Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
   int64_t run = 0;
   auto each = [&](auto make, auto check, const char* verb) {
@@ -359,15 +363,17 @@ bool AllFailed(const Problem& problem, Array& array) {
 }
 
 // The last rank does not come, or comes late; every op ends, says who was missing, and so do later ones.
-void CheckFaults(int num_ranks, int num_blocks, bool late) {
-  const std::string name = std::to_string(num_ranks) + " ranks, " + (late ? "one comes late: " : "one stays away: ");
-  const Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
+void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
+  const std::string name = std::to_string(num_ranks) + (low_latency ? " ranks, low latency, " : " ranks, ") +
+                           (late ? "one comes late: " : "one stays away: ");
+  Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
                                       Layout::kExpertMajor);
+  problem.low_latency = low_latency;
   const int last = num_ranks - 1;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
-  Group group(problem.shape, num_blocks, 0.3 * kLonger);
+  Group group(problem.shape, num_blocks, 0.3 * kLonger, low_latency);
   for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
   group.Wait();
   for (int rank = 0; rank < num_ranks; ++rank) Check(group.status(rank).failed == 0, name + "the first op succeeds");
@@ -406,7 +412,8 @@ void CheckFaults(int num_ranks, int num_blocks, bool late) {
     Check(AllFailed(integers, ranks[rank]->tokens), name + "integers have all bits set");
   }
   // The device still computes.
-  CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1);
+  CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1,
+               low_latency);
 }
 
 // How an op that cannot succeed ends: soon, and on all ranks that came.
@@ -425,9 +432,10 @@ void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr
 }
 
 // Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never comes.
-void CheckMistakes(int num_blocks) {
+void CheckMistakes(int num_blocks, bool low_latency) {
   constexpr double kTimeout = 60 * kLonger, kAtOnce = 5 * kLonger;
-  const Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.low_latency = low_latency;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < 3; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
@@ -435,7 +443,7 @@ void CheckMistakes(int num_blocks) {
     group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]), stream);
   };
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     Problem shorter = problem;
     shorter.route.capacity -= 8;
@@ -450,13 +458,26 @@ void CheckMistakes(int num_blocks) {
     }
   }
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
+    dispatch(group, 0);
+    group.Take(!low_latency);
+    dispatch(group, 1);
+    group.Wait();
+    for (int rank = 0; rank < 2; ++rank) {
+      const FailureReport& report = group.status(rank).report;
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different modes are told apart");
+      const int64_t difference = report.op.flags ^ report.other_op.flags;
+      Check(difference == OpSignature::kLowLatency, "and told");
+    }
+  }
+  {
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     group.TakeFor(1, 0);
     for (int rank = 0; rank < 3; ++rank) dispatch(group, rank);
     CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce, "a device taken for another");
   }
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     dispatch(group, 1);
     group.GiveUp(2);
@@ -465,7 +486,7 @@ void CheckMistakes(int num_blocks) {
     CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce, "the op after one that is not launched");
   }
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     cudaStream_t beside;
     CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
     dispatch(group, 0);
@@ -514,8 +535,9 @@ void CheckNoRoom() {
 }
 
 // Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other, or fails.
-void CheckTwoAtOnce(int num_blocks, int tries) {
-  const Problem problem = MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
+  Problem problem = MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.low_latency = low_latency;
   std::mt19937 random(5);
   std::vector<std::unique_ptr<Rank>> ranks, others;
   for (int rank = 0; rank < 2; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
@@ -530,7 +552,7 @@ void CheckTwoAtOnce(int num_blocks, int tries) {
   for (cudaStream_t& stream : beside) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   int num_failed = 0;
   for (int i = 0; i < tries; ++i) {
-    Group group(problem.shape, num_blocks, 5.0 * kLonger);
+    Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
     const uint64_t delay = random() % 60'000 * kOpsTakeLonger;
     for (auto* each : {&ranks, &others}) {
       for (auto& rank : *each) {
@@ -559,13 +581,15 @@ void CheckTwoAtOnce(int num_blocks, int tries) {
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
 void CheckSoak(int num_blocks, int steps) {
   constexpr int num_ranks = 8;
-  const Problem problem = MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
+  Problem problem = MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
   std::mt19937 random(11);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
   Group group(problem.shape, num_blocks, 5.0 * kLonger);
   for (int step = 0; step < steps && failures == 0; ++step) {
+    problem.low_latency = random() % 2 == 0;  // each mode follows either
+    group.Take(problem.low_latency);
     std::vector<DispatchParams> dispatches;
     std::vector<CombineParams> combines;
     for (auto& rank : ranks) {
@@ -612,12 +636,16 @@ int main(int argc, char** argv) {
       CheckConformance(2);
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
-        CheckFaults(3, 2, late);
-        CheckFaults(kOnGpu ? 40 : 8, 1, late);
+        for (const bool low_latency : {false, true}) {
+          CheckFaults(3, 2, late, low_latency);
+          CheckFaults(kOnGpu ? 40 : 8, 1, late, low_latency);
+        }
       }
-      CheckMistakes(2);
       if (kOnGpu) CheckNoRoom();
-      CheckTwoAtOnce(3, kOnGpu ? 200 : 20);
+      for (const bool low_latency : {false, true}) {
+        CheckMistakes(2, low_latency);
+        CheckTwoAtOnce(3, kOnGpu ? 200 : 10, low_latency);
+      }
     } else if (what == "soak" && i + 1 < argc) {
       CheckSoak(3, std::atoi(argv[++i]));
     } else {

@@ -40,7 +40,7 @@ inline const char* NameOf(Verb verb) {
 struct OpSignature {
   Verb verb = Verb{};
   int64_t call = 0;   // index of the call in its program, in the order in which JAX lowers them
-  int64_t flags = 0;  // which optional operands and results the call has
+  int64_t flags = 0;  // which optional operands and results the call has, and its mode
   int64_t layout = 0;
   int64_t row_type = 0;
   int64_t row_size = 0;
@@ -50,6 +50,7 @@ struct OpSignature {
   int64_t expert_capacity = 0;
 
   static constexpr int kWords = 10;
+  static constexpr int64_t kLowLatency = 1 << 8;  // of flags
   JAX_DEEPEP_HOST_DEVICE const int64_t* words() const {
     return reinterpret_cast<const int64_t*>(this);
   }
@@ -111,7 +112,6 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
   };
   static constexpr Field kFields[] = {
       {"call (index of the op in its program)", &OpSignature::call},
-      {"optional operands (bits)", &OpSignature::flags},
       {"layout", &OpSignature::layout},
       {"dtype", &OpSignature::row_type},
       {"elements of a row", &OpSignature::row_size},
@@ -138,6 +138,14 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
     separator = "; ";
   };
   add("the op", NameOf(mine.verb), NameOf(theirs.verb));
+  const auto mode_of = [](const OpSignature& op) {
+    return (op.flags & OpSignature::kLowLatency) != 0 ? "low_latency" : "throughput";
+  };
+  add("mode", mode_of(mine), mode_of(theirs));
+  const auto operands_of = [](const OpSignature& op) {
+    return std::to_string(op.flags & ~OpSignature::kLowLatency);
+  };
+  add("optional operands (bits)", operands_of(mine), operands_of(theirs));
   for (const Field& field : kFields)
     add(field.name, value_of(mine, field), value_of(theirs, field));
   return text.str();
