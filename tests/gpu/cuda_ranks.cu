@@ -20,7 +20,7 @@
 #include "cpu/communicator.h"
 #include "cpu/op.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/kernels.h"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
 #include "rank_arrays.cuh"
@@ -43,7 +43,7 @@ class Group {
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
+    for (auto* load : {LoadRankKernels, kernels_.load}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
     }
@@ -79,23 +79,13 @@ class Group {
   }
 
   template <typename Params>
-  void Launch(int rank, const Params& params,
-              const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t),
-              cudaStream_t stream) {
+  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
     OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
     frame.op_hash = frame.op.Hash();
+    const auto launch = kernels_.LaunchOf<Params>();
     const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
-  }
-  void Launch(int rank, const DispatchParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchDispatch, stream);
-  }
-  void Launch(int rank, const RedispatchParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchRedispatch, stream);
-  }
-  void Launch(int rank, const CombineParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchCombine, stream);
   }
   void GiveUp(int rank) {
     const char* error = LaunchGiveUp(frames_[rank], Failure::kNotLaunched, streams_[rank]);
@@ -120,6 +110,7 @@ class Group {
   HostStatus& status(int rank) { return *statuses_[rank]; }
 
  private:
+  const KernelSet& kernels_ = KernelsOf("throughput");
   int num_blocks_;
   uint64_t num_launches_ = 0;
   DeviceFacts device_;

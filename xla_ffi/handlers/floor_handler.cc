@@ -43,11 +43,11 @@ FloorParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tokens
 
 // As the op has it that the floor is compared with, so that both take as many SMs.
 OpBytes BytesOf(const GroupShape& shape, FloorKind kind, const FloorParams& params) {
-  CombineParams combine;
-  RedispatchParams redispatch;
-  combine.route = redispatch.route = params.route;
-  redispatch.y = kind == FloorKind::kAdd ? params.y : nullptr;
-  return kind == FloorKind::kSum ? BytesOf(shape, combine) : BytesOf(shape, redispatch);
+  const ExpectedRows rows = ExpectedRowsOf(shape, params.route);
+  const double local_rows = kind == FloorKind::kSum
+                                ? VerbTraits<CombineParams>::LocalRows(CombineParams(), rows)
+                                : (kind == FloorKind::kAdd ? 2 : 1) * rows.rows;
+  return BytesOf(shape, params.route, local_rows);
 }
 
 ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
@@ -82,7 +82,8 @@ ffi::Error GatherFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer ran
   params.warps = static_cast<int32_t>(warps);
   params.depth = static_cast<int32_t>(depth);
   return Run(site, context, rank, error, FloorKind::kGather, params,
-             {{&params.x, params.route.num_tokens * params.route.row_bytes()}}, &LaunchGatherFloor);
+             {{&params.x, params.route.num_tokens * params.route.rows().bytes()}},
+             &LaunchGatherFloor);
 }
 
 ffi::Error AddFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
@@ -100,7 +101,7 @@ ffi::Error AddFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, 
   params.y = y.untyped_data();
   params.out = rows->untyped_data();
   return Run(site, context, rank, error, FloorKind::kAdd, params,
-             {{&params.x, params.route.num_tokens * params.route.row_bytes()}}, &LaunchAddFloor);
+             {{&params.x, params.route.num_tokens * params.route.rows().bytes()}}, &LaunchAddFloor);
 }
 
 ffi::Error SumFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
@@ -124,7 +125,7 @@ ffi::Error SumFloor(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, 
   params.out = out->untyped_data();
   params.sums = DataIf<void>(with_sums, *sums);
   return Run(site, context, rank, error, FloorKind::kSum, params,
-             {{&params.y, params.route.capacity * params.route.row_bytes()}, params.sums},
+             {{&params.y, params.route.capacity * params.route.rows().bytes()}, params.sums},
              &LaunchSumFloor);
 }
 

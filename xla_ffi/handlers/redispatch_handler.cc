@@ -16,12 +16,14 @@ LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer ra
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
-  route.num_tokens = DecodeRows(x, "x", shape, &route, &error);
+  RowFormat format;
+  route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  route.SetRows(format);
   route.capacity = static_cast<int32_t>(source.element_count());
   params.zero_rest = zero_rest;
 
   const int64_t capacity = route.capacity;
-  if ((weighted || with_products) && route.row_type == RowType::kInt32) {
+  if ((weighted || with_products) && format.type == RowType::kInt32) {
     error = "x has integers, which are only carried: they take no weights and no products";
   }
   CheckBuffer(source, ffi::S32, capacity, "source", &error);
@@ -49,27 +51,31 @@ LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer ra
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RedispatchHandler, Redispatch,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSite>>()
-                                  .Ctx<LaunchContext>()
-                                  .Arg<ffi::AnyBuffer>()  // rank
-                                  .Arg<ffi::AnyBuffer>()  // x
-                                  .Arg<ffi::AnyBuffer>()  // source
-                                  .Arg<ffi::AnyBuffer>()  // group_sizes
-                                  .Arg<ffi::AnyBuffer>()  // weights, if weighted
-                                  .Arg<ffi::AnyBuffer>()  // y, if with_products
-                                  .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
-                                  .Ret<ffi::AnyBuffer>()  // rows
-                                  .Ret<ffi::AnyBuffer>()  // products, if with_products
-                                  .Attr<int64_t>("layout")
-                                  .Attr<bool>("zero_rest")
-                                  .Attr<bool>("weighted")
-                                  .Attr<bool>("with_products")
-                                  .Attr<bool>("with_pairs")
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint")
-                                  .Attr<int64_t>("call"),
-                              kTraits);
+template <>
+XLA_FFI_Error* Execute<RedispatchParams>(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, Redispatch,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::State<CallSite>>()
+                             .Ctx<LaunchContext>()
+                             .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // x
+                             .Arg<ffi::AnyBuffer>()  // source
+                             .Arg<ffi::AnyBuffer>()  // group_sizes
+                             .Arg<ffi::AnyBuffer>()  // weights, if weighted
+                             .Arg<ffi::AnyBuffer>()  // y, if with_products
+                             .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
+                             .Ret<ffi::AnyBuffer>()  // rows
+                             .Ret<ffi::AnyBuffer>()  // products, if with_products
+                             .Attr<int64_t>("layout")
+                             .Attr<bool>("zero_rest")
+                             .Attr<bool>("weighted")
+                             .Attr<bool>("with_products")
+                             .Attr<bool>("with_pairs")
+                             .Attr<int64_t>("comm")
+                             .Attr<int64_t>("fingerprint")
+                             .Attr<int64_t>("call"),
+                         kTraits);
+  return (*handler)(frame);
+}
 
 }  // namespace jax_deepep
