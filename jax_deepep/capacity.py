@@ -61,15 +61,3 @@ def bounded_rows(
 def num_groups(layout: Layout, num_local_experts: int) -> int:
     """Return how many groups the rows of one device form: one per local expert, or one in all."""
     return num_local_experts if layout == "expert" else 1
-
-
-def pair_table_shape(
-    *, num_ranks: int, num_tokens: int, num_experts_per_tok: int, num_local_experts: int
-) -> tuple[int, int]:
-    """Return the shape of the (token, device) pairs: `PairTable` in `xla_ffi/interface/geometry.h`."""
-    return 1 + num_ranks * num_tokens, round_up(1 + min(num_experts_per_tok, num_local_experts), 4)
-
-
-def dispatch_scratch_ints(*, num_ranks: int, num_tokens: int, num_experts_per_tok: int) -> int:
-    """Return the int32s of scratch of a dispatch: `DispatchScratchInts` in `xla_ffi/interface/dispatch.h`."""
-    return num_tokens * (4 * num_experts_per_tok + num_ranks)

@@ -155,6 +155,21 @@ def load(platform: str) -> ModuleType:
     return module
 
 
+@functools.cache
+def numbers() -> ModuleType:
+    """Return a native module, for the numbers and sizes that those of all platforms have alike.
+
+    It is only imported: a program may be traced for a platform whose module is not built here.
+    """
+    errors = []
+    for name, _, _ in _PLATFORMS.values():
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            errors.append(str(error))
+    raise ImportError("; ".join(errors))
+
+
 def close_at_exit(owner: Any, native_communicator: Any) -> None:
     """Close a native communicator when the interpreter ends.
 
