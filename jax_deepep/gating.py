@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_deepep.arguments import checked_integer
-from jax_deepep.ops.checks import check_array
+from jax_deepep.checks import check_array, checked_integer
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 

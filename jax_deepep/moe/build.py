@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import round_up
+from jax_deepep.checks import checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.moe.config import MoEConfig
 

@@ -12,13 +12,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import bounded_rows
+from jax_deepep.checks import ROW_DTYPES, check_array, checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
-from jax_deepep.ops.checks import ROW_DTYPES, check_array
 
 # What the integers among the fields are at least.
 LEAST = {

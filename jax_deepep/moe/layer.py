@@ -22,12 +22,12 @@ from jax.sharding import PartitionSpec as P
 from jax_deepep import gating, jax_compat
 from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
+from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
 from jax_deepep.moe.fair_drops import leave_out
 from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
-from jax_deepep.ops.checks import check_array, check_rows_dtype
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
 from jax_deepep.ops.handle import ExpertMajor

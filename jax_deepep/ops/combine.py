@@ -4,15 +4,10 @@ from typing import Any
 
 import jax
 
+from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import autodiff
-from jax_deepep.ops.checks import (
-    check_array,
-    check_call_site,
-    check_rows_dtype,
-    communicator_of,
-    vary_together,
-)
+from jax_deepep.ops.checks import check_call_site, communicator_of, vary_together
 from jax_deepep.ops.handle import Handle
 from jax_deepep.ops.reverse_mode import only_in_reverse
 

@@ -5,12 +5,11 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import INT32_MAX, Layout, worst_case_rows
+from jax_deepep.checks import check_array, checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import autodiff
 from jax_deepep.ops.checks import (
-    check_array,
     check_call_site,
     check_comm,
     check_sent_rows,

@@ -86,7 +86,7 @@ class Handle(Generic[Received]):
         num_dropped: int32 [], those of them that did not fit.
         num_invalid: int32 [], entries of this device's `topk_idx` that were ignored: outside
             [−1, E), or an expert named before in the same row (the lowest k is kept).
-        route_shape: static.
+        route_shape: static; `comm`, `layout`, `capacity` and `mode` are from there.
     """
 
     source: jax.Array
@@ -100,6 +100,26 @@ class Handle(Generic[Received]):
     num_dropped: jax.Array
     num_invalid: jax.Array
     route_shape: RouteShape = field(metadata=_static())
+
+    @property
+    def comm(self) -> Communicator:
+        """The communicator of the dispatch."""
+        return self.route_shape.comm
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the dispatch: "expert" or "token"."""
+        return self.route_shape.layout
+
+    @property
+    def capacity(self) -> int:
+        """C, rows of the received arrays."""
+        return self.route_shape.capacity
+
+    @property
+    def mode(self) -> str:
+        """The mode of the dispatch, in which its combine and its backward run too."""
+        return self.comm.mode
 
     @property
     def routes(self) -> Routes:

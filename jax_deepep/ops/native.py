@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_deepep import jax_compat, native_module
+from jax_deepep import jax_compat
 from jax_deepep.capacity import num_groups
+from jax_deepep.communicator import native_module
 from jax_deepep.jax_compat import ShapedArray, ad, batching, mlir
 from jax_deepep.ops.checks import check_groups, check_platform
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
@@ -57,7 +58,8 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
             values = list(operands)
             for i, value in zip(mapped, slices, strict=True):
                 values[i] = value
-            return primitive.bind(*values, **parameters)
+            results: list[jax.Array] = primitive.bind(*values, **parameters)
+            return results
 
         stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
         results = lax.map(one, stacked)
@@ -153,7 +155,7 @@ dispatch_p = _define_primitive("dispatch", _dispatch_types)
 
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle]:
+) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     tokens, *leaves = dispatch_p.bind(
         shape.rank(),

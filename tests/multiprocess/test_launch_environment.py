@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jax_deepep.launch import launched_rank
 from jax_deepep.launch.hosts.cluster_environment import (
     LauncherPlace,
     PlaceError,
@@ -19,7 +20,7 @@ from jax_deepep.launch.hosts.cluster_environment import (
 from jax_deepep.launch.hosts.kubernetes_job import KubernetesError, KubernetesJob, read_job
 from jax_deepep.launch.python_command import through_python_program
 from jax_deepep.launch.rank_environment import JobPlace, RankSettings, rank_environ, without_launch
-from jax_deepep.launched_rank import PREFIX, launched_rank
+from jax_deepep.launch_variables import PREFIX
 
 SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_NTASKS": "4",

@@ -399,7 +399,7 @@ void CheckDivisors() {
 // Every verb has a number and a name of its own, and peers read no more of its arrays than they can name.
 void CheckVerbs() {
   std::set<std::string> names;
-  std::set<Verb> numbers = {Verb{}, Verb::kFloor};
+  std::set<Verb> numbers = {Verb{}, Verb::kBaseline};
   Verbs::ForEach([&](auto type) {
     using Params = typename decltype(type)::type;
     Check(numbers.insert(kVerbOf<Params>).second, "a verb's number");
@@ -408,7 +408,7 @@ void CheckVerbs() {
     Params params;
     Check(VerbTraits<Params>::ReadByPeers(GroupShape(), &params).size() <= kMaxOperands, "what peers read");
   });
-  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kFloor)) == 0, "what is no verb");
+  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kBaseline)) == 0, "what is no verb");
 }
 
 // What peers read of an operand is a copy where it does not lie in their reach, and results stay.

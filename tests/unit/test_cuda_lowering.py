@@ -12,7 +12,8 @@ from meshes import mesh_named
 from own_processes import is_a_command_for_one_process
 
 import jax_deepep as ep
-from jax_deepep import jax_compat, native_module
+from jax_deepep import jax_compat
+from jax_deepep.communicator import native_module
 from jax_deepep.moe import build_config, init_parameters, moe
 
 pytestmark = is_a_command_for_one_process

@@ -13,7 +13,7 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep import native_module
+from jax_deepep.communicator import native_module
 
 
 def nvcc_version() -> tuple[int, int] | None:

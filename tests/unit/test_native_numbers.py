@@ -2,7 +2,8 @@
 
 import pytest
 
-from jax_deepep import capacity, native_module
+from jax_deepep import capacity
+from jax_deepep.communicator import native_module
 from jax_deepep.ops import checks
 
 

@@ -14,10 +14,9 @@
 #include <vector>
 
 #include "bindings/module_tables.h"
-#include "cuda/bench/floor.h"
+#include "bindings/op_launcher.h"
 #include "cuda/communicator.h"
 #include "handlers/call_site.h"
-#include "handlers/floor_handler.h"
 #include "handlers/registry.h"
 #include "source_digest.h"
 
@@ -98,18 +97,10 @@ std::vector<std::pair<double, int>> LastOps(const CudaCommunicator& comm) {
   return ops;
 }
 
-void LoadFloors(CudaCommunicator& comm) {
-  comm.Load(LoadGatherFloors);
-  comm.Load(LoadSumFloors);
-}
-
-// The verbs, and what the bench compares them with.
-nb::dict TargetsAndFloors() {
-  nb::dict targets = Targets();
-  targets["jax_deepep_gather_floor"] = Stages(GatherFloorHandler);
-  targets["jax_deepep_add_floor"] = Stages(AddFloorHandler);
-  targets["jax_deepep_sum_floor"] = Stages(SumFloorHandler);
-  return targets;
+std::string LaunchOp(CudaCommunicator& comm, const OpSignature& op, const OpBytes& bytes,
+                     std::initializer_list<PeerArray> read_by_peers, const OpLaunch& launch,
+                     const CudaCommunicator::Enqueue& enqueue) {
+  return comm.LaunchOp(op, bytes, read_by_peers, launch, enqueue);
 }
 
 NB_MODULE(_cuda, module) {
@@ -118,7 +109,8 @@ NB_MODULE(_cuda, module) {
   module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
   DefineNumbers(module);
   module.def("state_types", &StateTypes);
-  module.def("targets", &TargetsAndFloors);
+  module.def("targets", &Targets);
+  module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
   module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("num_topk"), nb::arg("device"), nb::arg("limit_bytes"),
              nb::arg("mode") = KernelSets().front().mode, WithoutGil());
@@ -131,7 +123,6 @@ NB_MODULE(_cuda, module) {
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())
-      .def("load_floors", &LoadFloors, WithoutGil())
       .def_prop_ro("most_blocks", &CudaCommunicator::most_blocks)
       .def_prop_ro("last_ops", &LastOps, WithoutGil())
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)

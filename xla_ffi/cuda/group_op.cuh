@@ -17,7 +17,8 @@
 // passes the word on before it leaves in turn: whoever leaves an op that failed has told all
 // others.
 //
-// tests/unit/protocol_model.py has this protocol step by step, and tries all runs of a few ranks.
+// tests/unit/protocol_throughput.py has this protocol step by step, and tries all runs of a few
+// ranks.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 

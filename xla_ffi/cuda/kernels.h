@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cuda/block_count.h"
-#include "cuda/kernel_launch.h"
+#include "cuda/device_facts.h"
 #include "cuda/op_frame.h"
 #include "interface/verbs.h"
 

@@ -45,14 +45,14 @@ using Verbs = VerbList<DispatchParams, RedispatchParams, CombineParams>;
 
 // A verb as a number that ranks compare: its place in the list, from 1.
 enum class Verb : int64_t {
-  kFloor = 1 << 16,  // of the bench
+  kBaseline = 1 << 16,  // of the bench
 };
 
 template <typename Params>
 inline constexpr Verb kVerbOf = Verb{1 + Verbs::IndexOf<Params>()};
 
 inline const char* NameOf(Verb verb) {
-  const char* name = verb == Verb::kFloor ? "floor" : "op";
+  const char* name = verb == Verb::kBaseline ? "baseline" : "op";
   Verbs::ForEach([&](auto type) {
     using Params = typename decltype(type)::type;
     if (verb == kVerbOf<Params>) name = VerbTraits<Params>::kName;

@@ -29,7 +29,7 @@ from rank_side import (
 )
 
 import jax_deepep as ep
-from jax_deepep import native_module
+from jax_deepep.communicator import native_module
 
 TIMEOUT_S = 4.0
 VICTIM = int(ARGUMENTS[1])

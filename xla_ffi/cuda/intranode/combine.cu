@@ -10,6 +10,7 @@
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"

@@ -21,6 +21,7 @@
 #include "cuda/intranode/dispatch_op.cuh"
 #include "cuda/intranode/dispatch_plan.cuh"
 #include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"

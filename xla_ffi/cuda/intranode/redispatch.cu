@@ -7,6 +7,7 @@
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
 #include "cuda/row_values.cuh"
@@ -140,7 +141,7 @@ __device__ void PrefetchChunk(const Redispatch& op, int32_t row, int num_rows, i
     const char* y_row =
         static_cast<const char*>(op.params.y) + __shfl_sync(~0u, row, j) * op.row_bytes;
     for (int64_t at = begin + threadIdx.x % 32 * kLine; at < end; at += 32 * kLine) {
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(y_row + at));
+      PrefetchToL2(y_row + at);
     }
   }
 }
