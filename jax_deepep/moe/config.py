@@ -17,8 +17,11 @@ from jax_deepep.capacity import bounded_rows
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation
-from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
+from jax_deepep.moe.grouped_matmul import LARGEST_BLOCK, Choice, alignment_for, chosen
 from jax_deepep.ops.checks import ROW_DTYPES, check_array
+
+# What an array of received rows may take before a layer divides its tokens into chunks by itself.
+MOST_ROW_BYTES = 2 * 2**30
 
 # What the integers among the fields are at least.
 LEAST = {
@@ -26,6 +29,7 @@ LEAST = {
     "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1, "num_groups": 1,
     "topk_groups": 1, "expert_capacity": 0,
 }  # fmt: skip
+OPTIONAL = ("alignment", "expert_capacity", "num_chunks", "num_physical_experts")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class MoEConfig:
             or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU,
             triton on NVIDIA GPUs, if it takes these sizes, and ragged_dot elsewhere.
         num_chunks: a device's tokens pass in so many chunks, one after the other, each recomputed for its
-            gradient: only one chunk's rows are in memory.
+            gradient: only one chunk's rows are in memory. None = chosen for each call, see `chunks_of`.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in
             float32 always.
         num_physical_experts: P, slots for experts on all devices, so that some experts have several copies:
@@ -83,7 +87,7 @@ class MoEConfig:
     expert_capacity: int | None = None
     alignment: int | None = None
     grouped_matmul: Choice = "auto"
-    num_chunks: int = 1
+    num_chunks: int | None = None
     dtype: Any = None
     num_physical_experts: int | None = None
     fsdp_axis: str | None = "fsdp"
@@ -94,7 +98,7 @@ class MoEConfig:
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
         for name, minimum in LEAST.items():
             value = getattr(self, name)
-            if value is not None or name not in ("alignment", "num_physical_experts", "expert_capacity"):
+            if value is not None or name not in OPTIONAL:
                 object.__setattr__(self, name, checked_integer(name, value, minimum=minimum))
         self._check_choices()
         for name, of_comm in (
@@ -266,6 +270,34 @@ class MoEConfig:
         if self.alignment is not None:
             sizes["alignment"] = self.alignment
         return chosen(self.grouped_matmul, self.comm.platform, **sizes)
+
+    def chunks_of(self, num_tokens: int, dtype: Any) -> int:
+        """Return in how many chunks a call of the layer takes the tokens of a device.
+
+        `num_chunks`, if it is set; 1 under a capacity, which bounds the rows already and would mean each
+        chunk. Otherwise the smallest n for which the worst case of a chunk, R · T / n · min(K, L) rows of H
+        elements, is within the larger of
+
+            1.25 · K · T rows: on average a device receives K · T rows in the whole call;
+            2 GiB: below that, chunks would cost more time than their memory is worth;
+
+        but n leaves every chunk at least 128 rows per expert on average (K · T / n / L ≥ 128), with fewer of
+        which grouped matmuls become slow. So small calls, those of decoding among them, are never divided.
+
+        Args:
+            num_tokens: T, tokens of one device.
+            dtype: of the computation.
+        """
+        if self.num_chunks is not None:
+            return self.num_chunks
+        if self.capacity_factor is not None or self.expert_capacity is not None:
+            return 1
+        comm = self.comm
+        k, local = comm.num_experts_per_tok, comm.num_local_experts
+        live = num_tokens * k
+        allowed = max(1.25 * live, MOST_ROW_BYTES / (self.hidden_size * jnp.dtype(dtype).itemsize))
+        wanted = math.ceil(comm.size * num_tokens * min(k, local) / allowed)
+        return max(1, min(wanted, live // (local * LARGEST_BLOCK)))
 
     def may_drop(self, num_tokens: int) -> bool:
         """Return whether a dispatch of `num_tokens` tokens of every device can drop some."""
