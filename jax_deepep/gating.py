@@ -14,6 +14,16 @@ from jax import lax
 from jax_deepep.arguments import checked_integer
 from jax_deepep.ops.checks import check_array
 
+__all__ = [
+    "ScoreFunction",
+    "balance_loss",
+    "expert_load",
+    "group_limited_topk",
+    "router_probabilities",
+    "update_bias",
+    "weights_of",
+]
+
 ScoreFunction = Literal["sigmoid", "softmax"]
 
 # What a score counts as at least. The sum of two is still a number, and −inf is left for the experts of

@@ -295,8 +295,9 @@ class MoEConfig:
         comm = self.comm
         k, local = comm.num_experts_per_tok, comm.num_local_experts
         live = num_tokens * k
-        allowed = max(1.25 * live, MOST_ROW_BYTES / (self.hidden_size * jnp.dtype(dtype).itemsize))
-        wanted = math.ceil(comm.size * num_tokens * min(k, local) / allowed)
+        row_bytes = self.hidden_size * jnp.dtype(dtype).itemsize
+        worst_bytes = comm.size * num_tokens * min(k, local) * row_bytes
+        wanted = -(-worst_bytes // max(live * row_bytes * 5 // 4, MOST_ROW_BYTES, 1))
         return max(1, min(wanted, live // (local * LARGEST_BLOCK)))
 
     def may_drop(self, num_tokens: int) -> bool:
