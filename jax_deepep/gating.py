@@ -15,14 +15,9 @@ from jax_deepep.arguments import checked_integer
 from jax_deepep.ops.checks import check_array
 
 __all__ = [
-    "ScoreFunction",
-    "balance_loss",
-    "expert_load",
-    "group_limited_topk",
-    "router_probabilities",
-    "update_bias",
-    "weights_of",
-]
+    "ScoreFunction", "balance_loss", "expert_load", "group_limited_topk", "router_probabilities",
+    "update_bias", "weights_of",
+]  # fmt: skip
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 

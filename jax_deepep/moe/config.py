@@ -13,15 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating
 from jax_deepep.arguments import checked_integer
-from jax_deepep.capacity import bounded_rows
+from jax_deepep.capacity import bounded_rows, fewest_chunks
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
-from jax_deepep.moe.experts import Activation
-from jax_deepep.moe.grouped_matmul import LARGEST_BLOCK, Choice, alignment_for, chosen
+from jax_deepep.moe.experts import Activation, check_activation
+from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
 from jax_deepep.ops.checks import ROW_DTYPES, check_array
-
-# What an array of received rows may take before a layer divides its tokens into chunks by itself.
-MOST_ROW_BYTES = 2 * 2**30
 
 # What the integers among the fields are at least.
 LEAST = {
@@ -49,7 +46,9 @@ class MoEConfig:
         activation: of the experts, elementwise.
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.
         capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
-            of its experts may need; rows beyond are dropped. None = as many as may ever come.
+            of its experts may need; rows beyond are dropped. None = as many as may ever come,
+            R · T · min(K, L): 14 GiB for one array on each of 64 devices with T = 4096, K = 8, E = 256 and
+            H = 7168 in bfloat16, unless `num_chunks` divides it.
         expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
             either capacity every sender leaves out its share of what is too much, the lowest weights first:
             see `jax_deepep.moe.fair_drops`.
@@ -151,7 +150,7 @@ class MoEConfig:
             self.num_experts, num_experts_per_tok=self.num_experts_per_tok, num_groups=self.num_groups,
             topk_groups=self.topk_groups, score_function=self.score_function, normalize=self.normalize,
         )  # fmt: skip
-        self._check_activation()
+        check_activation(self.activation)
         try:
             takes_dtype = self.dtype is None or jnp.dtype(self.dtype).name in ROW_DTYPES
         except TypeError:  # no dtype at all
@@ -161,21 +160,6 @@ class MoEConfig:
         for name in ("fsdp_axis", "tensor_axis"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise TypeError(f"{name}: got {value!r}; takes the name of one mesh axis, or None.")
-
-    def _check_activation(self) -> None:
-        if not callable(self.activation):
-            raise TypeError(f"activation: got {self.activation!r}; takes a function, such as jax.nn.silu.")
-        rows = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-        try:
-            result = jax.eval_shape(self.activation, rows)
-            what = "" if getattr(result, "shape", None) == rows.shape else f"a function to {result}"
-        except Exception as error:  # whatever a function raises that is none of one array
-            what = f"one that raises {type(error).__name__} on an array: {str(error).splitlines()[:1]}"
-        if what:
-            raise TypeError(
-                f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu "
-                "or the like. With gated=True its result is multiplied with x · wi_1, outside of it."
-            )
 
     def __copy__(self) -> "MoEConfig":
         return self
@@ -288,17 +272,16 @@ class MoEConfig:
             num_tokens: T, tokens of one device.
             dtype: of the computation.
         """
-        if self.num_chunks is not None:
-            return self.num_chunks
-        if self.capacity_factor is not None or self.expert_capacity is not None:
-            return 1
-        comm = self.comm
-        k, local = comm.num_experts_per_tok, comm.num_local_experts
-        live = num_tokens * k
+        bounds = (self.num_chunks, self.capacity_factor, self.expert_capacity)
+        if any(bound is not None for bound in bounds):
+            return self.num_chunks or 1
         row_bytes = self.hidden_size * jnp.dtype(dtype).itemsize
-        worst_bytes = comm.size * num_tokens * min(k, local) * row_bytes
-        wanted = -(-worst_bytes // max(live * row_bytes * 5 // 4, MOST_ROW_BYTES, 1))
-        return max(1, min(wanted, live // (local * LARGEST_BLOCK)))
+        return fewest_chunks(num_tokens=num_tokens, row_bytes=row_bytes, **self._sizes_of_comm)
+
+    @property
+    def _sizes_of_comm(self) -> dict[str, int]:
+        names = ("num_experts_per_tok", "num_local_experts")
+        return {"num_ranks": self.comm.size} | {name: getattr(self.comm, name) for name in names}
 
     def may_drop(self, num_tokens: int) -> bool:
         """Return whether a dispatch of `num_tokens` tokens of every device can drop some."""
@@ -313,12 +296,5 @@ class MoEConfig:
             alignment = alignment_for(self.experts_by, fair_share / comm.num_local_experts)
         if self.capacity_factor is None:
             return None, alignment
-        rows = bounded_rows(
-            capacity_factor=self.capacity_factor,
-            num_ranks=comm.size,
-            num_tokens=num_tokens,
-            num_experts_per_tok=comm.num_experts_per_tok,
-            num_local_experts=comm.num_local_experts,
-            alignment=alignment,
-        )
-        return rows, alignment
+        sizes = {"num_tokens": num_tokens, "alignment": alignment, **self._sizes_of_comm}
+        return bounded_rows(capacity_factor=self.capacity_factor, **sizes), alignment

@@ -13,8 +13,8 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 import jax_deepep as ep
+from jax_deepep import capacity
 from jax_deepep.moe import MoEConfig, build_config, moe
-from jax_deepep.moe import config as config_module
 
 LARGE = {"num_experts": 256, "num_experts_per_tok": 8, "max_tokens": 65536, "hidden_size": 7168}
 
@@ -57,8 +57,8 @@ def results_of(config: MoEConfig, parameters: Any, x: Any) -> Any:
 
 
 def test_a_layer_passes_its_tokens_in_these_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_module, "MOST_ROW_BYTES", 0)
-    monkeypatch.setattr(config_module, "LARGEST_BLOCK", 1)
+    monkeypatch.setattr(capacity, "MOST_ROW_BYTES", 0)
+    monkeypatch.setattr(capacity, "LEAST_ROWS_PER_EXPERT", 1)
     config = config_of("expert")
     parameters = on_mesh(config, parameters_of(config))
     x = put_on_mesh(numbers(8, 6, H), config.mesh, P(config.token_axes))
