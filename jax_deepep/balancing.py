@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 
 from jax_deepep.checks import checked_integer
 
+__all__ = ["imbalance", "plan_experts", "to_slots"]
+
 # What bounds the search for a plan: steps of it, and steps times slots.
 MOST_STEPS, MOST_SLOT_STEPS = 400, 12_000
 LEAST_GAIN = 1e-9

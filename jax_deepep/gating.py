@@ -13,6 +13,11 @@ from jax import lax
 
 from jax_deepep.checks import check_array, checked_integer
 
+__all__ = [
+    "ScoreFunction", "balance_loss", "expert_load", "group_limited_topk", "router_probabilities",
+    "update_bias", "weights_of",
+]  # fmt: skip
+
 ScoreFunction = Literal["sigmoid", "softmax"]
 
 # What a score counts as at least. The sum of two is still a number, and −inf is left for the experts of

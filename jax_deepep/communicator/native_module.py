@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import jax
 
@@ -166,6 +166,21 @@ def load(platform: str) -> Any:
     if module is None:
         raise ImportError(why_not)
     return module
+
+
+@functools.cache
+def numbers() -> NativeModule:
+    """Return a native module, for the numbers and sizes that those of all platforms have alike.
+
+    It is only imported: a program may be traced for a platform whose module is not built here.
+    """
+    errors = []
+    for name, _, _ in _PLATFORMS.values():
+        try:
+            return cast(NativeModule, importlib.import_module(name))
+        except ImportError as error:
+            errors.append(str(error))
+    raise ImportError("; ".join(errors))
 
 
 def close_at_exit(owner: Any, native_communicator: NativeCommunicator) -> None:

@@ -86,6 +86,27 @@ class NativeModule(Protocol):
 
     source_digest: str
 
+    # Numbers and sizes that all platforms have alike.
+    layouts: dict[str, int]  # names and codes
+    no_limit: int
+    carried_bytes: int  # rows of integers are a multiple of these
+
+    def max_row_bytes(self, *, hidden_size: int) -> int: ...
+
+    def num_groups(self, *, layout: int, num_local_experts: int) -> int: ...
+
+    def pair_table_shape(
+        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
+    ) -> tuple[int, int]: ...
+
+    def dispatch_scratch_ints(
+        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
+    ) -> int: ...
+
+    def combine_sum_rows(
+        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
+    ) -> int: ...
+
     def state_types(self) -> dict[str, dict[str, Any]]: ...
 
     def targets(self) -> dict[str, dict[str, Any]]: ...

@@ -39,13 +39,18 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
             f"jax.lax.bitcast_convert_type({name}, jnp.uint8)."
         )
     check_array(name, value, (None, None), names="[T, W]")
-    widest = 4 * hidden_size // value.dtype.itemsize
+    widest = widest_integers(hidden_size, value.dtype.itemsize)
     if not 1 <= value.shape[1] <= widest:
         raise ValueError(
             f"{name}: got {value.shape[1]} {value.dtype.name} in a row; takes 1 to {widest}, the bytes of "
             f"hidden_size={hidden_size} float32. Send the rest along the same routes with handle=, or make "
             "the communicator with a larger hidden_size."
         )
+
+
+def widest_integers(hidden_size: int, itemsize: int) -> int:
+    """Return the most integers of `itemsize` bytes in a row: as many bytes as `hidden_size` float32."""
+    return 4 * hidden_size // itemsize
 
 
 def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:

@@ -95,9 +95,10 @@ def dispatch(
         comm: the communicator, static; with `handle` it may be left out, and is checked otherwise.
         layout: "expert" for rows grouped by local expert (`ExpertMajor`), "token" for one row per
             (token, device) (`TokenMajor`).
-        capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, with
-            which nothing is dropped. Rows that do not fit are dropped, last in the order first;
-            padding counts.
+        capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, R · T · min(K, L)
+            rows (token-major R · T), with which nothing is dropped: 14 GiB on each of 64 devices with
+            T = 4096, K = 8, E = 256 and H = 7168 in bfloat16, of which 0.44 GiB are used on average. Rows
+            that do not fit are dropped, last in the order first; padding counts.
         expert_capacity: rows that each expert takes at most, last in its order dropped first;
             layout "expert" only. None = no limit.
         alignment: rows of a group are padded with zero rows to a multiple of this.

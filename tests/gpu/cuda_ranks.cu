@@ -20,9 +20,9 @@
 #include "cpu/communicator.h"
 #include "cpu/op.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/launch.h"
 #include "cuda/kernel_launch.h"
-#include "cuda/low_latency/launch.h"
+#include "cuda/kernels.h"
+#include "cuda/low_latency/window.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
@@ -63,7 +63,7 @@ class Group {
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels, LoadLowLatencyKernels}) {
+    for (auto* load : {LoadRankKernels, KernelsOf("throughput").load, KernelsOf("low_latency").load}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
     }
@@ -99,26 +99,15 @@ class Group {
   }
 
   template <typename Params>
-  void Launch(int rank, const Params& params,
-              const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t),
-              cudaStream_t stream) {
+  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
     OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
-    if (low_latency_) frame.op.flags |= OpSignature::kLowLatency;
+    const KernelSet& kernels = KernelsOf(low_latency_ ? "low_latency" : "throughput");
+    frame.op.flags |= kernels.flags;
     frame.op_hash = frame.op.Hash();
-    if (stream == nullptr) stream = streams_[rank];
-    const char* error = low_latency_ ? LaunchLowLatency(frame, window_, params, num_blocks_, device_, stream)
-                                     : launch(frame, params, num_blocks_, device_, stream);
+    const auto launch = kernels.LaunchOf<Params>();
+    const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
-  }
-  void Launch(int rank, const DispatchParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchDispatch, stream);
-  }
-  void Launch(int rank, const RedispatchParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchRedispatch, stream);
-  }
-  void Launch(int rank, const CombineParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchCombine, stream);
   }
   void GiveUp(int rank) {
     const char* error = LaunchGiveUp(frames_[rank], Failure::kNotLaunched, streams_[rank]);
@@ -219,7 +208,7 @@ void CheckDestination(const Problem& problem, Rank& rank, const std::string& wha
 void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency = false) {
   problem.low_latency = low_latency;
   const int64_t most_row_bytes = WindowLayout::MostRowBytes(problem.shape);
-  if (low_latency && problem.route.row_bytes() > most_row_bytes) problem.shape.hidden_size *= 2;
+  if (low_latency && problem.route.rows().bytes() > most_row_bytes) problem.shape.hidden_size *= 2;
   const int num_ranks = problem.shape.num_ranks;
   std::mt19937 random(7);
   std::vector<std::unique_ptr<Rank>> ranks;

@@ -16,9 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "interface/combine.h"
-#include "interface/dispatch.h"
-#include "interface/redispatch.h"
+#include "interface/verbs.h"
 
 namespace jax_deepep {
 namespace {
@@ -180,7 +178,7 @@ struct Rank {
   }
 
   static size_t Rows(const Problem& p, int64_t count) {
-    return count * p.route.row_bytes();
+    return count * p.route.rows().bytes();
   }
   static size_t Entries(const Problem& p) {
     return size_t{4} * p.route.num_tokens * p.shape.num_topk;

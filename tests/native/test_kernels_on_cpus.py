@@ -11,7 +11,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 SHIM = ROOT / "tests/native/cuda_on_cpu"
 KERNELS = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/intranode/*.cu")
-HOST_CODE = ("tests/native/cuda_on_cpu/*.cc", "xla_ffi/cpu/*.cc", "xla_ffi/transport/shared_memory.cc")
+HOST_CODE = (
+    "tests/native/cuda_on_cpu/*.cc",
+    "xla_ffi/cpu/*.cc",
+    "xla_ffi/cuda/block_count.cc",
+    "xla_ffi/cuda/kernels.cc",
+    "xla_ffi/transport/shared_memory.cc",
+)
 # Memory of blocks is thread_local, and needs no code that initialises it.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-extern-tls-init", "-pthread")
 INCLUDES = (f"-I{SHIM}", f"-I{ROOT / 'tests/gpu'}", f"-I{ROOT / 'xla_ffi'}")

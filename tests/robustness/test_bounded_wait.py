@@ -120,8 +120,10 @@ expect(ep.PeerTimeoutError, comm.check, "{op} on rank", "for rank 2", "expected 
 
 
 def test_every_op_ends_the_same_way() -> None:
-    """Token-major rows; integers, with all their bits set, which is −1 or the largest number, and NaN to who
-    takes them for 8-bit floats; gradients; and later ops, which are named with their step."""
+    """Rows of floats and of integers, gradients, and later ops, which are named with their step.
+
+    Integers have all their bits set: −1 or the largest number, and NaN to who takes them for 8-bit floats.
+    """
     run_python(SETUP + """
 @compiled
 def program(late, x, idx, weights):

@@ -13,7 +13,7 @@ from own_processes import is_a_command_for_one_process
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
-from jax_deepep.capacity import pair_table_shape
+from jax_deepep.communicator import native_module
 from jax_deepep.moe import build_config, init_parameters, moe
 
 pytestmark = is_a_command_for_one_process
@@ -61,8 +61,8 @@ def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     calls, text = calls_of(jax.value_and_grad(loss, argnums=(0, 2, 3)), x, *topk, x)
     # The backward of combine is a redispatch, and those of both dispatches are combines.
     assert calls == {"jax_deepep_dispatch": 1, "jax_deepep_redispatch": 2, "jax_deepep_combine": 3}
-    pairs = pair_table_shape(
-        num_ranks=comm.size, num_tokens=16, num_experts_per_tok=4, num_local_experts=comm.num_local_experts
+    pairs = native_module.numbers().pair_table_shape(
+        num_ranks=comm.size, num_experts=32, num_topk=4, num_tokens=16
     )
     result = "x".join(map(str, pairs))
     assert (f"tensor<{result}xi32>" in text) == (layout == "expert")  # what only ops on GPUs need

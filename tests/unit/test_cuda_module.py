@@ -72,6 +72,14 @@ def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: 
         )  # fmt: skip
 
 
+def test_a_mode_without_kernels(module: ModuleType) -> None:
+    with pytest.raises(ValueError, match=r"mode: expected one that has kernels \(throughput\), got soon"):
+        module.Communicator(
+            id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
+            num_ranks=1, num_experts=1, num_topk=1, timeout_s=1.0, devices=[], num_sms=0, mode="soon",
+        )  # fmt: skip
+
+
 @pytest.mark.skipif(
     any(device.platform == "gpu" for device in jax.devices()), reason="is about machines without a GPU"
 )

@@ -45,11 +45,11 @@ BaselineParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tok
 
 // As the op has it that is compared with it, so that both take as many SMs.
 OpBytes BytesOf(const GroupShape& shape, Baseline kind, const BaselineParams& params) {
-  CombineParams combine;
-  RedispatchParams redispatch;
-  combine.route = redispatch.route = params.route;
-  redispatch.y = kind == Baseline::kAdd ? params.y : nullptr;
-  return kind == Baseline::kSum ? BytesOf(shape, combine) : BytesOf(shape, redispatch);
+  const ExpectedRows rows = ExpectedRowsOf(shape, params.route);
+  const double local_rows = kind == Baseline::kSum
+                                ? VerbTraits<CombineParams>::LocalRows(CombineParams(), rows)
+                                : (kind == Baseline::kAdd ? 2 : 1) * rows.rows;
+  return BytesOf(shape, params.route, local_rows);
 }
 
 ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
@@ -83,7 +83,8 @@ ffi::Error GatherRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   params.warps = static_cast<int32_t>(warps);
   params.depth = static_cast<int32_t>(depth);
   return Run(site, context, rank, error, Baseline::kGather, params,
-             {{&params.x, params.route.num_tokens * params.route.row_bytes()}}, &LaunchGatherRows);
+             {{&params.x, params.route.num_tokens * params.route.rows().bytes()}},
+             &LaunchGatherRows);
 }
 
 ffi::Error AddRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
@@ -101,7 +102,7 @@ ffi::Error AddRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, f
   params.y = y.untyped_data();
   params.out = rows->untyped_data();
   return Run(site, context, rank, error, Baseline::kAdd, params,
-             {{&params.x, params.route.num_tokens * params.route.row_bytes()}}, &LaunchAddRows);
+             {{&params.x, params.route.num_tokens * params.route.rows().bytes()}}, &LaunchAddRows);
 }
 
 ffi::Error SumRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
@@ -125,7 +126,7 @@ ffi::Error SumRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, f
   params.out = out->untyped_data();
   params.sums = DataIf<void>(with_sums, *sums);
   return Run(site, context, rank, error, Baseline::kSum, params,
-             {{&params.y, params.route.capacity * params.route.row_bytes()}, params.sums},
+             {{&params.y, params.route.capacity * params.route.rows().bytes()}, params.sums},
              &LaunchSumRows);
 }
 

@@ -49,26 +49,27 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const Pl
                                        int32_t process, int32_t num_ranks, int32_t num_groups,
                                        int32_t num_experts, int32_t num_topk, int32_t max_tokens,
                                        int32_t hidden_size, double timeout_s,
-                                       const std::vector<DeviceTuple>& devices, int num_sms) {
+                                       const std::vector<DeviceTuple>& devices, int num_sms,
+                                       const std::string& mode) {
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
       new CudaCommunicator(MakeConfig(id, fingerprint, places, process, num_ranks, num_groups,
                                       num_experts, num_topk, max_tokens, hidden_size, timeout_s),
-                           local_devices, num_sms),
+                           KernelsOf(mode), local_devices, num_sms),
       &Destroy);
   Register(comm);
   return comm;
 }
 
 std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
-                     const DeviceTuple& device, size_t limit_bytes) {
+                     const DeviceTuple& device, size_t limit_bytes, const std::string& mode) {
   GroupShape shape;
   shape.num_ranks = num_ranks;
   shape.num_experts = num_experts;
   shape.num_topk = num_topk;
   std::string error = ObstacleOfLimits(shape);
-  if (error.empty()) error = ObstacleOfDevice(device.first, shape);
+  if (error.empty()) error = ObstacleOfDevice(device.first, shape, KernelsOf(mode));
   if (error.empty()) error = ObstacleOfPool(DeviceOf(device), limit_bytes);
   return error;
 }
@@ -106,16 +107,19 @@ NB_MODULE(_cuda, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
   module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
+  DefineNumbers(module);
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
   module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
   module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
-             nb::arg("num_topk"), nb::arg("device"), nb::arg("limit_bytes"), WithoutGil());
+             nb::arg("num_topk"), nb::arg("device"), nb::arg("limit_bytes"),
+             nb::arg("mode") = KernelSets().front().mode, WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
            nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
-           nb::arg("devices"), nb::arg("num_sms"), WithoutGil())
+           nb::arg("devices"), nb::arg("num_sms"), nb::arg("mode") = KernelSets().front().mode,
+           WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())

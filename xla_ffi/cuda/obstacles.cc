@@ -6,7 +6,6 @@
 #include <algorithm>
 
 #include "cuda/device_control.h"
-#include "cuda/intranode/launch.h"
 #include "cuda/op_frame.h"
 #include "transport/cuda_driver.h"
 #include "transport/cuda_peer.h"
@@ -25,7 +24,7 @@ std::string ObstacleOfLimits(const GroupShape& shape) {
   return "";
 }
 
-std::string ObstacleOfDevice(int ordinal, const GroupShape& shape) {
+std::string ObstacleOfDevice(int ordinal, const GroupShape& shape, const KernelSet& kernels) {
   const std::string gpu = "GPU " + std::to_string(ordinal);
   int major = 0;
   if (const cudaError_t error =
@@ -34,7 +33,7 @@ std::string ObstacleOfDevice(int ordinal, const GroupShape& shape) {
     return gpu + " cannot be asked what it is: " + cudaGetErrorString(error);
   }
   if (major < 8) return gpu + " is older than compute capability 8.0, which native ops need";
-  const int64_t needed = LeastSharedBytesOfDispatch(shape);
+  const int64_t needed = kernels.least_shared_bytes(shape);
   const int64_t available = DynamicSharedBytes(ordinal);
   if (needed > available) {
     return "num_experts is " + std::to_string(shape.num_experts) + ", for which native ops need " +

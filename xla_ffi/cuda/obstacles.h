@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <string>
 
+#include "cuda/kernels.h"
 #include "interface/geometry.h"
 
 namespace jax_deepep {
@@ -20,8 +21,8 @@ struct LocalDevice {
 // Sizes that no GPU can have.
 std::string ObstacleOfLimits(const GroupShape& shape);
 
-// A device that is too old, or too small for the sizes.
-std::string ObstacleOfDevice(int ordinal, const GroupShape& shape);
+// A device that is too old, or too small for what kernels take for the sizes.
+std::string ObstacleOfDevice(int ordinal, const GroupShape& shape, const KernelSet& kernels);
 
 // A pool that peers cannot map. `limit_bytes` is what XLA may allocate in all: a pool that is
 // smaller may grow.

@@ -8,33 +8,10 @@
 #include <sstream>
 #include <string>
 
-#include "interface/combine.h"
-#include "interface/dispatch.h"
 #include "interface/geometry.h"
-#include "interface/redispatch.h"
+#include "interface/verbs.h"
 
 namespace jax_deepep {
-
-enum class Verb : int64_t {
-  kDispatch = 1,
-  kRedispatch = 2,
-  kCombine = 3,
-  kBaseline = 4,  // of the bench
-};
-
-inline const char* NameOf(Verb verb) {
-  switch (verb) {
-    case Verb::kDispatch:
-      return "dispatch";
-    case Verb::kRedispatch:
-      return "redispatch";
-    case Verb::kCombine:
-      return "combine";
-    case Verb::kBaseline:
-      return "baseline";
-  }
-  return "op";
-}
 
 // Plain words, so that ranks can publish it as it is. An all-zero one is of no op.
 struct OpSignature {
@@ -61,8 +38,8 @@ struct OpSignature {
         call(call),
         flags(flags),
         layout(static_cast<int64_t>(route.layout)),
-        row_type(static_cast<int64_t>(route.row_type)),
-        row_size(route.row_size),
+        row_type(static_cast<int64_t>(route.rows().type)),
+        row_size(route.rows().size),
         num_tokens(route.num_tokens),
         capacity(route.capacity),
         alignment(route.alignment),
@@ -87,20 +64,9 @@ struct OpSignature {
 
 static_assert(sizeof(OpSignature) == OpSignature::kWords * sizeof(int64_t));
 
-inline OpSignature SignatureOf(const DispatchParams& params, int64_t call) {
-  return {Verb::kDispatch, call, 0, params.route};
-}
-
-inline OpSignature SignatureOf(const RedispatchParams& params, int64_t call) {
-  const int64_t flags = (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
-                        (params.y != nullptr ? 4 : 0);
-  return {Verb::kRedispatch, call, flags, params.route};
-}
-
-inline OpSignature SignatureOf(const CombineParams& params, int64_t call) {
-  const int64_t flags = (params.weights != nullptr ? 1 : 0) | (params.bias != nullptr ? 2 : 0) |
-                        (params.row_gradients != nullptr ? 4 : 0);
-  return {Verb::kCombine, call, flags, params.route};
+template <typename Params>
+OpSignature SignatureOf(const Params& params, int64_t call) {
+  return {kVerbOf<Params>, call, VerbTraits<Params>::Flags(params), params.route};
 }
 
 // Where two ranks' ops differ, in words: "num_tokens is 64 on rank 0 and 128 on rank 3".
@@ -120,11 +86,10 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
       {"alignment", &OpSignature::alignment},
       {"expert_capacity", &OpSignature::expert_capacity},
   };
-  static constexpr const char* kLayouts[] = {"expert", "token"};
   static constexpr const char* kRowTypes[] = {"float32", "float16", "bfloat16", "integers"};
   const auto value_of = [](const OpSignature& of, const Field& field) -> std::string {
     const int64_t value = of.*field.value;
-    if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayouts[value];
+    if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayoutNames[value];
     if (field.value == &OpSignature::row_type && value >= 0 && value < 4) return kRowTypes[value];
     if (field.value == &OpSignature::expert_capacity && value == kNoLimit) return "None";
     return std::to_string(value);

@@ -2,7 +2,11 @@
 #ifndef JAX_DEEPEP_INTERFACE_REDISPATCH_H_
 #define JAX_DEEPEP_INTERFACE_REDISPATCH_H_
 
+#include <cstdint>
+#include <vector>
+
 #include "interface/geometry.h"
+#include "interface/verb_traits.h"
 
 namespace jax_deepep {
 
@@ -11,7 +15,7 @@ struct RedispatchParams {
   RouteShape route;
   bool zero_rest = false;  // write zeros to the rows after the last group too
   // Operands.
-  const void* x = nullptr;               // [T, W] of route.row_type
+  const void* x = nullptr;               // [T, W] of route.rows()
   const int32_t* source = nullptr;       // [C]
   const int32_t* destination = nullptr;  // [T, K], or null where ops get on without
   const int32_t* group_sizes = nullptr;  // [G]
@@ -21,6 +25,21 @@ struct RedispatchParams {
   // Results.
   void* rows = nullptr;       // [C, W]
   float* products = nullptr;  // [C], with y; 0 in rows of no token
+};
+
+template <>
+struct VerbTraits<RedispatchParams> {
+  static constexpr char kName[] = "redispatch";
+  static int64_t Flags(const RedispatchParams& params) {
+    return (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
+           (params.y != nullptr ? 4 : 0);
+  }
+  static std::vector<PeerArray> ReadByPeers(const GroupShape&, RedispatchParams* params) {
+    return {{&params->x, params->route.num_tokens * params->route.rows().bytes()}};
+  }
+  static double LocalRows(const RedispatchParams& params, const ExpectedRows& rows) {
+    return params.y != nullptr ? 2 * rows.rows : rows.rows;
+  }
 };
 
 }  // namespace jax_deepep

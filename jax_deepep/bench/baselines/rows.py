@@ -16,8 +16,8 @@ from jax_deepep.bench.baselines import cuda_module
 from jax_deepep.bench.op_cases import Dispatched
 from jax_deepep.bench.problem import AXIS, Inputs, per_device
 from jax_deepep.bench.trials import Case, after_start
+from jax_deepep.communicator import native_module
 from jax_deepep.ops.handle import Routes, RouteShape
-from jax_deepep.ops.native import LAYOUT_CODES
 
 # Warps, and rows that each has in flight through shared memory; 0: 16-byte loads and stores.
 GATHERS = ((16, 0), (16, 1), (8, 2), (6, 2), (5, 3), (4, 4), (3, 4))
@@ -40,7 +40,7 @@ def _call(name: str, shape: RouteShape, results: Any, after: Any, *operands: Any
     return jax.ffi.ffi_call(f"jax_deepep_{name}", results)(
         rank,
         *operands,
-        layout=np.int64(LAYOUT_CODES[shape.layout]),
+        layout=np.int64(native_module.numbers().layouts[shape.layout]),
         comm=np.int64(shape.comm.id),
         fingerprint=np.int64(shape.comm.fingerprint),
         call=np.int64(0),

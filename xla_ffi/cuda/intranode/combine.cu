@@ -9,7 +9,8 @@
 
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/row_sums.cuh"
 #include "cuda/row_values.cuh"
@@ -192,9 +193,13 @@ Kernel KernelFor(RowType type, bool whole, bool weighted) {
 
 }  // namespace
 
-const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
-                          const DeviceFacts& device, cudaStream_t stream) {
-  Combine op{frame, params, params.route.row_bytes(), Divisor(frame.shape.max_tokens),
+template <>
+const char* VerbKernels<Throughput, CombineParams>::Launch(const OpFrame& frame,
+                                                           const CombineParams& params,
+                                                           int num_blocks,
+                                                           const DeviceFacts& device,
+                                                           cudaStream_t stream) {
+  Combine op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
              Divisor(params.route.capacity)};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.weights != nullptr) op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
@@ -208,7 +213,8 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
-const char* LoadCombineKernels(int /*max_shared_bytes*/) {
+template <>
+const char* VerbKernels<Throughput, CombineParams>::Load(int /*max_shared_bytes*/) {
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     for (const bool whole : {false, true}) {
       for (const bool weighted : {false, true}) {

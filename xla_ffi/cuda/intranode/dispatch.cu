@@ -21,7 +21,8 @@
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/dispatch_count.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
@@ -173,17 +174,21 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 
 }  // namespace
 
-int64_t LeastSharedBytesOfDispatch(const GroupShape& shape) {
+int64_t Throughput::LeastSharedBytes(const GroupShape& shape) {
   // More than the counters of one warp, which stand in the same place.
   return Plan::Ints(shape) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
-                           const DeviceFacts& device, cudaStream_t stream) {
+template <>
+const char* VerbKernels<Throughput, DispatchParams>::Launch(const OpFrame& frame,
+                                                            const DispatchParams& params,
+                                                            int num_blocks,
+                                                            const DeviceFacts& device,
+                                                            cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
   Dispatch op{frame,
               params,
-              params.route.row_bytes(),
+              params.route.rows().bytes(),
               Divisor(shape.num_local_experts()),
               Divisor(shape.num_topk),
               Divisor(params.route.alignment),
@@ -196,14 +201,15 @@ const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, i
   const int warp_bytes =
       NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
   op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
-  const int plan_bytes = static_cast<int>(LeastSharedBytesOfDispatch(shape));
+  const int plan_bytes = static_cast<int>(Throughput::LeastSharedBytes(shape));
   const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
   const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
   return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks,
                       kThreads, shared_bytes, stream);
 }
 
-const char* LoadDispatchKernels(int max_shared_bytes) {
+template <>
+const char* VerbKernels<Throughput, DispatchParams>::Load(int max_shared_bytes) {
   const char* error = LoadKernel(DispatchKernel<true>, max_shared_bytes);
   return error != nullptr ? error : LoadKernel(DispatchKernel<false>, max_shared_bytes);
 }

@@ -6,7 +6,8 @@
 
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
 #include "cuda/row_products.cuh"
@@ -188,10 +189,14 @@ Kernel ScaleKernelFor(RowType type) {
 
 }  // namespace
 
-const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& params, int num_blocks,
-                             const DeviceFacts& device, cudaStream_t stream) {
+template <>
+const char* VerbKernels<Throughput, RedispatchParams>::Launch(const OpFrame& frame,
+                                                              const RedispatchParams& params,
+                                                              int num_blocks,
+                                                              const DeviceFacts& device,
+                                                              cudaStream_t stream) {
   const RowType type = params.route.row_type;
-  Redispatch op{frame, params, params.route.row_bytes(), Divisor(frame.shape.max_tokens),
+  Redispatch op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
                 Divisor(num_blocks * kWarps)};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   if (params.weights == nullptr && params.y == nullptr) {
@@ -208,7 +213,8 @@ const char* LaunchRedispatch(const OpFrame& frame, const RedispatchParams& param
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
-const char* LoadRedispatchKernels(int /*max_shared_bytes*/) {
+template <>
+const char* VerbKernels<Throughput, RedispatchParams>::Load(int /*max_shared_bytes*/) {
   std::vector<Kernel> kernels = {CarryKernel<true>, CarryKernel<false>};
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     kernels.push_back(ScaleKernelFor<true>(type));

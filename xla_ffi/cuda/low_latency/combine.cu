@@ -1,16 +1,17 @@
-// combine in low-latency mode: the rank of the experts sums a token's rows and pushes the sum to the rank of the
-// token, which adds up what came, in ascending order of ranks.
+// combine in low-latency mode: the rank of the experts sums a token's rows and pushes the sum to
+// the rank of the token, which adds up what came, in ascending order of ranks.
 //
 // 1. Push: a warp for each part of a slot of the dispatch, p = sum of w * y, rounded once, into the
-//    window of the token's rank. Only this rank knows which rows it has dropped: every slot gets its
-//    signals, and those without a row say so.
+//    window of the token's rank. Only this rank knows which rows it has dropped: every slot gets
+//    its signals, and those without a row say so.
 // 2. Sum: a warp for each part of a token, once all ranks' signals for it have come.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "cuda/divisor.h"
-#include "cuda/low_latency/launch.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/low_latency/low_latency.h"
 #include "cuda/low_latency/signalled_op.cuh"
 #include "cuda/row_sums.cuh"
 #include "cuda/row_values.cuh"
@@ -37,8 +38,7 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
   const PairTable table(op.frame.shape, params.route);
   for (int item = FirstItem(); item < num_items; item += NumWarps()) {
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
-    const Slot to =
-        group.SlotOf(op.num_slots.Quotient(slot), self, op.num_slots.Remainder(slot));
+    const Slot to = group.SlotOf(op.num_slots.Quotient(slot), self, op.num_slots.Remainder(slot));
     const int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
     const int32_t row = lane < table.max_rows ? line[1 + lane] : kNone;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
@@ -113,7 +113,8 @@ __device__ void SumTokens(const LowLatencyCombine& op, SignalledOp& group, int32
       }
     }
     if (!exists) continue;
-    if (params.gradients != nullptr && part == 0 && lane < num_topk) params.gradients[entry] = gradient;
+    if (params.gradients != nullptr && part == 0 && lane < num_topk)
+      params.gradients[entry] = gradient;
     if (elements.shape.size > 0) {
       char* to = static_cast<char*>(params.out) + token * op.row_bytes + elements.begin;
       AddUp<Type, kWhole, false, SumOfRows>(inputs, to, elements.shape, terms);
@@ -173,23 +174,29 @@ Kernel KernelFor(RowType type, bool whole, bool weighted) {
 
 }  // namespace
 
-const char* LaunchLowLatency(const OpFrame& frame, const WindowLayout& window,
-                             const CombineParams& params, int num_blocks, const DeviceFacts&,
-                             cudaStream_t stream) {
+template <>
+const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
+                                                           const CombineParams& params,
+                                                           int num_blocks, const DeviceFacts&,
+                                                           cudaStream_t stream) {
+  const WindowLayout window = LowLatency::WindowOf(frame.shape);
   const int num_slots = std::max(params.route.num_tokens, 1);
-  const int64_t row_bytes = params.route.row_bytes();
+  const int64_t row_bytes = params.route.rows().bytes();
   const int num_parts = NumParts(frame.shape, params.route.num_tokens, row_bytes);
-  LowLatencyCombine op{frame,     params,
+  LowLatencyCombine op{frame,
+                       params,
                        {window, num_parts, num_slots},
-                       row_bytes, Divisor(num_slots),
+                       row_bytes,
+                       Divisor(num_slots),
                        Divisor(num_parts)};
-  const Kernel kernel = KernelFor(params.route.row_type, IsWhole(params.route.row_size),
-                                  params.weights != nullptr);
+  const Kernel kernel =
+      KernelFor(params.route.row_type, IsWhole(params.route.row_size), params.weights != nullptr);
   if (kernel == nullptr) return "integers are only copied, not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
-const char* LoadLowLatencyCombine(int /*max_shared_bytes*/) {
+template <>
+const char* VerbKernels<LowLatency, CombineParams>::Load(int /*max_shared_bytes*/) {
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     for (const bool whole : {false, true}) {
       for (const bool weighted : {false, true}) {

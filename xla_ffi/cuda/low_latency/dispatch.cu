@@ -1,10 +1,12 @@
-// dispatch in low-latency mode: every rank pushes its tokens, with their experts, into slots of the windows of
-// its peers; each of these then knows all that came for it, finds the rows' places, and moves them there.
+// dispatch in low-latency mode: every rank pushes its tokens, with their experts, into slots of the
+// windows of its peers; each of these then knows all that came for it, finds the rows' places, and
+// moves them there.
 //
 // 1. Push: a warp for each part of a token's row, to all ranks that have experts of it; the first
 //    part's warp pushes the entries too. Every slot of every peer gets its signals.
 // 2. Wait for the first part of all slots of the own window, by every block.
-// 3. Plan, by every block for itself: count the entries of each group, a warp for each run of slots,
+// 3. Plan, by every block for itself: count the entries of each group, a warp for each run of
+// slots,
 //    and number them in the order of the slots, which is (source, token).
 // 4. Copy: a warp for each part of a slot, to all the rows of its token here.
 #include <cuda_runtime.h>
@@ -14,7 +16,8 @@
 #include "cuda/dispatch_op.cuh"
 #include "cuda/dispatch_plan.cuh"
 #include "cuda/dispatch_results.cuh"
-#include "cuda/low_latency/launch.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/low_latency/low_latency.h"
 #include "cuda/low_latency/signalled_op.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
@@ -38,6 +41,15 @@ struct SlotPlan {
   int32_t* counters;  // [count_warps][groups] entries of earlier runs of slots
   int32_t* rows;      // [slots of this block's warps][K]: rows, or kNone
 };
+
+// Of all that SlotPlan points to.
+int64_t SharedInts(const GroupShape& shape, int groups, int num_slots, int num_blocks,
+                   int count_warps) {
+  const int64_t slots_of_block =
+      (int64_t{shape.num_ranks} * num_slots + num_blocks - 1) / num_blocks;
+  return 2 + 2 * groups + shape.num_ranks + int64_t{count_warps} * groups +
+         slots_of_block * shape.num_topk;
+}
 
 // Step 1.
 template <bool kWhole>
@@ -74,8 +86,8 @@ __device__ void PushTokens(const LowLatencyDispatch& dispatch, const SignalledOp
         }
       }
     }
-    group.PushRow<kWhole>(static_cast<const char*>(params.x) + token * op.row_bytes, op.row_bytes, token,
-                          part, rank, leads);
+    group.PushRow<kWhole>(static_cast<const char*>(params.x) + token * op.row_bytes, op.row_bytes,
+                          token, part, rank, leads);
   }
 }
 
@@ -95,8 +107,8 @@ __device__ bool WaitForSlots(const LowLatencyDispatch& dispatch, SignalledOp& gr
 }
 
 // The group of rows of the lane's entry in a slot, or kNone.
-__device__ int32_t GroupOfEntry(const LowLatencyDispatch& dispatch, const SignalledOp& group, int slot,
-                                SlotEntry* entry) {
+__device__ int32_t GroupOfEntry(const LowLatencyDispatch& dispatch, const SignalledOp& group,
+                                int slot, SlotEntry* entry) {
   const Dispatch& op = dispatch.op;
   const int lane = threadIdx.x % 32;
   const int source = dispatch.num_slots.Quotient(slot);
@@ -119,10 +131,9 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& 
   const int groups = expert_major ? op.local_experts.divisor() : 1;
   const Plan& plan = slots.plan;
   const int own = op.frame.rank * groups;  // where this rank's groups begin in the plan
-  const TokenRange run =
-      warp < dispatch.count_warps
-          ? TokenRange::Part({0, dispatch.NumSlots()}, warp, dispatch.count_warps)
-          : TokenRange{0, 0};
+  const TokenRange run = warp < dispatch.count_warps ? TokenRange::Part({0, dispatch.NumSlots()},
+                                                                        warp, dispatch.count_warps)
+                                                     : TokenRange{0, 0};
   int32_t* counters = slots.counters + int64_t{warp} * groups;
 
   for (int i = threadIdx.x; i < dispatch.count_warps * groups; i += kThreads) slots.counters[i] = 0;
@@ -187,12 +198,13 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& 
 
 // Step 4. False where the op is lost.
 template <bool kWhole>
-__device__ void CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group, const SlotPlan& slots) {
+__device__ void CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group,
+                         const SlotPlan& slots) {
   const Dispatch& op = dispatch.op;
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk, self = op.frame.rank;
-  const int slots_here = (dispatch.NumSlots() - static_cast<int>(blockIdx.x) +
-                          static_cast<int>(gridDim.x) - 1) /
-                         static_cast<int>(gridDim.x);
+  const int slots_here =
+      (dispatch.NumSlots() - static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) - 1) /
+      static_cast<int>(gridDim.x);
   for (int item = threadIdx.x / 32; item < slots_here * dispatch.signalled.num_parts;
        item += kWarps) {
     const int nth = dispatch.num_parts.Quotient(item), part = dispatch.num_parts.Remainder(item);
@@ -205,8 +217,9 @@ __device__ void CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group,
     const int32_t row = lane < num_topk ? slots.rows[nth * num_topk + lane] : kNone;
     const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
                                 dispatch.signalled.num_parts);
-    char* to = row == kNone ? nullptr
-                            : static_cast<char*>(op.params.tokens) + row * op.row_bytes + words.begin;
+    char* to = row == kNone
+                   ? nullptr
+                   : static_cast<char*>(op.params.tokens) + row * op.row_bytes + words.begin;
     if (words.shape.size > 0) CopyRow<kWhole>(at.row() + words.begin, words.shape, to);
   }
 }
@@ -252,14 +265,25 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-const char* LaunchLowLatency(const OpFrame& frame, const WindowLayout& window,
-                             const DispatchParams& params, int num_blocks,
-                             const DeviceFacts& device, cudaStream_t stream) {
+int64_t LowLatency::LeastSharedBytes(const GroupShape& shape) {
+  constexpr int kFewBlocks = 8;  // among which the slots are shared out
+  return SharedInts(shape, shape.num_local_experts(), std::max(shape.max_tokens, 1), kFewBlocks,
+                    1) *
+         static_cast<int64_t>(sizeof(int32_t));
+}
+
+template <>
+const char* VerbKernels<LowLatency, DispatchParams>::Launch(const OpFrame& frame,
+                                                            const DispatchParams& params,
+                                                            int num_blocks,
+                                                            const DeviceFacts& device,
+                                                            cudaStream_t stream) {
+  const WindowLayout window = LowLatency::WindowOf(frame.shape);
   const GroupShape& shape = frame.shape;
   LowLatencyDispatch dispatch;
   dispatch.op = {frame,
                  params,
-                 params.route.row_bytes(),
+                 params.route.rows().bytes(),
                  Divisor(shape.num_local_experts()),
                  Divisor(shape.num_topk),
                  Divisor(params.route.alignment),
@@ -269,25 +293,26 @@ const char* LaunchLowLatency(const OpFrame& frame, const WindowLayout& window,
                         std::max(params.route.num_tokens, 1)};
   dispatch.num_slots = Divisor(dispatch.signalled.num_slots);
   dispatch.num_parts = Divisor(dispatch.signalled.num_parts);
-  const int slots = shape.num_ranks * dispatch.signalled.num_slots;
-  const int groups =
-      params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
-  const int64_t fixed =
-      2 + 2 * groups + shape.num_ranks +
-      int64_t{(slots + num_blocks - 1) / num_blocks} * shape.num_topk;
-  const int64_t most = device.shared_bytes / static_cast<int64_t>(sizeof(int32_t));
-  dispatch.count_warps = static_cast<int>(
-      std::max<int64_t>(1, std::min<int64_t>(kWarps, (most - fixed) / groups)));
-  const int64_t bytes = (fixed + int64_t{dispatch.count_warps} * groups) * sizeof(int32_t);
+  const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
+  const auto bytes_with = [&](int count_warps) {
+    return SharedInts(shape, groups, dispatch.signalled.num_slots, num_blocks, count_warps) *
+           static_cast<int64_t>(sizeof(int32_t));
+  };
+  dispatch.count_warps = kWarps;
+  while (dispatch.count_warps > 1 && bytes_with(dispatch.count_warps) > device.shared_bytes) {
+    dispatch.count_warps /= 2;
+  }
+  const int64_t bytes = bytes_with(dispatch.count_warps);
   if (bytes > device.shared_bytes) {
-    return "a dispatch in low-latency mode has too many tokens or experts for a block's memory";
+    return "max_tokens is too large for low-latency mode on so few SMs; take throughput mode";
   }
   const bool whole = IsWhole(static_cast<int>(dispatch.op.row_bytes / sizeof(uint16_t)));
   return LaunchKernel(whole ? LowLatencyDispatchKernel<true> : LowLatencyDispatchKernel<false>,
                       dispatch, num_blocks, kThreads, static_cast<int>(bytes), stream);
 }
 
-const char* LoadLowLatencyDispatch(int max_shared_bytes) {
+template <>
+const char* VerbKernels<LowLatency, DispatchParams>::Load(int max_shared_bytes) {
   const char* error = LoadKernel(LowLatencyDispatchKernel<true>, max_shared_bytes);
   return error != nullptr ? error : LoadKernel(LowLatencyDispatchKernel<false>, max_shared_bytes);
 }

@@ -1,12 +1,14 @@
-// redispatch in low-latency mode: every rank pushes rows along known routes, and each of its peers moves what came
-// to the rows of its tokens; scaled and multiplied with other rows, it is the gradient of combine.
+// redispatch in low-latency mode: every rank pushes rows along known routes, and each of its peers
+// moves what came to the rows of its tokens; scaled and multiplied with other rows, it is the
+// gradient of combine.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "cuda/divisor.h"
-#include "cuda/low_latency/launch.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/low_latency/low_latency.h"
 #include "cuda/low_latency/signalled_op.cuh"
 #include "cuda/row_products.cuh"
 #include "cuda/row_values.cuh"
@@ -31,18 +33,19 @@ __device__ void PushRows(const LowLatencyRedispatch& op, const SignalledOp& grou
        item += NumWarps()) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const bool inside = token < num_tokens && lane < num_topk;
-    const int32_t rank =
-        inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
+    const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
     const uint32_t same = __match_any_sync(~0u, rank != kNone ? rank : -1 - lane);
     const bool leads = rank != kNone && __ffs(same) - 1 == lane;
-    group.PushRow<kWhole>(static_cast<const char*>(op.params.x) + token * op.row_bytes, op.row_bytes,
-                          token, part, rank, leads);
+    group.PushRow<kWhole>(static_cast<const char*>(op.params.x) + token * op.row_bytes,
+                          op.row_bytes, token, part, rank, leads);
   }
 }
 
-// Call use(slot, row of the lane or kNone, first byte and elements of the part) for all slots that have come.
+// Call use(slot, row of the lane or kNone, first byte and elements of the part) for all slots that
+// have come.
 template <bool kWhole, typename Use>
-__device__ void ForSlots(const LowLatencyRedispatch& op, SignalledOp& group, int32_t* taken, Use use) {
+__device__ void ForSlots(const LowLatencyRedispatch& op, SignalledOp& group, int32_t* taken,
+                         Use use) {
   const int lane = threadIdx.x % 32;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
   const PairTable table(op.frame.shape, op.params.route);
@@ -90,7 +93,8 @@ template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ LowLatencyRedispatch op) {
   Run<kWhole>(op, [&](const Slot& at, int32_t row, int part) {
-    const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part, op.signalled.num_parts);
+    const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
+                                op.signalled.num_parts);
     char* to = row == kNone ? nullptr
                             : static_cast<char*>(op.params.rows) + row * op.row_bytes + words.begin;
     if (words.shape.size > 0) CopyRow<kWhole>(at.row() + words.begin, words.shape, to);
@@ -133,19 +137,24 @@ Kernel ScaleKernelFor(RowType type) {
 
 }  // namespace
 
-const char* LaunchLowLatency(const OpFrame& frame, const WindowLayout& window,
-                             const RedispatchParams& params, int num_blocks, const DeviceFacts&,
-                             cudaStream_t stream) {
+template <>
+const char* VerbKernels<LowLatency, RedispatchParams>::Launch(const OpFrame& frame,
+                                                              const RedispatchParams& params,
+                                                              int num_blocks, const DeviceFacts&,
+                                                              cudaStream_t stream) {
+  const WindowLayout window = LowLatency::WindowOf(frame.shape);
   const RowType type = params.route.row_type;
   const int num_tokens = params.route.num_tokens;
-  const int64_t row_bytes = params.route.row_bytes();
+  const int64_t row_bytes = params.route.rows().bytes();
   const bool scales = params.weights != nullptr || params.y != nullptr;
   // A product is a sum over a whole row.
   const int num_parts = scales ? 1 : NumParts(frame.shape, num_tokens, row_bytes);
   const int num_slots = std::max(num_tokens, 1);
-  LowLatencyRedispatch op{frame,     params,
+  LowLatencyRedispatch op{frame,
+                          params,
                           {window, num_parts, num_slots},
-                          row_bytes, Divisor(num_slots),
+                          row_bytes,
+                          Divisor(num_slots),
                           Divisor(num_parts)};
   if (!scales) {
     const bool whole = IsWhole(static_cast<int>(row_bytes / sizeof(uint16_t)));
@@ -162,7 +171,8 @@ const char* LaunchLowLatency(const OpFrame& frame, const WindowLayout& window,
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
-const char* LoadLowLatencyRedispatch(int /*max_shared_bytes*/) {
+template <>
+const char* VerbKernels<LowLatency, RedispatchParams>::Load(int /*max_shared_bytes*/) {
   std::vector<Kernel> kernels = {CopyKernel<true>, CopyKernel<false>};
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     kernels.push_back(ScaleKernelFor<true>(type));

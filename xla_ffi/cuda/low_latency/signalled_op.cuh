@@ -1,6 +1,7 @@
 // How the ranks of a group go through one op in low-latency mode: one one-way message per peer.
 //
-//     Begin | push parts of rows, each with its Signal | Wait for everyone's | read own window | Finish
+//     Begin | push parts of rows, each with its Signal | Wait for everyone's | read own window |
+//     Finish
 //
 // Every op pushes a Signal for each slot of every peer, whether it has a row for it or not, and
 // waits for all slots of its own window. So a rank that begins op n has heard from all peers in op
@@ -78,8 +79,7 @@ __device__ void CopyRow(const char* from, RowShape<kWhole> shape, char* to) {
     }
     for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
       const auto address = reinterpret_cast<uint64_t>(to);
-      char* of_lane =
-          reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1));
+      char* of_lane = reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1));
 #pragma unroll
       for (int i = 0; i < kWordsInFlight; ++i) {
         const int group = base + i * 32 + lane;
@@ -125,7 +125,8 @@ class SignalledOp : public RankOp {
     StoreReleaseSystem(&signal->step, step());  // pairs with the acquire load in Wait, on the owner
   }
 
-  // Push a part of the row of a token to the ranks that `leads` lanes name, and send everyone the signal.
+  // Push a part of the row of a token to the ranks that `leads` lanes name, and send everyone the
+  // signal.
   template <bool kWhole>
   __device__ void PushRow(const char* row, int64_t row_bytes, int token, int part, int32_t rank,
                           bool leads) const {
@@ -167,7 +168,8 @@ class SignalledOp : public RankOp {
       if (!here) {
         stopped = IsBroken();
         late = NanosecondClock() - began_ns > frame_.timeout_ns;
-        // After a look at what it has announced, since a peer that is further on has sent this first.
+        // After a look at what it has announced, since a peer that is further on has sent this
+        // first.
         differs = HasOtherOp(source) && LoadAcquireSystem(&signal->step) != step();
       }
       if (__any_sync(~0u, stopped || late || differs)) break;

@@ -1,5 +1,5 @@
-// Windows: memory of a rank's communicator into which its peers push rows, in two banks that the ops
-// of a channel take in turn. It stands behind the rank's control block, and is never cleared.
+// Windows: memory of a rank's communicator into which its peers push rows, in two banks that the
+// ops of a channel take in turn. It stands behind the rank's control block, and is never cleared.
 //
 // A bank has a slot for each (source, token):
 //
@@ -30,9 +30,9 @@ struct alignas(16) Signal {
   uint64_t op_hash;  // the lowest bit: whether there is a row
 };
 
-// Of a dispatch, an entry of the token in its own column: the local expert, or kNone, and the router
-// weight. Of a combine, the gradient of an entry's weight: expert-major, of the n-th entry of the
-// token on that rank; token-major, of column k.
+// Of a dispatch, an entry of the token in its own column: the local expert, or kNone, and the
+// router weight. Of a combine, the gradient of an entry's weight: expert-major, of the n-th entry
+// of the token on that rank; token-major, of column k.
 struct alignas(8) SlotEntry {
   int32_t expert;
   float value;
@@ -72,7 +72,8 @@ struct WindowLayout {
   }
 };
 
-// Into how many parts the rows of an op are cut: the same on all ranks. `row_bytes` is what crosses.
+// Into how many parts the rows of an op are cut: the same on all ranks. `row_bytes` is what
+// crosses.
 inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, int64_t row_bytes) {
   constexpr int64_t kWarpsWanted = 512, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);
