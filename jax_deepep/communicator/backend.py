@@ -150,8 +150,10 @@ def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
             config.topology.num_ranks,
             config.num_experts,
             config.num_experts_per_tok,
+            config.max_tokens,
             address_in_pool(device),
             limit,
+            config.chosen_mode,
         ):
             return text
     return ""

@@ -80,8 +80,10 @@ class Communicator:
         implementation: "native" for our own kernels, "xla" for JAX collectives, which run on every
             platform; "auto" takes the native one where the platform has it and every group lies inside one
             host, however many hosts the mesh has. The attribute holds what was chosen.
-        mode: "auto" or "throughput"; "low_latency" is not in this version. The attribute holds
-            what was chosen.
+        mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
+            GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
+            float16, narrow integers); "throughput" for everything else. "auto" takes "throughput". Results
+            are the same bits in both. The attribute holds what was chosen.
         num_sms: CUDA: SMs that one op occupies; None = as many as its bytes want, chosen for each op. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
@@ -143,7 +145,7 @@ class Communicator:
         self._set("topology", topology)
         self._set("id", exchange.id)
         self._set("implementation", backend.implementation)
-        self._set("mode", "throughput")
+        self._set("mode", config.chosen_mode)
         self._set("_backend", backend)
         if backend.native is not None:
             native_module.close_at_exit(self, backend.native)
@@ -212,7 +214,7 @@ class Communicator:
             ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),
             ("implementation", f"{self.implementation} ({self._backend.reason})"),
             ("transport", self._backend.transport()),
-            ("mode", self.mode),
+            ("mode", f"{self.mode} (mode={self.config.mode!r})"),
             ("buffers", f"{self.buffer_bytes / 2**20:.1f} MiB held between ops"),
             ("timeout", f"{self.timeout_s:g} s"),
             ("state", state),

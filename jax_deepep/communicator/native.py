@@ -83,10 +83,12 @@ class CudaHalf(NativeHalf):
     def __init__(self, config: CommunicatorConfig, id: int) -> None:
         devices = config.topology.local_devices(jax.process_index())
         self._num_sms = config.num_sms
+        self._mode = config.chosen_mode
         self.native = native_module.load("cuda").Communicator(
             **arguments_of(config, id),
             devices=[address_in_pool(device) for device in devices],
             num_sms=config.num_sms or 0,
+            mode=config.chosen_mode,
         )
 
     def exports(self, open_here: contextlib.ExitStack) -> list[Export]:
@@ -111,7 +113,12 @@ class CudaHalf(NativeHalf):
 
     def transport(self) -> str:
         sms = f"{'up to ' if self._num_sms is None else ''}{self.native.most_blocks} SMs per op"
-        return f"peers' arrays are read in place, over NVLink or in one GPU; {sms}"
+        how = (
+            "peers' arrays are read in place"
+            if self._mode == "throughput"
+            else "rows are pushed to peers' windows"
+        )
+        return f"{how}, over NVLink or in one GPU; {sms}"
 
 
 HALVES: dict[str, type[NativeHalf]] = {"cpu": CpuHalf, "cuda": CudaHalf}

@@ -124,7 +124,14 @@ class CudaModule(NativeModule, Protocol):
     """The module for GPUs."""
 
     def obstacle(
-        self, num_ranks: int, num_experts: int, num_topk: int, device: AddressInPool, limit_bytes: int
+        self,
+        num_ranks: int,
+        num_experts: int,
+        num_topk: int,
+        max_tokens: int,
+        device: AddressInPool,
+        limit_bytes: int,
+        mode: str,
     ) -> str: ...
 
     @property

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
+from jax_deepep.capacity import slot_row_bytes
 from jax_deepep.checks import ROW_DTYPES, check_array, check_is_array, nearest_row_dtype
 from jax_deepep.communicator import Communicator
 from jax_deepep.communicator.topology import Topology
@@ -45,6 +46,17 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
             f"{name}: got {value.shape[1]} {value.dtype.name} in a row; takes 1 to {widest}, the bytes of "
             f"hidden_size={hidden_size} float32. Send the rest along the same routes with handle=, or make "
             "the communicator with a larger hidden_size."
+        )
+
+
+def check_fits_mode(name: str, rows: Any, comm: Communicator) -> None:
+    """Raise unless the mode of `comm` sends rows as wide as these."""
+    widest, width = slot_row_bytes(comm.hidden_size), rows.shape[1] * rows.dtype.itemsize
+    if comm.mode == "low_latency" and width > widest:
+        raise ValueError(
+            f'{name}: expected rows of at most {widest} bytes with mode="low_latency" and hidden_size='
+            f"{comm.hidden_size}, got {rows.shape[1]} {rows.dtype.name}, {width} bytes; cast them to "
+            'bfloat16, or make the communicator with mode="throughput".'
         )
 
 

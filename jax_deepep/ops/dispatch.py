@@ -12,6 +12,7 @@ from jax_deepep.ops import autodiff
 from jax_deepep.ops.checks import (
     check_call_site,
     check_comm,
+    check_fits_mode,
     check_sent_rows,
     communicator_of,
     vary_together,
@@ -120,6 +121,7 @@ def dispatch(
     check_comm(comm, "dispatch")
     assert comm is not None
     check_sent_rows("x", x, comm.hidden_size)
+    check_fits_mode("x", x, comm)
     if wire is not None:
         raise ValueError(
             f"wire: expected None, got {wire!r}; quantised wire formats are of a later version, and rows "

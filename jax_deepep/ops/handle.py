@@ -73,13 +73,15 @@ class Handle(Generic[Received]):
         source: int32 [C], for each received row source device · `max_tokens` + token, −1 in every
             row that is none.
         destination: int32 [T, K], for each entry of `topk_idx` the device · C + row that it went
-            to, −1 where it went nowhere.
+            to, −1 where it went nowhere. In low-latency mode, native on GPUs, the device alone, also of
+            rows that it dropped.
         weights: float32, router weights on the receiving side: [C] expert-major, [C, K]
             token-major. The gradient of `topk_weights` flows through it.
         local_experts: int32 [C, K] token-major: local expert of each k or −1; None expert-major, not an
             array of no elements: see `no_rows` for what JAX does with one that enters a shard_map.
-        pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major: which tokens this device
-            received, and the rows of each (`PairTable` in `xla_ffi/interface/geometry.h`); None elsewhere.
+        pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major or in low-latency mode:
+            which tokens this device received, and the rows of each (`PairTable` in
+            `xla_ffi/interface/geometry.h`); None elsewhere.
         group_sizes: int32 [G], rows of each group, padding included (G = L expert-major, else 1).
         num_rows: int32 [G], rows of each group without the padding.
         num_received: int32 [], rows sent to this device, before dropping.

@@ -94,17 +94,20 @@ def _sizes(shape: RouteShape) -> dict[str, int]:
 
 
 def _keeps_pairs(shape: RouteShape) -> bool:
-    """Return whether the ops of this platform need the table of pairs."""
-    return shape.comm.platform == "cuda" and shape.layout == "expert"
+    """Return whether the ops of this platform and mode need the table of pairs."""
+    comm = shape.comm
+    return comm.platform == "cuda" and (shape.layout == "expert" or comm.mode == "low_latency")
 
 
 def _has_scratch(shape: RouteShape) -> bool:
-    return shape.comm.platform == "cuda"
+    return shape.comm.platform == "cuda" and shape.comm.mode == "throughput"
 
 
 def _has_sums(shape: RouteShape) -> bool:
     """Return whether a token can have several rows on a device whose ops sum them in scratch."""
-    return _keeps_pairs(shape) and native_module.numbers().combine_sum_rows(**_sizes(shape)) > 0
+    if not _has_scratch(shape) or shape.layout == "token":
+        return False
+    return native_module.numbers().combine_sum_rows(**_sizes(shape)) > 0
 
 
 def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
@@ -187,6 +190,7 @@ def _redispatch_types(
     rank: ShapedArray,
     x: ShapedArray,
     source: ShapedArray,
+    destination: ShapedArray,
     group_sizes: ShapedArray,
     weights: ShapedArray,
     y: ShapedArray,
@@ -222,6 +226,7 @@ def redispatch(
         shape.rank(),
         _whole_words(x),
         routes.source,
+        routes.destination,
         routes.group_sizes,
         _or_placeholder(weights, jnp.float32),
         _or_placeholder(y, x.dtype),

@@ -290,6 +290,7 @@ void CheckConformance(int num_blocks) {
       MakeProblem("both capacities", 4, 16, 6, 50, 128, kBF16, kExpert, 4, 64, 5),
       MakeProblem("capacity, by token", 4, 16, 6, 50, 128, kBF16, kToken, 4, 96),
       MakeProblem("no room", 2, 4, 2, 9, 32, kF32, kExpert, 1, 0),
+      MakeProblem("no tokens", 3, 6, 2, 0, 64, kBF16, kExpert, 4),
       MakeProblem("one token", 4, 8, 2, 1, 128, kBF16, kExpert),
       MakeProblem("one expert each", 4, 4, 4, 30, 128, kBF16, kExpert),
       MakeProblem("one choice", 4, 32, 1, 70, 128, kF16, kExpert),

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHIM = ROOT / "tests/native/cuda_on_cpu"
-KERNELS = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/intranode/*.cu")
+KERNELS = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/*/*.cu")
 HOST_CODE = (
     "tests/native/cuda_on_cpu/*.cc",
     "xla_ffi/cpu/*.cc",
@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("kernels")
     objects = []
     for source in files(KERNELS):
-        objects.append(str(folder / f"{source.stem}.o"))
+        objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
         as_cpp = ["-include", str(SHIM / "shared_memory.h"), "-x", "c++", "-c", str(source)]
         run(["g++", *FLAGS, *INCLUDES, *as_cpp, "-o", objects[-1]], timeout=280)
     path = str(folder / "cuda_ranks")

@@ -62,12 +62,13 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const Pl
   return comm;
 }
 
-std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
+std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk, int32_t max_tokens,
                      const DeviceTuple& device, size_t limit_bytes, const std::string& mode) {
   GroupShape shape;
   shape.num_ranks = num_ranks;
   shape.num_experts = num_experts;
   shape.num_topk = num_topk;
+  shape.max_tokens = max_tokens;
   std::string error = ObstacleOfLimits(shape);
   if (error.empty()) error = ObstacleOfDevice(device.first, shape, KernelsOf(mode));
   if (error.empty()) error = ObstacleOfPool(DeviceOf(device), limit_bytes);
@@ -112,14 +113,13 @@ NB_MODULE(_cuda, module) {
   module.def("targets", &Targets);
   module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
   module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
-             nb::arg("num_topk"), nb::arg("device"), nb::arg("limit_bytes"),
-             nb::arg("mode") = KernelSets().front().mode, WithoutGil());
+             nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),
+             nb::arg("mode"), WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
            nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
-           nb::arg("devices"), nb::arg("num_sms"), nb::arg("mode") = KernelSets().front().mode,
-           WithoutGil())
+           nb::arg("devices"), nb::arg("num_sms"), nb::arg("mode"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())

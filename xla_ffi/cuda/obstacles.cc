@@ -36,8 +36,10 @@ std::string ObstacleOfDevice(int ordinal, const GroupShape& shape, const KernelS
   const int64_t needed = kernels.least_shared_bytes(shape);
   const int64_t available = DynamicSharedBytes(ordinal);
   if (needed > available) {
-    return "num_experts is " + std::to_string(shape.num_experts) + ", for which native ops need " +
-           std::to_string(needed) + " bytes of shared memory per block, and " + gpu + " has " +
+    return "num_experts is " + std::to_string(shape.num_experts) +
+           (kernels.reads_peers ? std::string()
+                                : " and max_tokens " + std::to_string(shape.max_tokens)) +
+           ", for which native ops in mode " + kernels.mode + " need " + std::to_string(needed) + " bytes of shared memory per block, and " + gpu + " has " +
            std::to_string(available);
   }
   return "";

@@ -40,7 +40,8 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const Slot to = group.SlotOf(op.num_slots.Quotient(slot), self, op.num_slots.Remainder(slot));
     const int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
-    const int32_t row = lane < table.max_rows ? line[1 + lane] : kNone;
+    const bool exists = params.route.num_tokens > 0 && lane < table.max_rows;
+    const int32_t row = exists ? line[1 + lane] : kNone;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
     const RowPart<kWhole> elements(params.route.row_size, sizeof(typename Type::Element), part,
                                    op.signalled.num_parts);

@@ -166,7 +166,8 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& 
     const int32_t at = GroupOfEntry(dispatch, group, slot, &entry);
     const int32_t row = at != kNone ? RowOf(plan, own + at, 0, counters[at]++) : kNone;
     __syncwarp();
-    if (slot % gridDim.x != blockIdx.x) continue;  // another block's
+    // Another block's, or the one that there is without tokens.
+    if (slot % gridDim.x != blockIdx.x || params.route.num_tokens == 0) continue;
     const int source = dispatch.num_slots.Quotient(slot);
     const int32_t code =
         source * shape.max_tokens + static_cast<int32_t>(dispatch.num_slots.Remainder(slot));

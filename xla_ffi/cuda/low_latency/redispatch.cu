@@ -53,7 +53,8 @@ __device__ void ForSlots(const LowLatencyRedispatch& op, SignalledOp& group, int
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const int source = op.num_slots.Quotient(slot);
     const int32_t* line = op.params.pairs + int64_t{1 + slot} * table.line_ints();
-    const int32_t row = lane < table.max_rows ? line[1 + lane] : kNone;
+    const bool exists = op.params.route.num_tokens > 0 && lane < table.max_rows;
+    const int32_t row = exists ? line[1 + lane] : kNone;
     const Slot at = group.SlotOf(op.frame.rank, source, op.num_slots.Remainder(slot));
     bool has_row;
     if (!group.Wait(true, at, part, source, &has_row)) return;

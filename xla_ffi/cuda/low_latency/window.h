@@ -9,6 +9,7 @@
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -54,8 +55,10 @@ struct WindowLayout {
             RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * sizeof(SlotEntry), 16))),
         slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(MostRowBytes(shape), 16))) {}
 
+  // As slot_row_bytes in jax_deepep/capacity.py. A router weight fits any slot: it is a row where
+  // only weights have a gradient.
   static int64_t MostRowBytes(const GroupShape& shape) {
-    return int64_t{kSlotBytesPerElement} * shape.hidden_size;
+    return std::max(int64_t{kSlotBytesPerElement} * shape.hidden_size, int64_t{16});
   }
   // Of one rank, behind its control block, both banks.
   int64_t bytes() const { return int64_t{2} * num_ranks * num_slots * slot_bytes; }
