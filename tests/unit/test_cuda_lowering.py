@@ -23,11 +23,11 @@ SIZES = {"num_experts": 32, "num_experts_per_tok": 4, "max_tokens": 16, "hidden_
 
 
 @pytest.fixture
-def comm(monkeypatch: pytest.MonkeyPatch) -> ep.Communicator:
+def comm(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ep.Communicator:
     """A communicator of CPU devices that pass for H100s once it is made."""
     # A mesh that no other test has: JAX remembers what it has derived from those that it has met.
     mesh = Mesh(mesh_named("expert").devices[::-1], ("expert",))
-    comm = ep.Communicator(mesh, **SIZES, implementation="native")
+    comm = ep.Communicator(mesh, **SIZES, implementation="native", mode=getattr(request, "param", "auto"))
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
     monkeypatch.setitem(vars(mesh), "abstract_mesh", mesh.abstract_mesh.update(abstract_device=gpu))
@@ -45,6 +45,7 @@ def global_array(comm: ep.Communicator, shape: tuple[int, ...], dtype, spec: P =
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(comm.mesh, spec))
 
 
+@pytest.mark.parametrize("comm", ["throughput", "low_latency"], indirect=True)
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     def body(x, topk_idx, topk_weights, bias):
