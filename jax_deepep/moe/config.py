@@ -47,8 +47,8 @@ class MoEConfig:
         capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
             of its experts may need; rows beyond are dropped. None = as many as may ever come.
         expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
-            either capacity every sender leaves out its share of what is too much, the lowest weights first:
-            see `jax_deepep.moe.fair_drops`.
+            either capacity every sender leaves out its share of what is too much, the lowest weights first,
+            where this share is of 8 rows or more: see `jax_deepep.moe.fair_drops`.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,

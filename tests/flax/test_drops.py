@@ -9,6 +9,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 from jax_deepep.moe import build_config, moe
+from jax_deepep.moe.fair_drops import leave_out
 
 
 @pytest.mark.parametrize("bound", ["capacity_factor", "expert_capacity"])
@@ -63,3 +64,12 @@ def test_drops_are_spread_over_experts_and_senders() -> None:
     of_place = lambda values: values.reshape(mesh.size, mesh.size, 4).sum(axis=(0, 1))  # noqa: E731
     for rates in (of_place(drops) / of_place(load), drops.sum(axis=1) / load.sum(axis=1)):
         assert share / 2 < rates.min() <= rates.max() < share * 2
+
+
+def test_small_parts_are_left_to_dispatch() -> None:
+    """A sender that may send 7 rows leaves out none by itself; one that may send 8 leaves out the others."""
+    topk_idx, weights = np.zeros((16, 1), np.int32), np.linspace(1, 2, 16, dtype=np.float32)[:, None]
+    for room, kept in ((7, 16), (8, 8)):
+        config = config_of("one device", num_experts_per_tok=1, expert_capacity=room)
+        sent = np.asarray(leave_out(config, topk_idx, weights, None, 1))
+        np.testing.assert_array_equal(sent[:, 0], np.where(np.arange(16) >= 16 - kept, 0, -1))

@@ -1,5 +1,6 @@
 """The experts' networks by every grouped matmul, where rows of no expert hold NaN."""
 
+import sys
 from functools import partial
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_moe import numbers
+from jax.experimental import pallas
 from moe_layer import assert_close
 
+from jax_deepep import jax_compat
 from jax_deepep.moe.experts import routed_experts
 from jax_deepep.moe.grouped_matmul import alignment_for, chosen
 
@@ -143,6 +146,20 @@ def test_blocks_follow_the_rows_of_an_expert() -> None:
     assert chosen("auto", "cuda", **fitting, alignment=48) == "ragged_dot"
     with pytest.raises(ValueError, match="grouped_matmul: got 'triton' on cpu; takes it on NVIDIA GPUs only"):
         chosen("triton", "cpu")
+
+
+def test_a_jax_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which JAX 0.12 deprecates: "auto" goes without it, and says why."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)  # its import is an error
+    monkeypatch.delattr(pallas, "triton", raising=False)
+    assert jax_compat.pallas_triton() is None
+    with pytest.warns(
+        UserWarning, match=r'got JAX 0\.\S+, which has none; use .*"ragged_dot", as "auto" does'
+    ):
+        assert chosen("auto", "cuda", hidden_size=64, intermediate_size=128) == "ragged_dot"
+    with pytest.raises(ValueError, match="grouped_matmul: expected a JAX with the Triton backend of Pallas"):
+        chosen("triton", "cuda")
+    assert chosen("auto", "cpu") == "blocks"
 
 
 def test_sizes_that_a_kernel_cannot_have() -> None:
