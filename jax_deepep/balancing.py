@@ -223,7 +223,7 @@ class _Plan:
         own, of_hot = self.num_own, loads[hot]
         of_others = loads.copy()
         of_others[hot] = -np.inf
-        # Of an expert with one copy less: what every other device that holds it gains, and the largest of them.
+        # Of an expert with one copy less: what every other device that holds it gains, and the largest load.
         rise = self.load / np.maximum(self.copies - 1, 1) - per_copy
         largest_holder = np.full(len(self.copies), -np.inf)
         by_load = of_others.argsort()  # of the devices that hold an expert, the last one written stays

@@ -11,9 +11,9 @@ rows and 0.0 % of the weight, in place of 0.5 % of both, of which the last exper
 sender 3.4 %. With T = 8: 12 % and 2.8 % in place of 4.4 % and 4.6 %, of which the last experts bore 30 %. (To
 divide the room by experts, in the order of dispatch, drops more, and all of it from the last senders.)
 
-Where a sender's part is of fewer than `LEAST_PART` rows, as in decoding, dispatch alone decides, and drops the
-last experts and senders: parts of 4 rows would lose 11 % of the weight in place of 6 %, and only an exchange of
-counts before the dispatch could tell a sender what its peers leave unused. Such calls better have no capacity.
+Where a sender's part is of fewer than `LEAST_PART` rows, as in decoding, dispatch alone decides, and drops
+the last experts and senders: parts of 4 rows would lose 11 % of the weight in place of 6 %, and only an
+exchange of counts could tell a sender what its peers leave unused. Such calls do better without a capacity.
 """
 
 import jax
