@@ -140,7 +140,7 @@ def _plan(load: np.ndarray, num_physical: int, num_devices: int, own_first: bool
             plan.restore(best)
         steps -= 1
         if steps <= 0 or lowest <= load.sum() / num_devices * (1 + LEAST_GAIN):
-            return best.ravel()
+            return best.ravel().astype(np.int32)
         plan.disturb(random)
 
 
@@ -148,33 +148,30 @@ class _Plan:
     """Which expert every slot holds, while it is searched for; no expert is twice on one device.
 
     Attributes:
-        expert: int32 [R, S]; the first `num_own` of each row stay.
-        holds: bool [R, E], the same as a table.
+        expert: [R, S]; the first `num_own` of each row stay.
+        holds: bool [E, R], the same as a table.
+        copies: [E], how many slots hold each expert.
     """
 
     def __init__(self, load: np.ndarray, slots: int, num_devices: int, own_first: bool):
         self.load = load
         self.num_own = len(load) // num_devices if own_first else 0
-        self.expert = np.full((num_devices, slots), -1, np.int32)
-        self.holds = np.zeros((num_devices, len(load)), bool)
+        expert = np.full((num_devices, slots), -1)
         if own_first:
-            self.expert[:, : self.num_own] = np.arange(len(load)).reshape(num_devices, -1)
-            np.put_along_axis(self.holds, self.expert[:, : self.num_own], True, axis=1)
-        self.device = np.repeat(np.arange(num_devices), slots - self.num_own)  # of every slot that may change
+            expert[:, : self.num_own] = np.arange(len(load)).reshape(num_devices, -1)
+        self.restore(expert)
 
     def restore(self, expert: np.ndarray) -> None:
-        """Go back to an earlier `expert`."""
+        """Begin with `expert`, or go back to it; −1 is an empty slot."""
         self.expert = expert.copy()
-        self.holds[:] = False
-        np.put_along_axis(self.holds, self.expert, True, axis=1)
-
-    def copies(self) -> np.ndarray:
-        """Return how many slots hold each expert, [E]."""
-        return np.bincount(self.expert.ravel(), minlength=len(self.load))
+        self.holds = np.zeros((len(self.load), len(expert)), bool)
+        device, slot = np.nonzero(expert >= 0)
+        self.holds[expert[device, slot], device] = True
+        self.copies = self.holds.sum(axis=1)
 
     def loads(self) -> np.ndarray:
         """Return the load of every device, [R]."""
-        return (self.load / self.copies())[self.expert].sum(axis=1)
+        return (self.load / self.copies)[self.expert].sum(axis=1)
 
     def fill(self) -> None:
         """Give copies to the experts with the highest load per copy; place all, the highest loads first."""
@@ -191,28 +188,29 @@ class _Plan:
         per_copy = self.load / np.array(copies)
         num_held = np.full(num_devices, self.num_own)
         # The load of a device that has a free slot; no more are taken from others.
-        open_load = np.where(num_held < slots, self.holds @ per_copy, np.inf)
+        open_load = np.where(num_held < slots, per_copy @ self.holds, np.inf)
         for expert in np.argsort(-per_copy, kind="stable").tolist():
             for _ in range(copies[expert] - (self.num_own > 0)):
-                candidates = np.where(self.holds[:, expert], np.inf, open_load)
-                device = int(candidates.argmin())
-                if candidates[device] == np.inf:
+                device = int(open_load.argmin())
+                if self.holds[expert, device]:
+                    device = int(np.where(self.holds[expert], np.inf, open_load).argmin())
+                if self.holds[expert, device] or open_load[device] == np.inf:
                     break  # every free slot is on a device that has it
                 self._put(device, num_held[device], expert)
                 num_held[device] += 1
                 full = num_held[device] == slots
                 open_load[device] = np.inf if full else open_load[device] + per_copy[expert]
         for device, slot in np.argwhere(self.expert < 0):
-            held = np.bincount(self.expert[self.expert >= 0], minlength=len(self.load))
-            self._put(
-                device, slot, np.where(self.holds[device], -1, self.load / np.maximum(held, 1)).argmax()
-            )
+            share = self.load / np.maximum(self.copies, 1)
+            self._put(device, slot, np.where(self.holds[:, device], -1, share).argmax())
 
     def _put(self, device: Any, slot: Any, expert: Any) -> None:
-        if self.expert[device, slot] >= 0:
-            self.holds[device, self.expert[device, slot]] = False
+        if (old := self.expert[device, slot]) >= 0:
+            self.holds[old, device] = False
+            self.copies[old] -= 1
         self.expert[device, slot] = expert
-        self.holds[device, expert] = True
+        self.holds[expert, device] = True
+        self.copies[expert] += 1
 
     def improve(self) -> bool:
         """Make the one change that lowers the load of the most loaded device most; False if none does.
@@ -220,60 +218,64 @@ class _Plan:
         Two slots swap their experts, or one slot takes another expert. What such a change does to the other
         devices is estimated from above, so that it never makes matters worse.
         """
-        copies = self.copies()
-        per_copy = self.load / copies
+        per_copy = self.load / self.copies
+        with_more = self.load / (self.copies + 1)
         loads = per_copy[self.expert].sum(axis=1)
         hot = int(loads.argmax())
-        hottest_other = np.delete(loads, hot).max(initial=0)
-        its = self.expert[hot, self.num_own :]  # what may leave it
-        theirs = self.expert[:, self.num_own :].ravel()
-        lowest, changes = loads[hot] * (1 - LEAST_GAIN), []
-
-        def consider(largest: np.ndarray, possible: np.ndarray, describe: Callable[[int, int], Any]) -> None:
-            nonlocal lowest, changes
-            largest = np.where(possible, largest, np.inf)
-            if largest.size and largest.flat[best := int(largest.argmin())] < lowest:
-                lowest, changes = largest.flat[best], describe(*divmod(best, largest.shape[1]))
-
-        slot = np.arange(self.num_own, self.expert.shape[1])
-        moved = per_copy[its][:, None] - per_copy[theirs]
-        consider(
-            np.maximum(loads[hot] - moved, loads[self.device] + moved),
-            ~self.holds[hot, theirs] & ~self.holds[self.device[None, :], its[:, None]],
-            lambda mine, other: [
-                (hot, slot[mine], theirs[other]), (self.device[other], slot[other % len(slot)], its[mine])
-            ],
-        )  # fmt: skip
-
-        with_more = self.load / (copies + 1)
-        rise = self.load / np.maximum(copies - 1, 1) - per_copy  # of every other device that holds it
-        of_others = np.where(np.arange(len(loads)) == hot, -np.inf, loads)
-        largest_holder = np.full(len(copies), -np.inf)
-        np.maximum.at(largest_holder, self.expert, of_others[:, None])
+        own, of_hot = self.num_own, loads[hot]
+        of_others = loads.copy()
+        of_others[hot] = -np.inf
+        # Of an expert with one copy less: what every other device that holds it gains, and the largest load.
+        rise = self.load / np.maximum(self.copies - 1, 1) - per_copy
+        largest_holder = np.full(len(self.copies), -np.inf)
+        by_load = of_others.argsort()  # of the devices that hold an expert, the last one written stays
+        largest_holder[self.expert[by_load]] = of_others[by_load, None]
         risen = largest_holder + rise
 
-        # A slot elsewhere takes an expert of the hot device.
+        # Slots that may change [R, S'], and those of the hot device [S'].
+        theirs = self.expert[:, own:]
+        its, share, is_in_hot = theirs[hot], per_copy[theirs], self.holds[theirs, hot]
+        is_only_copy = self.copies[theirs] == 1
+        lowest, changes = of_hot * (1 - LEAST_GAIN), []
+
+        def consider(largest: np.ndarray, cannot: np.ndarray, describe: Callable[..., Any]) -> None:
+            nonlocal lowest, changes
+            largest[cannot] = np.inf
+            if largest.size and largest.flat[best := int(largest.argmin())] < lowest:
+                lowest, changes = largest.flat[best], describe(*np.unravel_index(best, largest.shape))
+
+        # A slot of the hot device and one elsewhere swap: [S', R, S'].
+        moved = share[hot][:, None, None] - share
+        consider(
+            np.maximum(of_hot - moved, loads[:, None] + moved),
+            is_in_hot | self.holds[its][:, :, None],
+            lambda mine, device, slot: [
+                (hot, own + mine, theirs[device, slot]), (device, own + slot, its[mine])
+            ],
+        )  # fmt: skip
+        # A slot elsewhere takes an expert of the hot device: [S, R, S'].
         wanted = self.expert[hot]
-        drop = (per_copy - with_more)[wanted][:, None]
-        of_hot = loads[hot] - drop + np.where(self.holds[hot, theirs], rise[theirs], 0)
-        of_taker = loads[self.device] - per_copy[theirs] + with_more[wanted][:, None]
-        after = loads - self.holds[:, wanted].T * drop
-        after[:, hot] = -np.inf
-        of_rest = np.maximum(after.max(axis=1, keepdims=True), risen[theirs])
+        has_wanted, less = self.holds[wanted], (per_copy - with_more)[wanted][:, None]
+        of_rest = (of_others - has_wanted * less).max(axis=1)
+        after = of_hot + np.where(is_in_hot, rise[theirs], 0) - less[:, :, None]
+        np.maximum(after, loads[:, None] - share + with_more[wanted][:, None, None], out=after)
+        np.maximum(after, np.maximum(of_rest[:, None, None], risen[theirs]), out=after)
         consider(
-            np.maximum(np.maximum(of_hot, of_taker), of_rest),
-            (copies[theirs] > 1) & (self.device != hot) & ~self.holds[self.device[None, :], wanted[:, None]],
-            lambda mine, other: [(self.device[other], slot[other % len(slot)], wanted[mine])],
+            after,
+            is_only_copy | has_wanted[:, :, None],
+            lambda mine, device, slot: [(device, own + slot, wanted[mine])],
         )
-        # A slot of the hot device takes another expert.
-        of_hot = loads[hot] - per_copy[its][:, None] + with_more
+        # A slot of the hot device takes another expert: [S', E].
         consider(
-            np.maximum(np.maximum(of_hot, hottest_other), risen[its][:, None]),
-            (copies[its] > 1)[:, None] & ~self.holds[hot],
-            lambda mine, expert: [(hot, slot[mine], expert)],
+            np.maximum(
+                (of_hot - share[hot])[:, None] + with_more,
+                np.maximum(of_others.max(), risen[its])[:, None],
+            ),
+            is_only_copy[hot][:, None] | self.holds[:, hot],
+            lambda mine, expert: [(hot, own + mine, expert)],
         )
-        for device, index, expert in changes:
-            self._put(device, index, expert)
+        for device, slot, expert in changes:
+            self._put(device, slot, expert)
         return bool(changes)
 
     def disturb(self, random: np.random.Generator) -> None:
@@ -285,9 +287,9 @@ class _Plan:
             device = hot if random.random() < 0.5 else device
             mine, theirs = random.integers(self.num_own, slots, size=2)
             old, new = self.expert[device, mine], self.expert[other, theirs]
-            can_swap = not self.holds[device, new] and not self.holds[other, old]
+            can_swap = not self.holds[new, device] and not self.holds[old, other]
             if can_swap and random.random() < 0.5:
                 self._put(device, mine, new)
                 self._put(other, theirs, old)
-            elif self.copies()[old] > 1 and not self.holds[device].all():
-                self._put(device, mine, random.choice(np.flatnonzero(~self.holds[device])))
+            elif self.copies[old] > 1 and not self.holds[:, device].all():
+                self._put(device, mine, random.choice(np.flatnonzero(~self.holds[:, device])))

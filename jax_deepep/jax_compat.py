@@ -131,3 +131,12 @@ def array_like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedA
 def shape_like(value: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """Return the type of a kernel's result that varies over the mesh like `value`, of its dtype."""
     return jax.ShapeDtypeStruct(shape, value.dtype, manual_axis_type=jax.typeof(value).manual_axis_type)
+
+
+def pallas_triton() -> Any:
+    """Return the Triton backend of Pallas, which JAX 0.12 deprecates; None where JAX has none."""
+    try:
+        from jax.experimental.pallas import triton
+    except ImportError:
+        return None
+    return triton

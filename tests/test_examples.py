@@ -54,3 +54,12 @@ def test_a_saved_model_writes_text(tmp_path: Path) -> None:
     assert re.search(rf"^prefill +{sum(map(len, prompts))} tokens, ", output, re.M)
     assert re.search(rf"^decode +{5 * len(prompts)} tokens, ", output, re.M)
     assert "without a cache" in output
+
+
+def test_packed_documents_and_padded_prompts() -> None:
+    """Padding reaches nothing and counts nowhere, and documents of a row do not meet: it asserts."""
+    output = run("packed_sequences.py")
+    before, after = map(float, re.search(r"^loss +(\S+) → (\S+)$", output, re.M).groups())
+    assert after < before / 2
+    rows = {name: int(rows) for name, rows in re.findall(r"^(packed|prompts) +(\d+) rows", output, re.M)}
+    assert rows["packed"] < rows["prompts"] / 2

@@ -49,8 +49,8 @@ class MoEConfig:
             R · T · min(K, L): 14 GiB for one array on each of 64 devices with T = 4096, K = 8, E = 256 and
             H = 7168 in bfloat16, unless `num_chunks` divides it.
         expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
-            either capacity every sender leaves out its share of what is too much, the lowest weights first:
-            see `jax_deepep.moe.fair_drops`.
+            either capacity every sender leaves out its share of what is too much, the lowest weights first,
+            where this share is of 8 rows or more: see `jax_deepep.moe.fair_drops`.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,

@@ -9,8 +9,11 @@ A sender's part is used by no other, so that more rows are dropped than by dispa
 T = 1024, K = 8 of 64 experts on 8 devices, uniform routing and a capacity of the fair share: 1.2 % of the
 rows and 0.0 % of the weight, in place of 0.5 % of both, of which the last experts bore 3.8 % and the last
 sender 3.4 %. With T = 8: 12 % and 2.8 % in place of 4.4 % and 4.6 %, of which the last experts bore 30 %. (To
-divide the room by experts, in the order of dispatch, drops more, and all of it from the last senders.) Where
-parts are of less than `LEAST_PART` rows, dispatch alone decides: they would lose more weight than they save.
+divide the room by experts, in the order of dispatch, drops more, and all of it from the last senders.)
+
+Where a sender's part is of fewer than `LEAST_PART` rows, as in decoding, dispatch alone decides, and drops
+the last experts and senders: parts of 4 rows would lose 11 % of the weight in place of 6 %, and only an
+exchange of counts could tell a sender what its peers leave unused. Such calls do better without a capacity.
 """
 
 import jax

@@ -5,12 +5,14 @@ the next group_sizes[e] rows. Rows after the last group may hold NaN: what comes
 nothing of them reaches another row, or the gradient of the matrices.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import jax
 
+from jax_deepep import jax_compat
 from jax_deepep.moe.triton_matmul import refusal, triton_matmul
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -30,7 +32,7 @@ def chosen(choice: Any, platform: str, **sizes: int) -> Any:
         sizes: what is known of `hidden_size`, `intermediate_size` and `alignment`; "auto" heeds them.
 
     Raises:
-        ValueError: there is none of this name, or not on this platform.
+        ValueError: there is none of this name, or not on this platform or with this JAX.
     """
     if not callable(choice) and choice not in NAMES:
         raise ValueError(
@@ -41,9 +43,19 @@ def chosen(choice: Any, platform: str, **sizes: int) -> Any:
         raise ValueError(
             f"grouped_matmul: got 'triton' on {platform}; takes it on NVIDIA GPUs only. Use 'auto' here."
         )
+    needs_triton = choice == "triton" or (choice == "auto" and platform == "cuda")
+    if needs_triton and jax_compat.pallas_triton() is None:
+        reason = (
+            'grouped_matmul: expected a JAX with the Triton backend of Pallas for "triton", got JAX '
+            f'{jax.__version__}, which has none; use grouped_matmul="ragged_dot"'
+        )
+        if choice == "triton":
+            raise ValueError(f"{reason}.")
+        warnings.warn(f'{reason}, as "auto" does now.', stacklevel=1)  # one place: shown once
+        return "ragged_dot"
+    if choice == "auto" and platform == "cuda":
+        return "triton" if refusal(**sizes) is None else "ragged_dot"
     if choice == "auto":
-        if platform == "cuda" and refusal(**sizes) is None:
-            return "triton"
         return "blocks" if platform == "cpu" else "ragged_dot"
     return choice
 

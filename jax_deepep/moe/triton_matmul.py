@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from jax_deepep import jax_compat
 from jax_deepep.ops.checks import vary_together
@@ -83,13 +82,14 @@ def _depth(size: int, rows: jax.Array) -> int:
 
 def _call(kernel: Any, grid: tuple[int, ...], shape: tuple[int, ...], like: jax.Array, *operands: Any) -> Any:
     whole = pl.BlockSpec()
+    compiler_params = jax_compat.pallas_triton().CompilerParams(num_warps=8, num_stages=3)
     return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=[whole] * len(operands),
         out_specs=whole,
         out_shape=jax_compat.shape_like(like, shape),
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=compiler_params,
         interpret=jax_compat.platform_of(jax.devices()[0]) == "cpu",
     )(*operands)
 
@@ -98,6 +98,7 @@ def _times(block: int, rows: Any, matrices: Any, group_sizes: Any, *, transposed
     """Multiply the rows of each group with its matrix, or with its transpose."""
     inner, width = matrices.shape[1:][::-1] if transposed else matrices.shape[1:]
     columns, depth = _tile(width, COLUMNS), _depth(inner, rows)
+    dot = jax_compat.pallas_triton().dot
     num_blocks = len(rows) // block
     ends = jnp.cumsum(group_sizes) // block
     expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
@@ -116,7 +117,7 @@ def _times(block: int, rows: Any, matrices: Any, group_sizes: Any, *, transposed
                     if transposed
                     else matrices[expert, along, these_columns]
                 )
-                return total + triton.dot(rows[these_rows, along], tile, trans_b=transposed)
+                return total + dot(rows[these_rows, along], tile, trans_b=transposed)
 
             total = lax.fori_loop(0, inner // depth, step, jnp.zeros((block, columns), jnp.float32))
             out[these_rows, these_columns] = total.astype(out.dtype)
@@ -129,6 +130,7 @@ def _outer(block: int, rows: Any, gradient: Any, matrices: Any, group_sizes: Any
     """Sum rowsᵀ gradient over the rows of each group."""
     num_experts, height, width = matrices.shape
     down, across, depth = _tile(height, COLUMNS), _tile(width, COLUMNS), _depth(block, rows)
+    dot = jax_compat.pallas_triton().dot
     ends = jnp.cumsum(group_sizes) // depth
     firsts = ends - group_sizes // depth
 
@@ -139,7 +141,7 @@ def _outer(block: int, rows: Any, gradient: Any, matrices: Any, group_sizes: Any
 
         def step(number, total):
             along = pl.ds(number * depth, depth)
-            return total + triton.dot(rows[along, these_rows], gradient[along, these_columns], trans_a=True)
+            return total + dot(rows[along, these_rows], gradient[along, these_columns], trans_a=True)
 
         zero = jnp.zeros((down, across), jnp.float32)
         total = lax.fori_loop(firsts[expert], ends[expert], step, zero)

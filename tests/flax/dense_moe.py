@@ -42,8 +42,8 @@ def on_mesh(config: MoEConfig, parameters: dict[str, np.ndarray]) -> dict[str, j
     return {name: put_on_mesh(value, config.mesh, config.spec(name)) for name, value in parameters.items()}
 
 
-def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> tuple[jax.Array, jax.Array]:
-    """Return (output, balance loss) of the layer without a capacity, from arrays in full, in float32."""
+def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (output, balance loss, tokens per expert) without a capacity, from arrays in full."""
     tokens = x.reshape(-1, H)
     logits = tokens @ parameters["gate"]
     topk_idx, topk_weights = gating.group_limited_topk(
@@ -69,7 +69,8 @@ def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> tuple[jax.Array, ja
     if config.shared_intermediate_size:
         out += network("shared_", "")
     probability = gating.router_probabilities(logits, config.score_function).mean(axis=0)
-    return out.reshape(x.shape), gating.balance_loss(chosen.sum(axis=(0, 1)), probability)
+    load = chosen.sum(axis=(0, 1))
+    return out.reshape(x.shape), gating.balance_loss(load, probability), load
 
 
 def loss_of(out: jax.Array) -> jax.Array:

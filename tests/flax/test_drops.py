@@ -9,10 +9,17 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 from jax_deepep.moe import build_config, moe
+from jax_deepep.moe.fair_drops import leave_out
 
 
-@pytest.mark.parametrize("bound", ["capacity_factor", "expert_capacity"])
-@pytest.mark.parametrize("mesh_name", ["expert", "fsdp × expert × tensor"])
+@pytest.mark.parametrize(
+    ("mesh_name", "bound"),
+    [
+        ("expert", "capacity_factor"),
+        ("expert", "expert_capacity"),
+        ("fsdp × expert × tensor", "capacity_factor"),
+    ],
+)
 def test_rows_beyond_the_capacity_are_dropped(mesh_name: str, bound: str) -> None:
     """All tokens go to expert 0, which takes half of them: every sender's, those of the higher weights."""
     plain = config_of(mesh_name, num_experts_per_tok=1, normalize=False)
@@ -36,7 +43,7 @@ def test_rows_beyond_the_capacity_are_dropped(mesh_name: str, bound: str) -> Non
     gradient = gradient.reshape(-1, H)
     kept = gradient.all(axis=1)
     assert not gradient[~kept].any()
-    expected, _ = jax.jit(lambda parameters, x: dense_moe(plain, parameters, x))(parameters, x)
+    expected, *_ = jax.jit(lambda parameters, x: dense_moe(plain, parameters, x))(parameters, x)
     assert_close(out.reshape(-1, H), np.where(kept[:, None], np.asarray(expected).reshape(-1, H), 0))
     logits = x.reshape(-1, H).sum(axis=1).reshape(-1, per_device)  # those of the other experts are 0
     for of_sender, stays in zip(logits, kept.reshape(-1, per_device), strict=True):
@@ -63,3 +70,12 @@ def test_drops_are_spread_over_experts_and_senders() -> None:
     of_place = lambda values: values.reshape(mesh.size, mesh.size, 4).sum(axis=(0, 1))  # noqa: E731
     for rates in (of_place(drops) / of_place(load), drops.sum(axis=1) / load.sum(axis=1)):
         assert share / 2 < rates.min() <= rates.max() < share * 2
+
+
+def test_small_parts_are_left_to_dispatch() -> None:
+    """A sender that may send 7 rows leaves out none by itself; one that may send 8 leaves out the others."""
+    topk_idx, weights = np.zeros((16, 1), np.int32), np.linspace(1, 2, 16, dtype=np.float32)[:, None]
+    for room, kept in ((7, 16), (8, 8)):
+        config = config_of("one device", num_experts_per_tok=1, expert_capacity=room)
+        sent = jax.jit(lambda *of, config=config: leave_out(config, *of, None, 1))(topk_idx, weights)
+        np.testing.assert_array_equal(np.asarray(sent)[:, 0], np.where(np.arange(16) >= 16 - kept, 0, -1))

@@ -1,5 +1,6 @@
 """The experts' networks by every grouped matmul, where rows of no expert hold NaN."""
 
+import sys
 from functools import partial
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense_moe import numbers
+from jax.experimental import pallas
 from moe_layer import assert_close
 
+from jax_deepep import jax_compat
 from jax_deepep.moe.experts import routed_experts
 from jax_deepep.moe.grouped_matmul import alignment_for, chosen
 
@@ -46,11 +49,24 @@ def expected(rows, weights):
     return jnp.einsum("cf,cfh->ch", hidden, own["wo"])
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@jax.jit
+def expected_with_gradients(rows, weights, gradient):
+    """Return the result, and the gradients of rows and weights."""
+    out, pull_back = jax.vjp(expected, rows, weights)
+    return out, *pull_back(gradient)
+
+
 @pytest.mark.parametrize(
-    "choice",
-    ["blocks", "ragged_dot", "triton", loop_over_rows],
-    ids=["blocks", "ragged_dot", "triton", "own"],
+    ("choice", "gated"),
+    [
+        ("blocks", True),
+        ("blocks", False),
+        ("ragged_dot", True),
+        ("ragged_dot", False),
+        ("triton", True),
+        (loop_over_rows, True),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_rows_of_no_expert_reach_nothing(choice, gated: bool) -> None:
     """As a dispatch leaves them: zero as padding of a group, NaN after the last one, gradients too."""
@@ -66,12 +82,9 @@ def test_rows_of_no_expert_reach_nothing(choice, gated: bool) -> None:
         out, pull_back = jax.vjp(lambda r, w: apply(r, jnp.asarray(GROUP_SIZES, jnp.int32), w), rows, weights)
         return out, *pull_back(gradient)
 
-    out, of_rows, of_weights = run(rows, weights, gradient)
-    expected_out, pull_back = jax.vjp(expected, jnp.asarray(rows[:in_groups]), weights)
-    expected_of_rows, expected_of_weights = pull_back(jnp.asarray(gradient[:in_groups]))
-    assert_close(np.asarray(out)[:in_groups], np.asarray(expected_out))
-    assert_close(np.asarray(of_rows)[:in_groups], np.asarray(expected_of_rows))
-    assert_close(*jax.tree.map(np.asarray, (of_weights, expected_of_weights)))
+    out, of_rows, of_weights = jax.tree.map(np.asarray, run(rows, weights, gradient))
+    of_groups = expected_with_gradients(rows[:in_groups], weights, gradient[:in_groups])
+    assert_close((out[:in_groups], of_rows[:in_groups], of_weights), jax.tree.map(np.asarray, of_groups))
 
 
 def test_blocks_are_not_computed_after_the_last_group() -> None:
@@ -122,10 +135,12 @@ def test_an_activation_may_compute_in_float32(choice: str) -> None:
         assert out.dtype == jnp.bfloat16
         return out.astype(jnp.float32).sum(), out
 
-    (_, out), gradients = jax.value_and_grad(of_weights, has_aux=True)(weights_of(True, jnp.bfloat16))
+    (_, out), gradients = jax.jit(jax.value_and_grad(of_weights, has_aux=True))(
+        weights_of(True, jnp.bfloat16)
+    )
     rows = numbers(len(EXPERT), H).astype(jnp.bfloat16).astype(np.float32)
     weights = jax.tree.map(lambda value: value.astype(jnp.float32), weights_of(True, jnp.bfloat16))
-    assert_close(np.asarray(out, np.float32), np.asarray(expected(rows, weights)), tolerance=2e-2)
+    assert_close(np.asarray(out, np.float32), np.asarray(jax.jit(expected)(rows, weights)), tolerance=2e-2)
     assert jax.tree.all(jax.tree.map(lambda value: value.dtype == jnp.bfloat16, gradients))
 
 
@@ -143,6 +158,20 @@ def test_blocks_follow_the_rows_of_an_expert() -> None:
     assert chosen("auto", "cuda", **fitting, alignment=48) == "ragged_dot"
     with pytest.raises(ValueError, match="grouped_matmul: got 'triton' on cpu; takes it on NVIDIA GPUs only"):
         chosen("triton", "cpu")
+
+
+def test_a_jax_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which JAX 0.12 deprecates: "auto" goes without it, and says why."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)  # its import is an error
+    monkeypatch.delattr(pallas, "triton", raising=False)
+    assert jax_compat.pallas_triton() is None
+    with pytest.warns(
+        UserWarning, match=r'got JAX 0\.\S+, which has none; use .*"ragged_dot", as "auto" does'
+    ):
+        assert chosen("auto", "cuda", hidden_size=64, intermediate_size=128) == "ragged_dot"
+    with pytest.raises(ValueError, match="grouped_matmul: expected a JAX with the Triton backend of Pallas"):
+        chosen("triton", "cuda")
+    assert chosen("auto", "cpu") == "blocks"
 
 
 def test_sizes_that_a_kernel_cannot_have() -> None:

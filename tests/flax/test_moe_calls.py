@@ -49,6 +49,14 @@ def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray,
     """Return ((output, aux), gradients of parameters, x and float arguments of a call), in full."""
     arrays = {name: placed(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
     floats = {name: placed(config, given.pop(name)) for name in ("topk_weights",) if name in given}
+    operands = on_mesh(config, parameters), placed(config, x), floats, arrays
+    gradients, results = step_of(config, **given)(*operands)
+    return fetch(results), fetch(gradients)
+
+
+@functools.cache
+def step_of(config: MoEConfig, **given: bool) -> Any:
+    """Return the program of `call_of`."""
 
     def loss(parameters, x, floats, arrays):
         out, aux = moe(config, parameters, x, **arrays, **floats, **given)
@@ -58,10 +66,7 @@ def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray,
         kept = jnp.where(arrays["mask"][..., None], out, 0) if "mask" in arrays else out
         return loss_of(kept) + losses, (out, aux)
 
-    gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(
-        on_mesh(config, parameters), placed(config, x), floats, arrays
-    )
-    return fetch(results), fetch(gradients)
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
 def expected_aux(config: MoEConfig, logits: Any, topk_idx: Any, mask: np.ndarray) -> Any:
@@ -151,18 +156,15 @@ def test_own_routing() -> None:
 
 
 def test_routing_is_repeated() -> None:
-    """Of tokens that have one; with the weights of the router, and its gradients."""
+    """Of tokens that have one; with the weights of the router, and its gradients.
+
+    What a call chose, for the others too, makes another choose the same, to the bit.
+    """
     config = config_of("expert", score_function="sigmoid", scale=2.5)
-    check(config, SHAPE, MASK, topk_idx=replayed(config))
-
-
-def test_what_a_call_chose_makes_another_choose_the_same() -> None:
-    """To the bit, gradients included."""
-    config = config_of("data × expert", normalize=False)
-    parameters, x = parameters_of(config), numbers(*SHAPE, H)
-    first, gradients = call_of(config, parameters, x)
-    again, gradients_again = call_of(config, parameters, x, topk_idx=first[1].topk_idx)
-    jax.tree.map(np.testing.assert_array_equal, (again, gradients_again), (first, gradients))
+    aux = check(config, SHAPE, MASK, topk_idx=replayed(config))
+    call = functools.partial(call_of, config, parameters_of(config), numbers(*SHAPE, H), sequence_loss=True)
+    results = [call(mask=MASK, topk_idx=topk_idx) for topk_idx in (replayed(config), aux.topk_idx)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_a_router_of_ones_own() -> None:
@@ -236,20 +238,24 @@ def test_aux_without_an_exchange() -> None:
     assert_close(local.z_loss.mean(), every.z_loss)
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_modules_take_the_same(kind: str) -> None:
+def test_modules_take_the_same() -> None:
+    """NNX and Linen, to the bit."""
     config = config_of("data × expert")
     given = {"router_logits": True, "sequence_loss": True, "router": lambda x: x @ numbers(H, E, seed=7)}
     arrays = {"mask": placed(config, MASK), "topk_idx": placed(config, replayed(config))}
     operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)), arrays)
-    if kind == "nnx":
-        graph, _ = nnx.split(ep_flax.MoE(E, K, H, 32, comm=config.comm, rngs=nnx.Rngs(0)))
-        call = lambda parameters, x, arrays: nnx.merge(graph, parameters)(x, **arrays, **given)  # noqa: E731
-    else:
-        layer = linen.MoE(E, K, H, 32, comm=config.comm)
-        call = lambda parameters, x, arrays: layer.apply({"params": parameters}, x, **arrays, **given)  # noqa: E731
-    expected = jax.jit(lambda parameters, x, arrays: moe(config, parameters, x, **arrays, **given))(*operands)
-    jax.tree.map(np.testing.assert_array_equal, fetch(jax.jit(call)(*operands)), fetch(expected))
+    graph, _ = nnx.split(nnx.eval_shape(lambda: ep_flax.MoE(E, K, H, 32, comm=config.comm, rngs=nnx.Rngs(0))))
+    layer = linen.MoE(E, K, H, 32, comm=config.comm)
+    expected, *others = (
+        fetch(jax.jit(call)(*operands))
+        for call in (
+            lambda parameters, x, arrays: moe(config, parameters, x, **arrays, **given),
+            lambda parameters, x, arrays: nnx.merge(graph, parameters)(x, **arrays, **given),
+            lambda parameters, x, arrays: layer.apply({"params": parameters}, x, **arrays, **given),
+        )
+    )
+    for other in others:
+        jax.tree.map(np.testing.assert_array_equal, other, expected)
 
 
 INDEX = np.zeros((*SHAPE, K), np.int32)

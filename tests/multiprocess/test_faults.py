@@ -5,7 +5,9 @@ Every test ends by itself, long before its hard deadline, and leaves no process 
 
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from implementations import CAPTURE_ALL_OPS
@@ -17,101 +19,234 @@ pytestmark = starts_its_own_processes
 NUM_PROCESSES = 3
 TIMEOUT_S = 4  # as in ranks/faults.py
 OPS_BEFORE = 3 * 4  # runs of `first_step` there, and ops of a run
-DEADLINE_S = 60.0  # a run takes about 12 s on two cores
+DEADLINE_S = 60.0  # of one fault, which takes about 12 s on two cores
 
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("cpu", {}), id="cpu"),
-        pytest.param(("cuda", {}), id="cuda", marks=pytest.mark.gpu),
-        pytest.param(("cuda", {"XLA_FLAGS": CAPTURE_ALL_OPS}), id="cuda in graphs", marks=pytest.mark.gpu),
-    ]
-)
-def faults(request: pytest.FixtureRequest) -> Callable[..., RankProcesses]:
-    """Return what starts the ranks of a fault."""
-    platform, environment = request.param
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a run, as the test sees it.
 
-    def start(name: str, victim: int, *arguments: object) -> RankProcesses:
-        return RankProcesses(
-            "faults",
-            NUM_PROCESSES,
-            (name, victim, *arguments),
-            platform=platform,
-            environment=environment,
-            deadline_s=DEADLINE_S,
+    Attributes:
+        run: the processes.
+        label: the argument of ranks/faults.py.
+        victim: the process that has the fault.
+        live: the processes of the group, in the order of their ranks.
+    """
+
+    run: RankProcesses
+    label: str
+    victim: int
+    live: Sequence[int]
+
+    @property
+    def survivors(self) -> list[int]:
+        return [process for process in self.live if process != self.victim]
+
+    @property
+    def rank(self) -> int:
+        """Of the victim in the group."""
+        return self.live.index(self.victim)
+
+    def report(self, process: int, name: str) -> dict[str, Any]:
+        """Wait for what a process found."""
+        return self.run.wait_for_report(process, f"{self.label}: {name}")
+
+    def assert_abandoned(self, report: dict[str, Any]) -> None:
+        """Check what a rank found on the broken communicator: NaN and zeros, at once and for ever."""
+        assert report["results"]
+        assert report["later_results"]
+        assert report["later_seconds"] < TIMEOUT_S / 2
+        assert report["error"].startswith("PeerTimeoutError: ")
+        assert report["sticky"]
+        assert report["trace_error"] == report["error"]
+        assert report["device_works"]
+        assert "timeout_s" in report["state"]
+        assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) .*for rank {self.rank} \(", report["error"])
+        assert "then make a new Communicator" in report["error"]
+
+    def assert_names_steps(self, error: str, steps_before: int) -> None:
+        waiting = "|".join(str(rank) for rank in range(len(self.live)) if rank != self.rank)
+        wanted = (
+            rf"dispatch on rank ({waiting}) waited {TIMEOUT_S} s \(timeout_s\) for rank {self.rank} "
+            rf"\(expected at step {steps_before + 1}, seen at step {steps_before}\) \(communicator #\d+\)"
         )
+        assert re.search(wanted, error), error
 
-    return start
+    def assert_survivors_agree(self) -> None:
+        """Check that the survivors lost the same step, and that nothing of it could be trained on."""
+        assert len({self.report(process, "steps before")["steps"] for process in self.survivors}) == 1
+        for process in self.survivors:
+            assert self.report(process, "broke in a step")["gradients"]
+            self.assert_abandoned(self.report(process, "abandoned"))
 
-
-def survivors_of(victim: int) -> list[int]:
-    return [rank for rank in range(NUM_PROCESSES) if rank != victim]
-
-
-def assert_abandoned(report: dict, victim: int) -> None:
-    """Check what a rank found on the broken communicator: NaN and zeros, at once and for ever."""
-    assert report["results"]
-    assert report["later_results"]
-    assert report["later_seconds"] < TIMEOUT_S / 2
-    assert report["error"].startswith("PeerTimeoutError: ")
-    assert report["sticky"]
-    assert report["trace_error"] == report["error"]
-    assert report["device_works"]
-    assert "timeout_s" in report["state"]
-    assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) .*for rank {victim} \(", report["error"])
-    assert "then make a new Communicator" in report["error"]
+    def assert_late_rank_does_no_harm(self) -> None:
+        """Check that the late rank finds its communicator broken as well, and all others whole."""
+        self.assert_abandoned(self.report(self.victim, "abandoned"))
+        for process in self.live:
+            report = self.report(process, "unharmed")
+            assert report["other"], "a communicator that lived beside the broken one"
+            assert report["new"], "a communicator made after it"
+            assert report["earlier"], "results from before"
+            assert report["still_broken"].startswith("PeerTimeoutError: ")
 
 
-def assert_names_steps(error: str, victim: int, expected: int, seen: int) -> None:
-    waiting = "|".join(str(rank) for rank in survivors_of(victim))
-    wanted = (
-        rf"dispatch on rank ({waiting}) waited {TIMEOUT_S} s \(timeout_s\) for rank {victim} "
-        rf"\(expected at step {expected}, seen at step {seen}\) \(communicator #\d+\)"
-    )
-    assert re.search(wanted, error), error
+def dies_before_the_op(fault: Fault) -> None:
+    for process in fault.survivors:
+        report = fault.report(process, "abandoned")
+        fault.assert_abandoned(report)
+        fault.assert_names_steps(report["error"], OPS_BEFORE)
 
 
-@pytest.mark.parametrize("victim", [1, 2])
-def test_a_rank_dies_before_an_op(faults: Callable[..., RankProcesses], victim: int) -> None:
-    with faults("dies_before_the_op", victim) as run:
-        run.finish({victim: KILLED})
-        for rank in survivors_of(victim):
-            report = run.wait_for_report(rank, "abandoned")
-            assert_abandoned(report, victim)
-            assert_names_steps(report["error"], victim, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
-        run.assert_nothing_is_left()
+def dies_after_the_op(fault: Fault) -> None:
+    """Nobody follows the op."""
+    for process in fault.survivors:
+        assert fault.report(process, "unharmed")["same"]
 
 
-def test_a_rank_raises_before_an_op(faults: Callable[..., RankProcesses]) -> None:
-    with faults("raises_before_the_op", 1) as run:
-        run.finish({1: 1})
-        assert "ValueError: the data loader of this rank failed" in run.ranks[1].text()
-        for rank in survivors_of(1):
-            report = run.wait_for_report(rank, "abandoned")
-            if run.platform == "cpu":  # where its end closes the communicator, and others are told
-                assert report["results"]
-                assert report["later_results"]
-                assert report["error"].startswith("CommunicatorError: dispatch on rank ")
-                assert f"at step {OPS_BEFORE + 1} waits for rank 1, which has closed" in report["error"]
-                continue
-            assert_abandoned(report, 1)
-            assert_names_steps(report["error"], 1, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
-        run.assert_nothing_is_left()
+def dies_in_a_loop(fault: Fault) -> None:
+    """The same op has been there before, in earlier iterations. On CPU, where ops have names."""
+    for process in fault.survivors:
+        report = fault.report(process, "abandoned")
+        fault.assert_abandoned(report)
+        fault.assert_names_steps(report["error"], OPS_BEFORE + 4 * 2)
+        output = fault.run.ranks[process].text().splitlines()
+        lines = [line for line in output if line.startswith("jax_deepep: ")]
+        assert lines[0] == "jax_deepep: " + report["error"].removeprefix("PeerTimeoutError: ")
+        assert lines.count(lines[0]) == 1
 
 
-def test_a_rank_raises_during_an_op() -> None:
-    """Its program waits for a rank that waits for it, outside of any op: it leaves, and tells all. On CPU."""
-    with RankProcesses("faults", NUM_PROCESSES, ("raises_during_an_op", 1), deadline_s=DEADLINE_S) as run:
-        run.finish({1: 1})
-        for rank in survivors_of(1):
-            report = run.wait_for_report(rank, "left")
-            assert report["abandoned"]
-            assert report["error"].startswith(
-                "CommunicatorError: the program of rank 1 ended while its ops ran"
+def dies_during_ops(fault: Fault) -> None:
+    """At any moment."""
+    fault.assert_survivors_agree()
+
+
+def raises_before_the_op(fault: Fault) -> None:
+    for process in fault.survivors:
+        report = fault.report(process, "abandoned")
+        if fault.run.platform == "cpu":  # where its end closes the communicator, and others are told
+            assert report["results"]
+            assert report["later_results"]
+            assert report["error"].startswith("CommunicatorError: dispatch on rank ")
+            assert (
+                f"at step {OPS_BEFORE + 1} waits for rank {fault.rank}, which has closed" in report["error"]
             )
-            assert "ValueError: this rank failed" in report["error"]
+            continue
+        fault.assert_abandoned(report)
+        fault.assert_names_steps(report["error"], OPS_BEFORE)
+    assert "ValueError: the data loader of this rank failed" in fault.run.ranks[fault.victim].text()
+
+
+def raises_during_an_op(fault: Fault) -> None:
+    """Its program waits for a rank that waits for it, outside of any op: it leaves, and tells all. On CPU."""
+    for process in fault.survivors:
+        report = fault.report(process, "left")
+        assert report["abandoned"]
+        assert report["error"].startswith(
+            f"CommunicatorError: the program of rank {fault.rank} ended while its ops ran"
+        )
+        assert "ValueError: this rank failed" in report["error"]
+
+
+def compiles_beside(fault: Fault) -> None:
+    """A thread that compiles does no harm."""
+    for process in fault.live:
+        assert not fault.report(process, "unharmed")["abandoned"]
+
+
+def calls_share_a_number(fault: Fault) -> None:
+    """What must not happen, forced: it is an error, and no op is left running. On CPU."""
+    for process in fault.live:
+        report = fault.report(process, "told")
+        # Of the same calls on every rank, or of others, depending on which were numbered anew.
+        assert re.search(r"bear the same number|met a different op|waited 4 s \(timeout_s\)", report["error"])
+        assert report["abandoned"]
+
+
+def stalls_before_the_op(fault: Fault) -> None:
+    """And comes back."""
+    for process in fault.live:
+        fault.report(process, "ready")
+    fault.run.ranks[fault.victim].signal(signal.SIGSTOP)
+    for process in fault.survivors:
+        report = fault.report(process, "abandoned")
+        fault.assert_abandoned(report)
+        fault.assert_names_steps(report["error"], OPS_BEFORE)
+    fault.run.ranks[fault.victim].signal(signal.SIGCONT)
+    fault.assert_late_rank_does_no_harm()
+
+
+def stalls_during_ops(fault: Fault) -> None:
+    """At any moment, and comes back."""
+    for process in fault.survivors:
+        fault.report(process, "abandoned")
+    fault.assert_survivors_agree()
+    fault.run.ranks[fault.victim].signal(signal.SIGCONT)
+    fault.assert_late_rank_does_no_harm()
+
+
+def process_0_dies(fault: Fault) -> None:
+    """It hosts JAX's coordinator: JAX ends the others."""
+    codes = fault.run.finish()
+    assert codes[0] == KILLED
+    assert all(code != 0 for code in codes)
+
+
+# Those of a run follow each other in the same processes, on CPU; on GPUs, each has processes of its own.
+RUNS = [
+    ["dies_in_a_loop:2", "dies_after_the_op:1"],
+    ["dies_during_ops:2:1", "dies_before_the_op:1"],
+    ["dies_during_ops:1:0", "dies_before_the_op:2"],
+    ["raises_before_the_op:3", "raises_during_an_op:1"],
+    [
+        "compiles_beside:1",
+        "stalls_before_the_op:0",
+        "stalls_before_the_op:2",
+        "stalls_during_ops:0:0",
+        "stalls_during_ops:1:1",
+        "calls_share_a_number:0",
+        "process_0_dies:0",
+    ],
+]
+ON_CPU_ONLY = ("dies_in_a_loop", "raises_during_an_op", "calls_share_a_number")
+CHECKS: dict[str, Callable[[Fault], None]] = {
+    check.__name__: check
+    for check in (
+        dies_before_the_op, dies_after_the_op, dies_in_a_loop, dies_during_ops, raises_before_the_op,
+        raises_during_an_op, compiles_beside, calls_share_a_number, stalls_before_the_op, stalls_during_ops,
+        process_0_dies,
+    )
+}  # fmt: skip
+ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.startswith(ON_CPU_ONLY))
+
+
+@pytest.mark.parametrize(
+    ("labels", "platform", "environment"),
+    [
+        *(pytest.param(run, "cpu", {}, id=f"cpu-{run[0]}") for run in RUNS),
+        *(
+            pytest.param([label], "cuda", environment, id=f"{platform}-{label}", marks=pytest.mark.gpu)
+            for label in ON_GPUS
+            for platform, environment in (("cuda", {}), ("cuda in graphs", {"XLA_FLAGS": CAPTURE_ALL_OPS}))
+        ),
+    ],
+)
+def test_faults(labels: list[str], platform: str, environment: dict[str, str]) -> None:
+    faults = [(label, label.split(":")[0], int(label.split(":")[1])) for label in labels]
+    live = list(range(max(NUM_PROCESSES, *(victim + 1 for _, _, victim in faults), 0)))
+    codes = {}
+    with RankProcesses(
+        "faults", len(live), tuple(labels), platform=platform, environment=environment,
+        deadline_s=min(DEADLINE_S * len(labels), 250.0),
+    ) as run:  # fmt: skip
+        for label, name, victim in faults:
+            CHECKS[name](Fault(run, label, victim, tuple(live)))
+            if name.startswith(("dies", "raises")):
+                codes[victim] = KILLED if name.startswith("dies") else 1
+                live.remove(victim)
+        if faults[-1][1] != "process_0_dies":
+            run.finish(codes)
         run.assert_nothing_is_left()
 
 
@@ -119,120 +254,16 @@ def test_a_rank_raises_during_an_op() -> None:
 def test_an_op_cannot_be_launched_on_a_rank() -> None:
     """The others need not wait for it, and its next op does not meet their present one."""
     environment = {"XLA_FLAGS": CAPTURE_ALL_OPS}
+    arguments = ("cannot_launch:1",)
     with RankProcesses(
-        "faults",
-        NUM_PROCESSES,
-        ("cannot_launch", 1),
-        platform="cuda",
-        environment=environment,
-        deadline_s=DEADLINE_S,
+        "faults", NUM_PROCESSES, arguments, platform="cuda", environment=environment, deadline_s=DEADLINE_S
     ) as run:
         run.finish({})
         for rank in range(NUM_PROCESSES):
-            report = run.wait_for_report(rank, "told")
+            report = run.wait_for_report(rank, "cannot_launch:1: told")
             assert "dispatch on rank 1 could not be launched" in report["error"]
             assert report["abandoned"]
             assert ("constant of the program" in report["launch_error"]) == (rank == 1)
-
-
-def test_a_rank_dies_after_an_op_that_nobody_follows(faults: Callable[..., RankProcesses]) -> None:
-    with faults("dies_after_the_op", 1) as run:
-        run.finish({1: KILLED})
-        for rank in survivors_of(1):
-            assert run.wait_for_report(rank, "unharmed")["same"]
-        run.assert_nothing_is_left()
-
-
-def test_a_rank_dies_in_a_loop() -> None:
-    """The same op has been there before, in earlier iterations. On CPU, where ops have names."""
-    with RankProcesses("faults", NUM_PROCESSES, ("dies_in_a_loop", 1), deadline_s=DEADLINE_S) as run:
-        run.finish({1: KILLED})
-        for rank in survivors_of(1):
-            report = run.wait_for_report(rank, "abandoned")
-            assert_abandoned(report, 1)
-            ops_before = OPS_BEFORE + 4 * 2
-            assert_names_steps(report["error"], 1, expected=ops_before + 1, seen=ops_before)
-            lines = [line for line in run.ranks[rank].text().splitlines() if line.startswith("jax_deepep: ")]
-            assert lines == ["jax_deepep: " + report["error"].removeprefix("PeerTimeoutError: ")]
-        run.assert_nothing_is_left()
-
-
-def test_a_thread_that_compiles_beside_does_no_harm(faults: Callable[..., RankProcesses]) -> None:
-    with faults("compiles_beside", 1) as run:
-        run.finish({})
-        for rank in range(NUM_PROCESSES):
-            assert not run.wait_for_report(rank, "unharmed")["abandoned"]
-
-
-def test_calls_that_share_a_number_are_told_and_end() -> None:
-    """What must not happen, forced: it is an error, and no op is left running."""
-    with RankProcesses("faults", NUM_PROCESSES, ("calls_share_a_number", 0), deadline_s=DEADLINE_S) as run:
-        run.finish({})
-        for rank in range(NUM_PROCESSES):
-            report = run.wait_for_report(rank, "told")
-            # Of the same calls on every rank, or of others, depending on which were numbered anew.
-            assert re.search(
-                r"bear the same number|met a different op|waited 4 s \(timeout_s\)", report["error"]
-            )
-            assert report["abandoned"]
-        run.assert_nothing_is_left()
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_rank_dies_at_any_moment_of_many_ops(faults: Callable[..., RankProcesses], seed: int) -> None:
-    victim = 1 + seed % 2
-    with faults("dies_during_ops", victim, seed) as run:
-        run.finish({victim: KILLED})
-        assert_survivors_agree(run, victim)
-        run.assert_nothing_is_left()
-
-
-def assert_survivors_agree(run: RankProcesses, victim: int) -> None:
-    """Check that the survivors lost the same step, and that nothing of it could be trained on."""
-    steps = {run.wait_for_report(rank, "steps before")["steps"] for rank in survivors_of(victim)}
-    assert len(steps) == 1
-    for rank in survivors_of(victim):
-        assert run.wait_for_report(rank, "broke in a step")["gradients"]
-        assert_abandoned(run.wait_for_report(rank, "abandoned"), victim)
-
-
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_stalls_before_an_op_and_returns(faults: Callable[..., RankProcesses], victim: int) -> None:
-    with faults("stalls_before_the_op", victim) as run:
-        for rank in range(NUM_PROCESSES):
-            run.wait_for_report(rank, "ready")
-        run.ranks[victim].signal(signal.SIGSTOP)
-        for rank in survivors_of(victim):
-            report = run.wait_for_report(rank, "abandoned")
-            assert_abandoned(report, victim)
-            assert_names_steps(report["error"], victim, expected=OPS_BEFORE + 1, seen=OPS_BEFORE)
-        run.ranks[victim].signal(signal.SIGCONT)
-        assert_late_rank_does_no_harm(run, victim)
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_stalls_at_any_moment_of_many_ops_and_returns(
-    faults: Callable[..., RankProcesses], victim: int
-) -> None:
-    with faults("stalls_during_ops", victim, victim) as run:
-        for rank in survivors_of(victim):
-            run.wait_for_report(rank, "abandoned")
-        assert_survivors_agree(run, victim)
-        run.ranks[victim].signal(signal.SIGCONT)
-        assert_late_rank_does_no_harm(run, victim)
-
-
-def assert_late_rank_does_no_harm(run: RankProcesses, victim: int) -> None:
-    """Check that the late rank finds its communicator broken as well, and all others whole."""
-    run.finish({})
-    assert_abandoned(run.wait_for_report(victim, "abandoned"), victim)
-    for rank in range(NUM_PROCESSES):
-        report = run.wait_for_report(rank, "unharmed")
-        assert report["other"], "a communicator that lived beside the broken one"
-        assert report["new"], "a communicator made after it"
-        assert report["earlier"], "results from before"
-        assert report["still_broken"].startswith("PeerTimeoutError: ")
-    run.assert_nothing_is_left()
 
 
 @pytest.mark.collectives
@@ -254,106 +285,3 @@ def test_a_rank_comes_late_to_a_layer(platform: str) -> None:
             assert report["abandoned"]
             assert report["error"].startswith("PeerTimeoutError: ")
         run.assert_nothing_is_left()
-
-
-def test_the_process_of_the_coordinator_dies(faults: Callable[..., RankProcesses]) -> None:
-    with faults("process_0_dies", 0) as run:
-        codes = run.finish()
-        assert codes[0] == KILLED
-        assert all(code != 0 for code in codes)
-        run.assert_nothing_is_left()
-
-
-@pytest.fixture(scope="module")
-def mismatches():
-    with RankProcesses("mismatches", NUM_PROCESSES, (1,), deadline_s=DEADLINE_S) as run:
-        run.finish({})
-        yield run
-
-
-@pytest.mark.parametrize(
-    ("argument", "usual", "other"),
-    [
-        ("num_experts", "3", "6"),
-        ("num_experts_per_tok", "2", "1"),
-        ("max_tokens", "4", "5"),
-        ("hidden_size", "16", "24"),
-        ("timeout_s", "4.0", "9.0"),
-        ("implementation", "'native'", "'xla'"),
-        ("mode", "'auto'", "'throughput'"),
-        ("ranks_per_node", "None", "3"),
-        ("wrong max_tokens", "4", "0"),
-        ("wrong num_experts", "3", "2.5"),
-        ("wrong hidden_size", "16", "2147483648"),
-        ("wrong axis_name", "'expert'", "'exprt'"),
-        ("wrong ranks_per_node", "None", "1"),
-    ],
-)
-def test_arguments_differ_between_processes(
-    mismatches: RankProcesses, argument: str, usual: str, other: str
-) -> None:
-    for rank in range(NUM_PROCESSES):
-        error = mismatches.wait_for_report(rank, argument)["error"]
-        assert error.startswith(
-            f"CommunicatorError: {argument.removeprefix('wrong ')}: rank 0 (process 0) got {usual}, "
-            f"but rank 1 (process 1) got {other};"
-        )
-
-
-@pytest.mark.parametrize(
-    ("function", "what", "sources"),
-    [
-        ("_python_sources", "build", "Python sources"),
-        ("_native_sources", "build of native ops", "native sources"),
-    ],
-)
-def test_builds_differ_between_processes(
-    mismatches: RankProcesses, function: str, what: str, sources: str
-) -> None:
-    for rank in range(NUM_PROCESSES):
-        error = mismatches.wait_for_report(rank, function)["error"]
-        assert re.match(
-            rf"CommunicatorError: {what}: rank 0 \(process 0\) got version \S+, {sources} [0-9a-f]{{12}}, "
-            rf"but rank 1 \(process 1\) got version \S+, {sources} f00d; .*the same build of jax_deepep\.",
-            error,
-        ), error
-
-
-def test_arguments_are_wrong_on_all_processes(mismatches: RankProcesses) -> None:
-    for rank in range(NUM_PROCESSES):
-        tokens, experts, hidden, axis, nodes = mismatches.wait_for_report(rank, "all wrong")["errors"]
-        assert tokens.startswith("ValueError: max_tokens: got 0; takes an integer of at least 1")
-        assert experts.startswith("TypeError: num_experts: got 2.5; takes a Python integer")
-        assert hidden.startswith("ValueError: hidden_size: got 2147483648; takes at most 2147483647")
-        assert axis.startswith(
-            "ValueError: axis_name: expected an axis of mesh, ('expert',), got 'exprt'; say"
-        )
-        assert nodes.startswith("ValueError: ranks_per_node: expected None or all 3 ranks")
-
-
-def test_a_mesh_without_a_device_of_the_process(mismatches: RankProcesses) -> None:
-    for rank in range(NUM_PROCESSES):
-        error = mismatches.wait_for_report(rank, "mesh of others")["error"]
-        assert error.startswith(f"ValueError: mesh: got one without a device of this process ({rank});")
-
-
-def test_equal_arguments_work_after_different_ones(mismatches: RankProcesses) -> None:
-    for rank in range(NUM_PROCESSES):
-        assert mismatches.wait_for_report(rank, "equal arguments")["mean"] == 1.0
-
-
-def test_a_rank_makes_no_communicator(mismatches: RankProcesses) -> None:
-    for rank in survivors_of(1):
-        report = mismatches.wait_for_report(rank, "absence")
-        assert re.match(
-            rf"PeerTimeoutError: making a communicator on rank [02] \(process [02]\) waited {TIMEOUT_S} s "
-            r"\(timeout_s\) in the exchange of arguments for rank 1 \(process 1\)\. ",
-            report["error"],
-        )
-        assert report["seconds"] < 3 * TIMEOUT_S
-    longest = max(mismatches.wait_for_report(rank, "absence")["seconds"] for rank in survivors_of(1))
-    assert longest > TIMEOUT_S - 0.5  # the first to have waited so long tells the other
-
-
-def test_mismatches_leave_nothing_behind(mismatches: RankProcesses) -> None:
-    mismatches.assert_nothing_is_left()

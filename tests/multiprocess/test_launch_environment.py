@@ -1,4 +1,4 @@
-"""Which launcher is this, and what does a rank's environment say? Pure functions, no processes."""
+"""Which launcher is this, and what does a rank's environment say? No processes."""
 
 import sys
 from collections.abc import Mapping
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from meshes import mesh_named
+from own_processes import is_a_command_for_one_process
 
+import jax_deepep as ep
 from jax_deepep.launch import launched_rank
 from jax_deepep.launch.hosts.cluster_environment import (
     LauncherPlace,
@@ -194,3 +197,14 @@ def test_python_commands_are_recognised(tmp_path: Path) -> None:
         ["no-such-program"],
     ):
         assert through_python_program(command) == command
+
+
+@is_a_command_for_one_process
+def test_a_rank_that_has_not_joined_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environ_of(1, RankSettings("cpu")).items():
+        if name.startswith(PREFIX):
+            monkeypatch.setenv(name, value)
+    mesh = mesh_named("one device")
+    with pytest.warns(UserWarning, match="This is rank 5 of 8 .*, and JAX knows") as told:
+        ep.Communicator(mesh, num_experts=2, num_experts_per_tok=1, max_tokens=4, hidden_size=4)
+    assert "of no other process: call jax.distributed.initialize() first" in str(told[0].message)

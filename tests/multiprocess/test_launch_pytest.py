@@ -3,10 +3,13 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launcher_runs import launch, program
 from own_processes import starts_its_own_processes
+
+from jax_deepep.launch.inside_rank.pytest_plugin import _refuse_conflicts
 
 pytestmark = starts_its_own_processes
 
@@ -28,15 +31,6 @@ def run_pytest(folder: Path, text: str, *options: str, ranks: int = 2) -> tuple[
     )  # fmt: skip
 
 
-def test_passing_tests_are_reported_once(tmp_path: Path) -> None:
-    status, output = run_pytest(tmp_path, "", "--junitxml", "report.xml", ranks=2)
-    assert status == 0, output
-    assert output.count("1 passed") == 1
-    assert "1 passed" in (tmp_path / "log" / "rank1.log").read_text()
-    assert (tmp_path / "report.xml").exists()
-    assert (tmp_path / "report.rank1.xml").exists()
-
-
 def test_a_failure_on_one_rank_is_reported_with_the_rank(tmp_path: Path) -> None:
     text = """
 def test_only_rank_one_fails():
@@ -54,15 +48,18 @@ def test_the_next_one_begins_when_all_are_through():
     assert pathlib.Path("rank_zero_is_through").exists()
     test_every_rank_is_here()
 """
-    status, output = run_pytest(tmp_path, text)
+    status, output = run_pytest(tmp_path, text, "--junitxml", "report.xml")
     assert status == 1, output
-    assert "1 failed, 4 passed" in output
+    assert output.count("1 failed, 4 passed") == 1
+    assert "3 failed, 2 passed" not in output
     assert "FAILED test_sample.py::test_only_rank_one_fails on rank 1 of ranks 0-1" in output
     assert "FAILED test_sample.py::test_all_fail on ranks 0-1 of ranks 0-1" in output
     assert "[1] E       AssertionError: not rank zero" in output
     summary = output[output.index("[launch] FAILED") :]
     assert summary.count("test_all_fail on") == 1
     assert "3 failed, 2 passed" in (tmp_path / "log" / "rank1.log").read_text()
+    assert (tmp_path / "report.xml").exists()
+    assert (tmp_path / "report.rank1.xml").exists()
 
 
 def test_a_hang_ends_with_the_stacks_of_every_rank(tmp_path: Path) -> None:
@@ -121,40 +118,34 @@ def test_never_begun():
     assert "pytest_plugin.py" in of_one
 
 
-def test_a_rank_that_stops_early_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
-    text = """
-def test_only_rank_one_fails():
-    assert jax.process_index() == 0
-
-def test_needs_everybody():
-    test_every_rank_is_here()
-"""
-    status, output = run_pytest(tmp_path, text, "-x")
-    assert status == 1, output
-    assert "FAILED test_sample.py::test_only_rank_one_fails on rank 1 of ranks 0-1" in output
-
-
-def test_ranks_that_collect_different_tests_are_told_so(tmp_path: Path) -> None:
+def test_ranks_that_collect_different_tests_are_told_so_and_one_that_stops_early_keeps_none_waiting(
+    tmp_path: Path,
+) -> None:
     text = """
 import pytest
 
 @pytest.mark.parametrize("rank", [jax.process_index()])
 def test_own(rank):
     assert rank == 0
+
+def test_needs_everybody():
+    test_every_rank_is_here()
 """
-    status, output = run_pytest(tmp_path, text)
+    status, output = run_pytest(tmp_path, text, "-x")
     assert status == 1, output
     assert "did not collect the same tests: number 2 is test_sample.py::test_own[0] on rank 0" in output
+    assert "FAILED test_sample.py::test_own[1] on rank 1 of ranks 0-1" in output
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--launch-test-timeout", "0"], "--launch-test-timeout: got 0.0; takes seconds > 0"),
-        (["-o", "faulthandler_timeout=5"], "use --launch-test-timeout"),
-    ],
-)
-def test_bad_options_are_explained(tmp_path: Path, options: list[str], words: str) -> None:
-    status, output = run_pytest(tmp_path, "", *options, ranks=1)
+def test_bad_options_are_explained(tmp_path: Path) -> None:
+    status, output = run_pytest(tmp_path, "", "--launch-test-timeout", "0", ranks=1)
     assert status == 4, output
-    assert words in output
+    assert "--launch-test-timeout: got 0.0; takes seconds > 0" in output
+
+
+def test_two_timers_of_the_fault_handler_are_refused() -> None:
+    config = SimpleNamespace(
+        getoption=lambda name, default: default, getini={"faulthandler_timeout": "5"}.get
+    )
+    with pytest.raises(pytest.UsageError, match="use --launch-test-timeout"):
+        _refuse_conflicts(config)

@@ -9,7 +9,8 @@ from rank_processes import RankProcesses
 pytestmark = starts_its_own_processes
 
 ONE_PROCESS = (1, 8)
-LAYOUTS = [(2, 4), (4, 2), pytest.param((8, 1), marks=pytest.mark.nightly)]  # processes, devices of each
+# Processes, devices of each. `test_conformance_under_launcher.py` compares two processes with the oracle.
+LAYOUTS = [(4, 2), *(pytest.param(layout, marks=pytest.mark.nightly) for layout in ((2, 4), (8, 1)))]
 DEADLINE_S = 120.0  # of one layout
 
 CASES = [

@@ -11,7 +11,7 @@ import jax_deepep as ep
 
 # In a process of its own, which has not imported JAX.
 WITHOUT_JAX = """
-import os, sys
+import os, sys, warnings
 os.sched_getaffinity = lambda pid: {0}
 os.environ.pop("NPROC", None)
 os.environ.update(XLA_FLAGS="", JAX_NUM_CPU_DEVICES="3")
@@ -21,8 +21,11 @@ import jax_deepep.launch.__main__, jax_deepep.launch_variables
 loaded = {"jax", "numpy", "flax"} & set(sys.modules)
 assert not loaded, loaded
 assert ep.group_limited_topk is ep.gating.group_limited_topk
+warnings.simplefilter("error", DeprecationWarning)
 assert ep.moe.moe and ep.balancing and ep.Communicator and ep.__version__
 assert "jax" in sys.modules and "flax" not in sys.modules
+assert "jax.experimental.pallas.triton" not in sys.modules  # JAX 0.12 deprecates it: only where it is used
+warnings.resetwarnings()
 assert ep.flax.MoE
 """
 

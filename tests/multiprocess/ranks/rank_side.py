@@ -34,7 +34,7 @@ def join() -> None:
         RANK,
         local_device_ids=[RANK % num_gpus] if num_gpus > 0 else None,
         initialization_timeout=60,
-        shutdown_timeout_seconds=30,
+        shutdown_timeout_seconds=60,
     )
 
 
