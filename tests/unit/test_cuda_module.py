@@ -64,16 +64,19 @@ def test_ops_on_cpu_work_beside_it(module: ModuleType) -> None:
 def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: str) -> None:
     """Said before any device is asked, and said again by what would run the kernels."""
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, **sizes}
-    assert re.search(words, module.obstacle(**sizes, device=(0, 0), limit_bytes=1))
+    limits = {"max_tokens": 1, "mode": "throughput"}
+    assert re.search(words, module.obstacle(**sizes, **limits, device=(0, 0), limit_bytes=1))
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
-            id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
-            timeout_s=1.0, devices=[], num_sms=0, **sizes,
+            id=-1, fingerprint=0, places=[], process=0, num_groups=1, hidden_size=1,
+            timeout_s=1.0, devices=[], num_sms=0, **sizes, **limits,
         )  # fmt: skip
 
 
 def test_a_mode_without_kernels(module: ModuleType) -> None:
-    with pytest.raises(ValueError, match=r"mode: expected one that has kernels \(throughput\), got soon"):
+    with pytest.raises(
+        ValueError, match=r"mode: expected one that has kernels \(throughput, low_latency\), got soon"
+    ):
         module.Communicator(
             id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
             num_ranks=1, num_experts=1, num_topk=1, timeout_s=1.0, devices=[], num_sms=0, mode="soon",
@@ -84,5 +87,6 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
     any(device.platform == "gpu" for device in jax.devices()), reason="is about machines without a GPU"
 )
 def test_no_driver_is_an_obstacle(module: ModuleType) -> None:
-    text = module.obstacle(num_ranks=2, num_experts=8, num_topk=2, device=(0, 0), limit_bytes=1)
+    sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
+    text = module.obstacle(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
     assert text.startswith("GPU 0 cannot be asked what it is")

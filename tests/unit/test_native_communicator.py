@@ -38,7 +38,9 @@ def config_on(device: Gpu, implementation: str = "auto") -> Any:
     topology = SimpleNamespace(
         platforms={"cuda"}, platform="cuda", num_ranks=1, local_devices=lambda process: [device]
     )
-    return SimpleNamespace(topology=topology, implementation=implementation, **SIZES)
+    return SimpleNamespace(
+        topology=topology, implementation=implementation, chosen_mode="throughput", **SIZES
+    )
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_the_module_is_asked_about_sizes_and_pool(cuda_module: SimpleNamespace) 
     asked = []
     cuda_module.obstacle = lambda *arguments: asked.append(arguments) or "too small"
     assert backend.unsupported_reason_here(config_on(Gpu({"bytes_limit": 77}))) == "too small"
-    assert asked == [(1, 8, 3, (0, 4096), 77)]
+    assert asked == [(1, 8, 3, 6, (0, 4096), 77, "throughput")]
 
 
 @pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 3}], ids=str)

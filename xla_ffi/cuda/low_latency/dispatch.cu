@@ -32,7 +32,6 @@ struct LowLatencyDispatch {
   int32_t count_warps;  // warps of a block that count: what its shared memory has counters for
 
   __device__ int NumSlots() const { return op.frame.shape.num_ranks * signalled.num_slots; }
-  __device__ int NumItems() const { return NumSlots() * signalled.num_parts; }
 };
 
 // In shared memory, by every block.
