@@ -70,7 +70,7 @@ class OpCases:
         def combine_backward(after, out, y, routes, weights):
             routes = routes._replace(group_sizes=after_start(routes.group_sizes, after))
             scaled = {"weights": weights, "y": y} if weighted else {}
-            return ops.redispatch(shape, out, routes, zero_rest=True, **scaled)
+            return ops.cached_dispatch(shape, out, routes, zero_rest=True, **scaled)
 
         sent = Case(dispatch, (inputs.x, inputs.topk_idx, inputs.topk_weights))
         programs = {"dispatch": stopwatch.program(sent)}

@@ -129,7 +129,7 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
     if len(topology.platforms) > 1:
         return f"native ops need devices of one platform, not of {', '.join(sorted(topology.platforms))}"
     try:
-        if text := native_module.obstacle(topology.platform):
+        if text := native_module.unsupported_reason(topology.platform):
             return text
         return _unsupported_reason_of_gpus(config) if topology.platform == "cuda" else ""
     except Exception as error:
@@ -146,7 +146,7 @@ def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
                 "(memory_stats() has no bytes_limit): leave XLA_PYTHON_CLIENT_ALLOCATOR and "
                 "XLA_PYTHON_CLIENT_PREALLOCATE at their defaults"
             )
-        if text := module.obstacle(
+        if text := module.unsupported_reason(
             config.topology.num_ranks,
             config.num_experts,
             config.num_experts_per_tok,

@@ -32,4 +32,6 @@ def _python_sources() -> str:
 
 def _native_sources(platform: str) -> str:
     """Return the digest of what a native module was compiled from, or nothing where there is none."""
-    return "" if native_module.obstacle(platform) else native_module.load(platform).source_digest[:12]
+    return (
+        "" if native_module.unsupported_reason(platform) else native_module.load(platform).source_digest[:12]
+    )

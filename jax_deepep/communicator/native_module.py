@@ -137,7 +137,7 @@ def _remedy(needs: str) -> str:
     return f"install the package with pip on a machine with {needs}"
 
 
-def obstacle(platform: str) -> str:
+def unsupported_reason(platform: str) -> str:
     """Return why there are no native ops for the devices of a platform, or an empty string."""
     if platform not in _PLATFORMS:
         return f"this version has native ops for {' and '.join(_PLATFORMS)} devices only, not for {platform}"
@@ -162,9 +162,9 @@ def load(platform: str) -> Any:
     Raises:
         ImportError: there is none.
     """
-    module, why_not = _find(platform)
+    module, unsupported_reason = _find(platform)
     if module is None:
-        raise ImportError(why_not)
+        raise ImportError(unsupported_reason)
     return module
 
 

@@ -123,7 +123,7 @@ class CpuModule(NativeModule, Protocol):
 class CudaModule(NativeModule, Protocol):
     """The module for GPUs."""
 
-    def obstacle(
+    def unsupported_reason(
         self,
         num_ranks: int,
         num_experts: int,

@@ -74,17 +74,17 @@ def without_integer_tangents(results: Results) -> Results:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def redispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
+def cached_dispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
     """Carry other data along known routes."""
-    tokens, _ = implementation_of(shape).redispatch(shape, x, routes)
+    tokens, _ = implementation_of(shape).cached_dispatch(shape, x, routes)
     return tokens
 
 
-def _redispatch_forward(shape: RouteShape, x: jax.Array, routes: Routes) -> tuple[jax.Array, Routes]:
-    return redispatch(shape, x, routes), routes
+def _cached_dispatch_forward(shape: RouteShape, x: jax.Array, routes: Routes) -> tuple[jax.Array, Routes]:
+    return cached_dispatch(shape, x, routes), routes
 
 
-def _redispatch_backward(
+def _cached_dispatch_backward(
     shape: RouteShape, routes: Routes, tokens: jax.Array
 ) -> tuple[jax.Array | None, None]:
     if tokens.dtype == float0:
@@ -93,7 +93,7 @@ def _redispatch_backward(
     return x, None
 
 
-redispatch.defvjp(_redispatch_forward, _redispatch_backward)
+cached_dispatch.defvjp(_cached_dispatch_forward, _cached_dispatch_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,7 +129,7 @@ def _combine_backward(
     shape: RouteShape, residuals: CombineResiduals, out: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, None]:
     y, weights, has_bias, routes = residuals
-    y_gradient, weight_gradient = implementation_of(shape).redispatch(
+    y_gradient, weight_gradient = implementation_of(shape).cached_dispatch(
         shape, out, routes, weights=weights, y=y, zero_rest=True
     )
     bias_gradient = out if has_bias else None

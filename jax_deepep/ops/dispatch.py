@@ -225,7 +225,7 @@ def _dispatch_along(
             f"{shape.num_tokens}."
         )
     operands = only_in_reverse("dispatch", vary_together(axes, x, handle.routes))
-    tokens = autodiff.redispatch(shape, *operands)
+    tokens = autodiff.cached_dispatch(shape, *operands)
     return _received(tokens, handle), handle
 
 

@@ -2,11 +2,11 @@
 
 An implementation is a module with three functions on per-device values. `RouteShape` gives the
 static sizes; optional operands that are None stay out of the computation. Rows are floats, W = H of them
-or fewer; dispatch, and redispatch without weights and y, carry rows of integers too, of at most 4 · H bytes.
+or fewer; dispatch, and cached_dispatch without weights and y, carry rows of integers too, of at most 4 · H bytes.
 
     dispatch(shape, x, topk_idx, topk_weights)
         -> (tokens [C, W], Handle)
-    redispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False)
+    cached_dispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False)
         -> (rows [C, W], products float32 [C] or None)
         rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; where there is no token,
         zero inside the groups and, with `zero_rest`, after them too.
@@ -30,7 +30,7 @@ class Implementation(Protocol):
         self, shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
     ) -> tuple[jax.Array, Handle[Any]]: ...
 
-    def redispatch(
+    def cached_dispatch(
         self,
         shape: RouteShape,
         x: jax.Array,

@@ -186,7 +186,7 @@ def dispatch(
     )
 
 
-def _redispatch_types(
+def _cached_dispatch_types(
     rank: ShapedArray,
     x: ShapedArray,
     source: ShapedArray,
@@ -209,10 +209,10 @@ def _redispatch_types(
     ]
 
 
-redispatch_p = _define_primitive("redispatch", _redispatch_types)
+cached_dispatch_p = _define_primitive("cached_dispatch", _cached_dispatch_types)
 
 
-def redispatch(
+def cached_dispatch(
     shape: RouteShape,
     x: jax.Array,
     routes: Routes,
@@ -221,8 +221,8 @@ def redispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.redispatch`."""
-    rows, products = redispatch_p.bind(
+    """Implement `implementations.cached_dispatch`."""
+    rows, products = cached_dispatch_p.bind(
         shape.rank(),
         _whole_words(x),
         routes.source,

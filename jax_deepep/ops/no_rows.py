@@ -48,7 +48,7 @@ def dispatch(
     return _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x), handle
 
 
-def redispatch(
+def cached_dispatch(
     shape: RouteShape,
     x: jax.Array,
     routes: Routes,
@@ -57,7 +57,7 @@ def redispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.redispatch`; all rows are zero."""
+    """Implement `implementations.cached_dispatch`; all rows are zero."""
     rows = _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x)
     return rows, None if y is None else _full(0, (shape.capacity,), jnp.float32, like=x)
 

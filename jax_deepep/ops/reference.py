@@ -119,11 +119,11 @@ def dispatch(
         num_invalid=num_invalid,
         route_shape=shape,
     )
-    tokens, _ = redispatch(shape, x, handle.routes)
+    tokens, _ = cached_dispatch(shape, x, handle.routes)
     return tokens, handle
 
 
-def redispatch(
+def cached_dispatch(
     shape: RouteShape,
     x: jax.Array,
     routes: Routes,
@@ -132,7 +132,7 @@ def redispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.redispatch`; here the rows after the groups are always zero."""
+    """Implement `implementations.cached_dispatch`; here the rows after the groups are always zero."""
     del zero_rest
     source = routes.source
     everyones_x = _gather(shape, x).reshape(-1, x.shape[1])

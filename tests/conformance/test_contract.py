@@ -1,4 +1,4 @@
-"""dispatch, redispatch and combine against the oracle: every problem, every implementation."""
+"""dispatch, cached_dispatch and combine against the oracle: every problem, every implementation."""
 
 import numpy as np
 import oracle

@@ -84,7 +84,7 @@ class Group {
       frame.shape = shape;
       frame.rank = rank;
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
-      frame.believed_rank = operands_[rank]->device<int32_t>();
+      frame.expected_rank = operands_[rank]->device<int32_t>();
       frame.status = statuses_[rank];
       for (int peer = 0; peer < shape.num_ranks; ++peer) frame.control[peer] = controls_[peer]->device<DeviceControl>();
       frames_.push_back(frame);
@@ -119,8 +119,8 @@ class Group {
   void Take(bool low_latency) { low_latency_ = low_latency; }
 
   // Let the program take a rank for another one.
-  void TakeFor(int rank, int32_t believed) {
-    *operands_[rank]->host<int32_t>() = believed;
+  void TakeFor(int rank, int32_t expected) {
+    *operands_[rank]->host<int32_t>() = expected;
     operands_[rank]->ToDevice();
   }
 
@@ -246,20 +246,20 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
        "dispatch");
   if (failures > 0) return;
   for (const bool zero_rest : {false, true}) {
-    each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, false, zero_rest); },
+    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, false, zero_rest); },
          [&](Rank& rank, const std::string& where) {
            CheckSameRows(problem, rank.rows, rank, zero_rest, where + "rows");
          },
-         "redispatch");
+         "cached_dispatch");
   }
   if (problem.route.row_type == RowType::kInt32) return;  // no more is done with integers
   if (expert_major) {
-    each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, true, true); },
+    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },
          [&](Rank& rank, const std::string& where) {
            CheckSameRows(problem, rank.rows, rank, true, where + "scaled rows");
            CheckSame(rank.products, rank.products.bytes(), where + "products");
          },
-         "scaling redispatch");
+         "scaling cached_dispatch");
   }
   for (const bool weighted : {false, true}) {
     if (weighted && !expert_major) continue;

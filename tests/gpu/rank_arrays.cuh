@@ -249,8 +249,8 @@ CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool 
 }
 
 template <bool kDevice>
-RedispatchParams RedispatchOf(const Problem& problem, Rank& rank, bool scaled, bool zero_rest) {
-  RedispatchParams params;
+CachedDispatchParams CachedDispatchOf(const Problem& problem, Rank& rank, bool scaled, bool zero_rest) {
+  CachedDispatchParams params;
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
   params.route = problem.route;
   params.route.alignment = 1;

@@ -159,7 +159,7 @@ for values in fetch(program(*operands)):
         op="combine", step=2, before=1,
         body="ep.combine(come_late(late, dispatched.tokens), handle, comm=comm)",
     ) + LATER_OP.format(
-        op="redispatch", step=2, before=1,
+        op="cached_dispatch", step=2, before=1,
         body="ep.dispatch(come_late(late, x), handle=handle, comm=comm)[0].tokens",
     ), timeout_s=90)  # fmt: skip
 

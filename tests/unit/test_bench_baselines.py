@@ -114,7 +114,7 @@ def test_fitting_capacity(most_rows: int, expected: int) -> None:
 
 def test_the_module_of_the_kernels() -> None:
     """Only the bench registers them; where they are not built, it says so."""
-    if native_module.obstacle("cuda"):
+    if native_module.unsupported_reason("cuda"):
         with pytest.raises(ImportError, match=r"is not built|switches native ops off"):
             cuda_module.load()
         return

@@ -60,8 +60,8 @@ def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     x = global_array(comm, (tokens, 128), jnp.bfloat16)
     topk = [global_array(comm, (tokens, 4), dtype) for dtype in (jnp.int32, jnp.float32)]
     calls, text = calls_of(jax.value_and_grad(loss, argnums=(0, 2, 3)), x, *topk, x)
-    # The backward of combine is a redispatch, and those of both dispatches are combines.
-    assert calls == {"jax_deepep_dispatch": 1, "jax_deepep_redispatch": 2, "jax_deepep_combine": 3}
+    # The backward of combine is a cached_dispatch, and those of both dispatches are combines.
+    assert calls == {"jax_deepep_dispatch": 1, "jax_deepep_cached_dispatch": 2, "jax_deepep_combine": 3}
     pairs = native_module.numbers().pair_table_shape(
         num_ranks=comm.size, num_experts=32, num_topk=4, num_tokens=16
     )
@@ -87,7 +87,7 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     x = global_array(comm, (comm.mesh.size * 16, 128), jnp.bfloat16)
     calls, _ = calls_of(jax.value_and_grad(loss), parameters, x)
     assert calls["jax_deepep_dispatch"] == 1
-    assert calls["jax_deepep_redispatch"] == 1
+    assert calls["jax_deepep_cached_dispatch"] == 1
     assert calls["jax_deepep_combine"] == 2
     # Three products forward; of each, the gradients of rows and of matrices.
     assert calls["__gpu$xla.gpu.triton"] == (9 if matmul == "triton" else 0)

@@ -30,7 +30,7 @@ def nvcc_version() -> tuple[int, int] | None:
 @pytest.fixture
 def module() -> ModuleType:
     version = nvcc_version()
-    if native_module.obstacle("cuda") and (version is None or version < (12, 3)):
+    if native_module.unsupported_reason("cuda") and (version is None or version < (12, 3)):
         pytest.skip(
             "needs the module for GPUs; there is no nvcc of 12.3 or newer here that would have built it"
         )
@@ -65,7 +65,7 @@ def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: 
     """Said before any device is asked, and said again by what would run the kernels."""
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, **sizes}
     limits = {"max_tokens": 1, "mode": "throughput"}
-    assert re.search(words, module.obstacle(**sizes, **limits, device=(0, 0), limit_bytes=1))
+    assert re.search(words, module.unsupported_reason(**sizes, **limits, device=(0, 0), limit_bytes=1))
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
             id=-1, fingerprint=0, places=[], process=0, num_groups=1, hidden_size=1,
@@ -88,5 +88,5 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
 )
 def test_no_driver_is_an_obstacle(module: ModuleType) -> None:
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
-    text = module.obstacle(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
+    text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
     assert text.startswith("GPU 0 cannot be asked what it is")

@@ -46,8 +46,8 @@ def config_on(device: Gpu, implementation: str = "auto") -> Any:
 @pytest.fixture
 def cuda_module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A module that finds nothing in the way, and an address in a pool without a GPU."""
-    module = SimpleNamespace(obstacle=lambda *arguments: "")
-    monkeypatch.setattr(native_module, "obstacle", lambda platform: "")
+    module = SimpleNamespace(unsupported_reason=lambda *arguments: "")
+    monkeypatch.setattr(native_module, "unsupported_reason", lambda platform: "")
     monkeypatch.setattr(native_module, "load", lambda platform: module)
     monkeypatch.setattr(backend, "address_in_pool", lambda device: (0, 4096))
     return module
@@ -59,7 +59,7 @@ def test_no_reason_against_native_ops(cuda_module: SimpleNamespace) -> None:
 
 def test_the_module_is_asked_about_sizes_and_pool(cuda_module: SimpleNamespace) -> None:
     asked = []
-    cuda_module.obstacle = lambda *arguments: asked.append(arguments) or "too small"
+    cuda_module.unsupported_reason = lambda *arguments: asked.append(arguments) or "too small"
     assert backend.unsupported_reason_here(config_on(Gpu({"bytes_limit": 77}))) == "too small"
     assert asked == [(1, 8, 3, 6, (0, 4096), 77, "throughput")]
 
@@ -79,7 +79,7 @@ def test_what_fails_in_the_search_is_a_reason(cuda_module: SimpleNamespace) -> N
 
 def test_xla_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     touched = []
-    monkeypatch.setattr(native_module, "obstacle", touched.append)
+    monkeypatch.setattr(native_module, "unsupported_reason", touched.append)
     assert backend.unsupported_reason_here(config_on(Gpu(None), "xla")) == ""
     assert touched == []
 

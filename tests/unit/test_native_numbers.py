@@ -26,7 +26,7 @@ def test_the_longest_rows_of_integers(hidden_size: int) -> None:
 
 def test_all_modules_have_the_same() -> None:
     """Whichever is imported first."""
-    built = [platform for platform in ("cpu", "cuda") if not native_module.obstacle(platform)]
+    built = [platform for platform in ("cpu", "cuda") if not native_module.unsupported_reason(platform)]
     modules = [native_module.load(platform) for platform in built]
     sizes = {"num_ranks": 4, "num_experts": 32, "num_topk": 6, "num_tokens": 10}
     seen = [

@@ -62,16 +62,17 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const Pl
   return comm;
 }
 
-std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk, int32_t max_tokens,
-                     const DeviceTuple& device, size_t limit_bytes, const std::string& mode) {
+std::string UnsupportedReason(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
+                              int32_t max_tokens, const DeviceTuple& device, size_t limit_bytes,
+                              const std::string& mode) {
   GroupShape shape;
   shape.num_ranks = num_ranks;
   shape.num_experts = num_experts;
   shape.num_topk = num_topk;
   shape.max_tokens = max_tokens;
-  std::string error = ObstacleOfLimits(shape);
-  if (error.empty()) error = ObstacleOfDevice(device.first, shape, KernelsOf(mode));
-  if (error.empty()) error = ObstacleOfPool(DeviceOf(device), limit_bytes);
+  std::string error = UnsupportedReasonOfLimits(shape);
+  if (error.empty()) error = UnsupportedReasonOfDevice(device.first, shape, KernelsOf(mode));
+  if (error.empty()) error = UnsupportedReasonOfPool(DeviceOf(device), limit_bytes);
   return error;
 }
 
@@ -112,7 +113,7 @@ NB_MODULE(_cuda, module) {
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
   module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
-  module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
+  module.def("unsupported_reason", &UnsupportedReason, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),
              nb::arg("mode"), WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")

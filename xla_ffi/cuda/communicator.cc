@@ -47,7 +47,7 @@ T ReadVolatile(const T& value) {
 CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const KernelSet& kernels,
                                    const std::vector<LocalDevice>& devices, int num_sms)
     : config_(std::move(config)), kernels_(kernels), requested_sms_(num_sms) {
-  Check(ObstacleOfLimits(shape()));
+  Check(UnsupportedReasonOfLimits(shape()));
   size_t next_device = 0;
   for (const Place& place : config_.places) {
     if (place.process != config_.process) continue;
@@ -56,7 +56,7 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const KernelSet& k
     rank->place = place;
     rank->ordinal = device.ordinal;
     OnDevice current(device.ordinal);
-    Check(ObstacleOfDevice(device.ordinal, shape(), kernels_));
+    Check(UnsupportedReasonOfDevice(device.ordinal, shape(), kernels_));
     rank->facts.shared_bytes = DynamicSharedBytes(device.ordinal);
     rank->facts.bulk_copies = Attribute(cudaDevAttrComputeCapabilityMajor, device.ordinal) >= 9;
     Check(rank->pool.Find(device.in_pool));

@@ -18,8 +18,8 @@
 #include "cuda/block_count.h"
 #include "cuda/device_control.h"
 #include "cuda/kernels.h"
-#include "cuda/obstacles.h"
 #include "cuda/op_frame.h"
+#include "cuda/unsupported_reason.h"
 #include "interface/communicator_config.h"
 #include "interface/op_signature.h"
 #include "interface/verb_traits.h"
@@ -32,7 +32,7 @@ struct OpLaunch {
   int64_t device = 0;  // CUDA's ordinal
   cudaStream_t stream = nullptr;
   int64_t call = 0;                        // as in OpSignature
-  const int32_t* believed_rank = nullptr;  // as in OpFrame
+  const int32_t* expected_rank = nullptr;  // as in OpFrame
   // Gives memory of XLA's pool, which XLA reuses after the op, or null.
   std::function<void*(size_t bytes)> allocate;
 };

@@ -65,7 +65,7 @@ OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
   frame.op = op;
   frame.op_hash = op.Hash();
   frame.launch = ++num_launches_;
-  frame.believed_rank = launch.believed_rank;
+  frame.expected_rank = launch.expected_rank;
   return frame;
 }
 

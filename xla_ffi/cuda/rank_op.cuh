@@ -32,7 +32,7 @@ class RankOp {
     if (threadIdx.x == 0) {
       shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
       bool lost = own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
-      const bool mistaken = *frame_.believed_rank != frame_.rank;
+      const bool mistaken = *frame_.expected_rank != frame_.rank;
       const uint64_t active = CompareAndSwap(&own_.active, 0, frame_.launch);
       shared_.began_ns = NanosecondClock();
       shared_.refused = active != 0 && active != frame_.launch;

@@ -6,7 +6,7 @@
 
 #include "cuda/memory_order.cuh"
 #include "cuda/row_values.cuh"
-#include "interface/redispatch.h"
+#include "interface/cached_dispatch.h"
 
 namespace jax_deepep {
 
@@ -48,7 +48,7 @@ __device__ inline void PrefetchChunk(const char* y, int64_t row_bytes, int32_t r
 // Write a row to the rows that lanes of this warp name, scaled by their weights, and its products
 // with their rows of y: the first `num_rows` lanes name one each.
 template <typename Type, bool kWhole>
-__device__ __forceinline__ void ScaleRow(const RedispatchParams& params, int64_t row_bytes,
+__device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int64_t row_bytes,
                                          const char* from, int32_t row, int num_rows) {
   using Element = typename Type::Element;
   const int lane = threadIdx.x % 32;
@@ -113,7 +113,7 @@ __device__ __forceinline__ void ScaleRow(const RedispatchParams& params, int64_t
 
 // Zeros in the rows of no token, as far as they are wanted.
 template <bool kWhole>
-__device__ void WriteZeros(const RedispatchParams& params, const GroupShape& shape,
+__device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape& shape,
                            int64_t row_bytes) {
   const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
   const int lane = threadIdx.x % 32;

@@ -67,11 +67,11 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
     site->number = program->count++;
     site->program = program;
   }
-  std::string why_not;
-  site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &why_not);
+  std::string unsupported_reason;
+  site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &unsupported_reason);
   if (site->comm == nullptr) {
     return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + why_not));
+        ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + unsupported_reason));
   }
   return site;
 }

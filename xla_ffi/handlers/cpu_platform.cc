@@ -29,11 +29,11 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
     return Failed(ffi::Error::InvalidArgument(prefix + "device " + std::to_string(context.device) +
                                               " is not in the mesh of " + name));
   }
-  if (const int32_t believed = *static_cast<const int32_t*>(rank.untyped_data());
-      believed != place->rank) {
+  if (const int32_t expected = *static_cast<const int32_t*>(rank.untyped_data());
+      expected != place->rank) {
     return Failed(ffi::Error::InvalidArgument(
         prefix + "the program runs device " + std::to_string(context.device) + " as rank " +
-        std::to_string(believed) + ", but it is rank " + std::to_string(place->rank) + " of " +
+        std::to_string(expected) + ", but it is rank " + std::to_string(place->rank) + " of " +
         name +
         "; use shard_map with comm.mesh, or make the communicator with the mesh of the program"));
   }

@@ -6,9 +6,9 @@
 #include <tuple>
 #include <type_traits>
 
+#include "interface/cached_dispatch.h"
 #include "interface/combine.h"
 #include "interface/dispatch.h"
-#include "interface/redispatch.h"
 #include "interface/verb_traits.h"
 
 namespace jax_deepep {
@@ -41,7 +41,7 @@ struct VerbList {
   }
 };
 
-using Verbs = VerbList<DispatchParams, RedispatchParams, CombineParams>;
+using Verbs = VerbList<DispatchParams, CachedDispatchParams, CombineParams>;
 
 // A verb as a number that ranks compare: its place in the list, from 1.
 enum class Verb : int64_t {

@@ -1,6 +1,6 @@
-// redispatch: carry other rows along known routes; scaled, it is the gradient of combine.
-#ifndef JAX_DEEPEP_INTERFACE_REDISPATCH_H_
-#define JAX_DEEPEP_INTERFACE_REDISPATCH_H_
+// cached_dispatch: carry other rows along known routes; scaled, it is the gradient of combine.
+#ifndef JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_
+#define JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_
 
 #include <cstdint>
 #include <vector>
@@ -10,8 +10,8 @@
 
 namespace jax_deepep {
 
-// What one rank brings to a redispatch: rows = weights * x[source], products = <x[source], y>.
-struct RedispatchParams {
+// What one rank brings to a cached_dispatch: rows = weights * x[source], products = <x[source], y>.
+struct CachedDispatchParams {
   RouteShape route;
   bool zero_rest = false;  // write zeros to the rows after the last group too
   // Operands.
@@ -28,20 +28,20 @@ struct RedispatchParams {
 };
 
 template <>
-struct VerbTraits<RedispatchParams> {
-  static constexpr char kName[] = "redispatch";
-  static int64_t Flags(const RedispatchParams& params) {
+struct VerbTraits<CachedDispatchParams> {
+  static constexpr char kName[] = "cached_dispatch";
+  static int64_t Flags(const CachedDispatchParams& params) {
     return (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
            (params.y != nullptr ? 4 : 0);
   }
-  static std::vector<PeerArray> ReadByPeers(const GroupShape&, RedispatchParams* params) {
+  static std::vector<PeerArray> ReadByPeers(const GroupShape&, CachedDispatchParams* params) {
     return {{&params->x, params->route.num_tokens * params->route.rows().bytes()}};
   }
-  static double LocalRows(const RedispatchParams& params, const ExpectedRows& rows) {
+  static double LocalRows(const CachedDispatchParams& params, const ExpectedRows& rows) {
     return params.y != nullptr ? 2 * rows.rows : rows.rows;
   }
 };
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_INTERFACE_REDISPATCH_H_
+#endif  // JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_

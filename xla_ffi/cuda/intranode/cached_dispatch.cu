@@ -1,5 +1,5 @@
-// redispatch inside a node: every rank pulls rows along known routes, each token once; scaled and
-// multiplied with other rows on the way, it is the gradient of combine.
+// cached_dispatch inside a node: every rank pulls rows along known routes, each token once; scaled
+// and multiplied with other rows on the way, it is the gradient of combine.
 #include <cuda_runtime.h>
 
 #include <vector>
@@ -13,7 +13,7 @@
 #include "cuda/row_products.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
-#include "interface/redispatch.h"
+#include "interface/cached_dispatch.h"
 
 namespace jax_deepep {
 namespace {
@@ -21,9 +21,9 @@ namespace {
 // The operand that peers read.
 enum { kRows };
 
-struct Redispatch {
+struct CachedDispatch {
   OpFrame frame;
-  RedispatchParams params;
+  CachedDispatchParams params;
   int64_t row_bytes;
   Divisor max_tokens, num_warps;
 };
@@ -31,7 +31,7 @@ struct Redispatch {
 // The pairs of this rank, in either layout.
 class Pairs {
  public:
-  __device__ explicit Pairs(const Redispatch& op)
+  __device__ explicit Pairs(const CachedDispatch& op)
       : op_(op), table_(op.frame.shape, op.params.route) {
     count_ = expert_major() ? op.params.pairs[0] : CountRows();
     own_begin_ = FirstOf(op.frame.rank);
@@ -82,23 +82,23 @@ class Pairs {
     return low;
   }
 
-  const Redispatch& op_;
+  const CachedDispatch& op_;
   const PairTable table_;
   int count_, own_begin_, own_end_;
 };
 
-__device__ const char* RowAt(const Redispatch& op, const GroupOp& group, int32_t source) {
+__device__ const char* RowAt(const CachedDispatch& op, const GroupOp& group, int32_t source) {
   const int64_t token = op.max_tokens.Remainder(source);
   return group.Operand<char>(op.max_tokens.Quotient(source), kRows) + token * op.row_bytes;
 }
 
-__device__ void CountTaken(int32_t* taken, const Redispatch& op, int32_t source) {
+__device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t source) {
   if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
 }
 
 // Rows as they are.
 template <bool kWhole>
-__device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
+__device__ void Carry(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
                       int32_t* taken) {
   const PairOrder order = pairs.Order();
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
@@ -114,7 +114,7 @@ __device__ void Carry(const Redispatch& op, const GroupOp& group, const Pairs& p
 
 // Rows scaled by their weights, and their products with y. Expert-major.
 template <typename Type, bool kWhole>
-__device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& pairs,
+__device__ void Scale(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
                       int32_t* taken) {
   const PairOrder order = pairs.Order();
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
@@ -130,10 +130,10 @@ __device__ void Scale(const Redispatch& op, const GroupOp& group, const Pairs& p
 
 // `work` is Carry or Scale.
 template <bool kWhole, typename Work>
-__device__ void Run(const Redispatch& op, Work work) {
+__device__ void Run(const CachedDispatch& op, Work work) {
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
-  const RedispatchParams& params = op.params;
+  const CachedDispatchParams& params = op.params;
   GroupOp group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
 
@@ -157,20 +157,22 @@ __device__ void Run(const Redispatch& op, Work work) {
 }
 
 template <bool kWhole>
-__global__ void __launch_bounds__(kThreads, 1) CarryKernel(const __grid_constant__ Redispatch op) {
+__global__ void __launch_bounds__(kThreads, 1)
+    CarryKernel(const __grid_constant__ CachedDispatch op) {
   Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
     Carry<kWhole>(op, group, pairs, taken);
   });
 }
 
 template <typename Type, bool kWhole>
-__global__ void __launch_bounds__(kThreads, 1) ScaleKernel(const __grid_constant__ Redispatch op) {
+__global__ void __launch_bounds__(kThreads, 1)
+    ScaleKernel(const __grid_constant__ CachedDispatch op) {
   Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
     Scale<Type, kWhole>(op, group, pairs, taken);
   });
 }
 
-using Kernel = void (*)(Redispatch);
+using Kernel = void (*)(CachedDispatch);
 
 template <bool kWhole>
 Kernel ScaleKernelFor(RowType type) {
@@ -190,14 +192,12 @@ Kernel ScaleKernelFor(RowType type) {
 }  // namespace
 
 template <>
-const char* VerbKernels<Throughput, RedispatchParams>::Launch(const OpFrame& frame,
-                                                              const RedispatchParams& params,
-                                                              int num_blocks,
-                                                              const DeviceFacts& device,
-                                                              cudaStream_t stream) {
+const char* VerbKernels<Throughput, CachedDispatchParams>::Launch(
+    const OpFrame& frame, const CachedDispatchParams& params, int num_blocks,
+    const DeviceFacts& device, cudaStream_t stream) {
   const RowType type = params.route.row_type;
-  Redispatch op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
-                Divisor(num_blocks * kWarps)};
+  CachedDispatch op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
+                    Divisor(num_blocks * kWarps)};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   if (params.weights == nullptr && params.y == nullptr) {
     const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
@@ -214,7 +214,7 @@ const char* VerbKernels<Throughput, RedispatchParams>::Launch(const OpFrame& fra
 }
 
 template <>
-const char* VerbKernels<Throughput, RedispatchParams>::Load(int /*max_shared_bytes*/) {
+const char* VerbKernels<Throughput, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
   std::vector<Kernel> kernels = {CarryKernel<true>, CarryKernel<false>};
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     kernels.push_back(ScaleKernelFor<true>(type));

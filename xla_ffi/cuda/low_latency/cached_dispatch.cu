@@ -1,5 +1,5 @@
-// redispatch in low-latency mode: every rank pushes rows along known routes, and each of its peers
-// moves what came to the rows of its tokens; scaled and multiplied with other rows, it is the
+// cached_dispatch in low-latency mode: every rank pushes rows along known routes, and each of its
+// peers moves what came to the rows of its tokens; scaled and multiplied with other rows, it is the
 // gradient of combine.
 #include <cuda_runtime.h>
 
@@ -17,16 +17,16 @@
 namespace jax_deepep {
 namespace {
 
-struct LowLatencyRedispatch {
+struct LowLatencyCachedDispatch {
   OpFrame frame;
-  RedispatchParams params;
+  CachedDispatchParams params;
   SignalledFrame signalled;
   int64_t row_bytes;
   Divisor num_slots, num_parts;
 };
 
 template <bool kWhole>
-__device__ void PushRows(const LowLatencyRedispatch& op, const SignalledOp& group) {
+__device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& group) {
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
   const int num_tokens = op.params.route.num_tokens;
   for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
@@ -44,7 +44,7 @@ __device__ void PushRows(const LowLatencyRedispatch& op, const SignalledOp& grou
 // Call use(slot, row of the lane or kNone, first byte and elements of the part) for all slots that
 // have come.
 template <bool kWhole, typename Use>
-__device__ void ForSlots(const LowLatencyRedispatch& op, SignalledOp& group, int32_t* taken,
+__device__ void ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group, int32_t* taken,
                          Use use) {
   const int lane = threadIdx.x % 32;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
@@ -66,10 +66,10 @@ __device__ void ForSlots(const LowLatencyRedispatch& op, SignalledOp& group, int
 
 // `work` gets what ForSlots wants to have done.
 template <bool kWhole, typename Work>
-__device__ void Run(const LowLatencyRedispatch& op, Work work) {
+__device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
   __shared__ RankOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
-  const RedispatchParams& params = op.params;
+  const CachedDispatchParams& params = op.params;
   SignalledOp group(op.frame, op.signalled, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
@@ -92,7 +92,7 @@ __device__ void Run(const LowLatencyRedispatch& op, Work work) {
 
 template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
-    CopyKernel(const __grid_constant__ LowLatencyRedispatch op) {
+    CopyKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
   Run<kWhole>(op, [&](const Slot& at, int32_t row, int part) {
     const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
                                 op.signalled.num_parts);
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename Type, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
-    ScaleKernel(const __grid_constant__ LowLatencyRedispatch op) {
+    ScaleKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
   __shared__ int32_t of_warps[kWarps][32];
   int32_t* rows = of_warps[threadIdx.x / 32];
   Run<kWhole>(op, [&](const Slot& at, int32_t row, int) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-using Kernel = void (*)(LowLatencyRedispatch);
+using Kernel = void (*)(LowLatencyCachedDispatch);
 
 template <bool kWhole>
 Kernel ScaleKernelFor(RowType type) {
@@ -139,10 +139,9 @@ Kernel ScaleKernelFor(RowType type) {
 }  // namespace
 
 template <>
-const char* VerbKernels<LowLatency, RedispatchParams>::Launch(const OpFrame& frame,
-                                                              const RedispatchParams& params,
-                                                              int num_blocks, const DeviceFacts&,
-                                                              cudaStream_t stream) {
+const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
+    const OpFrame& frame, const CachedDispatchParams& params, int num_blocks, const DeviceFacts&,
+    cudaStream_t stream) {
   const WindowLayout window = LowLatency::WindowOf(frame.shape);
   const RowType type = params.route.row_type;
   const int num_tokens = params.route.num_tokens;
@@ -151,12 +150,12 @@ const char* VerbKernels<LowLatency, RedispatchParams>::Launch(const OpFrame& fra
   // A product is a sum over a whole row.
   const int num_parts = scales ? 1 : NumParts(frame.shape, num_tokens, row_bytes);
   const int num_slots = std::max(num_tokens, 1);
-  LowLatencyRedispatch op{frame,
-                          params,
-                          {window, num_parts, num_slots},
-                          row_bytes,
-                          Divisor(num_slots),
-                          Divisor(num_parts)};
+  LowLatencyCachedDispatch op{frame,
+                              params,
+                              {window, num_parts, num_slots},
+                              row_bytes,
+                              Divisor(num_slots),
+                              Divisor(num_parts)};
   if (!scales) {
     const bool whole = IsWhole(static_cast<int>(row_bytes / sizeof(uint16_t)));
     return LaunchKernel(whole ? CopyKernel<true> : CopyKernel<false>, op, num_blocks, kThreads, 0,
@@ -173,7 +172,7 @@ const char* VerbKernels<LowLatency, RedispatchParams>::Launch(const OpFrame& fra
 }
 
 template <>
-const char* VerbKernels<LowLatency, RedispatchParams>::Load(int /*max_shared_bytes*/) {
+const char* VerbKernels<LowLatency, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
   std::vector<Kernel> kernels = {CopyKernel<true>, CopyKernel<false>};
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     kernels.push_back(ScaleKernelFor<true>(type));

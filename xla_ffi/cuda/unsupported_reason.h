@@ -1,6 +1,6 @@
 // What keeps native ops from running on GPUs, found before a communicator is made.
-#ifndef JAX_DEEPEP_CUDA_OBSTACLES_H_
-#define JAX_DEEPEP_CUDA_OBSTACLES_H_
+#ifndef JAX_DEEPEP_CUDA_UNSUPPORTED_REASON_H_
+#define JAX_DEEPEP_CUDA_UNSUPPORTED_REASON_H_
 
 #include <cstddef>
 #include <string>
@@ -19,18 +19,19 @@ struct LocalDevice {
 // All of these return what is in the way, with what to do about it, or nothing.
 
 // Sizes that no GPU can have.
-std::string ObstacleOfLimits(const GroupShape& shape);
+std::string UnsupportedReasonOfLimits(const GroupShape& shape);
 
 // A device that is too old, or too small for what kernels take for the sizes.
-std::string ObstacleOfDevice(int ordinal, const GroupShape& shape, const KernelSet& kernels);
+std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
+                                      const KernelSet& kernels);
 
 // A pool that peers cannot map. `limit_bytes` is what XLA may allocate in all: a pool that is
 // smaller may grow.
-std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes);
+std::string UnsupportedReasonOfPool(const LocalDevice& device, size_t limit_bytes);
 
 // The shared memory that a launch may ask for on a device, per block; 0 if it cannot be found out.
 int DynamicSharedBytes(int ordinal);
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_CUDA_OBSTACLES_H_
+#endif  // JAX_DEEPEP_CUDA_UNSUPPORTED_REASON_H_

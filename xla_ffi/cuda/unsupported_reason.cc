@@ -1,4 +1,4 @@
-#include "cuda/obstacles.h"
+#include "cuda/unsupported_reason.h"
 
 #include <cuda_runtime_api.h>
 #include <unistd.h>
@@ -12,7 +12,7 @@
 
 namespace jax_deepep {
 
-std::string ObstacleOfLimits(const GroupShape& shape) {
+std::string UnsupportedReasonOfLimits(const GroupShape& shape) {
   if (shape.num_ranks > kMaxRanks) {
     return "groups have " + std::to_string(shape.num_ranks) +
            " devices, and native ops on GPUs take at most " + std::to_string(kMaxRanks);
@@ -24,7 +24,8 @@ std::string ObstacleOfLimits(const GroupShape& shape) {
   return "";
 }
 
-std::string ObstacleOfDevice(int ordinal, const GroupShape& shape, const KernelSet& kernels) {
+std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
+                                      const KernelSet& kernels) {
   const std::string gpu = "GPU " + std::to_string(ordinal);
   int major = 0;
   if (const cudaError_t error =
@@ -39,13 +40,13 @@ std::string ObstacleOfDevice(int ordinal, const GroupShape& shape, const KernelS
     return "num_experts is " + std::to_string(shape.num_experts) +
            (kernels.reads_peers ? std::string()
                                 : " and max_tokens " + std::to_string(shape.max_tokens)) +
-           ", for which native ops in mode " + kernels.mode + " need " + std::to_string(needed) + " bytes of shared memory per block, and " + gpu + " has " +
-           std::to_string(available);
+           ", for which native ops in mode " + kernels.mode + " need " + std::to_string(needed) +
+           " bytes of shared memory per block, and " + gpu + " has " + std::to_string(available);
   }
   return "";
 }
 
-std::string ObstacleOfPool(const LocalDevice& device, size_t limit_bytes) {
+std::string UnsupportedReasonOfPool(const LocalDevice& device, size_t limit_bytes) {
   OnDevice current(device.ordinal);
   const std::string name = "XLA's memory pool on GPU " + std::to_string(device.ordinal);
   DeviceMemory pool;

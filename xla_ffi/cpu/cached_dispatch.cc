@@ -1,5 +1,5 @@
-// redispatch on CPU.
-#include "interface/redispatch.h"
+// cached_dispatch on CPU.
+#include "interface/cached_dispatch.h"
 
 #include <algorithm>
 #include <vector>
@@ -12,8 +12,8 @@
 namespace jax_deepep {
 
 template <>
-bool VerbOp<RedispatchParams>::RunGroup(GroupRun& run) const {
-  const std::vector<const RedispatchParams*> here = Collect(run);
+bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
+  const std::vector<const CachedDispatchParams*> here = Collect(run);
   std::vector<const void*> sources;
   for (size_t rank = 0; rank < here.size(); ++rank) {
     if (here[rank] == nullptr) {
@@ -29,7 +29,7 @@ bool VerbOp<RedispatchParams>::RunGroup(GroupRun& run) const {
 
   std::vector<RowMove> moves;
   for (size_t rank = 0; rank < here.size(); ++rank) {
-    const RedispatchParams* params = here[rank];
+    const CachedDispatchParams* params = here[rank];
     if (params == nullptr) continue;
     RowMove move;
     move.rank = static_cast<int>(rank);
@@ -50,7 +50,7 @@ bool VerbOp<RedispatchParams>::RunGroup(GroupRun& run) const {
 }
 
 template <>
-void VerbOp<RedispatchParams>::Abandon(const Communicator&) const {
+void VerbOp<CachedDispatchParams>::Abandon(const Communicator&) const {
   const RouteShape& route = params_.route;
   FillAsFailed(route.rows().type, params_.rows, int64_t{route.capacity} * route.rows().size);
   if (params_.products != nullptr) FillNaN(params_.products, route.capacity);

@@ -1,19 +1,19 @@
-// redispatch as a custom call: decode, check, launch.
+// cached_dispatch as a custom call: decode, check, launch.
 #include "handlers/call_site.h"
 #include "handlers/handlers.h"
 
 namespace jax_deepep {
 namespace {
 
-LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                        ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer destination,
-                        ffi::AnyBuffer group_sizes, ffi::AnyBuffer weights, ffi::AnyBuffer y,
-                        ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
-                        ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
-                        bool weighted, bool with_products, bool with_pairs, int64_t, int64_t,
-                        int64_t) {
+LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
+                            ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer destination,
+                            ffi::AnyBuffer group_sizes, ffi::AnyBuffer weights, ffi::AnyBuffer y,
+                            ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
+                            ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
+                            bool weighted, bool with_products, bool with_pairs, int64_t, int64_t,
+                            int64_t) {
   const GroupShape& shape = site->comm->shape();
-  RedispatchParams params;
+  CachedDispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
@@ -56,8 +56,8 @@ LaunchResult Redispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer ra
 }  // namespace
 
 template <>
-XLA_FFI_Error* Execute<RedispatchParams>(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_DEFINE_HANDLER(handler, Redispatch,
+XLA_FFI_Error* Execute<CachedDispatchParams>(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, CachedDispatch,
                          ffi::Ffi::Bind()
                              .Ctx<ffi::State<CallSite>>()
                              .Ctx<LaunchContext>()
