@@ -100,13 +100,7 @@ def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "axis_types", "num_chunks"),
-    [
-        ((3, 5, H), AxisType.Auto, 2),
-        ((3, 5, H), AxisType.Explicit, 1),
-        ((H,), AxisType.Auto, 1),
-        ((1, H), AxisType.Explicit, 2),
-        ((11, H), AxisType.Auto, 1),
-    ],
+    [((3, 5, H), AxisType.Auto, 2), ((3, 5, H), AxisType.Explicit, 1), ((1, H), AxisType.Explicit, 2)],
     ids=str,
 )
 def test_token_counts_that_do_not_divide(
@@ -118,6 +112,19 @@ def test_token_counts_that_do_not_divide(
     (out, aux), gradients = results_of(config, parameters, x)
 
     assert_close(((out, aux.balance_loss, aux.expert_load), gradients), expected_of(config, x))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 11])
+def test_tokens_without_a_batch(num_tokens: int) -> None:
+    """The first ones of those above, [H] or [T, H]."""
+    config = config_of("data × expert")
+    x = numbers(3, 5, H).reshape(-1, H)[:num_tokens].reshape((num_tokens, H)[num_tokens == 1 :])
+    out, aux = fetch(jax.jit(partial(moe, config))(on_mesh(config, parameters_of(config)), x))
+    (expected, *_), _ = expected_of(config, numbers(3, 5, H))
+    assert_close(out, expected.reshape(-1, H)[:num_tokens].reshape(x.shape))
+    np.testing.assert_array_equal(aux.expert_load, np.bincount(aux.topk_idx.ravel(), minlength=E))
+    assert aux.topk_idx.shape == (*x.shape[:-1], K)
+    assert aux.expert_load.sum() == num_tokens * K
 
 
 def test_no_tokens() -> None:

@@ -61,12 +61,11 @@ def without_copies() -> tuple[Any, np.ndarray]:
     ("mesh_name", "choices"),
     [
         ("expert", {}),
-        ("expert", {"own_first": False}),
         ("node × expert", {"num_chunks": 2}),
         ("data × expert", {"axis_types": AxisType.Explicit}),
-        ("data × expert", {"fsdp_axis": "data"}),
+        ("data × expert", {"fsdp_axis": "data", "own_first": False}),
     ],
-    ids=["own first", "anywhere", "two axes, in chunks", "two groups, explicit axes", "two groups, fsdp"],
+    ids=["own first", "two axes, in chunks", "two groups, explicit axes", "anywhere, two groups, fsdp"],
 )
 def test_output_and_gradients_are_those_without_copies(mesh_name: str, choices: dict[str, Any]) -> None:
     """With a placement that is traced; one of NumPy brings the same matrices, by one program."""

@@ -50,8 +50,7 @@ def test_the_next_one_begins_when_all_are_through():
 """
     status, output = run_pytest(tmp_path, text, "--junitxml", "report.xml")
     assert status == 1, output
-    assert output.count("1 failed, 4 passed") == 1
-    assert "3 failed, 2 passed" not in output
+    assert "1 failed, 4 passed" in output
     assert "FAILED test_sample.py::test_only_rank_one_fails on rank 1 of ranks 0-1" in output
     assert "FAILED test_sample.py::test_all_fail on ranks 0-1 of ranks 0-1" in output
     assert "[1] E       AssertionError: not rank zero" in output
