@@ -74,8 +74,8 @@ def from_hugging_face(
         block = "model.layers.3.mlp."
         arguments, parameters = from_hugging_face(model.state_dict(), model.config, prefix=block)
         moe = jax_deepep.flax.MoE(**arguments, mesh=mesh, max_tokens=4096, rngs=nnx.Rngs(0))
-        placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
-        nnx.update(moe, jax.device_put(parameters, placement))
+        sharding = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
+        nnx.update(moe, jax.device_put(parameters, sharding))
 
     For Linen, `parameters` is the collection "params", but `gate_bias`, which DeepSeek-V3 has, is one of the
     collection "router".

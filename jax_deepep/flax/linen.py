@@ -13,7 +13,7 @@ from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.copies import physical_parameters
+from jax_deepep.moe.replicas import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
 from jax_deepep.moe.layer import Router, moe
@@ -94,7 +94,7 @@ class MoE(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        placement: Any = None,
+        expert_map: Any = None,
         *,
         mask: jax.Array | None = None,
         router: Router | None = None,
@@ -106,7 +106,7 @@ class MoE(nn.Module):
     ) -> tuple[jax.Array, MoEAux | Any]:
         """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
-        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        With `num_physical_experts`, `expert_map` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
         """
         config = self._config()
@@ -120,8 +120,8 @@ class MoE(nn.Module):
                 parameters[name] = self.variable(ROUTER, name, placed, None, shape, jnp.float32).value
             else:
                 parameters[name] = self.param(name, placed, shape, self.param_dtype)
-        parameters = physical_parameters(config, parameters, placement)
+        parameters = physical_parameters(config, parameters, expert_map)
         return moe(
-            config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            config, parameters, x, expert_map, mask=mask, router=router, topk_idx=topk_idx,
             topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
         )  # fmt: skip

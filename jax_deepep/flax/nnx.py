@@ -15,7 +15,7 @@ from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.copies import physical_parameters
+from jax_deepep.moe.replicas import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
 from jax_deepep.moe.layer import Router, moe, placed
@@ -125,7 +125,7 @@ class MoE(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        placement: Any = None,
+        expert_map: Any = None,
         *,
         mask: jax.Array | None = None,
         router: Router | None = None,
@@ -137,12 +137,12 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, MoEAux | Any]:
         """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
-        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
+        With `num_physical_experts`, `expert_map` is an int32 array [P], see `jax_deepep.balancing`, in which
         every device's own experts come first.
         """
         parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
-        parameters = physical_parameters(self.config, parameters, placement)
+        parameters = physical_parameters(self.config, parameters, expert_map)
         return moe(
-            self.config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            self.config, parameters, x, expert_map, mask=mask, router=router, topk_idx=topk_idx,
             topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
         )  # fmt: skip

@@ -224,19 +224,19 @@ class MoEConfig:
             absent |= {"shared_wi_0", "shared_wi_1", "shared_wo"}
         return {name: value for name, value in all_parameters.items() if name not in absent}
 
-    def check_placement(self, placement: Any) -> None:
-        """Raise unless `placement` is an array of the layer's slots, or None where it has no copies."""
+    def check_expert_map(self, expert_map: Any) -> None:
+        """Raise unless `expert_map` is an array of the layer's slots, or None where it has no copies."""
         if self.num_physical_experts is not None:
-            if placement is None:
+            if expert_map is None:
                 raise ValueError(
-                    f"placement: got None with num_physical_experts={self.num_physical_experts}; takes "
+                    f"expert_map: got None with num_physical_experts={self.num_physical_experts}; takes "
                     "the int32 array that jax_deepep.balancing.plan_experts makes."
                 )
             shape = (self.num_physical_experts,)
-            check_array("placement", placement, shape, names="[num_physical_experts]", dtype="int32")
-        elif placement is not None:
+            check_array("expert_map", expert_map, shape, names="[num_physical_experts]", dtype="int32")
+        elif expert_map is not None:
             raise ValueError(
-                "placement: got one for a layer without copies of experts; takes None, or build the layer "
+                "expert_map: got one for a layer without copies of experts; takes None, or build the layer "
                 "with num_physical_experts."
             )
 

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating, jax_compat
-from jax_deepep.balancing import to_slots
+from jax_deepep.balancing import to_physical_experts
 from jax_deepep.capacity import round_up
 from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
@@ -41,7 +41,7 @@ def moe(
     config: MoEConfig,
     parameters: Parameters,
     x: jax.Array,
-    placement: jax.Array | None = None,
+    expert_map: jax.Array | None = None,
     *,
     mask: jax.Array | None = None,
     router: Router | None = None,
@@ -62,7 +62,7 @@ def moe(
         x: [..., H] float. Tokens are split over `config.token_axes`; a batch whose first axis is split over
             them in this order does not move. If they do not divide evenly, they are padded.
             On a mesh of Explicit axes the output lies as x does.
-        placement: int32 [P], which expert every slot holds, with `config.num_physical_experts`; the experts'
+        expert_map: int32 [P], which expert every slot holds, with `config.num_physical_experts`; the experts'
             matrices in `parameters` are those of the slots then, see `physical_parameters`.
         mask: bool [...], False for what is no token, such as padding: it goes to no expert, takes no room,
             counts nowhere, and its output is 0. Whatever x and a gradient of the output hold there, NaN
@@ -84,7 +84,7 @@ def moe(
     Raises:
         ValueError, TypeError: a wrong argument, or more tokens than the communicator takes.
     """
-    _check(config, parameters, x, placement)
+    _check(config, parameters, x, expert_map)
     if mask is not None:
         check_given(config, Given(mask=mask), x.shape[:-1])
         x = _without_rest(config, x, mask)
@@ -104,7 +104,7 @@ def moe(
     num_tokens = x.size // config.hidden_size
     num_chunks = config.chunks_of(-(-num_tokens // config.num_token_shards), dtype)
     call = Call(aux, router_logits, sequence_loss, num_tokens, max(length, 1), jnp.dtype(dtype), num_chunks)
-    return _layer(config, call, parameters, x, placement, given)
+    return _layer(config, call, parameters, x, expert_map, given)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # as is `_layer`
@@ -126,7 +126,7 @@ def _layer(
     call: Call,
     parameters: Parameters,
     x: jax.Array,
-    placement: jax.Array | None,
+    expert_map: jax.Array | None,
     given: Given,
 ) -> tuple[jax.Array, MoEAux | None]:
     padded = _padded(config, call.num_tokens, call.num_chunks)
@@ -145,7 +145,7 @@ def _layer(
     of_tokens = jax.tree.map(lambda value: flat(value, value.shape[leading:]), (x, given))
     specs = {name: P() if name in ROUTER else config.spec(name) for name in parameters}
     weights = {name: placed(config, parameters[name], spec) for name, spec in specs.items()}
-    slots = None if placement is None else placed(config, placement, P())
+    slots = None if expert_map is None else placed(config, expert_map, P())
     of_devices = P() if call.aux == "global" else split
     per_device = jax.shard_map(
         functools.partial(_per_device, config, call),
@@ -182,11 +182,11 @@ def placed(
     )
     if not explicit:
         return change(value)
-    placement = NamedSharding(config.mesh, spec)
-    return jax.sharding.auto_axes(change, axes=explicit, out_sharding=placement)(value)
+    expert_map = NamedSharding(config.mesh, spec)
+    return jax.sharding.auto_axes(change, axes=explicit, out_sharding=expert_map)(value)
 
 
-def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
+def _check(config: Any, parameters: Parameters, x: Any, expert_map: Any) -> None:
     if not isinstance(config, MoEConfig):
         raise TypeError(
             f"config: got {type(config).__name__}; takes a MoEConfig, which is static: "
@@ -198,7 +198,7 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
             "any: what one device does there is jax_deepep.dispatch and combine."
         )
     _check_context_mesh(config)
-    config.check_placement(placement)
+    config.check_expert_map(expert_map)
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
     for name, (shape, axes) in config.parameters.items():
@@ -252,7 +252,7 @@ def _per_device(
     call: Call,
     parameters: dict[str, jax.Array],
     of_tokens: tuple[jax.Array, Given],
-    placement: jax.Array | None,
+    expert_map: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, Any], tuple[jax.Array | None, jax.Array | None]]:
     """Apply the layer to the tokens [T, H] of one device; return what `MoEAux` has behind it."""
     weights = {
@@ -273,7 +273,7 @@ def _per_device(
     device = lax.axis_index(config.token_axes)
     position = device * num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
 
-    apply = functools.partial(_chunk, config, call, sequences, device, weights, placement)
+    apply = functools.partial(_chunk, config, call, sequences, device, weights, expert_map)
     if call.num_chunks == 1:
         out, per_token, counts = apply(position, *of_tokens)
     else:
@@ -308,7 +308,7 @@ def _chunk(
     sequences: Sequences,
     device: jax.Array,
     parameters: dict[str, jax.Array],
-    placement: jax.Array | None,
+    expert_map: jax.Array | None,
     position: jax.Array,
     x: jax.Array,
     given: Given,
@@ -319,10 +319,10 @@ def _chunk(
         is_token &= given.mask
     routing = route(config, parameters, x, is_token, given)
     topk_idx = routing.topk_idx
-    if placement is not None:
+    if expert_map is not None:
         # What names no expert must name no slot.
         topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
-        topk_idx = to_slots(topk_idx, position, placement, num_experts=config.num_experts)
+        topk_idx = to_physical_experts(topk_idx, position, expert_map, num_experts=config.num_experts)
     capacity, alignment = config.rows(len(x))
     topk_idx = leave_out(config, topk_idx, routing.topk_weights, capacity, alignment)
 

@@ -50,5 +50,5 @@ def init_parameters(
         # Typed as a whole on a mesh of Explicit axes, it would be made as a whole on every device.
         return placed(config, key, config.spec(name), value)
 
-    placement = {name: NamedSharding(config.mesh, config.spec(name)) for name in shapes}
-    return jax.jit(init, out_shardings=placement)(key)
+    sharding = {name: NamedSharding(config.mesh, config.spec(name)) for name in shapes}
+    return jax.jit(init, out_shardings=sharding)(key)

@@ -27,13 +27,13 @@ def layer(dtype: Any, **choices: Any) -> Callable[[], Any]:
     def run():
         config = config_of("data × expert", dtype=dtype, **choices)
         parameters = on_mesh(config, parameters_of(config))
-        placement = None
+        expert_map = None
         if config.num_physical_experts:
-            placement = np.arange(config.num_physical_experts, dtype=np.int32) % E
+            expert_map = np.arange(config.num_physical_experts, dtype=np.int32) % E
 
         def loss(parameters, x):
-            own = physical_parameters(config, parameters, placement, own_first=False)
-            out, aux = moe(config, own, x, placement)
+            own = physical_parameters(config, parameters, expert_map, keep_home=False)
+            out, aux = moe(config, own, x, expert_map)
             return out.astype(jnp.float32).sum() + aux.balance_loss, (out, aux)
 
         x = put_on_mesh(numbers(8, 6, H).astype(jnp.bfloat16), config.mesh, P(None))
@@ -97,9 +97,9 @@ CALLS = {
     "expert_load": (partial(gating.expert_load, np.int32([[0, -1]]), E), [I32]),
     "balance_loss": (partial(gating.balance_loss, LOAD, np.abs(LOGITS[0])), [F32]),
     "update_bias": (partial(gating.update_bias, np.float32(LOAD), LOAD), [F32]),
-    "to_slots": (
+    "to_physical_experts": (
         partial(
-            balancing.to_slots, np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1]), num_experts=2
+            balancing.to_physical_experts, np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1]), num_experts=2
         ),
         [I32],
     ),

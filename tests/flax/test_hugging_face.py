@@ -99,12 +99,12 @@ def test_into_a_module() -> None:
     """As the docstring has it: the module's values are replaced, and lie where they lay."""
     arguments, parameters = from_hugging_face(theirs("deepseek_v3", fused=True), CONFIGS["deepseek_v3"])
     moe = MoE(**arguments, mesh=mesh_named("expert"), max_tokens=4, rngs=nnx.Rngs(0))
-    placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
-    assert placement["wi_0"].spec[0] == "expert"
-    nnx.update(moe, jax.device_put(parameters, placement))
+    sharding = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
+    assert sharding["wi_0"].spec[0] == "expert"
+    nnx.update(moe, jax.device_put(parameters, sharding))
     new = nnx.to_pure_dict(nnx.state(moe))
     jax.tree.map(np.testing.assert_array_equal, fetch(new), ours("deepseek_v3"))
-    assert jax.tree.map(lambda value: value.sharding, new) == placement
+    assert jax.tree.map(lambda value: value.sharding, new) == sharding
 
 
 ERRORS = [

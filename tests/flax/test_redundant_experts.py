@@ -61,7 +61,7 @@ def without_copies() -> tuple[Any, np.ndarray]:
     ("mesh_name", "choices"),
     [
         ("expert", {}),
-        ("expert", {"own_first": False}),
+        ("expert", {"keep_home": False}),
         ("node × expert", {"num_chunks": 2}),
         ("data × expert", {"axis_types": AxisType.Explicit}),
         ("data × expert", {"fsdp_axis": "data"}),
@@ -69,50 +69,50 @@ def without_copies() -> tuple[Any, np.ndarray]:
     ids=["own first", "anywhere", "two axes, in chunks", "two groups, explicit axes", "two groups, fsdp"],
 )
 def test_output_and_gradients_are_those_without_copies(mesh_name: str, choices: dict[str, Any]) -> None:
-    """With a placement that is traced; one of NumPy brings the same matrices, by one program."""
-    own_first = choices.get("own_first", True)
+    """With a expert_map that is traced; one of NumPy brings the same matrices, by one program."""
+    keep_home = choices.get("keep_home", True)
     expected, load = without_copies()
     size = config_of(mesh_name).comm.size
-    config = config_of(mesh_name, E + 2 * size, **{k: v for k, v in choices.items() if k != "own_first"})
+    config = config_of(mesh_name, E + 2 * size, **{k: v for k, v in choices.items() if k != "keep_home"})
     parameters, x = inputs(config)
-    placement = plan_experts(load, num_physical=E + 2 * size, num_devices=size, own_first=own_first)
-    assert imbalance(load, placement, size) < imbalance(load, np.arange(E), size)
+    expert_map = plan_experts(load, num_physical=E + 2 * size, num_devices=size, keep_home=keep_home)
+    assert imbalance(load, expert_map, size) < imbalance(load, np.arange(E), size)
 
-    def loss(parameters, x, placement):
-        of_slots = physical_parameters(config, parameters, placement, own_first=own_first)
-        out, aux = moe(config, of_slots, x, placement)
+    def loss(parameters, x, expert_map):
+        of_slots = physical_parameters(config, parameters, expert_map, keep_home=keep_home)
+        out, aux = moe(config, of_slots, x, expert_map)
         return (out * jnp.sin(out)).sum(), (out, aux.expert_load, of_slots)
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    gradients, (out, load_with, of_slots) = step(parameters, x, put_on_mesh(placement, config.mesh, P()))
+    gradients, (out, load_with, of_slots) = step(parameters, x, put_on_mesh(expert_map, config.mesh, P()))
     np.testing.assert_array_equal(fetch(load_with), load)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, fetch((out, gradients)), expected)
     if mesh_name == "expert":
-        fetch_slots = functools.partial(physical_parameters, config, parameters, own_first=own_first)
-        jax.tree.map(np.testing.assert_array_equal, fetch(fetch_slots(placement)), fetch(of_slots))
+        fetch_slots = functools.partial(physical_parameters, config, parameters, keep_home=keep_home)
+        jax.tree.map(np.testing.assert_array_equal, fetch(fetch_slots(expert_map)), fetch(of_slots))
         with compilations() as compiled:
-            fetch_slots(placement)
+            fetch_slots(expert_map)
         assert not compiled
 
 
 def test_copies_keep_rows_that_would_be_dropped() -> None:
-    """In a module with a capacity; the placement changes from step to step, in one program."""
+    """In a module with a capacity; the expert_map changes from step to step, in one program."""
     size = jax.device_count()
     comm = config_of("expert", 2 * E).comm
     sizes = {"comm": comm, "num_physical_experts": 2 * E, "capacity_factor": 1.6, "alignment": 1}
     graph, state = nnx.split(nnx.eval_shape(lambda: ep_flax.MoE(E, K, H, F, rngs=nnx.Rngs(0), **sizes)))
     parameters = nnx.to_pure_dict(state)
-    apply = jax.jit(lambda parameters, x, placement: nnx.merge(graph, parameters)(x, placement))
+    apply = jax.jit(lambda parameters, x, expert_map: nnx.merge(graph, parameters)(x, expert_map))
     own, x = inputs(config_of("expert"))
     assert parameters.keys() == own.keys()
     # Every expert twice on its device: as good as no copies.
     first = np.arange(E).reshape(size, -1)
-    placement = np.concatenate([first, first], axis=1).ravel().astype(np.int32)
-    _, aux = apply(own, x, put_on_mesh(placement, comm.mesh, P()))
+    expert_map = np.concatenate([first, first], axis=1).ravel().astype(np.int32)
+    _, aux = apply(own, x, put_on_mesh(expert_map, comm.mesh, P()))
     before, load = int(fetch(aux.num_dropped)), fetch(aux.expert_load)
-    placement = plan_experts(load, num_physical=2 * E, num_devices=size)
-    _, aux = apply(own, x, put_on_mesh(placement, comm.mesh, P()))
+    expert_map = plan_experts(load, num_physical=2 * E, num_devices=size)
+    _, aux = apply(own, x, put_on_mesh(expert_map, comm.mesh, P()))
     np.testing.assert_array_equal(fetch(aux.expert_load), load)
     assert before > 0
     assert int(fetch(aux.num_dropped)) == 0
@@ -128,22 +128,22 @@ def test_wrong_placements() -> None:
         (
             None,
             ValueError,
-            rf"placement: got None with num_physical_experts={E + size}; takes the int32 array",
+            rf"expert_map: got None with num_physical_experts={E + size}; takes the int32 array",
         ),
-        (right[1:], ValueError, rf"placement: got shape \({E + size - 1},\); takes \[num_physical_experts\]"),
-        (right.astype(np.int64), TypeError, "placement: got dtype int64; takes int32"),
+        (right[1:], ValueError, rf"expert_map: got shape \({E + size - 1},\); takes \[num_physical_experts\]"),
+        (right.astype(np.int64), TypeError, "expert_map: got dtype int64; takes int32"),
         (
             np.where(right == 3, 4, right),
             ValueError,
-            r"placement: has no slot for experts \[3\]; takes every",
+            r"expert_map: has no slot for experts \[3\]; takes every",
         ),
-        (np.append(right[:-1], np.int32(E)), ValueError, rf"placement: got entries outside of \[0, {E}\)"),
-        (right[::-1], ValueError, "placement: does not begin with the own experts of every device"),
+        (np.append(right[:-1], np.int32(E)), ValueError, rf"expert_map: got entries outside of \[0, {E}\)"),
+        (right[::-1], ValueError, "expert_map: does not begin with the own experts of every device"),
     ]
-    for placement, error, words in wrong:
+    for expert_map, error, words in wrong:
         with pytest.raises(error, match=words):
-            physical_parameters(config, parameters, placement)
-    with pytest.raises(ValueError, match=r"placement: got one for a layer without copies of experts"):
+            physical_parameters(config, parameters, expert_map)
+    with pytest.raises(ValueError, match=r"expert_map: got one for a layer without copies of experts"):
         moe(config_of("expert"), parameters, x, right)
     with pytest.raises(
         ValueError, match=r"wi_0: got shape \(16, 8, 4\); takes \[exp, embed, mlp\] = \[24, 8, 4\]"
