@@ -1,4 +1,4 @@
-"""Placements of redundant experts, and how tokens find a copy."""
+"""Expert maps with replicas, and which replica a token takes."""
 
 import functools
 import itertools
@@ -17,11 +17,11 @@ def zipf(num_experts: int, exponent: float = 1.0, seed: int = 0) -> np.ndarray:
 
 
 def expert_maps(num_experts: int, num_devices: int, slots: int, keep_home: bool) -> Iterator[np.ndarray]:
-    """Return every expert_map without an expert twice on one device, up to the order of a device's slots."""
-    own = np.arange(num_experts).reshape(num_devices, -1)
+    """Yield every expert map without an expert twice on one device, up to the order on a device."""
+    home = np.arange(num_experts).reshape(num_devices, -1)
     choices = [
         [held for held in itertools.combinations(range(num_experts), slots)
-         if not keep_home or set(own[device]) <= set(held)]
+         if not keep_home or set(home[device]) <= set(held)]
         for device in range(num_devices)
     ]  # fmt: skip
     for held in itertools.product(*choices):
@@ -52,14 +52,14 @@ def test_small_plans_are_optimal(load: list[int], num_devices: int, slots: int, 
     assert imbalance(load, plan_experts(load, **sizes), num_devices) == pytest.approx(optimum)
 
 
-def test_a_plan_that_is_even() -> None:
+def test_an_even_plan() -> None:
     load = [9, 1, 6, 0, 1, 1, 3, 3]
     plan = plan_experts(load, num_physical=12, num_devices=4, keep_home=False)
     assert imbalance(load, plan, 4) == 1
 
 
 def climbed(load: np.ndarray, expert_map: np.ndarray, num_devices: int, num_own: int, seed: int) -> float:
-    """Return the imbalance after a thousand random changes, each kept unless it makes matters worse."""
+    """Return the imbalance after a thousand random changes, each kept unless it raises the imbalance."""
     random = np.random.default_rng(seed)
     held, value = expert_map.reshape(num_devices, -1).copy(), imbalance(load, expert_map, num_devices)
     for _ in range(1000):
@@ -78,7 +78,7 @@ def climbed(load: np.ndarray, expert_map: np.ndarray, num_devices: int, num_own:
 
 @pytest.mark.parametrize("keep_home", [True, False])
 def test_plans_are_as_good_as_those_of_a_local_search(keep_home: bool) -> None:
-    """Which begins with a expert_map of its own, and with the plan itself."""
+    """The search starts from a simple expert map, and from the plan itself."""
     for seed, (num_devices, slots) in enumerate([(4, 5), (4, 6), (8, 3)]):
         random = np.random.default_rng(seed)
         load = random.zipf(1.5, 16).clip(0, 100).astype(float)
@@ -100,7 +100,7 @@ def test_plans_are_as_good_as_those_of_a_local_search(keep_home: bool) -> None:
     [(16, 4, 5), (16, 4, 4), (8, 8, 3), (64, 8, 9), (6, 2, 6), (4, 1, 4)],
 )
 @pytest.mark.parametrize("exponent", [0, 1, 3])
-def test_every_plan_is_a_placement(
+def test_every_plan_is_an_expert_map(
     num_experts: int, num_devices: int, slots: int, exponent: int, keep_home: bool
 ) -> None:
     load = zipf(num_experts, exponent)
@@ -158,13 +158,13 @@ def test_every_entry_takes_a_copy_of_its_expert() -> None:
 
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 64])
 def test_copies_are_chosen_whatever_the_order_of_tokens(period: int) -> None:
-    """Every token of a number that `period` divides goes to expert 0, which has 2, 3 or 8 copies."""
+    """Every token of a number that `period` divides goes to expert 0, which has 2, 3 or 8 replicas."""
     token = np.arange(0, 4000 * period, period, dtype=np.int32)
     topk_idx = np.zeros((len(token), 1), np.int32)
-    for copies in (2, 3, 8):
-        slots = to_physical_experts(topk_idx, token, np.zeros(copies, np.int32), num_experts=1)
-        load = np.bincount(np.asarray(slots).ravel(), minlength=copies)
-        assert abs(load * copies / len(token) - 1).max() < 0.15
+    for replicas in (2, 3, 8):
+        slots = to_physical_experts(topk_idx, token, np.zeros(replicas, np.int32), num_experts=1)
+        load = np.bincount(np.asarray(slots).ravel(), minlength=replicas)
+        assert abs(load * replicas / len(token) - 1).max() < 0.15
 
 
 ERRORS = [
