@@ -264,10 +264,14 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"mask": MASK[1:]}, ValueError, r"mask: got shape \(7, 6\); takes x\.shape\[:-1\] = \[8, 6\]"),
-        ({"mask": MASK.astype(np.int32)}, TypeError, "mask: got dtype int32; takes bool"),
-        ({"topk_idx": INDEX[..., 1:]}, ValueError, r"topk_idx: got shape \(8, 6, 2\); takes \[\*x\.shape"),
-        ({"topk_idx": INDEX + 0.5}, TypeError, "topk_idx: got dtype float.*; takes int32"),
+        ({"mask": MASK[1:]}, ValueError, r"mask: expected shape x\.shape\[:-1\] = \[8, 6\], got \[7, 6\]"),
+        ({"mask": MASK.astype(np.int32)}, TypeError, "mask: expected dtype bool, got int32"),
+        (
+            {"topk_idx": INDEX[..., 1:]},
+            ValueError,
+            r"topk_idx: expected shape \[\*x\.shape.*, got \[8, 6, 2\]",
+        ),
+        ({"topk_idx": INDEX + 0.5}, TypeError, "topk_idx: expected dtype int32, got float.*"),
         (
             {"topk_idx": INDEX, "topk_weights": INDEX},
             TypeError,
@@ -287,7 +291,7 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
         (
             {"router": lambda x: x},
             ValueError,
-            r"router: got shape \(8, 6, 16\); takes .*num_experts\] = \[8, 6, 8",
+            r"router: expected shape .*num_experts\] = \[8, 6, 8\], got \[8, 6, 16\]",
         ),
         (
             {"router": lambda x: (x, x), "topk_idx": INDEX},

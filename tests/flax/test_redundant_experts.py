@@ -146,7 +146,7 @@ def test_wrong_placements() -> None:
     with pytest.raises(ValueError, match=r"expert_map: got one for a layer without copies of experts"):
         moe(config_of("expert"), parameters, x, right)
     with pytest.raises(
-        ValueError, match=r"wi_0: got shape \(16, 8, 4\); takes \[exp, embed, mlp\] = \[24, 8, 4\]"
+        ValueError, match=r"wi_0: expected shape \[exp, embed, mlp\] = \[24, 8, 4\], got \[16, 8, 4\]"
     ):
         moe(config_of("expert", 24), parameters, x, np.arange(24, dtype=np.int32) % E)
     with pytest.raises(ValueError, match=rf"num_experts: got {E} with {size} slots on {size} devices; takes"):
@@ -161,5 +161,5 @@ def test_slots_that_devices_cannot_share_evenly() -> None:
         rf"of {size}, the same number of slots on each, for example {E + size}\.",
     ):
         config_of("expert", E + 1)
-    with pytest.raises(TypeError, match=r"num_physical_experts: got 24\.0; takes a Python integer"):
+    with pytest.raises(TypeError, match=r"num_physical_experts: expected a Python integer.*, got 24\.0"):
         config_of("expert", 24.0)

@@ -172,7 +172,7 @@ ERRORS = [
     ({"load": [1, 2, -3, 4]}, "load: got a negative number, or one that is not finite"),
     ({"load": [1, 2, np.nan, 4]}, "load: got a negative number, or one that is not finite"),
     ({"num_devices": 3}, "num_devices: got 3; takes a divisor of the 4 experts"),
-    ({"num_devices": 0}, "num_devices: got 0; takes an integer of at least 1"),
+    ({"num_devices": 0}, "num_devices: expected an integer of at least 1, got 0"),
     ({"num_physical": 5}, "num_physical: got 5; takes a multiple of num_devices=2, at least 4"),
     ({"num_physical": 2}, "num_physical: got 2; takes a multiple of num_devices=2, at least 4"),
     ({"num_physical": 10}, "num_physical: got 10; takes at most 8: every expert once on every device"),
@@ -187,5 +187,5 @@ def test_a_wrong_argument(wrong: dict, words: str) -> None:
 
 
 def test_a_number_that_is_no_integer() -> None:
-    with pytest.raises(TypeError, match=r"num_physical: got 12\.0; takes a Python integer"):
+    with pytest.raises(TypeError, match=r"num_physical: expected a Python integer .*, got 12\.0"):
         plan_experts([1, 2, 3, 4], num_physical=12.0, num_devices=2)
