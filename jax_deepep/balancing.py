@@ -58,8 +58,8 @@ def plan_experts(
     load = np.asarray(load, np.float64)
     if load.ndim not in (1, 2) or load.size == 0:
         raise ValueError(
-            f"load: expected shape [num_experts] or [layers, num_experts], got {load.shape}; pass tokens per "
-            "expert."
+            f"load: expected shape [num_experts] or [layers, num_experts], got {list(load.shape)}; pass "
+            "tokens per expert."
         )
     if not (np.isfinite(load) & (load >= 0)).all():
         raise ValueError("load: expected finite numbers of at least 0, got others; pass tokens per expert.")

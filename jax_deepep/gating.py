@@ -283,7 +283,7 @@ def _check(logits: Any, bias: Any) -> None:
     check_is_float("logits", logits)
     if not logits.shape or logits.shape[-1] == 0:
         raise ValueError(
-            f"logits: expected shape [..., num_experts], got {tuple(logits.shape)}; pass a row per token."
+            f"logits: expected shape [..., num_experts], got {list(logits.shape)}; pass a row per token."
         )
     if bias is not None:
         check_array("bias", bias, (logits.shape[-1],), names="[num_experts]")

@@ -1,4 +1,4 @@
-"""Results have the documented dtypes whatever JAX is set to: 64 bits by default, no implicit promotion."""
+"""Results have the documented dtypes under all settings of JAX: x64, strict promotion."""
 
 from collections.abc import Callable
 from functools import partial
@@ -99,7 +99,8 @@ CALLS = {
     "update_bias": (partial(gating.update_bias, np.float32(LOAD), LOAD), [F32]),
     "to_physical_experts": (
         partial(
-            balancing.to_physical_experts, np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1]), num_experts=2
+            balancing.to_physical_experts, np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1]),
+            num_experts=2,
         ),
         [I32],
     ),
@@ -110,7 +111,7 @@ CALLS = {
         [BF16, F32, BF16, BF16, BF16],
     ),
     "layer in chunks": (layer(None, num_chunks=2), [F32, I32, F32, I32, F32, BF16]),
-    "layer with copies": (
+    "layer with replicas": (
         layer(jnp.bfloat16, num_physical_experts=2 * E, score_function="sigmoid", capacity_factor=1.5,
               shared_intermediate_size=8),
         [BF16, I32, F32, I32, F32, BF16],

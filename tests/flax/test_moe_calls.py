@@ -1,4 +1,4 @@
-"""What a call of the layer takes and tells: masks, routing of one's own, repeated routing, `MoEAux`."""
+"""Arguments and results of a call: masks, the user's routing, repeated routing, `MoEAux`."""
 
 import functools
 import re
@@ -28,7 +28,7 @@ MASK[2] = False  # a whole sequence
 
 
 def network_of(config: MoEConfig, parameters: Any, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
-    """Return what the chosen experts of the tokens x [T, H] make of them, and the shared one, in float32."""
+    """Return the output of the chosen and the shared experts for the tokens x [T, H], in float32."""
     wi_0, wi_1, wo = (parameters[name] for name in ("wi_0", "wi_1", "wo"))
     hidden = config.activation(jnp.einsum("th,ehf->tef", x, wi_0)) * jnp.einsum("th,ehf->tef", x, wi_1)
     weights = (jax.nn.one_hot(topk_idx, E) * topk_weights[..., None]).sum(axis=1)
@@ -39,17 +39,17 @@ def network_of(config: MoEConfig, parameters: Any, x: Any, topk_idx: Any, topk_w
     return out
 
 
-def placed(config: MoEConfig, value: np.ndarray) -> jax.Array:
-    """Put values of tokens onto the mesh; their batch is split if it divides evenly."""
+def sharded(config: MoEConfig, value: np.ndarray) -> jax.Array:
+    """Put values of tokens onto the mesh, with the batch sharded if it divides evenly."""
     is_even = value.shape[0] % config.num_token_shards == 0
     return put_on_mesh(value, config.mesh, P(config.token_axes if is_even else None))
 
 
 def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray, **given: Any) -> Any:
-    """Return ((output, aux), gradients of parameters, x and float arguments of a call), in full."""
-    arrays = {name: placed(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
-    floats = {name: placed(config, given.pop(name)) for name in ("topk_weights",) if name in given}
-    operands = on_mesh(config, parameters), placed(config, x), floats, arrays
+    """Return ((output, aux), gradients of parameters, x and float arguments of a call), unsharded."""
+    arrays = {name: sharded(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
+    floats = {name: sharded(config, given.pop(name)) for name in ("topk_weights",) if name in given}
+    operands = on_mesh(config, parameters), sharded(config, x), floats, arrays
     gradients, results = step_of(config, **given)(*operands)
     return fetch(results), fetch(gradients)
 
@@ -83,9 +83,9 @@ def expected_aux(config: MoEConfig, logits: Any, topk_idx: Any, mask: np.ndarray
 
 
 def check(config: MoEConfig, shape: tuple[int, int], mask: np.ndarray | None = None, **given: Any) -> Any:
-    """Compare a call with what it stands for, gradients included; return its aux.
+    """Compare a call, gradients included, with a dense layer; return its aux.
 
-    What is no token holds NaN, in x and in everything that is given.
+    Where the mask is False, x holds NaN.
     """
     parameters, x = parameters_of(config), numbers(*shape, H).copy()
     is_token = np.ones(shape, bool) if mask is None else mask
@@ -122,7 +122,7 @@ def check(config: MoEConfig, shape: tuple[int, int], mask: np.ndarray | None = N
 
 
 def replayed(config: MoEConfig) -> np.ndarray:
-    """Return experts of an earlier run; some tokens have none, as if they were new."""
+    """Return experts of an earlier run; some tokens have none, as new ones do."""
     rng = np.random.default_rng(1)
     topk_idx = np.stack([rng.permutation(E)[:K] for _ in range(BATCH * SEQUENCE)]).reshape(*SHAPE, K)
     topk_idx[0, ::2] = -1
@@ -138,17 +138,17 @@ def replayed(config: MoEConfig) -> np.ndarray:
     ],
     ids=["in chunks", "explicit axes"],
 )
-def test_what_a_mask_leaves_out_reaches_nothing(mesh_name: str, choices: dict[str, Any]) -> None:
-    """Neither the load, nor a loss, nor a gradient; and its output is 0, whatever it holds."""
+def test_masked_tokens_affect_nothing(mesh_name: str, choices: dict[str, Any]) -> None:
+    """Neither load, losses nor gradients; and their output is 0, whatever they hold."""
     check(config_of(mesh_name, **choices), SHAPE, MASK)
 
 
 def test_packed_tokens_that_do_not_divide() -> None:
-    """Sequences then lie on several devices, and there is padding of the layer's own."""
+    """Sequences are then split over devices, and the layer adds padding."""
     check(config_of("data × expert"), (3, 5), MASK[:3, :5] | (np.arange(5) == 1))
 
 
-def test_own_routing() -> None:
+def test_given_routing() -> None:
     config = config_of("data × expert")
     topk_idx, weights = replayed(config), numbers(*SHAPE, K, seed=5)
     aux = check(config, SHAPE, MASK, topk_idx=topk_idx, topk_weights=weights)
@@ -156,9 +156,9 @@ def test_own_routing() -> None:
 
 
 def test_routing_is_repeated() -> None:
-    """Of tokens that have one; with the weights of the router, and its gradients.
+    """For tokens that have one, with the router's weights and gradients.
 
-    What a call chose, for the others too, makes another choose the same, to the bit.
+    The choice that a call reports, for the other tokens too, gives another call bitwise the same results.
     """
     config = config_of("expert", score_function="sigmoid", scale=2.5)
     aux = check(config, SHAPE, MASK, topk_idx=replayed(config))
@@ -167,10 +167,10 @@ def test_routing_is_repeated() -> None:
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-def test_a_router_of_ones_own() -> None:
-    """It returns logits, or experts and weights, and may close over what is traced."""
+def test_a_users_router() -> None:
+    """It returns logits, or experts and weights, and may close over traced values."""
     config = config_of("data × expert")
-    parameters, x = on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H))
+    parameters, x = on_mesh(config, parameters_of(config)), sharded(config, numbers(*SHAPE, H))
     gate = numbers(H, E, seed=7)
 
     def by_logits(scale, x, parameters):
@@ -201,7 +201,7 @@ def test_a_router_of_ones_own() -> None:
 
 @pytest.mark.collectives
 def test_implementations_agree() -> None:
-    """On everything that a call tells, with a capacity and with what it leaves out."""
+    """On all results of a call, with a capacity and a mask."""
     native = config_of("data × expert", capacity_factor=0.7, alignment=1)
     sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": 64, "hidden_size": H}
     comm = ep.Communicator(native.mesh, implementation="xla", **sizes)
@@ -215,9 +215,9 @@ def test_implementations_agree() -> None:
 
 
 def test_aux_without_an_exchange() -> None:
-    """Of every device by itself, or none at all: such a step has no collective of XLA's."""
+    """For each device alone, or not at all: such a step has no collective of XLA."""
     config = config_of("expert")
-    operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)))
+    operands = (on_mesh(config, parameters_of(config)), sharded(config, numbers(*SHAPE, H)))
     programs = {
         scope: jax.jit(functools.partial(moe, config, aux=scope)).lower(*operands).compile()
         for scope in ("global", "local", "off")
@@ -238,12 +238,12 @@ def test_aux_without_an_exchange() -> None:
     assert_close(local.z_loss.mean(), every.z_loss)
 
 
-def test_modules_take_the_same() -> None:
-    """NNX and Linen, to the bit."""
+def test_modules_take_the_same_arguments() -> None:
+    """NNX and Linen, with bitwise the same results."""
     config = config_of("data × expert")
     given = {"router_logits": True, "sequence_loss": True, "router": lambda x: x @ numbers(H, E, seed=7)}
-    arrays = {"mask": placed(config, MASK), "topk_idx": placed(config, replayed(config))}
-    operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)), arrays)
+    arrays = {"mask": sharded(config, MASK), "topk_idx": sharded(config, replayed(config))}
+    operands = (on_mesh(config, parameters_of(config)), sharded(config, numbers(*SHAPE, H)), arrays)
     graph, _ = nnx.split(nnx.eval_shape(lambda: ep_flax.MoE(E, K, H, 32, comm=config.comm, rngs=nnx.Rngs(0))))
     layer = linen.MoE(E, K, H, 32, comm=config.comm)
     expected, *others = (

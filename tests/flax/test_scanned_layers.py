@@ -1,6 +1,6 @@
-"""Layers in one scan, in NNX and in Linen: rematerialised, with copies of experts, each placed for itself.
+"""Layers in one scan, in NNX and in Linen: rematerialised, with replicas by an expert map per layer.
 
-They compute, and differentiate, as a loop over layers without copies does in plain JAX.
+Outputs and gradients are those of a loop over layers without replicas in plain JAX.
 """
 
 import functools
@@ -93,7 +93,7 @@ def nnx_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
 
 
 def linen_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """Return what `nnx_layers` does."""
+    """Return the same as `nnx_layers`."""
 
     class Layer(nn.Module):
         @nn.compact
@@ -117,14 +117,14 @@ def linen_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("layers_of", [nnx_layers, linen_layers], ids=["nnx", "linen"])
-def test_scanned_layers_with_copies_are_a_loop_over_layers_without(layers_of: Callable[..., Any]) -> None:
+def test_scanned_layers_with_replicas_are_a_loop_over_layers_without(layers_of: Callable[..., Any]) -> None:
     size = config_of(MESH, **CHOICES).comm.size
-    slots = min(E + 2 * size, E * size)
-    config = config_of(MESH, num_physical_experts=slots, **CHOICES)
+    num_physical = min(E + 2 * size, E * size)
+    config = config_of(MESH, num_physical_experts=num_physical, **CHOICES)
     load = np.random.default_rng(0).uniform(1, 9, (LAYERS, E))
-    expert_map = plan_experts(load, num_physical=slots, num_devices=size)
+    expert_map = plan_experts(load, num_physical=num_physical, num_devices=size)
     assert size == 1 or (expert_map[0] != expert_map[1]).any()
-    shapes, scan = layers_of({"comm": config.comm, "num_physical_experts": slots, **CHOICES})
+    shapes, scan = layers_of({"comm": config.comm, "num_physical_experts": num_physical, **CHOICES})
     assert {name: leaf.shape for name, leaf in shapes.items()} == {
         name: value.shape for name, value in of_layers(config).items()
     }

