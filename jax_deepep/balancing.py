@@ -5,7 +5,7 @@ physical experts [r · S, (r + 1) · S). To dispatch and combine, these are the 
 expert map from measured loads, on the host; `to_physical_experts`, on the device, chooses a replica for every
 token. With a module of `jax_deepep.flax` that was built with num_physical_experts=P:
 
-    expert_map = plan_experts(load, num_physical=P, num_devices=R)  # every now and then
+    expert_map = plan_experts(load, num_physical=P, num_devices=R)  # occasionally
     out, aux = layer(x, expert_map)                                 # in every step
     load += aux.expert_load
 """
@@ -26,7 +26,7 @@ from jax_deepep.deprecation import renamed_arguments, renamed_function
 __all__ = ["imbalance", "plan_experts", "to_physical_experts"]
 
 # Bounds of the search for a plan: its steps, and steps times physical experts.
-MOST_STEPS, MOST_PHYSICAL_STEPS = 400, 12_000
+MOST_STEPS, MOST_WORK = 400, 12_000
 LEAST_GAIN = 1e-9
 
 
@@ -144,9 +144,7 @@ def _plan(load: np.ndarray, num_physical: int, num_devices: int, keep_home: bool
     plan = _Plan(load, num_physical // num_devices, num_devices, keep_home)
     plan.fill()
     random = np.random.default_rng(0)
-    steps = min(
-        MOST_STEPS, MOST_PHYSICAL_STEPS // num_physical
-    )  # not seconds: the same plan on every machine
+    steps = min(MOST_STEPS, MOST_WORK // num_physical)  # not seconds: the same plan on every machine
     best, lowest = plan.expert.copy(), math.inf
     while True:
         while steps > 0 and plan.improve():

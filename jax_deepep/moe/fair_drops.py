@@ -25,7 +25,7 @@ from jax_deepep.moe.config import MoEConfig
 LEAST_SHARE = 8  # rows
 
 
-def leave_out(
+def omit_excess(
     config: MoEConfig, topk_idx: jax.Array, topk_weights: jax.Array, capacity: int | None, alignment: int
 ) -> jax.Array:
     """Return `topk_idx` with −1 for the entries that this device does not send.

@@ -27,7 +27,7 @@ from jax_deepep.deprecation import renamed_arguments
 from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
-from jax_deepep.moe.fair_drops import leave_out
+from jax_deepep.moe.fair_drops import omit_excess
 from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
@@ -109,7 +109,7 @@ def moe(
     return _layer(config, call, parameters, x, expert_map, given)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # as is `_layer`
+@functools.partial(jax.jit, static_argnums=0)  # for the same reason as `_layer`
 def _zero_outside(config: MoEConfig, x: jax.Array, mask: jax.Array) -> jax.Array:
     """Return x with zeros where `mask` is False: a product of NaN and 0 would be NaN."""
     mask = with_sharding(config, mask, P(*_spec(x)[:-1]))
@@ -326,7 +326,7 @@ def _chunk(
         topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
         topk_idx = to_physical_experts(topk_idx, position, expert_map, num_experts=config.num_experts)
     capacity, alignment = config.rows(len(x))
-    topk_idx = leave_out(config, topk_idx, routing.topk_weights, capacity, alignment)
+    topk_idx = omit_excess(config, topk_idx, routing.topk_weights, capacity, alignment)
 
     # Marked before dispatch as varying along the tensor axis too, so that the gradients of the tokens are
     # summed along it, and not those of all received rows.

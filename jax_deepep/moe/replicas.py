@@ -24,7 +24,7 @@ def physical_parameters(
     Differentiable: the gradient of an expert is the sum of those of its replicas. A training step calls it
     with the parameters of the step, as the Flax modules do; for serving, call it once per expert map.
 
-    For each physical expert that a device fetches, it holds R matrices in memory temporarily.
+    Every device fetches one physical expert at a time, for which it temporarily holds and sends R matrices.
 
     **Collective:** takes global arrays, outside of `shard_map`; every process of the mesh calls it.
 

@@ -9,7 +9,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 from jax_deepep.moe import build_config, moe
-from jax_deepep.moe.fair_drops import leave_out
+from jax_deepep.moe.fair_drops import omit_excess
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_small_shares_are_left_to_dispatch() -> None:
     topk_idx, weights = np.zeros((16, 1), np.int32), np.linspace(1, 2, 16, dtype=np.float32)[:, None]
     for capacity, kept in ((7, 16), (8, 8)):
         config = config_of("one device", num_experts_per_tok=1, expert_capacity=capacity)
-        sent = jax.jit(lambda *of, config=config: leave_out(config, *of, None, 1))(topk_idx, weights)
+        sent = jax.jit(lambda *of, config=config: omit_excess(config, *of, None, 1))(topk_idx, weights)
         np.testing.assert_array_equal(np.asarray(sent)[:, 0], np.where(np.arange(16) >= 16 - kept, 0, -1))
