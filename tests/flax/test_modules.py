@@ -184,6 +184,17 @@ def test_linen_without_a_rule_for_experts_warns() -> None:
         jax.eval_shape(layer.init, jax.random.key(0), x)
 
 
+def test_the_old_name_of_expert_map_warns() -> None:
+    """Here with the error of a layer that has no replicas, so that nothing is compiled."""
+    expert_map, layer = np.zeros(E, np.int32), linen.MoE(*SIZES, comm=COMM, **CHOICES)
+    for call in (nnx_layer(), lambda x, **given: layer.init(jax.random.key(0), x, **given)):
+        with (
+            pytest.warns(DeprecationWarning, match="placement is now called expert_map"),
+            pytest.raises(ValueError, match="expert_map: expected None for a layer without replicas"),
+        ):
+            jax.eval_shape(lambda x, call=call: call(x, placement=expert_map), batch())
+
+
 def test_tabulate() -> None:
     class Model(nnx.Module):
         def __init__(self, rngs):
