@@ -174,7 +174,7 @@ def main() -> int:
         server.serve([Request(b" ")], num_bytes=2)  # compiles both shapes of the step
         spent = server.serve(requests, options.bytes)
         difference = server.largest_difference(requests) if options.check else None
-        server.comm.check()  # raises an error that an op has met
+        server.comm.check()  # raises the errors of ops
     if jax.process_index() == 0:
         for request in requests:
             print(f"{request.prompt.decode()!r} → {bytes(request.written).decode(errors='replace')!r}")

@@ -32,9 +32,7 @@ class Config:
     layers: int = 2
     experts: int = 16
     experts_per_token: int = 2
-    capacity_factor: float | None = (
-        2.0  # rows that a device receives at most, in units of its fair share; None = all
-    )
+    capacity_factor: float | None = 2.0  # most rows of a device, in units of its fair share; None = all
     balance: float = 0.03  # weight of the load-balance loss
     context: int = 128  # bytes
     sequences_per_device: int = 4

@@ -97,7 +97,7 @@ def main() -> None:
     forward = nnx.jit(lambda model, *batch: model(*batch)[0], out_shardings=everywhere)
     logits, beside_nan = (np.asarray(forward(model, *shard(packed), value)) for value in (0.0, np.nan))
     alone = np.asarray(forward(model, *shard(prompts), 0.0))
-    comm.check()  # raises an error that an op has met
+    comm.check()  # raises the errors of ops
     is_token, load = packed[2] > 0, int(loads[-1].sum())
     difference = max(
         np.abs(logits[row, start : start + n] - alone[number, :n]).max()

@@ -112,7 +112,7 @@ def train(
             if step % EVALUATE_EVERY == 0 or step == last:
                 losses = [float(nats_of(state, shard(batch))) for batch in text.held_out_batches]
                 history.held_out[step] = float(np.mean(losses))
-    comm.check()  # raises an error that an op has met
+    comm.check()  # raises the errors of ops
     if save_to is not None:
         save(save_to, config, state[0])
     comm.close()
