@@ -1,4 +1,4 @@
-"""The examples, end to end: implementations train alike from one seed, and a saved model generates text."""
+"""The examples, end to end: implementations train alike from one seed, and the trained model writes text."""
 
 import os
 import re
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = starts_its_own_processes
 
-# Flags are added to the example's choice of devices; a smaller model replaces the default one.
+# Flags follow the example's own choice of devices; a smaller model replaces the default one.
 AS_A_SMALL_MODEL = f"""
 import functools, os, runpy, sys
 sys.path[0] = {str(EXAMPLES)!r}
@@ -44,8 +44,8 @@ def test_both_implementations_train_alike() -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_saved_model_generates_text(tmp_path: Path) -> None:
-    """More prompts than slots, of different lengths; the same with and without the cache."""
+def test_a_saved_model_writes_text(tmp_path: Path) -> None:
+    """More prompts than slots, of different lengths; with the cache as without."""
     model = str(tmp_path / "model")
     run("train_moe.py", "--steps", "2", "--save", model, "--out", str(tmp_path / "loss.png"))
     prompts = ["def f(", "x", "import ", *("a" * length for length in range(1, 9))]
@@ -57,7 +57,7 @@ def test_a_saved_model_generates_text(tmp_path: Path) -> None:
 
 
 def test_packed_documents_and_padded_prompts() -> None:
-    """The example asserts that padding has no effect and that documents in a row are independent."""
+    """Padding has no effect, and documents of a row do not attend to each other: the example asserts it."""
     output = run("packed_sequences.py")
     before, after = map(float, re.search(r"^loss +(\S+) → (\S+)$", output, re.M).groups())
     assert after < before / 2
