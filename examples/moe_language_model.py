@@ -1,7 +1,7 @@
 """A small Mixture-of-Experts language model over bytes, for training and for decoding with a cache.
 
-`Block` has the part to read first: the feed-forward layer is `jax_deepep.flax.MoE`, which takes the tokens of
-all devices and sends each to the devices of its experts and back.
+Read `Block` first: its feed-forward layer is `jax_deepep.flax.MoE`, which takes the tokens of all devices and
+sends each to the devices of its experts and back.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ Cache = list[dict[str, jax.Array]]  # of every block: keys and values [B, contex
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model, and of the share that every device has of a training batch."""
+    """Sizes of the model, and of each device's part of a training batch."""
 
     hidden: int = 64
     expert_hidden: int = 128
@@ -32,7 +32,7 @@ class Config:
     layers: int = 2
     experts: int = 16
     experts_per_token: int = 2
-    capacity_factor: float | None = 2.0  # rows that a device takes, in units of its fair share; None = all
+    capacity_factor: float | None = 2.0  # most rows of a device, in units of its fair share; None = all
     balance: float = 0.03  # weight of the load-balance loss
     context: int = 128  # bytes
     sequences_per_device: int = 4
@@ -40,7 +40,7 @@ class Config:
     def communicator(
         self, mesh: jax.sharding.Mesh, max_tokens: int, implementation: str = "auto"
     ) -> ep.Communicator:
-        """Return what carries rows between the devices of `mesh`, up to `max_tokens` of each at once."""
+        """Return a communicator for the devices of `mesh`, for up to `max_tokens` of each at once."""
         return ep.Communicator(
             mesh, num_experts=self.experts, num_experts_per_tok=self.experts_per_token,
             max_tokens=max_tokens, hidden_size=self.hidden, implementation=implementation,
@@ -55,7 +55,7 @@ class Block(nnx.Module):
         self.norm2 = nnx.RMSNorm(config.hidden, rngs=rngs)
         self.qkv = nnx.Linear(config.hidden, 3 * config.hidden, use_bias=False, rngs=rngs)
         self.out = nnx.Linear(config.hidden, config.hidden, use_bias=False, rngs=rngs)
-        # Its parameters are born on the devices of their experts.
+        # Its parameters are initialised on the devices of their experts.
         self.moe = MoE(
             config.experts, config.experts_per_token, config.hidden, config.expert_hidden, comm=comm,
             capacity_factor=config.capacity_factor, gated=False, activation=jax.nn.gelu, rngs=rngs,
@@ -73,15 +73,14 @@ class Block(nnx.Module):
             cache = {
                 "key": write(cache["key"], key, position), "value": write(cache["value"], value, position)
             }  # fmt: skip
-            # What was written at or before the place of each query; later places hold old text, or nothing.
-            place = position[:, None] + jnp.arange(x.shape[1])  # [B, S]
-            visible = jnp.arange(cache["key"].shape[1])[None, None] <= place[:, :, None]
+            # A query sees positions up to its own; later ones hold an earlier text, or nothing.
+            positions = position[:, None] + jnp.arange(x.shape[1])  # [B, S]
+            visible = jnp.arange(cache["key"].shape[1])[None, None] <= positions[:, :, None]
             attention = jax.nn.dot_product_attention(
                 query, cache["key"], cache["value"], mask=visible[:, None]
             )
         x = x + self.out(attention.reshape(x.shape))
-        # Padding goes to no expert. Of text that is written nobody asks for loads and losses, which are an
-        # exchange of their own.
+        # Padding goes to no expert. Decoding needs no loads and losses, which cost a separate exchange.
         moved, aux = self.moe(self.norm2(x), mask=mask, aux="global" if cache is None else "off")
         return x + moved, aux, cache
 
@@ -107,12 +106,12 @@ class LanguageModel(nnx.Module):
 
         Args:
             text: [B, S] bytes. Without a cache, the beginning of a text.
-            cache: what earlier bytes left behind; `empty_cache` begins one.
-            position: int32 [B], how many bytes the cache has of each text: those in `text` follow.
-            mask: bool [B, S], False for padding; None = there is none.
+            cache: keys and values of earlier bytes; `empty_cache` makes the first one.
+            position: int32 [B], how many bytes of each text the cache has; those in `text` follow.
+            mask: bool [B, S], False for padding; None = no padding.
         """
-        place = jnp.arange(text.shape[1])[None] + (0 if position is None else position[:, None])
-        x = self.embedding(text.astype(jnp.int32)) + self.position(place)
+        positions = jnp.arange(text.shape[1])[None] + (0 if position is None else position[:, None])
+        x = self.embedding(text.astype(jnp.int32)) + self.position(positions)
         auxes, caches = [], []
         for layer, block in enumerate(self.blocks):
             x, aux, of_block = block(x, None if cache is None else cache[layer], position, mask)
@@ -129,18 +128,18 @@ class LanguageModel(nnx.Module):
 
 
 def empty_cache(config: Config, sequences: int) -> Cache:
-    """Return a cache of no bytes for so many texts."""
+    """Return an empty cache for this many texts."""
     shape = (sequences, config.context, config.heads, config.hidden // config.heads)
     return [{"key": jnp.zeros(shape), "value": jnp.zeros(shape)} for _ in range(config.layers)]
 
 
 def abstract_model(config: Config, comm: ep.Communicator):
-    """Return (graph, state) of the model, with shapes, dtypes and placement in place of values."""
+    """Return (graph, state) of the model, with shapes, dtypes and shardings instead of values."""
     model = nnx.eval_shape(lambda: LanguageModel(config, comm, nnx.Rngs(0)))
     graph, state = nnx.split(model)
-    placement = nnx.get_named_sharding(state, comm.mesh)
-    as_placed = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)  # noqa: E731
-    return graph, jax.tree.map(as_placed, state, placement)
+    shardings = nnx.get_named_sharding(state, comm.mesh)
+    abstract = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return graph, jax.tree.map(abstract, state, shardings)
 
 
 def save(path: Path, config: Config, state) -> None:
@@ -157,7 +156,7 @@ def load_config(path: Path) -> Config:
 
 
 def load(path: Path, config: Config, comm: ep.Communicator):
-    """Return (graph, state) of a saved model; every weight goes to the devices of `comm` that want it."""
+    """Return (graph, state) of a saved model, sharded over the devices of `comm`."""
     graph, state = abstract_model(config, comm)
     with ocp.StandardCheckpointer() as checkpointer:
         weights = checkpointer.restore(path.absolute() / "weights", nnx.to_pure_dict(state))

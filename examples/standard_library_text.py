@@ -10,12 +10,12 @@ HELD_OUT_BATCHES = 4
 
 
 class Text:
-    """Windows of bytes [sequences, context + 1] out of the standard library.
+    """Windows of bytes [sequences, context + 1] from the standard library.
 
     Every tenth file is held out.
 
     Attributes:
-        held_out_batches: windows spread evenly over the held-out files, always the same.
+        held_out_batches: fixed windows, evenly spaced over the held-out files.
     """
 
     def __init__(self, *, context: int, sequences: int, seed: int):
@@ -32,12 +32,12 @@ class Text:
         self.held_out_batches = np.split(held_out[starts[:, None] + self._window], HELD_OUT_BATCHES)
 
     def training_batch(self) -> np.ndarray:
-        """Return windows from random places of the files that are not held out."""
+        """Return windows at random positions of the files that are not held out."""
         starts = self._random.integers(0, len(self._train) - len(self._window), self.sequences)
         return self._train[starts[:, None] + self._window]
 
     def unigram_loss(self) -> float:
-        """Return nats per held-out byte of a model that knows only how often each byte occurs."""
-        counts = np.bincount(self._train, minlength=VOCABULARY) + 1.0  # no byte is impossible
+        """Return nats per held-out byte of a model that knows only the frequency of each byte."""
+        counts = np.bincount(self._train, minlength=VOCABULARY) + 1.0  # no byte has probability 0
         nats = -np.log(counts / counts.sum())
         return float(np.mean([nats[batch[:, 1:]] for batch in self.held_out_batches]))

@@ -2,10 +2,10 @@
 
     python examples/train_moe.py
 
-needs `pip install -e '.[examples]'` in a clone. Without an accelerator it splits the CPU into 8
-devices, so that the program is the one that would run on 8 GPUs: the batch and the experts are split
-over one mesh axis, and `jax_deepep` carries every token to the devices of its experts and back. The model
-is in `moe_language_model.py`; `decode_moe.py` writes text with what `--save` keeps.
+needs `pip install -e '.[examples]'` in a clone. Without an accelerator it splits the CPU into 8 devices and
+runs the same program as on 8 GPUs: the batch and the experts are sharded over one mesh axis, and `jax_deepep`
+sends every token to the devices of its experts and back. The model is in `moe_language_model.py`;
+`decode_moe.py` generates text with the weights that `--save` writes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from moe_language_model import Config, LanguageModel, abstract_model, save
 from standard_library_text import Text
 from tqdm import tqdm
 
-# GPUs would round products of float32 to fewer bits, and losses could not be compared with a CPU's.
+# Without TF32, so that losses can be compared with those of CPUs.
 jax.config.update("jax_default_matmul_precision", "float32")
 
 STEPS = 250
@@ -38,7 +38,7 @@ REQUIRED_BELOW_UNIGRAM = 0.2
 
 @dataclass
 class History:
-    """What a training run showed, one entry per step."""
+    """Measurements of a training run, one entry per step."""
 
     train: list[float] = field(default_factory=list)  # nats per byte
     held_out: dict[int, float] = field(default_factory=dict)  # nats per byte, by step
@@ -54,7 +54,7 @@ def train(
     stop_after: int | None = None,
     save_to: Path | None = None,
 ) -> tuple[History, Text]:
-    """Train on every device there is; return what it showed, and the text it read.
+    """Train on all devices; return the history, and the text that was used.
 
     The learning rate follows a schedule of `steps`; `stop_after` ends the training earlier. The weights
     at the end are written to the folder `save_to`.
@@ -82,20 +82,20 @@ def train(
         updates, moments = optimizer.update(gradients, moments, weights)
         return (optax.apply_updates(weights, updates), moments), nats, loads
 
-    def place(batch):  # every process draws the same batch, and keeps the part of its devices
+    def shard(batch):  # every process draws the same batch, and keeps the part of its devices
         return jax.make_array_from_callback(batch.shape, split, lambda index: batch[index])
 
-    # Every weight, and the optimizer's moments of it, is born where the model says.
+    # Weights and the optimizer's moments are initialised with the model's shardings.
     graph, _ = abstract_model(config, comm)
-    placement = nnx.get_named_sharding(jax.eval_shape(init), mesh)
-    state = jax.jit(init, out_shardings=placement)()
-    update = jax.jit(update, donate_argnums=0, out_shardings=(placement, everywhere, everywhere))
+    shardings = nnx.get_named_sharding(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=shardings)()
+    update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere, everywhere))
     nats_of = jax.jit(lambda state, batch: loss_of(state[0], batch)[1][0], out_shardings=everywhere)
 
     is_first = jax.process_index() == 0
     if is_first:
         print(f"{comm.describe()}\ncompiling ...", flush=True)
-    # Before the bar begins, which would count this as a slow first step.
+    # Compiled before the progress bar starts, which would count it as a slow first step.
     batch = jax.typeof(text.held_out_batches[0])
     batch = jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=split)
     update, nats_of = (function.lower(state, batch).compile() for function in (update, nats_of))
@@ -104,15 +104,15 @@ def train(
     with tqdm(range(1, last + 1), comm.implementation, unit="step", disable=not is_first) as bar:
         for step in bar:
             start = time.perf_counter()
-            state, nats, loads = update(state, place(text.training_batch()))
+            state, nats, loads = update(state, shard(text.training_batch()))
             history.train.append(float(nats))  # waits for the step
             history.loads.append(np.asarray(loads))
             history.rates.append(sequences * config.context / (time.perf_counter() - start))
             bar.set_postfix(loss=f"{history.train[-1]:.3f}", tokens_per_s=f"{history.rates[-1]:,.0f}")
             if step % EVALUATE_EVERY == 0 or step == last:
-                losses = [float(nats_of(state, place(batch))) for batch in text.held_out_batches]
+                losses = [float(nats_of(state, shard(batch))) for batch in text.held_out_batches]
                 history.held_out[step] = float(np.mean(losses))
-    comm.check()  # raises what the ops met, if anything
+    comm.check()  # raises the errors of ops
     if save_to is not None:
         save(save_to, config, state[0])
     comm.close()
@@ -138,10 +138,10 @@ def plot(history: History, unigram: float, path: Path) -> None:
 
 
 def compare(steps: int, seed: int, config: Config) -> int:
-    """Run the first steps of the training natively and in JAX collectives; return 0 if the losses agree.
+    """Run the first steps of the training natively and with JAX collectives; return 0 if the losses agree.
 
-    Both combine the experts' results up to rounding in float32. Sooner or later a rounding makes a token
-    go to another expert in one of them, and from then on they differ by more.
+    Both combine the experts' results up to float32 rounding. Eventually rounding sends a token to another
+    expert in one of them, and from then on they differ by more.
     """
     runs = [train(name, STEPS, seed, config, stop_after=steps)[0].train for name in ("native", "xla")]
     print(" step   native      xla  difference")
@@ -160,7 +160,7 @@ def main() -> int | str:
     parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS}, to compare 50)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--implementation", choices=("auto", "native", "xla"), default="auto",
-                        help="how rows are carried (default: auto, native where there is one)")  # fmt: skip
+                        help="of dispatch and combine (default: auto, native where available)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("train_moe.png"), help="plot (default: %(default)s)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the weights there, for decode_moe.py")
     parser.add_argument("--compare", action="store_true", help="compare the losses of native and xla")
@@ -181,7 +181,7 @@ def main() -> int | str:
         print(f"held out  {held_out:.3f} nats per byte, {below:.1%} below {unigram:.3f} of the unigram model")
     if options.steps or below >= REQUIRED_BELOW_UNIGRAM:
         return 0
-    return f"at least {REQUIRED_BELOW_UNIGRAM:.0%} is expected"
+    return f"expected at least {REQUIRED_BELOW_UNIGRAM:.0%} below the unigram model, got {below:.1%}"
 
 
 if __name__ == "__main__":

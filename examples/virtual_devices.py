@@ -1,8 +1,8 @@
-"""Eight devices out of one CPU, unless something else was asked for. To be imported before JAX."""
+"""Splits one CPU into eight devices, unless other devices were chosen. Import it before JAX."""
 
 import os
 
-# A shell of salloc has SLURM_NTASKS too, but is no task of a job step.
+# A shell of salloc has SLURM_NTASKS too, but is not a task of a job step.
 IS_SLURM_TASK = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys()
 NUM_TASKS = os.environ.get("SLURM_NTASKS" if IS_SLURM_TASK else "OMPI_COMM_WORLD_SIZE", "1")
 # Whether a launcher started several processes of this script.

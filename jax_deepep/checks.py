@@ -1,4 +1,4 @@
-"""Checks of arguments that are integers or arrays. Errors name the argument, what it got, what it takes."""
+"""Checks of arguments that are integers or arrays, with errors that name the argument."""
 
 import operator
 from typing import Any
@@ -19,19 +19,19 @@ def checked_integer(name: str, value: Any, *, minimum: int) -> int:
         number = operator.index(value)
     except (TypeError, jax.errors.TracerIntegerConversionError):
         raise TypeError(
-            f"{name}: got {value!r}; takes a Python integer (a static value, known when tracing)."
+            f"{name}: expected a Python integer (static, known when tracing), got {value!r}; pass an int."
         ) from None
     if number < minimum:
-        raise ValueError(f"{name}: got {number}; takes an integer of at least {minimum}.")
+        raise ValueError(f"{name}: expected an integer of at least {minimum}, got {number}.")
     if number > INT32_MAX:
-        raise ValueError(f"{name}: got {number}; takes at most {INT32_MAX} (an int32).")
+        raise ValueError(f"{name}: expected at most {INT32_MAX} (an int32), got {number}.")
     return number
 
 
 def check_is_array(name: str, value: Any) -> None:
     """Raise unless `value` has a dtype and a shape."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; pass jnp.asarray({name}).")
 
 
 def check_array(
@@ -42,14 +42,14 @@ def check_array(
     if dtype is not None and value.dtype != dtype:
         wanted = jnp.dtype(dtype).name
         raise TypeError(
-            f"{name}: got dtype {value.dtype.name}; takes {wanted}. Cast it: {name}.astype(jnp.{wanted})."
+            f"{name}: expected dtype {wanted}, got {value.dtype.name}; cast it: {name}.astype(jnp.{wanted})."
         )
     same = len(value.shape) == len(shape) and all(
         wanted is None or got == wanted for got, wanted in zip(value.shape, shape, strict=True)
     )
     if not same:
         sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {names} = [{sizes}].")
+        raise ValueError(f"{name}: expected shape {names} = [{sizes}], got {list(value.shape)}.")
 
 
 def check_rows_dtype(name: str, value: Any) -> None:
@@ -57,8 +57,8 @@ def check_rows_dtype(name: str, value: Any) -> None:
     check_is_array(name, value)
     if value.dtype.name not in ROW_DTYPES:
         raise TypeError(
-            f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES)}. "
-            f"Cast it: {name}.astype(jnp.{nearest_row_dtype(value.dtype)})."
+            f"{name}: expected dtype {', '.join(ROW_DTYPES)}, got {value.dtype.name}; "
+            f"cast it: {name}.astype(jnp.{nearest_row_dtype(value.dtype)})."
         )
 
 

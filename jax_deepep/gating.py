@@ -1,7 +1,7 @@
-"""The router: which experts a token goes to, with which weights, and what keeps the experts' loads even.
+"""The router: which experts a token goes to, with which weights, and how the experts' loads are balanced.
 
 Everything here is plain JAX on [..., E] arrays, inside `shard_map` or outside. Ties always go to the lower
-index, among experts and among groups, on every platform.
+index, among experts and among expert groups, on every platform.
 """
 
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_deepep.checks import check_array, checked_integer
+from jax_deepep.checks import check_array, check_is_array, checked_integer
 
 __all__ = [
     "ScoreFunction", "balance_loss", "expert_load", "group_limited_topk", "router_probabilities",
@@ -20,8 +20,8 @@ __all__ = [
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 
-# What a score counts as at least. The sum of two is still a number, and −inf is left for the experts of
-# groups that are out: they are never chosen, whatever the logits hold.
+# Scores are clamped to at least this. The sum of two is still finite, and −inf is left for the experts of
+# excluded groups, which are never chosen, whatever the logits are.
 LOWEST = float(jnp.finfo(jnp.float32).min) / 2
 
 
@@ -39,10 +39,10 @@ def group_limited_topk(
     """Choose the experts of every token, and their weights.
 
     An expert's score is the sigmoid of its logit, or the softmax of the logits over all experts. The
-    experts form `num_groups` groups of neighbours; those outside of the `topk_groups` best groups are out,
-    and of the rest the K with the highest biased scores (score + `bias`) are chosen. A group's own score is
-    the sum of its two best biased scores with "sigmoid", its best one with "softmax". The bias takes part
-    in this choice only; weights are the scores without it.
+    experts form `num_groups` groups of consecutive experts. Those outside of the `topk_groups` best groups
+    are excluded, and the K with the highest biased scores (score + `bias`) among the others are chosen. The
+    score of a group is the sum of its two best biased scores with "sigmoid", its best one with "softmax".
+    The bias affects this choice only; weights are the scores without it.
 
         DeepSeek-V3     sigmoid, bias, num_groups=8, topk_groups=4, scale=2.5
         DeepSeek-V2     softmax, num_groups=8, topk_groups=3, normalize=False, scale=16.0
@@ -50,27 +50,27 @@ def group_limited_topk(
         GPT-OSS         softmax: a softmax over the logits of the chosen experts alone is the same as one
                         over all experts, normalised over the chosen, and it is computed in that form
 
-    Without a bias, logits are compared in place of scores, which have the same order but may round to the
-    same value: the choice is then the same on every platform, whatever its exp does in the last bit.
+    Without a bias, logits are compared instead of scores, which have the same order but may round to the
+    same value: the choice then does not depend on how a platform rounds exp.
 
     Args:
-        logits: [..., E] of any float dtype; everything is computed in float32. −inf and NaN rank equal,
-            below the numbers. Differentiable: the gradient of the weights flows through the scores.
+        logits: [..., E] of any float dtype; everything is computed in float32. −inf and NaN rank equally,
+            below all numbers. Differentiable: the gradient of the weights flows through the scores.
         num_experts_per_tok: K.
         num_groups: groups of E / num_groups experts each.
         topk_groups: groups that a token's experts may come from.
-        bias: [E] float, added to the scores in the choice, or None. It gets no gradient: `update_bias`
-            moves it.
+        bias: [E] float, added to the scores for the choice, or None. It gets no gradient: `update_bias`
+            updates it.
         score_function: "sigmoid" or "softmax".
-        normalize: divide the weights of a token by their sum. With K = 1 a weight is 1 then, and the router
-            gets no gradient from it.
+        normalize: divide the weights of a token by their sum. With K = 1 every weight is then 1, and the
+            router gets no gradient from it.
         scale: factor of the weights, applied last.
 
     Returns:
         (`topk_idx` int32 [..., K], highest biased score first; `topk_weights` float32 [..., K]).
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        ValueError, TypeError: a wrong argument; the message names it and says what was expected.
     """
     _check(logits, bias)
     check_choices(
@@ -102,7 +102,7 @@ def weights_of(
     normalize: bool = True,
     scale: float | jax.Array = 1.0,
 ) -> jax.Array:
-    """Return the weights of given experts: those of `group_limited_topk` if it chose them, to the bit.
+    """Return the weights of given experts, bitwise those of `group_limited_topk` for experts that it chose.
 
     Args:
         logits: [..., E] of any float dtype. Differentiable.
@@ -135,10 +135,10 @@ def _weights(
     is_expert: jax.Array | None = None,
 ) -> jax.Array:
     """Return the weights of experts in [0, E); 0 where `is_expert`, if it is given, is False."""
-    if normalize and score_function == "softmax":  # never 0 / 0, unlike the quotient of scores
+    if normalize and score_function == "softmax":  # never 0 / 0, unlike a quotient of scores
         chosen = jnp.take_along_axis(logits, topk_idx, axis=-1)
         if is_expert is not None:
-            # Not −inf in all places of a token, of which the softmax and its gradient would be NaN.
+            # If all of a token's entries were −inf, the softmax and its gradient would be NaN.
             is_any = is_expert.any(axis=-1, keepdims=True)
             chosen = jnp.where(is_expert | ~is_any, chosen, -jnp.inf)
         weights = jax.nn.softmax(chosen)
@@ -166,11 +166,11 @@ def router_probabilities(logits: jax.Array, score_function: ScoreFunction = "sig
 def expert_load(topk_idx: jax.Array, num_experts: int) -> jax.Array:
     """Return how many entries of `topk_idx` (any shape) name each expert, int32 [E].
 
-    Entries outside of [0, E), such as the −1 of padding, count nowhere. On several devices, `lax.psum`
-    adds up what each one counted.
+    Entries outside of [0, E), such as the −1 of padding, are not counted. On several devices, sum the
+    results with `lax.psum`.
     """
     in_range = (topk_idx >= 0) & (topk_idx < num_experts)
-    # A histogram as a scatter of ones; entry E takes what counts nowhere.
+    # A histogram as a scatter of ones; bin E takes what is not counted.
     counts = jnp.zeros(num_experts + 1, jnp.int32)
     return counts.at[jnp.where(in_range, topk_idx, num_experts).reshape(-1)].add(1)[:num_experts]
 
@@ -193,17 +193,17 @@ def balance_loss(load: jax.Array, mean_probability: jax.Array) -> jax.Array:
 def update_bias(bias: jax.Array, load: jax.Array, rate: float | jax.Array = 1e-3) -> jax.Array:
     """Return the `bias` of `group_limited_topk` for the next step, in its dtype.
 
-    Raises the bias of every expert with less than the mean load by `rate`, and lowers it where there is
+    Raises the bias of every expert with less than the mean load by `rate`, and lowers that of experts with
     more: balance without a loss (Wang et al., 2024, "Auxiliary-Loss-Free Load Balancing Strategy for
     Mixture-of-Experts"; in DeepSeek-V3 with a rate of 1e-3).
 
     Args:
         bias: [..., E] float32, one row per layer if there are several.
         load: [..., E], entries per expert in this step, over all devices.
-        rate: how far the bias moves.
+        rate: the step size.
 
     Raises:
-        ValueError: a bias of 16 bits in which a step is lost, or, while tracing, may be.
+        ValueError: a bias of 16 bits in which a step is lost to rounding, or, while tracing, may be.
     """
     load = load.astype(jnp.float32)
     step = jnp.sign(load.mean(axis=-1, keepdims=True) - load)
@@ -220,14 +220,14 @@ def _as_last_axis(bias: jax.Array, scores: jax.Array) -> jax.Array:
 
 
 def _comparable(scores: jax.Array) -> jax.Array:
-    """Return `scores` without what top_k orders by bits: NaN by its sign, and −0 below 0."""
+    """Return `scores` without NaN, which top_k orders by sign, and without −0, which it orders below 0."""
     scores = lax.stop_gradient(scores)
     scores = jnp.where(scores >= LOWEST, scores, LOWEST)  # NaN compares false
     return jnp.where(scores == 0, 0.0, scores)
 
 
 def _in_best_groups(scores: jax.Array, num_groups: int, topk_groups: int, best: int) -> jax.Array:
-    """Return bool [..., E]: the experts of the groups whose `best` highest scores have the highest sums."""
+    """Return bool [..., E]: experts of the groups whose `best` highest scores have the highest sums."""
     grouped = scores.reshape(*scores.shape[:-1], num_groups, -1)
     best_scores = lax.top_k(grouped, min(best, grouped.shape[-1]))[0]
     chosen = lax.top_k(best_scores.sum(axis=-1), topk_groups)[1]  # [..., topk_groups]
@@ -238,7 +238,9 @@ def _in_best_groups(scores: jax.Array, num_groups: int, topk_groups: int, best: 
 
 def _check_score_function(score_function: Any) -> None:
     if score_function not in ("sigmoid", "softmax"):
-        raise ValueError(f'score_function: got {score_function!r}; takes "sigmoid" or "softmax".')
+        raise ValueError(
+            f'score_function: expected "sigmoid" or "softmax", got {score_function!r}; pass one of them.'
+        )
 
 
 def check_choices(
@@ -250,7 +252,7 @@ def check_choices(
     score_function: Any,
     normalize: Any,
 ) -> None:
-    """Raise unless `group_limited_topk` can choose so among `num_experts` experts."""
+    """Raise unless `group_limited_topk` takes these arguments for `num_experts` experts."""
     _check_score_function(score_function)
     if not isinstance(normalize, bool | np.bool_):
         raise TypeError(f"normalize: expected True or False, got {normalize!r}; pass a bool.")
@@ -259,37 +261,49 @@ def check_choices(
     ):  # fmt: skip
         checked_integer(name, value, minimum=1)
     if num_experts % num_groups:
-        raise ValueError(f"num_groups: got {num_groups}; takes a divisor of the {num_experts} experts.")
+        raise ValueError(
+            f"num_groups: expected a divisor of the {num_experts} experts, got {num_groups}; pass one."
+        )
     if topk_groups > num_groups:
-        raise ValueError(f"topk_groups: got {topk_groups}; takes at most num_groups={num_groups}.")
+        raise ValueError(
+            f"topk_groups: expected at most num_groups={num_groups}, got {topk_groups}; pass fewer groups."
+        )
     available = num_experts // num_groups * topk_groups
     if num_experts_per_tok > available:
         raise ValueError(
-            f"num_experts_per_tok: got {num_experts_per_tok}; takes at most {available}, the experts of "
-            f"topk_groups={topk_groups} of {num_groups} groups ({num_experts} experts in all)."
+            f"num_experts_per_tok: expected at most {available}, the experts in topk_groups={topk_groups} of "
+            f"{num_groups} groups ({num_experts} experts in all), got {num_experts_per_tok}; pass fewer, or "
+            "more groups."
         )
 
 
 def _check(logits: Any, bias: Any) -> None:
-    """Raise unless `group_limited_topk` can work with these arrays."""
-    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
-        raise TypeError(f"logits: got {type(logits).__name__}; takes an array.")
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits: got dtype {logits.dtype.name}; takes floats.")
+    """Raise unless `group_limited_topk` takes these arrays."""
+    check_is_array("logits", logits)
+    check_is_float("logits", logits)
     if not logits.shape or logits.shape[-1] == 0:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}; takes [..., num_experts].")
+        raise ValueError(
+            f"logits: expected shape [..., num_experts], got {list(logits.shape)}; pass a row per token."
+        )
     if bias is not None:
         check_array("bias", bias, (logits.shape[-1],), names="[num_experts]")
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise TypeError(f"bias: got dtype {bias.dtype.name}; takes floats.")
+        check_is_float("bias", bias)
+
+
+def check_is_float(name: str, value: Any) -> None:
+    """Raise unless the array `value` has a float dtype."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{name}: expected floats, got dtype {value.dtype.name}; cast it: {name}.astype(jnp.float32)."
+        )
 
 
 def _check_moves(bias: jax.Array, moved: jax.Array, step: jax.Array, rate: Any) -> None:
-    """Raise if a bias of 16 bits does not move by `rate`, or may not for all that is known."""
+    """Raise if a step of `rate` is lost in a bias of 16 bits, or may be."""
     is_known = not isinstance(moved, jax.core.Tracer) and getattr(moved, "is_fully_addressable", True)
     if is_known and not (np.asarray(step) * (np.asarray(moved) == np.asarray(bias))).any():
         return
-    lost = "in which this step is lost" if is_known else "in which steps are lost as soon as it is not small"
+    lost = "in which this step is lost" if is_known else "in which steps are lost unless it is small"
     raise ValueError(
         f"bias: expected float32, got {bias.dtype.name} with rate={rate}, {lost}; keep the bias in float32, "
         "as the layers do with gate_bias whatever their param_dtype."

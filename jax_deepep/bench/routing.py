@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating
-from jax_deepep.balancing import plan_experts, to_slots
+from jax_deepep.balancing import plan_experts, to_physical_experts
 from jax_deepep.bench.command_line import add_sizes, positive_int
 from jax_deepep.bench.problem import AXIS, Problem
 from jax_deepep.bench.processes import start_jax
@@ -94,7 +94,7 @@ def measure(
     def send(topk_idx: jax.Array, topk_weights: jax.Array, expert_map: jax.Array) -> Any:
         load = gating.expert_load(topk_idx, problem.experts)
         token = jax.lax.axis_index(AXIS) * problem.tokens + jnp.arange(problem.tokens)
-        slots = to_slots(topk_idx, token, expert_map, num_experts=problem.experts)
+        slots = to_physical_experts(topk_idx, token, expert_map, num_experts=problem.experts)
         x = jnp.zeros((problem.tokens, problem.hidden), problem.dtype)
         sent, handle = dispatch(x, slots, topk_weights, comm=comm, capacity=problem.capacity_rows)
         return load[None], sent.num_rows.sum()[None], handle.num_dropped[None]
@@ -118,7 +118,7 @@ def run(problem: Problem, skew: float, replicas: Sequence[int], *, keep_home: bo
     for count in replicas:
         expert_map = plan_experts(
             before.expert_load, num_physical=problem.experts + count * problem.devices,
-            num_devices=problem.devices, own_first=keep_home,
+            num_devices=problem.devices, keep_home=keep_home,
         )  # fmt: skip
         name = f"{count} more per device"
         routings.append(measure(problem, mesh, choices, name, expert_map))

@@ -51,8 +51,8 @@ def begin_exchange(topology: Topology, timeout_s: Any) -> Exchange:
     """
     if jax.process_index() not in topology.processes:
         raise ValueError(
-            f"mesh: got one without a device of this process ({jax.process_index()}); only the "
-            "processes of a mesh make its communicators."
+            f"mesh: expected one with a device of this process ({jax.process_index()}), got one of other "
+            "processes; make its communicators in those alone."
         )
     seconds = timeout_s if is_timeout(timeout_s) else 600.0
     return Exchange.between(topology.processes, seconds, topology.describe_process)
@@ -113,7 +113,7 @@ def choose(config: CommunicatorConfig, unsupported_reason: str, exchange: Exchan
         )
     if config.implementation == "native":
         raise ValueError(
-            f'implementation: got "native", but {unsupported_reason}; takes "xla" here, or "auto".'
+            f'implementation: expected "xla" or "auto" here, got "native"; {unsupported_reason}.'
         )
     return Backend("xla", f"auto: {unsupported_reason}")
 

@@ -93,7 +93,7 @@ class Communicator:
     What was asked for stays in `config`.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        ValueError, TypeError: a bad argument, named with what was expected and what came.
         CommunicatorError: processes gave different arguments, or run different builds of this package.
         PeerTimeoutError: a process of the mesh did not come within `timeout_s`.
     """

@@ -32,7 +32,7 @@ class CommunicatorConfig:
     Integers of any type, NumPy's for example, are ints here.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        ValueError, TypeError: a bad argument, named with what was expected and what came.
     """
 
     mesh: Mesh
@@ -59,28 +59,30 @@ class CommunicatorConfig:
         self._check_sizes()
         _check_timeout(self.timeout_s)
         if self.mode not in ("auto", "throughput", "low_latency"):
-            raise ValueError(f'mode: got {self.mode!r}; takes "auto", "throughput" or "low_latency".')
+            raise ValueError(f'mode: expected "auto", "throughput" or "low_latency", got {self.mode!r}.')
         if self.implementation not in ("auto", "native", "xla"):
-            raise ValueError(f'implementation: got {self.implementation!r}; takes "auto", "native" or "xla".')
+            raise ValueError(
+                f'implementation: expected "auto", "native" or "xla", got {self.implementation!r}.'
+            )
         self._check_nodes()
 
     def _check_sizes(self) -> None:
         if self.num_experts % self.size:
             below = self.num_experts - self.num_experts % self.size
             raise ValueError(
-                f"num_experts: got {self.num_experts} for {self.size} devices along {self.axis_name!r};"
-                f" takes a multiple of {self.size}, for example {below + self.size}."
+                f"num_experts: expected a multiple of the {self.size} devices along {self.axis_name!r}, got "
+                f"{self.num_experts}; pass {below + self.size}, for example."
             )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"num_experts_per_tok: got {self.num_experts_per_tok}; takes at most num_experts="
-                f"{self.num_experts}, because a token goes to an expert once."
+                f"num_experts_per_tok: expected at most num_experts={self.num_experts}, got "
+                f"{self.num_experts_per_tok}; a token goes to an expert once."
             )
         most_tokens = INT32_MAX // (self.size * self.num_experts_per_tok)
         if self.max_tokens > most_tokens:
             raise ValueError(
-                f"max_tokens: got {self.max_tokens} on each of {self.size} devices; takes at most "
-                f"{most_tokens} (the entries of all tokens are numbered in int32)."
+                f"max_tokens: expected at most {most_tokens} on each of {self.size} devices, got "
+                f"{self.max_tokens}; entries of all tokens are numbered in int32."
             )
 
     def _check_nodes(self) -> None:
@@ -95,7 +97,7 @@ class CommunicatorConfig:
             raise ValueError(
                 f"ranks_per_node: expected None or all {self.size} ranks along {self.axis_name!r}, got "
                 f"{self.ranks_per_node}; groups of several nodes are not in this version: leave it out, for "
-                "sums as on one node, or give nodes a mesh axis of their own that is not in axis_name."
+                "sums as on one node, or give nodes a separate mesh axis that is not in axis_name."
             )
 
     @property
@@ -131,8 +133,8 @@ def check_mesh(mesh: Any) -> None:
     """Raise unless `mesh` is a mesh of devices."""
     if not isinstance(mesh, Mesh):
         raise TypeError(
-            f"mesh: got {type(mesh).__name__}; takes a jax.sharding.Mesh of devices, for example "
-            'jax.make_mesh((8,), ("expert",)).'
+            f"mesh: expected a jax.sharding.Mesh of devices, got {type(mesh).__name__}; make one with "
+            'jax.make_mesh((8,), ("expert",)), for example.'
         )
 
 
@@ -189,20 +191,20 @@ def _cut(text: str) -> str:
 def _checked_axis_names(mesh: Mesh, axis_name: Any) -> tuple[str, ...]:
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
+        raise TypeError(f"axis_name: expected a mesh axis or a tuple of them, got {axis_name!r}.")
     for name in names:
         if name not in mesh.axis_names:
-            say = " or ".join(f'axis_name="{axis}"' for axis in mesh.axis_names)
+            remedy = " or ".join(f'axis_name="{axis}"' for axis in mesh.axis_names)
             raise ValueError(
-                f"axis_name: expected an axis of mesh, {mesh.axis_names}, got {name!r}; say {say}."
+                f"axis_name: expected an axis of mesh, {mesh.axis_names}, got {name!r}; pass {remedy}."
             )
     if len(set(names)) != len(names):
-        raise ValueError(f"axis_name: got {axis_name!r}; takes every axis once.")
+        raise ValueError(f"axis_name: expected every axis once, got {axis_name!r}.")
     return tuple(names)
 
 
 def _check_timeout(timeout_s: Any) -> None:
     if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
-        raise TypeError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive number.")
+        raise TypeError(f"timeout_s: expected seconds, a positive number, got {timeout_s!r}.")
     if not is_timeout(timeout_s):
-        raise ValueError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive finite number.")
+        raise ValueError(f"timeout_s: expected seconds, a positive finite number, got {timeout_s!r}.")

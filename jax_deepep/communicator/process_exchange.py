@@ -209,9 +209,9 @@ class Exchange:
                 self._summary.add(
                     DIFFERENCE,
                     [place, process],
-                    f"{name}: {self._name_of(self.process)} got {value}, but {self._name_of(process)} got "
-                    f"{below.same[name]}; every process takes the same value. Start all processes with the "
-                    "same arguments and the same build of jax_deepep.",
+                    f"{name}: expected the same in all processes, got {value} on "
+                    f"{self._name_of(self.process)} and {below.same[name]} on {self._name_of(process)}; "
+                    "start all of them with the same arguments and the same build of jax_deepep.",
                 )
 
     def _raise_for_findings(self) -> None:

@@ -1,4 +1,4 @@
-"""MoE blocks of Hugging Face `transformers` as arguments and parameters of ours. Imports no torch."""
+"""Converts MoE blocks of Hugging Face `transformers` to our arguments and parameters. Imports no torch."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,24 +14,22 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-# Of the three matrices of a gated network, in our order: what its activation is applied to, what that is
-# multiplied with, and the way out.
+# The three matrices of a gated network, in our order: the input of the activation, its factor, the output.
 GATED = ("wi_0", "wi_1", "wo")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 FUSED = ("experts.gate_up_proj", "experts.down_proj")  # of all experts: [E, 2 F, H] and [E, H, F]
 
-
-Setting = Callable[..., Any]  # of names in the config, of which there is one
+Setting = Callable[..., Any]  # of the possible names of an entry of the config
 
 
 class Block(NamedTuple):
-    """How a model calls what it has.
+    """The names in a model's config and state dict.
 
     Attributes:
-        num_experts, intermediate_size: their names in the config.
-        routing: arguments of `jax_deepep.group_limited_topk`.
-        expert_matrices: names where every expert is a module of its own.
-        has_shared_experts: there may be `n_shared_experts` of them, each as large as a routed one.
+        num_experts, intermediate_size: names in the config.
+        routing: returns arguments of `jax_deepep.group_limited_topk`.
+        expert_matrices: names where every expert is a separate module.
+        has_shared_experts: whether there may be `n_shared_experts`, each as large as a routed one.
     """
 
     num_experts: tuple[str, ...]
@@ -74,50 +72,55 @@ def from_hugging_face(
         block = "model.layers.3.mlp."
         arguments, parameters = from_hugging_face(model.state_dict(), model.config, prefix=block)
         moe = jax_deepep.flax.MoE(**arguments, mesh=mesh, max_tokens=4096, rngs=nnx.Rngs(0))
-        placement = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
-        nnx.update(moe, jax.device_put(parameters, placement))
+        sharding = jax.tree.map(lambda old: old.sharding, nnx.to_pure_dict(nnx.state(moe)))
+        nnx.update(moe, jax.device_put(parameters, sharding))
 
-    For Linen, `parameters` is the collection "params", but `gate_bias`, which DeepSeek-V3 has, is one of the
-    collection "router".
+    For Linen, `parameters` is the collection "params", except `gate_bias`, which DeepSeek-V3 has: it belongs
+    to the collection "router".
 
-    Both layouts of state dicts are understood: experts fused into `experts.gate_up_proj` and
-    `experts.down_proj`, as current releases hold them, and one module per expert, as older releases do and
+    Both layouts of state dicts are supported: experts fused into `experts.gate_up_proj` and
+    `experts.down_proj`, as in current releases, and one module per expert, as in older releases and in
     checkpoints on disk.
 
     Args:
-        state_dict: tensors of torch or arrays of NumPy, by name. Among them, those of the block begin with
-            `prefix`; the others are not looked at.
+        state_dict: tensors of torch or arrays of NumPy, by name. Names that do not begin with `prefix` are
+            ignored.
         config: the configuration of the model, or its `to_dict()` or config.json as a dict. Its `model_type`
             is one of "deepseek_v3", "mixtral", "qwen3_moe".
-        prefix: what the block is called in the state dict, the last dot may be left out; "" if it is that of
-            the block.
+        prefix: the block's name in the state dict, with or without the last dot; "" if the state dict is that
+            of the block.
 
     Returns:
         (arguments of `jax_deepep.flax.MoE` and `jax_deepep.flax.linen.MoE`; their parameters by name, NumPy
-        arrays of the dtype that they had). Matrices are views of the tensors where they can be.
+        arrays with the dtypes of the tensors). Matrices are views of the tensors where possible.
 
     Raises:
-        ValueError: another kind of model, or other tensors than the config has: what is missing, superfluous
-            or of another shape is listed by name.
+        ValueError: another kind of model, or tensors that do not fit the config: missing and superfluous ones
+            and those of another shape are listed by name.
     """
     settings: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
     model_type = settings.get("model_type")
     if model_type not in BLOCKS:
         raise ValueError(
-            f"config: got model_type={model_type!r}; takes one of {', '.join(map(repr, BLOCKS))}. Another "
-            "model with the same block can be called so: {**config.to_dict(), 'model_type': ...}."
+            f"config: expected a model_type of {', '.join(map(repr, BLOCKS))}, got {model_type!r}; for "
+            "another model with the same block, pass {**config.to_dict(), 'model_type': ...}."
         )
     block = BLOCKS[model_type]
 
     def setting(*names: str) -> Any:
         value = next((settings[name] for name in names if settings.get(name) is not None), None)
         if value is None:
-            raise ValueError(f"config: has no {' or '.join(names)}, which a {model_type} has.")
+            raise ValueError(
+                f"config: expected {' or '.join(names)} in the config of a {model_type}, got none; add it."
+            )
         return value
 
     activation = setting("hidden_act")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"config: got hidden_act={activation!r}; takes one of {', '.join(ACTIVATIONS)}.")
+        raise ValueError(
+            f"config: expected a hidden_act of {', '.join(ACTIVATIONS)}, got {activation!r}; pass one "
+            "of them, and set activation= of the layer."
+        )
     num_experts, hidden, inner = (
         setting(*block.num_experts),
         setting("hidden_size"),
@@ -189,16 +192,16 @@ class _Tensors:
         }
         if not self.of_block:
             raise ValueError(
-                f"prefix: got {prefix!r}, but no name in the state dict begins so; they are like "
+                f"prefix: expected the beginning of names in the state dict, got {prefix!r}; they are like "
                 f"{next(iter(state_dict), 'nothing: it is empty')!r}."
             )
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], model_type: str) -> None:
-        """Raise unless the block has these tensors and no others: scales of quantised weights, biases, …"""
+        """Raise unless the block has these tensors and no others, such as biases or quantisation scales."""
         missing = [name for name in shapes if name not in self.of_block]
         superfluous = [name for name in self.of_block if name not in shapes]
         others = [
-            f"{self.prefix}{name} {list(self.of_block[name].shape)} in place of {list(shape)}"
+            f"{self.prefix}{name} {list(self.of_block[name].shape)} instead of {list(shape)}"
             for name, shape in shapes.items()
             if name in self.of_block and tuple(self.of_block[name].shape) != shape
         ]
@@ -213,19 +216,19 @@ class _Tensors:
         ]
         if faults:
             raise ValueError(
-                f"state_dict: expected the tensors that the config of this {model_type} has under "
-                f"prefix={self.prefix!r}, not quantised; got {'; '.join(faults)}. Read all files of the "
-                "checkpoint, and the config that belongs to it."
+                f"state_dict: expected the unquantised tensors of this {model_type} config under "
+                f"prefix={self.prefix!r}, got {'; '.join(faults)}; read all files of the checkpoint, and its "
+                "own config."
             )
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Return the tensor `name` as an array."""
         try:
             return _as_numpy(self.of_block[name])
-        except TypeError as error:  # torch has dtypes that NumPy lacks: those of quantised weights
+        except TypeError as error:  # NumPy lacks the dtypes of torch for quantised weights
             raise ValueError(
-                f"state_dict: {self.prefix + name!r} cannot become an array ({error}); takes weights that "
-                "are not quantised: dequantise them to bfloat16 first."
+                f"state_dict: expected unquantised weights, got {self.prefix + name!r}, which NumPy cannot "
+                f"hold ({error}); dequantise it to bfloat16 first."
             ) from error
 
 

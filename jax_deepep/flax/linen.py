@@ -1,4 +1,4 @@
-"""The MoE layer as a Linen module: wiring of `jax_deepep.moe`."""
+"""The MoE layer as a Linen module around `jax_deepep.moe`."""
 
 import warnings
 from typing import Any
@@ -9,15 +9,16 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from jax_deepep.communicator import Communicator
+from jax_deepep.deprecation import renamed_arguments
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
 from jax_deepep.moe.layer import Router, moe
 from jax_deepep.moe.parameters import Initializer, initializer_of
+from jax_deepep.moe.replicas import physical_parameters
 
 ROUTER = "router"  # the collection of `gate_bias`
 
@@ -25,27 +26,27 @@ ROUTER = "router"  # the collection of `gate_bias`
 def _warn_without_rule() -> None:
     if not any(name == "exp" and axis is not None for name, axis in nn.get_logical_axis_rules()):
         warnings.warn(
-            'jax_deepep.flax.linen.MoE: no logical axis rule places "exp", so that all experts are made on '
-            "one device, unless out_shardings of a jitted init place them. Set rules around init and apply: "
+            'jax_deepep.flax.linen.MoE: no logical axis rule shards "exp", so that all experts are made on '
+            "one device, unless out_shardings of a jitted init shard them. Set rules around init and apply: "
             'flax.linen.logical_axis_rules([("exp", "expert"), ...]), under jax.set_mesh(mesh).',
             stacklevel=3,
         )
 
 
 class MoE(nn.Module):
-    """A mixture of experts that live on different devices, as a layer on global arrays.
+    """A mixture of experts sharded over devices, as a layer on global arrays.
 
     Parameters and their logical axes are those of `jax_deepep.flax.MoE`; the logical axis rules of the
-    program place them. `gate_bias` is a variable of the collection "router".
+    program shard them. `gate_bias` is a variable of the collection "router".
 
     **Collective** without `comm`: see `jax_deepep.Communicator`. It is then made when the module is built,
-    which has to be outside of any traced function: pass `comm` to modules that are built inside of others.
+    outside of any traced function: pass `comm` to modules that are built inside others.
 
     Attributes:
         num_experts, num_experts_per_tok, hidden_size, intermediate_size: E, K, H, F.
         comm, mesh, axis_name, max_tokens: see `jax_deepep.moe.build_config`.
         param_dtype: of all parameters but `gate_bias`.
-        gate_init, kernel_init: first values of `gate` and of the other matrices; None = LeCun's normal.
+        gate_init, kernel_init: initializers of `gate` and of the other matrices; None = LeCun's normal.
         others: see `jax_deepep.moe.MoEConfig`.
     """
 
@@ -81,7 +82,7 @@ class MoE(nn.Module):
 
     def __post_init__(self) -> None:
         if self.comm is None:
-            self.comm = self._config().comm  # kept, because Linen copies modules while it traces
+            self.comm = self._config().comm  # kept, because Linen copies modules while tracing
         super().__post_init__()
 
     def _config(self) -> MoEConfig:
@@ -90,11 +91,12 @@ class MoE(nn.Module):
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in not_of_config
         })  # fmt: skip
 
+    @renamed_arguments(placement="expert_map")
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
-        placement: Any = None,
+        expert_map: Any = None,
         *,
         mask: jax.Array | None = None,
         router: Router | None = None,
@@ -106,8 +108,8 @@ class MoE(nn.Module):
     ) -> tuple[jax.Array, MoEAux | Any]:
         """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
-        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
-        every device's own experts come first.
+        With `num_physical_experts`, `expert_map` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first (`keep_home=True`).
         """
         config = self._config()
         if self.is_initializing() and config.comm.size > 1:
@@ -115,13 +117,13 @@ class MoE(nn.Module):
         parameters: dict[str, Any] = {}
         for name, (shape, logical_axes) in config.parameters.items():
             init = initializer_of(name, self.gate_init, self.kernel_init)
-            placed = nn.with_logical_partitioning(init, logical_axes)
+            partitioned = nn.with_logical_partitioning(init, logical_axes)
             if name == "gate_bias":
-                parameters[name] = self.variable(ROUTER, name, placed, None, shape, jnp.float32).value
+                parameters[name] = self.variable(ROUTER, name, partitioned, None, shape, jnp.float32).value
             else:
-                parameters[name] = self.param(name, placed, shape, self.param_dtype)
-        parameters = physical_parameters(config, parameters, placement)
+                parameters[name] = self.param(name, partitioned, shape, self.param_dtype)
+        parameters = physical_parameters(config, parameters, expert_map)
         return moe(
-            config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            config, parameters, x, expert_map, mask=mask, router=router, topk_idx=topk_idx,
             topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The MoE layer as an NNX module: wiring of `jax_deepep.moe`."""
+"""The MoE layer as an NNX module around `jax_deepep.moe`."""
 
 import functools
 from typing import Any
@@ -11,31 +11,32 @@ from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
 from jax_deepep.communicator import Communicator
+from jax_deepep.deprecation import renamed_arguments
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.copies import physical_parameters
 from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
-from jax_deepep.moe.layer import Router, moe, placed
+from jax_deepep.moe.layer import Router, moe, with_sharding
 from jax_deepep.moe.parameters import Initializer, initializer_of
+from jax_deepep.moe.replicas import physical_parameters
 
 
 class GateBias(nnx.Variable):
-    """The bias of the router, float32 [E]; `jax_deepep.gating.update_bias` moves it, and no gradient."""
+    """The bias of the router, float32 [E]; it has no gradient, `jax_deepep.gating.update_bias` updates it."""
 
 
 class MoE(nnx.Module):
-    """A mixture of experts that live on different devices, as a layer on global arrays.
+    """A mixture of experts sharded over devices, as a layer on global arrays.
 
     Parameters, each with its logical axes: `gate` [H, E] (embed, –), `wi_0` and, if gated, `wi_1` [E, H, F]
     (exp, embed, mlp), `wo` [E, F, H] (exp, mlp, embed); with shared experts `shared_wi_0`, `shared_wi_1`
     [H, S] (embed, mlp) and `shared_wo` [S, H] (mlp, embed); with bias correction `gate_bias` [E], a
-    `GateBias`. They are born where the layer's mesh has them: exp over the expert axes, embed over
-    `fsdp_axis`, mlp over `tensor_axis`; logical axis rules that are set when the module is built come first.
-    Built outside of `nnx.jit`, each parameter is first made in full on one device: build large layers inside,
-    under `jax.set_mesh(mesh)`.
+    `GateBias`. They are initialised with the layer's sharding: exp over the expert axes, embed over
+    `fsdp_axis`, mlp over `tensor_axis`; logical axis rules that are set when the module is built take
+    precedence. Built outside of `nnx.jit`, each parameter is first made in full on one device: build large
+    layers inside, under `jax.set_mesh(mesh)`.
 
     **Collective** without `comm`: see `jax_deepep.Communicator`.
 
@@ -117,15 +118,18 @@ class MoE(nnx.Module):
             kind, dtype = (GateBias, jnp.float32) if name == "gate_bias" else (nnx.Param, param_dtype)
             init = functools.partial(initializer_of(name, gate_init, kernel_init), shape=shape, dtype=dtype)
             key = rngs.params()
-            # Typed as a whole on a mesh of Explicit axes, it would be made as a whole on every device.
-            value = placed(config, key, config.spec(name), init) if jax_compat.is_tracing() else init(key)
+            # Typed as replicated on a mesh of Explicit axes, it would be made in full on every device.
+            value = (
+                with_sharding(config, key, config.spec(name), init) if jax_compat.is_tracing() else init(key)
+            )
             parameter = kind(value, out_sharding=logical_axes, mesh=config.mesh, sharding_rules=rules)
             setattr(self, name, parameter)
 
+    @renamed_arguments(placement="expert_map")
     def __call__(
         self,
         x: jax.Array,
-        placement: Any = None,
+        expert_map: Any = None,
         *,
         mask: jax.Array | None = None,
         router: Router | None = None,
@@ -137,12 +141,12 @@ class MoE(nnx.Module):
     ) -> tuple[jax.Array, MoEAux | Any]:
         """Return ([..., H], `MoEAux`) of x [..., H]; all arguments are those of `jax_deepep.moe.moe`.
 
-        With `num_physical_experts`, `placement` is an int32 array [P], see `jax_deepep.balancing`, in which
-        every device's own experts come first.
+        With `num_physical_experts`, `expert_map` is an int32 array [P], see `jax_deepep.balancing`, in which
+        every device's own experts come first (`keep_home=True`).
         """
         parameters = {name: getattr(self, name)[...] for name in self.config.parameters}
-        parameters = physical_parameters(self.config, parameters, placement)
+        parameters = physical_parameters(self.config, parameters, expert_map)
         return moe(
-            self.config, parameters, x, placement, mask=mask, router=router, topk_idx=topk_idx,
+            self.config, parameters, x, expert_map, mask=mask, router=router, topk_idx=topk_idx,
             topk_weights=topk_weights, aux=aux, router_logits=router_logits, sequence_loss=sequence_loss,
         )  # fmt: skip

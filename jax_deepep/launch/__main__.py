@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     base = without_launch(os.environ)
     if shutil.which(options.command[0]) is None:
         say(
-            f"COMMAND: got {options.command[0]!r}, which is not a program here; "
-            "check its name, its mode and PATH"
+            f"COMMAND: expected a program on this host, got {options.command[0]!r}; check its name, its mode "
+            "and PATH"
         )
         return 127
     mps = MpsDaemon(base) if options.share_gpu and MpsDaemon.is_installed(base) else None

@@ -104,25 +104,25 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _check(parser: _Parser, options: argparse.Namespace) -> None:
     if not options.command:
         parser.error(
-            "COMMAND: got nothing; takes the program to run, after '--', for example: -- python train.py"
+            "COMMAND: expected the program to run, got nothing; put it after '--': -- python train.py"
         )
     if options.share_gpu and options.platform == "cpu":
-        parser.error("--share-gpu: got --platform cpu with it; takes a GPU, so leave one of the two out")
+        parser.error("--share-gpu: expected a GPU, got --platform cpu; leave one of the two out")
     if options.memory_fraction is not None and not options.share_gpu:
         parser.error(
-            f"--memory-fraction: got {options.memory_fraction:g} without --share-gpu; takes ranks that share "
-            "a GPU: for ranks with GPUs of their own, set XLA_PYTHON_CLIENT_MEM_FRACTION"
+            f"--memory-fraction: expected --share-gpu with it, got {options.memory_fraction:g} alone; where "
+            "ranks do not share a GPU, set XLA_PYTHON_CLIENT_MEM_FRACTION"
         )
     if options.share_gpu and (options.devices_per_process or 1) != 1:
         parser.error(
-            f"--devices-per-process: got {options.devices_per_process} with --share-gpu; takes 1 there, "
-            "since all ranks have the one GPU; leave it out"
+            f"--devices-per-process: expected 1 with --share-gpu, got {options.devices_per_process}; leave "
+            "it out"
         )
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or not 0 < int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"got {text!r}; takes a whole number from 1 to 4096, for example 8")
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 4096, got {text!r}")
     return int(text)
 
 
@@ -134,8 +134,8 @@ def _seconds(text: str) -> float:
     return _number(text, lambda value: 0 <= value < float("inf"), "seconds >= 0, for example 10")
 
 
-def _number(text: str, fits: Callable[[float], bool], takes: str) -> float:
+def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
     with contextlib.suppress(ValueError):
         if fits(value := float(text)):
             return value
-    raise argparse.ArgumentTypeError(f"got {text!r}; takes {takes}")
+    raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")

@@ -1,4 +1,4 @@
-"""What a MoE layer tells besides its output, and how it is summed up."""
+"""What a MoE layer reports besides its output, and how it is summed over devices."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -14,24 +14,24 @@ Scope = Literal["global", "local", "off"]  # of `MoEAux`
 
 
 class MoEAux(NamedTuple):
-    """What a MoE layer tells besides its output.
+    """What a MoE layer reports besides its output.
 
-    With `aux="global"` over all tokens of all devices, by one small exchange after the layer's own. With
-    `aux="local"` every device tells of its own tokens, without any exchange: arrays have a leading axis [D]
-    then, for D = `config.num_token_shards` devices in the order in which they split the tokens; `topk_idx`
-    and `router_logits` are as ever. Tokens that `mask` leaves out count nowhere.
+    With `aux="global"` it covers all tokens of all devices, by one small exchange after the layer's own. With
+    `aux="local"` every device reports on its own tokens, without an exchange: arrays then have a leading axis
+    [D], for D = `config.num_token_shards` devices in the order in which they split the tokens, except
+    `topk_idx` and `router_logits`. Tokens that `mask` excludes are not counted.
 
     Attributes:
         expert_load: int32 [E], tokens that chose each expert, dropped rows included.
         balance_loss: float32 [], `jax_deepep.gating.balance_loss` over all tokens; 1 when all loads are
-            equal, 0 without any token, or where `topk_weights` were given, since there is no router then.
+            equal; 0 without tokens, or where `topk_weights` were given, since no router ran.
         z_loss: float32 [], the mean over tokens of logsumexp(router logits)², which keeps logits small (Zoph
-            et al., 2022, "ST-MoE"); 0 where there is no router.
-        expert_drops: int32 [E], those of `expert_load` whose row did not fit into a capacity.
+            et al., 2022, "ST-MoE"); 0 where no router ran.
+        expert_drops: int32 [E], the part of `expert_load` whose rows did not fit into a capacity.
         num_dropped: int32 [], their sum.
-        topk_idx: int32 [..., K], the experts that each token chose, −1 for none; as `topk_idx` of a later
-            call it makes that one choose the same.
-        sequence_balance_loss: float32 [], the mean over sequences of the same over one sequence each; None
+        topk_idx: int32 [..., K], the experts that each token chose, −1 for none; passed as `topk_idx` to a
+            later call, it repeats the choice.
+        sequence_balance_loss: float32 [], the mean over sequences of the balance loss of each sequence; None
             without `sequence_loss=True`.
         router_logits: float32 [..., E]; None without `router_logits=True`.
     """
@@ -50,7 +50,7 @@ def _with_keys(aux: MoEAux) -> tuple[list[tuple[Any, Any]], None]:
     return [(jax.tree_util.SequenceKey(index), value) for index, value in enumerate(aux)], None
 
 
-# With the keys of a tuple: those of attributes, as any NamedTuple has them, are an error in `nnx.tabulate`.
+# With tuple keys: attribute keys, which a NamedTuple has by default, are an error in `nnx.tabulate`.
 jax.tree_util.register_pytree_with_keys(MoEAux, _with_keys, lambda _, values: MoEAux(*values))
 
 
@@ -58,12 +58,12 @@ class Call(NamedTuple):
     """The static part of a call of the layer, besides its configuration.
 
     Attributes:
-        aux: over what `MoEAux` is.
+        aux: which tokens `MoEAux` covers.
         router_logits, sequence_loss: whether it has them.
         num_tokens: of all devices.
         sequence_length: S.
         dtype: of the computation.
-        num_chunks: in which the tokens of a device pass.
+        num_chunks: chunks into which the tokens of a device are split.
     """
 
     aux: Scope
@@ -76,7 +76,7 @@ class Call(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over some tokens of one device; or those of every sequence, with a leading axis.
+    """Sums over some tokens of one device, or over those of each sequence, with a leading axis.
 
     Attributes:
         load: int32 [E], tokens that chose each expert.
@@ -89,7 +89,7 @@ class Sums(NamedTuple):
     num_tokens: jax.Array
 
     def loss(self) -> jax.Array:
-        """Return the balance loss of these tokens; 0 if there is none."""
+        """Return the balance loss of these tokens; 0 without tokens."""
         return gating.balance_loss(
             self.load, self.probability / jnp.maximum(self.num_tokens, 1).astype(jnp.float32)[..., None]
         )
@@ -104,11 +104,11 @@ class Counts(NamedTuple):
 
     Attributes:
         all: sums over all of its tokens.
-        sequences: sums of each sequence [W, ...], from the first one on that the device has tokens of; None
-            if nobody asks for them.
+        sequences: sums of each sequence [W, ...], starting at the first of which the device has tokens; None
+            if not requested.
         z: float32 [], the sum of logsumexp².
         drops: int32 [E]; None if nothing can be dropped.
-        num_received: int32 [], rows that came to this device.
+        num_received: int32 [], rows that this device received.
     """
 
     all: Sums
@@ -138,15 +138,15 @@ class Sequences(NamedTuple):
 
     @property
     def window(self) -> int:
-        """How many sequences a device may have tokens of."""
+        """The most sequences of which a device has tokens."""
         return self.num_tokens // self.length + (0 if self.are_whole else 2)
 
     def first(self, device: jax.Array) -> jax.Array:
-        """Return the first sequence that a device has tokens of."""
+        """Return the index of the first sequence of which a device has tokens."""
         return device * self.num_tokens // self.length
 
     def sums(self, sequence: jax.Array, values: jax.Array) -> jax.Array:
-        """Return the sums of `values` [T, ...] by `sequence` [T], counted from the first of the device."""
+        """Sum `values` [T, ...] by `sequence` [T], an index relative to the device's first sequence."""
         return jnp.zeros((self.window, *values.shape[1:]), values.dtype).at[sequence].add(values)
 
 
@@ -158,23 +158,26 @@ def global_aux(
     counts: Counts,
     out: jax.Array,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Return (`out`, what `_fields` does), summed over all devices."""
-    # Our waits are bounded and say for whom: no collective of XLA comes before. Chunks are one loop, of which
-    # the gradient of the balance loss under `jax.checkpoint` wants the load without dispatching again.
+    """Return (`out`, the result of `_fields` for all devices)."""
+    # Our waits are bounded and name the peer, so XLA's collective must come after our ops. With chunks, which
+    # are one loop, it depends on the load instead of the rows: the gradient of the balance loss under
+    # `jax.checkpoint` needs the load, and must not dispatch again for it.
     early = counts.num_received if call.num_chunks == 1 else counts.all.load[0]
     zero, out = zero_after(early, out)
-    zero = _alike(config, zero)
+    zero = _replicated(config, zero)
     every, of_sequences, z, drops = jax.tree.map(lambda v: v + zero.astype(v.dtype), counts[:4])
-    drops = None if drops is None else _alike(config, drops)
+    drops = None if drops is None else _replicated(config, drops)
     if of_sequences is None:
         of_sequence = None
     elif sequences.are_whole:
         of_sequence = of_sequences.sum_of_losses()
     else:
-        place = sequences.first(device) + jnp.arange(sequences.window, dtype=jnp.int32)
+        position = sequences.first(device) + jnp.arange(sequences.window, dtype=jnp.int32)
         whole = lax.psum(
             jax.tree.map(
-                lambda v: jnp.zeros((sequences.number, *v.shape[1:]), v.dtype).at[place].add(v, mode="drop"),
+                lambda v: (
+                    jnp.zeros((sequences.number, *v.shape[1:]), v.dtype).at[position].add(v, mode="drop")
+                ),
                 of_sequences,
             ),
             config.token_axes,
@@ -185,14 +188,14 @@ def global_aux(
     return out, _fields(every, z, drops, summed if sequences.are_whole else of_sequence)
 
 
-def _alike(config: MoEConfig, value: jax.Array) -> jax.Array:
-    """Mark a value of our ops as the same along the tensor axis."""
+def _replicated(config: MoEConfig, value: jax.Array) -> jax.Array:
+    """Mark a result of our ops as equal along the tensor axis."""
     return lax.pmax(value, config.tensor_axes) if config.tensor_axes else value
 
 
 def local_aux(config: MoEConfig, counts: Counts) -> dict[str, Any]:
-    """Return what `_fields` does for the tokens of one device, with a leading axis [1]."""
-    drops = None if counts.drops is None else _alike(config, counts.drops)
+    """Return the result of `_fields` for the tokens of one device, with a leading axis [1]."""
+    drops = None if counts.drops is None else _replicated(config, counts.drops)
     of_sequence = None if counts.sequences is None else counts.sequences.sum_of_losses()
     fields = _fields(counts.all, counts.z, drops, of_sequence)
     return jax.tree.map(lambda value: value[None], fields)
@@ -201,7 +204,7 @@ def local_aux(config: MoEConfig, counts: Counts) -> dict[str, Any]:
 def _fields(
     every: Sums, z: jax.Array, drops: jax.Array | None, of_sequence: tuple[jax.Array, jax.Array] | None
 ) -> dict[str, Any]:
-    """Return the fields of `MoEAux` that are sums, or come from them."""
+    """Return the fields of `MoEAux` that are sums or follow from sums."""
     drops = jnp.zeros_like(every.load) if drops is None else drops
     mean = None
     if of_sequence is not None:

@@ -1,8 +1,8 @@
-"""The experts' networks block after block of rows, the live blocks alone: what a CPU runs.
+"""The experts' networks, one block of rows after the other, live blocks only: what a CPU runs.
 
-Costs what the rows in groups cost, however many more the capacity has: other rows are not even touched, and
-what is inside of a network exists for one block at a time. How many blocks there are is known on the device
-only, so that a GPU would have to ask its host after each one whether another follows.
+The cost depends on the rows in row groups, not on the capacity: other rows are not touched, and intermediate
+values exist for one block at a time. The number of blocks is known on the device only, so that a GPU would
+have to synchronise with its host after each block.
 """
 
 from collections.abc import Callable
@@ -25,11 +25,11 @@ def apply_to_blocks(
 ) -> jax.Array:
     """Apply to each group of rows the network of its expert. Differentiable in `rows` and `weights`.
 
-    The backward pass computes the inside of the networks again.
+    The backward pass recomputes the intermediate values.
 
     Args:
-        network: what one expert does with some of its rows, each by itself.
-        block: rows that are taken at once.
+        network: applies one expert to a block of its rows, each row independently.
+        block: rows per block.
         rows: [C, H], C a multiple of `block`.
         weights: of all experts.
         group_sizes: int32 [L], multiples of `block`.
@@ -38,7 +38,10 @@ def apply_to_blocks(
         [C, H]; arbitrary after the last group.
     """
     if rows.shape[0] % block:
-        raise ValueError(f"rows: got {rows.shape[0]}; takes a multiple of block={block}.")
+        raise ValueError(
+            f"rows: expected a multiple of block={block}, got {rows.shape[0]}; pass alignment={block} to "
+            "dispatch."
+        )
     return _apply(network, block, *vary_together(frozenset(), rows, weights, group_sizes))
 
 
@@ -52,7 +55,7 @@ def _apply(network: Network, block: int, rows: Any, weights: Any, group_sizes: A
 
         return lax.fori_loop(*_blocks_of(expert, group_sizes, block), of_block, out)
 
-    return lax.fori_loop(0, len(group_sizes), of_expert, rows)  # every block takes the place of its rows
+    return lax.fori_loop(0, len(group_sizes), of_expert, rows)  # each block of results overwrites its rows
 
 
 def _forward(network, block, rows, weights, group_sizes):
@@ -65,8 +68,8 @@ def _backward(network, block, residuals, gradient):
     def of_expert(expert, gradients):
         own = _of(weights, expert)
 
-        def of_block(number, carry):
-            of_rows, totals = carry
+        def of_block(number, state):
+            of_rows, totals = state
             _, pull_back = jax.vjp(network, _read(rows, number, block), own)
             of_block_rows, of_own = pull_back(_read(of_rows, number, block))
             totals = jax.tree.map(lambda total, value: total + value.astype(total.dtype), totals, of_own)
@@ -89,11 +92,11 @@ _apply.defvjp(_forward, _backward)
 
 
 def _of(weights: Any, expert: jax.Array) -> Any:
-    return jax.tree.map(lambda value: value[expert], weights)  # copied out once for all blocks of the expert
+    return jax.tree.map(lambda value: value[expert], weights)  # copied once for all blocks of the expert
 
 
 def _blocks_of(expert: jax.Array, group_sizes: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """Return the first block of an expert, and the first after it."""
+    """Return the first block of an expert, and the first block after it."""
     end = jnp.cumsum(group_sizes)[expert]
     return (end - group_sizes[expert]) // block, end // block
 
@@ -107,5 +110,5 @@ def _written(rows: jax.Array, values: jax.Array, number: jax.Array, block: int) 
 
 
 def _zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
-    """Return zeros that differ between devices as far as `like` does: a loop's carry keeps its type."""
+    """Return zeros that vary over the mesh axes over which `like` does, as the carry of a loop has to."""
     return jax_compat.as_varying(jnp.zeros(shape, dtype), jax_compat.varying_axes(like))

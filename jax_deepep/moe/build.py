@@ -1,4 +1,4 @@
-"""From the arguments of a module to its configuration, communicator included."""
+"""Builds a layer's configuration, communicator included, from the arguments of a module."""
 
 import math
 from typing import Any
@@ -28,23 +28,23 @@ def build_config(
     num_physical_experts: int | None = None,
     **choices: Any,
 ) -> MoEConfig:
-    """Return the configuration of a MoE layer; make its communicator unless there is one.
+    """Return the configuration of a MoE layer; make its communicator unless one is passed.
 
     **Collective** without `comm`: see `jax_deepep.Communicator`.
 
     Args:
         num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks,
             num_physical_experts: as in `MoEConfig`.
-        comm: the communicator, for any number of layers of the same sizes. The arguments below are those of
-            one that is made here.
-        mesh: None = the one that `jax.set_mesh` set, or the device, if there is only one.
+        comm: the communicator, for any number of layers of the same sizes. The arguments below are for a
+            communicator that is made here.
+        mesh: None = the one that `jax.set_mesh` set, or a mesh of the only device.
         axis_name: the expert-parallel axis, or a tuple of axes, outermost first. On a mesh without an axis
             "expert", the default, every device has all experts.
-        max_tokens: most tokens per device in one call of the layer.
+        max_tokens: the most tokens per device in one call of the layer.
         choices: further fields of `MoEConfig`.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        ValueError, TypeError: a wrong argument; the message names it and says what was expected.
     """
     sizes = {
         "num_experts": num_experts if num_physical_experts is None else num_physical_experts,
@@ -55,8 +55,8 @@ def build_config(
         comm = _communicator(mesh, axis_name, max_tokens, num_chunks, num_physical_experts, sizes)
     elif mesh is not None and mesh != comm.mesh:
         raise ValueError(
-            f"mesh: got {mesh.shape} together with a communicator of {comm.mesh.shape}; takes None, "
-            "or the communicator's own."
+            f"mesh: expected None or the communicator's mesh, {comm.mesh.shape}, got {mesh.shape}; leave "
+            "it out."
         )
     return MoEConfig(
         comm, num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks=num_chunks,
@@ -74,14 +74,14 @@ def _communicator(
 ) -> Communicator:
     if jax_compat.is_tracing():
         raise ValueError(
-            "comm: got None inside of a jitted or otherwise transformed function; takes a "
-            "jax_deepep.Communicator made outside of it, because to make one is an agreement of processes. "
-            "Make it where the mesh is made and pass it on, comm=comm, to modules inside of others, too."
+            "comm: expected a jax_deepep.Communicator inside a jitted or otherwise transformed function, got "
+            "None; processes exchange messages to make one, so make it where the mesh is made, and pass "
+            "comm=comm, also to modules inside others."
         )
     if max_tokens is None:
         raise ValueError(
-            "max_tokens: got None without comm; takes the most tokens that a device has in one call, or "
-            "pass comm."
+            "max_tokens: expected an integer without comm, got None; pass the most tokens of a device in "
+            "one call, or pass comm."
         )
     max_tokens = checked_integer("max_tokens", max_tokens, minimum=1)
     num_chunks = 1 if num_chunks is None else checked_integer("num_chunks", num_chunks, minimum=1)
@@ -91,17 +91,17 @@ def _communicator(
     here = tuple(name for name in names if name in mesh.axis_names)
     if here != tuple(names) and axis_name != "expert":
         raise ValueError(
-            f"axis_name: got {axis_name!r}; takes axes of the mesh, {mesh.axis_names}, or 'expert', without "
-            "which every device has all experts. Name the axis that splits the experts, for example "
-            f"axis_name={mesh.axis_names[-1]!r}."
+            f"axis_name: expected axes of the mesh, {mesh.axis_names}, got {axis_name!r}; name the axis that "
+            f"shards the experts, for example axis_name={mesh.axis_names[-1]!r}, or leave it out: on a mesh "
+            "without an axis 'expert', every device has all experts."
         )
-    if num_physical_experts is not None:  # the communicator would say num_experts
+    if num_physical_experts is not None:  # the communicator's error would name num_experts
         checked_integer("num_physical_experts", num_physical_experts, minimum=1)
         num_devices = math.prod(mesh.shape[name] for name in here)
         if num_physical_experts % num_devices:
             raise ValueError(
-                f"num_physical_experts: got {num_physical_experts} for {num_devices} devices along {here}; "
-                f"takes a multiple of {num_devices}, the same number of slots on each, for example "
+                f"num_physical_experts: expected a multiple of the {num_devices} devices along {here}, got "
+                f"{num_physical_experts}; pass the same number for each device, for example "
                 f"{round_up(num_physical_experts, num_devices)}."
             )
     return Communicator(mesh, here, max_tokens=round_up(max_tokens, num_chunks) // num_chunks, **sizes)
@@ -113,7 +113,7 @@ def _mesh_here() -> Mesh:
         return mesh
     if jax.device_count() > 1:
         raise ValueError(
-            f"mesh: got None, and there are {jax.device_count()} devices; takes the mesh of the program, as "
-            "mesh=, in comm, or by jax.set_mesh(mesh)."
+            f"mesh: expected the mesh of the program where there are {jax.device_count()} devices, got None; "
+            "pass mesh= or comm=, or call jax.set_mesh(mesh)."
         )
     return Mesh(np.array(jax.devices()), ("expert",))

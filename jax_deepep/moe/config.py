@@ -1,4 +1,4 @@
-"""What a MoE layer is made of: sizes, choices, and how they lie on the mesh."""
+"""The configuration of a MoE layer: sizes, choices, and how its parameters are sharded."""
 
 import math
 import numbers
@@ -15,11 +15,12 @@ from jax_deepep import gating
 from jax_deepep.capacity import bounded_rows, fewest_chunks
 from jax_deepep.checks import ROW_DTYPES, check_array, checked_integer
 from jax_deepep.communicator import Communicator
+from jax_deepep.deprecation import renamed_function
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation, check_activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
 
-# What the integers among the fields are at least.
+# The minimum of each integer field.
 LEAST = {
     "num_experts": 1, "num_experts_per_tok": 1, "hidden_size": 1, "intermediate_size": 1, "num_chunks": 1,
     "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1, "num_groups": 1,
@@ -30,41 +31,41 @@ OPTIONAL = ("alignment", "expert_capacity", "num_chunks", "num_physical_experts"
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """The static part of a MoE layer. Hashable, free to be closed over or to be a static argument.
+    """The static part of a MoE layer. Hashable: jitted functions can take it as static or close over it.
 
     Attributes:
-        comm: how rows are carried; its mesh is the layer's. `build_config` makes one.
+        comm: the communicator, whose mesh is the layer's. `build_config` makes one.
         num_experts: E.
         num_experts_per_tok: K.
         hidden_size: H.
         intermediate_size: F, the inner size of an expert.
         num_groups, topk_groups, score_function, normalize, scale: as in `jax_deepep.group_limited_topk`.
-        use_bias_correction: there is a parameter `gate_bias` [E], which takes part in the choice of experts
-            only; it gets no gradient, `jax_deepep.gating.update_bias` moves it.
+        use_bias_correction: there is a parameter `gate_bias` [E], which affects the choice of experts only;
+            it gets no gradient, `jax_deepep.gating.update_bias` updates it.
         shared_intermediate_size: the inner size of all shared experts together, 0 for none.
         activation: of the experts, elementwise.
-        gated: experts have a second input product `wi_1`, which their activation is multiplied with.
-        capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
-            of its experts may need; rows beyond are dropped. None = as many as may ever come,
-            R · T · min(K, L): 14 GiB for one array on each of 64 devices with T = 4096, K = 8, E = 256 and
-            H = 7168 in bfloat16, unless `num_chunks` divides it.
-        expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
-            either capacity every sender leaves out its share of what is too much, the lowest weights first,
-            where this share is of 8 rows or more: see `jax_deepep.moe.fair_drops`.
+        gated: experts have a second input projection `wi_1`, whose product is multiplied with the activation.
+        capacity_factor: rows that a device can receive, in units of its fair share K · T, in addition to
+            padding; rows beyond it are dropped. None = the worst case, R · T · min(K, L): 14 GiB for one
+            array on each of 64 devices with T = 4096, K = 8, E = 256 and H = 7168 in bfloat16, unless
+            `num_chunks` divides it.
+        expert_capacity: the most rows of an expert in one dispatch (of each chunk); None = no limit. Under
+            either capacity every sender omits its share of the excess, the lowest weights first, where its
+            share of the capacity is at least 8 rows: see `jax_deepep.moe.fair_drops`.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
-            or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU,
-            triton on NVIDIA GPUs, if it takes these sizes, and ragged_dot elsewhere.
-        num_chunks: a device's tokens pass in so many chunks, one after the other, each recomputed for its
-            gradient: only one chunk's rows are in memory. None = chosen for each call, see `chunks_of`.
-        dtype: of the computation; None = the common one of x and the parameters. The router computes in
-            float32 always.
-        num_physical_experts: P, slots for experts on all devices, so that some experts have several copies:
-            see `jax_deepep.balancing`. The communicator has P experts then. None = E, without copies.
-        fsdp_axis: the mesh axis that also splits the parameters' H; their full rows are gathered when used.
-            Ignored if the mesh has none of this name.
-        tensor_axis: the mesh axis that splits F; tokens are copied along it. Ignored likewise.
+            or your own grouped matmul (`jax_deepep.moe.grouped_matmul`). "auto" is blocks on CPUs, triton on
+            NVIDIA GPUs where it supports the sizes, and ragged_dot elsewhere.
+        num_chunks: a device's tokens are processed in this many chunks, one after the other, each recomputed
+            for its gradient: only one chunk's rows are in memory. None = chosen per call, see `chunks_of`.
+        dtype: of the computation; None = the common dtype of x and the parameters. The router always computes
+            in float32.
+        num_physical_experts: P, physical experts on all devices, with replicas of some experts: see
+            `jax_deepep.balancing`. The communicator then has P experts. None = E, without replicas.
+        fsdp_axis: the mesh axis that also shards the parameters' H; they are gathered along it when used.
+            Ignored if the mesh has no such axis.
+        tensor_axis: the mesh axis that shards F; tokens are replicated along it. Ignored likewise.
     """
 
     comm: Communicator
@@ -93,7 +94,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.comm, Communicator):
-            raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
+            raise TypeError(
+                f"comm: expected a jax_deepep.Communicator, got {type(self.comm).__name__}; pass one."
+            )
         for name, minimum in LEAST.items():
             value = getattr(self, name)
             if value is not None or name not in OPTIONAL:
@@ -106,12 +109,12 @@ class MoEConfig:
         ):
             if (own := getattr(self, name)) != (other := getattr(self.comm, of_comm)):
                 raise ValueError(
-                    f"{name}: got {own}, but the communicator has {of_comm}={other}; make both with the same."
+                    f"{name}: expected {of_comm}={other} of the communicator, got {own}; make them equal."
                 )
         if self.num_experts % self.comm.size or self.num_experts > self.comm.num_experts:
             raise ValueError(
-                f"num_experts: got {self.num_experts} with {self.comm.num_experts} slots on {self.comm.size} "
-                f"devices; takes a multiple of {self.comm.size}, at most as many."
+                f"num_experts: expected a multiple of the {self.comm.size} devices, at most the "
+                f"{self.comm.num_experts} physical experts, got {self.num_experts}; change one of them."
             )
         chosen(self.grouped_matmul, self.comm.platform)
         for axis, size, names in (
@@ -121,14 +124,14 @@ class MoEConfig:
         ):
             if axis and size % self.mesh.shape[axis]:
                 raise ValueError(
-                    f"{names}: got {size}; takes a multiple of {self.mesh.shape[axis]}, the size of the mesh "
-                    f"axis {axis!r} that splits it."
+                    f"{names}: expected a multiple of {self.mesh.shape[axis]}, the size of the mesh axis "
+                    f"{axis!r} that shards it, got {size}; change one of them."
                 )
         own = [axis for axis in (self._fsdp, self._tensor) if axis]
         if len({*own, *self.comm.axis_names}) < len(own) + len(self.comm.axis_names):
             raise ValueError(
-                f"fsdp_axis, tensor_axis: got {self.fsdp_axis!r}, {self.tensor_axis!r}; take two axes, other "
-                f"than those of the experts, {self.comm.axis_names}."
+                f"fsdp_axis, tensor_axis: expected two axes other than those of the experts, "
+                f"{self.comm.axis_names}, got {self.fsdp_axis!r}, {self.tensor_axis!r}; name others, or None."
             )
 
     def _check_choices(self) -> None:
@@ -137,10 +140,13 @@ class MoEConfig:
             if value is None and name == "capacity_factor":
                 continue
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{name}: got {value!r}; takes a number of Python or NumPy (a static value).")
+                raise TypeError(
+                    f"{name}: expected a number of Python or NumPy (static), got {value!r}; pass a float."
+                )
         if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             raise ValueError(
-                f"capacity_factor: got {self.capacity_factor!r}; takes a positive, finite number, or None."
+                "capacity_factor: expected a positive, finite number, or None, got "
+                f"{self.capacity_factor!r}; 1.25 to 2 is usual."
             )
         for name in ("use_bias_correction", "gated"):
             if not isinstance(value := getattr(self, name), bool | np.bool_):
@@ -152,19 +158,23 @@ class MoEConfig:
         check_activation(self.activation)
         try:
             takes_dtype = self.dtype is None or jnp.dtype(self.dtype).name in ROW_DTYPES
-        except TypeError:  # no dtype at all
+        except TypeError:  # not a dtype
             takes_dtype = False
         if not takes_dtype:
-            raise TypeError(f"dtype: got {self.dtype!r}; takes None, {', '.join(ROW_DTYPES)}.")
+            raise TypeError(
+                f"dtype: expected None, {', '.join(ROW_DTYPES)}, got {self.dtype!r}; pass one of them."
+            )
         for name in ("fsdp_axis", "tensor_axis"):
             if not isinstance(value := getattr(self, name), str | None):
-                raise TypeError(f"{name}: got {value!r}; takes the name of one mesh axis, or None.")
+                raise TypeError(
+                    f"{name}: expected the name of one mesh axis, or None, got {value!r}; pass a string."
+                )
 
     def __copy__(self) -> "MoEConfig":
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MoEConfig":
-        return self  # a copy of `activation` would be another function, and compile everything again
+        return self  # a copy of `activation` would be a new function, and everything would be compiled again
 
     @property
     def mesh(self) -> Mesh:
@@ -181,22 +191,22 @@ class MoEConfig:
 
     @property
     def tensor_axes(self) -> tuple[str, ...]:
-        """The mesh axes along which tokens are copied: one or none."""
+        """The mesh axes along which tokens are replicated: one or none."""
         return (self._tensor,) if self._tensor else ()
 
     @property
     def token_axes(self) -> tuple[str, ...]:
-        """The mesh axes that split the tokens: all others, in the order of the mesh."""
+        """The mesh axes that shard the tokens: all others, in the order of the mesh."""
         return tuple(name for name in self.mesh.axis_names if name != self._tensor)
 
     @property
     def num_token_shards(self) -> int:
-        """Devices that hold different tokens."""
+        """How many devices hold different tokens."""
         return math.prod(self.mesh.shape[name] for name in self.token_axes)
 
     @property
     def axis_rules(self) -> dict[str, str | tuple[str, ...] | None]:
-        """Mesh axes of the logical axes of the parameters."""
+        """The mesh axes of each logical axis of the parameters."""
         return {"exp": self.comm.axis_names or None, "embed": self._fsdp, "mlp": self._tensor}
 
     @property
@@ -224,30 +234,32 @@ class MoEConfig:
             absent |= {"shared_wi_0", "shared_wi_1", "shared_wo"}
         return {name: value for name, value in all_parameters.items() if name not in absent}
 
-    def check_placement(self, placement: Any) -> None:
-        """Raise unless `placement` is an array of the layer's slots, or None where it has no copies."""
+    def check_expert_map(self, expert_map: Any) -> None:
+        """Raise unless `expert_map` is [P], or None where the layer has no replicas."""
         if self.num_physical_experts is not None:
-            if placement is None:
+            if expert_map is None:
                 raise ValueError(
-                    f"placement: got None with num_physical_experts={self.num_physical_experts}; takes "
-                    "the int32 array that jax_deepep.balancing.plan_experts makes."
+                    f"expert_map: expected int32 [num_physical_experts] = [{self.num_physical_experts}], got "
+                    "None; pass the result of jax_deepep.balancing.plan_experts."
                 )
             shape = (self.num_physical_experts,)
-            check_array("placement", placement, shape, names="[num_physical_experts]", dtype="int32")
-        elif placement is not None:
+            check_array("expert_map", expert_map, shape, names="[num_physical_experts]", dtype="int32")
+        elif expert_map is not None:
             raise ValueError(
-                "placement: got one for a layer without copies of experts; takes None, or build the layer "
-                "with num_physical_experts."
+                "expert_map: expected None for a layer without replicas, got an array; build the layer with "
+                "num_physical_experts."
             )
 
+    check_placement = renamed_function("check_placement", check_expert_map)
+
     def spec(self, name: str) -> P:
-        """Return how the parameter `name` lies on the mesh."""
+        """Return how the parameter `name` is sharded."""
         _, axes = self.parameters[name]
         return P(*(None if axis is None else self.axis_rules[axis] for axis in axes))
 
     @property
     def experts_by(self) -> Any:
-        """The name or function that `grouped_matmul` stands for here."""
+        """The name or function that `grouped_matmul` stands for on this platform, with these sizes."""
         parts = 1 if self._tensor is None else self.mesh.shape[self._tensor]
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size // parts}
         if self.alignment is not None:
@@ -255,17 +267,17 @@ class MoEConfig:
         return chosen(self.grouped_matmul, self.comm.platform, **sizes)
 
     def chunks_of(self, num_tokens: int, dtype: Any) -> int:
-        """Return in how many chunks a call of the layer takes the tokens of a device.
+        """Return into how many chunks a call of the layer splits the tokens of a device.
 
-        `num_chunks`, if it is set; 1 under a capacity, which bounds the rows already and would mean each
+        `num_chunks`, if it is set; 1 under a capacity, which bounds the rows already and would apply to each
         chunk. Otherwise the smallest n for which the worst case of a chunk, R · T / n · min(K, L) rows of H
         elements, is within the larger of
 
             1.25 · K · T rows: on average a device receives K · T rows in the whole call;
-            2 GiB: below that, chunks would cost more time than their memory is worth;
+            2 GiB: below that, the time that chunks cost outweighs the memory that they save;
 
-        but n leaves every chunk at least 128 rows per expert on average (K · T / n / L ≥ 128), with fewer of
-        which grouped matmuls become slow. So small calls, those of decoding among them, are never divided.
+        but every chunk keeps at least 128 rows per expert on average (K · T / n / L ≥ 128), because grouped
+        matmuls are slow with fewer. So small calls, such as those of decoding, are never split.
 
         Args:
             num_tokens: T, tokens of one device.

@@ -1,4 +1,4 @@
-"""The experts' networks, on rows of expert-major order and on all tokens."""
+"""The experts' networks, on expert-major rows and on all tokens."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,17 +18,17 @@ Weights = Mapping[str, jax.Array]
 def check_activation(activation: Any) -> None:
     """Raise unless `activation` is an elementwise function of one array."""
     if not callable(activation):
-        raise TypeError(f"activation: got {activation!r}; takes a function, such as jax.nn.silu.")
+        raise TypeError(f"activation: expected a function, got {activation!r}; pass jax.nn.silu or the like.")
     rows = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     try:
         result = jax.eval_shape(activation, rows)
         what = "" if getattr(result, "shape", None) == rows.shape else f"a function to {result}"
-    except Exception as error:  # whatever a function raises that is none of one array
+    except Exception as error:  # whatever a function of other arguments raises
         what = f"one that raises {type(error).__name__} on an array: {str(error).splitlines()[:1]}"
     if what:
         raise TypeError(
             f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu "
-            "or the like. With gated=True its result is multiplied with x · wi_1, outside of it."
+            "or the like. With gated=True the layer multiplies its result with x · wi_1."
         )
 
 
@@ -44,15 +44,15 @@ def routed_experts(
     """Apply to each group of rows the network of its expert.
 
     activation(rows · wi_0) · wo, or with `wi_1` (activation(rows · wi_0) ⊙ (rows · wi_1)) · wo. Rows after
-    the last group may hold NaN, as may their gradients: nothing of them gets anywhere else.
+    the last group may hold NaN, as may their gradients: they affect nothing else.
 
     Args:
         rows: [C, H].
         group_sizes: int32 [L], multiples of `alignment`.
         weights: `wi_0` and optionally `wi_1` [L, H, F], `wo` [L, F, H], of the dtype of rows.
         activation: elementwise; it may return another float dtype.
-        choice: what `grouped_matmul.chosen` returned.
-        alignment: rows of a block.
+        choice: the result of `grouped_matmul.chosen`.
+        alignment: rows per block.
 
     Returns:
         [C, H]; arbitrary after the last group.
@@ -73,7 +73,7 @@ def routed_experts(
 
 
 def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array | None:
-    """Return what the experts that every token goes to add, [T, H]; None without such experts."""
+    """Return the output of the shared experts, which apply to every token, [T, H]; None without any."""
     own = {
         name.removeprefix("shared_"): value for name, value in weights.items() if name.startswith("shared")
     }

@@ -1,8 +1,8 @@
-"""Grouped matmuls: rows of expert-major order, each times the matrix of its expert.
+"""Grouped matmuls: expert-major rows, each multiplied with the matrix of its expert.
 
 A grouped matmul is a function (rows [C, H], matrices [L, H, F], group_sizes int32 [L]) → [C, F]. Group e is
-the next group_sizes[e] rows. Rows after the last group may hold NaN: what comes out there is arbitrary, and
-nothing of them reaches another row, or the gradient of the matrices.
+the next group_sizes[e] rows. Rows after the last group may hold NaN: their results are arbitrary, and they
+must affect neither other rows nor the gradient of the matrices.
 """
 
 import warnings
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from jax_deepep import jax_compat
-from jax_deepep.moe.triton_matmul import refusal, triton_matmul
+from jax_deepep.moe.triton_matmul import triton_matmul, unsupported_reason
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Choice = Literal["auto", "blocks", "ragged_dot", "triton"] | GroupedMatmul
@@ -29,42 +29,42 @@ def chosen(choice: Any, platform: str, **sizes: int) -> Any:
     Args:
         choice: a name of NAMES, or a function.
         platform: of the devices.
-        sizes: what is known of `hidden_size`, `intermediate_size` and `alignment`; "auto" heeds them.
+        sizes: `hidden_size`, `intermediate_size` and `alignment` as far as known; "auto" depends on them.
 
     Raises:
-        ValueError: there is none of this name, or not on this platform or with this JAX.
+        ValueError: an unknown name, or one that this platform or this JAX does not have.
     """
     if not callable(choice) and choice not in NAMES:
         raise ValueError(
-            f"grouped_matmul: got {choice!r}; takes {', '.join(map(repr, NAMES))}, or a function of "
-            "(rows, matrices, group_sizes)."
+            f"grouped_matmul: expected {', '.join(map(repr, NAMES))}, or a function of (rows, matrices, "
+            f"group_sizes), got {choice!r}; pass one of them."
         )
     if choice == "triton" and platform != "cuda":
         raise ValueError(
-            f"grouped_matmul: got 'triton' on {platform}; takes it on NVIDIA GPUs only. Use 'auto' here."
+            f"grouped_matmul: expected 'triton' on NVIDIA GPUs only, got it on {platform}; use 'auto' here."
         )
     needs_triton = choice == "triton" or (choice == "auto" and platform == "cuda")
     if needs_triton and jax_compat.pallas_triton() is None:
         reason = (
             'grouped_matmul: expected a JAX with the Triton backend of Pallas for "triton", got JAX '
-            f'{jax.__version__}, which has none; use grouped_matmul="ragged_dot"'
+            f'{jax.__version__} without it; use grouped_matmul="ragged_dot"'
         )
         if choice == "triton":
             raise ValueError(f"{reason}.")
-        warnings.warn(f'{reason}, as "auto" does now.', stacklevel=1)  # one place: shown once
+        warnings.warn(f'{reason}, as "auto" does now.', stacklevel=1)  # one location: shown once
         return "ragged_dot"
     if choice == "auto" and platform == "cuda":
-        return "triton" if refusal(**sizes) is None else "ragged_dot"
+        return "triton" if unsupported_reason(**sizes) is None else "ragged_dot"
     if choice == "auto":
         return "blocks" if platform == "cpu" else "ragged_dot"
     return choice
 
 
 def alignment_for(choice: Any, mean_rows: float) -> int:
-    """Return what the sizes of groups of `mean_rows` rows on average should be multiples of.
+    """Return the multiple to which row groups of `mean_rows` rows on average should be padded.
 
-    A power of two where rows are multiplied in blocks: a group is padded to whole blocks, by half a block
-    on average, but small blocks use the units of the processor less well.
+    A power of two where rows are multiplied in blocks: a group is padded by half a block on average, but
+    small blocks use the processor less well.
     """
     if choice not in SMALLEST_BLOCK:
         return 1
@@ -75,7 +75,7 @@ def alignment_for(choice: Any, mean_rows: float) -> int:
 
 
 def grouped_matmul(choice: Any, alignment: int) -> GroupedMatmul:
-    """Return the grouped matmul of this name, for groups of multiples of `alignment`."""
+    """Return the grouped matmul of this name, for groups padded to multiples of `alignment`."""
     if choice == "ragged_dot":
         return jax.lax.ragged_dot
     return partial(triton_matmul, block=alignment) if choice == "triton" else choice

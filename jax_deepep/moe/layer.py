@@ -1,12 +1,12 @@
-"""A MoE layer as a pure function of its parameters: what the Flax modules and plain JAX share.
+"""A MoE layer as a pure function of its parameters, shared by the Flax modules and plain JAX.
 
-A device's tokens take this way:
+Every device runs
 
     route → dispatch → the experts' networks → combine (+ shared experts)
 
-Policies of `jax.checkpoint` can name: "moe_dispatched", the received rows [C, H] and the routes: with these
-kept, the backward pass does not dispatch again; "moe_hidden", the products with wi_0 and wi_1 [C, F] each;
-"moe_expert_out", what combine takes [C, H]. The last two do not exist with grouped_matmul="blocks".
+Policies of `jax.checkpoint` can name: "moe_dispatched", the received rows [C, H] and their routes, without
+which the backward pass dispatches again; "moe_hidden", the products with wi_0 and wi_1, [C, F] each;
+"moe_expert_out", the operand of combine [C, H]. The last two do not exist with grouped_matmul="blocks".
 """
 
 import functools
@@ -20,13 +20,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating, jax_compat
-from jax_deepep.balancing import to_slots
+from jax_deepep.balancing import to_physical_experts
 from jax_deepep.capacity import round_up
 from jax_deepep.checks import check_array, check_rows_dtype
+from jax_deepep.deprecation import renamed_arguments
 from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
-from jax_deepep.moe.fair_drops import leave_out
+from jax_deepep.moe.fair_drops import omit_excess
 from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
@@ -37,11 +38,12 @@ Router = Callable[[jax.Array], jax.Array | tuple[jax.Array, jax.Array]]
 ROUTER = ("gate", "gate_bias")
 
 
+@renamed_arguments(placement="expert_map")
 def moe(
     config: MoEConfig,
     parameters: Parameters,
     x: jax.Array,
-    placement: jax.Array | None = None,
+    expert_map: jax.Array | None = None,
     *,
     mask: jax.Array | None = None,
     router: Router | None = None,
@@ -57,26 +59,26 @@ def moe(
 
     Args:
         config: static.
-        parameters: arrays of the names and shapes in `config.parameters`. They may lie on the mesh in any
-            way; in that of `config.spec(name)` only the router and rows along the fsdp axis have to move.
-        x: [..., H] float. Tokens are split over `config.token_axes`; a batch whose first axis is split over
-            them in this order does not move. If they do not divide evenly, they are padded.
-            On a mesh of Explicit axes the output lies as x does.
-        placement: int32 [P], which expert every slot holds, with `config.num_physical_experts`; the experts'
-            matrices in `parameters` are those of the slots then, see `physical_parameters`.
-        mask: bool [...], False for what is no token, such as padding: it goes to no expert, takes no room,
-            counts nowhere, and its output is 0. Whatever x and a gradient of the output hold there, NaN
-            too, reaches nothing.
-        router: a function of x that takes the place of x · gate. It returns logits [..., E], from which the
-            layer goes on as ever, or (`topk_idx`, `topk_weights`). It may close over parameters.
+        parameters: arrays of the names and shapes in `config.parameters`, with any sharding. With that of
+            `config.spec(name)`, only the router and rows along the fsdp axis are communicated.
+        x: [..., H] float. Tokens are sharded over `config.token_axes`; a batch whose first axis is sharded
+            over them in this order is not moved. Uneven numbers of tokens are padded. On a mesh of Explicit
+            axes the output has the sharding of x.
+        expert_map: int32 [P], the expert of every physical expert, with `config.num_physical_experts`; the
+            matrices in `parameters` are then those of physical experts, see `physical_parameters`.
+        mask: bool [...], False for what is not a token, such as padding: it goes to no expert, uses no
+            capacity, is not counted, and its output is 0. Values of x and of the output's gradient there,
+            NaN included, have no effect.
+        router: a function of x that replaces x · gate. It returns logits [..., E], which the layer uses like
+            its own, or (`topk_idx`, `topk_weights`). It may close over parameters.
         topk_idx: int32 [..., K], the experts of each token, −1 for none. Without `topk_weights` the router
-            gives their weights, with gradients, and a token with −1 everywhere is routed as ever: so the
-            `topk_idx` of an earlier call's aux makes this one repeat its choice.
-        topk_weights: float [..., K], the weights, differentiable; the router is not used then.
-        aux: "global", or "local" or "off" (None is returned) for steps without an exchange: see `MoEAux`.
-        router_logits: whether aux has them.
+            gives their weights, with gradients, and tokens with −1 in all entries are routed as usual. So
+            the `topk_idx` of an earlier call's aux repeats its choice.
+        topk_weights: float [..., K], the weights, differentiable; the router is then not used.
+        aux: "global", or, for steps without an exchange, "local" or "off" (returns None): see `MoEAux`.
+        router_logits: whether aux has `router_logits`.
         sequence_loss: whether aux has `sequence_balance_loss`: x is [..., S, H], and S tokens are a sequence.
-            These three are static.
+            The last three arguments are static.
 
     Returns:
         ([..., H], `MoEAux`; None with `aux="off"`).
@@ -84,33 +86,33 @@ def moe(
     Raises:
         ValueError, TypeError: a wrong argument, or more tokens than the communicator takes.
     """
-    _check(config, parameters, x, placement)
+    _check(config, parameters, x, expert_map)
     if mask is not None:
         check_given(config, Given(mask=mask), x.shape[:-1])
-        x = _without_rest(config, x, mask)
+        x = _zero_outside(config, x, mask)
     given = given_by(router, x, mask, topk_idx, topk_weights)
     check_given(config, given, x.shape[:-1])
     if aux not in ("global", "local", "off"):
         raise ValueError(f'aux: expected "global", "local" or "off", got {aux!r}; pass one of them.')
     if router_logits and (given.topk_weights is not None or aux == "off"):
         raise ValueError(
-            "router_logits: expected False with topk_weights or aux='off', got True; there are none then."
+            "router_logits: expected False with topk_weights or aux='off', got True; leave it out."
         )
     dtype = config.dtype
     if dtype is None:
-        with jax.numpy_dtype_promotion("standard"):  # the common one, as documented, is asked for
+        with jax.numpy_dtype_promotion("standard"):  # the documented common dtype, even in strict mode
             dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
     length = x.shape[-2] if x.ndim > 1 else 1
     num_tokens = x.size // config.hidden_size
     num_chunks = config.chunks_of(-(-num_tokens // config.num_token_shards), dtype)
     call = Call(aux, router_logits, sequence_loss, num_tokens, max(length, 1), jnp.dtype(dtype), num_chunks)
-    return _layer(config, call, parameters, x, placement, given)
+    return _layer(config, call, parameters, x, expert_map, given)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # as is `_layer`
-def _without_rest(config: MoEConfig, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return x with zeros for what is no token: even a product of its NaN with 0 would be NaN."""
-    mask = placed(config, mask, P(*_spec(x)[:-1]))
+@functools.partial(jax.jit, static_argnums=0)  # for the same reason as `_layer`
+def _zero_outside(config: MoEConfig, x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return x with zeros where `mask` is False: a product of NaN and 0 would be NaN."""
+    mask = with_sharding(config, mask, P(*_spec(x)[:-1]))
     return jnp.where(mask[..., None], x, jnp.zeros((), x.dtype))
 
 
@@ -119,33 +121,33 @@ def _spec(x: jax.Array) -> tuple[Any, ...]:
     return (*spec, *(None for _ in range(x.ndim - len(spec))))
 
 
-# Compiled: outside of the user's jit, shard_map would compile its operations one by one, in every call.
+# Jitted: outside of the user's jit, shard_map would compile its operations one by one, in every call.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer(
     config: MoEConfig,
     call: Call,
     parameters: Parameters,
     x: jax.Array,
-    placement: jax.Array | None,
+    expert_map: jax.Array | None,
     given: Given,
 ) -> tuple[jax.Array, MoEAux | None]:
     padded = _padded(config, call.num_tokens, call.num_chunks)
     split = P(config.token_axes)
 
     def flat(value: jax.Array, last: tuple[int, ...]) -> jax.Array:
-        """Return [padded tokens, *last], split over the devices."""
+        """Return [padded tokens, *last], sharded over the token axes."""
 
         def flatten(value: jax.Array) -> jax.Array:
             tokens = value.reshape(-1, *last)
             return jnp.pad(tokens, ((0, padded - call.num_tokens), *((0, 0) for _ in last)))
 
-        return placed(config, value, split, flatten)
+        return with_sharding(config, value, split, flatten)
 
     leading = len(x.shape) - 1
     of_tokens = jax.tree.map(lambda value: flat(value, value.shape[leading:]), (x, given))
     specs = {name: P() if name in ROUTER else config.spec(name) for name in parameters}
-    weights = {name: placed(config, parameters[name], spec) for name, spec in specs.items()}
-    slots = None if placement is None else placed(config, placement, P())
+    weights = {name: with_sharding(config, parameters[name], spec) for name, spec in specs.items()}
+    expert_map = None if expert_map is None else with_sharding(config, expert_map, P())
     of_devices = P() if call.aux == "global" else split
     per_device = jax.shard_map(
         functools.partial(_per_device, config, call),
@@ -153,13 +155,13 @@ def _layer(
         in_specs=(specs, split, P()),
         out_specs=(split, of_devices, split),
     )
-    out, sums, per_token = per_device(weights, of_tokens, slots)
+    out, sums, per_token = per_device(weights, of_tokens, expert_map)
 
     def unflatten(value: jax.Array, last: Any = None) -> jax.Array:
-        """Return [..., size], placed as x is."""
+        """Return [..., size], with the sharding of x."""
         shape = (*x.shape[:-1], value.shape[-1])
         own = P(*_spec(x)[:-1], last)
-        return placed(config, value, own, lambda v: v[: call.num_tokens].reshape(shape))
+        return with_sharding(config, value, own, lambda v: v[: call.num_tokens].reshape(shape))
 
     result = unflatten(out, _spec(x)[-1])
     if call.aux == "off":
@@ -168,13 +170,13 @@ def _layer(
     return result, MoEAux(**sums, topk_idx=topk_idx, router_logits=logits)
 
 
-def placed(
+def with_sharding(
     config: MoEConfig,
     value: jax.Array,
     spec: P,
     change: Callable[[jax.Array], jax.Array] = lambda value: value,
 ) -> jax.Array:
-    """Return `change(value)`, on a mesh of Explicit axes placed as `spec` says; elsewhere XLA places it."""
+    """Return `change(value)`, sharded by `spec` on a mesh of Explicit axes; elsewhere XLA decides."""
     explicit = tuple(
         name
         for name, kind in zip(config.mesh.axis_names, config.mesh.axis_types, strict=True)
@@ -182,25 +184,25 @@ def placed(
     )
     if not explicit:
         return change(value)
-    placement = NamedSharding(config.mesh, spec)
-    return jax.sharding.auto_axes(change, axes=explicit, out_sharding=placement)(value)
+    sharding = NamedSharding(config.mesh, spec)
+    return jax.sharding.auto_axes(change, axes=explicit, out_sharding=sharding)(value)
 
 
-def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
+def _check(config: Any, parameters: Parameters, x: Any, expert_map: Any) -> None:
     if not isinstance(config, MoEConfig):
         raise TypeError(
-            f"config: got {type(config).__name__}; takes a MoEConfig, which is static: "
-            "jax.jit(moe, static_argnums=0)."
+            f"config: expected a MoEConfig, got {type(config).__name__}; it is static: jax.jit(moe, "
+            "static_argnums=0)."
         )
     if manual := jax_compat.manual_axes():
         raise ValueError(
-            f"x: got in a call inside of a shard_map over {manual}; takes arrays of all devices, outside of "
-            "any: what one device does there is jax_deepep.dispatch and combine."
+            f"x: expected a global array, got a call in a shard_map over {manual}; call the layer outside of "
+            "it, or use jax_deepep.dispatch and combine inside."
         )
     _check_context_mesh(config)
-    config.check_placement(placement)
+    config.check_expert_map(expert_map)
     if parameters.keys() != config.parameters.keys():
-        raise ValueError(f"parameters: got {sorted(parameters)}; takes {sorted(config.parameters)}.")
+        raise ValueError(f"parameters: expected {sorted(config.parameters)}, got {sorted(parameters)}.")
     for name, (shape, axes) in config.parameters.items():
         if axes[0] == "exp":
             shape = (config.comm.num_experts, *shape[1:])
@@ -208,16 +210,16 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
         check_rows_dtype(name, parameters[name])
     check_rows_dtype("x", x)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
-        raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
+        raise ValueError(f"x: expected shape [..., hidden_size={config.hidden_size}], got {list(x.shape)}.")
     num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks or 1
     of_chunk = _padded(config, num_tokens, num_chunks) // (config.num_token_shards * num_chunks)
     if of_chunk > config.comm.max_tokens:
         chunks = "" if num_chunks == 1 else f" in each of {num_chunks} chunks"
         needed = -(-of_chunk * num_chunks // config.comm.max_tokens)
         raise ValueError(
-            f"x: got {num_tokens} tokens, {of_chunk} on each of {config.num_token_shards} devices{chunks}; "
-            f"the communicator takes at most max_tokens={config.comm.max_tokens}. Make it with max_tokens="
-            f"{of_chunk}, or pass the tokens in num_chunks={needed} chunks."
+            f"x: expected at most max_tokens={config.comm.max_tokens} tokens on each device{chunks}, got "
+            f"{of_chunk} on each of {config.num_token_shards} devices; make the communicator with max_tokens="
+            f"{of_chunk}, or split the tokens into num_chunks={needed} chunks."
         )
 
 
@@ -229,7 +231,7 @@ def _check_context_mesh(config: MoEConfig) -> None:
         return
     raise ValueError(
         f"comm: expected a communicator of the mesh that jax.set_mesh set, {_described(here)}, got one of "
-        f"{_described(own)}; make both with one mesh, of the same axis_types."
+        f"{_described(own)}; use one mesh for both, with the same axis_types."
     )
 
 
@@ -242,8 +244,8 @@ def _described(mesh: Any) -> str:
 
 
 def _padded(config: MoEConfig, num_tokens: int, num_chunks: int) -> int:
-    # At least one token for every device: the router would use arrays without elements inside the shard_map,
-    # on which XLA of JAX 0.11.2 crashes.
+    # At least one token per device: without, the router would use empty arrays inside the shard_map, on which
+    # XLA of JAX 0.11.2 crashes.
     return round_up(max(num_tokens, 1), config.num_token_shards * num_chunks)
 
 
@@ -252,7 +254,7 @@ def _per_device(
     call: Call,
     parameters: dict[str, jax.Array],
     of_tokens: tuple[jax.Array, Given],
-    placement: jax.Array | None,
+    expert_map: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, Any], tuple[jax.Array | None, jax.Array | None]]:
     """Apply the layer to the tokens [T, H] of one device; return what `MoEAux` has behind it."""
     weights = {
@@ -273,7 +275,7 @@ def _per_device(
     device = lax.axis_index(config.token_axes)
     position = device * num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
 
-    apply = functools.partial(_chunk, config, call, sequences, device, weights, placement)
+    apply = functools.partial(_chunk, config, call, sequences, device, weights, expert_map)
     if call.num_chunks == 1:
         out, per_token, counts = apply(position, *of_tokens)
     else:
@@ -289,12 +291,12 @@ def _per_device(
     elif call.aux == "local":
         sums = local_aux(config, counts)
     if config.tensor_axes:
-        out = lax.psum(out, config.tensor_axes)  # every device had a part of each expert's F
+        out = lax.psum(out, config.tensor_axes)  # each device computed with its part of F
     return out, sums, (None, None) if call.aux == "off" else per_token
 
 
 def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:
-    """Gather the rows of a weight that are split over the fsdp axis."""
+    """Gather a weight that is sharded over the fsdp axis."""
     _, logical_axes = config.parameters[name]
     for position, axis in enumerate(logical_axes):
         if axis == "embed" and config.axis_rules["embed"]:
@@ -308,26 +310,26 @@ def _chunk(
     sequences: Sequences,
     device: jax.Array,
     parameters: dict[str, jax.Array],
-    placement: jax.Array | None,
+    expert_map: jax.Array | None,
     position: jax.Array,
     x: jax.Array,
     given: Given,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None], Counts]:
-    """Return (output [T, H], the two fields of `MoEAux` that tell of every token, `Counts`)."""
+    """Return (output [T, H], the two fields of `MoEAux` with a value per token, `Counts`)."""
     is_token = position < call.num_tokens
     if given.mask is not None:
         is_token &= given.mask
     routing = route(config, parameters, x, is_token, given)
     topk_idx = routing.topk_idx
-    if placement is not None:
-        # What names no expert must name no slot.
+    if expert_map is not None:
+        # An invalid expert must not become a valid physical expert.
         topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
-        topk_idx = to_slots(topk_idx, position, placement, num_experts=config.num_experts)
+        topk_idx = to_physical_experts(topk_idx, position, expert_map, num_experts=config.num_experts)
     capacity, alignment = config.rows(len(x))
-    topk_idx = leave_out(config, topk_idx, routing.topk_weights, capacity, alignment)
+    topk_idx = omit_excess(config, topk_idx, routing.topk_weights, capacity, alignment)
 
-    # Marked before dispatch as differing along the tensor axis too, or the gradients of all received rows
-    # would be summed along it in place of those of the tokens.
+    # Marked before dispatch as varying along the tensor axis too, so that the gradients of the tokens are
+    # summed along it, and not those of all received rows.
     all_axes = frozenset(config.mesh.axis_names)
     x, topk_weights = (jax_compat.as_varying(value, all_axes) for value in (x, routing.topk_weights))
     x = x.astype(call.dtype)
@@ -352,7 +354,7 @@ def _chunk(
     )
     bias = shared_experts(x, weights, activation=config.activation)
     out = combine(y, handle, comm=config.comm, bias=bias)
-    if given.mask is not None:  # a shared expert may make something of nothing
+    if given.mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(given.mask[:, None], out, jnp.zeros((), out.dtype))
     drops = None
     if config.may_drop(len(x)):

@@ -1,8 +1,8 @@
 """Order between our ops and a collective of XLA, by data dependence.
 
-XLA waits for peers without our bound, and without saying for whom. Where both wait for the same peer, ours is
-to come first: what XLA's collective takes must depend on what our op returns, in a way that no pass of XLA
-sees through (`optimization_barrier` is gone before XLA:CPU makes its schedule).
+XLA waits for peers without our bound, and without naming them. Where both wait for the same peer, our op must
+come first: the operand of XLA's collective must depend on the result of our op in a way that no pass of XLA
+removes (`optimization_barrier` is gone before XLA:CPU makes its schedule).
 """
 
 from typing import Any
@@ -20,9 +20,9 @@ _zero_after_p.multiple_results = True
 
 
 def zero_after(early: jax.Array, late: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return (0, late), where the 0 is there only after both operands are.
+    """Return (0, late), where the 0 depends on both operands.
 
-    Where the `late` that is returned is not used, the 0 depends on `early` alone: so a layer that
+    Where the returned `late` is not used, the 0 depends on `early` alone, so that a layer that
     `jax.checkpoint` recomputes for the gradient of its balance loss need not recompute its output.
 
     Args:
@@ -55,7 +55,7 @@ def _differentiate(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _batch(operands: Any, dims: Any) -> tuple[Any, Any]:
-    # One element of the whole batch will do: what computed it has computed the others, too.
+    # One element of the batch is enough: the op that computed it has computed the others too.
     return _zero_after_p.bind(*operands), [None, *dims[1:]]
 
 

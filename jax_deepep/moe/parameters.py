@@ -1,4 +1,4 @@
-"""First values of a MoE layer's parameters."""
+"""Initial values of a MoE layer's parameters."""
 
 import functools
 from collections.abc import Callable
@@ -9,18 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.layer import placed
+from jax_deepep.moe.layer import with_sharding
 
 Initializer = Callable[..., jax.Array]  # of (key, shape, dtype)
 
-of_experts = jax.nn.initializers.lecun_normal(batch_axis=0)  # every expert's matrix for itself
+of_experts = jax.nn.initializers.lecun_normal(batch_axis=0)  # each expert's matrix separately
 of_matrix = jax.nn.initializers.lecun_normal()
 
 
 def initializer_of(
     name: str, gate_init: Initializer | None = None, kernel_init: Initializer | None = None
 ) -> Initializer:
-    """Return what makes the first value of the parameter `name`; None stands for LeCun's normal values."""
+    """Return the initializer of the parameter `name`; None stands for LeCun's normal initializer."""
     if name == "gate_bias":
         return jax.nn.initializers.zeros
     if name == "gate":
@@ -31,12 +31,12 @@ def initializer_of(
 def init_parameters(
     config: MoEConfig, key: jax.Array, param_dtype: Any = jnp.float32
 ) -> dict[str, jax.Array]:
-    """Return first parameters of `moe`, each born where `config.spec` has it. `gate_bias` is float32.
+    """Return initial parameters of `moe`, sharded as `config.spec` says. `gate_bias` is float32.
 
     Args:
         config: the layer.
         key: a key of `jax.random`.
-        param_dtype: of all others.
+        param_dtype: of all other parameters.
     """
     shapes = {name: shape for name, (shape, _) in config.parameters.items()}
 
@@ -47,8 +47,8 @@ def init_parameters(
     def first(name: str, key: jax.Array) -> jax.Array:
         dtype = jnp.float32 if name == "gate_bias" else param_dtype
         value = functools.partial(initializer_of(name), shape=shapes[name], dtype=dtype)
-        # Typed as a whole on a mesh of Explicit axes, it would be made as a whole on every device.
-        return placed(config, key, config.spec(name), value)
+        # Typed as replicated on a mesh of Explicit axes, it would be made in full on every device.
+        return with_sharding(config, key, config.spec(name), value)
 
-    placement = {name: NamedSharding(config.mesh, config.spec(name)) for name in shapes}
-    return jax.jit(init, out_shardings=placement)(key)
+    shardings = {name: NamedSharding(config.mesh, config.spec(name)) for name in shapes}
+    return jax.jit(init, out_shardings=shardings)(key)

@@ -1,4 +1,4 @@
-"""Which experts the tokens of one device go to: by the layer's router, or as the caller says."""
+"""Which experts the tokens of one device go to: by the layer's router, or by the caller's choice."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ from jax_deepep.moe.config import MoEConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Given:
-    """What a caller says of the tokens [...] or [T]; None where it leaves that to the layer.
+    """What the caller gives for the tokens [...] or [T]; None where the layer decides.
 
     Attributes:
-        mask: bool [...], the tokens that are some.
-        logits: float [..., E], in place of those of the router.
+        mask: bool [...], False for what is not a token.
+        logits: float [..., E], instead of the router's.
         topk_idx: int32 [..., K], chosen experts.
-        topk_weights: float [..., K], their weights, in place of those of the router.
+        topk_weights: float [..., K], their weights, instead of the router's.
     """
 
     mask: jax.Array | None = None
@@ -34,7 +34,7 @@ class Routing(NamedTuple):
     """Where tokens go.
 
     Attributes:
-        topk_idx: int32 [T, K], −1 = no expert; may hold what is invalid if the caller chose it.
+        topk_idx: int32 [T, K], −1 = no expert; may have invalid entries if the caller chose it.
         counted: int32 [T, K], the same with −1 for entries that are invalid or repeated.
         topk_weights: float32 [T, K].
         logits: float32 [T, E], or None where the caller gave the weights.
@@ -47,7 +47,7 @@ class Routing(NamedTuple):
 
 
 def check_given(config: MoEConfig, given: Given, leading: tuple[int, ...]) -> None:
-    """Raise unless what was given fits x of shape [*leading, H]."""
+    """Raise unless the given arrays fit x of shape [*leading, H]."""
     k, num_experts = config.num_experts_per_tok, config.num_experts
     for name, value, last, dtype in (
         ("mask", given.mask, (), jnp.bool_),
@@ -61,10 +61,8 @@ def check_given(config: MoEConfig, given: Given, leading: tuple[int, ...]) -> No
         check_array(
             name, value, (*leading, *last), names=names.get(last, "[*x.shape[:-1], num_experts]"), dtype=dtype
         )
-        if dtype is None and not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(
-                f"{name}: expected floats, got dtype {value.dtype.name}; cast it: {name}.astype(jnp.float32)."
-            )
+        if dtype is None:
+            gating.check_is_float(name, value)
     if given.topk_weights is not None and given.topk_idx is None:
         raise ValueError("topk_weights: expected None without topk_idx, got an array; pass both, or neither.")
 
@@ -72,7 +70,7 @@ def check_given(config: MoEConfig, given: Given, leading: tuple[int, ...]) -> No
 def given_by(
     router: Any, x: jax.Array, mask: Any, topk_idx: jax.Array | None, topk_weights: jax.Array | None
 ) -> Given:
-    """Ask the caller's `router`, if there is one."""
+    """Call the caller's `router`, if there is one."""
     logits = None
     if router is not None:
         if not callable(router):
@@ -95,7 +93,7 @@ def given_by(
 
 
 def route(config: MoEConfig, parameters: Any, x: jax.Array, is_token: jax.Array, given: Given) -> Routing:
-    """Choose experts for the tokens x [T, H] of one device; those that are none go nowhere."""
+    """Choose experts for x [T, H] of one device; rows that are not tokens get none."""
     is_token = is_token[:, None]
     if given.topk_weights is not None:
         assert given.topk_idx is not None
@@ -103,7 +101,7 @@ def route(config: MoEConfig, parameters: Any, x: jax.Array, is_token: jax.Array,
         topk_weights = jnp.where(is_token, given.topk_weights.astype(jnp.float32), 0)
     else:
         if given.logits is None:
-            # float32 means float32 here, on GPUs too: a rounding may send a token elsewhere.
+            # No TF32 on GPUs: a rounding error may send a token to another expert.
             gate = parameters["gate"].astype(jnp.float32)
             logits = jnp.matmul(x.astype(jnp.float32), gate, precision=lax.Precision.HIGHEST)
         else:

@@ -1,7 +1,7 @@
-"""A grouped matmul for GPUs out of two Pallas kernels: it costs what the live blocks of rows cost.
+"""A grouped matmul for GPUs made of two Pallas kernels, which skip blocks of rows without an expert.
 
 Groups begin at multiples of a block of rows (the `alignment` of the dispatch), so that every tile of the
-result has one expert, and a tile after the last group has none and is left as it is.
+result belongs to one expert, or, after the last group, to none and is not written.
 """
 
 from functools import partial
@@ -17,16 +17,17 @@ from jax_deepep.ops.checks import vary_together
 
 SMALLEST_TILE = 16  # of a matrix unit, in every dimension
 COLUMNS = 128  # of a tile of the result, at most
-DEPTH_BYTES = 128  # of the tiles that are multiplied: three pairs fit into the shared memory of an SM
+DEPTH_BYTES = 128  # of the tiles that are multiplied: three pairs fit into an SM's shared memory
 
 
-def refusal(**sizes: int) -> str | None:
-    """Return what is wrong with `hidden_size`, `intermediate_size` or `alignment` here, or None."""
+def unsupported_reason(**sizes: int) -> str | None:
+    """Return why `hidden_size`, `intermediate_size` or `alignment` is unsupported, or None."""
     for name, size in sizes.items():
         if size % SMALLEST_TILE or (name == "alignment" and size & (size - 1)):
+            kind = "power of two from" if name == "alignment" else "multiple of"
             return (
-                f'{name}: got {size}; grouped_matmul="triton" takes multiples of {SMALLEST_TILE}, and as '
-                'alignment powers of two. Use grouped_matmul="ragged_dot" for others.'
+                f'{name}: expected a {kind} {SMALLEST_TILE} with grouped_matmul="triton", got {size}; use '
+                'grouped_matmul="ragged_dot".'
             )
     return None
 
@@ -38,17 +39,17 @@ def triton_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, 
         rows: [C, H], C a multiple of `block`.
         matrices: [L, H, F].
         group_sizes: int32 [L], multiples of `block`.
-        block: rows of a tile, a power of two of at least 16.
+        block: rows per tile, a power of two of at least 16.
 
     Returns:
         [C, F], not written after the last group.
 
     Raises:
-        ValueError: a size is not a multiple of 16, or `block` no such power of two.
+        ValueError: H or F is not a multiple of 16, or `block` is not such a power of two.
     """
-    refused = refusal(hidden_size=matrices.shape[1], intermediate_size=matrices.shape[2], alignment=block)
-    if refused is not None:
-        raise ValueError(refused)
+    sizes = {"hidden_size": matrices.shape[1], "intermediate_size": matrices.shape[2], "alignment": block}
+    if (reason := unsupported_reason(**sizes)) is not None:
+        raise ValueError(reason)
     return _matmul(block, *vary_together(frozenset(), rows, matrices, group_sizes))
 
 
@@ -76,7 +77,7 @@ def _tile(size: int, largest: int) -> int:
 
 
 def _depth(size: int, rows: jax.Array) -> int:
-    """Return how much of a sum over `size` products is loaded at once."""
+    """Return how many products of a sum over `size` are computed per step."""
     return _tile(size, DEPTH_BYTES // rows.dtype.itemsize)
 
 

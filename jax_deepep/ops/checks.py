@@ -1,4 +1,4 @@
-"""Checks of an op at trace time: its communicator, its handle, where it is called, and what it sends."""
+"""Checks of an op at trace time: communicator, handle, call site and operands."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.communicator.topology import Topology
 from jax_deepep.ops.handle import Handle
 
-CARRIED_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")  # by dispatch, bit for bit
+OPAQUE_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")  # copied bit for bit
 
 
 def check_comm(comm: Any, op: str) -> None:
@@ -33,19 +33,19 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
     if value.dtype.name in ROW_DTYPES:
         check_array(name, value, (None, hidden_size), names="[T, hidden_size]")
         return
-    if value.dtype.name not in CARRIED_DTYPES:
+    if value.dtype.name not in OPAQUE_DTYPES:
         raise TypeError(
-            f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES + CARRIED_DTYPES)}. "
-            f"Cast it: {name}.astype(jnp.{nearest_row_dtype(value.dtype)}), or send its bits as integers: "
+            f"{name}: expected dtype {', '.join(ROW_DTYPES + OPAQUE_DTYPES)}, got {value.dtype.name}; "
+            f"cast it: {name}.astype(jnp.{nearest_row_dtype(value.dtype)}), or send its bits as integers: "
             f"jax.lax.bitcast_convert_type({name}, jnp.uint8)."
         )
     check_array(name, value, (None, None), names="[T, W]")
     widest = widest_integers(hidden_size, value.dtype.itemsize)
     if not 1 <= value.shape[1] <= widest:
         raise ValueError(
-            f"{name}: got {value.shape[1]} {value.dtype.name} in a row; takes 1 to {widest}, the bytes of "
-            f"hidden_size={hidden_size} float32. Send the rest along the same routes with handle=, or make "
-            "the communicator with a larger hidden_size."
+            f"{name}: expected rows of 1 to {widest} {value.dtype.name}, the bytes of hidden_size="
+            f"{hidden_size} float32, got {value.shape[1]}; send the rest along the same routes with handle=, "
+            "or make the communicator with a larger hidden_size."
         )
 
 
@@ -69,8 +69,8 @@ def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
     """Return the communicator of `handle`.
 
     Raises:
-        ValueError, TypeError: it is no handle, has not the shapes of one device, or is not of `comm`, where
-            that is given.
+        ValueError, TypeError: it is not a handle, does not have the shapes of one device, or belongs to
+            another communicator than `comm`.
         CommunicatorError: the communicator cannot be used any more.
     """
     if not isinstance(handle, Handle):
@@ -87,7 +87,7 @@ def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
     if handle.source.shape != (capacity,):
         raise ValueError(
             f"handle: expected the leaves of one device, source of shape [capacity] = [{capacity}], got "
-            f"{list(handle.source.shape)}; a handle that left shard_map with a leading axis loses it by "
+            f"{list(handle.source.shape)}; remove the leading axis with which a handle leaves shard_map: "
             "jax.tree.map(lambda leaf: leaf[0], handle)."
         )
     return own
@@ -121,7 +121,7 @@ def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
 def check_groups(comm: Communicator, mesh: Mesh) -> None:
     """Raise if a program over `mesh` would have other groups than `comm`, or other ranks in them.
 
-    The native side can tell a device that takes itself for another rank, and no other mistake.
+    The native side detects only a device that is compiled as another rank of its group.
     """
     if comm.size == 1:  # whatever axes the program has, a device is its own group
         return

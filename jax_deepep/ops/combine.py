@@ -44,7 +44,7 @@ def combine(
         [T, H] of `y.dtype`. A token with no expert yields its bias, or 0.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        ValueError, TypeError: a bad argument, named with what was expected and what came.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     comm = communicator_of(handle, comm, "combine")
@@ -55,16 +55,16 @@ def combine(
     if weighted is None:
         weighted = shape.layout == "expert"
     if not isinstance(weighted, bool):
-        raise TypeError(f"weighted: got {weighted!r}; takes True, False or None.")
+        raise TypeError(f"weighted: expected True, False or None, got {weighted!r}.")
     if weighted and shape.layout == "token":
         raise ValueError(
-            "weighted: got True for token-major rows; takes None or False there. A token-major row "
-            "stands for all its experts on the device: weight and sum them with "
-            "dispatched.topk_weights before combine."
+            "weighted: expected None or False for token-major rows, got True; such a row stands for all "
+            "experts of a token on the device: weight and sum them with dispatched.topk_weights before "
+            "combine."
         )
     if bias is not None:
-        names = "[T, hidden_size], of y's dtype"
-        check_array("bias", bias, (shape.num_tokens, comm.hidden_size), dtype=y.dtype, names=names)
+        sizes = (shape.num_tokens, comm.hidden_size)
+        check_array("bias", bias, sizes, dtype=y.dtype, names="[T, hidden_size]")
     axes = check_call_site(comm, "combine")
     weights = handle.weights if weighted else None
     operands = vary_together(axes, y, weights, bias, handle.routes)

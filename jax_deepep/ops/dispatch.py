@@ -113,7 +113,7 @@ def dispatch(
         serves `combine`, and more dispatches of any dtype.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        ValueError, TypeError: a bad argument, named with what was expected and what came.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     if handle is not None:
@@ -124,8 +124,8 @@ def dispatch(
     check_fits_mode("x", x, comm)
     if wire is not None:
         raise ValueError(
-            f"wire: expected None, got {wire!r}; quantised wire formats are of a later version, and rows "
-            "travel in the dtype of x."
+            f"wire: expected None, got {wire!r}; leave it out: this version has no quantised wire formats, "
+            "and sends rows in the dtype of x."
         )
     axes = check_call_site(comm, "dispatch")
     if handle is not None:
@@ -138,14 +138,14 @@ def dispatch(
         return _dispatch_along(handle, x, topk_idx, topk_weights, options, axes)
     if topk_idx is None or topk_weights is None:
         raise TypeError(
-            "topk_idx, topk_weights: got None; dispatch takes both, or handle= of an earlier "
+            "topk_idx, topk_weights: expected arrays, got None; pass both, or handle= of an earlier "
             "dispatch to send other data along the same routes."
         )
     num_tokens, num_topk = x.shape[0], comm.num_experts_per_tok
     if num_tokens > comm.max_tokens:
         raise ValueError(
-            f"x: got {num_tokens} tokens; the communicator takes at most max_tokens="
-            f"{comm.max_tokens}. Make it with a larger max_tokens."
+            f"x: expected at most max_tokens={comm.max_tokens} tokens, got {num_tokens}; make the "
+            "communicator with a larger max_tokens."
         )
     routing = {"names": "[T, num_experts_per_tok]"}
     check_array("topk_idx", topk_idx, (num_tokens, num_topk), dtype=jnp.int32, **routing)
@@ -168,14 +168,14 @@ def _route_shape(
 ) -> RouteShape:
     """Check the static arguments and complete them."""
     if layout not in ("expert", "token"):
-        raise ValueError(f'layout: got {layout!r}; takes "expert" or "token".')
+        raise ValueError(f'layout: expected "expert" or "token", got {layout!r}.')
     alignment = checked_integer("alignment", alignment, minimum=1)
     if expert_capacity is not None:
         expert_capacity = checked_integer("expert_capacity", expert_capacity, minimum=0)
         if layout == "token":
             raise ValueError(
-                f"expert_capacity: got {expert_capacity} with layout='token', whose rows belong "
-                "to no single expert; takes None there. Use layout='expert', or capacity."
+                f"expert_capacity: expected None with layout='token', whose rows belong to no single "
+                f"expert, got {expert_capacity}; use layout='expert', or capacity."
             )
     worst_case = worst_case_rows(
         layout=layout,
@@ -188,13 +188,13 @@ def _route_shape(
     capacity = worst_case if capacity is None else checked_integer("capacity", capacity, minimum=0)
     if capacity % alignment:
         raise ValueError(
-            f"capacity: got {capacity} with alignment={alignment}; takes a multiple of alignment, "
-            f"for example {capacity - capacity % alignment + alignment}."
+            f"capacity: expected a multiple of alignment={alignment}, got {capacity}; pass "
+            f"{capacity - capacity % alignment + alignment}, for example."
         )
     if comm.size * capacity > INT32_MAX:
         raise ValueError(
-            f"capacity: got {capacity} rows on each of {comm.size} devices; takes at most "
-            f"{INT32_MAX // comm.size} (row numbers are int32). Pass a smaller capacity."
+            f"capacity: expected at most {INT32_MAX // comm.size} rows on each of {comm.size} devices (row "
+            f"numbers are int32), got {capacity}; pass a smaller capacity."
         )
     return RouteShape(comm, layout, num_tokens, capacity, alignment, expert_capacity)
 
@@ -211,18 +211,20 @@ def _dispatch_along(
     for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if value is not None:
             raise ValueError(
-                f"{name}: got an array together with handle=; takes None then, because the handle "
-                "has the routes already."
+                f"{name}: expected None together with handle=, which has the routes, got an array; leave it "
+                "out."
             )
     defaults = {"layout": "expert", "alignment": 1}
     for name, value in options.items():
         default, own = defaults.get(name), getattr(shape, name)
         if value not in (default, own):
-            raise ValueError(f"{name}: got {value!r}; takes {default!r} or the handle's own, {own!r}.")
+            raise ValueError(
+                f"{name}: expected {default!r} or the handle's, {own!r}, got {value!r}; leave it out."
+            )
     if x.shape[0] != shape.num_tokens:
         raise ValueError(
-            f"x: got {x.shape[0]} tokens; takes as many as the dispatch that made the handle, "
-            f"{shape.num_tokens}."
+            f"x: expected as many tokens as in the dispatch that made the handle, {shape.num_tokens}, got "
+            f"{x.shape[0]}."
         )
     operands = only_in_reverse("dispatch", vary_together(axes, x, handle.routes))
     tokens = autodiff.cached_dispatch(shape, *operands)

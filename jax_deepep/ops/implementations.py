@@ -1,8 +1,8 @@
-"""The two ways to carry rows, and one where there are none to carry, behind one interface.
+"""The native and the XLA implementation of the verbs, and one for ops without rows, behind one interface.
 
 An implementation is a module with three functions on per-device values. `RouteShape` gives the
-static sizes; optional operands that are None stay out of the computation. Rows are floats, W = H of them
-or fewer; dispatch, and cached_dispatch without weights and y, carry rows of integers too, of at most 4 · H bytes.
+static sizes; optional operands that are None stay out of the computation. Rows are W ≤ H floats; dispatch,
+and cached_dispatch without weights and y, also copy rows of integers of at most 4 · H bytes.
 
     dispatch(shape, x, topk_idx, topk_weights)
         -> (tokens [C, W], Handle)

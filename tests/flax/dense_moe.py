@@ -1,4 +1,4 @@
-"""The MoE layer without any communication: every token through every expert, in plain einsums."""
+"""The MoE layer without communication: every token through every expert, in plain einsums."""
 
 import functools
 from typing import Any
@@ -30,7 +30,7 @@ def numbers(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def parameters_of(config: MoEConfig) -> dict[str, np.ndarray]:
-    """Return parameters in full."""
+    """Return unsharded parameters."""
     return {
         name: numbers(*shape, seed=number) / np.float32(shape[-2] ** 0.5 if len(shape) > 1 else 4)
         for number, (name, (shape, _)) in enumerate(config.parameters.items())
@@ -38,12 +38,12 @@ def parameters_of(config: MoEConfig) -> dict[str, np.ndarray]:
 
 
 def on_mesh(config: MoEConfig, parameters: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Put parameters where the layer wants them."""
+    """Shard parameters as the layer does."""
     return {name: put_on_mesh(value, config.mesh, config.spec(name)) for name, value in parameters.items()}
 
 
 def dense_moe(config: MoEConfig, parameters: Any, x: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return (output, balance loss, tokens per expert) without a capacity, from arrays in full."""
+    """Return (output, balance loss, tokens per expert) without a capacity, from unsharded arrays."""
     tokens = x.reshape(-1, H)
     logits = tokens @ parameters["gate"]
     topk_idx, topk_weights = gating.group_limited_topk(

@@ -1,4 +1,4 @@
-"""In how many chunks the tokens of a layer pass that was not told."""
+"""Into how many chunks a layer splits its tokens by default."""
 
 import dataclasses
 from typing import Any
@@ -40,14 +40,14 @@ def test_the_fewest_chunks_whose_worst_case_is_small(num_experts: int, num_token
     rows_per_expert = live / config.comm.num_local_experts
     assert num_chunks == 1 or (not fits(num_chunks - 1) and rows_per_expert / num_chunks >= 128)
     assert fits(num_chunks) or rows_per_expert / (num_chunks + 1) < 128
-    # A capacity bounds rows without chunks, and what is said stays.
+    # A capacity bounds rows without chunks, and a given number stays.
     assert large_layer(num_experts, capacity_factor=2.0).chunks_of(num_tokens, dtype) == 1
     assert large_layer(num_experts, expert_capacity=4096).chunks_of(num_tokens, dtype) == 1
     assert large_layer(num_experts, num_chunks=3).chunks_of(num_tokens, dtype) == 3
 
 
 def results_of(config: MoEConfig, parameters: Any, x: Any) -> Any:
-    """Return ((output, aux), gradients) of the layer, in full."""
+    """Return ((output, aux), gradients) of the layer, unsharded."""
 
     def loss(parameters: Any, x: Any) -> Any:
         out, aux = moe(config, parameters, x)
@@ -57,7 +57,7 @@ def results_of(config: MoEConfig, parameters: Any, x: Any) -> Any:
     return fetch(results), fetch(gradients)
 
 
-def test_a_layer_passes_its_tokens_in_these_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_splits_its_tokens_into_these_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "MOST_ROW_BYTES", 0)
     monkeypatch.setattr(capacity, "LEAST_ROWS_PER_EXPERT", 1)
     config = config_of("expert")

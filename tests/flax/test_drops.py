@@ -9,7 +9,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 from jax_deepep.moe import build_config, moe
-from jax_deepep.moe.fair_drops import leave_out
+from jax_deepep.moe.fair_drops import omit_excess
 
 
 @pytest.mark.parametrize(
@@ -21,11 +21,11 @@ from jax_deepep.moe.fair_drops import leave_out
     ],
 )
 def test_rows_beyond_the_capacity_are_dropped(mesh_name: str, bound: str) -> None:
-    """All tokens go to expert 0, which takes half of them: every sender's, those of the higher weights."""
+    """All tokens go to expert 0, which takes half of each sender's, those of the higher weights."""
     plain = config_of(mesh_name, num_experts_per_tok=1, normalize=False)
     shards, size, per_device = plain.num_token_shards, plain.comm.size, 16
-    room = {"capacity_factor": size / 2, "expert_capacity": size * per_device // 2}[bound]
-    config = config_of(mesh_name, num_experts_per_tok=1, alignment=1, normalize=False, **{bound: room})
+    capacity = {"capacity_factor": size / 2, "expert_capacity": size * per_device // 2}[bound]
+    config = config_of(mesh_name, num_experts_per_tok=1, alignment=1, normalize=False, **{bound: capacity})
     parameters, x = parameters_of(config), np.abs(numbers(shards, per_device, H))
     parameters["gate"] = np.zeros_like(parameters["gate"])
     parameters["gate"][:, 0] = 1
@@ -67,15 +67,15 @@ def test_drops_are_spread_over_experts_and_senders() -> None:
         drops, load = drops + aux.expert_drops, load + aux.expert_load
     share = drops.sum() / load.sum()
     assert share > 0.1
-    of_place = lambda values: values.reshape(mesh.size, mesh.size, 4).sum(axis=(0, 1))  # noqa: E731
-    for rates in (of_place(drops) / of_place(load), drops.sum(axis=1) / load.sum(axis=1)):
+    by_local_expert = lambda values: values.reshape(mesh.size, mesh.size, 4).sum(axis=(0, 1))  # noqa: E731
+    for rates in (by_local_expert(drops) / by_local_expert(load), drops.sum(axis=1) / load.sum(axis=1)):
         assert share / 2 < rates.min() <= rates.max() < share * 2
 
 
-def test_small_parts_are_left_to_dispatch() -> None:
-    """A sender that may send 7 rows leaves out none by itself; one that may send 8 leaves out the others."""
+def test_small_shares_are_left_to_dispatch() -> None:
+    """A sender with a share of 7 rows omits none; one with a share of 8 omits the others."""
     topk_idx, weights = np.zeros((16, 1), np.int32), np.linspace(1, 2, 16, dtype=np.float32)[:, None]
-    for room, kept in ((7, 16), (8, 8)):
-        config = config_of("one device", num_experts_per_tok=1, expert_capacity=room)
-        sent = jax.jit(lambda *of, config=config: leave_out(config, *of, None, 1))(topk_idx, weights)
+    for capacity, kept in ((7, 16), (8, 8)):
+        config = config_of("one device", num_experts_per_tok=1, expert_capacity=capacity)
+        sent = jax.jit(lambda *of, config=config: omit_excess(config, *of, None, 1))(topk_idx, weights)
         np.testing.assert_array_equal(np.asarray(sent)[:, 0], np.where(np.arange(16) >= 16 - kept, 0, -1))

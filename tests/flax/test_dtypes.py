@@ -1,4 +1,4 @@
-"""Results have the documented dtypes whatever JAX is set to: 64 bits by default, no implicit promotion."""
+"""Results have the documented dtypes under all settings of JAX: x64, strict promotion."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,13 +27,13 @@ def layer(dtype: Any, **choices: Any) -> Callable[[], Any]:
     def run():
         config = config_of("data × expert", dtype=dtype, **choices)
         parameters = on_mesh(config, parameters_of(config))
-        placement = None
+        expert_map = None
         if config.num_physical_experts:
-            placement = np.arange(config.num_physical_experts, dtype=np.int32) % E
+            expert_map = np.arange(config.num_physical_experts, dtype=np.int32) % E
 
         def loss(parameters, x):
-            own = physical_parameters(config, parameters, placement, own_first=False)
-            out, aux = moe(config, own, x, placement)
+            own = physical_parameters(config, parameters, expert_map, keep_home=False)
+            out, aux = moe(config, own, x, expert_map)
             return out.astype(jnp.float32).sum() + aux.balance_loss, (out, aux)
 
         x = put_on_mesh(numbers(8, 6, H).astype(jnp.bfloat16), config.mesh, P(None))
@@ -97,9 +97,10 @@ CALLS = {
     "expert_load": (partial(gating.expert_load, np.int32([[0, -1]]), E), [I32]),
     "balance_loss": (partial(gating.balance_loss, LOAD, np.abs(LOGITS[0])), [F32]),
     "update_bias": (partial(gating.update_bias, np.float32(LOAD), LOAD), [F32]),
-    "to_slots": (
+    "to_physical_experts": (
         partial(
-            balancing.to_slots, np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1]), num_experts=2
+            balancing.to_physical_experts, np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1]),
+            num_experts=2,
         ),
         [I32],
     ),
@@ -110,7 +111,7 @@ CALLS = {
         [BF16, F32, BF16, BF16, BF16],
     ),
     "layer in chunks": (layer(None, num_chunks=2), [F32, I32, F32, I32, F32, BF16]),
-    "layer with copies": (
+    "layer with replicas": (
         layer(jnp.bfloat16, num_physical_experts=2 * E, score_function="sigmoid", capacity_factor=1.5,
               shared_intermediate_size=8),
         [BF16, I32, F32, I32, F32, BF16],

@@ -1,4 +1,4 @@
-"""The experts' networks by every grouped matmul, where rows of no expert hold NaN."""
+"""The experts' networks by every grouped matmul, where rows without an expert hold NaN."""
 
 import sys
 from functools import partial
@@ -20,14 +20,16 @@ ROWS = np.array([7, 0, 33, 16, 1])  # of each expert
 GROUP_SIZES = -(-ROWS // BLOCK) * BLOCK
 CAPACITY = int(GROUP_SIZES.sum()) + 3 * BLOCK
 EXPERT = np.repeat(np.arange(L), GROUP_SIZES)  # of each row in a group
-PLACE = np.concatenate([np.arange(size) for size in GROUP_SIZES])  # of each row in its group
-LIVE = np.append(ROWS[EXPERT] > PLACE, np.zeros(3 * BLOCK, bool))  # rows of tokens
+INDEX = np.concatenate([np.arange(size) for size in GROUP_SIZES])  # of each row in its group
+LIVE = np.append(ROWS[EXPERT] > INDEX, np.zeros(3 * BLOCK, bool))  # rows of tokens
 
 
 def loop_over_rows(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """A grouped matmul of one's own."""
+    """A user's grouped matmul."""
     expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(rows)), side="right")
-    live = (expert < L)[:, None]  # cleared before and behind: neither rows nor gradients reach the matrices
+    live = (expert < L)[
+        :, None
+    ]  # cleared before and after, so that neither rows nor gradients reach the matrices
     products = jax.lax.map(
         lambda pair: pair[0] @ matrices[jnp.minimum(pair[1], L - 1)], (jnp.where(live, rows, 0), expert)
     )
@@ -68,8 +70,8 @@ def expected_with_gradients(rows, weights, gradient):
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_rows_of_no_expert_reach_nothing(choice, gated: bool) -> None:
-    """As a dispatch leaves them: zero as padding of a group, NaN after the last one, gradients too."""
+def test_rows_without_an_expert_affect_nothing(choice, gated: bool) -> None:
+    """As dispatch returns them: zero in padding rows, NaN after the last group; gradients likewise."""
     in_groups = len(EXPERT)
     rows = np.where(LIVE[:, None], numbers(CAPACITY, H), 0)
     gradient = np.where(LIVE[:, None], numbers(CAPACITY, H, seed=1), 0)
@@ -88,7 +90,7 @@ def test_rows_of_no_expert_reach_nothing(choice, gated: bool) -> None:
 
 
 def test_blocks_are_not_computed_after_the_last_group() -> None:
-    """Not even read: a network that were applied to them would spread its NaN over the carry of the loop."""
+    """They are not even read."""
     counts = []
 
     def count(rows):
@@ -109,7 +111,7 @@ def test_blocks_are_not_computed_after_the_last_group() -> None:
 
 @pytest.mark.parametrize("choice", ["blocks", "triton"])
 def test_gradients_of_weights_are_summed_in_float32(choice: str) -> None:
-    """640 blocks of an expert, each adding 1: in bfloat16 a sum of such terms would stop at 256 of them."""
+    """640 blocks of an expert, each adding 1: in bfloat16 the sum would stop at 256."""
     rows = jnp.ones((640 * BLOCK, H), jnp.bfloat16)
     weights = {"wi_0": jnp.ones((1, H, F), jnp.bfloat16), "wo": jnp.zeros((1, F, H), jnp.bfloat16)}
     group_sizes = jnp.array([len(rows)], jnp.int32)
@@ -156,31 +158,31 @@ def test_blocks_follow_the_rows_of_an_expert() -> None:
     assert chosen("auto", "cuda", **fitting) == chosen("auto", "cuda", **fitting, alignment=32) == "triton"
     assert chosen("auto", "cuda", hidden_size=64, intermediate_size=100) == "ragged_dot"
     assert chosen("auto", "cuda", **fitting, alignment=48) == "ragged_dot"
-    with pytest.raises(ValueError, match="grouped_matmul: got 'triton' on cpu; takes it on NVIDIA GPUs only"):
+    with pytest.raises(
+        ValueError, match="grouped_matmul: expected 'triton' on NVIDIA GPUs only, got it on cpu"
+    ):
         chosen("triton", "cpu")
 
 
 def test_a_jax_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which JAX 0.12 deprecates: "auto" goes without it, and says why."""
+    """JAX 0.12 deprecates it: "auto" avoids it, and says why."""
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)  # its import is an error
     monkeypatch.delattr(pallas, "triton", raising=False)
     assert jax_compat.pallas_triton() is None
-    with pytest.warns(
-        UserWarning, match=r'got JAX 0\.\S+, which has none; use .*"ragged_dot", as "auto" does'
-    ):
+    with pytest.warns(UserWarning, match=r'got JAX 0\.\S+ without it; use .*"ragged_dot", as "auto" does'):
         assert chosen("auto", "cuda", hidden_size=64, intermediate_size=128) == "ragged_dot"
     with pytest.raises(ValueError, match="grouped_matmul: expected a JAX with the Triton backend of Pallas"):
         chosen("triton", "cuda")
     assert chosen("auto", "cpu") == "blocks"
 
 
-def test_sizes_that_a_kernel_cannot_have() -> None:
+def test_unsupported_sizes() -> None:
     weights = {"wi_0": jnp.ones((1, 20, F)), "wo": jnp.ones((1, F, 20))}
     rows, sizes = jnp.ones((BLOCK, 20)), jnp.array([BLOCK])
     for choice, alignment, words in (
-        ("triton", BLOCK, 'hidden_size: got 20; grouped_matmul="triton" takes multiples of 16'),
-        ("triton", 8, "alignment: got 8"),
-        ("blocks", 3, "rows: got 16; takes a multiple of block=3"),
+        ("triton", BLOCK, 'hidden_size: expected a multiple of 16 with grouped_matmul="triton", got 20'),
+        ("triton", 8, "alignment: expected a power of two from 16 .*, got 8"),
+        ("blocks", 3, "rows: expected a multiple of block=3, got 16"),
     ):
         own = weights if alignment == BLOCK else weights_of(True, jnp.float32)
         with pytest.raises(ValueError, match=words):

@@ -1,4 +1,4 @@
-"""The MoE blocks of `transformers` and ours with the same random weights: routing, outputs, gradients.
+"""The MoE blocks of `transformers` and ours agree on routing, outputs and gradients for equal weights.
 
 `pip install -e '.[test]'` brings torch and `transformers` for Python 3.11 only: see pyproject.toml.
 """

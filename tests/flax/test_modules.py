@@ -1,4 +1,4 @@
-"""The NNX and the Linen module: the same layer, with everything that Flax does with modules."""
+"""The NNX and the Linen module: the same layer, under what Flax does with modules."""
 
 import dataclasses
 import inspect
@@ -45,7 +45,7 @@ def nnx_layer(seed: int = 0, **choices: Any) -> ep_flax.MoE:
 
 
 def test_the_modules_agree() -> None:
-    """Given the same parameters, bit for bit; and both name and annotate them alike."""
+    """Bitwise, given the same parameters, which both name and annotate alike."""
     layer = nnx_layer()
     other = linen.MoE(*SIZES, comm=COMM, **CHOICES)
     x = batch()
@@ -68,7 +68,7 @@ def test_the_modules_agree() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_first_values_and_dtype_are_the_users(kind: str) -> None:
+def test_initializers_and_dtype_of_the_user(kind: str) -> None:
     constant = nn.initializers.constant
     choices = {"gate_init": constant(0.5), "kernel_init": constant(0.25), "param_dtype": jnp.bfloat16}
     if kind == "nnx":
@@ -84,7 +84,7 @@ def test_first_values_and_dtype_are_the_users(kind: str) -> None:
 
 
 @pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_nnx_parameters_are_born_on_the_mesh(axis_types: AxisType) -> None:
+def test_nnx_parameters_are_initialised_sharded(axis_types: AxisType) -> None:
     config = config_of(MESH, axis_types, **CHOICES)
     layer = ep_flax.MoE(*SIZES, comm=config.comm, rngs=nnx.Rngs(0), **CHOICES)
     specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layer)))
@@ -94,8 +94,8 @@ def test_nnx_parameters_are_born_on_the_mesh(axis_types: AxisType) -> None:
 
 
 @pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_nnx_parameters_are_made_where_they_lie(axis_types: AxisType) -> None:
-    """Under jit, no device makes the matrices of the others' experts."""
+def test_nnx_parameters_are_made_sharded(axis_types: AxisType) -> None:
+    """Under jit, no device makes the matrices of other devices' experts."""
     config = config_of("expert", axis_types)
     experts, hidden, inner = 8, 64, 512
     comm = build_config(experts, 2, hidden, inner, mesh=config.mesh, max_tokens=4).comm
@@ -111,7 +111,7 @@ def test_nnx_parameters_are_made_where_they_lie(axis_types: AxisType) -> None:
     assert temporary < 2 * of_all / comm.size
 
 
-def test_logical_axis_rules_of_the_program_come_first() -> None:
+def test_logical_axis_rules_of_the_program_take_precedence() -> None:
     with nnx.logical_axis_rules([("exp", "expert"), ("embed", None), ("mlp", "tensor")]):
         layer = nnx_layer(fsdp_axis=None)
         specs = nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(layer)))
@@ -119,8 +119,8 @@ def test_logical_axis_rules_of_the_program_come_first() -> None:
         assert layer.wi_0[...].sharding.spec == P("expert", None, "tensor")
 
 
-def test_a_training_step_moves_parameters_and_bias() -> None:
-    """`nnx.grad` has gradients of parameters alone; the bias is moved by the load."""
+def test_a_training_step_updates_parameters_and_bias() -> None:
+    """`nnx.grad` has gradients of parameters only; the load updates the bias."""
     layer, x = nnx_layer(), batch()
 
     @nnx.jit
@@ -141,9 +141,9 @@ def test_a_training_step_moves_parameters_and_bias() -> None:
 
 
 def test_orbax_saves_and_restores(tmp_path) -> None:
-    """Parameters come back where the layer wants them, with the same bits."""
+    """Parameters come back with the layer's sharding and the same bits."""
     if jax.process_count() > 1:
-        tmp_path = Path(all_gather(bytes(tmp_path))[0].decode())  # the first process's, for all
+        tmp_path = Path(all_gather(bytes(tmp_path))[0].decode())  # that of the first process, for all
     layer, other = nnx_layer(), nnx_layer(seed=1)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "layer", nnx.to_pure_dict(nnx.state(layer)))
@@ -163,7 +163,7 @@ def test_orbax_saves_and_restores(tmp_path) -> None:
 
 
 def test_a_linen_module_makes_its_communicator_once() -> None:
-    """Linen copies modules when it traces them."""
+    """Linen copies modules while tracing."""
     config = config_of("data × expert")
     layer = linen.MoE(*SIZES, mesh=config.mesh, max_tokens=8)
     assert layer.clone().comm is layer.comm
@@ -173,15 +173,26 @@ def test_a_linen_module_makes_its_communicator_once() -> None:
 
 
 def test_linen_without_a_rule_for_experts_warns() -> None:
-    """All of them are made on one device then."""
+    """All of them would be made on one device."""
     layer, x = linen.MoE(*SIZES, comm=config_of("expert").comm), numbers(8, H)
     with pytest.warns(
-        UserWarning, match=r'no logical axis rule places "exp".*Set rules around init and apply'
+        UserWarning, match=r'no logical axis rule shards "exp".*Set rules around init and apply'
     ):
         jax.eval_shape(layer.init, jax.random.key(0), x)
     with warnings.catch_warnings(), nn.logical_axis_rules([("exp", "expert")]):
         warnings.simplefilter("error")
         jax.eval_shape(layer.init, jax.random.key(0), x)
+
+
+def test_the_old_name_of_expert_map_warns() -> None:
+    """Here with the error of a layer that has no replicas, so that nothing is compiled."""
+    expert_map, layer = np.zeros(E, np.int32), linen.MoE(*SIZES, comm=COMM, **CHOICES)
+    for call in (nnx_layer(), lambda x, **given: layer.init(jax.random.key(0), x, **given)):
+        with (
+            pytest.warns(DeprecationWarning, match="placement is now called expert_map"),
+            pytest.raises(ValueError, match="expert_map: expected None for a layer without replicas"),
+        ):
+            jax.eval_shape(lambda x, call=call: call(x, placement=expert_map), batch())
 
 
 def test_tabulate() -> None:
@@ -195,7 +206,7 @@ def test_tabulate() -> None:
     assert "wi_0" in nnx.tabulate(Model(nnx.Rngs(0)), batch())
 
 
-def test_the_modules_have_the_same_arguments_written_out() -> None:
+def test_the_modules_spell_out_the_same_arguments() -> None:
     """In the order of the configuration, with its defaults."""
     of_linen = {
         field.name: field.default

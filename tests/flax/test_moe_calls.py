@@ -1,4 +1,4 @@
-"""What a call of the layer takes and tells: masks, routing of one's own, repeated routing, `MoEAux`."""
+"""Arguments and results of a call: masks, the user's routing, repeated routing, `MoEAux`."""
 
 import functools
 import inspect
@@ -29,7 +29,7 @@ MASK[2] = False  # a whole sequence
 
 
 def network_of(config: MoEConfig, parameters: Any, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
-    """Return what the chosen experts of the tokens x [T, H] make of them, and the shared one, in float32."""
+    """Return the output of the chosen and the shared experts for the tokens x [T, H], in float32."""
     wi_0, wi_1, wo = (parameters[name] for name in ("wi_0", "wi_1", "wo"))
     hidden = config.activation(jnp.einsum("th,ehf->tef", x, wi_0)) * jnp.einsum("th,ehf->tef", x, wi_1)
     weights = (jax.nn.one_hot(topk_idx, E) * topk_weights[..., None]).sum(axis=1)
@@ -40,17 +40,17 @@ def network_of(config: MoEConfig, parameters: Any, x: Any, topk_idx: Any, topk_w
     return out
 
 
-def placed(config: MoEConfig, value: np.ndarray) -> jax.Array:
-    """Put values of tokens onto the mesh; their batch is split if it divides evenly."""
+def sharded(config: MoEConfig, value: np.ndarray) -> jax.Array:
+    """Put values of tokens onto the mesh, with the batch sharded if it divides evenly."""
     is_even = value.shape[0] % config.num_token_shards == 0
     return put_on_mesh(value, config.mesh, P(config.token_axes if is_even else None))
 
 
 def call_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray, **given: Any) -> Any:
-    """Return ((output, aux), gradients of parameters, x and float arguments of a call), in full."""
-    arrays = {name: placed(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
-    floats = {name: placed(config, given.pop(name)) for name in ("topk_weights",) if name in given}
-    operands = on_mesh(config, parameters), placed(config, x), floats, arrays
+    """Return ((output, aux), gradients of parameters, x and float arguments of a call), unsharded."""
+    arrays = {name: sharded(config, given.pop(name)) for name in ("mask", "topk_idx") if name in given}
+    floats = {name: sharded(config, given.pop(name)) for name in ("topk_weights",) if name in given}
+    operands = on_mesh(config, parameters), sharded(config, x), floats, arrays
     gradients, results = step_of(config, **given)(*operands)
     return fetch(results), fetch(gradients)
 
@@ -84,9 +84,9 @@ def expected_aux(config: MoEConfig, logits: Any, topk_idx: Any, mask: np.ndarray
 
 
 def check(config: MoEConfig, shape: tuple[int, int], mask: np.ndarray | None = None, **given: Any) -> Any:
-    """Compare a call with what it stands for, gradients included; return its aux.
+    """Compare a call, gradients included, with a dense layer; return its aux.
 
-    What is no token holds NaN, in x and in everything that is given.
+    Where the mask is False, x holds NaN.
     """
     parameters, x = parameters_of(config), numbers(*shape, H).copy()
     is_token = np.ones(shape, bool) if mask is None else mask
@@ -123,7 +123,7 @@ def check(config: MoEConfig, shape: tuple[int, int], mask: np.ndarray | None = N
 
 
 def replayed(config: MoEConfig) -> np.ndarray:
-    """Return experts of an earlier run; some tokens have none, as if they were new."""
+    """Return experts of an earlier run; some tokens have none, as new ones do."""
     rng = np.random.default_rng(1)
     topk_idx = np.stack([rng.permutation(E)[:K] for _ in range(BATCH * SEQUENCE)]).reshape(*SHAPE, K)
     topk_idx[0, ::2] = -1
@@ -131,17 +131,17 @@ def replayed(config: MoEConfig) -> np.ndarray:
     return topk_idx.astype(np.int32)
 
 
-def test_what_a_mask_leaves_out_reaches_nothing() -> None:
-    """Neither the load, nor a loss, nor a gradient; and its output is 0, whatever it holds."""
+def test_masked_tokens_affect_nothing() -> None:
+    """Neither load, losses nor gradients; and their output is 0, whatever they hold."""
     check(config_of("data × expert", shared_intermediate_size=8, num_chunks=2), SHAPE, MASK)
 
 
 def test_packed_tokens_that_do_not_divide() -> None:
-    """Sequences then lie on several devices, and there is padding of the layer's own."""
+    """Sequences are then split over devices, and the layer adds padding."""
     check(config_of("data × expert"), (3, 5), MASK[:3, :5] | (np.arange(5) == 1))
 
 
-def test_own_routing() -> None:
+def test_given_routing() -> None:
     config = config_of("data × expert")
     topk_idx, weights = replayed(config), numbers(*SHAPE, K, seed=5)
     aux = check(config, SHAPE, MASK, topk_idx=topk_idx, topk_weights=weights)
@@ -149,9 +149,9 @@ def test_own_routing() -> None:
 
 
 def test_routing_is_repeated() -> None:
-    """Of tokens that have one; with the weights of the router, and its gradients.
+    """For tokens that have one, with the router's weights and gradients.
 
-    What a call chose, for the others too, makes another choose the same, to the bit.
+    The choice that a call reports, for the other tokens too, gives another call bitwise the same results.
     """
     axis_types = AxisType.Explicit
     config = config_of("fsdp × expert × tensor", axis_types, score_function="sigmoid", scale=2.5)
@@ -161,10 +161,10 @@ def test_routing_is_repeated() -> None:
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-def test_a_router_of_ones_own() -> None:
-    """It returns logits, or experts and weights, and may close over what is traced."""
+def test_a_users_router() -> None:
+    """It returns logits, or experts and weights, and may close over traced values."""
     config = config_of("data × expert")
-    parameters, x = on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H))
+    parameters, x = on_mesh(config, parameters_of(config)), sharded(config, numbers(*SHAPE, H))
     gate = numbers(H, E, seed=7)
 
     def by_logits(scale, x, parameters):
@@ -193,7 +193,7 @@ def test_a_router_of_ones_own() -> None:
 
 @pytest.mark.collectives
 def test_implementations_agree() -> None:
-    """On everything that a call tells, with a capacity and with what it leaves out."""
+    """On all results of a call, with a capacity and a mask."""
     native = config_of("data × expert", capacity_factor=0.7, alignment=1)
     sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": 64, "hidden_size": H}
     comm = ep.Communicator(native.mesh, implementation="xla", **sizes)
@@ -207,9 +207,9 @@ def test_implementations_agree() -> None:
 
 
 def test_aux_without_an_exchange() -> None:
-    """Of every device by itself, or none at all: such a step has no collective of XLA's."""
+    """For each device alone, or not at all: such a step has no collective of XLA."""
     config = config_of("expert")
-    operands = (on_mesh(config, parameters_of(config)), placed(config, numbers(*SHAPE, H)))
+    operands = (on_mesh(config, parameters_of(config)), sharded(config, numbers(*SHAPE, H)))
     programs = {
         scope: jax.jit(functools.partial(moe, config, aux=scope)).lower(*operands).compile()
         for scope in ("global", "local", "off")
@@ -231,8 +231,8 @@ def test_aux_without_an_exchange() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_modules_take_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every argument of a call gets to the layer as it is."""
+def test_modules_take_the_same_arguments(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every argument of a call reaches the layer unchanged."""
     config = config_of("data × expert")
     given = {"mask": MASK, "router": len, "topk_idx": INDEX, "topk_weights": INDEX + 0.5, "aux": "local"}
     given |= {"router_logits": True, "sequence_loss": True}
@@ -244,11 +244,11 @@ def test_modules_take_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     else:
         layer = linen.MoE(E, K, H, F, comm=config.comm).bind({"params": parameters_of(config)})
     x = numbers(*SHAPE, H)
-    (of_layer, parameters, taken_x, placement), taken = layer(x, **given)
+    (of_layer, parameters, taken_x, expert_map), taken = layer(x, **given)
     assert of_layer == config
     assert parameters.keys() == config.parameters.keys()
     assert taken_x is x
-    assert placement is None
+    assert expert_map is None
     assert taken == given
 
 
@@ -258,10 +258,14 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
-        ({"mask": MASK[1:]}, ValueError, r"mask: got shape \(7, 6\); takes x\.shape\[:-1\] = \[8, 6\]"),
-        ({"mask": MASK.astype(np.int32)}, TypeError, "mask: got dtype int32; takes bool"),
-        ({"topk_idx": INDEX[..., 1:]}, ValueError, r"topk_idx: got shape \(8, 6, 2\); takes \[\*x\.shape"),
-        ({"topk_idx": INDEX + 0.5}, TypeError, "topk_idx: got dtype float.*; takes int32"),
+        ({"mask": MASK[1:]}, ValueError, r"mask: expected shape x\.shape\[:-1\] = \[8, 6\], got \[7, 6\]"),
+        ({"mask": MASK.astype(np.int32)}, TypeError, "mask: expected dtype bool, got int32"),
+        (
+            {"topk_idx": INDEX[..., 1:]},
+            ValueError,
+            r"topk_idx: expected shape \[\*x\.shape.*, got \[8, 6, 2\]",
+        ),
+        ({"topk_idx": INDEX + 0.5}, TypeError, "topk_idx: expected dtype int32, got float.*"),
         (
             {"topk_idx": INDEX, "topk_weights": INDEX},
             TypeError,
@@ -281,7 +285,7 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
         (
             {"router": lambda x: x},
             ValueError,
-            r"router: got shape \(8, 6, 16\); takes .*num_experts\] = \[8, 6, 8",
+            r"router: expected shape .*num_experts\] = \[8, 6, 8\], got \[8, 6, 16\]",
         ),
         (
             {"router": lambda x: (x, x), "topk_idx": INDEX},

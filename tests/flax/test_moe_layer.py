@@ -37,7 +37,7 @@ DEEPSEEK = {
 
 
 def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarray) -> Any:
-    """Return ((output, aux), gradients of the parameters and x) of the layer, in full."""
+    """Return ((output, aux), gradients of the parameters and x) of the layer, unsharded."""
 
     def loss(parameters, x):
         out, aux = moe(config, parameters, x)
@@ -54,7 +54,7 @@ def results_of(config: MoEConfig, parameters: dict[str, np.ndarray], x: np.ndarr
 
 def expected_of(config: MoEConfig, x: np.ndarray) -> Any:
     """Return ((output, balance loss, load), gradients) of the dense layer with `parameters_of` and `x`."""
-    # What leaves the results as they are is no part of it, so that configurations share a program.
+    # Choices that do not affect the results are left out, so that configurations share a program.
     choices = tuple((name, getattr(config, name)) for name in (*DEEPSEEK, "normalize", "gated", "activation"))
     (out, *rest), (of_parameters, of_x) = _dense(choices, x.shape[:-1] or (1,))
     return (out.reshape(x.shape), *rest), (of_parameters, of_x.reshape(x.shape))
@@ -106,7 +106,7 @@ def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
 def test_token_counts_that_do_not_divide(
     shape: tuple[int, ...], axis_types: AxisType, num_chunks: int
 ) -> None:
-    """Padding counts nowhere: not in the loads, not in the balance loss."""
+    """Padding is not counted, neither in the loads nor in the balance loss."""
     config = config_of("data × expert", axis_types, num_chunks=num_chunks)
     parameters, x = parameters_of(config), numbers(*shape)
     (out, aux), gradients = results_of(config, parameters, x)
@@ -128,7 +128,7 @@ def test_tokens_without_a_batch(num_tokens: int) -> None:
 
 
 def test_no_tokens() -> None:
-    """As on the last, empty batch of a data set: all is 0, and the balance loss is no 0 / 0."""
+    """As in the last, empty batch of a data set: everything is 0, also the balance loss."""
     config = config_of("data × expert", num_chunks=2)
     (out, aux), gradients = results_of(config, parameters_of(config), np.zeros((0, H), np.float32))
     assert out.shape == (0, H)
@@ -150,8 +150,8 @@ def test_bfloat16() -> None:
     np.testing.assert_array_equal(aux.expert_load, load)
 
 
-def test_bias_correction_chooses_only() -> None:
-    """A bias moves tokens to other experts; the weights are the scores without it."""
+def test_bias_correction_affects_only_the_choice() -> None:
+    """A bias sends tokens to other experts; the weights are the scores without it."""
     config = config_of("expert", use_bias_correction=True, score_function="sigmoid", normalize=False)
     parameters, x = parameters_of(config), numbers(*BATCH)
     parameters["gate_bias"] = np.where(np.arange(E) < K, np.float32(9), np.float32(0))
@@ -162,7 +162,7 @@ def test_bias_correction_chooses_only() -> None:
 
 
 def test_checkpoint_policies() -> None:
-    """A policy that keeps what dispatch brought spares the second exchange; none changes the gradients."""
+    """A policy that keeps the received rows avoids the second dispatch; none changes the gradients."""
     config = config_of("expert", grouped_matmul="ragged_dot")
     parameters, x = (
         on_mesh(config, parameters_of(config)),
@@ -191,7 +191,7 @@ def test_checkpoint_policies() -> None:
         compiled = traced.lower().compile()
         calls = re.findall(r"custom_call_target=\"jax_deepep_(\w+)\"", compiled.as_text())
         dispatches[name] = calls.count("dispatch")
-        # The collective of the balance loss waits for the output, which is not computed again for it.
+        # The collective of the balance loss depends on the output, which is not recomputed for it.
         assert calls.count("combine") == 2
         products[name] = str(traced.jaxpr).count("ragged_dot_general[")
         gradients[name] = fetch(compiled(parameters, x))
@@ -203,8 +203,8 @@ def test_checkpoint_policies() -> None:
 
 
 @pytest.mark.parametrize(("num_chunks", "products"), [(1, 3 + 6), (2, 3 + 3 + 6)])
-def test_triton_kernels_go_into_the_layer(num_chunks: int, products: int, monkeypatch) -> None:
-    """Traced as for a GPU, wherever this runs: forward, again if in chunks, and both gradients of each."""
+def test_triton_kernels_in_the_layer(num_chunks: int, products: int, monkeypatch) -> None:
+    """Traced as for a GPU on any platform: forward, recomputed with chunks, and both gradients of each."""
     mesh = mesh_named("fsdp × expert × tensor")
     sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": MAX_TOKENS, "hidden_size": H}
     config = build_config(
@@ -218,7 +218,7 @@ def test_triton_kernels_go_into_the_layer(num_chunks: int, products: int, monkey
     assert str(jax.make_jaxpr(step)(parameters, x)).count("= pallas_call[") == products
 
 
-def test_first_parameters_are_placed() -> None:
+def test_initial_parameters_are_sharded() -> None:
     config = config_of("fsdp × expert × tensor", shared_intermediate_size=8, use_bias_correction=True)
     parameters = init_parameters(config, jax.random.key(0), jnp.bfloat16)
     for name, value in parameters.items():
@@ -230,7 +230,7 @@ def test_first_parameters_are_placed() -> None:
     assert 0.8 < np.std(fetch(parameters)["wi_0"].astype(np.float32)) * H**0.5 < 1.2
 
 
-def test_first_parameters_are_made_where_they_lie() -> None:
+def test_initial_parameters_are_made_sharded() -> None:
     """On a mesh of Explicit axes, the default of `jax.make_mesh`, with no more memory than on one of Auto."""
     temporary, values = [], []
     for axis_types in (AxisType.Auto, AxisType.Explicit):
@@ -254,49 +254,57 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("choices", "error", "words"),
     [
-        ({"num_experts": 12}, ValueError, "num_experts: got 12, but the communicator has num_experts=8"),
-        ({"mesh": mesh_named("one device")}, ValueError, "mesh: got .* together with a communicator of"),
-        ({"comm": 3}, TypeError, r"comm: got int; takes a jax_deepep\.Communicator"),
-        ({"num_chunks": 0}, ValueError, "num_chunks: got 0; takes an integer of at least 1"),
-        ({"num_chunks": 0, "comm": None, "max_tokens": 8}, ValueError, "num_chunks: got 0; takes an integer"),
-        ({"max_tokens": "8", "comm": None}, TypeError, "max_tokens: got '8'; takes a Python integer"),
-        ({"intermediate_size": 2.5}, TypeError, r"intermediate_size: got 2\.5; takes a Python integer"),
-        ({"capacity_factor": 0}, ValueError, "capacity_factor: got 0; takes a positive, finite number"),
-        ({"capacity_factor": "2"}, TypeError, "capacity_factor: got '2'; takes a number of Python or NumPy"),
-        ({"scale": jnp.float32(2)}, TypeError, "scale: got .*2.*; takes a number of Python or NumPy"),
-        ({"scale": None}, TypeError, "scale: got None; takes a number"),
-        ({"activation": "silu"}, TypeError, "activation: got 'silu'; takes a function, such as"),
+        ({"num_experts": 12}, ValueError, "num_experts: expected num_experts=8 of the communicator, got 12"),
+        ({"mesh": mesh_named("one device")}, ValueError, "mesh: expected None or the comm.* mesh, .*, got"),
+        ({"comm": 3}, TypeError, r"comm: expected a jax_deepep\.Communicator, got int"),
+        ({"num_chunks": 0}, ValueError, "num_chunks: expected an integer of at least 1, got 0"),
+        (
+            {"num_chunks": 0, "comm": None, "max_tokens": 8},
+            ValueError,
+            "num_chunks: expected an int.*, got 0",
+        ),
+        ({"max_tokens": "8", "comm": None}, TypeError, "max_tokens: expected a Python integer.*, got '8'"),
+        ({"intermediate_size": 2.5}, TypeError, r"intermediate_size: expected a Python integer.*, got 2\.5"),
+        ({"capacity_factor": 0}, ValueError, "capacity_factor: expected a positive, .*, got 0"),
+        ({"capacity_factor": "2"}, TypeError, "capacity_factor: expected a number .*, got '2'"),
+        ({"scale": jnp.float32(2)}, TypeError, "scale: expected a number of Python or NumPy .*, got .*2"),
+        ({"scale": None}, TypeError, "scale: expected a number .*, got None"),
+        ({"activation": "silu"}, TypeError, "activation: expected a function, got 'silu'"),
         (
             {"activation": lambda gate, up: gate * up},
             TypeError,
             "activation: expected an elementwise function of one array, got one that raises TypeError .*; ",
         ),
         ({"activation": jnp.sum}, TypeError, "activation: expected an elementwise .*, got a function to Sha"),
-        ({"score_function": "sofmax"}, ValueError, "score_function: got 'sofmax'; takes \"sigmoid\" or"),
-        ({"num_groups": 3}, ValueError, "num_groups: got 3; takes a divisor of the 8 experts"),
-        ({"num_groups": 2.0}, TypeError, r"num_groups: got 2\.0; takes a Python integer"),
-        ({"num_groups": 8}, ValueError, "num_experts_per_tok: got 3; takes at most 1, the experts of"),
+        ({"score_function": "sofmax"}, ValueError, "score_function: expected .*, got 'sofmax'"),
+        ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of the 8 experts, got 3"),
+        ({"num_groups": 2.0}, TypeError, r"num_groups: expected a Python integer.*, got 2\.0"),
+        ({"num_groups": 8}, ValueError, "num_experts_per_tok: expected at most 1, the experts in .*, got 3"),
         ({"normalize": "no"}, TypeError, "normalize: expected True or False, got 'no'; pass a bool"),
         ({"gated": 1}, TypeError, "gated: expected True or False, got 1; pass a bool"),
-        ({"dtype": "bf16"}, TypeError, "dtype: got 'bf16'; takes None, bfloat16, float16, float32"),
-        ({"dtype": jnp.int32}, TypeError, "dtype: got .*int32.*; takes None, bfloat16"),
-        ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a Python integer"),
-        ({"fsdp_axis": ("data",)}, TypeError, r"fsdp_axis: got \('data',\); takes the name of one mesh axis"),
-        ({"capacity_factor": float("inf")}, ValueError, "capacity_factor: got inf; takes a positive, finite"),
-        ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: got 'fast'; takes 'auto', 'blocks'"),
-        ({"tensor_axis": "expert"}, ValueError, "fsdp_axis, tensor_axis: got .*; take two axes, other than"),
+        ({"dtype": "bf16"}, TypeError, "dtype: expected None, bfloat16, float16, float32, got 'bf16'"),
+        ({"dtype": jnp.int32}, TypeError, "dtype: expected None, bfloat16.*, got .*int32"),
+        ({"num_experts": 8.0}, TypeError, r"num_experts: expected a Python integer.*, got 8\.0"),
+        ({"fsdp_axis": ("data",)}, TypeError, r"fsdp_axis: expected the name of one .*, got \('data',\)"),
+        ({"capacity_factor": float("inf")}, ValueError, "capacity_factor: expected a .*, finite .*, got inf"),
+        ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: expected 'auto', 'blocks'.*, got 'fast'"),
+        ({"tensor_axis": "expert"}, ValueError, "tensor_axis: expected two axes other than"),
         (
             {"tensor_axis": "data", "fsdp_axis": "data"},
             ValueError,
-            "fsdp_axis, tensor_axis: got 'data', 'data'",
+            "fsdp_axis, tensor_axis: expected .*, got 'data', 'data'",
         ),
-        ({"fsdp_axis": "data", "hidden_size": 3}, ValueError, "hidden_size: got 3"),
-        ({"comm": None}, ValueError, "max_tokens: got None without comm; takes the most tokens"),
-        ({"comm": None, "max_tokens": 8}, ValueError, "mesh: got None, and there are [248] devices; takes"),
+        (
+            {"fsdp_axis": "data", "hidden_size": 3},
+            ValueError,
+            "hidden_size: expected hidden_size=16 of the comm",
+        ),
+        ({"comm": None}, ValueError, "max_tokens: expected an integer without comm, got None"),
+        ({"comm": None, "max_tokens": 8}, ValueError, "mesh: expected .* are [248] devices, got None"),
         (
             {"comm": None, "max_tokens": 8, "mesh": mesh_named("one device"), "axis_name": "exprt"},
             ValueError,
-            "axis_name: got 'exprt'; takes axes of the mesh.* for example axis_name='expert'",
+            "axis_name: expected axes of the mesh.*, got 'exprt'; .* for example axis_name='expert'",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -311,28 +319,28 @@ def test_wrong_arguments(choices: dict[str, Any], error: type[Exception], words:
 def test_wrong_operands() -> None:
     config = config_of("data × expert")
     parameters, x = parameters_of(config), numbers(*BATCH)
-    with pytest.raises(ValueError, match=r"x: got shape \(8, 6, 15\); takes \[\.\.\., hidden_size\]"):
+    with pytest.raises(ValueError, match=r"x: expected shape \[\.\.\., hidden_size=16\], got \[8, 6, 15\]"):
         moe(config, parameters, x[..., 1:])
-    with pytest.raises(TypeError, match="x: got list; takes an array"):
+    with pytest.raises(TypeError, match="x: expected an array, got list"):
         moe(config, parameters, [1.0] * H)
-    with pytest.raises(TypeError, match="x: got dtype int32; takes bfloat16, float16, float32"):
+    with pytest.raises(TypeError, match=r"x: expected dtype bfloat16, float16, float32.*, got int32"):
         moe(config, parameters, x.astype(np.int32))
-    with pytest.raises(TypeError, match=r"config: got .*Tracer; takes a MoEConfig, which is static"):
+    with pytest.raises(TypeError, match=r"config: expected a MoEConfig, got .*Tracer; it is static"):
         jax.jit(moe)(config, parameters, x)
-    with pytest.raises(ValueError, match=r"parameters: got \['gate'\]; takes \['gate', 'wi_0',"):
+    with pytest.raises(ValueError, match=r"parameters: expected \['gate', 'wi_0',.*, got \['gate'\]"):
         moe(config, {"gate": parameters["gate"]}, x)
-    with pytest.raises(ValueError, match=r"wo: got shape \(8, 31, 16\); takes \[exp, mlp, embed\] ="):
+    with pytest.raises(ValueError, match=r"wo: expected shape \[exp, mlp, embed\] =.*, got \[8, 31, 16\]"):
         moe(config, {**parameters, "wo": parameters["wo"][:, 1:]}, x)
     num_tokens = 96 * config.num_token_shards
     words = (
-        f"x: got {num_tokens} tokens, 96 on each of {config.num_token_shards} devices; the .* max_tokens=64"
-        r"\. Make it with max_tokens=96, or pass the tokens in num_chunks=2 chunks"
+        "x: expected at most max_tokens=64 tokens on each device, got 96 on each of "
+        f"{config.num_token_shards} devices; .* max_tokens=96, or split the tokens into num_chunks=2 chunks"
     )
     with pytest.raises(ValueError, match=words):
         moe(config, parameters, numbers(num_tokens, H))
     with (
         jax.enable_x64(True),
-        pytest.raises(TypeError, match=r"x: got dtype float64; .*astype\(jnp.float32\)"),
+        pytest.raises(TypeError, match=r"x: expected dtype .*, got float64; .*astype\(jnp.float32\)"),
     ):
         moe(config, parameters, x.astype(np.float64))
     with (
@@ -342,13 +350,15 @@ def test_wrong_operands() -> None:
         moe(config, parameters, x)
 
 
-def test_inside_of_a_shard_map_it_says_what_to_use() -> None:
+def test_a_call_in_a_shard_map() -> None:
     config = config_of("data × expert")
     parameters, x = parameters_of(config), numbers(*BATCH)
     inside = jax.shard_map(
         lambda x: moe(config, parameters, x)[0], mesh=config.mesh, in_specs=P("data"), out_specs=P("data")
     )
-    with pytest.raises(ValueError, match=r"x: got in a call inside of a shard_map over \('data', 'expert'\)"):
+    with pytest.raises(
+        ValueError, match=r"x: expected a global array, .* in a shard_map over \('data', 'expert'\)"
+    ):
         jax.jit(inside)(x)
 
 
@@ -364,7 +374,7 @@ def test_without_a_jit_it_is_compiled_once() -> None:
 
 
 def test_a_copy_of_a_configuration_is_the_same() -> None:
-    """Or else a copied module would be compiled anew; a copy of `jax.nn.silu` is another function."""
+    """Otherwise a copied module would be compiled again: a copy of `jax.nn.silu` is another function."""
     config = config_of("data × expert", capacity_factor=np.float32(1.5), alignment=np.int32(8))
     assert copy.deepcopy(config) is copy.copy(config) is config
     assert hash(config) == hash(dataclasses.replace(config, alignment=8))
@@ -377,7 +387,7 @@ def test_a_communicator_is_not_made_while_tracing() -> None:
         config_of("data × expert")
         return x
 
-    with pytest.raises(ValueError, match="comm: got None inside of a jitted or otherwise"):
+    with pytest.raises(ValueError, match=r"comm: expected .* inside a jitted or otherwise .*, got None"):
         jax.jit(traced)(numbers(*BATCH))
 
 

@@ -1,4 +1,4 @@
-"""A layer with copies of experts computes what it does without, with its devices' loads evened out."""
+"""A layer with replicas computes the same as without, with its devices' loads evened out."""
 
 import functools
 from typing import Any
@@ -36,16 +36,16 @@ def inputs(config: MoEConfig) -> tuple[dict[str, jax.Array], jax.Array]:
     x = rng.normal(size=(TOKENS, H))
     x[:, 0] = 1
     specs = {name: P() if name == "gate" else config.spec(name) for name in parameters}
-    placed = {
+    sharded = {
         name: put_on_mesh(value.astype(np.float32), config.mesh, specs[name])
         for name, value in parameters.items()
     }
-    return placed, put_on_mesh(x.astype(np.float32), config.mesh, P(config.token_axes))
+    return sharded, put_on_mesh(x.astype(np.float32), config.mesh, P(config.token_axes))
 
 
 @functools.cache
-def without_copies() -> tuple[Any, np.ndarray]:
-    """Return (output and gradients of a layer without copies, on whatever mesh; its load)."""
+def without_replicas() -> tuple[Any, np.ndarray]:
+    """Return (output and gradients of a layer without replicas, which depend on no mesh; its load)."""
     config = config_of("expert")
     parameters, x = inputs(config)
 
@@ -63,62 +63,62 @@ def without_copies() -> tuple[Any, np.ndarray]:
         ("expert", {}),
         ("node × expert", {"num_chunks": 2}),
         ("data × expert", {"axis_types": AxisType.Explicit}),
-        ("data × expert", {"fsdp_axis": "data", "own_first": False}),
+        ("data × expert", {"fsdp_axis": "data", "keep_home": False}),
     ],
-    ids=["own first", "two axes, in chunks", "two groups, explicit axes", "anywhere, two groups, fsdp"],
+    ids=["home", "two axes, in chunks", "two groups, explicit axes", "anywhere, two groups, fsdp"],
 )
-def test_output_and_gradients_are_those_without_copies(mesh_name: str, choices: dict[str, Any]) -> None:
-    """With a placement that is traced; one of NumPy brings the same matrices, by one program."""
-    own_first = choices.get("own_first", True)
-    expected, load = without_copies()
+def test_output_and_gradients_are_those_without_replicas(mesh_name: str, choices: dict[str, Any]) -> None:
+    """With a traced expert map; one of NumPy gives the same matrices, without compiling again."""
+    keep_home = choices.get("keep_home", True)
+    expected, load = without_replicas()
     size = config_of(mesh_name).comm.size
-    config = config_of(mesh_name, E + 2 * size, **{k: v for k, v in choices.items() if k != "own_first"})
+    config = config_of(mesh_name, E + 2 * size, **{k: v for k, v in choices.items() if k != "keep_home"})
     parameters, x = inputs(config)
-    placement = plan_experts(load, num_physical=E + 2 * size, num_devices=size, own_first=own_first)
-    assert imbalance(load, placement, size) < imbalance(load, np.arange(E), size)
+    expert_map = plan_experts(load, num_physical=E + 2 * size, num_devices=size, keep_home=keep_home)
+    assert imbalance(load, expert_map, size) < imbalance(load, np.arange(E), size)
 
-    def loss(parameters, x, placement):
-        of_slots = physical_parameters(config, parameters, placement, own_first=own_first)
-        out, aux = moe(config, of_slots, x, placement)
-        return (out * jnp.sin(out)).sum(), (out, aux.expert_load, of_slots)
+    def loss(parameters, x, expert_map):
+        of_physical = physical_parameters(config, parameters, expert_map, keep_home=keep_home)
+        out, aux = moe(config, of_physical, x, expert_map)
+        return (out * jnp.sin(out)).sum(), (out, aux.expert_load, of_physical)
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
-    gradients, (out, load_with, of_slots) = step(parameters, x, put_on_mesh(placement, config.mesh, P()))
+    gradients, (out, load_with, of_physical) = step(parameters, x, put_on_mesh(expert_map, config.mesh, P()))
     np.testing.assert_array_equal(fetch(load_with), load)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, fetch((out, gradients)), expected)
     if mesh_name == "expert":
-        fetch_slots = functools.partial(physical_parameters, config, parameters, own_first=own_first)
-        jax.tree.map(np.testing.assert_array_equal, fetch(fetch_slots(placement)), fetch(of_slots))
+        fetch_physical = functools.partial(physical_parameters, config, parameters, keep_home=keep_home)
+        jax.tree.map(np.testing.assert_array_equal, fetch(fetch_physical(expert_map)), fetch(of_physical))
         with compilations() as compiled:
-            fetch_slots(placement)
+            fetch_physical(expert_map)
         assert not compiled
 
 
-def test_copies_keep_rows_that_would_be_dropped() -> None:
-    """In a module with a capacity; the placement changes from step to step, in one program."""
+def test_replicas_avoid_drops() -> None:
+    """In a module with a capacity; the expert map changes from step to step, in one program."""
     size = jax.device_count()
     comm = config_of("expert", 2 * E).comm
     sizes = {"comm": comm, "num_physical_experts": 2 * E, "capacity_factor": 1.6, "alignment": 1}
     graph, state = nnx.split(nnx.eval_shape(lambda: ep_flax.MoE(E, K, H, F, rngs=nnx.Rngs(0), **sizes)))
     parameters = nnx.to_pure_dict(state)
-    apply = jax.jit(lambda parameters, x, placement: nnx.merge(graph, parameters)(x, placement))
+    apply = jax.jit(lambda parameters, x, expert_map: nnx.merge(graph, parameters)(x, expert_map))
     own, x = inputs(config_of("expert"))
     assert parameters.keys() == own.keys()
-    # Every expert twice on its device: as good as no copies.
+    # Every expert twice on its device: no better than without replicas.
     first = np.arange(E).reshape(size, -1)
-    placement = np.concatenate([first, first], axis=1).ravel().astype(np.int32)
-    _, aux = apply(own, x, put_on_mesh(placement, comm.mesh, P()))
+    expert_map = np.concatenate([first, first], axis=1).ravel().astype(np.int32)
+    _, aux = apply(own, x, put_on_mesh(expert_map, comm.mesh, P()))
     before, load = int(fetch(aux.num_dropped)), fetch(aux.expert_load)
-    placement = plan_experts(load, num_physical=2 * E, num_devices=size)
-    _, aux = apply(own, x, put_on_mesh(placement, comm.mesh, P()))
+    expert_map = plan_experts(load, num_physical=2 * E, num_devices=size)
+    _, aux = apply(own, x, put_on_mesh(expert_map, comm.mesh, P()))
     np.testing.assert_array_equal(fetch(aux.expert_load), load)
     assert before > 0
     assert int(fetch(aux.num_dropped)) == 0
     assert apply._cache_size() == 1
 
 
-def test_wrong_placements() -> None:
+def test_wrong_expert_maps() -> None:
     size = jax.device_count()
     config = config_of("expert", E + size)
     parameters, x = inputs(config)
@@ -127,38 +127,44 @@ def test_wrong_placements() -> None:
         (
             None,
             ValueError,
-            rf"placement: got None with num_physical_experts={E + size}; takes the int32 array",
+            rf"expert_map: expected int32 \[num_physical_experts\] = \[{E + size}\], got None",
         ),
-        (right[1:], ValueError, rf"placement: got shape \({E + size - 1},\); takes \[num_physical_experts\]"),
-        (right.astype(np.int64), TypeError, "placement: got dtype int64; takes int32"),
+        (right[1:], ValueError, rf"expert_map: expected shape .*, got \[{E + size - 1}\]"),
+        (right.astype(np.int64), TypeError, "expert_map: expected dtype int32, got int64"),
         (
             np.where(right == 3, 4, right),
             ValueError,
-            r"placement: has no slot for experts \[3\]; takes every",
+            r"expert_map: expected every expert at least once, got none of \[3\]",
         ),
-        (np.append(right[:-1], np.int32(E)), ValueError, rf"placement: got entries outside of \[0, {E}\)"),
-        (right[::-1], ValueError, "placement: does not begin with the own experts of every device"),
+        (
+            np.append(right[:-1], np.int32(E)),
+            ValueError,
+            rf"expert_map: expected experts in \[0, {E}\), got others",
+        ),
+        (right[::-1], ValueError, "expert_map: expected every device's own experts first, got others"),
     ]
-    for placement, error, words in wrong:
+    for expert_map, error, words in wrong:
         with pytest.raises(error, match=words):
-            physical_parameters(config, parameters, placement)
-    with pytest.raises(ValueError, match=r"placement: got one for a layer without copies of experts"):
+            physical_parameters(config, parameters, expert_map)
+    with pytest.raises(
+        ValueError, match="expert_map: expected None for a layer without replicas, got an array"
+    ):
         moe(config_of("expert"), parameters, x, right)
     with pytest.raises(
-        ValueError, match=r"wi_0: got shape \(16, 8, 4\); takes \[exp, embed, mlp\] = \[24, 8, 4\]"
+        ValueError, match=r"wi_0: expected shape \[exp, embed, mlp\] = \[24, 8, 4\], got \[16, 8, 4\]"
     ):
         moe(config_of("expert", 24), parameters, x, np.arange(24, dtype=np.int32) % E)
-    with pytest.raises(ValueError, match=rf"num_experts: got {E} with {size} slots on {size} devices; takes"):
+    with pytest.raises(ValueError, match=rf"num_experts: expected .* the {size} physical experts, got {E}"):
         config_of("expert", size)
 
 
-def test_slots_that_devices_cannot_share_evenly() -> None:
+def test_physical_experts_that_do_not_divide() -> None:
     size = jax.device_count()
     with pytest.raises(
         ValueError,
-        match=rf"num_physical_experts: got {E + 1} for {size} devices along \('expert',\); takes a multiple "
-        rf"of {size}, the same number of slots on each, for example {E + size}\.",
+        match=rf"num_physical_experts: expected a multiple of the {size} devices along \('expert',\), got "
+        rf"{E + 1}; pass the same number for each device, for example {E + size}\.",
     ):
         config_of("expert", E + 1)
-    with pytest.raises(TypeError, match=r"num_physical_experts: got 24\.0; takes a Python integer"):
+    with pytest.raises(TypeError, match=r"num_physical_experts: expected a Python integer.*, got 24\.0"):
         config_of("expert", 24.0)

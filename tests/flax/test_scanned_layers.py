@@ -1,6 +1,6 @@
-"""Layers in one scan, in NNX and in Linen: rematerialised, with copies of experts, each placed for itself.
+"""Layers in one scan, in NNX and in Linen: rematerialised, with replicas by an expert map per layer.
 
-They compute, and differentiate, as a loop over layers without copies does in plain JAX.
+Outputs and gradients are those of a loop over layers without replicas in plain JAX.
 """
 
 import functools
@@ -84,8 +84,8 @@ def nnx_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
 
     @nnx.scan(in_axes=(0, nnx.Carry, 0), out_axes=(nnx.Carry, 0), transform_metadata=NO_AXIS)
     @nnx.remat
-    def scan(layer: ep_flax.MoE, x: jax.Array, placement: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out, aux = layer(x, placement)
+    def scan(layer: ep_flax.MoE, x: jax.Array, expert_map: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, aux = layer(x, expert_map)
         return x + out, aux.expert_load
 
     graph, state = nnx.split(nnx.eval_shape(lambda: stacked(nnx.Rngs(0))))
@@ -93,20 +93,20 @@ def nnx_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
 
 
 def linen_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
-    """Return what `nnx_layers` does."""
+    """Return the same as `nnx_layers`."""
 
     class Layer(nn.Module):
         @nn.compact
-        def __call__(self, x, placement):
-            out, aux = linen.MoE(*SIZES, name="moe", **arguments)(x, placement)
+        def __call__(self, x, expert_map):
+            out, aux = linen.MoE(*SIZES, name="moe", **arguments)(x, expert_map)
             return x + out, aux.expert_load
 
     layers = nn.scan(
         nn.remat(Layer, prevent_cse=False), variable_axes={"params": 0, linen.ROUTER: 0},
         split_rngs={"params": True}, length=LAYERS, metadata_params=NO_AXIS,
     )()  # fmt: skip
-    placement = np.zeros((LAYERS, arguments["num_physical_experts"]), np.int32)
-    variables = nn.unbox(jax.eval_shape(layers.init, jax.random.key(0), numbers(8, 6, H), placement))
+    expert_map = np.zeros((LAYERS, arguments["num_physical_experts"]), np.int32)
+    variables = nn.unbox(jax.eval_shape(layers.init, jax.random.key(0), numbers(8, 6, H), expert_map))
 
     def scan(parameters, *args):
         of_router = {"gate_bias": parameters["gate_bias"]}
@@ -117,17 +117,17 @@ def linen_layers(arguments: dict[str, Any]) -> tuple[Any, Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("layers_of", [nnx_layers, linen_layers], ids=["nnx", "linen"])
-def test_scanned_layers_with_copies_are_a_loop_over_layers_without(layers_of: Callable[..., Any]) -> None:
+def test_scanned_layers_with_replicas_are_a_loop_over_layers_without(layers_of: Callable[..., Any]) -> None:
     size = config_of(MESH, **CHOICES).comm.size
-    slots = min(E + 2 * size, E * size)
-    config = config_of(MESH, num_physical_experts=slots, **CHOICES)
+    num_physical = min(E + 2 * size, E * size)
+    config = config_of(MESH, num_physical_experts=num_physical, **CHOICES)
     load = np.random.default_rng(0).uniform(1, 9, (LAYERS, E))
-    placement = plan_experts(load, num_physical=slots, num_devices=size)
-    assert size == 1 or (placement[0] != placement[1]).any()
-    shapes, scan = layers_of({"comm": config.comm, "num_physical_experts": slots, **CHOICES})
+    expert_map = plan_experts(load, num_physical=num_physical, num_devices=size)
+    assert size == 1 or (expert_map[0] != expert_map[1]).any()
+    shapes, scan = layers_of({"comm": config.comm, "num_physical_experts": num_physical, **CHOICES})
     assert {name: leaf.shape for name, leaf in shapes.items()} == {
         name: value.shape for name, value in of_layers(config).items()
     }
-    got = results_of(scan, config, put_on_mesh(placement, config.mesh, P()))
+    got = results_of(scan, config, put_on_mesh(expert_map, config.mesh, P()))
     np.testing.assert_array_equal(got[2], expected()[2])
     assert_close(got[:2], expected()[:2])

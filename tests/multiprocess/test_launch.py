@@ -187,24 +187,30 @@ def test_the_program_is_run_as_python_would_run_it(tmp_path: Path) -> None:
     [
         (["-n", "0", "--", "true"], ["argument -n", "'0'", "whole number from 1 to 4096"]),
         (["--", "true"], ["required", "-n"]),
-        (["-n", "2"], ["COMMAND: got nothing", "-- python train.py"]),
-        (["-n", "2", "--", "no-such-program"], ["COMMAND: got 'no-such-program'", "check its name"]),
+        (["-n", "2"], ["COMMAND: expected", "got nothing", "-- python train.py"]),
+        (
+            ["-n", "2", "--", "no-such-program"],
+            ["COMMAND: expected", "got 'no-such-program'; check its name"],
+        ),
         (["-n", "2", "--share-gpu", "--platform", "cpu", "--", "true"], ["--share-gpu", "leave one"]),
-        (["-n", "2", "--memory-fraction", "0.5", "--", "true"], ["--memory-fraction: got 0.5", "share"]),
+        (["-n", "2", "--memory-fraction", "0.5", "--", "true"], ["expected --share-gpu with it, got 0.5"]),
         (
             ["-n", "2", "--share-gpu", "--memory-fraction", "2", "--", "true"],
-            ["--memory-fraction: got '2'", "up to 1"],
+            ["--memory-fraction: expected", "up to 1", "got '2'"],
         ),
         (
             ["-n", "2", "--share-gpu", "--devices-per-process", "2", "--", "true"],
-            ["--devices-per-process: got 2", "takes 1"],
+            ["--devices-per-process: expected 1", "got 2"],
         ),
-        (["-n", "2", "--hosts", "2", "--", "true"], ["--hosts: got the number 2", "add --coordinator"]),
+        (
+            ["-n", "2", "--hosts", "2", "--", "true"],
+            ["--hosts: expected", "got the number 2", "add --coordinator"],
+        ),
         (
             ["-n", "2", "--hosts", "a,b", "--node-rank", "5", "--", "true"],
-            ["--node-rank: got 5", "takes 0..1"],
+            ["--node-rank: expected 0..1", "got 5"],
         ),
-        (["-n", "2", "--coordinator", "a:b:c", "--", "true"], ["--coordinator: got 'a:b:c'", "HOST:PORT"]),
+        (["-n", "2", "--coordinator", "a:b:c", "--", "true"], ["expected HOST or HOST:PORT", "got 'a:b:c'"]),
         (["-n", "2", "--hosts", "127.0.0.1,127.0.0.2", "--", "true"], ["--node-rank", "must be given"]),
         (["-n", "2", "--grace", "x", "--", "true"], ["argument --grace", "'x'", "seconds >= 0"]),
     ],

@@ -139,7 +139,7 @@ def test_needs_everybody():
 def test_bad_options_are_explained(tmp_path: Path) -> None:
     status, output = run_pytest(tmp_path, "", "--launch-test-timeout", "0", ranks=1)
     assert status == 4, output
-    assert "--launch-test-timeout: got 0.0; takes seconds > 0" in output
+    assert "--launch-test-timeout: expected seconds > 0, for example 300, got 0.0" in output
 
 
 def test_two_timers_of_the_fault_handler_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Placements of redundant experts, and how tokens find a copy."""
+"""Expert maps with replicas, and which replica a token takes."""
 
 import functools
 import itertools
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_deepep.balancing import imbalance, plan_experts, to_slots
+from jax_deepep.balancing import imbalance, plan_experts, to_physical_experts, to_slots
 
 
 def zipf(num_experts: int, exponent: float = 1.0, seed: int = 0) -> np.ndarray:
@@ -16,22 +16,22 @@ def zipf(num_experts: int, exponent: float = 1.0, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(1e6 / np.arange(1, num_experts + 1) ** exponent)
 
 
-def placements(num_experts: int, num_devices: int, slots: int, own_first: bool) -> Iterator[np.ndarray]:
-    """Return every placement without an expert twice on one device, up to the order of a device's slots."""
-    own = np.arange(num_experts).reshape(num_devices, -1)
+def expert_maps(num_experts: int, num_devices: int, slots: int, keep_home: bool) -> Iterator[np.ndarray]:
+    """Yield every expert map without an expert twice on one device, up to the order on a device."""
+    home = np.arange(num_experts).reshape(num_devices, -1)
     choices = [
         [held for held in itertools.combinations(range(num_experts), slots)
-         if not own_first or set(own[device]) <= set(held)]
+         if not keep_home or set(home[device]) <= set(held)]
         for device in range(num_devices)
     ]  # fmt: skip
     for held in itertools.product(*choices):
-        placement = np.array(held).ravel()
-        if len(set(placement.tolist())) == num_experts:
-            yield placement
+        expert_map = np.array(held).ravel()
+        if len(set(expert_map.tolist())) == num_experts:
+            yield expert_map
 
 
 @pytest.mark.parametrize(
-    ("load", "num_devices", "slots", "own_first"),
+    ("load", "num_devices", "slots", "keep_home"),
     [
         ([8, 4, 1, 1], 4, 2, True),
         ([8, 4, 1, 1], 4, 2, False),
@@ -43,25 +43,25 @@ def placements(num_experts: int, num_devices: int, slots: int, own_first: bool) 
     ],
     ids=str,
 )
-def test_small_plans_are_optimal(load: list[int], num_devices: int, slots: int, own_first: bool) -> None:
-    sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "own_first": own_first}
+def test_small_plans_are_optimal(load: list[int], num_devices: int, slots: int, keep_home: bool) -> None:
+    sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "keep_home": keep_home}
     optimum = min(
-        imbalance(load, placement, num_devices)
-        for placement in placements(len(load), num_devices, slots, own_first)
+        imbalance(load, expert_map, num_devices)
+        for expert_map in expert_maps(len(load), num_devices, slots, keep_home)
     )
     assert imbalance(load, plan_experts(load, **sizes), num_devices) == pytest.approx(optimum)
 
 
-def test_a_plan_that_is_even() -> None:
+def test_an_even_plan() -> None:
     load = [9, 1, 6, 0, 1, 1, 3, 3]
-    plan = plan_experts(load, num_physical=12, num_devices=4, own_first=False)
+    plan = plan_experts(load, num_physical=12, num_devices=4, keep_home=False)
     assert imbalance(load, plan, 4) == 1
 
 
-def climbed(load: np.ndarray, placement: np.ndarray, num_devices: int, num_own: int, seed: int) -> float:
-    """Return the imbalance after a thousand random changes, each kept unless it makes matters worse."""
+def climbed(load: np.ndarray, expert_map: np.ndarray, num_devices: int, num_own: int, seed: int) -> float:
+    """Return the imbalance after a thousand random changes, each kept unless it raises the imbalance."""
     random = np.random.default_rng(seed)
-    held, value = placement.reshape(num_devices, -1).copy(), imbalance(load, placement, num_devices)
+    held, value = expert_map.reshape(num_devices, -1).copy(), imbalance(load, expert_map, num_devices)
     for _ in range(1000):
         new, (a, b) = held.copy(), random.integers(num_devices, size=2)
         i, j = random.integers(num_own, held.shape[1], size=2)
@@ -76,14 +76,14 @@ def climbed(load: np.ndarray, placement: np.ndarray, num_devices: int, num_own: 
     return value
 
 
-@pytest.mark.parametrize("own_first", [True, False])
-def test_plans_are_as_good_as_those_of_a_local_search(own_first: bool) -> None:
-    """Which begins with a placement of its own, and with the plan itself."""
+@pytest.mark.parametrize("keep_home", [True, False])
+def test_plans_are_as_good_as_those_of_a_local_search(keep_home: bool) -> None:
+    """The search starts from a simple expert map, and from the plan itself."""
     for seed, (num_devices, slots) in enumerate([(4, 5), (4, 6), (8, 3)]):
         random = np.random.default_rng(seed)
         load = random.zipf(1.5, 16).clip(0, 100).astype(float)
-        num_own = 16 // num_devices if own_first else 0
-        sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "own_first": own_first}
+        num_own = 16 // num_devices if keep_home else 0
+        sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "keep_home": keep_home}
         plan = plan_experts(load, **sizes)
         own = np.arange(16).reshape(num_devices, -1)
         first = np.stack(
@@ -94,26 +94,26 @@ def test_plans_are_as_good_as_those_of_a_local_search(own_first: bool) -> None:
             assert planned <= climbed(load, start, num_devices, num_own, seed) * 1.02
 
 
-@pytest.mark.parametrize("own_first", [True, False])
+@pytest.mark.parametrize("keep_home", [True, False])
 @pytest.mark.parametrize(
     ("num_experts", "num_devices", "slots"),
     [(16, 4, 5), (16, 4, 4), (8, 8, 3), (64, 8, 9), (6, 2, 6), (4, 1, 4)],
 )
 @pytest.mark.parametrize("exponent", [0, 1, 3])
-def test_every_plan_is_a_placement(
-    num_experts: int, num_devices: int, slots: int, exponent: int, own_first: bool
+def test_every_plan_is_an_expert_map(
+    num_experts: int, num_devices: int, slots: int, exponent: int, keep_home: bool
 ) -> None:
     load = zipf(num_experts, exponent)
-    sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "own_first": own_first}
-    placement = plan_experts(load, **sizes)
-    assert placement.dtype == np.int32
-    assert set(placement.tolist()) == set(range(num_experts))
-    of_device = placement.reshape(num_devices, slots)
+    sizes = {"num_physical": num_devices * slots, "num_devices": num_devices, "keep_home": keep_home}
+    expert_map = plan_experts(load, **sizes)
+    assert expert_map.dtype == np.int32
+    assert set(expert_map.tolist()) == set(range(num_experts))
+    of_device = expert_map.reshape(num_devices, slots)
     assert all(len(set(row)) == slots for row in of_device.tolist())  # no expert twice on one device
-    if own_first:
+    if keep_home:
         own = np.arange(num_experts).reshape(num_devices, -1)
         np.testing.assert_array_equal(of_device[:, : own.shape[1]], own)
-    np.testing.assert_array_equal(plan_experts(load, **sizes), placement)
+    np.testing.assert_array_equal(plan_experts(load, **sizes), expert_map)
 
 
 def test_layers_are_planned_one_by_one() -> None:
@@ -124,58 +124,64 @@ def test_layers_are_planned_one_by_one() -> None:
     assert len({row.tobytes() for row in of_layers}) == 3
 
 
-@pytest.mark.parametrize(("own_first", "part"), [(True, 0.5), (False, 0.01)])
-def test_copies_even_out_a_skewed_load(own_first: bool, part: float) -> None:
-    """One more slot on each of 8 devices for 64 experts, over five orders of the loads."""
+@pytest.mark.parametrize(("keep_home", "part"), [(True, 0.5), (False, 0.01)])
+def test_replicas_even_out_a_skewed_load(keep_home: bool, part: float) -> None:
+    """One replica on each of 8 devices for 64 experts, over five orders of the loads."""
     for seed in range(5):
         load = zipf(64, seed=seed)
         without = imbalance(load, np.arange(64), 8)
-        placement = plan_experts(load, num_physical=72, num_devices=8, own_first=own_first)
+        expert_map = plan_experts(load, num_physical=72, num_devices=8, keep_home=keep_home)
         assert without > 1.5
-        assert imbalance(load, placement, 8) - 1 < part * (without - 1)
+        assert imbalance(load, expert_map, 8) - 1 < part * (without - 1)
 
 
 def test_no_load_is_even() -> None:
     assert imbalance(np.zeros(4), np.arange(4), 2) == 1
 
 
-def test_every_entry_takes_a_copy_of_its_expert() -> None:
+def test_every_entry_takes_a_replica_of_its_expert() -> None:
     rng = np.random.default_rng(0)
-    placement = rng.permutation([0, 0, 0, 1, 2, 2, 4, 4, 4, 4])  # expert 3 has no slot
+    expert_map = rng.permutation([0, 0, 0, 1, 2, 2, 4, 4, 4, 4])  # expert 3 is missing
     topk_idx = np.stack([rng.permutation(5)[:3] for _ in range(40)]).astype(np.int32)
     topk_idx[::7, 1], topk_idx[::9, 2] = -1, 5  # no expert, and an invalid one
     token = np.arange(7, 47, dtype=np.int32)
-    program = jax.jit(functools.partial(to_slots, num_experts=5))
-    slots = np.asarray(program(topk_idx, token, placement.astype(np.int32)))
-    assert slots.dtype == np.int32
+    program = jax.jit(functools.partial(to_physical_experts, num_experts=5))
+    physical = np.asarray(program(topk_idx, token, expert_map.astype(np.int32)))
+    assert physical.dtype == np.int32
     expected = np.where(topk_idx == 3, -1, topk_idx)
-    held = np.where((slots >= 0) & (topk_idx != 5), placement[np.clip(slots, 0, 9)], slots)
+    held = np.where((physical >= 0) & (topk_idx != 5), expert_map[np.clip(physical, 0, 9)], physical)
     np.testing.assert_array_equal(held, expected)
-    # What a token takes depends on nothing but itself.
-    some = np.asarray(program(topk_idx[5:9], token[5:9], placement.astype(np.int32)))
-    np.testing.assert_array_equal(some, slots[5:9])
+    # The choice for a token depends on no other token.
+    some = np.asarray(program(topk_idx[5:9], token[5:9], expert_map.astype(np.int32)))
+    np.testing.assert_array_equal(some, physical[5:9])
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 8, 64])
-def test_copies_are_chosen_whatever_the_order_of_tokens(period: int) -> None:
-    """Every token of a number that `period` divides goes to expert 0, which has 2, 3 or 8 copies."""
+def test_the_choice_of_replicas_has_no_period(period: int) -> None:
+    """Every `period`-th token goes to expert 0, which has 2, 3 or 8 replicas."""
     token = np.arange(0, 4000 * period, period, dtype=np.int32)
     topk_idx = np.zeros((len(token), 1), np.int32)
-    for copies in (2, 3, 8):
-        slots = to_slots(topk_idx, token, np.zeros(copies, np.int32), num_experts=1)
-        load = np.bincount(np.asarray(slots).ravel(), minlength=copies)
-        assert abs(load * copies / len(token) - 1).max() < 0.15
+    for replicas in (2, 3, 8):
+        physical = to_physical_experts(topk_idx, token, np.zeros(replicas, np.int32), num_experts=1)
+        load = np.bincount(np.asarray(physical).ravel(), minlength=replicas)
+        assert abs(load * replicas / len(token) - 1).max() < 0.15
 
 
 ERRORS = [
-    ({"load": [[[1.0]]]}, r"load: got shape \(1, 1, 1\); takes \[num_experts\] or"),
-    ({"load": [1, 2, -3, 4]}, "load: got a negative number, or one that is not finite"),
-    ({"load": [1, 2, np.nan, 4]}, "load: got a negative number, or one that is not finite"),
-    ({"num_devices": 3}, "num_devices: got 3; takes a divisor of the 4 experts"),
-    ({"num_devices": 0}, "num_devices: got 0; takes an integer of at least 1"),
-    ({"num_physical": 5}, "num_physical: got 5; takes a multiple of num_devices=2, at least 4"),
-    ({"num_physical": 2}, "num_physical: got 2; takes a multiple of num_devices=2, at least 4"),
-    ({"num_physical": 10}, "num_physical: got 10; takes at most 8: every expert once on every device"),
+    ({"load": [[[1.0]]]}, r"load: expected shape \[num_experts\] or .*, got \[1, 1, 1\]"),
+    ({"load": [1, 2, -3, 4]}, "load: expected finite numbers of at least 0, got others"),
+    ({"load": [1, 2, np.nan, 4]}, "load: expected finite numbers of at least 0, got others"),
+    ({"num_devices": 3}, "num_devices: expected a divisor of the 4 experts, got 3"),
+    ({"num_devices": 0}, "num_devices: expected an integer of at least 1, got 0"),
+    (
+        {"num_physical": 5},
+        "num_physical: expected a multiple of num_devices=2, at least the 4 experts, got 5",
+    ),
+    (
+        {"num_physical": 2},
+        "num_physical: expected a multiple of num_devices=2, at least the 4 experts, got 2",
+    ),
+    ({"num_physical": 10}, "num_physical: expected at most 8, every expert once on every device, got 10"),
 ]
 
 
@@ -187,5 +193,19 @@ def test_a_wrong_argument(wrong: dict, words: str) -> None:
 
 
 def test_a_number_that_is_no_integer() -> None:
-    with pytest.raises(TypeError, match=r"num_physical: got 12\.0; takes a Python integer"):
+    with pytest.raises(TypeError, match=r"num_physical: expected a Python integer .*, got 12\.0"):
         plan_experts([1, 2, 3, 4], num_physical=12.0, num_devices=2)
+
+
+def test_old_names_work_and_warn() -> None:
+    sizes = {"num_physical": 6, "num_devices": 2}
+    expected = plan_experts([1, 2, 3, 4], **sizes, keep_home=False)
+    with pytest.warns(DeprecationWarning, match="own_first is now called keep_home") as record:
+        np.testing.assert_array_equal(plan_experts([1, 2, 3, 4], **sizes, own_first=False), expected)
+    assert record[0].filename == __file__
+    with pytest.raises(TypeError, match="own_first: expected no old name beside keep_home"):
+        plan_experts([1, 2, 3, 4], **sizes, own_first=False, keep_home=False)
+    operands = np.int32([[0, 1]]), np.int32([5]), np.int32([0, 1, 0, 1])
+    with pytest.warns(DeprecationWarning, match="to_slots is now called to_physical_experts"):
+        old = to_slots(*operands, num_experts=2)
+    np.testing.assert_array_equal(old, to_physical_experts(*operands, num_experts=2))

@@ -1,4 +1,4 @@
-"""Errors of the communicator's arguments: each names the argument, what it got, and what it takes."""
+"""Errors of the communicator's arguments: each names the argument, what was expected and what came."""
 
 import dataclasses
 import inspect
@@ -21,50 +21,50 @@ ARGUMENTS = {
 
 # Arguments that differ from the good ones, the error, and words of it in order.
 CASES = [
-    ({"mesh": "expert"}, TypeError, r"mesh: got str; takes a jax\.sharding\.Mesh"),
-    ({"axis_name": 3}, TypeError, r"axis_name: got 3; takes a mesh axis or a tuple"),
+    ({"mesh": "expert"}, TypeError, r"mesh: expected a jax\.sharding\.Mesh.*, got str"),
+    ({"axis_name": 3}, TypeError, r"axis_name: expected a mesh axis or a tuple.*, got 3"),
     (
         {"axis_name": "tensor"},
         ValueError,
-        r"axis_name: expected an axis of mesh, .*, got .tensor.; say axis_name=.data. or axis_name=.expert.",
+        r"axis_name: expected an axis of mesh, .*, got .tensor.; pass axis_name=.data. or axis_name=.expert.",
     ),
     (
         {"axis_name": ("data", "data")},
         ValueError,
-        r"axis_name: .*takes every axis once",
+        r"axis_name: expected every axis once, got",
     ),
     (
         {"num_experts": 7},
         ValueError,
-        rf"num_experts: got 7 for {SIZE} devices .*takes a multiple of {SIZE}.*8",
+        rf"num_experts: expected a multiple of the {SIZE} devices .*, got 7; pass 8",
     ),
-    ({"num_experts": 0}, ValueError, r"num_experts: got 0; takes an integer of at least 1"),
-    ({"num_experts": 8.0}, TypeError, r"num_experts: got 8\.0; takes a Python integer"),
-    ({"num_experts_per_tok": 9}, ValueError, r"num_experts_per_tok: got 9; takes at most num_experts=8"),
-    ({"num_experts_per_tok": True}, TypeError, r"num_experts_per_tok: got True; takes a Python integer"),
-    ({"num_experts_per_tok": np.int64(9)}, ValueError, r"num_experts_per_tok: got 9; takes at most"),
-    ({"max_tokens": np.float32(6)}, TypeError, r"max_tokens: got .*6.*; takes a Python integer"),
-    ({"max_tokens": -1}, ValueError, r"max_tokens: got -1; takes an integer of at least 1"),
+    ({"num_experts": 0}, ValueError, r"num_experts: expected an integer of at least 1, got 0"),
+    ({"num_experts": 8.0}, TypeError, r"num_experts: expected a Python integer.*, got 8\.0"),
+    ({"num_experts_per_tok": 9}, ValueError, r"num_experts_per_tok: expected at most num_experts=8, got 9"),
+    ({"num_experts_per_tok": True}, TypeError, r"num_experts_per_tok: expected a Python integer.*, got True"),
+    ({"num_experts_per_tok": np.int64(9)}, ValueError, r"num_experts_per_tok: expected at most.*, got 9"),
+    ({"max_tokens": np.float32(6)}, TypeError, r"max_tokens: expected a Python integer.*, got .*6.*"),
+    ({"max_tokens": -1}, ValueError, r"max_tokens: expected an integer of at least 1, got -1"),
     (
         {"max_tokens": 2**30},
         ValueError,
-        rf"max_tokens: got 1073741824 .*takes at most {(2**31 - 1) // (SIZE * 3)}",
+        rf"max_tokens: expected at most {(2**31 - 1) // (SIZE * 3)} .*, got 1073741824",
     ),
-    ({"hidden_size": "wide"}, TypeError, r"hidden_size: got 'wide'; takes a Python integer"),
-    ({"hidden_size": 2**31}, ValueError, r"hidden_size: got 2147483648; takes at most 2147483647"),
-    ({"num_sms": 0}, ValueError, r"num_sms: got 0; takes an integer of at least 1"),
+    ({"hidden_size": "wide"}, TypeError, r"hidden_size: expected a Python integer.*, got 'wide'"),
+    ({"hidden_size": 2**31}, ValueError, r"hidden_size: expected at most 2147483647 .*, got 2147483648"),
+    ({"num_sms": 0}, ValueError, r"num_sms: expected an integer of at least 1, got 0"),
     (
         {"implementation": "nccl"},
         ValueError,
-        r'implementation: got \'nccl\'; takes "auto", "native"',
+        r'implementation: expected "auto", "native" or "xla", got \'nccl\'',
     ),
-    ({"mode": "fast"}, ValueError, r'mode: got \'fast\'; takes "auto", "throughput" or "low_latency"'),
-    ({"timeout_s": 0}, ValueError, r"timeout_s: got 0; takes seconds, a positive finite number"),
-    ({"timeout_s": float("inf")}, ValueError, r"timeout_s: got inf; takes seconds, a positive finite number"),
-    ({"timeout_s": float("nan")}, ValueError, r"timeout_s: got nan; takes seconds, a positive finite number"),
-    ({"timeout_s": "10"}, TypeError, r"timeout_s: got '10'; takes seconds"),
-    ({"ranks_per_node": "all"}, TypeError, r"ranks_per_node: got 'all'; takes a Python integer"),
-    ({"ranks_per_node": 0}, ValueError, r"ranks_per_node: got 0; takes an integer of at least 1"),
+    ({"mode": "fast"}, ValueError, r'mode: expected "auto", "throughput" or "low_latency", got \'fast\''),
+    ({"timeout_s": 0}, ValueError, r"timeout_s: expected seconds, a positive finite number, got 0"),
+    ({"timeout_s": float("inf")}, ValueError, r"timeout_s: expected seconds, a positive finite .*, got inf"),
+    ({"timeout_s": float("nan")}, ValueError, r"timeout_s: expected seconds, a positive finite .*, got nan"),
+    ({"timeout_s": "10"}, TypeError, r"timeout_s: expected seconds.*, got '10'"),
+    ({"ranks_per_node": "all"}, TypeError, r"ranks_per_node: expected a Python integer.*, got 'all'"),
+    ({"ranks_per_node": 0}, ValueError, r"ranks_per_node: expected an integer of at least 1, got 0"),
     (
         {"ranks_per_node": SIZE + 1},
         ValueError,
@@ -134,7 +134,9 @@ def test_with_a_reason_against_native_ops_auto_is_xla_and_native_is_refused() ->
 
     assert chosen("auto") == ("xla", "auto: group 3 spans hosts", None)
     assert chosen("xla") == ("xla", "as asked", None)
-    with pytest.raises(ValueError, match=r'implementation: got "native", but group 3 .*; takes "xla"'):
+    with pytest.raises(
+        ValueError, match=r'implementation: expected "xla" or "auto" here, got "native"; group 3 '
+    ):
         chosen("native")
 
 

@@ -1,4 +1,4 @@
-"""Gating against the same contract in plain loops of NumPy."""
+"""Gating against an oracle in plain NumPy loops."""
 
 import functools
 
@@ -17,7 +17,7 @@ MODELS = {
                     "normalize": False, "scale": 16.0},
     "softmax": {"num_experts_per_tok": 4, "score_function": "softmax"},
     "sigmoid": {"num_experts_per_tok": 4},
-    "sigmoid as it is": {"num_experts_per_tok": 4, "normalize": False},
+    "sigmoid, not normalised": {"num_experts_per_tok": 4, "normalize": False},
     "groups of one": {"num_experts_per_tok": 4, "num_groups": 32, "topk_groups": 5},
     "whole groups": {"num_experts_per_tok": 8, "num_groups": 8, "topk_groups": 2},
 }  # fmt: skip
@@ -78,7 +78,7 @@ def test_half_precision_is_computed_in_float32(name: str, dtype) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ties_go_to_the_lower_index(name: str) -> None:
-    """Of three values, so that experts and groups tie all the time; zero has two signs."""
+    """Logits have three values, so that experts and groups often tie; zero has two signs."""
     logits = np.random.default_rng(2).choice([-0.0, 0.0, 1.0], (200, EXPERTS)).astype(np.float32)
     logits[0] = 0
     check(logits, **MODELS[name])
@@ -87,8 +87,8 @@ def test_ties_go_to_the_lower_index(name: str) -> None:
 
 @pytest.mark.parametrize("garbage", [-np.inf, np.nan, -np.nan, -3e38])
 @pytest.mark.parametrize("name", ["deepseek v3", "deepseek v2", "softmax"])
-def test_a_group_that_is_out_gives_no_expert(name: str, garbage: float) -> None:
-    """Not even where nothing in the groups that are in can be compared."""
+def test_an_excluded_group_gives_no_expert(name: str, garbage: float) -> None:
+    """Even where no score in the chosen groups is a number."""
     options = MODELS[name]
     groups = options.get("num_groups", 1)
     logits = random_logits()
@@ -119,7 +119,7 @@ def test_without_a_bias_rounding_of_scores_does_not_matter() -> None:
 
 
 def test_normalised_softmax_is_the_softmax_of_the_chosen() -> None:
-    """As GPT-OSS has it; a bias may choose experts whose probabilities are all zero in float32."""
+    """As in GPT-OSS; a bias may choose experts whose probabilities are all zero in float32."""
     logits = np.float32([[0, 200, 1, 2]])
     bias = np.float32([2, 0, 2, 0])
     idx, weights = ep.group_limited_topk(logits, num_experts_per_tok=2, score_function="softmax", bias=bias)
@@ -168,20 +168,20 @@ def test_gradient(name: str) -> None:
 
 
 ERRORS = [
-    ({"logits": [1.0, 2.0]}, TypeError, "logits: got list; takes an array"),
-    ({"logits": np.zeros((2, 8), np.int32)}, TypeError, "logits: got dtype int32; takes floats"),
-    ({"logits": np.zeros((2, 0), np.float32)}, ValueError, r"logits: got shape \(2, 0\); takes"),
-    ({"bias": np.zeros(4, np.float32)}, ValueError, r"bias: got shape \(4,\); takes \[num_experts\] = \[8\]"),
-    ({"bias": np.zeros(8, np.int32)}, TypeError, "bias: got dtype int32; takes floats"),
-    ({"score_function": "relu"}, ValueError, "score_function: got 'relu'; takes \"sigmoid\" or \"softmax\""),
-    ({"num_experts_per_tok": 0}, ValueError, "num_experts_per_tok: got 0; takes an integer of at least 1"),
-    ({"num_experts_per_tok": 2.0}, TypeError, r"num_experts_per_tok: got 2\.0; takes a Python integer"),
-    ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: got 9; takes at most 8"),
+    ({"logits": [1.0, 2.0]}, TypeError, "logits: expected an array, got list"),
+    ({"logits": np.zeros((2, 8), np.int32)}, TypeError, "logits: expected floats, got dtype int32"),
+    ({"logits": np.zeros((2, 0), np.float32)}, ValueError, r"logits: expected shape .*, got \[2, 0\]"),
+    ({"bias": np.zeros(4, np.float32)}, ValueError, r"bias: expected shape \[num_experts\] = \[8\], got"),
+    ({"bias": np.zeros(8, np.int32)}, TypeError, "bias: expected floats, got dtype int32"),
+    ({"score_function": "relu"}, ValueError, "score_function: expected \"sigmoid\" or .*, got 'relu'"),
+    ({"num_experts_per_tok": 0}, ValueError, "num_experts_per_tok: expected an integer of at least 1, got 0"),
+    ({"num_experts_per_tok": 2.0}, TypeError, r"num_experts_per_tok: expected a Python integer .*, got 2\.0"),
+    ({"num_experts_per_tok": 9}, ValueError, "num_experts_per_tok: expected at most 8, .*, got 9"),
     ({"normalize": "no"}, TypeError, "normalize: expected True or False, got 'no'; pass a bool"),
-    ({"num_groups": 3}, ValueError, "num_groups: got 3; takes a divisor of the 8 experts"),
-    ({"num_groups": 2, "topk_groups": 3}, ValueError, "topk_groups: got 3; takes at most num_groups=2"),
+    ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of the 8 experts, got 3"),
+    ({"num_groups": 2, "topk_groups": 3}, ValueError, "topk_groups: expected at most num_groups=2, got 3"),
     ({"num_groups": 4, "topk_groups": 1, "num_experts_per_tok": 3}, ValueError,
-     "num_experts_per_tok: got 3; takes at most 2, the experts of topk_groups=1 of 4 groups"),
+     "num_experts_per_tok: expected at most 2, the experts in topk_groups=1 of 4 groups .*, got 3"),
 ]  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def test_a_wrong_argument(wrong: dict, error: type[Exception], words: str) -> No
         ep.group_limited_topk(arguments.pop("logits"), **arguments)
 
 
-def test_load_counts_what_names_an_expert() -> None:
+def test_load_counts_entries_in_range() -> None:
     topk_idx = np.int32([[[0, 2], [2, -1]], [[5, 2], [-7, 6]]])
     load = jax.jit(functools.partial(gating.expert_load, num_experts=6))(topk_idx)
     assert load.dtype == jnp.int32
@@ -230,17 +230,17 @@ def test_bias_moves_towards_an_even_load() -> None:
 
 
 def test_a_bias_that_would_not_move_is_an_error() -> None:
-    """A step of 1e-3 from 7 is none in bfloat16; what a traced bias holds is not known."""
+    """A step of 1e-3 from 7 is lost in bfloat16; the value of a traced bias is not known."""
     load = np.int32([3, 1, 2])
     for update in (gating.update_bias, jax.jit(gating.update_bias)):
         with pytest.raises(ValueError, match=r"bias: expected float32, got bfloat16 with rate=.*; keep the"):
             update(jnp.full(3, 7, jnp.bfloat16), load)
     np.testing.assert_allclose(gating.update_bias(jnp.full(3, 7.0), load), [6.999, 7.001, 7])
-    gating.update_bias(jnp.full(3, 7, jnp.bfloat16), np.int32([2, 2, 2]))  # nothing is to move
+    gating.update_bias(jnp.full(3, 7, jnp.bfloat16), np.int32([2, 2, 2]))  # no step to lose
 
 
 def test_the_bias_evens_out_a_skewed_router() -> None:
-    """What the rule is for: after some steps, hot experts lose their advantage."""
+    """After some steps, hot experts lose their advantage."""
     logits = random_logits(tokens=512) + np.linspace(0, 2, EXPERTS, dtype=np.float32)
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Errors of dispatch and combine when tracing: each names the argument, what it got, and what it takes."""
+"""Errors of dispatch and combine when tracing: each names the argument, what was expected and what came."""
 
 import jax
 import jax.numpy as jnp
@@ -17,44 +17,44 @@ def comm(request: pytest.FixtureRequest) -> ep.Communicator:
 
 
 DISPATCH = [
-    ({"x": jnp.zeros((5, 7))}, ValueError, r"x: got shape \(5, 7\); takes \[T, hidden_size\] = \[any, 8\]"),
-    ({"x": jnp.zeros((5, 1, 8))}, ValueError, r"x: got shape \(5, 1, 8\); takes \[T, hidden_size\]"),
-    ({"x": jnp.zeros((7, 8))}, ValueError, r"x: got 7 tokens; .* takes at most max_tokens=6"),
-    ({"x": jnp.zeros((5, 8), bool)}, TypeError, r"x: got dtype bool; takes bfloat16, .*, uint32\. Cast it"),
-    ({"x": jnp.zeros((5, 8), jnp.int4)}, TypeError, r"x: got dtype int4; takes bfloat16, "),
+    ({"x": jnp.zeros((5, 7))}, ValueError, r"x: expected shape \[T, hidden_size\] = \[any, 8\], got \[5, 7"),
+    ({"x": jnp.zeros((5, 1, 8))}, ValueError, r"x: expected shape \[T, hidden_size\].*, got \[5, 1, 8"),
+    ({"x": jnp.zeros((7, 8))}, ValueError, r"x: expected at most max_tokens=6 tokens, got 7; make"),
+    ({"x": jnp.zeros((5, 8), bool)}, TypeError, r"x: expected dtype bfloat16, .*, uint32, got bool; cast it"),
+    ({"x": jnp.zeros((5, 8), jnp.int4)}, TypeError, r"x: expected dtype bfloat16, .*, got int4"),
     ({"x": jnp.zeros((5, 8), jnp.float8_e4m3fn)}, TypeError,
-     r"x: got dtype float8_e4m3fn; .*send its bits as integers: jax\.lax\.bitcast_convert_type\(x"),
+     r"x: expected dtype .*, got float8_e4m3fn; .*send its bits as integers: jax\.lax\.bitcast_convert_type"),
     ({"x": jnp.zeros((5, 33), jnp.uint8)}, ValueError,
-     r"x: got 33 uint8 in a row; takes 1 to 32, the bytes of hidden_size=8 float32.*larger hidden_size"),
-    ({"x": jnp.zeros((5, 17), jnp.int16)}, ValueError, r"x: got 17 int16 in a row; takes 1 to 16"),
-    ({"x": jnp.zeros((5, 0), jnp.int32)}, ValueError, r"x: got 0 int32 in a row; takes 1 to 8"),
-    ({"x": jnp.zeros((5, 1, 8), jnp.int8)}, ValueError, r"x: got shape \(5, 1, 8\); takes \[T, W\] = \[any"),
-    ({"x": jnp.zeros((7, 3), jnp.int8)}, ValueError, r"x: got 7 tokens; .* takes at most max_tokens=6"),
-    ({"x": [[0.0] * 8]}, TypeError, r"x: got list; takes an array"),
-    ({"topk_idx": jnp.zeros((5, 3), jnp.int16)}, TypeError, r"topk_idx: got dtype int16; takes int32"),
+     r"x: expected rows of 1 to 32 uint8, the bytes of hidden_size=8 float32, got 33; .*larger hidden_size"),
+    ({"x": jnp.zeros((5, 17), jnp.int16)}, ValueError, r"x: expected rows of 1 to 16 int16, .*, got 17"),
+    ({"x": jnp.zeros((5, 0), jnp.int32)}, ValueError, r"x: expected rows of 1 to 8 int32, .*, got 0"),
+    ({"x": jnp.zeros((5, 1, 8), jnp.int8)}, ValueError, r"x: expected shape \[T, W\] = .*, got \[5, 1, 8\]"),
+    ({"x": jnp.zeros((7, 3), jnp.int8)}, ValueError, r"x: expected at most max_tokens=6 tokens, got 7; make"),
+    ({"x": [[0.0] * 8]}, TypeError, r"x: expected an array, got list"),
+    ({"topk_idx": jnp.zeros((5, 3), jnp.int16)}, TypeError, r"topk_idx: expected dtype int32, got int16"),
     ({"topk_idx": jnp.zeros((5, 4), jnp.int32)}, ValueError,
-     r"topk_idx: got shape \(5, 4\); takes \[T, num_experts_per_tok\] = \[5, 3\]"),
-    ({"topk_idx": None}, TypeError, r"topk_idx, topk_weights: got None; dispatch takes both, or handle="),
-    ({"topk_weights": jnp.zeros((4, 3))}, ValueError, r"topk_weights: got shape \(4, 3\); .* \[5, 3\]"),
+     r"topk_idx: expected shape \[T, num_experts_per_tok\] = \[5, 3\], got \[5, 4\]"),
+    ({"topk_idx": None}, TypeError, r"topk_idx, topk_weights: expected arrays, got None; pass both"),
+    ({"topk_weights": jnp.zeros((4, 3))}, ValueError, r"topk_weights: expected .* \[5, 3\], got \[4, 3\]"),
     ({"topk_weights": jnp.zeros((5, 3), jnp.bfloat16)}, TypeError,
-     r"topk_weights: got dtype bfloat16; takes float32.*Cast it"),
+     r"topk_weights: expected dtype float32, got bfloat16; cast it"),
     ({"comm": "expert"}, TypeError, r"comm: expected a jax_deepep\.Communicator, got str; make one outside"),
     ({"comm": None}, TypeError, r"comm: expected a jax_deepep\.Communicator, got NoneType; .* to dispatch"),
-    ({"layout": "rows"}, ValueError, r"layout: got 'rows'; takes \"expert\" or \"token\""),
-    ({"alignment": 0}, ValueError, r"alignment: got 0; takes an integer of at least 1"),
-    ({"alignment": 2.0}, TypeError, r"alignment: got 2\.0; takes a Python integer"),
-    ({"alignment": 2**32, "capacity": 0}, ValueError, r"alignment: got 4294967296; takes at most 2147483647"),
-    ({"expert_capacity": 2**70}, ValueError, rf"expert_capacity: got {2**70}; takes at most 2147483647"),
-    ({"capacity": -8}, ValueError, r"capacity: got -8; takes an integer of at least 0"),
+    ({"layout": "rows"}, ValueError, r"layout: expected \"expert\" or \"token\", got 'rows'"),
+    ({"alignment": 0}, ValueError, r"alignment: expected an integer of at least 1, got 0"),
+    ({"alignment": 2.0}, TypeError, r"alignment: expected a Python integer.*, got 2\.0"),
+    ({"alignment": 2**32, "capacity": 0}, ValueError, r"alignment: at most 2147483647 .* 4294967296"),
+    ({"expert_capacity": 2**70}, ValueError, rf"expert_capacity: expected at most 2147483647 .* {2**70}"),
+    ({"capacity": -8}, ValueError, r"capacity: expected an integer of at least 0, got -8"),
     ({"capacity": 12, "alignment": 8}, ValueError,
-     r"capacity: got 12 with alignment=8; takes a multiple of alignment, for example 16"),
+     r"capacity: expected a multiple of alignment=8, got 12; pass 16"),
     ({"capacity": 2**31 // SIZE}, ValueError,
-     rf"capacity: got {2**31 // SIZE} rows on each of {SIZE} devices; takes at most"),
-    ({"capacity": "many"}, TypeError, r"capacity: got 'many'; takes a Python integer"),
-    ({"expert_capacity": -1}, ValueError, r"expert_capacity: got -1; takes an integer of at least 0"),
+     rf"capacity: expected at most .* rows on each of {SIZE} devices .*, got {2**31 // SIZE}; pass"),
+    ({"capacity": "many"}, TypeError, r"capacity: expected a Python integer.*, got 'many'"),
+    ({"expert_capacity": -1}, ValueError, r"expert_capacity: expected an integer of at least 0, got -1"),
     ({"expert_capacity": 4, "layout": "token"}, ValueError,
-     r"expert_capacity: got 4 with layout='token'.*takes None"),
-    ({"wire": "fp8"}, ValueError, r"wire: expected None, got 'fp8'; .*of a later version"),
+     r"expert_capacity: expected None with layout='token', .*, got 4; use"),
+    ({"wire": "fp8"}, ValueError, r"wire: expected None, got 'fp8'; leave it out"),
 ]  # fmt: skip
 
 
@@ -93,18 +93,29 @@ def test_integers_of_numpy(comm) -> None:
 
 
 def test_a_capacity_that_is_traced(comm) -> None:
-    with pytest.raises(TypeError, match=r"capacity: got .*; takes a Python integer \(a static value"):
+    with pytest.raises(
+        TypeError, match=r"capacity: expected a Python integer \(static, .*, got .*; pass an int"
+    ):
         trace(lambda: jax.jit(lambda capacity: dispatch(comm, capacity=capacity))(8))
 
 
 ALONG_A_HANDLE = [
-    ({"topk_idx": jnp.zeros((5, 3), jnp.int32)}, r"topk_idx: got an array together with handle=; takes None"),
-    ({"topk_weights": jnp.zeros((5, 3))}, r"topk_weights: got an array together with handle=; takes None"),
-    ({"capacity": 8}, r"capacity: got 8; takes None or the handle's own, 48"),
-    ({"x": jnp.zeros((4, 8))}, r"x: got 4 tokens; takes as many as the dispatch that made the handle, 5"),
-    ({"layout": "token"}, r"layout: got 'token'"),
-    ({"alignment": 8}, r"alignment: got 8"),
-    ({"expert_capacity": 2}, r"expert_capacity: got 2"),
+    (
+        {"topk_idx": jnp.zeros((5, 3), jnp.int32)},
+        r"topk_idx: expected None together with handle=, .*, got an array",
+    ),
+    (
+        {"topk_weights": jnp.zeros((5, 3))},
+        r"topk_weights: expected None together with handle=, .*, got an array",
+    ),
+    ({"capacity": 8}, r"capacity: expected None or the handle's, 48, got 8"),
+    (
+        {"x": jnp.zeros((4, 8))},
+        r"x: expected as many tokens as in the dispatch that made the handle, 5, got 4",
+    ),
+    ({"layout": "token"}, r"layout: expected 'expert' or .*, got 'token'"),
+    ({"alignment": 8}, r"alignment: expected 1 or .*, got 8"),
+    ({"expert_capacity": 2}, r"expert_capacity: expected None or .*, got 2"),
 ]
 
 
@@ -119,15 +130,15 @@ def test_a_wrong_argument_along_a_handle(comm, wrong: dict, words: str) -> None:
 
 
 COMBINE = [
-    ({"y": jnp.zeros((40, 8))}, {}, ValueError, r"y: got shape \(40, 8\); takes \[capacity, .* \[16, 8\]"),
-    ({"y": jnp.zeros((16, 8), jnp.int8)}, {}, TypeError, r"y: got dtype int8; takes bfloat16, float16"),
+    ({"y": jnp.zeros((40, 8))}, {}, ValueError, r"y: expected shape \[capacity, .* \[16, 8\], got \[40, 8\]"),
+    ({"y": jnp.zeros((16, 8), jnp.int8)}, {}, TypeError, r"y: expected dtype bfloat16, float16.*, got int8"),
     ({"handle": (1, 2)}, {}, TypeError, r"handle: expected a jax_deepep\.Handle, got tuple; pass the second"),
     ({"handle": None}, {}, TypeError, r"handle: expected a jax_deepep\.Handle, got NoneType"),
     ({"comm": "expert"}, {}, TypeError, r"comm: expected a jax_deepep\.Communicator, got str; .* to combine"),
-    ({"weighted": 1}, {}, TypeError, r"weighted: got 1; takes True, False or None"),
-    ({"weighted": True}, {"layout": "token"}, ValueError, r"weighted: got True for token-major rows; takes"),
-    ({"bias": jnp.zeros((4, 8))}, {}, ValueError, r"bias: got shape \(4, 8\); takes \[T, .* = \[5, 8\]"),
-    ({"bias": jnp.zeros((5, 8), jnp.bfloat16)}, {}, TypeError, r"bias: got dtype bfloat16; takes float32"),
+    ({"weighted": 1}, {}, TypeError, r"weighted: expected True, False or None.*, got 1"),
+    ({"weighted": True}, {"layout": "token"}, ValueError, r"weighted: expected .* token-major .*, got True"),
+    ({"bias": jnp.zeros((4, 8))}, {}, ValueError, r"bias: expected shape \[T, .* = \[5, 8\], got \[4, 8\]"),
+    ({"bias": jnp.zeros((5, 8), jnp.bfloat16)}, {}, TypeError, r"bias: expected dtype float32, got bfloat16"),
 ]  # fmt: skip
 
 

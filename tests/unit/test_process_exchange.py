@@ -127,8 +127,8 @@ def test_a_difference_is_told_to_all_wherever_it_is(different: int) -> None:
     above, below = (0, 1) if different == 0 else ((different - 1) // 8, different)
     value_above, value_below = ("64", "256") if different == 0 else ("256", "64")
     expected = (
-        f"CommunicatorError: num_experts: process {above} got {value_above}, but process {below} got "
-        f"{value_below};"
+        f"CommunicatorError: num_experts: expected the same in all processes, got {value_above} on process "
+        f"{above} and {value_below} on process {below};"
     )
     assert set(job.errors) == set(job.processes)
     assert {error[: len(expected)] for error in job.errors.values()} == {expected}
@@ -142,7 +142,8 @@ def test_of_many_differences_the_first_argument_is_told() -> None:
     )
     assert set(job.errors) == set(job.processes)
     assert {error.partition(";")[0] for error in job.errors.values()} == {
-        "CommunicatorError: mesh: process 9 got one, but process 80 got other"
+        "CommunicatorError: mesh: expected the same in all processes, got one on process 9 and other on "
+        "process 80"
     }
 
 

@@ -55,11 +55,11 @@ def place_from_arguments(
         names = [name.strip() for name in hosts.split(",")]
         count = len(names)
     if count < 1 or "" in names:
-        raise PlaceError(f"--hosts: got {hosts!r}; takes 'host0,host1,…' or a number of hosts >= 1")
+        raise PlaceError(f"--hosts: expected 'host0,host1,…' or a number of hosts >= 1, got {hosts!r}")
     if address is None:
         if count > 1 and not names:
             raise PlaceError(
-                f"--hosts: got the number {count}, which does not say where rank 0 is; "
+                f"--hosts: expected host names, got the number {count}, which does not say where rank 0 is; "
                 "add --coordinator HOST[:PORT], or list the hosts by name"
             )
         address = names[0] if names else LOOPBACK
@@ -67,7 +67,7 @@ def place_from_arguments(
         node_rank = 0 if count == 1 else _own_index(names, environ)
     if not 0 <= node_rank < count:
         raise PlaceError(
-            f"--node-rank: got {node_rank}; takes 0..{count - 1}, one for each of the {count} hosts"
+            f"--node-rank: expected 0..{count - 1}, one for each of the {count} hosts, got {node_rank}"
         )
     return LauncherPlace(node_rank, count, address, port, job=f"{hosts} {coordinator}")
 
@@ -77,7 +77,7 @@ def split_address(address: str) -> tuple[str, int | None]:
     match = re.fullmatch(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\[\]\s]+)(?::(\d{1,5}))?", address)
     if match is None or not 0 < int(match[2] or 1) < 65536:
         raise PlaceError(
-            f"--coordinator: got {address!r}; takes HOST or HOST:PORT, for example 10.0.0.1:6000"
+            f"--coordinator: expected HOST or HOST:PORT, for example 10.0.0.1:6000, got {address!r}"
         )
     return match[1].strip("[]"), int(match[2]) if match[2] else None
 
@@ -170,7 +170,7 @@ def first_slurm_host(node_list: str) -> str:
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", node_list)
     if match is None:
         raise PlaceError(
-            f"SLURM_STEP_NODELIST: got {node_list!r}; expected a host list such as node[001-004]"
+            f"SLURM_STEP_NODELIST: expected a host list such as node[001-004], got {node_list!r}"
         )
     return "".join(part or "" for part in match.groups())
 

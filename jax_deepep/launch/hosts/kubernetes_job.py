@@ -43,7 +43,7 @@ def read_job(
     host = environ.get("HOSTNAME", "")
     name = host.removesuffix(f"-{index}")  # Kubernetes names the pods of an Indexed Job JOB-INDEX
     if name in ("", host):
-        raise KubernetesError(f"HOSTNAME: got {host!r}, expected JOB-{index} in an Indexed Job; {_REMEDY}")
+        raise KubernetesError(f"HOSTNAME: expected JOB-{index} in an Indexed Job, got {host!r}; {_REMEDY}")
     spec = (fetch or _fetch)(environ, name)["spec"]
     parallelism = int(spec.get("parallelism", 1))
     subdomain = spec["template"]["spec"].get("subdomain")

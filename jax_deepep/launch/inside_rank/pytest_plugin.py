@@ -197,5 +197,7 @@ def _timeout(config: pytest.Config) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise pytest.UsageError(f"--launch-test-timeout: got {given!r}; takes seconds > 0, for example 300")
+        raise pytest.UsageError(
+            f"--launch-test-timeout: expected seconds > 0, for example 300, got {given!r}"
+        )
     return seconds
