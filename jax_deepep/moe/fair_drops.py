@@ -12,9 +12,9 @@ sender 3.4 %. With T = 8: 12 % and 2.8 % in place of 4.4 % and 4.6 %, of which t
 divide the room by experts, in the order of dispatch, drops more, and all of it from the last senders.)
 
 Where a sender's part is of fewer than `LEAST_PART` rows, as in decoding, dispatch alone decides, and drops
-the last experts and senders: parts of 4 rows would drop 17 % of the rows in place of 6 %, of nearly even weights
-11 % of the weight, and only an exchange of counts could tell a sender what its peers leave unused. Such calls
-do better without a capacity.
+the last experts and senders: parts of 4 rows would drop 17 % of the rows in place of 6 %, and of nearly even
+weights 11 %; only an exchange of counts could tell a sender what its peers leave unused. Such calls do better
+without a capacity.
 """
 
 import jax
