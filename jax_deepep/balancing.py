@@ -20,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from jax_deepep.arguments import checked_integer
+from jax_deepep.checks import checked_integer
+
+__all__ = ["imbalance", "plan_experts", "to_slots"]
 
 # What bounds the search for a plan: steps of it, and steps times slots.
 MOST_STEPS, MOST_SLOT_STEPS = 400, 12_000

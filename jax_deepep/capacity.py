@@ -58,18 +58,25 @@ def bounded_rows(
     return min(worst_case, round_up(rows, alignment))
 
 
+# Bytes of received rows up to which a layer does not divide its tokens, and mean rows that a chunk keeps.
+MOST_ROW_BYTES, LEAST_ROWS_PER_EXPERT = 2 * 2**30, 128
+
+
+def fewest_chunks(
+    *, num_ranks: int, num_tokens: int, num_experts_per_tok: int, num_local_experts: int, row_bytes: int
+) -> int:
+    """Return the fewest chunks that `jax_deepep.moe.MoEConfig.chunks_of` describes."""
+    live = num_tokens * num_experts_per_tok
+    worst_case = num_ranks * num_tokens * min(num_experts_per_tok, num_local_experts)
+    wanted = -(-worst_case * row_bytes // max(live * row_bytes * 5 // 4, MOST_ROW_BYTES, 1))
+    return max(1, min(wanted, live // (num_local_experts * LEAST_ROWS_PER_EXPERT)))
+
+
+def slot_row_bytes(hidden_size: int) -> int:
+    """Return the bytes of the widest row in low-latency mode: H elements of 2 bytes, and at least 16."""
+    return max(2 * hidden_size, 16)
+
+
 def num_groups(layout: Layout, num_local_experts: int) -> int:
     """Return how many groups the rows of one device form: one per local expert, or one in all."""
     return num_local_experts if layout == "expert" else 1
-
-
-def pair_table_shape(
-    *, num_ranks: int, num_tokens: int, num_experts_per_tok: int, num_local_experts: int
-) -> tuple[int, int]:
-    """Return the shape of the (token, device) pairs: `PairTable` in `xla_ffi/interface/geometry.h`."""
-    return 1 + num_ranks * num_tokens, round_up(1 + min(num_experts_per_tok, num_local_experts), 4)
-
-
-def dispatch_scratch_ints(*, num_ranks: int, num_tokens: int, num_experts_per_tok: int) -> int:
-    """Return the int32s of scratch of a dispatch: `DispatchScratchInts` in `xla_ffi/interface/dispatch.h`."""
-    return num_tokens * (4 * num_experts_per_tok + num_ranks)

@@ -80,5 +80,5 @@ def warn_of_too_few_threads(num_devices: int) -> None:
             f"than 32 programs in flight it can deadlock below {needed}. Set NPROC={needed} in the "
             "environment, or import jax_deepep before JAX is first used, with the number of CPU "
             "devices already set.",
-            stacklevel=6,  # where a communicator is made
+            stacklevel=4,  # where a communicator is made
         )

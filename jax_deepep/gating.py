@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_deepep.arguments import checked_integer
-from jax_deepep.ops.checks import check_array
+from jax_deepep.checks import check_array, checked_integer
+
+__all__ = [
+    "ScoreFunction", "balance_loss", "expert_load", "group_limited_topk", "router_probabilities",
+    "update_bias", "weights_of",
+]  # fmt: skip
 
 ScoreFunction = Literal["sigmoid", "softmax"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jax_deepep import native_module
+from jax_deepep.communicator import native_module
 
 
 @contextlib.contextmanager

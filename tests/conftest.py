@@ -75,10 +75,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         nightly = [item for item in items if item.get_closest_marker("nightly")]
         items[:] = [item for item in items if item not in nightly]
         config.hook.pytest_deselected(items=nightly)
-    if why_not := _why_no_gpu():
+    if unsupported_reason := _why_no_gpu():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=why_not))
+                item.add_marker(pytest.mark.skip(reason=unsupported_reason))
 
 
 def _why_no_gpu() -> str:

@@ -11,7 +11,8 @@ import pytest
 # Ids hold these names, so that -k selects among them.
 _MARKS = {"native": (), "xla": (pytest.mark.collectives,)}
 IMPLEMENTATIONS = [pytest.param(name, marks=marks) for name, marks in _MARKS.items()]
-EXACT = {"native"}  # gives the contract's bits; the others give them up to float32 rounding
+LOW_LATENCY = "low_latency"  # native, in that mode
+EXACT = {"native", LOW_LATENCY}  # gives the contract's bits; the others give them up to float32 rounding
 
 # Has XLA capture all ops in CUDA graphs, on GPUs. By default, it does so where five operations or more follow
 # each other that it can capture.
@@ -19,11 +20,21 @@ CAPTURE_ALL_OPS = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_
 OPS_ARE_CAPTURED = set(CAPTURE_ALL_OPS.split()) <= set(os.environ.get("XLA_FLAGS", "").split())
 
 
-def cases(names: str, *values: Iterable, in_xla: Callable[..., bool]) -> pytest.MarkDecorator:
+def cases(
+    names: str,
+    *values: Iterable,
+    in_xla: Callable[..., bool],
+    in_low_latency: Callable[..., bool] = lambda *_: False,
+) -> pytest.MarkDecorator:
     """Parametrize a test by the product of `values`, named in `names`, and by its implementation.
 
     A program takes ten times as long to compile with "xla", which runs only the cases that `in_xla` wants.
+    Low-latency mode is an implementation of its own, and runs the cases of `in_low_latency`.
     """
+
+    def runs(implementation: str, case: tuple) -> bool:
+        wants = {"xla": in_xla, LOW_LATENCY: in_low_latency}.get(implementation)
+        return wants is None or wants(*case)
 
     def named(value: Any) -> str:
         return getattr(value, "name", str(value))
@@ -33,8 +44,8 @@ def cases(names: str, *values: Iterable, in_xla: Callable[..., bool]) -> pytest.
         [
             pytest.param(*case, implementation, marks=marks, id="-".join([*map(named, case), implementation]))
             for case in itertools.product(*values)
-            for implementation, marks in _MARKS.items()
-            if implementation != "xla" or in_xla(*case)
+            for implementation, marks in {**_MARKS, LOW_LATENCY: ()}.items()
+            if runs(implementation, case)
         ],
     )
 

@@ -1,12 +1,14 @@
 """Every problem that an implementation must get right, once, for all suites; each named after its point."""
 
 import functools
+import os
 import zlib
 from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 import oracle
+from implementations import LOW_LATENCY
 from jax.sharding import AxisType, Mesh
 from meshes import expert_axes, groups_of, mesh_named
 
@@ -56,7 +58,15 @@ class Problem:
         """The problem without what is data: problems that are equal in it run the same program."""
         return replace(self, name="", routing="")
 
+    def as_run_by(self, implementation: str) -> "Problem":
+        """The problem with rows that the implementation takes."""
+        if implementation == LOW_LATENCY and self.dtype == "float32":
+            return replace(self, dtype="bfloat16")
+        return self
+
     def communicator(self, implementation: str, **options) -> ep.Communicator:
+        if implementation == LOW_LATENCY:
+            implementation, options = "native", {"mode": "low_latency", **options}
         return ep.Communicator(
             self.mesh,
             self.axis_name,
@@ -268,3 +278,14 @@ _SHAPES_IN_XLA = {problem.shape for problem in PROBLEMS if problem.name in _KIND
 
 def is_run_in_xla(problem: Problem) -> bool:
     return problem.shape in _SHAPES_IN_XLA
+
+
+# On CPU the modes differ in their JAX code alone.
+_KINDS_IN_LOW_LATENCY = {
+    "random", "invalid entries", "no tokens", "both capacities, alignment 4", "token-major, capacity",
+    "node × expert, expert, Explicit",
+}  # fmt: skip
+
+
+def is_run_in_low_latency(problem: Problem) -> bool:
+    return "cuda" in os.environ.get("JAX_PLATFORMS", "") or problem.name in _KINDS_IN_LOW_LATENCY

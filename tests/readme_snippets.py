@@ -1,19 +1,26 @@
-"""The pieces of Python in README.md, as files: python tests/readme_snippets.py FOLDER prints their names."""
+"""The Python in the READMEs, piece by piece: python tests/readme_snippets.py FOLDER prints the files."""
 
 import pathlib
 import re
 import sys
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+READMES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("jax_deepep/**/README.md")),
+    *sorted(ROOT.glob("xla_ffi/**/README.md")),
+]
 
 
 def write_snippets(folder: pathlib.Path) -> list[pathlib.Path]:
     """Write every piece into a file of its own, as somebody would who pastes it."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, text in enumerate(re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.M | re.S)):
-        paths.append(folder / f"readme_{number}.py")
-        paths[-1].write_text(text)
+    for readme in READMES:
+        room = readme.parent.name if readme.parent != ROOT else "root"
+        for number, text in enumerate(re.findall(r"^```python\n(.*?)^```$", readme.read_text(), re.M | re.S)):
+            paths.append(folder / f"readme_{room}_{number}.py")
+            paths[-1].write_text(text)
     return paths
 
 

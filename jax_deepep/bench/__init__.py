@@ -1,7 +1,8 @@
-"""`python -m jax_deepep.bench`: how fast the ops are, natively, in JAX collectives, and against memcpy.
+"""`python -m jax_deepep.bench ops | moe | routing`: how fast ops and layers are, beside baselines.
 
-The modules, in the order of a run: `__main__` (the command line), `problems` (what is measured),
-`ops_under_test` (the jitted programs), `memcpy_rate` (the floor), `timing` (rounds and percentiles),
-`measurement` (one problem from programs to results), `report` (table, Markdown, JSON, plot) with `tables` and
-`surroundings` (machine and versions). `gpu` has the bench on GPUs, which runs in several processes.
+__main__    the commands                       problem      what is measured: shape and inputs
+ops         ops, with op_cases                 trials       interleaved trials, and how they become seconds
+moe         layers, with layers, kernel_trace  report       results as tables, JSON and a plot
+routing     where rows go                      environment  the machine, and what numbers depend on
+baselines/  memcpy, plain kernels that move the same rows, limits of links, XLA's own collective
 """

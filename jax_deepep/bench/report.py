@@ -1,94 +1,181 @@
-"""Results as a table on the terminal, Markdown, JSON and a plot."""
+"""What was measured: one kind of result for all commands, as tables, JSON and a plot."""
 
-import dataclasses
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jax_deepep.bench.measurement import MEMCPY, Result
-from jax_deepep.bench.tables import Table, markdown, print_tables
+import jax
+import numpy as np
 
-BYTES_MOVED = (
-    "Bytes moved are the rows that all devices receive (live rows, without padding) × H × bytes per element, "
-    "each counted once: dispatch copies them, combine reads them, dispatch + combine does both; backward of "
-    "dispatch reads their gradients as combine does, backward of combine writes theirs as dispatch does. "
-    "memcpy copies as many bytes between warm buffers, with one thread per usable core, in the same rounds."
-)
+from jax_deepep.bench.environment import environment
+from jax_deepep.bench.problem import Problem
 
-COLUMNS = ("op", "MB moved", "native ms", "xla ms", "memcpy ms", "xla / native", "native GB/s", "of memcpy")
+NONE = "–"
 
 
-def _milliseconds(result: Result, contender: str) -> str:
-    spread = result.seconds.get(contender)
-    if spread is None:
-        return "–"
-    return spread.text(1e3, digits=1 if spread.median >= 0.01 else 2)
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of many trials.
+
+    Attributes:
+        median, p10, p90: seconds.
+        trials: how many there were.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    trials: int
+
+    @classmethod
+    def of(cls, seconds: Any) -> "Spread":
+        """Summarise `seconds`."""
+        p10, median, p90 = np.percentile(seconds, [10, 50, 90])
+        return cls(float(median), float(p10), float(p90), len(seconds))
+
+    def text(self, per_second: float) -> str:
+        """Return "median (p10–p90)" in a unit of which a second has `per_second`."""
+        digits = 0 if per_second * self.median >= 100 else 1 if per_second * self.median >= 10 else 2
+        median, p10, p90 = (f"{per_second * s:.{digits}f}" for s in (self.median, self.p10, self.p90))
+        return f"{median} ({p10}–{p90})"
 
 
-def _cells(result: Result) -> list[str]:
-    native = "native" in result.seconds
-    ratio = result.xla_over_native
-    return [
-        result.op,
-        f"{result.bytes_moved / 1e6:.0f}",
-        _milliseconds(result, "native"),
-        _milliseconds(result, "xla"),
-        _milliseconds(result, MEMCPY),
-        "–" if ratio is None else f"{ratio:.1f}",
-        f"{result.rate('native'):.2f}" if native else "–",
-        f"{result.share_of_memcpy('native'):.0%}" if native else "–",
-    ]
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one case on one problem.
+
+    Attributes:
+        problem: the shape.
+        part: the table that the case stands in: "ops", "chain", "layer", …
+        case: its name there.
+        seconds: of the case, by how it was timed; the first is what baselines and bytes are compared with.
+        baselines: seconds of what does the same work, by name.
+        bytes_moved: that `seconds` took; 0 where bytes are not the point.
+        values: further facts by name; those that are no numbers or texts are not shown in tables.
+        failure: why there are no numbers, or "".
+    """
+
+    problem: Problem
+    part: str
+    case: str
+    seconds: dict[str, Spread] = field(default_factory=dict)
+    baselines: dict[str, Spread] = field(default_factory=dict)
+    bytes_moved: int = 0
+    values: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def primary(self) -> Spread | None:
+        """The first of `seconds`."""
+        return next(iter(self.seconds.values()), None)
+
+    @property
+    def best_baseline(self) -> str | None:
+        """The name of the fastest baseline."""
+        return min(self.baselines, key=lambda name: self.baselines[name].median, default=None)
+
+    @property
+    def over_baseline(self) -> float | None:
+        """How many times the best baseline's time the case takes."""
+        if self.primary is None or self.best_baseline is None:
+            return None
+        return self.primary.median / self.baselines[self.best_baseline].median
+
+    @property
+    def rate(self) -> float | None:
+        """GB/s (10⁹ bytes per second)."""
+        return self.bytes_moved / self.primary.median / 1e9 if self.primary and self.bytes_moved else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, and what follows from them."""
+        derived = ("best_baseline", "over_baseline", "rate")
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Result":
+        """Return what `to_json` was called on."""
+        values: dict[str, Any] = {name: entry[name] for name in cls.__dataclass_fields__}
+        values["problem"] = Problem(**entry["problem"])
+        for name in ("seconds", "baselines"):
+            values[name] = {timed: Spread(**spread) for timed, spread in entry[name].items()}
+        return cls(**values)
 
 
-def _title(result: Result) -> str:
-    launch = 1e3 * result.launch.median
-    runs = result.seconds[MEMCPY].runs
-    return f"{result.problem.name} (rounds: {runs}; launch of an empty program: {launch:.2f} ms)"
+@dataclass(frozen=True)
+class Table:
+    """Cells under a title; numbers stand in all columns but those of `text_columns`."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: tuple[str, ...] = ("case", "best baseline")
+
+    def markdown(self) -> str:
+        """Return the table as Markdown under its title, in columns of even width."""
+        left = [name in self.text_columns for name in self.columns]
+        widths = [max(3, *map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+
+        def line(cells: Sequence[str]) -> str:
+            sized = zip(cells, widths, left, strict=True)
+            return (
+                "| "
+                + " | ".join(c.ljust(width) if text else c.rjust(width) for c, width, text in sized)
+                + " |"
+            )
+
+        rule = line(
+            [("-" * w if text else "-" * (w - 1) + ":") for w, text in zip(widths, left, strict=True)]
+        )
+        return "\n".join([f"**{self.title}**", "", line(self.columns), rule, *map(line, self.rows), ""])
 
 
-def _by_problem(results: Sequence[Result]) -> list[list[Result]]:
-    groups: dict[str, list[Result]] = {}
+def tables_of(results: Iterable[Result], unit: str) -> list[Table]:
+    """Return a table for each part and problem: times in "ms" or "us", columns where a case has something."""
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        groups.setdefault(result.problem.name, []).append(result)
-    return list(groups.values())
+        groups.setdefault((result.part, result.problem.name), []).append(result)
+    return [_table(f"{part}: {name}", group, unit) for (part, name), group in groups.items()]
 
 
-def _tables(results: Sequence[Result]) -> list[Table]:
-    return [Table(_title(group[0]), COLUMNS, [_cells(r) for r in group]) for group in _by_problem(results)]
+def _table(title: str, group: list[Result], unit: str) -> Table:
+    per_second = {"ms": 1e3, "us": 1e6}[unit]
+
+    def number(value: float | None, digits: int) -> str:
+        return NONE if value is None else f"{value:.{digits}f}"
+
+    def spread(value: Spread | None) -> str:
+        return NONE if value is None else value.text(per_second)
+
+    columns: dict[str, Callable[[Result], str]] = {
+        "case": lambda r: f"{r.case}: {r.failure}" if r.failure else r.case
+    }
+    for name in dict.fromkeys(name for result in group for name in result.values):
+        columns[name] = lambda r, name=name: _cell(r.values.get(name))  # type: ignore[misc]
+    columns["MB"] = lambda r: number(r.bytes_moved / 1e6 or None, 1)
+    for name in dict.fromkeys(name for result in group for name in result.seconds):
+        columns[f"{name} {unit}"] = lambda r, name=name: spread(r.seconds.get(name))  # type: ignore[misc]
+    columns["best baseline"] = lambda r: r.best_baseline or NONE
+    columns[f"baseline {unit}"] = lambda r: spread(r.baselines.get(r.best_baseline or ""))
+    columns["/ baseline"] = lambda r: number(r.over_baseline, 2)
+    columns["GB/s"] = lambda r: number(r.rate, 1)
+    cells = {name: [cell(result) for result in group] for name, cell in columns.items()}
+    cells = {name: column for name, column in cells.items() if set(column) != {NONE}}
+    trials = next((str(r.primary.trials) for r in group if r.primary), None)
+    title = f"{title} (trials: {trials})" if trials else title
+    return Table(title, list(cells), list(zip(*cells.values(), strict=True)))
 
 
-def print_table(results: Sequence[Result]) -> None:
-    """Print the results, as a table where rich is installed, as Markdown where it is not."""
-    print_tables(_tables(results))
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return NONE
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def markdown_table(results: Sequence[Result]) -> str:
-    """Return the results as Markdown: one table per problem."""
-    return markdown(_tables(results))
-
-
-def write_json(results: Sequence[Result], surroundings: dict[str, Any], path: Path) -> None:
-    """Write all results and what they depend on."""
-    entries = [
-        {
-            "problem": result.problem.as_dict(),
-            "op": result.op,
-            "bytes_moved": result.bytes_moved,
-            "seconds": {name: dataclasses.asdict(spread) for name, spread in result.seconds.items()},
-            "gigabytes_per_second": {name: result.rate(name) for name in result.seconds},
-            "share_of_memcpy": {name: result.share_of_memcpy(name) for name in result.seconds},
-            "xla_over_native": result.xla_over_native,
-            "launch_seconds": result.launch.median,
-        }
-        for result in results
-    ]
-    document = {**surroundings, "bytes_moved": BYTES_MOVED, "results": entries}
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_plot(results: Sequence[Result], path: Path) -> None:
-    """Draw GB/s by op, a panel per problem.
+def write_plot(results: Sequence[Result], unit: str, path: Path) -> None:
+    """Draw the times of all cases and their best baselines, a panel per table.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -97,17 +184,87 @@ def write_plot(results: Sequence[Result], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
-    groups = _by_problem(results)
-    figure = Figure(figsize=(9, 2.8 * len(groups)), layout="constrained")
-    for axes, group in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups, strict=True):
-        contenders = list(group[0].seconds)
-        width = 0.8 / len(contenders)
-        for number, contender in enumerate(contenders):
-            places = [place + number * width for place in range(len(group))]
-            axes.bar(places, [result.rate(contender) for result in group], width, label=contender)
-        middles = [place + width * (len(contenders) - 1) / 2 for place in range(len(group))]
-        axes.set_xticks(middles, [result.op for result in group])
-        axes.set(ylabel="GB/s", title=group[0].problem.name)
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if result.primary:
+            groups.setdefault(f"{result.part}: {result.problem.name}", []).append(result)
+    figure = Figure(figsize=(9, 1 + 2.8 * len(groups)), layout="constrained")
+    panels = figure.subplots(max(len(groups), 1), squeeze=False)[:, 0]
+    for axes, (title, group) in zip(panels, groups.items(), strict=False):
+        timed = list(dict.fromkeys(name for result in group for name in result.seconds))
+        bars = {name: [result.seconds.get(name) for result in group] for name in timed}
+        if any(result.baselines for result in group):
+            bars["best baseline"] = [result.baselines.get(result.best_baseline or "") for result in group]
+        width = 0.8 / len(bars)
+        for index, (name, spreads) in enumerate(bars.items()):
+            heights = [(spread.median if spread else 0) * {"ms": 1e3, "us": 1e6}[unit] for spread in spreads]
+            axes.bar([case + index * width for case in range(len(group))], heights, width, label=name)
+        axes.set_xticks([case + 0.4 - width / 2 for case in range(len(group))], [r.case for r in group])
+        axes.set(ylabel=unit, title=title)
         axes.title.set_fontsize("medium")
-    figure.axes[0].legend()
+        axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def write_json(path: Path, around: Mapping[str, Any], meaning: str, results: Sequence[Result]) -> None:
+    """Write results and what they depend on."""
+    document = {**around, "meaning": meaning, "results": [result.to_json() for result in results]}
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """Return what `write_json` wrote: the environment, and the results."""
+    document = json.loads(path.read_text())
+    return document, [Result.from_json(entry) for entry in document.pop("results")]
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where results go."""
+    outputs = parser.add_argument_group("results")
+    outputs.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there")
+    outputs.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables there")
+    outputs.add_argument("--plot", type=Path, metavar="PATH", help="draw there (PNG, SVG, PDF)")
+
+
+class Report:
+    """Shows and stores results in the first process, as soon as they are there.
+
+    Args:
+        options: of a command line with `add_outputs`.
+        meaning: what the numbers are.
+    """
+
+    def __init__(self, options: argparse.Namespace, meaning: str) -> None:
+        self.results: list[Result] = []
+        self._options = options
+        self._meaning = meaning
+        self._first = jax.process_index() == 0
+        self._unit = "us" if jax.devices()[0].platform == "gpu" else "ms"
+        self._environment = environment()
+        if self._first:
+            around = self._environment
+            print(
+                f"{around['processor']}, {around['cores']} cores; {around['devices']}; {around['versions']}"
+            )
+            print(meaning, flush=True)
+
+    def add(self, results: Iterable[Result]) -> None:
+        """Print the table of the results and write the files anew."""
+        results = list(results)
+        self.results += results
+        if not self._first:
+            return
+        print("\n".join(table.markdown() for table in tables_of(results, self._unit)), flush=True)
+        if self._options.json:
+            write_json(self._options.json, self._environment, self._meaning, self.results)
+        if self._options.markdown:
+            tables = tables_of(self.results, self._unit)
+            self._options.markdown.write_text("\n".join(table.markdown() for table in tables))
+
+    def draw(self, draw: Callable[[Path], None] | None = None) -> None:
+        """Draw the plot, if one was asked for; `draw` in place of bars of times."""
+        if self._first and self._options.plot:
+            if draw is None:
+                write_plot(self.results, self._unit, self._options.plot)
+            else:
+                draw(self._options.plot)

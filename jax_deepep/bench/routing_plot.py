@@ -32,9 +32,9 @@ def draw(routings: Sequence[Routing], title: str, path: Path) -> None:
     for (pairs, experts, devices), routing in zip(all_axes, routings, strict=True):
         _pairs(pairs, routing, most_sent)
         _experts(experts, routing)
-        numbers = range(len(routing.rows))
-        devices.bar(numbers, routing.rows, color=KEPT, label="kept")
-        devices.bar(numbers, routing.dropped, bottom=routing.rows, color=DROPPED, label="dropped")
+        indices = range(len(routing.rows))
+        devices.bar(indices, routing.rows, color=KEPT, label="kept")
+        devices.bar(indices, routing.dropped, bottom=routing.rows, color=DROPPED, label="dropped")
         _even(devices, routing.rows + routing.dropped)
         title = f"largest / mean {routing.imbalance:.2f}, {routing.share_dropped:.1%} dropped"
         devices.set(xlabel="device", ylabel="rows", ylim=(0, 1.15 * most_rows), title=title)
@@ -54,11 +54,11 @@ def _pairs(axes: Any, routing: Routing, most: int) -> None:
 
 
 def _experts(axes: Any, routing: Routing) -> None:
-    """Draw the load of each expert, and what of it each of its copies has."""
-    numbers = range(len(routing.expert_load))
-    if (routing.copies > 1).any():
-        axes.bar(numbers, routing.expert_load, width=1.0, color=ALL, label="all copies")
-    axes.bar(numbers, routing.expert_load / routing.copies, width=1.0, color=KEPT, label="one copy")
+    """Draw the load of each expert, and what of it each of its replicas has."""
+    indices = range(len(routing.expert_load))
+    if (routing.replicas > 1).any():
+        axes.bar(indices, routing.expert_load, width=1.0, color=ALL, label="all replicas")
+    axes.bar(indices, routing.expert_load / routing.replicas, width=1.0, color=KEPT, label="one replica")
     _even(axes, routing.expert_load)
     axes.set(xlabel="expert", ylabel="tokens", title="load per expert")
     axes.legend()

@@ -73,7 +73,7 @@ class MoE(nnx.Module):
         expert_capacity: int | None = MoEConfig.expert_capacity,
         alignment: int | None = MoEConfig.alignment,
         grouped_matmul: Choice = MoEConfig.grouped_matmul,
-        num_chunks: int = MoEConfig.num_chunks,
+        num_chunks: int | None = MoEConfig.num_chunks,
         dtype: Any = MoEConfig.dtype,
         num_physical_experts: int | None = MoEConfig.num_physical_experts,
         fsdp_axis: str | None = MoEConfig.fsdp_axis,

@@ -5,5 +5,5 @@ since a bare `jax.distributed.initialize()` finds its place. A program that want
 looks for devices asks `launched_rank()`. `hosts/` is for jobs of several hosts, `inside_rank/` runs in ranks.
 """
 
-from jax_deepep.launched_rank import LaunchedRank as LaunchedRank
-from jax_deepep.launched_rank import launched_rank as launched_rank
+from jax_deepep.launch.rank_identity import LaunchedRank as LaunchedRank
+from jax_deepep.launch.rank_identity import launched_rank as launched_rank

@@ -23,9 +23,9 @@ from jax_deepep.launch.job_watch import JobWatch
 from jax_deepep.launch.mps_daemon import MpsDaemon, MpsError
 from jax_deepep.launch.python_command import through_python_program
 from jax_deepep.launch.rank_environment import RankSettings, rank_environ, without_launch
+from jax_deepep.launch.rank_identity import LaunchedRank, launched_rank
 from jax_deepep.launch.rank_logs import RankLog, rank_names, say
 from jax_deepep.launch.rank_process import RankProcess
-from jax_deepep.launched_rank import LaunchedRank, launched_rank
 
 
 def main(arguments: list[str] | None = None) -> int:

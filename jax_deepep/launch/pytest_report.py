@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from jax_deepep.launch.rank_identity import LaunchedRank
 from jax_deepep.launch.rank_logs import rank_names
-from jax_deepep.launched_rank import LaunchedRank
 
 Event = dict[str, Any]
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jax_deepep.cpu_threads import set_num_threads
-from jax_deepep.launched_rank import PREFIX
+from jax_deepep.launch_variables import PREFIX
 
 PYTEST_PLUGIN = "jax_deepep.launch.inside_rank.pytest_plugin"
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from jax_deepep.launch.rank_ends import ABORTED, RankEnd, end_by_status
+from jax_deepep.launch.rank_identity import LaunchedRank
 from jax_deepep.launch.rank_logs import RankLog
-from jax_deepep.launched_rank import LaunchedRank
 
 # What JAX prints before it aborts a process because another one, or the coordinator, is gone.
 _JAX_ABORT = b"JAX distributed service detected fatal errors"

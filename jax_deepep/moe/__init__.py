@@ -6,3 +6,5 @@ from jax_deepep.moe.config import MoEConfig as MoEConfig
 from jax_deepep.moe.copies import physical_parameters as physical_parameters
 from jax_deepep.moe.layer import moe as moe
 from jax_deepep.moe.parameters import init_parameters as init_parameters
+
+__all__ = ["MoEAux", "MoEConfig", "build_config", "init_parameters", "moe", "physical_parameters"]

@@ -63,6 +63,7 @@ class Call(NamedTuple):
         num_tokens: of all devices.
         sequence_length: S.
         dtype: of the computation.
+        num_chunks: in which the tokens of a device pass.
     """
 
     aux: Scope
@@ -71,6 +72,7 @@ class Call(NamedTuple):
     num_tokens: int
     sequence_length: int
     dtype: Any
+    num_chunks: int
 
 
 class Sums(NamedTuple):
@@ -149,12 +151,17 @@ class Sequences(NamedTuple):
 
 
 def global_aux(
-    config: MoEConfig, sequences: Sequences, device: jax.Array, counts: Counts, out: jax.Array
+    config: MoEConfig,
+    call: Call,
+    sequences: Sequences,
+    device: jax.Array,
+    counts: Counts,
+    out: jax.Array,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return (`out`, what `_fields` does), summed over all devices."""
     # Our waits are bounded and say for whom: no collective of XLA comes before. Chunks are one loop, of which
     # the gradient of the balance loss under `jax.checkpoint` wants the load without dispatching again.
-    early = counts.num_received if config.num_chunks == 1 else counts.all.load[0]
+    early = counts.num_received if call.num_chunks == 1 else counts.all.load[0]
     zero, out = zero_after(early, out)
     zero = _alike(config, zero)
     every, of_sequences, z, drops = jax.tree.map(lambda v: v + zero.astype(v.dtype), counts[:4])

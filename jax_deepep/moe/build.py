@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import round_up
+from jax_deepep.checks import checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.moe.config import MoEConfig
 
@@ -24,7 +24,7 @@ def build_config(
     mesh: Mesh | None = None,
     axis_name: str | tuple[str, ...] = "expert",
     max_tokens: int | None = None,
-    num_chunks: int = 1,
+    num_chunks: int | None = None,
     num_physical_experts: int | None = None,
     **choices: Any,
 ) -> MoEConfig:
@@ -68,7 +68,7 @@ def _communicator(
     mesh: Mesh | None,
     axis_name: str | tuple[str, ...],
     max_tokens: int | None,
-    num_chunks: int,
+    num_chunks: int | None,
     num_physical_experts: int | None,
     sizes: dict[str, Any],
 ) -> Communicator:
@@ -84,7 +84,7 @@ def _communicator(
             "pass comm."
         )
     max_tokens = checked_integer("max_tokens", max_tokens, minimum=1)
-    num_chunks = checked_integer("num_chunks", num_chunks, minimum=1)
+    num_chunks = 1 if num_chunks is None else checked_integer("num_chunks", num_chunks, minimum=1)
     if mesh is None:
         mesh = _mesh_here()
     names = (axis_name,) if isinstance(axis_name, str) else axis_name

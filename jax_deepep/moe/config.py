@@ -12,13 +12,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating
-from jax_deepep.arguments import checked_integer
-from jax_deepep.capacity import bounded_rows
+from jax_deepep.capacity import bounded_rows, fewest_chunks
+from jax_deepep.checks import ROW_DTYPES, check_array, checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.gating import ScoreFunction
-from jax_deepep.moe.experts import Activation
+from jax_deepep.moe.experts import Activation, check_activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
-from jax_deepep.ops.checks import ROW_DTYPES, check_array
 
 # What the integers among the fields are at least.
 LEAST = {
@@ -26,6 +25,7 @@ LEAST = {
     "shared_intermediate_size": 0, "alignment": 1, "num_physical_experts": 1, "num_groups": 1,
     "topk_groups": 1, "expert_capacity": 0,
 }  # fmt: skip
+OPTIONAL = ("alignment", "expert_capacity", "num_chunks", "num_physical_experts")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class MoEConfig:
         activation: of the experts, elementwise.
         gated: experts have a second input product `wi_1`, which their activation is multiplied with.
         capacity_factor: rows that a device takes, in units of its fair share K · T, besides what the padding
-            of its experts may need; rows beyond are dropped. None = as many as may ever come.
+            of its experts may need; rows beyond are dropped. None = as many as may ever come,
+            R · T · min(K, L): 14 GiB for one array on each of 64 devices with T = 4096, K = 8, E = 256 and
+            H = 7168 in bfloat16, unless `num_chunks` divides it.
         expert_capacity: rows that an expert takes at most at once (in each chunk); None = no limit. Under
             either capacity every sender leaves out its share of what is too much, the lowest weights first,
             where this share is of 8 rows or more: see `jax_deepep.moe.fair_drops`.
@@ -55,7 +57,7 @@ class MoEConfig:
             or a grouped matmul of one's own (`jax_deepep.moe.grouped_matmul`). "auto" takes blocks on CPU,
             triton on NVIDIA GPUs, if it takes these sizes, and ragged_dot elsewhere.
         num_chunks: a device's tokens pass in so many chunks, one after the other, each recomputed for its
-            gradient: only one chunk's rows are in memory.
+            gradient: only one chunk's rows are in memory. None = chosen for each call, see `chunks_of`.
         dtype: of the computation; None = the common one of x and the parameters. The router computes in
             float32 always.
         num_physical_experts: P, slots for experts on all devices, so that some experts have several copies:
@@ -83,7 +85,7 @@ class MoEConfig:
     expert_capacity: int | None = None
     alignment: int | None = None
     grouped_matmul: Choice = "auto"
-    num_chunks: int = 1
+    num_chunks: int | None = None
     dtype: Any = None
     num_physical_experts: int | None = None
     fsdp_axis: str | None = "fsdp"
@@ -94,7 +96,7 @@ class MoEConfig:
             raise TypeError(f"comm: got {type(self.comm).__name__}; takes a jax_deepep.Communicator.")
         for name, minimum in LEAST.items():
             value = getattr(self, name)
-            if value is not None or name not in ("alignment", "num_physical_experts", "expert_capacity"):
+            if value is not None or name not in OPTIONAL:
                 object.__setattr__(self, name, checked_integer(name, value, minimum=minimum))
         self._check_choices()
         for name, of_comm in (
@@ -147,7 +149,7 @@ class MoEConfig:
             self.num_experts, num_experts_per_tok=self.num_experts_per_tok, num_groups=self.num_groups,
             topk_groups=self.topk_groups, score_function=self.score_function, normalize=self.normalize,
         )  # fmt: skip
-        self._check_activation()
+        check_activation(self.activation)
         try:
             takes_dtype = self.dtype is None or jnp.dtype(self.dtype).name in ROW_DTYPES
         except TypeError:  # no dtype at all
@@ -157,21 +159,6 @@ class MoEConfig:
         for name in ("fsdp_axis", "tensor_axis"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise TypeError(f"{name}: got {value!r}; takes the name of one mesh axis, or None.")
-
-    def _check_activation(self) -> None:
-        if not callable(self.activation):
-            raise TypeError(f"activation: got {self.activation!r}; takes a function, such as jax.nn.silu.")
-        rows = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-        try:
-            result = jax.eval_shape(self.activation, rows)
-            what = "" if getattr(result, "shape", None) == rows.shape else f"a function to {result}"
-        except Exception as error:  # whatever a function raises that is none of one array
-            what = f"one that raises {type(error).__name__} on an array: {str(error).splitlines()[:1]}"
-        if what:
-            raise TypeError(
-                f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu "
-                "or the like. With gated=True its result is multiplied with x · wi_1, outside of it."
-            )
 
     def __copy__(self) -> "MoEConfig":
         return self
@@ -267,6 +254,34 @@ class MoEConfig:
             sizes["alignment"] = self.alignment
         return chosen(self.grouped_matmul, self.comm.platform, **sizes)
 
+    def chunks_of(self, num_tokens: int, dtype: Any) -> int:
+        """Return in how many chunks a call of the layer takes the tokens of a device.
+
+        `num_chunks`, if it is set; 1 under a capacity, which bounds the rows already and would mean each
+        chunk. Otherwise the smallest n for which the worst case of a chunk, R · T / n · min(K, L) rows of H
+        elements, is within the larger of
+
+            1.25 · K · T rows: on average a device receives K · T rows in the whole call;
+            2 GiB: below that, chunks would cost more time than their memory is worth;
+
+        but n leaves every chunk at least 128 rows per expert on average (K · T / n / L ≥ 128), with fewer of
+        which grouped matmuls become slow. So small calls, those of decoding among them, are never divided.
+
+        Args:
+            num_tokens: T, tokens of one device.
+            dtype: of the computation.
+        """
+        bounds = (self.num_chunks, self.capacity_factor, self.expert_capacity)
+        if any(bound is not None for bound in bounds):
+            return self.num_chunks or 1
+        row_bytes = self.hidden_size * jnp.dtype(dtype).itemsize
+        return fewest_chunks(num_tokens=num_tokens, row_bytes=row_bytes, **self._sizes_of_comm)
+
+    @property
+    def _sizes_of_comm(self) -> dict[str, int]:
+        names = ("num_experts_per_tok", "num_local_experts")
+        return {"num_ranks": self.comm.size} | {name: getattr(self.comm, name) for name in names}
+
     def may_drop(self, num_tokens: int) -> bool:
         """Return whether a dispatch of `num_tokens` tokens of every device can drop some."""
         return self.rows(num_tokens)[0] is not None or self.expert_capacity is not None
@@ -280,12 +295,5 @@ class MoEConfig:
             alignment = alignment_for(self.experts_by, fair_share / comm.num_local_experts)
         if self.capacity_factor is None:
             return None, alignment
-        rows = bounded_rows(
-            capacity_factor=self.capacity_factor,
-            num_ranks=comm.size,
-            num_tokens=num_tokens,
-            num_experts_per_tok=comm.num_experts_per_tok,
-            num_local_experts=comm.num_local_experts,
-            alignment=alignment,
-        )
-        return rows, alignment
+        sizes = {"num_tokens": num_tokens, "alignment": alignment, **self._sizes_of_comm}
+        return bounded_rows(capacity_factor=self.capacity_factor, **sizes), alignment

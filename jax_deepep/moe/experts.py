@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.blocks import apply_to_blocks
@@ -12,6 +13,23 @@ from jax_deepep.moe.grouped_matmul import grouped_matmul
 
 Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
+
+
+def check_activation(activation: Any) -> None:
+    """Raise unless `activation` is an elementwise function of one array."""
+    if not callable(activation):
+        raise TypeError(f"activation: got {activation!r}; takes a function, such as jax.nn.silu.")
+    rows = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    try:
+        result = jax.eval_shape(activation, rows)
+        what = "" if getattr(result, "shape", None) == rows.shape else f"a function to {result}"
+    except Exception as error:  # whatever a function raises that is none of one array
+        what = f"one that raises {type(error).__name__} on an array: {str(error).splitlines()[:1]}"
+    if what:
+        raise TypeError(
+            f"activation: expected an elementwise function of one array, got {what}; pass jax.nn.silu "
+            "or the like. With gated=True its result is multiplied with x · wi_1, outside of it."
+        )
 
 
 def routed_experts(

@@ -22,12 +22,12 @@ from jax.sharding import PartitionSpec as P
 from jax_deepep import gating, jax_compat
 from jax_deepep.balancing import to_slots
 from jax_deepep.capacity import round_up
+from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import routed_experts, shared_experts
 from jax_deepep.moe.fair_drops import leave_out
 from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
-from jax_deepep.ops.checks import check_array, check_rows_dtype
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
 from jax_deepep.ops.handle import ExpertMajor
@@ -102,7 +102,8 @@ def moe(
             dtype = jnp.result_type(x, *(value for name, value in parameters.items() if name not in ROUTER))
     length = x.shape[-2] if x.ndim > 1 else 1
     num_tokens = x.size // config.hidden_size
-    call = Call(aux, router_logits, sequence_loss, num_tokens, max(length, 1), jnp.dtype(dtype))
+    num_chunks = config.chunks_of(-(-num_tokens // config.num_token_shards), dtype)
+    call = Call(aux, router_logits, sequence_loss, num_tokens, max(length, 1), jnp.dtype(dtype), num_chunks)
     return _layer(config, call, parameters, x, placement, given)
 
 
@@ -128,7 +129,7 @@ def _layer(
     placement: jax.Array | None,
     given: Given,
 ) -> tuple[jax.Array, MoEAux | None]:
-    padded = _padded(config, call.num_tokens)
+    padded = _padded(config, call.num_tokens, call.num_chunks)
     split = P(config.token_axes)
 
     def flat(value: jax.Array, last: tuple[int, ...]) -> jax.Array:
@@ -208,8 +209,8 @@ def _check(config: Any, parameters: Parameters, x: Any, placement: Any) -> None:
     check_rows_dtype("x", x)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: got shape {x.shape}; takes [..., hidden_size] = [..., {config.hidden_size}].")
-    num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks
-    of_chunk = _padded(config, num_tokens) // (config.num_token_shards * num_chunks)
+    num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks or 1
+    of_chunk = _padded(config, num_tokens, num_chunks) // (config.num_token_shards * num_chunks)
     if of_chunk > config.comm.max_tokens:
         chunks = "" if num_chunks == 1 else f" in each of {num_chunks} chunks"
         needed = -(-of_chunk * num_chunks // config.comm.max_tokens)
@@ -240,10 +241,10 @@ def _described(mesh: Any) -> str:
     return f"[{kinds}]"
 
 
-def _padded(config: MoEConfig, num_tokens: int) -> int:
+def _padded(config: MoEConfig, num_tokens: int, num_chunks: int) -> int:
     # At least one token for every device: the router would use arrays without elements inside the shard_map,
     # on which XLA of JAX 0.11.2 crashes.
-    return round_up(max(num_tokens, 1), config.num_token_shards * config.num_chunks)
+    return round_up(max(num_tokens, 1), config.num_token_shards * num_chunks)
 
 
 def _per_device(
@@ -273,20 +274,18 @@ def _per_device(
     position = device * num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
 
     apply = functools.partial(_chunk, config, call, sequences, device, weights, placement)
-    if config.num_chunks == 1:
+    if call.num_chunks == 1:
         out, per_token, counts = apply(position, *of_tokens)
     else:
         recomputed = jax.checkpoint(apply, prevent_cse=False)
-        chunks = jax.tree.map(
-            lambda v: v.reshape(config.num_chunks, -1, *v.shape[1:]), (position, *of_tokens)
-        )
+        chunks = jax.tree.map(lambda v: v.reshape(call.num_chunks, -1, *v.shape[1:]), (position, *of_tokens))
         _, (out, per_token, counts) = lax.scan(lambda carry, chunk: (carry, recomputed(*chunk)), None, chunks)
         out, per_token = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), (out, per_token))
         counts = jax.tree.map(lambda v: v.sum(axis=0, dtype=v.dtype), counts)
 
     sums: dict[str, Any] = {}
     if call.aux == "global":
-        out, sums = global_aux(config, sequences, device, counts, out)
+        out, sums = global_aux(config, call, sequences, device, counts, out)
     elif call.aux == "local":
         sums = local_aux(config, counts)
     if config.tensor_axes:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep import gating
+from jax_deepep.checks import check_array
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.ops.checks import check_array
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ gradient of combine for y is zero in the rows of no token.
 """
 
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,23 @@ DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policie
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle]:
+) -> tuple[jax.Array, Handle[Any]]:
     """Decide the routes of `topk_idx` and carry `x` along them."""
     return implementation_of(shape, known_routes=False).dispatch(shape, x, topk_idx, topk_weights)
 
 
-def _dispatch_forward(shape, x, topk_idx, topk_weights):
+def _dispatch_forward(
+    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+) -> tuple[tuple[jax.Array, Handle[Any]], Routes]:
     # Named here, because residuals are what a policy of jax.checkpoint saves: it can keep what the exchange
     # brought, and have the backward pass recompute the rest without another exchange.
     tokens, handle = checkpoint_name(dispatch(shape, x, topk_idx, topk_weights), DISPATCHED)
     return (tokens, handle), handle.routes
 
 
-def _dispatch_backward(shape, routes, gradients):
+def _dispatch_backward(
+    shape: RouteShape, routes: Routes, gradients: tuple[jax.Array, Handle[Any]]
+) -> tuple[jax.Array | None, None, jax.Array | None]:
     tokens, handle = gradients
     integers = tokens.dtype == float0
     if integers:
@@ -63,28 +67,33 @@ def without_integer_tangents(results: Results) -> Results:
     check_vma=True, JAX (0.10.2 and 0.11.2) gets their types wrong where a second custom_vjp takes them.
     An operation on bits has no tangent, and `| 0` costs nothing when compiled.
     """
-    return jax.tree.map(lambda leaf: leaf | 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf, results)
+    cut: Results = jax.tree.map(
+        lambda leaf: leaf | 0 if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf, results
+    )
+    return cut
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def redispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
+def cached_dispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
     """Carry other data along known routes."""
-    tokens, _ = implementation_of(shape).redispatch(shape, x, routes)
+    tokens, _ = implementation_of(shape).cached_dispatch(shape, x, routes)
     return tokens
 
 
-def _redispatch_forward(shape, x, routes):
-    return redispatch(shape, x, routes), routes
+def _cached_dispatch_forward(shape: RouteShape, x: jax.Array, routes: Routes) -> tuple[jax.Array, Routes]:
+    return cached_dispatch(shape, x, routes), routes
 
 
-def _redispatch_backward(shape, routes, tokens):
+def _cached_dispatch_backward(
+    shape: RouteShape, routes: Routes, tokens: jax.Array
+) -> tuple[jax.Array | None, None]:
     if tokens.dtype == float0:
         return None, None
     x, _ = implementation_of(shape).combine(shape, tokens, routes)
     return x, None
 
 
-redispatch.defvjp(_redispatch_forward, _redispatch_backward)
+cached_dispatch.defvjp(_cached_dispatch_forward, _cached_dispatch_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,16 +109,27 @@ def combine(
     return out
 
 
-def _combine_forward(shape, y, weights, bias, routes):
+CombineResiduals = tuple[jax.Array | None, jax.Array | None, bool, Routes]  # y, weights, whether with bias
+
+
+def _combine_forward(
+    shape: RouteShape,
+    y: jax.Array,
+    weights: jax.Array | None,
+    bias: jax.Array | None,
+    routes: Routes,
+) -> tuple[jax.Array, CombineResiduals]:
     out = combine(shape, y, weights, bias, routes)
     # Only the weights' gradient needs y again; without it y can be freed.
     residual_y = None if weights is None else y
     return out, (residual_y, weights, bias is not None, routes)
 
 
-def _combine_backward(shape, residuals, out):
+def _combine_backward(
+    shape: RouteShape, residuals: CombineResiduals, out: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, None]:
     y, weights, has_bias, routes = residuals
-    y_gradient, weight_gradient = implementation_of(shape).redispatch(
+    y_gradient, weight_gradient = implementation_of(shape).cached_dispatch(
         shape, out, routes, weights=weights, y=y, zero_rest=True
     )
     bias_gradient = out if has_bias else None

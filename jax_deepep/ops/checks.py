@@ -1,4 +1,4 @@
-"""Checks of arguments at trace time. Errors name the argument, what it got, what it takes."""
+"""Checks of an op at trace time: its communicator, its handle, where it is called, and what it sends."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
+from jax_deepep.capacity import slot_row_bytes
+from jax_deepep.checks import ROW_DTYPES, check_array, check_is_array, nearest_row_dtype
 from jax_deepep.communicator import Communicator
+from jax_deepep.communicator.topology import Topology
 from jax_deepep.ops.handle import Handle
-from jax_deepep.topology import Topology
 
-ROW_DTYPES = ("bfloat16", "float16", "float32")
 CARRIED_DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32")  # by dispatch, bit for bit
 
 
@@ -26,30 +27,20 @@ def check_comm(comm: Any, op: str) -> None:
     comm.raise_if_unusable()
 
 
-def check_rows_dtype(name: str, value: Any) -> None:
-    """Raise unless `value` is an array of a dtype that rows with sums can have."""
-    _check_is_array(name, value)
-    if value.dtype.name not in ROW_DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES)}. "
-            f"Cast it: {name}.astype(jnp.{_near(value.dtype)})."
-        )
-
-
 def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
     """Raise unless `value` has rows that dispatch can send: `hidden_size` floats, or integers that fit."""
-    _check_is_array(name, value)
+    check_is_array(name, value)
     if value.dtype.name in ROW_DTYPES:
         check_array(name, value, (None, hidden_size), names="[T, hidden_size]")
         return
     if value.dtype.name not in CARRIED_DTYPES:
         raise TypeError(
             f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES + CARRIED_DTYPES)}. "
-            f"Cast it: {name}.astype(jnp.{_near(value.dtype)}), or send its bits as integers: "
+            f"Cast it: {name}.astype(jnp.{nearest_row_dtype(value.dtype)}), or send its bits as integers: "
             f"jax.lax.bitcast_convert_type({name}, jnp.uint8)."
         )
     check_array(name, value, (None, None), names="[T, W]")
-    widest = 4 * hidden_size // value.dtype.itemsize
+    widest = widest_integers(hidden_size, value.dtype.itemsize)
     if not 1 <= value.shape[1] <= widest:
         raise ValueError(
             f"{name}: got {value.shape[1]} {value.dtype.name} in a row; takes 1 to {widest}, the bytes of "
@@ -58,32 +49,20 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
         )
 
 
-def _near(dtype: Any) -> str:
-    """Return the dtype of rows that loses least of `dtype`."""
-    return "float32" if dtype.itemsize >= 4 else "bfloat16"
-
-
-def _check_is_array(name: str, value: Any) -> None:
-    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
-
-
-def check_array(
-    name: str, value: Any, shape: tuple[int | None, ...], *, names: str, dtype: Any = None
-) -> None:
-    """Raise unless `value` has `dtype` and `shape`; None stands for any size."""
-    _check_is_array(name, value)
-    if dtype is not None and value.dtype != dtype:
-        wanted = jnp.dtype(dtype).name
-        raise TypeError(
-            f"{name}: got dtype {value.dtype.name}; takes {wanted}. Cast it: {name}.astype(jnp.{wanted})."
+def check_fits_mode(name: str, rows: Any, comm: Communicator) -> None:
+    """Raise unless the mode of `comm` sends rows as wide as these."""
+    widest, width = slot_row_bytes(comm.hidden_size), rows.shape[1] * rows.dtype.itemsize
+    if comm.mode == "low_latency" and width > widest:
+        raise ValueError(
+            f'{name}: expected rows of at most {widest} bytes with mode="low_latency" and hidden_size='
+            f"{comm.hidden_size}, got {rows.shape[1]} {rows.dtype.name}, {width} bytes; cast them to "
+            'bfloat16, or make the communicator with mode="throughput".'
         )
-    same = len(value.shape) == len(shape) and all(
-        wanted is None or got == wanted for got, wanted in zip(value.shape, shape, strict=True)
-    )
-    if not same:
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {names} = [{sizes}].")
+
+
+def widest_integers(hidden_size: int, itemsize: int) -> int:
+    """Return the most integers of `itemsize` bytes in a row: as many bytes as `hidden_size` float32."""
+    return 4 * hidden_size // itemsize
 
 
 def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
@@ -99,7 +78,7 @@ def communicator_of(handle: Any, comm: Any, op: str) -> Communicator:
             f"handle: expected a jax_deepep.Handle, got {type(handle).__name__}; pass the second result of "
             "jax_deepep.dispatch."
         )
-    own, capacity = handle.route_shape.comm, handle.route_shape.capacity
+    own, capacity = handle.comm, handle.capacity
     if comm is not None:
         check_comm(comm, op)
         if comm is not own:
@@ -174,4 +153,7 @@ def vary_together(axes: frozenset[str], *values: Any) -> tuple[Any, ...]:
     """
     for value in jax.tree.leaves(values):
         axes = axes | jax_compat.varying_axes(value)
-    return jax.tree.map(lambda value: jax_compat.as_varying(jnp.asarray(value), axes), values)
+    marked: tuple[Any, ...] = jax.tree.map(
+        lambda value: jax_compat.as_varying(jnp.asarray(value), axes), values
+    )
+    return marked

@@ -4,15 +4,10 @@ from typing import Any
 
 import jax
 
+from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import autodiff
-from jax_deepep.ops.checks import (
-    check_array,
-    check_call_site,
-    check_rows_dtype,
-    communicator_of,
-    vary_together,
-)
+from jax_deepep.ops.checks import check_call_site, check_fits_mode, communicator_of, vary_together
 from jax_deepep.ops.handle import Handle
 from jax_deepep.ops.reverse_mode import only_in_reverse
 
@@ -56,6 +51,7 @@ def combine(
     check_rows_dtype("y", y)
     shape = handle.route_shape
     check_array("y", y, (shape.capacity, comm.hidden_size), names="[capacity, hidden_size]")
+    check_fits_mode("y", y, comm)
     if weighted is None:
         weighted = shape.layout == "expert"
     if not isinstance(weighted, bool):

@@ -5,14 +5,14 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from jax_deepep.arguments import checked_integer
 from jax_deepep.capacity import INT32_MAX, Layout, worst_case_rows
+from jax_deepep.checks import check_array, checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import autodiff
 from jax_deepep.ops.checks import (
-    check_array,
     check_call_site,
     check_comm,
+    check_fits_mode,
     check_sent_rows,
     communicator_of,
     vary_together,
@@ -96,9 +96,10 @@ def dispatch(
         comm: the communicator, static; with `handle` it may be left out, and is checked otherwise.
         layout: "expert" for rows grouped by local expert (`ExpertMajor`), "token" for one row per
             (token, device) (`TokenMajor`).
-        capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, with
-            which nothing is dropped. Rows that do not fit are dropped, last in the order first;
-            padding counts.
+        capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, R · T · min(K, L)
+            rows (token-major R · T), with which nothing is dropped: 14 GiB on each of 64 devices with
+            T = 4096, K = 8, E = 256 and H = 7168 in bfloat16, of which 0.44 GiB are used on average. Rows
+            that do not fit are dropped, last in the order first; padding counts.
         expert_capacity: rows that each expert takes at most, last in its order dropped first;
             layout "expert" only. None = no limit.
         alignment: rows of a group are padded with zero rows to a multiple of this.
@@ -120,6 +121,7 @@ def dispatch(
     check_comm(comm, "dispatch")
     assert comm is not None
     check_sent_rows("x", x, comm.hidden_size)
+    check_fits_mode("x", x, comm)
     if wire is not None:
         raise ValueError(
             f"wire: expected None, got {wire!r}; quantised wire formats are of a later version, and rows "
@@ -223,7 +225,7 @@ def _dispatch_along(
             f"{shape.num_tokens}."
         )
     operands = only_in_reverse("dispatch", vary_together(axes, x, handle.routes))
-    tokens = autodiff.redispatch(shape, *operands)
+    tokens = autodiff.cached_dispatch(shape, *operands)
     return _received(tokens, handle), handle
 
 

@@ -73,20 +73,22 @@ class Handle(Generic[Received]):
         source: int32 [C], for each received row source device · `max_tokens` + token, −1 in every
             row that is none.
         destination: int32 [T, K], for each entry of `topk_idx` the device · C + row that it went
-            to, −1 where it went nowhere.
+            to, −1 where it went nowhere. In low-latency mode, native on GPUs, the device alone, also of
+            rows that it dropped.
         weights: float32, router weights on the receiving side: [C] expert-major, [C, K]
             token-major. The gradient of `topk_weights` flows through it.
         local_experts: int32 [C, K] token-major: local expert of each k or −1; None expert-major, not an
             array of no elements: see `no_rows` for what JAX does with one that enters a shard_map.
-        pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major: which tokens this device
-            received, and the rows of each (`PairTable` in `xla_ffi/interface/geometry.h`); None elsewhere.
+        pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major or in low-latency mode:
+            which tokens this device received, and the rows of each (`PairTable` in
+            `xla_ffi/interface/geometry.h`); None elsewhere.
         group_sizes: int32 [G], rows of each group, padding included (G = L expert-major, else 1).
         num_rows: int32 [G], rows of each group without the padding.
         num_received: int32 [], rows sent to this device, before dropping.
         num_dropped: int32 [], those of them that did not fit.
         num_invalid: int32 [], entries of this device's `topk_idx` that were ignored: outside
             [−1, E), or an expert named before in the same row (the lowest k is kept).
-        route_shape: static.
+        route_shape: static; `comm`, `layout`, `capacity` and `mode` are from there.
     """
 
     source: jax.Array
@@ -100,6 +102,26 @@ class Handle(Generic[Received]):
     num_dropped: jax.Array
     num_invalid: jax.Array
     route_shape: RouteShape = field(metadata=_static())
+
+    @property
+    def comm(self) -> Communicator:
+        """The communicator of the dispatch."""
+        return self.route_shape.comm
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the dispatch: "expert" or "token"."""
+        return self.route_shape.layout
+
+    @property
+    def capacity(self) -> int:
+        """C, rows of the received arrays."""
+        return self.route_shape.capacity
+
+    @property
+    def mode(self) -> str:
+        """The mode of the dispatch, in which its combine and its backward run too."""
+        return self.comm.mode
 
     @property
     def routes(self) -> Routes:

@@ -2,11 +2,11 @@
 
 An implementation is a module with three functions on per-device values. `RouteShape` gives the
 static sizes; optional operands that are None stay out of the computation. Rows are floats, W = H of them
-or fewer; dispatch, and redispatch without weights and y, carry rows of integers too, of at most 4 · H bytes.
+or fewer; dispatch, and cached_dispatch without weights and y, carry rows of integers too, of at most 4 · H bytes.
 
     dispatch(shape, x, topk_idx, topk_weights)
         -> (tokens [C, W], Handle)
-    redispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False)
+    cached_dispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False)
         -> (rows [C, W], products float32 [C] or None)
         rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; where there is no token,
         zero inside the groups and, with `zero_rest`, after them too.
@@ -15,13 +15,45 @@ or fewer; dispatch, and redispatch without weights and y, carry rows of integers
         out as in `jax_deepep.combine`; gradients[t, k] is `row_gradients` of that entry's row.
 """
 
-from types import ModuleType
+from typing import Any, Protocol
+
+import jax
 
 from jax_deepep.ops import native, no_rows, reference
-from jax_deepep.ops.handle import RouteShape
+from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 
-def implementation_of(shape: RouteShape, *, known_routes: bool = True) -> ModuleType:
+class Implementation(Protocol):
+    """What the module of an implementation has: see above."""
+
+    def dispatch(
+        self, shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+    ) -> tuple[jax.Array, Handle[Any]]: ...
+
+    def cached_dispatch(
+        self,
+        shape: RouteShape,
+        x: jax.Array,
+        routes: Routes,
+        *,
+        weights: jax.Array | None = None,
+        y: jax.Array | None = None,
+        zero_rest: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]: ...
+
+    def combine(
+        self,
+        shape: RouteShape,
+        y: jax.Array,
+        routes: Routes,
+        *,
+        weights: jax.Array | None = None,
+        bias: jax.Array | None = None,
+        row_gradients: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]: ...
+
+
+def implementation_of(shape: RouteShape, *, known_routes: bool = True) -> Implementation:
     """Return the module for the ops of one dispatch: along `known_routes`, or the dispatch itself.
 
     A dispatch without capacity moves no row either, but its tokens are counted.

@@ -12,15 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_deepep import jax_compat, native_module
-from jax_deepep.capacity import dispatch_scratch_ints, num_groups, pair_table_shape
+from jax_deepep import jax_compat
+from jax_deepep.capacity import num_groups
+from jax_deepep.communicator import native_module
 from jax_deepep.jax_compat import ShapedArray, ad, batching, mlir
 from jax_deepep.ops.checks import check_groups, check_platform
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
-
-LAYOUT_CODES = {"expert": 0, "token": 1}
-CARRIED_BYTES = 16  # kCarriedBytes in xla_ffi/interface/geometry.h
-NO_LIMIT = -1
 
 
 def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]]) -> jax_compat.Primitive:
@@ -61,7 +58,8 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
             values = list(operands)
             for i, value in zip(mapped, slices, strict=True):
                 values[i] = value
-            return primitive.bind(*values, **parameters)
+            results: list[jax.Array] = primitive.bind(*values, **parameters)
+            return results
 
         stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
         results = lax.map(one, stacked)
@@ -75,28 +73,41 @@ def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
     attributes = {
         "comm": shape.comm.id,
         "fingerprint": shape.comm.fingerprint,
-        "layout": LAYOUT_CODES[shape.layout],
+        "layout": native_module.numbers().layouts[shape.layout],
     }
     if with_limits:
         limit = shape.expert_capacity
         attributes["alignment"] = shape.alignment
-        attributes["expert_capacity"] = NO_LIMIT if limit is None else limit
+        attributes["expert_capacity"] = native_module.numbers().no_limit if limit is None else limit
     return attributes
 
 
+def _sizes(shape: RouteShape) -> dict[str, int]:
+    """Return what the sizes of a native module are made of."""
+    comm = shape.comm
+    return {
+        "num_ranks": comm.size,
+        "num_experts": comm.num_experts,
+        "num_topk": comm.num_experts_per_tok,
+        "num_tokens": shape.num_tokens,
+    }
+
+
 def _keeps_pairs(shape: RouteShape) -> bool:
-    """Return whether the ops of this platform need the table of pairs."""
-    return shape.comm.platform == "cuda" and shape.layout == "expert"
+    """Return whether the ops of this platform and mode need the table of pairs."""
+    comm = shape.comm
+    return comm.platform == "cuda" and (shape.layout == "expert" or comm.mode == "low_latency")
 
 
 def _has_scratch(shape: RouteShape) -> bool:
-    return shape.comm.platform == "cuda"
+    return shape.comm.platform == "cuda" and shape.comm.mode == "throughput"
 
 
 def _has_sums(shape: RouteShape) -> bool:
     """Return whether a token can have several rows on a device whose ops sum them in scratch."""
-    comm = shape.comm
-    return _keeps_pairs(shape) and min(comm.num_experts_per_tok, comm.num_local_experts) > 1
+    if not _has_scratch(shape) or shape.layout == "token":
+        return False
+    return native_module.numbers().combine_sum_rows(**_sizes(shape)) > 0
 
 
 def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
@@ -104,8 +115,8 @@ def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
 
 
 def _whole_words(x: jax.Array) -> jax.Array:
-    """Fill rows of integers up to whole 16 bytes, in which they are carried."""
-    missing = -x.shape[1] % (CARRIED_BYTES // x.dtype.itemsize)
+    """Fill rows of integers up to the whole words in which they are carried."""
+    missing = -x.shape[1] % (native_module.numbers().carried_bytes // x.dtype.itemsize)
     if jnp.issubdtype(x.dtype, jnp.floating) or missing == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, missing)))
@@ -124,6 +135,7 @@ def _dispatch_types(
     capacity, num_topk = shape.capacity, shape.comm.num_experts_per_tok
     groups = num_groups(shape.layout, shape.comm.num_local_experts)
     expert_major = shape.layout == "expert"
+    numbers, sizes = native_module.numbers(), _sizes(shape)
     array = partial(jax_compat.array_like, x)
     return [
         array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle, of which `pairs` is late
@@ -136,26 +148,9 @@ def _dispatch_types(
         array((), jnp.int32),  # num_received
         array((), jnp.int32),  # num_dropped
         array((), jnp.int32),  # num_invalid
-        array(pair_table_shape(**_pair_sizes(shape)) if with_pairs else (1,), jnp.int32),  # pairs
-        array((_scratch_ints(shape) if with_scratch else 1,), jnp.int32),  # scratch
+        array(numbers.pair_table_shape(**sizes) if with_pairs else (1,), jnp.int32),  # pairs
+        array((numbers.dispatch_scratch_ints(**sizes) if with_scratch else 1,), jnp.int32),  # scratch
     ]
-
-
-def _pair_sizes(shape: RouteShape) -> dict[str, int]:
-    comm = shape.comm
-    return {
-        "num_ranks": comm.size,
-        "num_tokens": shape.num_tokens,
-        "num_experts_per_tok": comm.num_experts_per_tok,
-        "num_local_experts": comm.num_local_experts,
-    }
-
-
-def _scratch_ints(shape: RouteShape) -> int:
-    comm = shape.comm
-    return dispatch_scratch_ints(
-        num_ranks=comm.size, num_tokens=shape.num_tokens, num_experts_per_tok=comm.num_experts_per_tok
-    )
 
 
 dispatch_p = _define_primitive("dispatch", _dispatch_types)
@@ -163,7 +158,7 @@ dispatch_p = _define_primitive("dispatch", _dispatch_types)
 
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle]:
+) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     tokens, *leaves = dispatch_p.bind(
         shape.rank(),
@@ -191,10 +186,11 @@ def dispatch(
     )
 
 
-def _redispatch_types(
+def _cached_dispatch_types(
     rank: ShapedArray,
     x: ShapedArray,
     source: ShapedArray,
+    destination: ShapedArray,
     group_sizes: ShapedArray,
     weights: ShapedArray,
     y: ShapedArray,
@@ -213,10 +209,10 @@ def _redispatch_types(
     ]
 
 
-redispatch_p = _define_primitive("redispatch", _redispatch_types)
+cached_dispatch_p = _define_primitive("cached_dispatch", _cached_dispatch_types)
 
 
-def redispatch(
+def cached_dispatch(
     shape: RouteShape,
     x: jax.Array,
     routes: Routes,
@@ -225,11 +221,12 @@ def redispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.redispatch`."""
-    rows, products = redispatch_p.bind(
+    """Implement `implementations.cached_dispatch`."""
+    rows, products = cached_dispatch_p.bind(
         shape.rank(),
         _whole_words(x),
         routes.source,
+        routes.destination,
         routes.group_sizes,
         _or_placeholder(weights, jnp.float32),
         _or_placeholder(y, x.dtype),
@@ -261,10 +258,11 @@ def _combine_types(
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, y)
     entries = destination.shape if with_gradients else (1,)
+    sum_rows = native_module.numbers().combine_sum_rows(**_sizes(shape))
     return [
         array((shape.num_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients
-        array((shape.comm.size * shape.num_tokens, y.shape[1]) if with_sums else (1,), y.dtype),  # sums
+        array((sum_rows, y.shape[1]) if with_sums else (1,), y.dtype),  # sums
     ]
 
 

@@ -17,12 +17,13 @@ from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 def _full(value: int, shape: tuple[int, ...], dtype: Any, *, like: jax.Array) -> jax.Array:
     """Return an array full of `value` that varies over the mesh as `like` does."""
-    return jax_compat.as_varying(jnp.full(shape, value, dtype), jax_compat.varying_axes(like))
+    array: jax.Array = jax_compat.as_varying(jnp.full(shape, value, dtype), jax_compat.varying_axes(like))
+    return array
 
 
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle]:
+) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch` for T = 0; with tokens, those that do not fit must be counted."""
     assert shape.num_tokens == 0
     num_topk, groups = shape.comm.num_experts_per_tok, num_groups(shape.layout, shape.comm.num_local_experts)
@@ -31,7 +32,7 @@ def dispatch(
     def ints(value: int, *sizes: int) -> jax.Array:
         return _full(value, sizes, jnp.int32, like=x)
 
-    handle: Handle = Handle(
+    handle: Handle[Any] = Handle(
         source=ints(-1, shape.capacity),
         destination=ints(-1, 0, num_topk),
         weights=_full(0, of_rows, jnp.float32, like=x),
@@ -47,7 +48,7 @@ def dispatch(
     return _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x), handle
 
 
-def redispatch(
+def cached_dispatch(
     shape: RouteShape,
     x: jax.Array,
     routes: Routes,
@@ -56,7 +57,7 @@ def redispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.redispatch`; all rows are zero."""
+    """Implement `implementations.cached_dispatch`; all rows are zero."""
     rows = _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x)
     return rows, None if y is None else _full(0, (shape.capacity,), jnp.float32, like=x)
 

@@ -4,6 +4,8 @@ The oracle of the tests, and what a platform without native ops runs. Every devi
 routing of its group, derives all routes from it, and gathers or exchanges the rows.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +21,8 @@ def _gather(shape: RouteShape, value: jax.Array) -> jax.Array:
     comm = shape.comm
     if comm.size == 1:
         return value[None]
-    return lax.all_gather(value, comm.axis_names)
+    gathered: jax.Array = lax.all_gather(value, comm.axis_names)
+    return gathered
 
 
 def _valid_entries(topk_idx: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
@@ -39,7 +42,7 @@ def _first_of_each_device(device: jax.Array, valid: jax.Array) -> jax.Array:
 
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle]:
+) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     comm, capacity = shape.comm, shape.capacity
     num_ranks, num_local = comm.size, comm.num_local_experts
@@ -103,7 +106,7 @@ def dispatch(
         local_experts = local_experts.at[target, k].set(local_expert)[:capacity]
 
     num_received = jnp.sum(received[rank], dtype=jnp.int32)
-    handle: Handle = Handle(
+    handle: Handle[Any] = Handle(
         source=source,
         destination=destination[rank],
         weights=weights[:capacity],
@@ -116,11 +119,11 @@ def dispatch(
         num_invalid=num_invalid,
         route_shape=shape,
     )
-    tokens, _ = redispatch(shape, x, handle.routes)
+    tokens, _ = cached_dispatch(shape, x, handle.routes)
     return tokens, handle
 
 
-def redispatch(
+def cached_dispatch(
     shape: RouteShape,
     x: jax.Array,
     routes: Routes,
@@ -129,7 +132,7 @@ def redispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.redispatch`; here the rows after the groups are always zero."""
+    """Implement `implementations.cached_dispatch`; here the rows after the groups are always zero."""
     del zero_rest
     source = routes.source
     everyones_x = _gather(shape, x).reshape(-1, x.shape[1])

@@ -21,9 +21,10 @@ _tangent_p = jax_compat.Primitive("jax_deepep_reverse_mode_only")
 
 def only_in_reverse(op: str, operands: Operands) -> Operands:
     """Return the operands of `op`, a pytree of arrays; forward mode through them is an error."""
-    return jax.tree.map(
+    marked: Operands = jax.tree.map(
         lambda value: _identity(op, value) if jnp.issubdtype(value.dtype, jnp.floating) else value, operands
     )
+    return marked
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

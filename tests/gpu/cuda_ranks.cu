@@ -20,36 +20,56 @@
 #include "cpu/communicator.h"
 #include "cpu/op.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/kernels.h"
+#include "cuda/low_latency/window.h"
+#include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
+#include "routing/group_rows.h"
 #include "rank_arrays.cuh"
 
 namespace jax_deepep {
 namespace {
 
+// Kernels may run on CPUs instead, where everything takes longer: see tests/native/cuda_on_cpu.
+#ifdef __CUDACC__
+constexpr bool kOnGpu = true;
+#else
+constexpr bool kOnGpu = false;
+#endif
+constexpr int kLonger = kOnGpu ? 1 : 8;         // waits that end
+constexpr int kOpsTakeLonger = kOnGpu ? 1 : 500;
+
 __global__ void Delay(uint64_t nanoseconds) {
-  uint64_t start, now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
-  do {
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  } while (now - start < nanoseconds);
+  const uint64_t start = NanosecondClock();
+  while (NanosecondClock() - start < nanoseconds) {
+  }
+}
+
+// With some shared memory, to keep others from the SM.
+void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, int shared_bytes = 0) {
+  const char* error = LaunchKernel(Delay, nanoseconds, num_blocks, 1, shared_bytes, stream);
+  Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
 
 // All ranks of one group on one device.
 class Group {
  public:
-  Group(const GroupShape& shape, int num_blocks, double timeout_s) : num_blocks_(num_blocks) {
+  // With windows for all tokens, so that ops may take either mode.
+  Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false)
+      : num_blocks_(num_blocks), low_latency_(low_latency), window_(shape, shape.max_tokens) {
+    const int64_t control_bytes = window_.offset + window_.bytes();
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
+    for (auto* load : {LoadRankKernels, KernelsOf("throughput").load, KernelsOf("low_latency").load}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
     }
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
-      controls_.push_back(std::make_unique<Array>(ControlBytes(shape)));
-      CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, ControlBytes(shape)), "cudaMemset");
+      controls_.push_back(std::make_unique<Array>(control_bytes));
+      CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, control_bytes), "cudaMemset");
       operands_.push_back(std::make_unique<Array>(4));
       *operands_.back()->host<int32_t>() = rank;
       operands_.back()->ToDevice();
@@ -64,13 +84,13 @@ class Group {
       frame.shape = shape;
       frame.rank = rank;
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
-      frame.believed_rank = operands_[rank]->device<int32_t>();
+      frame.expected_rank = operands_[rank]->device<int32_t>();
       frame.status = statuses_[rank];
       for (int peer = 0; peer < shape.num_ranks; ++peer) frame.control[peer] = controls_[peer]->device<DeviceControl>();
       frames_.push_back(frame);
     }
     // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
-    Delay<<<1, 1>>>(0);
+    LaunchDelay(0, nullptr);
     CheckCuda(cudaDeviceSynchronize(), "set-up");
   }
   ~Group() {
@@ -79,33 +99,28 @@ class Group {
   }
 
   template <typename Params>
-  void Launch(int rank, const Params& params,
-              const char* (*launch)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t),
-              cudaStream_t stream) {
+  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
     OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
+    const KernelSet& kernels = KernelsOf(low_latency_ ? "low_latency" : "throughput");
+    frame.op.flags |= kernels.flags;
     frame.op_hash = frame.op.Hash();
+    const auto launch = kernels.LaunchOf<Params>();
     const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
-  }
-  void Launch(int rank, const DispatchParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchDispatch, stream);
-  }
-  void Launch(int rank, const RedispatchParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchRedispatch, stream);
-  }
-  void Launch(int rank, const CombineParams& params, cudaStream_t stream = nullptr) {
-    Launch(rank, params, LaunchCombine, stream);
   }
   void GiveUp(int rank) {
     const char* error = LaunchGiveUp(frames_[rank], Failure::kNotLaunched, streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
-  void DelayRank(int rank, uint64_t nanoseconds) { Delay<<<1, 1, 0, streams_[rank]>>>(nanoseconds); }
+  void DelayRank(int rank, uint64_t nanoseconds) { LaunchDelay(nanoseconds, streams_[rank]); }
+
+  // Let later ops take this mode.
+  void Take(bool low_latency) { low_latency_ = low_latency; }
 
   // Let the program take a rank for another one.
-  void TakeFor(int rank, int32_t believed) {
-    *operands_[rank]->host<int32_t>() = believed;
+  void TakeFor(int rank, int32_t expected) {
+    *operands_[rank]->host<int32_t>() = expected;
     operands_[rank]->ToDevice();
   }
 
@@ -121,6 +136,8 @@ class Group {
 
  private:
   int num_blocks_;
+  bool low_latency_;
+  WindowLayout window_;
   uint64_t num_launches_ = 0;
   DeviceFacts device_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
@@ -175,33 +192,50 @@ void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, c
   CheckSame(array, Rank::Rows(problem, end), what);
 }
 
-void CheckProblem(const Problem& problem, int num_blocks, int repeats) {
+// In low-latency mode, it is the rank of each expert that counts.
+void CheckDestination(const Problem& problem, Rank& rank, const std::string& what) {
+  if (!problem.low_latency) return CheckSame(rank.destination, rank.destination.bytes(), what);
+  const std::vector<char> got = rank.destination.FromDevice();
+  const int num_topk = problem.shape.num_topk;
+  for (int64_t i = 0; i < int64_t{problem.route.num_tokens} * num_topk; ++i) {
+    const int32_t* experts = rank.topk_idx.host<int32_t>() + i / num_topk * num_topk;
+    const bool valid = IsValidEntry(experts, i % num_topk, problem.shape.num_experts);
+    const int32_t expected = valid ? experts[i % num_topk] / problem.shape.num_local_experts() : kNone;
+    if (reinterpret_cast<const int32_t*>(got.data())[i] != expected) return Check(false, what);
+  }
+}
+
+void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency = false) {
+  problem.low_latency = low_latency;
+  const int64_t most_row_bytes = WindowLayout::MostRowBytes(problem.shape);
+  if (low_latency && problem.route.rows().bytes() > most_row_bytes) problem.shape.hidden_size *= 2;
   const int num_ranks = problem.shape.num_ranks;
   std::mt19937 random(7);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
-  Group group(problem.shape, num_blocks, 5.0);
+  Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
   int64_t run = 0;
   auto each = [&](auto make, auto check, const char* verb) {
     using Params = decltype(make(std::true_type(), *ranks[0]));
     std::vector<Params> on_cpu;
     for (int rank = 0; rank < num_ranks; ++rank) on_cpu.push_back(make(std::false_type(), *ranks[rank]));
+    const auto check_where = std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
     RunOnCpu(*comm, run++, on_cpu);
     for (int repeat = 0; repeat < repeats; ++repeat) {
       for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, make(std::true_type(), *ranks[rank]));
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {
-      Check(group.status(rank).failed == 0, std::string(problem.name) + ", " + verb + ": ended as it should");
-      check(*ranks[rank], std::string(problem.name) + ", " + verb + ", rank " + std::to_string(rank) + ": ");
+      Check(group.status(rank).failed == 0, check_where + ": ended as it should");
+      check(*ranks[rank], check_where + ", rank " + std::to_string(rank) + ": ");
     }
   };
   each([&](auto device, Rank& rank) { return DispatchOf<device.value>(problem, rank); },
        [&](Rank& rank, const std::string& where) {
          CheckSame(rank.source, rank.source.bytes(), where + "source");
-         CheckSame(rank.destination, rank.destination.bytes(), where + "destination");
+         CheckDestination(problem, rank, where + "destination");
          CheckSame(rank.weights, rank.weights.bytes(), where + "weights");
          if (!expert_major) CheckSame(rank.local_experts, rank.local_experts.bytes(), where + "local_experts");
          CheckSame(rank.group_sizes, rank.group_sizes.bytes(), where + "group_sizes");
@@ -212,20 +246,20 @@ void CheckProblem(const Problem& problem, int num_blocks, int repeats) {
        "dispatch");
   if (failures > 0) return;
   for (const bool zero_rest : {false, true}) {
-    each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, false, zero_rest); },
+    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, false, zero_rest); },
          [&](Rank& rank, const std::string& where) {
            CheckSameRows(problem, rank.rows, rank, zero_rest, where + "rows");
          },
-         "redispatch");
+         "cached_dispatch");
   }
   if (problem.route.row_type == RowType::kInt32) return;  // no more is done with integers
   if (expert_major) {
-    each([&](auto device, Rank& rank) { return RedispatchOf<device.value>(problem, rank, true, true); },
+    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },
          [&](Rank& rank, const std::string& where) {
            CheckSameRows(problem, rank.rows, rank, true, where + "scaled rows");
            CheckSame(rank.products, rank.products.bytes(), where + "products");
          },
-         "scaling redispatch");
+         "scaling cached_dispatch");
   }
   for (const bool weighted : {false, true}) {
     if (weighted && !expert_major) continue;
@@ -256,6 +290,7 @@ void CheckConformance(int num_blocks) {
       MakeProblem("both capacities", 4, 16, 6, 50, 128, kBF16, kExpert, 4, 64, 5),
       MakeProblem("capacity, by token", 4, 16, 6, 50, 128, kBF16, kToken, 4, 96),
       MakeProblem("no room", 2, 4, 2, 9, 32, kF32, kExpert, 1, 0),
+      MakeProblem("no tokens", 3, 6, 2, 0, 64, kBF16, kExpert, 4),
       MakeProblem("one token", 4, 8, 2, 1, 128, kBF16, kExpert),
       MakeProblem("one expert each", 4, 4, 4, 30, 128, kBF16, kExpert),
       MakeProblem("one choice", 4, 32, 1, 70, 128, kF16, kExpert),
@@ -275,7 +310,9 @@ void CheckConformance(int num_blocks) {
     problems.push_back(MakeProblem("long integers", 3, 9, 4, 21, 37, kI32, layout));
     problems.back().route.row_size = 40;
   }
-  for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2);
+  for (const Problem& problem : problems) {
+    for (const bool low_latency : {false, true}) CheckProblem(problem, num_blocks, 2, low_latency);
+  }
 }
 
 // All that a group may be. With one block for each rank: all blocks of all ranks must be resident.
@@ -290,7 +327,7 @@ void CheckLargest() {
            MakeProblem("64 ranks, by token", 64, 128, 32, 20, 128, RowType::kFloat16, kToken),
            MakeProblem("33 ranks, odd rows", 33, 66, 9, 15, 37, RowType::kBFloat16, kExpert),
        }) {
-    CheckProblem(problem, 1, 2);
+    for (const bool low_latency : {false, true}) CheckProblem(problem, 1, 2, low_latency);
   }
 }
 
@@ -316,20 +353,22 @@ bool AllFailed(const Problem& problem, Array& array) {
 }
 
 // The last rank does not come, or comes late; every op ends, says who was missing, and so do later ones.
-void CheckFaults(int num_ranks, int num_blocks, bool late) {
-  const std::string name = std::to_string(num_ranks) + " ranks, " + (late ? "one comes late: " : "one stays away: ");
-  const Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
+void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
+  const std::string name = std::to_string(num_ranks) + (low_latency ? " ranks, low latency, " : " ranks, ") +
+                           (late ? "one comes late: " : "one stays away: ");
+  Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
                                       Layout::kExpertMajor);
+  problem.low_latency = low_latency;
   const int last = num_ranks - 1;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
-  Group group(problem.shape, num_blocks, 0.3);
+  Group group(problem.shape, num_blocks, 0.3 * kLonger, low_latency);
   for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
   group.Wait();
   for (int rank = 0; rank < num_ranks; ++rank) Check(group.status(rank).failed == 0, name + "the first op succeeds");
   if (late) {
-    group.DelayRank(last, 900'000'000);
+    group.DelayRank(last, uint64_t{900'000'000} * kLonger);
     group.Launch(last, CombineOf<true>(problem, *ranks[last], true, true, false));
   }
   for (int rank = 0; rank < last; ++rank) group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
@@ -348,7 +387,7 @@ void CheckFaults(int num_ranks, int num_blocks, bool late) {
   for (int rank = 0; rank < last; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
   group.Wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
-  Check(took.count() < 0.25, name + "later ops end at once");
+  Check(took.count() < 0.25 * kLonger, name + "later ops end at once");
   for (int rank = 0; rank < last; ++rank) {
     Check(AllFailed(problem, ranks[rank]->tokens), name + "their results are NaN");
     Check(*reinterpret_cast<const int32_t*>(ranks[rank]->counts.FromDevice().data()) == 0, name + "their counts are 0");
@@ -363,7 +402,8 @@ void CheckFaults(int num_ranks, int num_blocks, bool late) {
     Check(AllFailed(integers, ranks[rank]->tokens), name + "integers have all bits set");
   }
   // The device still computes.
-  CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1);
+  CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1,
+               low_latency);
 }
 
 // How an op that cannot succeed ends: soon, and on all ranks that came.
@@ -382,9 +422,10 @@ void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr
 }
 
 // Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never comes.
-void CheckMistakes(int num_blocks) {
-  constexpr double kTimeout = 60, kAtOnce = 5;
-  const Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+void CheckMistakes(int num_blocks, bool low_latency) {
+  constexpr double kTimeout = 60 * kLonger, kAtOnce = 5 * kLonger;
+  Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.low_latency = low_latency;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < 3; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
@@ -392,7 +433,7 @@ void CheckMistakes(int num_blocks) {
     group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]), stream);
   };
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     Problem shorter = problem;
     shorter.route.capacity -= 8;
@@ -407,13 +448,26 @@ void CheckMistakes(int num_blocks) {
     }
   }
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
+    dispatch(group, 0);
+    group.Take(!low_latency);
+    dispatch(group, 1);
+    group.Wait();
+    for (int rank = 0; rank < 2; ++rank) {
+      const FailureReport& report = group.status(rank).report;
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different modes are told apart");
+      const int64_t difference = report.op.flags ^ report.other_op.flags;
+      Check(difference == OpSignature::kLowLatency, "and told");
+    }
+  }
+  {
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     group.TakeFor(1, 0);
     for (int rank = 0; rank < 3; ++rank) dispatch(group, rank);
     CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce, "a device taken for another");
   }
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     dispatch(group, 1);
     group.GiveUp(2);
@@ -422,7 +476,7 @@ void CheckMistakes(int num_blocks) {
     CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce, "the op after one that is not launched");
   }
   {
-    Group group(problem.shape, num_blocks, kTimeout);
+    Group group(problem.shape, num_blocks, kTimeout, low_latency);
     cudaStream_t beside;
     CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
     dispatch(group, 0);
@@ -458,16 +512,22 @@ void CheckNoRoom() {
   for (auto* kernel : {reinterpret_cast<const void*>(Delay), reinterpret_cast<const void*>(MeetKernel)}) {
     CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, almost_an_sm), "attribute");
   }
-  Delay<<<num_sms - 1, 1, almost_an_sm, beside>>>(1'500'000'000);
-  MeetKernel<<<2, 32, almost_an_sm, group.stream(0)>>>(group.FrameOf(0));
+  LaunchDelay(1'500'000'000, beside, num_sms - 1, almost_an_sm);
+  // Not as a cooperative launch, which would be refused.
+  OpFrame frame = group.FrameOf(0);
+  void* arguments[] = {&frame};
+  CheckCuda(cudaLaunchKernel(reinterpret_cast<const void*>(MeetKernel), dim3(2), dim3(32), arguments, almost_an_sm,
+                             group.stream(0)),
+            "launch");
   group.Wait();
   Check(group.status(0).failed == 1 && group.status(0).report.failure == Failure::kNoRoom, "no SM for a block");
   cudaStreamDestroy(beside);
 }
 
 // Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other, or fails.
-void CheckTwoAtOnce(int num_blocks, int tries) {
-  const Problem problem = MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
+  Problem problem = MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.low_latency = low_latency;
   std::mt19937 random(5);
   std::vector<std::unique_ptr<Rank>> ranks, others;
   for (int rank = 0; rank < 2; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
@@ -482,8 +542,8 @@ void CheckTwoAtOnce(int num_blocks, int tries) {
   for (cudaStream_t& stream : beside) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   int num_failed = 0;
   for (int i = 0; i < tries; ++i) {
-    Group group(problem.shape, num_blocks, 5.0);
-    const uint64_t delay = random() % 60'000;
+    Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
+    const uint64_t delay = random() % 60'000 * kOpsTakeLonger;
     for (auto* each : {&ranks, &others}) {
       for (auto& rank : *each) {
         CheckCuda(cudaMemset(rank->tokens.device<void>(), 0x55, rank->tokens.bytes()), "cudaMemset");
@@ -491,7 +551,7 @@ void CheckTwoAtOnce(int num_blocks, int tries) {
     }
     for (int rank = 0; rank < 2; ++rank) {
       group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
-      Delay<<<1, 1, 0, beside[rank]>>>(delay);
+      LaunchDelay(delay, beside[rank]);
       group.Launch(rank, DispatchOf<true>(problem, *others[rank]), beside[rank]);
     }
     group.Wait();
@@ -511,13 +571,15 @@ void CheckTwoAtOnce(int num_blocks, int tries) {
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
 void CheckSoak(int num_blocks, int steps) {
   constexpr int num_ranks = 8;
-  const Problem problem = MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
+  Problem problem = MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
   std::mt19937 random(11);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
-  Group group(problem.shape, num_blocks, 5.0);
+  Group group(problem.shape, num_blocks, 5.0 * kLonger);
   for (int step = 0; step < steps && failures == 0; ++step) {
+    problem.low_latency = random() % 2 == 0;  // each mode follows either
+    group.Take(problem.low_latency);
     std::vector<DispatchParams> dispatches;
     std::vector<CombineParams> combines;
     for (auto& rank : ranks) {
@@ -532,11 +594,11 @@ void CheckSoak(int num_blocks, int steps) {
     // One op of all ranks after the other: streams share queues of the GPU, and a rank's second op, which waits for its
     // first, would hold up the first of another rank.
     for (int rank = 0; rank < num_ranks; ++rank) {
-      if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
+      if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000 * kOpsTakeLonger);
       group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
     }
     for (int rank = 0; rank < num_ranks; ++rank) {
-      if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000);
+      if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000 * kOpsTakeLonger);
       group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
     }
     group.Wait();
@@ -564,12 +626,16 @@ int main(int argc, char** argv) {
       CheckConformance(2);
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
-        CheckFaults(3, 2, late);
-        CheckFaults(40, 1, late);
+        for (const bool low_latency : {false, true}) {
+          CheckFaults(3, 2, late, low_latency);
+          CheckFaults(kOnGpu ? 40 : 8, 1, late, low_latency);
+        }
       }
-      CheckMistakes(2);
-      CheckNoRoom();
-      CheckTwoAtOnce(3, 200);
+      if (kOnGpu) CheckNoRoom();
+      for (const bool low_latency : {false, true}) {
+        CheckMistakes(2, low_latency);
+        CheckTwoAtOnce(3, kOnGpu ? 200 : 10, low_latency);
+      }
     } else if (what == "soak" && i + 1 < argc) {
       CheckSoak(3, std::atoi(argv[++i]));
     } else {

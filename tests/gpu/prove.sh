@@ -37,7 +37,7 @@ suite="python3 -m pytest -q tests/conformance tests/transforms -m 'not collectiv
 
 build_harness() {
   [ -x "$out/cuda_ranks" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
-    -o "$out/cuda_ranks" tests/gpu/cuda_ranks.cu xla_ffi/cuda/rank_kernels.cu xla_ffi/cuda/intranode/*.cu xla_ffi/cpu/*.cc \
+    -o "$out/cuda_ranks" tests/gpu/cuda_ranks.cu xla_ffi/cuda/{block_count,kernels}.cc xla_ffi/cuda/rank_kernels.cu xla_ffi/cuda/*/*.cu xla_ffi/cpu/*.cc \
     xla_ffi/transport/shared_memory.cc -lpthread
 }
 

@@ -16,9 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "interface/combine.h"
-#include "interface/dispatch.h"
-#include "interface/redispatch.h"
+#include "interface/verbs.h"
 
 namespace jax_deepep {
 namespace {
@@ -77,6 +75,7 @@ struct Problem {
   double none = 0.1;     // share of entries that name no expert
   bool invalid = false;  // some entries are out of range or repeated
   bool skewed = false;   // most entries go to the first rank
+  bool low_latency = false;
 };
 
 Problem MakeProblem(const char* name, int ranks, int experts, int topk, int tokens, int hidden, RowType type,
@@ -179,7 +178,7 @@ struct Rank {
   }
 
   static size_t Rows(const Problem& p, int64_t count) {
-    return count * p.route.row_bytes();
+    return count * p.route.rows().bytes();
   }
   static size_t Entries(const Problem& p) {
     return size_t{4} * p.route.num_tokens * p.shape.num_topk;
@@ -220,7 +219,7 @@ DispatchParams DispatchOf(const Problem& problem, Rank& rank) {
   params.num_dropped = params.num_received + 1;
   params.num_invalid = params.num_received + 2;
   if (kDevice) {
-    params.pairs = expert_major ? rank.pairs.device<int32_t>() : nullptr;
+    params.pairs = expert_major || problem.low_latency ? rank.pairs.device<int32_t>() : nullptr;
     params.scratch = rank.scratch.device<int32_t>();
   }
   return params;
@@ -240,7 +239,9 @@ CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool 
   params.bias = with_bias ? Data<kDevice, void>(rank.bias) : nullptr;
   params.out = Data<kDevice, void>(rank.out);
   params.gradients = with_gradients ? Data<kDevice, float>(rank.gradients) : nullptr;
-  if (kDevice && expert_major) {
+  if (kDevice && problem.low_latency) {
+    params.pairs = rank.pairs.device<int32_t>();
+  } else if (kDevice && expert_major) {
     params.pairs = rank.pairs.device<int32_t>();
     params.sums = PairTable(problem.shape, problem.route).max_rows > 1 ? rank.sums.device<void>() : nullptr;
   }
@@ -248,8 +249,8 @@ CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool 
 }
 
 template <bool kDevice>
-RedispatchParams RedispatchOf(const Problem& problem, Rank& rank, bool scaled, bool zero_rest) {
-  RedispatchParams params;
+CachedDispatchParams CachedDispatchOf(const Problem& problem, Rank& rank, bool scaled, bool zero_rest) {
+  CachedDispatchParams params;
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
   params.route = problem.route;
   params.route.alignment = 1;
@@ -262,7 +263,8 @@ RedispatchParams RedispatchOf(const Problem& problem, Rank& rank, bool scaled, b
   params.y = scaled ? Data<kDevice, void>(rank.y) : nullptr;
   params.rows = Data<kDevice, void>(rank.rows);
   params.products = scaled ? Data<kDevice, float>(rank.products) : nullptr;
-  if (kDevice && expert_major) params.pairs = rank.pairs.device<int32_t>();
+  if (kDevice && (expert_major || problem.low_latency)) params.pairs = rank.pairs.device<int32_t>();
+  if (kDevice) params.destination = rank.destination.device<int32_t>();
   return params;
 }
 

@@ -12,8 +12,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = (
     "tests/gpu/cuda_ranks.cu",
+    "xla_ffi/cuda/block_count.cc",
+    "xla_ffi/cuda/kernels.cc",
     "xla_ffi/cuda/rank_kernels.cu",
-    "xla_ffi/cuda/intranode/*.cu",
+    "xla_ffi/cuda/*/*.cu",
     "xla_ffi/cpu/*.cc",
     "xla_ffi/transport/shared_memory.cc",
 )

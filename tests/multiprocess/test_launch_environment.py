@@ -11,6 +11,7 @@ from meshes import mesh_named
 from own_processes import is_a_command_for_one_process
 
 import jax_deepep as ep
+from jax_deepep.launch import launched_rank
 from jax_deepep.launch.hosts.cluster_environment import (
     LauncherPlace,
     PlaceError,
@@ -22,7 +23,7 @@ from jax_deepep.launch.hosts.cluster_environment import (
 from jax_deepep.launch.hosts.kubernetes_job import KubernetesError, KubernetesJob, read_job
 from jax_deepep.launch.python_command import through_python_program
 from jax_deepep.launch.rank_environment import JobPlace, RankSettings, rank_environ, without_launch
-from jax_deepep.launched_rank import PREFIX, launched_rank
+from jax_deepep.launch_variables import PREFIX
 
 SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_NTASKS": "4",

@@ -30,10 +30,12 @@ def mismatches():
         ("timeout_s", "4.0", "9.0"),
         ("implementation", "'native'", "'xla'"),
         ("mode", "'auto'", "'throughput'"),
+        ("ranks_per_node", "None", "3"),
         ("wrong max_tokens", "4", "0"),
         ("wrong num_experts", "3", "2.5"),
         ("wrong hidden_size", "16", "2147483648"),
         ("wrong axis_name", "'expert'", "'exprt'"),
+        ("wrong ranks_per_node", "None", "1"),
     ],
 )
 def test_arguments_differ_between_processes(
@@ -68,13 +70,14 @@ def test_builds_differ_between_processes(
 
 def test_arguments_are_wrong_on_all_processes(mismatches: RankProcesses) -> None:
     for rank in range(NUM_PROCESSES):
-        tokens, experts, hidden, axis = mismatches.wait_for_report(rank, "all wrong")["errors"]
+        tokens, experts, hidden, axis, nodes = mismatches.wait_for_report(rank, "all wrong")["errors"]
         assert tokens.startswith("ValueError: max_tokens: got 0; takes an integer of at least 1")
         assert experts.startswith("TypeError: num_experts: got 2.5; takes a Python integer")
         assert hidden.startswith("ValueError: hidden_size: got 2147483648; takes at most 2147483647")
         assert axis.startswith(
             "ValueError: axis_name: expected an axis of mesh, ('expert',), got 'exprt'; say"
         )
+        assert nodes.startswith("ValueError: ranks_per_node: expected None or all 3 ranks")
 
 
 def test_a_mesh_without_a_device_of_the_process(mismatches: RankProcesses) -> None:

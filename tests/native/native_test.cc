@@ -23,7 +23,10 @@
 #include "cpu/row_math.h"
 #include "cpu/threads.h"
 #include "cuda/block_count.h"
+#include "cuda/device_control.h"
 #include "cuda/divisor.h"
+#include "interface/op_signature.h"
+#include "interface/verbs.h"
 #include "routing/group_rows.h"
 
 // In front of the system's own function, so that a test can do without: see CheckThreads.
@@ -393,6 +396,39 @@ void CheckDivisors() {
   Check(Divisor(0).Quotient(0) == 0, "nothing to divide");
 }
 
+// Every verb has a number and a name of its own, and peers read no more of its arrays than they can name.
+void CheckVerbs() {
+  std::set<std::string> names;
+  std::set<Verb> numbers = {Verb{}, Verb::kBaseline};
+  Verbs::ForEach([&](auto type) {
+    using Params = typename decltype(type)::type;
+    Check(numbers.insert(kVerbOf<Params>).second, "a verb's number");
+    Check(names.insert(NameOf(kVerbOf<Params>)).second, "a verb's name");
+    Check(NameOf(SignatureOf(Params(), 1).verb) == std::string(VerbTraits<Params>::kName), "the verb of a signature");
+    Params params;
+    Check(VerbTraits<Params>::ReadByPeers(GroupShape(), &params).size() <= kMaxOperands, "what peers read");
+  });
+  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kBaseline)) == 0, "what is no verb");
+}
+
+// What peers read of an operand is a copy where it does not lie in their reach, and results stay.
+void CheckPeerArrays() {
+  const char x = 0, copy = 0;
+  DispatchParams params;
+  params.x = &x;
+  params.route.SetRows({RowType::kBFloat16, 8});
+  params.route.num_tokens = 3;
+  int32_t scratch = 0;
+  params.scratch = &scratch;
+  const auto arrays = VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params);
+  Check(arrays.size() == 2 && arrays[0].data == &x && arrays[0].bytes == 48, "rows that peers read");
+  Check(arrays[1].data == &scratch && !arrays[1].replace, "scratch that peers read");
+  arrays[0].replace(&copy);
+  Check(params.x == &copy, "a copy takes the place of an operand");
+  params.route.num_tokens = 0;
+  Check(VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params)[0].data == nullptr, "no rows are nowhere");
+}
+
 // Blocks of a dispatch of T tokens, K = 8, rows of 14,336 bytes, on a GPU of 132 SMs alone.
 int BlocksOfDispatch(int num_ranks, int num_tokens, Layout layout) {
   GroupShape shape;
@@ -441,6 +477,8 @@ int main() {
   CheckEntries();
   CheckGroups();
   CheckDivisors();
+  CheckVerbs();
+  CheckPeerArrays();
   CheckBlockCounts();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

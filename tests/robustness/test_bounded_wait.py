@@ -120,8 +120,10 @@ expect(ep.PeerTimeoutError, comm.check, "{op} on rank", "for rank 2", "expected 
 
 
 def test_every_op_ends_the_same_way() -> None:
-    """Token-major rows; integers, with all their bits set, which is −1 or the largest number, and NaN to who
-    takes them for 8-bit floats; gradients; and later ops, which are named with their step."""
+    """Rows of floats and of integers, gradients, and later ops, which are named with their step.
+
+    Integers have all their bits set: −1 or the largest number, and NaN to who takes them for 8-bit floats.
+    """
     run_python(SETUP + """
 @compiled
 def program(late, x, idx, weights):
@@ -157,7 +159,7 @@ for values in fetch(program(*operands)):
         op="combine", step=2, before=1,
         body="ep.combine(come_late(late, dispatched.tokens), handle, comm=comm)",
     ) + LATER_OP.format(
-        op="redispatch", step=2, before=1,
+        op="cached_dispatch", step=2, before=1,
         body="ep.dispatch(come_late(late, x), handle=handle, comm=comm)[0].tokens",
     ), timeout_s=90)  # fmt: skip
 

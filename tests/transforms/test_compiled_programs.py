@@ -12,7 +12,7 @@ from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe, trai
 
 MESH, AXIS = LAYER.mesh, LAYER.axis_name
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-CUSTOM_CALLS = ("jax_deepep_dispatch", "jax_deepep_redispatch", "jax_deepep_combine")
+CUSTOM_CALLS = ("jax_deepep_dispatch", "jax_deepep_cached_dispatch", "jax_deepep_combine")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

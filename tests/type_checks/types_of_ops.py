@@ -16,4 +16,5 @@ def results_follow_the_layout(
     by_token, of_tokens = ep.dispatch(x, idx, weights, comm=comm, layout="token")
     assert_type(by_token, ep.TokenMajor)
     assert_type(ep.dispatch(x, handle=of_tokens, comm=comm)[0], ep.TokenMajor)
+    ep.dispatch(x, idx, weights)  # type: ignore[call-overload]  # comm= is optional along a handle only
     return ep.combine(by_token.tokens, of_tokens) + ep.combine(by_expert.tokens, handle, comm=comm)

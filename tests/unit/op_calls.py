@@ -14,8 +14,8 @@ SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_si
 
 
 @functools.cache
-def communicator(implementation: str = "native") -> ep.Communicator:
-    return ep.Communicator(MESH, "expert", **SIZES, implementation=implementation)
+def communicator(implementation: str = "native", mode: str = "auto") -> ep.Communicator:
+    return ep.Communicator(MESH, "expert", **SIZES, implementation=implementation, mode=mode)
 
 
 def trace(function) -> None:

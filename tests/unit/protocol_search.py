@@ -97,13 +97,13 @@ def find_violation(
     num_ranks: int,
     num_ops: int,
     *,
-    intruder: bool = False,
+    beside: bool = False,
     at_once: bool = True,
     on_demand: bool = True,
 ) -> Result:
     """Search all runs of `num_ranks` ranks through `num_ops` ops, depth first.
 
-    With an `intruder`, a second op of the communicator may begin on rank 0 at any moment of an op there.
+    With `beside`, an op beside those may fail on any rank, at any moment: see protocol_failure.py.
     Not `at_once`, steps that load nothing are taken by themselves; not `on_demand`, stores become visible by
     themselves at any moment, too.
     """
@@ -111,7 +111,7 @@ def find_violation(
     run: list[str] = []
     known = {start.key()}
     pending = [
-        _successors(protocol, start, run, intruder, at_once, on_demand)
+        _successors(protocol, start, run, beside, at_once, on_demand)
     ]  # of every state on the way to the present one
     try:
         while pending:
@@ -126,25 +126,24 @@ def find_violation(
             if key not in known:
                 known.add(key)
                 run.append(name)
-                pending.append(_successors(protocol, world, run, intruder, at_once, on_demand))
+                pending.append(_successors(protocol, world, run, beside, at_once, on_demand))
     except Violation as violation:
         return Result(str(violation), run, len(known))
     return Result(None, [], len(known))
 
 
 def _successors(
-    protocol: Protocol, world: World, run: list[str], intruder: bool, at_once: bool, on_demand: bool
+    protocol: Protocol, world: World, run: list[str], beside: bool, at_once: bool, on_demand: bool
 ) -> Iterator[tuple[str, World]]:
-    first = world.ranks[0]
-    if intruder and first.op > 0 and not first.failed and first.at not in (BEGIN, END):
-        after = world.copy()
-        after.intrude(0)
-        yield f"rank 0, op {first.op}: a second op begins", after
-    if first.telling:
-        after = world.copy()
-        after.tell_of_intrusion(0)
-        yield f"rank 0, op {first.op}: the second op tells", after
     for rank, me in enumerate(world.ranks):
+        if beside and not me.failed and me.at != END:
+            after = world.copy()
+            after.fail_beside(rank)
+            yield f"rank {rank}, op {max(me.op, 1)}: an op beside it fails", after
+        if me.telling:
+            after = world.copy()
+            after.tell_beside(rank)
+            yield f"rank {rank}, op {max(me.op, 1)}: the op beside it tells", after
         step = protocol.step_of(world, rank)
         if step is not None:
             name = f"rank {rank}, op {max(me.op, 1)}: {step.name}"

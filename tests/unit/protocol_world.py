@@ -33,7 +33,7 @@ class Rank(NamedTuple):
     succeeded: int = 0  # the last op that did
     lost: bool = False  # it has seen in this op that the group is broken
     wrong: bool = False  # what it loaded was not this op's
-    telling: bool = False  # a second op, which began beside this one, has given up and not yet told all
+    telling: bool = False  # an op beside this one has given up and not yet told all
 
 
 class Words:
@@ -41,7 +41,7 @@ class Words:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self.count = 8 * num_ranks * num_ranks
+        self.count = 16 * num_ranks * num_ranks
 
     def _at(self, table: int, home: int, writer: int) -> int:
         return (table * self.num_ranks + home) * self.num_ranks + writer
@@ -67,6 +67,13 @@ class Words:
         The real word has the last one alone, so that the model allows more than can be.
         """
         return self._at(5, home, reporter)
+
+    def header(self, bank: int, home: int, writer: int) -> int:
+        return self._at(8 + bank, home, writer)
+
+    def slots(self, bank: int, home: int, writer: int) -> int:
+        """Rows and their counts, which lead to addresses."""
+        return self._at(12 + bank, home, writer)
 
     def operand(self, rank: int) -> int:
         """2 n: of op n; 2 n + 1: reused after it. In XLA's memory; peers only load it."""
@@ -96,7 +103,7 @@ class World:
     @staticmethod
     def at_start(num_ranks: int, num_ops: int) -> "World":
         at = Words(num_ranks)
-        # The second half of the queues has the stores of intruders, which nothing orders with the rank's own.
+        # The second half of the queues has the stores of ops beside: nothing orders them with the rank's own.
         return World(num_ops, at, [Rank()] * num_ranks, [()] * (2 * num_ranks), bytearray(at.count))
 
     def copy(self) -> "World":
@@ -129,11 +136,11 @@ class World:
         """Call Fail, and go on at the step `back`."""
         self.change(rank, jump="Fail", back=back)
 
-    def intrude(self, rank: int) -> None:
-        """Let a second op begin beside the one under way: it finds that, and gives up for both."""
-        self.change(rank, failed=self.ranks[rank].op, telling=True)
+    def fail_beside(self, rank: int) -> None:
+        """Let an op of the rank beside this one give up: on its other channel, or by mistake on the same."""
+        self.change(rank, failed=max(self.ranks[rank].op, 1), telling=True)
 
-    def tell_of_intrusion(self, rank: int) -> None:
+    def tell_beside(self, rank: int) -> None:
         self.change(rank, telling=False)
         queue = len(self.ranks) + rank
         for home in range(len(self.ranks)):
@@ -142,9 +149,9 @@ class World:
             self.store(queue, self.at.broken(home, rank), 1, release=True)
 
     def wait_until_told(self, rank: int) -> None:
-        """What the rank does next is seen after all that the second op has told."""
+        """What the rank does next is seen after all that the op beside has told."""
         if self.ranks[rank].telling:
-            self.tell_of_intrusion(rank)
+            self.tell_beside(rank)
         queue = len(self.ranks) + rank
         if self.queues[queue]:
             self.queues[rank] += self.queues[queue]

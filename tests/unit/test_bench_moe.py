@@ -1,6 +1,4 @@
-"""`python -m jax_deepep.bench moe`: every contender computes the same, and what is measured is reported."""
-
-import json
+"""`python -m jax_deepep.bench moe`: every case computes the same, and what is measured is reported."""
 
 import jax
 import pytest
@@ -8,21 +6,12 @@ from meshes import fetch, mesh_named
 from moe_layer import assert_close
 from own_processes import is_a_command_for_one_process
 
+from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
-from jax_deepep.bench.moe.contenders import (
-    GATHERED,
-    experts_programs,
-    layer_programs,
-    sizes_of,
-)
-from jax_deepep.bench.moe.problem import MoEProblem
-from jax_deepep.bench.problems import AXIS
-from jax_deepep.communicator import Communicator
+from jax_deepep.bench.layers import GATHERED, experts_programs, layer_programs
+from jax_deepep.bench.problem import AXIS, Problem
 
-PROBLEM = MoEProblem(
-    tokens=8, hidden=16, intermediate=32, topk=2, experts=8, devices=jax.device_count(), dtype="float32",
-    capacity_factor=None,
-)  # fmt: skip
+PROBLEM = Problem(8, 16, 2, 8, jax.device_count(), dtype="float32", intermediate=32)
 
 
 def results_of(programs: dict) -> list:
@@ -31,10 +20,10 @@ def results_of(programs: dict) -> list:
 
 @pytest.mark.collectives
 def test_layers_agree() -> None:
-    """Otherwise a contender may be fast because it is wrong."""
+    """Otherwise a case may be fast because it is wrong."""
     mesh = mesh_named("expert")
     assert mesh.axis_names == (AXIS,)
-    comm = Communicator(mesh, AXIS, **sizes_of(PROBLEM))
+    comm = PROBLEM.communicator(mesh, "auto")
     expected = results_of(layer_programs(PROBLEM, mesh, comm))
     for programs in (layer_programs(PROBLEM, mesh, None), layer_programs(PROBLEM, mesh, comm, num_chunks=2)):
         assert_close(results_of(programs), expected)
@@ -55,24 +44,26 @@ def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "moe.json"
     shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}
     sizes = [text for name, size in shape.items() for text in (f"--{name}", str(size))]
-    contenders = ["--matmuls", "blocks", "triton", "--layers", "native", "--chunks", "2", "--repeats", "2"]
-    assert main(["moe", *sizes, *contenders, "--json", str(path)]) == 0
+    cases = "--matmuls blocks triton --layers native --chunks 2 --trials 2 --queued 2"
+    assert main(["moe", *sizes, *cases.split(), "--json", str(path)]) == 0
 
-    document = json.loads(path.read_text())
-    blocks, triton, layer = document["results"]
-    assert document["problem"]["devices"] == 2
-    assert [len(seconds) for seconds in blocks["seconds"].values()] == [2, 2]
-    assert "hidden_size: got 24; grouped_matmul=" in triton["failure"]
-    assert layer["name"] == "native, 2 chunks"
-    assert layer["temporary_bytes"] > 0
-    assert "T=8 H=24 F=32 K=2 E=8 R=2 float32 C=worst" in capsys.readouterr().out
+    _, [blocks, triton, layer] = report.read_json(path)
+    passes = ("forward", "forward, queued", "forward + backward", "forward + backward, queued")
+    assert tuple(blocks.seconds) == passes
+    assert {spread.trials for spread in blocks.seconds.values()} == {2}
+    assert "hidden_size: got 24; grouped_matmul=" in triton.failure
+    assert layer.case == "native, 2 chunks"
+    assert layer.values["temporary MiB"] > 0
+    output = capsys.readouterr().out
+    assert "T=8 H=24 F=32 K=2 E=8 R=2 float32 C=worst" in output
+    assert "kernels are traced on GPUs only" in output
 
 
 @is_a_command_for_one_process
 def test_a_wrong_shape(capsys) -> None:
     """Before anything is measured."""
     assert main(["moe", "--experts", "9", "--topk", "2", "--devices", "2"]) == 2
-    assert "error: experts: got 9; takes a multiple of devices=2, at least topk=2" in capsys.readouterr().err
+    assert "error: experts: expected a multiple of devices=2, got 9" in capsys.readouterr().err
 
 
 def test_a_wrong_argument(capsys) -> None:

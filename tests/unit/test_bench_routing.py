@@ -1,11 +1,10 @@
 """`python -m jax_deepep.bench routing`: what it counts is what the routing says, and it is drawn."""
 
-import json
-
 import numpy as np
 import pytest
 from own_processes import is_a_command_for_one_process
 
+from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
 
 pytestmark = is_a_command_for_one_process
@@ -17,8 +16,9 @@ def test_rows_are_counted_and_drawn(tmp_path, capsys) -> None:
     outputs = ["--plot", str(paths["png"]), "--json", str(paths["json"]), "--markdown", str(paths["md"])]
     assert main(["routing", *sizes.split(), *outputs]) == 0
 
-    alone, with_copies = json.loads(paths["json"].read_text())["runs"]
-    for run in (alone, with_copies):
+    _, results = report.read_json(paths["json"])
+    alone, with_replicas = (result.values for result in results)
+    for run in (alone, with_replicas):
         rows, dropped = np.array(run["rows"]), np.array(run["dropped"])
         assert (rows + dropped).sum() == sum(run["expert_load"]) == 2 * 64 * 2
         assert rows.max() <= 1.25 * 64 * 2
@@ -26,10 +26,10 @@ def test_rows_are_counted_and_drawn(tmp_path, capsys) -> None:
         sent = np.array(run["rows_sent"])
         assert sent.shape == (2, 2)
         assert 2 * 64 <= sent.sum() <= 2 * 64 * 2
-    assert alone["copies"] == [1] * 16
-    assert sum(with_copies["copies"]) == 16 + 2 * 3
-    assert sum(alone["dropped"]) > sum(with_copies["dropped"]) == 0
-    assert paths["md"].read_text().count("\n|") == 4
+    assert alone["replicas"] == [1] * 16
+    assert sum(with_replicas["replicas"]) == 16 + 2 * 3
+    assert sum(alone["dropped"]) > sum(with_replicas["dropped"]) == 0
+    assert paths["md"].read_text().count("\n| ") == 4
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
     assert "every expert once" in capsys.readouterr().out
 
@@ -37,4 +37,4 @@ def test_rows_are_counted_and_drawn(tmp_path, capsys) -> None:
 def test_a_wrong_shape(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["routing", "--experts", "9", "--devices", "2"])
-    assert "experts: got 9; takes a multiple of devices=2" in capsys.readouterr().err
+    assert "experts: expected a multiple of devices=2, got 9" in capsys.readouterr().err

@@ -1,12 +1,17 @@
 """Errors of the communicator's arguments: each names the argument, what it got, and what it takes."""
 
+import dataclasses
+import inspect
+
 import jax
 import numpy as np
 import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep.arguments import chosen_implementation
+from jax_deepep.communicator.backend import choose
+from jax_deepep.communicator.config import CommunicatorConfig, groups_of
+from jax_deepep.communicator.topology import Topology
 
 MESH = mesh_named("data × expert")
 SIZE = MESH.shape["expert"]
@@ -58,6 +63,22 @@ CASES = [
     ({"timeout_s": float("inf")}, ValueError, r"timeout_s: got inf; takes seconds, a positive finite number"),
     ({"timeout_s": float("nan")}, ValueError, r"timeout_s: got nan; takes seconds, a positive finite number"),
     ({"timeout_s": "10"}, TypeError, r"timeout_s: got '10'; takes seconds"),
+    ({"ranks_per_node": "all"}, TypeError, r"ranks_per_node: got 'all'; takes a Python integer"),
+    ({"ranks_per_node": 0}, ValueError, r"ranks_per_node: got 0; takes an integer of at least 1"),
+    (
+        {"ranks_per_node": SIZE + 1},
+        ValueError,
+        rf"ranks_per_node: expected a divisor of the {SIZE} ranks .*, got {SIZE + 1}; leave it out",
+    ),
+    *(
+        (
+            {"ranks_per_node": 1, "implementation": implementation},
+            ValueError,
+            rf"ranks_per_node: expected None or all {SIZE} ranks along 'expert', got 1; groups of several "
+            "nodes are not in this version: leave it out",
+        )
+        for implementation in ("auto", "native", "xla")
+    ),
 ]
 
 
@@ -71,9 +92,9 @@ def test_a_wrong_argument(wrong: dict, error: type[Exception], words: str) -> No
 def test_integers_of_numpy_are_integers() -> None:
     """So that all processes agree, and no limit of a kernel is passed by."""
     sizes = {name: np.int32(value) for name, value in ARGUMENTS.items() if isinstance(value, int)}
-    comm = ep.Communicator(MESH, **sizes, num_sms=np.int64(3))
+    comm = ep.Communicator(MESH, **sizes, num_sms=np.int64(3), ranks_per_node=np.int8(SIZE))
     assert {name: getattr(comm, name) for name in sizes} == sizes
-    assert {type(getattr(comm, name)) for name in [*sizes, "num_sms"]} == {int}
+    assert {type(getattr(comm, name)) for name in [*sizes, "num_sms", "ranks_per_node"]} == {int}
 
 
 @pytest.mark.parametrize("missing", ["num_experts", "num_experts_per_tok", "max_tokens", "hidden_size"])
@@ -100,9 +121,61 @@ def test_a_wrong_argument_leaves_nothing_behind() -> None:
     assert dispatched.num_rows.tolist() == [2, 2, 2, 0, 0, 0, 0, 0]
 
 
-def test_with_an_obstacle_auto_is_xla_and_native_is_refused() -> None:
-    assert chosen_implementation("auto", "group 3 spans hosts") == ("xla", "auto: group 3 spans hosts")
+def config_of(implementation: str) -> CommunicatorConfig:
+    return ep.Communicator(MESH, **ARGUMENTS, implementation=implementation).config
+
+
+def test_with_a_reason_against_native_ops_auto_is_xla_and_native_is_refused() -> None:
+    """Without another word to the other processes: they have agreed on the reason."""
+
+    def chosen(implementation: str) -> tuple[str, str, object]:
+        backend = choose(config_of(implementation), "group 3 spans hosts", exchange=None)
+        return backend.implementation, backend.reason, backend.native
+
+    assert chosen("auto") == ("xla", "auto: group 3 spans hosts", None)
+    assert chosen("xla") == ("xla", "as asked", None)
     with pytest.raises(ValueError, match=r'implementation: got "native", but group 3 .*; takes "xla"'):
-        chosen_implementation("native", "group 3 spans hosts")
-    assert chosen_implementation("auto", "") == ("native", "auto: available here")
-    assert chosen_implementation("xla", "group 3 spans hosts") == ("xla", "as asked")
+        chosen("native")
+
+
+def test_what_was_chosen_and_why_stands_beside_what_was_asked_for() -> None:
+    made = {
+        name: ep.Communicator(MESH, **ARGUMENTS, implementation=name) for name in ("auto", "native", "xla")
+    }
+    assert {name: comm.implementation for name, comm in made.items()} == {
+        "auto": "native", "native": "native", "xla": "xla"
+    }  # fmt: skip
+    assert "native (auto: available here)" in made["auto"].describe()
+    assert "native (as asked)" in made["native"].describe()
+    assert "xla (as asked)" in made["xla"].describe()
+    for name, comm in made.items():
+        assert comm.mode == "throughput"
+        asked = {"mode": "auto", "implementation": name, "num_sms": None, "ranks_per_node": None, **ARGUMENTS}
+        assert {argument: getattr(comm.config, argument) for argument in asked} == asked
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            comm.config.max_tokens = 7
+
+
+def test_the_configuration_has_the_arguments_of_the_communicator() -> None:
+    of_communicator = inspect.signature(ep.Communicator).parameters
+    of_config = inspect.signature(CommunicatorConfig).parameters
+    assert list(of_config) == list(of_communicator)
+    assert {name: p.annotation for name, p in of_config.items()} == {
+        name: p.annotation for name, p in of_communicator.items()
+    }
+
+
+def test_processes_with_wrong_arguments_have_ranks_for_the_errors_of_others() -> None:
+    """Those of the groups that were meant, while `axis_name` is right."""
+    wrong = {"mesh": MESH, **ARGUMENTS, "num_experts": 7}
+    assert groups_of(wrong).has_groups_of(config_of("xla").topology)
+    assert groups_of({**wrong, "axis_name": "exprt"}).groups.shape == (1, MESH.size)
+
+
+def test_nodes_are_consecutive_ranks() -> None:
+    """Known to the topology already; a communicator takes groups of one node alone."""
+    topology = Topology.of(mesh_named("expert"), ("expert",), ranks_per_node=2)
+    assert topology.num_nodes == topology.num_ranks // 2
+    assert topology.ranks_per_node == 2
+    assert [topology.node_of(rank) for rank in range(4)] == [0, 0, 1, 1]
+    assert ep.Communicator(MESH, **ARGUMENTS, ranks_per_node=SIZE).topology.num_nodes == 1

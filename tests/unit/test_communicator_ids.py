@@ -7,7 +7,7 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep import native_communicator, native_module
+from jax_deepep.communicator import native, native_module
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
 NUM_THREADS, NUM_MADE = 4, 12
@@ -42,7 +42,7 @@ def test_threads_that_make_communicators_get_ids_of_their_own(
 
 def test_the_registry_refuses_an_id_that_was_used() -> None:
     comm = ep.Communicator(mesh_named("one device"), **SIZES, implementation="native")
-    again = native_communicator._arguments(comm)
+    again = native.arguments_of(comm.config, comm.id)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"#{again['id']} was made in this process before"):
             native_module.load("cpu").Communicator(**again)

@@ -13,7 +13,7 @@ from own_processes import is_a_command_for_one_process
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
-from jax_deepep.capacity import pair_table_shape
+from jax_deepep.communicator import native_module
 from jax_deepep.moe import build_config, init_parameters, moe
 
 pytestmark = is_a_command_for_one_process
@@ -23,11 +23,11 @@ SIZES = {"num_experts": 32, "num_experts_per_tok": 4, "max_tokens": 16, "hidden_
 
 
 @pytest.fixture
-def comm(monkeypatch: pytest.MonkeyPatch) -> ep.Communicator:
+def comm(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ep.Communicator:
     """A communicator of CPU devices that pass for H100s once it is made."""
     # A mesh that no other test has: JAX remembers what it has derived from those that it has met.
     mesh = Mesh(mesh_named("expert").devices[::-1], ("expert",))
-    comm = ep.Communicator(mesh, **SIZES, implementation="native")
+    comm = ep.Communicator(mesh, **SIZES, implementation="native", mode=getattr(request, "param", "auto"))
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
     monkeypatch.setitem(vars(mesh), "abstract_mesh", mesh.abstract_mesh.update(abstract_device=gpu))
@@ -45,6 +45,7 @@ def global_array(comm: ep.Communicator, shape: tuple[int, ...], dtype, spec: P =
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(comm.mesh, spec))
 
 
+@pytest.mark.parametrize("comm", ["throughput", "low_latency"], indirect=True)
 @pytest.mark.parametrize("layout", ["expert", "token"])
 def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     def body(x, topk_idx, topk_weights, bias):
@@ -59,13 +60,14 @@ def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     x = global_array(comm, (tokens, 128), jnp.bfloat16)
     topk = [global_array(comm, (tokens, 4), dtype) for dtype in (jnp.int32, jnp.float32)]
     calls, text = calls_of(jax.value_and_grad(loss, argnums=(0, 2, 3)), x, *topk, x)
-    # The backward of combine is a redispatch, and those of both dispatches are combines.
-    assert calls == {"jax_deepep_dispatch": 1, "jax_deepep_redispatch": 2, "jax_deepep_combine": 3}
-    pairs = pair_table_shape(
-        num_ranks=comm.size, num_tokens=16, num_experts_per_tok=4, num_local_experts=comm.num_local_experts
+    # The backward of combine is a cached_dispatch, and those of both dispatches are combines.
+    assert calls == {"jax_deepep_dispatch": 1, "jax_deepep_cached_dispatch": 2, "jax_deepep_combine": 3}
+    pairs = native_module.numbers().pair_table_shape(
+        num_ranks=comm.size, num_experts=32, num_topk=4, num_tokens=16
     )
     result = "x".join(map(str, pairs))
-    assert (f"tensor<{result}xi32>" in text) == (layout == "expert")  # what only ops on GPUs need
+    needed = layout == "expert" or comm.mode == "low_latency"  # by ops on GPUs alone
+    assert (f"tensor<{result}xi32>" in text) == needed
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
@@ -85,7 +87,7 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     x = global_array(comm, (comm.mesh.size * 16, 128), jnp.bfloat16)
     calls, _ = calls_of(jax.value_and_grad(loss), parameters, x)
     assert calls["jax_deepep_dispatch"] == 1
-    assert calls["jax_deepep_redispatch"] == 1
+    assert calls["jax_deepep_cached_dispatch"] == 1
     assert calls["jax_deepep_combine"] == 2
     # Three products forward; of each, the gradients of rows and of matrices.
     assert calls["__gpu$xla.gpu.triton"] == (9 if matmul == "triton" else 0)

@@ -13,7 +13,7 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep import native_module
+from jax_deepep.communicator import native_module
 
 
 def nvcc_version() -> tuple[int, int] | None:
@@ -30,7 +30,7 @@ def nvcc_version() -> tuple[int, int] | None:
 @pytest.fixture
 def module() -> ModuleType:
     version = nvcc_version()
-    if native_module.obstacle("cuda") and (version is None or version < (12, 3)):
+    if native_module.unsupported_reason("cuda") and (version is None or version < (12, 3)):
         pytest.skip(
             "needs the module for GPUs; there is no nvcc of 12.3 or newer here that would have built it"
         )
@@ -64,11 +64,22 @@ def test_ops_on_cpu_work_beside_it(module: ModuleType) -> None:
 def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: str) -> None:
     """Said before any device is asked, and said again by what would run the kernels."""
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, **sizes}
-    assert re.search(words, module.obstacle(**sizes, device=(0, 0), limit_bytes=1))
+    limits = {"max_tokens": 1, "mode": "throughput"}
+    assert re.search(words, module.unsupported_reason(**sizes, **limits, device=(0, 0), limit_bytes=1))
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
+            id=-1, fingerprint=0, places=[], process=0, num_groups=1, hidden_size=1,
+            timeout_s=1.0, devices=[], num_sms=0, **sizes, **limits,
+        )  # fmt: skip
+
+
+def test_a_mode_without_kernels(module: ModuleType) -> None:
+    with pytest.raises(
+        ValueError, match=r"mode: expected one that has kernels \(throughput, low_latency\), got soon"
+    ):
+        module.Communicator(
             id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
-            timeout_s=1.0, devices=[], num_sms=0, **sizes,
+            num_ranks=1, num_experts=1, num_topk=1, timeout_s=1.0, devices=[], num_sms=0, mode="soon",
         )  # fmt: skip
 
 
@@ -76,5 +87,6 @@ def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: 
     any(device.platform == "gpu" for device in jax.devices()), reason="is about machines without a GPU"
 )
 def test_no_driver_is_an_obstacle(module: ModuleType) -> None:
-    text = module.obstacle(num_ranks=2, num_experts=8, num_topk=2, device=(0, 0), limit_bytes=1)
+    sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
+    text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
     assert text.startswith("GPU 0 cannot be asked what it is")

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from jax_deepep import descriptors
-from jax_deepep.descriptors import DescriptorServer, receive
+from jax_deepep.communicator import descriptors
+from jax_deepep.communicator.descriptors import DescriptorServer, receive
 from jax_deepep.errors import CommunicatorError
 
 

@@ -5,34 +5,35 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
-from protocol_model import (
+from protocol_failure import claim, tell_peers, wait
+from protocol_low_latency import LowLatency
+from protocol_search import Protocol, find_violation
+from protocol_throughput import (
     PROTOCOL,
     begin,
-    claim,
+    flags_of_peers,
     tell_arrival,
     tell_leaving,
-    tell_peers,
-    wait,
     wait_for_arrivals,
 )
-from protocol_search import Protocol, find_violation
 from protocol_world import World
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_ops", "intruder"),
+    ("num_ranks", "num_ops", "beside"),
     [
         (2, 1, True),
         (2, 2, True),
-        (2, 3, True),
         (2, 4, False),
-        (3, 1, True),
+        (3, 1, False),
+        pytest.param(2, 3, True, marks=pytest.mark.nightly),
+        pytest.param(3, 1, True, marks=pytest.mark.nightly),
         pytest.param(3, 2, False, marks=pytest.mark.nightly),
     ],
 )
-def test_promises_are_kept(num_ranks: int, num_ops: int, intruder: bool) -> None:
-    """With an intruder, also where two ops of the communicator run at once on a rank."""
-    result = find_violation(PROTOCOL, num_ranks, num_ops, intruder=intruder)
+def test_promises_are_kept(num_ranks: int, num_ops: int, beside: bool) -> None:
+    """With `beside`, also where two ops of the communicator run at once on a rank."""
+    result = find_violation(PROTOCOL, num_ranks, num_ops, beside=beside)
     assert result.broken_promise is None, "\n".join(result.run)
     assert result.num_states > 100 * num_ranks
 
@@ -64,9 +65,8 @@ def wait_for_good(world: World, rank: int) -> Iterator[World]:
 
 def wait_for_the_op_before(world: World, rank: int) -> Iterator[World]:
     op = world.ranks[rank].op
-    world.change(rank, op=op - 1)
-    for waited, answer in wait(world, rank, world.at.arrived):
-        waited.change(rank, op=op)
+    flags = flags_of_peers(world, rank, world.at.arrived)
+    for waited, answer in wait(world, rank, flags, op - 1):
         if answer == "all":
             waited.begin_loads(rank)
             yield waited
@@ -78,7 +78,7 @@ class Mutation(NamedTuple):
     promise: str
     num_ranks: int = 2
     num_ops: int = 1
-    intruder: bool = False
+    beside: bool = False
 
 
 ARRIVED, LEFT = "Publish: StoreReleaseSystem(arrived)", "Finish: StoreReleaseSystem(left)"
@@ -134,7 +134,7 @@ MUTATIONS = [
         "who gives up beside a second op does not wait until it has told",
         PROTOCOL.replaced("Fail", partial(claim, waits=False)),
         "data",
-        intruder=True,
+        beside=True,
     ),
     Mutation("no fence before the host's flag", PROTOCOL.without("Fail: __threadfence_system"), "report"),
 ]
@@ -142,10 +142,73 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_no_part_can_be_left_out(mutation: Mutation) -> None:
-    result = find_violation(
-        mutation.protocol, mutation.num_ranks, mutation.num_ops, intruder=mutation.intruder
-    )
+    result = find_violation(mutation.protocol, mutation.num_ranks, mutation.num_ops, beside=mutation.beside)
     assert result.broken_promise == mutation.promise, "\n".join(result.run)
+
+
+LOW_LATENCY = LowLatency().protocol()
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_ops", "beside"),
+    [
+        (2, 4, True),
+        (3, 1, False),
+        pytest.param(2, 6, True, marks=pytest.mark.nightly),
+        pytest.param(3, 1, True, marks=pytest.mark.nightly),
+        pytest.param(3, 3, False, marks=pytest.mark.nightly),
+    ],
+)
+def test_low_latency_mode_keeps_them(num_ranks: int, num_ops: int, beside: bool) -> None:
+    result = find_violation(LOW_LATENCY, num_ranks, num_ops, beside=beside)
+    assert result.broken_promise is None, "\n".join(result.run)
+    assert result.num_states > 100 * num_ranks
+
+
+LOW_LATENCY_MUTATIONS = [
+    Mutation("one bank", LowLatency(num_banks=1).protocol(), "data", num_ops=2),
+    Mutation(
+        "headers leave before the loads of the op before are done",
+        LowLatency(num_in_flight=2).protocol(),
+        "data",
+        num_ops=3,
+    ),
+    Mutation(
+        "two ops in flight over three banks",
+        LowLatency(num_in_flight=2, num_banks=3).protocol(),
+        "data",
+        num_ops=4,
+    ),
+    Mutation(
+        "only peers that have rows are heard",
+        LowLatency(always_tells=False).protocol(),
+        "broken for good",
+        num_ops=2,
+    ),
+    Mutation(
+        "a header is no release, and no fence comes before it",
+        LowLatency(releases=False).protocol().without("Push: IsLastBlock"),
+        "data",
+    ),
+    Mutation("who is lost begins", LowLatency(looks=False).protocol(), "broken for good", num_ops=2),
+    Mutation("waits have no end", LowLatency(bounded=False).protocol(), "progress"),
+    Mutation(
+        "broken is no release",
+        LOW_LATENCY.replaced(BROKEN, partial(tell_peers, release=False)),
+        "report",
+    ),
+]
+
+
+@pytest.mark.parametrize("mutation", LOW_LATENCY_MUTATIONS, ids=lambda mutation: mutation.name)
+def test_no_part_of_low_latency_can_be_left_out(mutation: Mutation) -> None:
+    test_no_part_can_be_left_out(mutation)
+
+
+def test_two_ops_in_flight_take_four_banks() -> None:
+    """What a channel would cost that takes two at once; two channels of two banks need no more."""
+    protocol = LowLatency(num_in_flight=2, num_banks=4).protocol()
+    assert find_violation(protocol, 2, 6).broken_promise is None
 
 
 @pytest.mark.nightly
@@ -155,5 +218,5 @@ def test_a_longer_search_has_the_same_answer(off: str, num_ops: int) -> None:
     """What keeps the search short hides nothing: see protocol_search.py."""
     assert find_violation(PROTOCOL, 2, num_ops, **{off: False}).broken_promise is None
     for mutation in MUTATIONS:
-        if (mutation.num_ranks, mutation.num_ops, mutation.intruder) == (2, num_ops, False):
+        if (mutation.num_ranks, mutation.num_ops, mutation.beside) == (2, num_ops, False):
             assert find_violation(mutation.protocol, 2, num_ops, **{off: False}).broken_promise is not None

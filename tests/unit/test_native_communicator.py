@@ -1,5 +1,6 @@
 """The native half of a communicator with something in its way: stand-ins for GPUs and their driver."""
 
+import dataclasses
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -9,14 +10,15 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep import native_communicator, native_module
-from jax_deepep.bootstrap import Summary
+from jax_deepep.communicator import backend, native, native_module
+from jax_deepep.communicator.native_types import CpuCommunicator
+from jax_deepep.communicator.process_exchange import Summary
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
 
 
 class Gpu:
-    """A device, as far as the search for obstacles looks at it."""
+    """A device, as far as the search for a reason against native ops looks at it."""
 
     platform = "gpu"
     local_hardware_id = 0
@@ -32,51 +34,53 @@ class Gpu:
         return self._stats
 
 
-def communicator_on(device: Gpu, implementation: str = "auto") -> Any:
+def config_on(device: Gpu, implementation: str = "auto") -> Any:
     topology = SimpleNamespace(
         platforms={"cuda"}, platform="cuda", num_ranks=1, local_devices=lambda process: [device]
     )
-    return SimpleNamespace(topology=topology, implementation=implementation, **SIZES)
+    return SimpleNamespace(
+        topology=topology, implementation=implementation, chosen_mode="throughput", **SIZES
+    )
 
 
 @pytest.fixture
 def cuda_module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A module that finds nothing in the way, and an address in a pool without a GPU."""
-    module = SimpleNamespace(obstacle=lambda *arguments: "")
-    monkeypatch.setattr(native_module, "obstacle", lambda platform: "")
+    module = SimpleNamespace(unsupported_reason=lambda *arguments: "")
+    monkeypatch.setattr(native_module, "unsupported_reason", lambda platform: "")
     monkeypatch.setattr(native_module, "load", lambda platform: module)
-    monkeypatch.setattr(native_communicator, "_in_pool", lambda device: (0, 4096))
+    monkeypatch.setattr(backend, "address_in_pool", lambda device: (0, 4096))
     return module
 
 
-def test_no_obstacle(cuda_module: SimpleNamespace) -> None:
-    assert native_communicator.obstacle(communicator_on(Gpu({"bytes_limit": 1}))) == ""
+def test_no_reason_against_native_ops(cuda_module: SimpleNamespace) -> None:
+    assert backend.unsupported_reason_here(config_on(Gpu({"bytes_limit": 1}))) == ""
 
 
 def test_the_module_is_asked_about_sizes_and_pool(cuda_module: SimpleNamespace) -> None:
     asked = []
-    cuda_module.obstacle = lambda *arguments: asked.append(arguments) or "too small"
-    assert native_communicator.obstacle(communicator_on(Gpu({"bytes_limit": 77}))) == "too small"
-    assert asked == [(1, 8, 3, (0, 4096), 77)]
+    cuda_module.unsupported_reason = lambda *arguments: asked.append(arguments) or "too small"
+    assert backend.unsupported_reason_here(config_on(Gpu({"bytes_limit": 77}))) == "too small"
+    assert asked == [(1, 8, 3, 6, (0, 4096), 77, "throughput")]
 
 
 @pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 3}], ids=str)
-def test_an_unknown_limit_of_the_pool_is_an_obstacle(cuda_module: SimpleNamespace, stats: Any) -> None:
-    text = native_communicator.obstacle(communicator_on(Gpu(stats)))
+def test_an_unknown_limit_of_the_pool_is_a_reason(cuda_module: SimpleNamespace, stats: Any) -> None:
+    text = backend.unsupported_reason_here(config_on(Gpu(stats)))
     assert "bytes_limit" in text
     assert "leave XLA_PYTHON_CLIENT_ALLOCATOR" in text
 
 
-def test_what_fails_in_the_search_is_an_obstacle(cuda_module: SimpleNamespace) -> None:
+def test_what_fails_in_the_search_is_a_reason(cuda_module: SimpleNamespace) -> None:
     """Not an error of this process alone, for which the others would wait."""
-    text = native_communicator.obstacle(communicator_on(Gpu(NotImplementedError("no stats"))))
+    text = backend.unsupported_reason_here(config_on(Gpu(NotImplementedError("no stats"))))
     assert text == "looking for native ops failed: NotImplementedError: no stats"
 
 
 def test_xla_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     touched = []
-    monkeypatch.setattr(native_module, "obstacle", touched.append)
-    assert native_communicator.obstacle(communicator_on(Gpu(None), "xla")) == ""
+    monkeypatch.setattr(native_module, "unsupported_reason", touched.append)
+    assert backend.unsupported_reason_here(config_on(Gpu(None), "xla")) == ""
     assert touched == []
 
 
@@ -84,6 +88,7 @@ class Exchange:
     """One that fails in the phase of a name. The other process, number 1, offers what this one does."""
 
     process = 0
+    id = 7
 
     def __init__(self, fails_at: str = "") -> None:
         self.fails_at = fails_at
@@ -140,46 +145,55 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
+class HalfOnGpu(native.CudaHalf):
+    """With a stand-in for the native communicator."""
+
+    def __init__(self, config: Any, id: int) -> None:
+        self.native = config.stand_in
+
+
 @pytest.fixture
-def native(monkeypatch: pytest.MonkeyPatch) -> NativeOnGpu:
-    native = NativeOnGpu()
-    monkeypatch.setattr(native_communicator, "_make_cuda", lambda comm: native)
-    return native
-
-
-def on_gpus() -> Any:
-    topology = SimpleNamespace(peers_of=lambda process: {1}, describe_process=lambda process: "rank 1")
-    return SimpleNamespace(platform="cuda", topology=topology)
+def on_gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The configuration of a communicator on GPUs of two processes."""
+    monkeypatch.setitem(native.HALVES, "cuda", HalfOnGpu)
+    topology = SimpleNamespace(
+        platform="cuda", peers_of=lambda process: {1}, describe_process=lambda process: "rank 1"
+    )
+    return SimpleNamespace(topology=topology, stand_in=NativeOnGpu())
 
 
 @pytest.mark.parametrize("fails_at", ["creation", "attachment", "nothing"])
-def test_no_descriptor_is_left_open(native: NativeOnGpu, fails_at: str) -> None:
+def test_no_descriptor_is_left_open(on_gpus: SimpleNamespace, fails_at: str) -> None:
     """None, and none that a child process would have inherited meanwhile."""
     if fails_at == "nothing":
-        assert native_communicator.make(on_gpus(), Exchange()) == (None, "process 1 cannot be mapped")
+        made = native.make_native_half(on_gpus, Exchange())
+        assert made == (None, "process 1 cannot be mapped")
     else:
         with pytest.raises(ep.PeerTimeoutError, match=fails_at):
-            native_communicator.make(on_gpus(), Exchange(fails_at))
-    everything = native.descriptors + native.attached.get(1, [])
+            native.make_native_half(on_gpus, Exchange(fails_at))
+    everything = on_gpus.stand_in.descriptors + on_gpus.stand_in.attached.get(1, [])
     assert len(everything) == (4 if fails_at == "creation" else 8)
     assert not [descriptor for descriptor in everything if is_open(descriptor)]
 
 
 def test_ranks_on_a_gpu_are_counted_by_host_and_address(
-    native: NativeOnGpu, monkeypatch: pytest.MonkeyPatch
+    on_gpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of the whole mesh on this host, in whatever group; elsewhere the same address is another GPU."""
-    native.fails = False
-    names = [native_communicator._name_of_gpu(gpu) for gpu in ("00", "01")]
+    on_gpu = on_gpus.stand_in
+    on_gpu.fails = False
+    names = [native.name_of_gpu(gpu) for gpu in ("00", "01")]
     monkeypatch.setenv("JAX_DEEPEP_HOST_ID", "another host")
-    elsewhere = [native_communicator._name_of_gpu(gpu) for gpu in ("00", "01")]
+    elsewhere = [native.name_of_gpu(gpu) for gpu in ("00", "01")]
     monkeypatch.delenv("JAX_DEEPEP_HOST_ID")
     exchange = Exchange()
     exchange.of_others = {names[1]: [1, 2], elsewhere[0]: [5]}
-    assert native_communicator.make(on_gpus(), exchange) == (native, "")
-    assert native.ranks_per_gpu == [1, 4]
+    half, error = native.make_native_half(on_gpus, exchange)
+    assert error == ""
+    assert half.native is on_gpu
+    assert on_gpu.ranks_per_gpu == [1, 4]
     assert [exchange.published[name] for name in names] == [1, 1]
-    assert set(native.attached) == {0, 1}
+    assert set(on_gpu.attached) == {0, 1}
 
 
 class BrokenNative:
@@ -203,7 +217,12 @@ class BrokenNative:
 )
 def test_only_a_missing_peer_is_a_timeout(native: BrokenNative, error: type, words: str) -> None:
     comm = ep.Communicator(mesh_named("data × expert"), **SIZES)
-    comm._set("_native", native)
+    comm._set("_backend", dataclasses.replace(comm._backend, half=SimpleNamespace(native=native)))
     with pytest.raises(ep.CommunicatorError, match=words) as raised:
         comm.check()
     assert type(raised.value) is error
+
+
+def test_the_native_communicator_is_what_type_checkers_take_it_for() -> None:
+    comm = ep.Communicator(mesh_named("data × expert"), **SIZES, implementation="native")
+    assert isinstance(comm._native, CpuCommunicator)

@@ -64,6 +64,23 @@ def test_a_wrong_argument_of_dispatch(comm, wrong: dict, error: type[Exception],
         trace(lambda: dispatch(comm, **wrong))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_that_low_latency_mode_does_not_send(implementation: str) -> None:
+    comm = communicator(implementation, mode="low_latency")
+    words = (
+        r'%s: expected rows of at most 16 bytes with mode="low_latency" and hidden_size=8, got 8 float32, 32 '
+        r'bytes; cast them to bfloat16, or make the communicator with mode="throughput"'
+    )
+    with pytest.raises(ValueError, match=words % "x"):
+        trace(lambda: dispatch(comm))
+    narrow = {"x": jnp.zeros((5, 8), jnp.bfloat16), "capacity": 48}
+    with pytest.raises(ValueError, match=words % "y"):
+        trace(lambda: combine(comm, narrow, y=jnp.zeros((48, 8))))
+    trace(lambda: combine(comm, narrow))
+    assert comm.mode == "low_latency"
+    assert "low_latency (mode='low_latency')" in comm.describe()
+
+
 def test_integers_of_numpy(comm) -> None:
     options = {"capacity": 16, "alignment": 4, "expert_capacity": 2}
     of_numpy = {name: np.int16(value) for name, value in options.items()}

@@ -17,7 +17,7 @@ os.environ.pop("NPROC", None)
 os.environ.update(XLA_FLAGS="", JAX_NUM_CPU_DEVICES="3")
 import jax_deepep as ep
 assert os.environ["NPROC"] == "6"
-import jax_deepep.launch.__main__, jax_deepep.launched_rank
+import jax_deepep.launch.__main__, jax_deepep.launch_variables
 loaded = {"jax", "numpy", "flax"} & set(sys.modules)
 assert not loaded, loaded
 assert ep.group_limited_topk is ep.gating.group_limited_topk

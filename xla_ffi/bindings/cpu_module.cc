@@ -19,6 +19,7 @@ NB_MODULE(_cpu, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
   module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
+  DefineNumbers(module);
   module.def("state_types", &StateTypes);
   module.def("targets", &Targets);
   module.def("begin_program", &BeginProgram, nb::arg("on_main_thread"));

@@ -14,10 +14,9 @@
 #include <vector>
 
 #include "bindings/module_tables.h"
-#include "cuda/bench/floor.h"
+#include "bindings/op_launcher.h"
 #include "cuda/communicator.h"
 #include "handlers/call_site.h"
-#include "handlers/floor_handler.h"
 #include "handlers/registry.h"
 #include "source_digest.h"
 
@@ -50,27 +49,30 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const Pl
                                        int32_t process, int32_t num_ranks, int32_t num_groups,
                                        int32_t num_experts, int32_t num_topk, int32_t max_tokens,
                                        int32_t hidden_size, double timeout_s,
-                                       const std::vector<DeviceTuple>& devices, int num_sms) {
+                                       const std::vector<DeviceTuple>& devices, int num_sms,
+                                       const std::string& mode) {
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
       new CudaCommunicator(MakeConfig(id, fingerprint, places, process, num_ranks, num_groups,
                                       num_experts, num_topk, max_tokens, hidden_size, timeout_s),
-                           local_devices, num_sms),
+                           KernelsOf(mode), local_devices, num_sms),
       &Destroy);
   Register(comm);
   return comm;
 }
 
-std::string Obstacle(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
-                     const DeviceTuple& device, size_t limit_bytes) {
+std::string UnsupportedReason(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
+                              int32_t max_tokens, const DeviceTuple& device, size_t limit_bytes,
+                              const std::string& mode) {
   GroupShape shape;
   shape.num_ranks = num_ranks;
   shape.num_experts = num_experts;
   shape.num_topk = num_topk;
-  std::string error = ObstacleOfLimits(shape);
-  if (error.empty()) error = ObstacleOfDevice(device.first, shape);
-  if (error.empty()) error = ObstacleOfPool(DeviceOf(device), limit_bytes);
+  shape.max_tokens = max_tokens;
+  std::string error = UnsupportedReasonOfLimits(shape);
+  if (error.empty()) error = UnsupportedReasonOfDevice(device.first, shape, KernelsOf(mode));
+  if (error.empty()) error = UnsupportedReasonOfPool(DeviceOf(device), limit_bytes);
   return error;
 }
 
@@ -97,37 +99,31 @@ std::vector<std::pair<double, int>> LastOps(const CudaCommunicator& comm) {
   return ops;
 }
 
-void LoadFloors(CudaCommunicator& comm) {
-  comm.Load(LoadGatherFloors);
-  comm.Load(LoadSumFloors);
-}
-
-// The verbs, and what the bench compares them with.
-nb::dict TargetsAndFloors() {
-  nb::dict targets = Targets();
-  targets["jax_deepep_gather_floor"] = Stages(GatherFloorHandler);
-  targets["jax_deepep_add_floor"] = Stages(AddFloorHandler);
-  targets["jax_deepep_sum_floor"] = Stages(SumFloorHandler);
-  return targets;
+std::string LaunchOp(CudaCommunicator& comm, const OpSignature& op, const OpBytes& bytes,
+                     std::initializer_list<PeerArray> read_by_peers, const OpLaunch& launch,
+                     const CudaCommunicator::Enqueue& enqueue) {
+  return comm.LaunchOp(op, bytes, read_by_peers, launch, enqueue);
 }
 
 NB_MODULE(_cuda, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
   module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
+  DefineNumbers(module);
   module.def("state_types", &StateTypes);
-  module.def("targets", &TargetsAndFloors);
-  module.def("obstacle", &Obstacle, nb::arg("num_ranks"), nb::arg("num_experts"),
-             nb::arg("num_topk"), nb::arg("device"), nb::arg("limit_bytes"), WithoutGil());
+  module.def("targets", &Targets);
+  module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
+  module.def("unsupported_reason", &UnsupportedReason, nb::arg("num_ranks"), nb::arg("num_experts"),
+             nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),
+             nb::arg("mode"), WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
            nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
-           nb::arg("devices"), nb::arg("num_sms"), WithoutGil())
+           nb::arg("devices"), nb::arg("num_sms"), nb::arg("mode"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())
-      .def("load_floors", &LoadFloors, WithoutGil())
       .def_prop_ro("most_blocks", &CudaCommunicator::most_blocks)
       .def_prop_ro("last_ops", &LastOps, WithoutGil())
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)

@@ -8,12 +8,14 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "handlers/handlers.h"
 #include "handlers/platform.h"
 #include "interface/communicator_config.h"
+#include "interface/verbs.h"
 
 namespace jax_deepep {
 
@@ -42,12 +44,64 @@ nb::dict Stages(Function* execute) {
   return stages;
 }
 
+// The custom calls of all verbs by name.
 inline nb::dict Targets() {
   nb::dict targets;
-  targets["jax_deepep_dispatch"] = Stages(DispatchHandler);
-  targets["jax_deepep_redispatch"] = Stages(RedispatchHandler);
-  targets["jax_deepep_combine"] = Stages(CombineHandler);
+  Verbs::ForEach([&](auto type) {
+    using Params = typename decltype(type)::type;
+    const std::string name = std::string("jax_deepep_") + VerbTraits<Params>::kName;
+    targets[name.c_str()] = Stages(Execute<Params>);
+  });
   return targets;
+}
+
+// Numbers and sizes that Python needs to trace an op, in the modules of all platforms alike.
+inline void DefineNumbers(nb::module_& module) {
+  nb::dict layouts;  // from names to codes
+  for (int32_t code = 0; code < 2; ++code) layouts[kLayoutNames[code]] = code;
+  module.attr("layouts") = layouts;
+  module.attr("no_limit") = kNoLimit;
+  module.attr("carried_bytes") = kCarriedBytes;
+  module.def(
+      "max_row_bytes",
+      [](int32_t hidden_size) {
+        GroupShape shape;
+        shape.hidden_size = hidden_size;
+        return shape.max_row_bytes();
+      },
+      nb::arg("hidden_size"));
+  module.def(
+      "num_groups",
+      [](int32_t layout, int32_t num_local_experts) {
+        GroupShape shape;
+        shape.num_ranks = 1;
+        shape.num_experts = num_local_experts;
+        RouteShape route;
+        route.layout = static_cast<Layout>(layout);
+        return NumGroups(shape, route);
+      },
+      nb::arg("layout"), nb::arg("num_local_experts"));
+  // Of expert-major rows.
+  const auto define = [&module](const char* name, auto size) {
+    module.def(
+        name,
+        [size](int32_t num_ranks, int32_t num_experts, int32_t num_topk, int32_t num_tokens) {
+          GroupShape shape;
+          shape.num_ranks = num_ranks;
+          shape.num_experts = num_experts;
+          shape.num_topk = num_topk;
+          RouteShape route;
+          route.num_tokens = num_tokens;
+          return size(shape, route);
+        },
+        nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("num_topk"), nb::arg("num_tokens"));
+  };
+  define("pair_table_shape", [](const GroupShape& shape, const RouteShape& route) {
+    const PairTable table(shape, route);
+    return nb::make_tuple(1 + table.max_pairs, table.line_ints());
+  });
+  define("dispatch_scratch_ints", DispatchScratchInts);
+  define("combine_sum_rows", CombineSumRows);
 }
 
 // As good as forever, and clocks that count nanoseconds in 64 bits do not overflow.

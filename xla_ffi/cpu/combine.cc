@@ -1,5 +1,7 @@
 // combine on CPU: every source pulls the rows of its tokens from the ranks that hold them and sums
 // them in the order of the contract: ranks ascending, on a rank k ascending.
+#include "interface/combine.h"
+
 #include <algorithm>
 #include <atomic>
 #include <utility>
@@ -34,7 +36,8 @@ class GroupCombine {
         ranks_(std::move(ranks)),
         windows_(windows),
         expert_major_(route.layout == Layout::kExpertMajor),
-        row_bytes_(route.row_bytes()) {}
+        format_(route.rows()),
+        row_bytes_(format_.bytes()) {}
 
   void PublishDestinations() const {
     const int64_t entries = int64_t{route_.num_tokens} * shape_.num_topk;
@@ -159,8 +162,8 @@ class GroupCombine {
       // Token-major, all entries of a token on a rank share one row.
       if (i == begin || expert_major_) scratch->terms[num_terms++] = RowTerm(scratch->entries[i]);
     }
-    SumTermsOfRank(route_.row_type, SumOf(rank, source, token), scratch->terms.data(), num_terms,
-                   route_.row_size);
+    SumTermsOfRank(format_.type, SumOf(rank, source, token), scratch->terms.data(), num_terms,
+                   format_.size);
     if (ranks_[rank]->row_gradients == nullptr) return;
     for (int i = begin; i < end; ++i) {
       GradientsOf(rank, source, token)[scratch->entries[i].k] = GradientOf(scratch->entries[i]);
@@ -182,8 +185,8 @@ class GroupCombine {
     }
     const void* bias =
         own.bias == nullptr ? nullptr : static_cast<const char*>(own.bias) + token * row_bytes_;
-    SumTerms(route_.row_type, static_cast<char*>(own.out) + token * row_bytes_, bias,
-             scratch->terms.data(), num_terms, route_.row_size);
+    SumTerms(format_.type, static_cast<char*>(own.out) + token * row_bytes_, bias,
+             scratch->terms.data(), num_terms, format_.size);
     if (own.gradients == nullptr) return;
     float* gradients = own.gradients + token * shape_.num_topk;
     std::fill_n(gradients, shape_.num_topk, 0.0f);
@@ -199,13 +202,14 @@ class GroupCombine {
   const std::vector<const CombineParams*> ranks_;  // null for ranks of other processes
   const std::vector<RankWindow>& windows_;
   const bool expert_major_;
+  const RowFormat format_;
   const int64_t row_bytes_;
 };
 
 }  // namespace
 
 template <>
-bool CombineOp::RunGroup(GroupRun& run) const {
+bool VerbOp<CombineParams>::RunGroup(GroupRun& run) const {
   const GroupCombine combine(run.comm.shape(), params_.route, Collect(run), run.windows);
   if (run.spans_processes()) {
     combine.PublishDestinations();
@@ -218,10 +222,10 @@ bool CombineOp::RunGroup(GroupRun& run) const {
 }
 
 template <>
-void CombineOp::Abandon(const Communicator& comm) const {
+void VerbOp<CombineParams>::Abandon(const Communicator& comm) const {
   const RouteShape& route = params_.route;
   const int64_t num_tokens = route.num_tokens;
-  FillAsFailed(route.row_type, params_.out, num_tokens * route.row_size);
+  FillAsFailed(route.rows().type, params_.out, num_tokens * route.rows().size);
   if (params_.gradients != nullptr) FillNaN(params_.gradients, num_tokens * comm.shape().num_topk);
 }
 

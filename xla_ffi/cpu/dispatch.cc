@@ -4,6 +4,8 @@
 // 2. Plan: prefix sums over the sources give each entry its final row, and drop what does not fit.
 // 3. Address: write both ends of every route.
 // 4. Move: every rank pulls its rows from where the sources have them.
+#include "interface/dispatch.h"
+
 #include <algorithm>
 #include <vector>
 
@@ -186,7 +188,7 @@ int32_t CountInvalid(const GroupShape& shape, const DispatchParams& params) {
 }  // namespace
 
 template <>
-bool DispatchOp::RunGroup(GroupRun& run) const {
+bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
   const GroupShape& shape = run.comm.shape();
   const RouteShape& route = params_.route;
   const std::vector<const DispatchParams*> here = Collect(run);
@@ -195,7 +197,7 @@ bool DispatchOp::RunGroup(GroupRun& run) const {
       if (here[rank] == nullptr) continue;
       const RankWindow& window = run.windows[rank];
       const size_t entries = static_cast<size_t>(route.num_tokens) * shape.num_topk;
-      PublishRows(route, here[rank]->x, window);
+      PublishRows(route.rows(), route.num_tokens, here[rank]->x, window);
       std::copy_n(here[rank]->topk_idx, entries, window.entries);
       std::copy_n(here[rank]->topk_weights, entries, window.entry_weights);
     }
@@ -240,12 +242,12 @@ bool DispatchOp::RunGroup(GroupRun& run) const {
 }
 
 template <>
-void DispatchOp::Abandon(const Communicator& comm) const {
+void VerbOp<DispatchParams>::Abandon(const Communicator& comm) const {
   const GroupShape& shape = comm.shape();
   const RouteShape& route = params_.route;
   const int64_t capacity = route.capacity, num_topk = shape.num_topk;
   const bool expert_major = route.layout == Layout::kExpertMajor;
-  FillAsFailed(route.row_type, params_.tokens, capacity * route.row_size);
+  FillAsFailed(route.rows().type, params_.tokens, capacity * route.rows().size);
   FillNaN(params_.weights, expert_major ? capacity : capacity * num_topk);
   std::fill_n(params_.source, capacity, kNone);
   std::fill_n(params_.destination, route.num_tokens * num_topk, kNone);

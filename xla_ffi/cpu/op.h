@@ -10,10 +10,7 @@
 #include <vector>
 
 #include "cpu/group_exchange.h"
-#include "interface/combine.h"
-#include "interface/dispatch.h"
 #include "interface/op_signature.h"
-#include "interface/redispatch.h"
 
 namespace jax_deepep {
 
@@ -82,10 +79,6 @@ class VerbOp final : public Op {
   const Params params_;
   const int64_t call_;
 };
-
-using DispatchOp = VerbOp<DispatchParams>;
-using RedispatchOp = VerbOp<RedispatchParams>;
-using CombineOp = VerbOp<CombineParams>;
 
 }  // namespace jax_deepep
 

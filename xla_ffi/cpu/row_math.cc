@@ -104,7 +104,7 @@ JAX_DEEPEP_INLINE void Scale(void* to, const void* from, float scale, int64_t si
 }
 
 // In blocks of 2048 elements: 256 running sums of eight products each, then a fixed tree, and the
-// blocks one after the other. A warp of a GPU does it in the same order: see cuda/redispatch.
+// blocks one after the other. A warp of a GPU does it in the same order (FoldSums).
 template <typename Type>
 JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
   constexpr int kLanes = 32, kPerLane = 8, kSums = kLanes * kPerLane;

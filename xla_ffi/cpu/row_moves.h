@@ -1,7 +1,8 @@
-// Pulling rows along known routes: the data movement of dispatch and redispatch.
+// Pulling rows along known routes: the data movement of all verbs that bring rows to experts.
 #ifndef JAX_DEEPEP_CPU_ROW_MOVES_H_
 #define JAX_DEEPEP_CPU_ROW_MOVES_H_
 
+#include <cstdint>
 #include <vector>
 
 #include "cpu/op.h"
@@ -9,7 +10,8 @@
 
 namespace jax_deepep {
 
-// What one rank pulls; null where a part is not wanted. See RedispatchParams.
+// What one rank pulls: rows = weights * x[source], products = <x[source], y>. Null where a part is
+// not wanted.
 struct RowMove {
   int rank = 0;
   const int32_t* source = nullptr;
@@ -25,8 +27,9 @@ struct RowMove {
 void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
               const std::vector<RowMove>& moves);
 
-// Copy a rank's rows x [T, W] to where other processes can read them.
-void PublishRows(const RouteShape& route, const void* x, const RankWindow& window);
+// Copy a rank's rows x [num_tokens, W] to where other processes can read them.
+void PublishRows(const RowFormat& format, int64_t num_tokens, const void* x,
+                 const RankWindow& window);
 
 }  // namespace jax_deepep
 

@@ -21,45 +21,28 @@ constexpr double kPartOfLinkTime = 0.67;
 // Enough for the link alone.
 constexpr int kBlocksForLink = 24;
 
-// The rows of one rank's part of an op, on average.
-struct Rows {
-  double pairs;  // (token, rank): what crosses links, and what stays
-  double rows;   // on the side of the experts
-
-  Rows(const GroupShape& shape, const RouteShape& route) {
-    const double ranks = shape.num_ranks;
-    // A token's experts all differ; as if they were drawn one by one, it goes to more ranks.
-    const double to_rank = 1 - std::pow(1 - 1 / ranks, shape.num_topk);
-    pairs = route.num_tokens * ranks * to_rank;
-    rows =
-        route.layout == Layout::kTokenMajor ? pairs : double{1} * route.num_tokens * shape.num_topk;
-    rows = std::min<double>(rows, route.capacity);
-    pairs = std::min(pairs, rows);
-  }
-};
-
-OpBytes Total(const GroupShape& shape, const RouteShape& route, double local_rows) {
-  const double row_bytes = static_cast<double>(route.row_bytes());
-  const Rows rows(shape, route);
-  const double from_peers = rows.pairs * (shape.num_ranks - 1) / shape.num_ranks;
-  return {static_cast<int64_t>(from_peers * row_bytes),
-          static_cast<int64_t>(local_rows * row_bytes)};
-}
-
 }  // namespace
 
-OpBytes BytesOf(const GroupShape& shape, const DispatchParams& params) {
-  return Total(shape, params.route, Rows(shape, params.route).rows);
+ExpectedRows ExpectedRowsOf(const GroupShape& shape, const RouteShape& route) {
+  const double ranks = shape.num_ranks;
+  // A token's experts all differ; as if they were drawn one by one, it goes to more ranks.
+  const double to_rank = 1 - std::pow(1 - 1 / ranks, shape.num_topk);
+  ExpectedRows expected;
+  expected.pairs = route.num_tokens * ranks * to_rank;
+  expected.rows = route.layout == Layout::kTokenMajor
+                      ? expected.pairs
+                      : double{1} * route.num_tokens * shape.num_topk;
+  expected.rows = std::min<double>(expected.rows, route.capacity);
+  expected.pairs = std::min(expected.pairs, expected.rows);
+  return expected;
 }
 
-OpBytes BytesOf(const GroupShape& shape, const RedispatchParams& params) {
-  const double written = Rows(shape, params.route).rows;
-  return Total(shape, params.route, params.y != nullptr ? 2 * written : written);
-}
-
-OpBytes BytesOf(const GroupShape& shape, const CombineParams& params) {
-  const Rows rows(shape, params.route);
-  return Total(shape, params.route, rows.rows + (rows.rows > rows.pairs ? rows.pairs : 0));
+OpBytes BytesOf(const GroupShape& shape, const RouteShape& route, double local_rows) {
+  const double row_bytes = static_cast<double>(route.rows().bytes());
+  const double pairs = ExpectedRowsOf(shape, route).pairs;
+  const double from_peers = pairs * (shape.num_ranks - 1) / shape.num_ranks;
+  return {static_cast<int64_t>(from_peers * row_bytes),
+          static_cast<int64_t>(local_rows * row_bytes)};
 }
 
 int MostBlocks(int num_sms, int num_ranks_on_gpu) {

@@ -4,9 +4,8 @@
 
 #include <cstdint>
 
-#include "interface/combine.h"
-#include "interface/dispatch.h"
-#include "interface/redispatch.h"
+#include "interface/geometry.h"
+#include "interface/verb_traits.h"
 
 namespace jax_deepep {
 
@@ -16,9 +15,16 @@ struct OpBytes {
   int64_t local = 0;  // reads and writes of this rank's own memory
 };
 
-OpBytes BytesOf(const GroupShape& shape, const DispatchParams& params);
-OpBytes BytesOf(const GroupShape& shape, const RedispatchParams& params);
-OpBytes BytesOf(const GroupShape& shape, const CombineParams& params);
+ExpectedRows ExpectedRowsOf(const GroupShape& shape, const RouteShape& route);
+
+// `local_rows` as VerbTraits has them.
+OpBytes BytesOf(const GroupShape& shape, const RouteShape& route, double local_rows);
+
+template <typename Params>
+OpBytes BytesOf(const GroupShape& shape, const Params& params) {
+  const ExpectedRows rows = ExpectedRowsOf(shape, params.route);
+  return BytesOf(shape, params.route, VerbTraits<Params>::LocalRows(params, rows));
+}
 
 // The blocks of an op of all ranks that share a GPU wait for each other: they must all run at once,
 // one to an SM. Two SMs stay free for what a late rank has yet to do.

@@ -44,10 +44,10 @@ T ReadVolatile(const T& value) {
 
 }  // namespace
 
-CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
+CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const KernelSet& kernels,
                                    const std::vector<LocalDevice>& devices, int num_sms)
-    : config_(std::move(config)), requested_sms_(num_sms) {
-  Check(ObstacleOfLimits(shape()));
+    : config_(std::move(config)), kernels_(kernels), requested_sms_(num_sms) {
+  Check(UnsupportedReasonOfLimits(shape()));
   size_t next_device = 0;
   for (const Place& place : config_.places) {
     if (place.process != config_.process) continue;
@@ -56,13 +56,14 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config,
     rank->place = place;
     rank->ordinal = device.ordinal;
     OnDevice current(device.ordinal);
-    Check(ObstacleOfDevice(device.ordinal, shape()));
+    Check(UnsupportedReasonOfDevice(device.ordinal, shape(), kernels_));
     rank->facts.shared_bytes = DynamicSharedBytes(device.ordinal);
     rank->facts.bulk_copies = Attribute(cudaDevAttrComputeCapabilityMajor, device.ordinal) >= 9;
     Check(rank->pool.Find(device.in_pool));
     rank->facts.pool = rank->pool.data();
     rank->facts.pool_bytes = rank->pool.bytes();
-    Check(rank->control.Create(device.ordinal, ControlBytes(shape())));
+    Check(rank->control.Create(device.ordinal,
+                               ControlBytes(shape()) + kernels_.window_bytes(shape())));
     void* status = nullptr;
     Check(cudaHostAlloc(&status, sizeof(HostStatus), cudaHostAllocMapped | cudaHostAllocPortable),
           "cudaHostAlloc");
@@ -150,10 +151,8 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;
   }
-  for (auto* load :
-       {LoadRankKernels, LoadDispatchKernels, LoadRedispatchKernels, LoadCombineKernels}) {
-    Load(load);
-  }
+  Load(LoadRankKernels);
+  Load(kernels_.load);
   TestPeers();
   WatchForFailure(this);
 }

@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
-#include <initializer_list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,10 +17,12 @@
 
 #include "cuda/block_count.h"
 #include "cuda/device_control.h"
-#include "cuda/intranode/launch.h"
-#include "cuda/obstacles.h"
+#include "cuda/kernels.h"
 #include "cuda/op_frame.h"
+#include "cuda/unsupported_reason.h"
 #include "interface/communicator_config.h"
+#include "interface/op_signature.h"
+#include "interface/verb_traits.h"
 #include "transport/cuda_peer.h"
 
 namespace jax_deepep {
@@ -31,35 +32,18 @@ struct OpLaunch {
   int64_t device = 0;  // CUDA's ordinal
   cudaStream_t stream = nullptr;
   int64_t call = 0;                        // as in OpSignature
-  const int32_t* believed_rank = nullptr;  // as in OpFrame
+  const int32_t* expected_rank = nullptr;  // as in OpFrame
   // Gives memory of XLA's pool, which XLA reuses after the op, or null.
   std::function<void*(size_t bytes)> allocate;
 };
 
-// An array of this rank that peers read in an op.
-struct PeerArray {
-  const void* data;
-  int64_t bytes = 0;
-  std::function<void(const void* copy)> replace;  // none for a result
-
-  // An operand, as the parameters of the op have it: there a copy takes its place. One of no rows
-  // is nowhere, and nobody reads it.
-  template <typename T>
-  PeerArray(const T** operand, int64_t bytes)
-      : data(bytes > 0 ? *operand : nullptr),
-        bytes(bytes),
-        replace([operand](const void* copy) { *operand = static_cast<const T*>(copy); }) {}
-
-  // Scratch, which is a result.
-  PeerArray(const void* result) : data(result) {}
-};
-
 class CudaCommunicator {
  public:
-  // `devices` are those of this process, in the order of config.places. AttachPeer for every
-  // process that shares a group with this one, itself included, and Start must follow. Throws
-  // std::runtime_error.
-  CudaCommunicator(CommunicatorConfig config, const std::vector<LocalDevice>& devices, int num_sms);
+  // `kernels` are those of its mode, and `devices` those of this process, in the order of
+  // config.places. AttachPeer for every process that shares a group with this one, itself included,
+  // and Start must follow. Throws std::runtime_error.
+  CudaCommunicator(CommunicatorConfig config, const KernelSet& kernels,
+                   const std::vector<LocalDevice>& devices, int num_sms);
   ~CudaCommunicator();
 
   // For each device of this process in order: its control block, then XLA's pool. Descriptors are
@@ -79,15 +63,24 @@ class CudaCommunicator {
   int most_blocks() const;
 
   // Enqueue a rank's part of an op. Returns an error, of which peers are told, or nothing.
-  std::string Launch(DispatchParams params, const OpLaunch& launch);
-  std::string Launch(RedispatchParams params, const OpLaunch& launch);
-  std::string Launch(CombineParams params, const OpLaunch& launch);
+  template <typename Params>
+  std::string Launch(Params params, const OpLaunch& launch) {
+    std::vector<PeerArray> read_by_peers;
+    if (kernels_.reads_peers) read_by_peers = VerbTraits<Params>::ReadByPeers(shape(), &params);
+    OpSignature op = SignatureOf(params, launch.call);
+    op.flags |= kernels_.flags;
+    return LaunchOp(op, BytesOf(shape(), params), read_by_peers, launch,
+                    [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                      const auto enqueue = kernels_.LaunchOf<Params>();
+                      return enqueue(frame, params, num_blocks, facts, launch.stream);
+                    });
+  }
 
   // Enqueue a rank's part of any op: `enqueue` gets the frame of the op, known to all ranks by
   // its signature, once peers can reach all that they read. Likewise.
   using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&)>;
   std::string LaunchOp(const OpSignature& op, const OpBytes& bytes,
-                       std::initializer_list<PeerArray> read_by_peers, const OpLaunch& launch,
+                       const std::vector<PeerArray>& read_by_peers, const OpLaunch& launch,
                        const Enqueue& enqueue);
 
   // Tell peers, in place of an op that the host cannot launch.
@@ -157,14 +150,8 @@ class CudaCommunicator {
     std::shared_ptr<DeviceMemory> pool;  // of all communicators that map it
   };
 
-  template <typename Params>
-  std::string LaunchVerb(const Params& params, std::initializer_list<PeerArray> read_by_peers,
-                         const OpLaunch& launch,
-                         const char* (*kernel)(const OpFrame&, const Params&, int,
-                                               const DeviceFacts&, cudaStream_t));
   const LocalRank* RankOn(int64_t device) const;
-  std::string CopyOperandsToPool(const LocalRank& rank,
-                                 std::initializer_list<PeerArray> read_by_peers,
+  std::string CopyOperandsToPool(const LocalRank& rank, const std::vector<PeerArray>& read_by_peers,
                                  const OpLaunch& launch) const;
   OpFrame FrameOf(const LocalRank& rank, const OpSignature& op, const OpLaunch& launch);
   void GiveUp(const LocalRank& rank, Failure failure, const OpSignature& op,
@@ -176,6 +163,7 @@ class CudaCommunicator {
   const LocalRank* FailedRank() const;
 
   const CommunicatorConfig config_;
+  const KernelSet& kernels_;
   const int requested_sms_;
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank

@@ -17,7 +17,8 @@
 // passes the word on before it leaves in turn: whoever leaves an op that failed has told all
 // others.
 //
-// tests/unit/protocol_model.py has this protocol step by step, and tries all runs of a few ranks.
+// tests/unit/protocol_throughput.py has this protocol step by step, and tries all runs of a few
+// ranks.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
@@ -25,44 +26,13 @@
 
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
+#include "cuda/rank_op.cuh"
 
 namespace jax_deepep {
 
-class GroupOp {
+class GroupOp : public RankOp {
  public:
-  // Every method is called by all threads of the block. `shared` is the block's.
-  struct Shared {
-    uint64_t step;
-    uint64_t began_ns;
-    int flag;
-    bool refused;  // another op of the communicator is running on this rank
-    const char* operands[kMaxOperands][kMaxRanks];
-  };
-
-  __device__ GroupOp(const OpFrame& frame, Shared* shared)
-      : frame_(frame), own_(*frame.control[frame.rank]), shared_(*shared) {}
-
-  // False where the group was lost before this op: an earlier one has failed on this rank, a peer
-  // has said so, or the communicator is closed and peers' pools are no longer mapped. A late peer
-  // may still be in the op that failed, so that this rank must not touch what the peer takes from
-  // its control block.
-  __device__ bool Begin() {
-    if (threadIdx.x == 0) {
-      shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
-      bool lost = own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
-      const bool mistaken = *frame_.believed_rank != frame_.rank;
-      const uint64_t active = CompareAndSwap(&own_.active, 0, frame_.launch);
-      shared_.began_ns = NanosecondClock();
-      shared_.refused = active != 0 && active != frame_.launch;
-      if (shared_.refused) Fail(Failure::kTwoAtOnce, 0);
-      if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank, 0);
-      shared_.flag = !(lost || mistaken || shared_.refused);
-    }
-    return SharedFlag();
-  }
-
-  __device__ uint64_t step() const { return shared_.step; }
-  __device__ DeviceControl& own() const { return own_; }
+  using RankOp::RankOp;
 
   // Wait for all blocks of this rank; what they wrote before is visible after.
   __device__ bool SyncGrid() {
@@ -123,15 +93,6 @@ class GroupOp {
     return reinterpret_cast<const T*>(shared_.operands[index][rank]);
   }
 
-  // Count the pairs that this block has read from each rank, in shared memory [R].
-  __device__ void CountTaken(const int32_t* taken) {
-    __syncthreads();
-    for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(&own_.rows_received[rank]),
-                static_cast<unsigned long long>(taken[rank]));
-    }
-  }
-
   // End the op: on the last block, after all reads of this rank, succeed() is called or fail().
   template <typename Succeed, typename Fill>
   __device__ void Finish(Succeed succeed, Fill fail) {
@@ -153,70 +114,10 @@ class GroupOp {
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
     // overwrote after giving up, then it sees here that the peer gave up.
     FenceSystem();
-    if (Stopped()) {
-      if (threadIdx.x == 0) Fail(Failure::kNone, 0);
-      fail();
-    } else {
-      succeed();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      own_.num_invalid = 0;
-      own_.last_op_ns = NanosecondClock() - shared_.began_ns;
-      own_.last_op_blocks = gridDim.x;
-      own_.step = step();
-      // Pairs with the compare-and-swap in Begin, of an op that runs at once with this one.
-      StoreReleaseDevice(&own_.active, 0);
-    }
-  }
-
-  // What the host lets a kernel of its own do, in place of an op: the rank cannot go on.
-  __device__ void GiveUp(Failure failure) {
-    shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
-    Fail(failure, 0);
+    End(succeed, fail);
   }
 
  private:
-  __device__ int num_ranks() const { return frame_.shape.num_ranks; }
-
-  // Whether the op is lost: this rank or a peer has given up. The same answer for all threads.
-  __device__ bool Stopped() {
-    if (threadIdx.x == 0) shared_.flag = IsBroken();
-    return SharedFlag();
-  }
-
-  // What the first thread has written to shared_.flag, for all threads.
-  __device__ bool SharedFlag() {
-    __syncthreads();
-    const bool flag = shared_.flag != 0;
-    __syncthreads();
-    return flag;
-  }
-
-  __device__ uint64_t WordToPublish(int index) const {
-    if (index == 0) return frame_.op_hash;
-    if (index <= OpSignature::kWords) return frame_.op.words()[index - 1];
-    return frame_.offsets[index - 1 - OpSignature::kWords];
-  }
-
-  __device__ bool IsBroken() const {
-    // The second pairs with the release store in Fail, on a peer.
-    return LoadAcquireDevice(&own_.failed) != 0 || LoadAcquireSystem(&own_.broken) != 0;
-  }
-
-  // Whether this block is the last of its rank to come here; the writes and reads of all blocks are
-  // ordered before what it does then.
-  __device__ bool IsLastBlock(uint32_t* counter) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      FenceSystem();
-      // More have come where two ops have run at once, which has failed.
-      shared_.flag = AddAcquireRelease(counter, 1) >= gridDim.x - 1;
-      if (shared_.flag) *counter = 0;
-    }
-    return SharedFlag();
-  }
-
   // Wait until the flags of all ranks have reached this step. Of arrivals, each is looked at as it
   // comes: who has come to another op is not waited for, and neither is anybody else then.
   template <bool kArrivals>
@@ -268,65 +169,7 @@ class GroupOp {
     }
     return SharedFlag();
   }
-
-  // Give up, once; called by one thread. A rank that nobody has told says why to its host and to
-  // all peers; one that was told passes that on, to its peers as well: who told it may not have
-  // come to them yet, and they may read this rank's operands, and succeed, after it has left.
-  __device__ __noinline__ void Fail(Failure failure, uint64_t missing, int32_t other_rank = kNone) {
-    if (atomicCAS(&own_.failed, 0u, kFailing) != 0u) {
-      // Pairs with the release store below: who leaves this op leaves operands to XLA, and peers
-      // that still read them must have been told. Who tells waits for nobody.
-      while (LoadAcquireDevice(&own_.failed) == kFailing) {
-      }
-      return;
-    }
-    HostStatus& status = *frame_.status;
-    const uint64_t broken = LoadAcquireSystem(&own_.broken);
-    const int reporter = broken != 0 ? static_cast<int>(broken - 1) : frame_.rank;
-    FailureReport& report = own_.reports[reporter];
-    if (broken == 0) {
-      report.failure = failure;
-      report.step = step();
-      report.missing = missing;
-      report.op = frame_.op;
-      report.other_rank = other_rank;
-      if (other_rank != kNone) report.other_op = own_.published[other_rank].op;
-#pragma unroll 1
-      for (int rank = 0; rank < num_ranks(); ++rank) {
-        report.seen[rank] = LoadAcquireSystem(&own_.arrived[rank]);
-      }
-    }
-    CopyReport(&status.report, report);
-    status.reporter = reporter;
-    __threadfence_system();
-    *static_cast<volatile uint32_t*>(&status.failed) = 1;
-#pragma unroll 1
-    for (int peer = 0; peer < num_ranks(); ++peer) {
-      DeviceControl& control = *frame_.control[peer];
-      // Several ranks may write a report to the same place: the same words.
-      if (peer != frame_.rank && peer != reporter) CopyReport(&control.reports[reporter], report);
-      StoreReleaseSystem(&control.broken, reporter + 1);  // pairs with IsBroken, on the peer
-    }
-    // Pairs with the fence in Finish, on a peer: it is told before anything that it reads is
-    // overwritten.
-    FenceSystem();
-    StoreReleaseDevice(&own_.failed, kFailed);
-  }
-
-  __device__ static void CopyReport(FailureReport* to, const FailureReport& from) {
-    constexpr int kWords = sizeof(FailureReport) / sizeof(uint64_t);
-    const auto* in = reinterpret_cast<const volatile uint64_t*>(&from);
-    auto* out = reinterpret_cast<volatile uint64_t*>(to);
-#pragma unroll 1
-    for (int i = 0; i < kWords; ++i) out[i] = in[i];
-  }
-
-  const OpFrame& frame_;
-  DeviceControl& own_;
-  Shared& shared_;
 };
-
-static_assert(sizeof(GroupOp::Shared) <= kStaticSharedBytes);
 
 }  // namespace jax_deepep
 

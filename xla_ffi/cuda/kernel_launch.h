@@ -4,24 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstddef>
-#include <cstdint>
+#include "cuda/device_facts.h"
 
 namespace jax_deepep {
-
-// A device of this process.
-struct DeviceFacts {
-  const char* pool = nullptr;  // XLA's memory
-  size_t pool_bytes = 0;
-  int shared_bytes = 0;      // most that a block may have
-  bool bulk_copies = false;  // SM90; only floors of the bench use them
-
-  bool Holds(const void* pointer) const {
-    const auto* address = static_cast<const char*>(pointer);
-    return address >= pool && address < pool + pool_bytes;
-  }
-  int64_t OffsetOf(const void* pointer) const { return static_cast<const char*>(pointer) - pool; }
-};
 
 template <typename Op>
 const char* LoadKernel(void (*kernel)(Op), int max_shared_bytes) {

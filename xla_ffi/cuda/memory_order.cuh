@@ -1,4 +1,6 @@
-// Loads, stores and fences that order memory between GPUs, and the clock that bounds waits.
+// All that is written in the GPU's own instructions, but for copies through shared memory: loads,
+// stores and fences that order memory between GPUs, loads with hints for caches, and the clock that
+// bounds waits.
 #ifndef JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 #define JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 
@@ -63,6 +65,19 @@ __device__ __forceinline__ float LoadFresh(const float* address) {
   float value;
   asm volatile("ld.relaxed.sys.global.f32 %0, [%1];" : "=f"(value) : "l"(address) : "memory");
   return value;
+}
+
+// Past the first-level cache: rows are read once.
+__device__ __forceinline__ uint4 LoadOnce(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ void PrefetchToL2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 // Nanoseconds, the same on all SMs of a GPU.

@@ -18,7 +18,7 @@ struct OpFrame {
   uint64_t op_hash = 0;
   uint64_t launch = 0;                     // another one for every launch, never 0
   uint64_t timeout_ns = 0;                 // the longest wait
-  const int32_t* believed_rank = nullptr;  // what the program takes this device for
+  const int32_t* expected_rank = nullptr;  // what the program takes this device for
   HostStatus* status = nullptr;
   int64_t offsets[kMaxOperands] = {};      // of what peers read of this rank, in its pool
   DeviceControl* control[kMaxRanks] = {};  // of every rank, this one included

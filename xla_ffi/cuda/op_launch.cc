@@ -5,7 +5,6 @@
 #include <string>
 
 #include "cuda/communicator.h"
-#include "cuda/intranode/launch.h"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
 
@@ -66,7 +65,7 @@ OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
   frame.op = op;
   frame.op_hash = op.Hash();
   frame.launch = ++num_launches_;
-  frame.believed_rank = launch.believed_rank;
+  frame.expected_rank = launch.expected_rank;
   return frame;
 }
 
@@ -89,7 +88,7 @@ void CudaCommunicator::TellNotLaunched(const OpSignature& op, const OpLaunch& la
 }
 
 std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
-                                                 std::initializer_list<PeerArray> read_by_peers,
+                                                 const std::vector<PeerArray>& read_by_peers,
                                                  const OpLaunch& launch) const {
   for (const PeerArray& array : read_by_peers) {
     if (array.data == nullptr || rank.facts.Holds(array.data)) continue;
@@ -99,7 +98,7 @@ std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
 }
 
 std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& bytes,
-                                       std::initializer_list<PeerArray> read_by_peers,
+                                       const std::vector<PeerArray>& read_by_peers,
                                        const OpLaunch& launch, const Enqueue& enqueue) {
   const auto name = [this] { return "communicator #" + std::to_string(config_.id); };
   // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
@@ -114,45 +113,13 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   }
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
   if (error.empty()) {
-    const int blocks = requested_sms_ > 0 ? rank->most_blocks : BlocksFor(bytes, rank->most_blocks);
+    const int blocks =
+        requested_sms_ > 0 ? rank->most_blocks : kernels_.num_blocks(bytes, rank->most_blocks);
     const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
     if (failed != nullptr) error = failed;
   }
   if (!error.empty()) GiveUp(*rank, Failure::kNotLaunched, op, launch);
   return error;
-}
-
-template <typename Params>
-std::string CudaCommunicator::LaunchVerb(
-    const Params& params, std::initializer_list<PeerArray> read_by_peers, const OpLaunch& launch,
-    const char* (*kernel)(const OpFrame&, const Params&, int, const DeviceFacts&, cudaStream_t)) {
-  return LaunchOp(SignatureOf(params, launch.call), BytesOf(shape(), params), read_by_peers, launch,
-                  [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-                    return kernel(frame, params, num_blocks, facts, launch.stream);
-                  });
-}
-
-std::string CudaCommunicator::Launch(DispatchParams params, const OpLaunch& launch) {
-  const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
-  return LaunchVerb(params, {{&params.x, bytes}, params.scratch}, launch, &LaunchDispatch);
-}
-
-std::string CudaCommunicator::Launch(RedispatchParams params, const OpLaunch& launch) {
-  const int64_t bytes = params.route.num_tokens * params.route.row_bytes();
-  return LaunchVerb(params, {{&params.x, bytes}}, launch, &LaunchRedispatch);
-}
-
-std::string CudaCommunicator::Launch(CombineParams params, const OpLaunch& launch) {
-  const int64_t capacity = params.route.capacity;
-  const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  const int64_t floats = sizeof(float) * capacity;
-  const int64_t gradients = expert_major ? floats : floats * shape().num_topk;
-  return LaunchVerb(params,
-                    {{&params.y, capacity * params.route.row_bytes()},
-                     {&params.weights, floats},
-                     {&params.row_gradients, gradients},
-                     params.sums},
-                    launch, &LaunchCombine);
 }
 
 }  // namespace jax_deepep

@@ -1,7 +1,7 @@
-#include "cuda/group_op.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
+#include "cuda/rank_op.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -12,8 +12,8 @@ struct GiveUp {
 };
 
 __global__ void GiveUpKernel(const __grid_constant__ GiveUp op) {
-  __shared__ GroupOp::Shared shared;
-  GroupOp(op.frame, &shared).GiveUp(op.failure);
+  __shared__ RankOp::Shared shared;
+  RankOp(op.frame, &shared).GiveUp(op.failure);
 }
 
 struct TestPeers {

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/memory_order.cuh"
 #include "interface/geometry.h"
 
 namespace jax_deepep {
@@ -42,15 +43,6 @@ __device__ __forceinline__ RowShape<kWhole> WordsOf(int64_t row_bytes) {
 }
 
 inline bool IsWhole(int size) { return size % kGroup == 0; }
-
-// Past the first-level cache: rows are read once.
-__device__ __forceinline__ uint4 LoadOnce(const uint4* from) {
-  uint4 value;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
 
 // Load or store a group of a row; elements after the row are loaded as zeros and not stored.
 template <typename Element, bool kWhole>

@@ -4,6 +4,7 @@
 #include <optional>
 #include <sstream>
 
+#include "handlers/handlers.h"
 #include "handlers/registry.h"
 
 namespace jax_deepep {
@@ -48,6 +49,9 @@ void BeginProgram(bool on_main_thread) {
   program = std::make_shared<ProgramCalls>(on_main_thread);
 }
 
+namespace {
+
+// The instantiate stage of every verb.
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
                                                             ffi::Dictionary attributes) {
   const ffi::ErrorOr<int64_t> comm_id = attributes.get<int64_t>("comm");
@@ -63,17 +67,22 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
     site->number = program->count++;
     site->program = program;
   }
-  std::string why_not;
-  site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &why_not);
+  std::string unsupported_reason;
+  site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &unsupported_reason);
   if (site->comm == nullptr) {
     return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + why_not));
+        ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + unsupported_reason));
   }
   return site;
 }
 
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(InstantiateHandler, InstantiateCallSite,
+                              ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets().Attrs());
+
 int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
-                   RouteShape* route, std::string* error) {
+                   RowFormat* format, std::string* error) {
   const std::optional<RowType> type = RowTypeOf(rows.element_type());
   const auto dimensions = rows.dimensions();
   std::ostringstream text;
@@ -85,8 +94,8 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
   }
   const int64_t row_bytes =
       dimensions[1] * static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
-  route->row_type = *type;
-  route->row_size = static_cast<int32_t>(row_bytes / static_cast<int64_t>(BytesOf(*type)));
+  format->type = *type;
+  format->size = static_cast<int32_t>(row_bytes / static_cast<int64_t>(BytesOf(*type)));
   if (*type == RowType::kInt32) {
     if (row_bytes % kCarriedBytes != 0 || row_bytes > shape.max_row_bytes()) {
       text << name << " has rows of " << row_bytes << " bytes of integers, expected a multiple of "

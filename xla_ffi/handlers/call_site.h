@@ -14,14 +14,10 @@
 
 namespace jax_deepep {
 
-// The instantiate stage of every verb.
-ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
-                                                            ffi::Dictionary attributes);
-
-// Decode the type and size of `rows` [count, W] into `route`, and return their count; or add to
+// Decode the type and size of `rows` [count, W] into `format`, and return their count; or add to
 // `error` why an op cannot take them.
 int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
-                   RouteShape* route, std::string* error);
+                   RowFormat* format, std::string* error);
 
 // An optional operand or result travels as a placeholder when absent.
 template <typename T>

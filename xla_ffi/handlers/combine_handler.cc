@@ -18,8 +18,10 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   route.layout = static_cast<Layout>(layout);
   route.num_tokens = static_cast<int32_t>(destination.element_count() / shape.num_topk);
   std::string error;
-  route.capacity = DecodeRows(y, "y", shape, &route, &error);
-  if (route.row_type == RowType::kInt32) error = "y has integers, which are not summed";
+  RowFormat format;
+  route.capacity = DecodeRows(y, "y", shape, &format, &error);
+  route.SetRows(format);
+  if (format.type == RowType::kInt32) error = "y has integers, which are not summed";
 
   const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
   const int64_t capacity = route.capacity;
@@ -37,7 +39,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }
   if (with_sums) {
-    CheckRows(*sums, y, int64_t{shape.num_ranks} * route.num_tokens, "sums", &error);
+    CheckRows(*sums, y, CombineSumRows(shape, route), "sums", &error);
   }
 
   params.y = y.untyped_data();
@@ -54,29 +56,33 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CombineHandler, Combine,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSite>>()
-                                  .Ctx<LaunchContext>()
-                                  .Arg<ffi::AnyBuffer>()  // rank
-                                  .Arg<ffi::AnyBuffer>()  // y
-                                  .Arg<ffi::AnyBuffer>()  // destination
-                                  .Arg<ffi::AnyBuffer>()  // weights, if weighted
-                                  .Arg<ffi::AnyBuffer>()  // bias, if with_bias
-                                  .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
-                                  .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
-                                  .Ret<ffi::AnyBuffer>()  // out
-                                  .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
-                                  .Ret<ffi::AnyBuffer>()  // sums, if with_sums
-                                  .Attr<int64_t>("layout")
-                                  .Attr<bool>("weighted")
-                                  .Attr<bool>("with_bias")
-                                  .Attr<bool>("with_gradients")
-                                  .Attr<bool>("with_pairs")
-                                  .Attr<bool>("with_sums")
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint")
-                                  .Attr<int64_t>("call"),
-                              kTraits);
+template <>
+XLA_FFI_Error* Execute<CombineParams>(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, Combine,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::State<CallSite>>()
+                             .Ctx<LaunchContext>()
+                             .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // y
+                             .Arg<ffi::AnyBuffer>()  // destination
+                             .Arg<ffi::AnyBuffer>()  // weights, if weighted
+                             .Arg<ffi::AnyBuffer>()  // bias, if with_bias
+                             .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
+                             .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
+                             .Ret<ffi::AnyBuffer>()  // out
+                             .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
+                             .Ret<ffi::AnyBuffer>()  // sums, if with_sums
+                             .Attr<int64_t>("layout")
+                             .Attr<bool>("weighted")
+                             .Attr<bool>("with_bias")
+                             .Attr<bool>("with_gradients")
+                             .Attr<bool>("with_pairs")
+                             .Attr<bool>("with_sums")
+                             .Attr<int64_t>("comm")
+                             .Attr<int64_t>("fingerprint")
+                             .Attr<int64_t>("call"),
+                         kTraits);
+  return (*handler)(frame);
+}
 
 }  // namespace jax_deepep

@@ -16,6 +16,8 @@ ffi::Future Failed(ffi::Error error) {
   return future;
 }
 
+}  // namespace
+
 ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
                       const std::string& error, std::unique_ptr<Op> op) {
   const std::string prefix = std::string("jax_deepep ") + op->name() + ": ";
@@ -27,11 +29,11 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
     return Failed(ffi::Error::InvalidArgument(prefix + "device " + std::to_string(context.device) +
                                               " is not in the mesh of " + name));
   }
-  if (const int32_t believed = *static_cast<const int32_t*>(rank.untyped_data());
-      believed != place->rank) {
+  if (const int32_t expected = *static_cast<const int32_t*>(rank.untyped_data());
+      expected != place->rank) {
     return Failed(ffi::Error::InvalidArgument(
         prefix + "the program runs device " + std::to_string(context.device) + " as rank " +
-        std::to_string(believed) + ", but it is rank " + std::to_string(place->rank) + " of " +
+        std::to_string(expected) + ", but it is rank " + std::to_string(place->rank) + " of " +
         name +
         "; use shard_map with comm.mesh, or make the communicator with the mesh of the program"));
   }
@@ -49,23 +51,6 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
                                   " is closed, but the program was compiled with it; make a new "
                                   "Communicator and trace the program again"));
   return future;
-}
-
-}  // namespace
-
-ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                   const std::string& error, const DispatchParams& params) {
-  return JoinRanks(site, context, rank, error, std::make_unique<DispatchOp>(params, site->call));
-}
-
-ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                   const std::string& error, const RedispatchParams& params) {
-  return JoinRanks(site, context, rank, error, std::make_unique<RedispatchOp>(params, site->call));
-}
-
-ffi::Future Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                   const std::string& error, const CombineParams& params) {
-  return JoinRanks(site, context, rank, error, std::make_unique<CombineOp>(params, site->call));
 }
 
 }  // namespace jax_deepep

@@ -1,4 +1,4 @@
-// dispatch as a custom call: decode, check, launch. Also the instantiate stage of all verbs.
+// dispatch as a custom call: decode, check, launch.
 #include "handlers/call_site.h"
 #include "handlers/handlers.h"
 
@@ -22,7 +22,9 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
-  route.num_tokens = DecodeRows(x, "x", shape, &route, &error);
+  RowFormat format;
+  route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  route.SetRows(format);
   route.capacity = static_cast<int32_t>(source->element_count());
   route.alignment = static_cast<int32_t>(alignment);
   route.expert_capacity = expert_capacity;
@@ -68,37 +70,38 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(InstantiateHandler, InstantiateCallSite,
-                              ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets().Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DispatchHandler, Dispatch,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::State<CallSite>>()
-                                  .Ctx<LaunchContext>()
-                                  .Arg<ffi::AnyBuffer>()  // rank
-                                  .Arg<ffi::AnyBuffer>()  // x
-                                  .Arg<ffi::AnyBuffer>()  // topk_idx
-                                  .Arg<ffi::AnyBuffer>()  // topk_weights
-                                  .Ret<ffi::AnyBuffer>()  // tokens
-                                  .Ret<ffi::AnyBuffer>()  // source
-                                  .Ret<ffi::AnyBuffer>()  // destination
-                                  .Ret<ffi::AnyBuffer>()  // weights
-                                  .Ret<ffi::AnyBuffer>()  // local_experts, if token-major
-                                  .Ret<ffi::AnyBuffer>()  // group_sizes
-                                  .Ret<ffi::AnyBuffer>()  // num_rows
-                                  .Ret<ffi::AnyBuffer>()  // num_received
-                                  .Ret<ffi::AnyBuffer>()  // num_dropped
-                                  .Ret<ffi::AnyBuffer>()  // num_invalid
-                                  .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
-                                  .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
-                                  .Attr<int64_t>("layout")
-                                  .Attr<int64_t>("alignment")
-                                  .Attr<int64_t>("expert_capacity")
-                                  .Attr<bool>("with_pairs")
-                                  .Attr<bool>("with_scratch")
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint")
-                                  .Attr<int64_t>("call"),
-                              kTraits);
+template <>
+XLA_FFI_Error* Execute<DispatchParams>(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, Dispatch,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::State<CallSite>>()
+                             .Ctx<LaunchContext>()
+                             .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // x
+                             .Arg<ffi::AnyBuffer>()  // topk_idx
+                             .Arg<ffi::AnyBuffer>()  // topk_weights
+                             .Ret<ffi::AnyBuffer>()  // tokens
+                             .Ret<ffi::AnyBuffer>()  // source
+                             .Ret<ffi::AnyBuffer>()  // destination
+                             .Ret<ffi::AnyBuffer>()  // weights
+                             .Ret<ffi::AnyBuffer>()  // local_experts, if token-major
+                             .Ret<ffi::AnyBuffer>()  // group_sizes
+                             .Ret<ffi::AnyBuffer>()  // num_rows
+                             .Ret<ffi::AnyBuffer>()  // num_received
+                             .Ret<ffi::AnyBuffer>()  // num_dropped
+                             .Ret<ffi::AnyBuffer>()  // num_invalid
+                             .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
+                             .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
+                             .Attr<int64_t>("layout")
+                             .Attr<int64_t>("alignment")
+                             .Attr<int64_t>("expert_capacity")
+                             .Attr<bool>("with_pairs")
+                             .Attr<bool>("with_scratch")
+                             .Attr<int64_t>("comm")
+                             .Attr<int64_t>("fingerprint")
+                             .Attr<int64_t>("call"),
+                         kTraits);
+  return (*handler)(frame);
+}
 
 }  // namespace jax_deepep

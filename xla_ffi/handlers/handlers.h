@@ -7,9 +7,10 @@
 namespace jax_deepep {
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(InstantiateHandler);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(DispatchHandler);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(RedispatchHandler);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(CombineHandler);
+
+// The execute stage of the verb with these parameters; see <verb>_handler.cc.
+template <typename Params>
+XLA_FFI_Error* Execute(XLA_FFI_CallFrame* frame);
 
 }  // namespace jax_deepep
 

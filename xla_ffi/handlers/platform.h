@@ -79,21 +79,37 @@ struct CallSite {
   std::shared_ptr<const ProgramCalls> program;
 };
 
+// Launch, for the parameters of any verb: do a rank's part of an op, or return `error`. `rank` is
+// what the program believes this device's rank to be.
 #ifdef JAX_DEEPEP_CUDA
 inline OpLaunch LaunchContext::op_launch(const CallSite* site, const ffi::AnyBuffer& rank) {
   return {device, stream, site->call, static_cast<const int32_t*>(rank.untyped_data()),
           [this](size_t bytes) -> void* { return scratch.Allocate(bytes).value_or(nullptr); }};
 }
-#endif
 
-// Do a rank's part of an op, or return `error`. `rank` is what the program believes this device's
-// rank to be.
+// Enqueue one kernel on XLA's stream, after copies of constants, and wait for nothing.
+template <typename Params>
 LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                    const std::string& error, const DispatchParams& params);
+                    const std::string& error, const Params& params) {
+  const OpLaunch launch = context.op_launch(site, rank);
+  if (!error.empty()) site->comm->TellNotLaunched(SignatureOf(params, site->call), launch);
+  const std::string failure = error.empty() ? site->comm->Launch(params, launch) : error;
+  if (failure.empty()) return ffi::Error::Success();
+  return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                    std::string("jax_deepep ") + VerbTraits<Params>::kName + ": " + failure);
+}
+#else
+// Join the ranks, and return a future that is ready when the op has ended.
+ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::AnyBuffer& rank,
+                      const std::string& error, std::unique_ptr<Op> op);
+
+template <typename Params>
 LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                    const std::string& error, const RedispatchParams& params);
-LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
-                    const std::string& error, const CombineParams& params);
+                    const std::string& error, const Params& params) {
+  return JoinRanks(site, context, rank, error,
+                   std::make_unique<VerbOp<Params>>(params, site->call));
+}
+#endif
 
 // Tell that JAX begins to compile or to load a program: its calls are numbered from zero, whatever
 // programs another process has compiled before.

@@ -37,10 +37,10 @@ void Register(const std::shared_ptr<Communicator>& comm) {
   }
 }
 
-// The communicator that a program names, or null with the reason in `why_not`.
+// The communicator that a program names, or null with the reason in `unsupported_reason`.
 template <typename Communicator>
 std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
-                                               std::string* why_not) {
+                                               std::string* unsupported_reason) {
   std::shared_ptr<Communicator> comm;
   {
     auto& registry = Registry<Communicator>::Get();
@@ -51,13 +51,15 @@ std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
   }
   const std::string name = "communicator #" + std::to_string(id);
   if (comm == nullptr) {
-    *why_not = "this program uses " + name +
-               ", which does not exist in this process (any more); make the same communicators in "
-               "the same order as the process that traced the program did";
+    *unsupported_reason =
+        "this program uses " + name +
+        ", which does not exist in this process (any more); make the same communicators in "
+        "the same order as the process that traced the program did";
   } else if (comm->config().fingerprint != fingerprint) {
-    *why_not = "this program uses " + name +
-               ", which was made with other arguments here than where the program was traced; make "
-               "the same communicators in the same order";
+    *unsupported_reason =
+        "this program uses " + name +
+        ", which was made with other arguments here than where the program was traced; make "
+        "the same communicators in the same order";
     comm = nullptr;
   }
   return comm;

@@ -3,7 +3,11 @@
 #ifndef JAX_DEEPEP_INTERFACE_COMBINE_H_
 #define JAX_DEEPEP_INTERFACE_COMBINE_H_
 
+#include <cstdint>
+#include <vector>
+
 #include "interface/geometry.h"
+#include "interface/verb_traits.h"
 
 namespace jax_deepep {
 
@@ -11,16 +15,45 @@ namespace jax_deepep {
 struct CombineParams {
   RouteShape route;
   // Operands; what belongs to received rows first.
-  const void* y = nullptr;               // [C, W] of route.row_type
+  const void* y = nullptr;               // [C, W] of route.rows()
   const float* weights = nullptr;        // [C], or null for 1
   const float* row_gradients = nullptr;  // [C] expert-major, [C, K] token-major, or null
   const int32_t* destination = nullptr;  // [T, K]
   const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
-  const void* bias = nullptr;      // [T, W] of route.row_type, or null
+  const void* bias = nullptr;      // [T, W] of route.rows(), or null
   // Results.
   void* out = nullptr;         // [T, W]
   float* gradients = nullptr;  // [T, K], with row_gradients; 0 where an entry went nowhere
-  void* sums = nullptr;        // scratch [R * T, W] of route.row_type, or null as pairs
+  void* sums = nullptr;        // scratch [CombineSumRows, W] of route.rows(), or null likewise
+};
+
+// Rows of scratch that a combine takes, where it takes any: the sum of every (token, device) pair
+// with several rows.
+inline int64_t CombineSumRows(const GroupShape& group, const RouteShape& route) {
+  const bool sums = route.layout == Layout::kExpertMajor && PairTable(group, route).max_rows > 1;
+  return sums ? int64_t{group.num_ranks} * route.num_tokens : 0;
+}
+
+template <>
+struct VerbTraits<CombineParams> {
+  static constexpr char kName[] = "combine";
+  static int64_t Flags(const CombineParams& params) {
+    return (params.weights != nullptr ? 1 : 0) | (params.bias != nullptr ? 2 : 0) |
+           (params.row_gradients != nullptr ? 4 : 0);
+  }
+  static std::vector<PeerArray> ReadByPeers(const GroupShape& group, CombineParams* params) {
+    const RouteShape& route = params->route;
+    const int64_t floats = sizeof(float) * int64_t{route.capacity};
+    const bool expert_major = route.layout == Layout::kExpertMajor;
+    return {{&params->y, route.capacity * route.rows().bytes()},
+            {&params->weights, floats},
+            {&params->row_gradients, expert_major ? floats : floats * group.num_topk},
+            params->sums};
+  }
+  // Pairs with several rows are written as sums too.
+  static double LocalRows(const CombineParams&, const ExpectedRows& rows) {
+    return rows.rows + (rows.rows > rows.pairs ? rows.pairs : 0);
+  }
 };
 
 }  // namespace jax_deepep

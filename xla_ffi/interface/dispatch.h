@@ -2,7 +2,11 @@
 #ifndef JAX_DEEPEP_INTERFACE_DISPATCH_H_
 #define JAX_DEEPEP_INTERFACE_DISPATCH_H_
 
+#include <cstdint>
+#include <vector>
+
 #include "interface/geometry.h"
+#include "interface/verb_traits.h"
 
 namespace jax_deepep {
 
@@ -10,7 +14,7 @@ namespace jax_deepep {
 struct DispatchParams {
   RouteShape route;
   // Operands.
-  const void* x = nullptr;              // [T, W] of route.row_type
+  const void* x = nullptr;              // [T, W] of route.rows()
   const int32_t* topk_idx = nullptr;    // [T, K] global expert, or kNone
   const float* topk_weights = nullptr;  // [T, K]
   // Results. Rows of `tokens` after the last group are not written.
@@ -33,6 +37,16 @@ struct DispatchParams {
 inline int64_t DispatchScratchInts(const GroupShape& group, const RouteShape& route) {
   return int64_t{route.num_tokens} * (4 * group.num_topk + group.num_ranks);
 }
+
+template <>
+struct VerbTraits<DispatchParams> {
+  static constexpr char kName[] = "dispatch";
+  static int64_t Flags(const DispatchParams&) { return 0; }
+  static std::vector<PeerArray> ReadByPeers(const GroupShape&, DispatchParams* params) {
+    return {{&params->x, params->route.num_tokens * params->route.rows().bytes()}, params->scratch};
+  }
+  static double LocalRows(const DispatchParams&, const ExpectedRows& rows) { return rows.rows; }
+};
 
 }  // namespace jax_deepep
 

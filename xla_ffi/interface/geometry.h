@@ -10,6 +10,7 @@
 namespace jax_deepep {
 
 enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
+inline constexpr const char* kLayoutNames[] = {"expert", "token"};  // in their order
 
 // Rows of kInt32 are only carried: integers of any width, as words of 32 bits.
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
@@ -42,18 +43,32 @@ struct GroupShape {
   }
 };
 
-// What one op adds to that; the same on every rank.
+// What a row is made of, whichever way it goes.
+struct RowFormat {
+  RowType type = RowType::kFloat32;
+  int32_t size = 0;  // W, elements of a row: see GroupShape::max_row_bytes
+
+  JAX_DEEPEP_HOST_DEVICE int64_t bytes() const {
+    return size * static_cast<int64_t>(BytesOf(type));
+  }
+};
+
+// What one op adds to that; the same on every rank. The format of its rows lies flat among the
+// sizes of its route, because that is how kernels are compiled, which take it by value: the host
+// goes by rows() and SetRows().
 struct RouteShape {
   Layout layout = Layout::kExpertMajor;
   RowType row_type = RowType::kFloat32;
-  int32_t row_size = 0;                // W, elements of a row: see GroupShape::max_row_bytes
+  int32_t row_size = 0;
   int32_t num_tokens = 0;              // T
   int32_t capacity = 0;                // C, rows of the received arrays
   int32_t alignment = 1;               // rows of a group are padded to a multiple of this
   int64_t expert_capacity = kNoLimit;  // most rows of one expert
 
-  JAX_DEEPEP_HOST_DEVICE int64_t row_bytes() const {
-    return row_size * static_cast<int64_t>(BytesOf(row_type));
+  JAX_DEEPEP_HOST_DEVICE RowFormat rows() const { return {row_type, row_size}; }
+  void SetRows(const RowFormat& format) {
+    row_type = format.type;
+    row_size = format.size;
   }
 };
 

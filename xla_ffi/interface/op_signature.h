@@ -8,39 +8,16 @@
 #include <sstream>
 #include <string>
 
-#include "interface/combine.h"
-#include "interface/dispatch.h"
 #include "interface/geometry.h"
-#include "interface/redispatch.h"
+#include "interface/verbs.h"
 
 namespace jax_deepep {
-
-enum class Verb : int64_t {
-  kDispatch = 1,
-  kRedispatch = 2,
-  kCombine = 3,
-  kFloor = 4,  // of the bench
-};
-
-inline const char* NameOf(Verb verb) {
-  switch (verb) {
-    case Verb::kDispatch:
-      return "dispatch";
-    case Verb::kRedispatch:
-      return "redispatch";
-    case Verb::kCombine:
-      return "combine";
-    case Verb::kFloor:
-      return "floor";
-  }
-  return "op";
-}
 
 // Plain words, so that ranks can publish it as it is. An all-zero one is of no op.
 struct OpSignature {
   Verb verb = Verb{};
   int64_t call = 0;   // index of the call in its program, in the order in which JAX lowers them
-  int64_t flags = 0;  // which optional operands and results the call has
+  int64_t flags = 0;  // which optional operands and results the call has, and its mode
   int64_t layout = 0;
   int64_t row_type = 0;
   int64_t row_size = 0;
@@ -50,6 +27,7 @@ struct OpSignature {
   int64_t expert_capacity = 0;
 
   static constexpr int kWords = 10;
+  static constexpr int64_t kLowLatency = 1 << 8;  // of flags
   JAX_DEEPEP_HOST_DEVICE const int64_t* words() const {
     return reinterpret_cast<const int64_t*>(this);
   }
@@ -60,8 +38,8 @@ struct OpSignature {
         call(call),
         flags(flags),
         layout(static_cast<int64_t>(route.layout)),
-        row_type(static_cast<int64_t>(route.row_type)),
-        row_size(route.row_size),
+        row_type(static_cast<int64_t>(route.rows().type)),
+        row_size(route.rows().size),
         num_tokens(route.num_tokens),
         capacity(route.capacity),
         alignment(route.alignment),
@@ -86,20 +64,9 @@ struct OpSignature {
 
 static_assert(sizeof(OpSignature) == OpSignature::kWords * sizeof(int64_t));
 
-inline OpSignature SignatureOf(const DispatchParams& params, int64_t call) {
-  return {Verb::kDispatch, call, 0, params.route};
-}
-
-inline OpSignature SignatureOf(const RedispatchParams& params, int64_t call) {
-  const int64_t flags = (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
-                        (params.y != nullptr ? 4 : 0);
-  return {Verb::kRedispatch, call, flags, params.route};
-}
-
-inline OpSignature SignatureOf(const CombineParams& params, int64_t call) {
-  const int64_t flags = (params.weights != nullptr ? 1 : 0) | (params.bias != nullptr ? 2 : 0) |
-                        (params.row_gradients != nullptr ? 4 : 0);
-  return {Verb::kCombine, call, flags, params.route};
+template <typename Params>
+OpSignature SignatureOf(const Params& params, int64_t call) {
+  return {kVerbOf<Params>, call, VerbTraits<Params>::Flags(params), params.route};
 }
 
 // Where two ranks' ops differ, in words: "num_tokens is 64 on rank 0 and 128 on rank 3".
@@ -111,7 +78,6 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
   };
   static constexpr Field kFields[] = {
       {"call (index of the op in its program)", &OpSignature::call},
-      {"optional operands (bits)", &OpSignature::flags},
       {"layout", &OpSignature::layout},
       {"dtype", &OpSignature::row_type},
       {"elements of a row", &OpSignature::row_size},
@@ -120,11 +86,10 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
       {"alignment", &OpSignature::alignment},
       {"expert_capacity", &OpSignature::expert_capacity},
   };
-  static constexpr const char* kLayouts[] = {"expert", "token"};
   static constexpr const char* kRowTypes[] = {"float32", "float16", "bfloat16", "integers"};
   const auto value_of = [](const OpSignature& of, const Field& field) -> std::string {
     const int64_t value = of.*field.value;
-    if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayouts[value];
+    if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayoutNames[value];
     if (field.value == &OpSignature::row_type && value >= 0 && value < 4) return kRowTypes[value];
     if (field.value == &OpSignature::expert_capacity && value == kNoLimit) return "None";
     return std::to_string(value);
@@ -138,6 +103,14 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
     separator = "; ";
   };
   add("the op", NameOf(mine.verb), NameOf(theirs.verb));
+  const auto mode_of = [](const OpSignature& op) {
+    return (op.flags & OpSignature::kLowLatency) != 0 ? "low_latency" : "throughput";
+  };
+  add("mode", mode_of(mine), mode_of(theirs));
+  const auto operands_of = [](const OpSignature& op) {
+    return std::to_string(op.flags & ~OpSignature::kLowLatency);
+  };
+  add("optional operands (bits)", operands_of(mine), operands_of(theirs));
   for (const Field& field : kFields)
     add(field.name, value_of(mine, field), value_of(theirs, field));
   return text.str();

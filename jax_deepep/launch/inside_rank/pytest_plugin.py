@@ -19,7 +19,8 @@ import pytest
 
 from jax_deepep import jax_compat
 from jax_deepep.launch.inside_rank import python_program
-from jax_deepep.launched_rank import PREFIX, LaunchedRank, launched_rank
+from jax_deepep.launch.rank_identity import LaunchedRank, launched_rank
+from jax_deepep.launch_variables import PREFIX
 
 _DEFAULT_TIMEOUT_S = 300.0
 _TIMEOUT_VARIABLE = PREFIX + "TEST_TIMEOUT"

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
 
 import jax_deepep as ep
-from jax_deepep import native_module
+from jax_deepep.communicator import native_module
 
 DIFFERENT = int(ARGUMENTS[0]) == RANK
 CASES = ARGUMENTS[1].split(",")

@@ -29,7 +29,7 @@ from live_group import (
 from rank_side import ARGUMENTS, MEETING_S, RANK, error_of, join, leave_without_the_dead
 
 import jax_deepep as ep
-from jax_deepep import native_module
+from jax_deepep.communicator import native_module
 
 
 def dies_before_the_op() -> None:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
 
 import jax_deepep as ep
-from jax_deepep import build_identity
+from jax_deepep.communicator import build_identity
 
 DIFFERENT = int(ARGUMENTS[0]) == RANK
 OTHERS = {
@@ -22,9 +22,10 @@ OTHERS = {
     "timeout_s": 9.0,
     "implementation": "xla",
     "mode": "throughput",
+    "ranks_per_node": NUM_PROCESSES,
 }
 # Wrong by themselves, which nobody may find out before all have been told.
-WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt"}
+WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt", "ranks_per_node": 1}
 
 
 def make(**different) -> ep.Communicator:

@@ -9,8 +9,10 @@
 
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
+#include "cuda/row_sums.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 #include "interface/combine.h"
@@ -27,155 +29,6 @@ struct Combine {
   int64_t row_bytes;
   Divisor max_tokens, capacity;
 };
-
-// What a warp adds up. A lane may hold one input of the sum.
-struct Inputs {
-  int count = 0;                // of them, with `first`
-  const char* first = nullptr;  // the input before all others, or null
-  int place = kNone;            // where the lane's input comes in the sum
-  const char* row = nullptr;    // the lane's input
-  float weight = 1.0f;          // and its weight
-  float gradient = 0.0f;        // what goes back for the lane's entry
-};
-
-// How a sum goes: of terms that are rounded to the row type or of products as they are; from zero
-// or from its first term, which is to say from the zero that changes nothing.
-struct SumOfProducts {
-  static constexpr bool kRounded = false;
-  __device__ static float Zero(const Inputs&) { return -0.0f; }
-};
-struct SumOfRows {
-  static constexpr bool kRounded = true;
-  __device__ static float Zero(const Inputs& inputs) {
-    return inputs.first != nullptr ? -0.0f : 0.0f;
-  }
-};
-
-// A warp reads rows piece by piece: so many words of 16 bytes of each of its lanes, and so many
-// pieces ahead of the one that it adds.
-constexpr int kWordsOfPiece = 4;
-constexpr int kPieces = 3;
-
-// An input of a sum, in shared memory.
-struct Term {
-  const char* row;
-  float weight;
-};
-constexpr int kMaxTerms = kMaxTopk + 1;
-
-// Add groups of an input to sums. Inputs without a weight have 1, which changes nothing; to ask
-// costs less than to weigh the sums of step 1, which many of a token's inputs are.
-template <typename Type, bool kWeighted, bool kRounded, int kGroups>
-__device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)[kGroups],
-                                        float weight, float (&sums)[kGroups][kGroup]) {
-  float values[kGroup];
-  if (kWeighted && kRounded && weight != 1.0f) {
-#pragma unroll
-    for (Packed<typename Type::Element>& group : groups) {
-      Type::Unpack(group, values);
-#pragma unroll
-      for (float& value : values) value = __fmul_rn(value, weight);
-      group = Type::Pack(values);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    Type::Unpack(groups[i], values);
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) {
-      if (kWeighted && !kRounded) values[e] = __fmul_rn(values[e], weight);
-      sums[i][e] = __fadd_rn(sums[i][e], values[e]);
-    }
-  }
-}
-
-// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs was
-// measured to be faster than a loop for each number, which does less for a row: probably because of
-// what an SM caches of code, since ranks that share a GPU each fetch their own (bench/RESULTS.md).
-template <typename Type, bool kWeighted, typename Sum>
-__device__ __forceinline__ void AddPieces(const Inputs& inputs, char* to, RowShape<true> shape,
-                                          const Term* terms) {
-  using Group = Packed<typename Type::Element>;
-  constexpr int kGroups = kWordsOfPiece / Group::kWords;  // of a lane
-  const int lane = threadIdx.x % 32, num_groups = shape.num_groups();
-
-  int next_input = 0, next_base = lane;
-  auto load = [&](Group(&piece)[kGroups]) {
-    const char* row = terms[next_input].row;
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int at = next_base + i * 32;
-      if (at < num_groups) piece[i] = LoadGroup<typename Type::Element>(row, at, shape);
-    }
-    if (++next_input == inputs.count) next_input = 0, next_base += kGroups * 32;
-  };
-  Group pieces[kPieces][kGroups];
-#pragma unroll
-  for (Group(&piece)[kGroups] : pieces) load(piece);
-
-  float sums[kGroups][kGroup];
-  auto clear = [&] {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-#pragma unroll
-      for (float& sum : sums[i]) sum = Sum::Zero(inputs);
-    }
-  };
-  clear();
-  int input = 0, base = lane;
-  while (true) {
-#pragma unroll
-    for (Group(&piece)[kGroups] : pieces) {
-      AddTerm<Type, kWeighted, Sum::kRounded>(piece, terms[input].weight, sums);
-      load(piece);
-      if (++input < inputs.count) continue;
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const int at = base + i * 32;
-        if (at < num_groups) StoreGroup(to, at, shape, Type::Pack(sums[i]));
-      }
-      input = 0, base += kGroups * 32;
-      if (base - lane >= num_groups) return;
-      clear();
-    }
-  }
-}
-
-// The same for any row.
-template <typename Type, bool kWeighted, typename Sum>
-__device__ void AddOneByOne(const Inputs& inputs, char* to, RowShape<false> shape,
-                            const Term* terms) {
-  using Group = Packed<typename Type::Element>;
-  for (int group = threadIdx.x % 32; group < shape.num_groups(); group += 32) {
-    float sums[1][kGroup];
-#pragma unroll
-    for (float& sum : sums[0]) sum = Sum::Zero(inputs);
-#pragma unroll 4
-    for (int input = 0; input < inputs.count; ++input) {
-      const Term& term = terms[input];
-      Group groups[1] = {LoadGroup<typename Type::Element>(term.row, group, shape)};
-      AddTerm<Type, kWeighted, Sum::kRounded>(groups, term.weight, sums);
-    }
-    StoreGroup(to, group, shape, Type::Pack(sums[0]));
-  }
-}
-
-template <typename Type, bool kWhole, bool kWeighted, typename Sum>
-__device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape,
-                                      Term* terms) {
-  __syncwarp();
-  if (inputs.place != kNone) terms[inputs.place] = {inputs.row, inputs.weight};
-  if (inputs.first != nullptr && threadIdx.x % 32 == 0) terms[0] = {inputs.first, 1.0f};
-  __syncwarp();
-  if (inputs.count == 0) {
-    ZeroRow(to,
-            RowShape<kWhole>{static_cast<int>(shape.size * sizeof(typename Type::Element) / 2)});
-  } else if constexpr (kWhole) {
-    AddPieces<Type, kWeighted, Sum>(inputs, to, shape, terms);
-  } else {
-    AddOneByOne<Type, kWeighted, Sum>(inputs, to, shape, terms);
-  }
-}
 
 // The sum of the token's rows here stands where its rank finds it.
 __device__ int64_t SumOffset(const Combine& op, int rank, int token) {
@@ -340,9 +193,13 @@ Kernel KernelFor(RowType type, bool whole, bool weighted) {
 
 }  // namespace
 
-const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int num_blocks,
-                          const DeviceFacts& device, cudaStream_t stream) {
-  Combine op{frame, params, params.route.row_bytes(), Divisor(frame.shape.max_tokens),
+template <>
+const char* VerbKernels<Throughput, CombineParams>::Launch(const OpFrame& frame,
+                                                           const CombineParams& params,
+                                                           int num_blocks,
+                                                           const DeviceFacts& device,
+                                                           cudaStream_t stream) {
+  Combine op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
              Divisor(params.route.capacity)};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.weights != nullptr) op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
@@ -356,7 +213,8 @@ const char* LaunchCombine(const OpFrame& frame, const CombineParams& params, int
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
-const char* LoadCombineKernels(int /*max_shared_bytes*/) {
+template <>
+const char* VerbKernels<Throughput, CombineParams>::Load(int /*max_shared_bytes*/) {
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     for (const bool whole : {false, true}) {
       for (const bool weighted : {false, true}) {

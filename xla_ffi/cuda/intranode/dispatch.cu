@@ -15,12 +15,14 @@
 
 #include <algorithm>
 
+#include "cuda/dispatch_op.cuh"
+#include "cuda/dispatch_plan.cuh"
+#include "cuda/dispatch_results.cuh"
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/dispatch_count.cuh"
-#include "cuda/intranode/dispatch_op.cuh"
-#include "cuda/intranode/dispatch_plan.cuh"
-#include "cuda/intranode/launch.h"
+#include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
@@ -50,62 +52,6 @@ __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
         }
         op.params.destination[index] = destination;
       });
-}
-
-__device__ void MarkEmpty(const Dispatch& op, int64_t row) {
-  const int num_topk = op.frame.shape.num_topk;
-  op.params.source[row] = kNone;
-  if (op.params.route.layout == Layout::kExpertMajor) {
-    op.params.weights[row] = 0.0f;
-    return;
-  }
-  for (int k = 0; k < num_topk; ++k) {
-    op.params.weights[row * num_topk + k] = 0.0f;
-    op.params.local_experts[row * num_topk + k] = kNone;
-  }
-}
-
-// Fill in the rows that no source sends, and the counts.
-template <bool kWhole>
-__device__ void WriteRest(const Dispatch& op, const Plan& plan) {
-  const DispatchParams& params = op.params;
-  const int groups = params.route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
-  const int lane = threadIdx.x % 32;
-  const int warp = FirstItem();
-  int64_t kept = 0, end = 0;
-  for (int base = 0; base < groups; base += 32) {
-    const int group = base + lane;
-    const bool inside = group < groups;
-    const int at = op.frame.rank * groups + group;
-    const int32_t rows = inside ? plan.kept[at] : 0;
-    const auto padded = static_cast<int32_t>(op.alignment.RoundUp(rows));
-    const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first row of no token
-    if (warp == 0 && inside) {
-      params.num_rows[group] = rows;
-      params.group_sizes[group] = padded;
-    }
-    kept += __reduce_add_sync(~0u, rows);
-    end += __reduce_add_sync(~0u, padded);
-    for (uint32_t lanes = __ballot_sync(~0u, padded > rows); lanes != 0; lanes &= lanes - 1) {
-      const int of_lane = __ffs(lanes) - 1;
-      const int64_t first = __shfl_sync(~0u, rest, of_lane);
-      const int count = __shfl_sync(~0u, padded - rows, of_lane);
-      for (int i = warp; i < count; i += NumWarps()) {
-        ZeroRow(static_cast<char*>(params.tokens) + (first + i) * op.row_bytes,
-                WordsOf<kWhole>(op.row_bytes));
-        if (lane == 0) MarkEmpty(op, first + i);
-      }
-    }
-  }
-  for (int64_t row = end + blockIdx.x * kThreads + threadIdx.x; row < params.route.capacity;
-       row += gridDim.x * kThreads) {
-    MarkEmpty(op, row);
-  }
-  if (warp == 0 && lane == 0) {
-    *params.num_received = static_cast<int32_t>(*plan.received);
-    *params.num_dropped = static_cast<int32_t>(*plan.received - kept);
-    if (params.pairs != nullptr) params.pairs[0] = plan.pairs_before[op.frame.shape.num_ranks];
-  }
 }
 
 // A token that has experts here.
@@ -201,35 +147,6 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
       });
 }
 
-__device__ void WriteFailure(const Dispatch& op) {
-  const DispatchParams& params = op.params;
-  const GroupShape& shape = op.frame.shape;
-  const int64_t capacity = params.route.capacity, num_topk = shape.num_topk;
-  const bool expert_major = params.route.layout == Layout::kExpertMajor;
-  const int groups = expert_major ? op.local_experts.divisor() : 1;
-  FillAsFailed(params.route.row_type, params.tokens, capacity * params.route.row_size);
-  FillAsFailed(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
-  FillByBlock(params.source, capacity, kNone);
-  FillByBlock(params.destination, params.route.num_tokens * num_topk, kNone);
-  if (!expert_major) FillByBlock(params.local_experts, capacity * num_topk, kNone);
-  FillByBlock(params.group_sizes, groups, 0);
-  FillByBlock(params.num_rows, groups, 0);
-  if (threadIdx.x == 0) {
-    *params.num_received = *params.num_dropped = *params.num_invalid = 0;
-    if (params.pairs != nullptr) params.pairs[0] = 0;
-  }
-}
-
-__device__ void ReportInvalid(const Dispatch& op, const GroupOp& group) {
-  const uint32_t count = group.own().num_invalid;
-  *op.params.num_invalid = static_cast<int32_t>(count);
-  HostStatus& status = *op.frame.status;
-  if (count == 0 || *static_cast<volatile uint64_t*>(&status.invalid_step) != 0) return;
-  status.num_invalid = count;
-  __threadfence_system();
-  *static_cast<volatile uint64_t*>(&status.invalid_step) = group.step();
-}
-
 template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_constant__ Dispatch op) {
   extern __shared__ __align__(16) char memory[];
@@ -257,17 +174,21 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 
 }  // namespace
 
-int64_t LeastSharedBytesOfDispatch(const GroupShape& shape) {
+int64_t Throughput::LeastSharedBytes(const GroupShape& shape) {
   // More than the counters of one warp, which stand in the same place.
   return Plan::Ints(shape) * static_cast<int64_t>(sizeof(int32_t));
 }
 
-const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
-                           const DeviceFacts& device, cudaStream_t stream) {
+template <>
+const char* VerbKernels<Throughput, DispatchParams>::Launch(const OpFrame& frame,
+                                                            const DispatchParams& params,
+                                                            int num_blocks,
+                                                            const DeviceFacts& device,
+                                                            cudaStream_t stream) {
   const GroupShape& shape = frame.shape;
   Dispatch op{frame,
               params,
-              params.route.row_bytes(),
+              params.route.rows().bytes(),
               Divisor(shape.num_local_experts()),
               Divisor(shape.num_topk),
               Divisor(params.route.alignment),
@@ -280,14 +201,15 @@ const char* LaunchDispatch(const OpFrame& frame, const DispatchParams& params, i
   const int warp_bytes =
       NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
   op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
-  const int plan_bytes = static_cast<int>(LeastSharedBytesOfDispatch(shape));
+  const int plan_bytes = static_cast<int>(Throughput::LeastSharedBytes(shape));
   const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
   const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
   return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks,
                       kThreads, shared_bytes, stream);
 }
 
-const char* LoadDispatchKernels(int max_shared_bytes) {
+template <>
+const char* VerbKernels<Throughput, DispatchParams>::Load(int max_shared_bytes) {
   const char* error = LoadKernel(DispatchKernel<true>, max_shared_bytes);
   return error != nullptr ? error : LoadKernel(DispatchKernel<false>, max_shared_bytes);
 }

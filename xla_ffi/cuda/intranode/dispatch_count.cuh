@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
+#include "cuda/dispatch_op.cuh"
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
-#include "cuda/intranode/dispatch_op.cuh"
 
 namespace jax_deepep {
 

@@ -1,0 +1,67 @@
+"""What the command lines of the bench share; argparse puts the option before these errors."""
+
+import argparse
+import math
+from argparse import ArgumentTypeError
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SIZES = {
+    "tokens": "T, tokens per device",
+    "hidden": "H, elements of a row",
+    "intermediate": "F, inner size of an expert",
+    "topk": "K, experts per token",
+    "experts": "E, experts over all devices",
+    "devices": "R, devices of the group",
+}
+
+
+def positive_int(text: str) -> int:
+    """Return an integer of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return number
+
+
+def positive_ints(text: str) -> list[int]:
+    """Return integers of at least 1, separated by commas."""
+    return [positive_int(number) for number in text.split(",")]
+
+
+def positive_number(text: str) -> float:
+    """Return a positive, finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return number
+
+
+def add_sizes(
+    parser: argparse.ArgumentParser,
+    names: Sequence[str],
+    defaults: Mapping[str, Any],
+    types: Mapping[str, Any] | None = None,
+) -> None:
+    """Add an option for each size; what has no default stays None."""
+    group = parser.add_argument_group("shape")
+    for name in names:
+        default = defaults.get(name)
+        shown = "" if default is None else " (%(default)s)"
+        group.add_argument(
+            f"--{name}", type=(types or {}).get(name, positive_int), default=default, help=SIZES[name] + shown
+        )
+
+
+def add_trials(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add the option that says how often everything runs."""
+    parser.add_argument(
+        "--trials", "--repeats", dest="trials", type=positive_int, default=default,
+        help="of every case, interleaved (%(default)s)",
+    )  # fmt: skip

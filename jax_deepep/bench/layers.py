@@ -1,0 +1,151 @@
+"""Programs of MoE layers: one device's experts, and layers on all devices."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_deepep import gating
+from jax_deepep.bench.problem import AXIS, WORST, Problem
+from jax_deepep.capacity import bounded_rows, round_up, worst_case_rows
+from jax_deepep.communicator import Communicator
+from jax_deepep.moe import MoEConfig, init_parameters, moe
+from jax_deepep.moe.experts import routed_experts
+from jax_deepep.moe.grouped_matmul import alignment_for
+from jax_deepep.moe.parameters import of_experts
+
+GATHERED = "gathered"
+Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a function to be jitted, and its operands
+
+
+def gathered_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int) -> jax.Array:
+    """Multiply all blocks in one batched product, each with a copy of its matrix."""
+    blocks = rows.reshape(-1, block, rows.shape[1])
+    expert = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(len(blocks)) * block, side="right")
+    live = expert < len(matrices)
+    blocks = jnp.where(live[:, None, None], blocks, 0)
+    products = jnp.einsum("bth,bhf->btf", blocks, matrices[jnp.where(live, expert, 0)])
+    return products.reshape(len(rows), -1)
+
+
+def capacity_factor_of(problem: Problem) -> float | None:
+    """Return the capacity as `MoEConfig` has it; None for the worst case."""
+    return None if problem.capacity == WORST else float(problem.capacity.removesuffix("x"))
+
+
+def rows_of_one_device(problem: Problem, alignment: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Return rows [C, H], the experts' weights and group sizes [L] of uniform routing.
+
+    Rows between the groups are zero and those after the last one NaN, as a dispatch may leave them.
+    """
+    assert problem.intermediate is not None
+    random = np.random.default_rng(0)
+    num_local, live = problem.num_local_experts, problem.tokens * problem.topk
+    counts = np.bincount(random.integers(0, num_local, live), minlength=num_local)
+    group_sizes = round_up(counts, alignment)
+    sizes = {
+        "num_ranks": problem.devices,
+        "num_tokens": problem.tokens,
+        "num_experts_per_tok": problem.topk,
+        "num_local_experts": num_local,
+        "alignment": alignment,
+    }
+    factor = capacity_factor_of(problem)
+    if factor is None:
+        capacity = worst_case_rows(layout="expert", **sizes)
+    else:
+        capacity = bounded_rows(capacity_factor=factor, **sizes)
+    first = np.cumsum(group_sizes) - group_sizes
+    position = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
+    key, dtype = jax.random.key(0), jnp.dtype(problem.dtype)
+    rows = jnp.full((capacity, problem.hidden), jnp.nan, dtype).at[: group_sizes.sum()].set(0)
+    rows = rows.at[position].set(jax.random.normal(key, (live, problem.hidden), dtype))
+    shape = (num_local, problem.hidden, problem.intermediate)
+    shapes = {"wi_0": shape, "wi_1": shape, "wo": (num_local, problem.intermediate, problem.hidden)}
+    weights = {name: of_experts(key, shape, dtype) for name, shape in shapes.items()}
+    return rows, weights, jnp.asarray(group_sizes, jnp.int32)
+
+
+def experts_programs(problem: Problem, name: str) -> dict[str, Program]:
+    """Return the networks of one device's experts by grouped matmul `name`, and with all their gradients."""
+    mean_rows = problem.tokens * problem.topk * problem.devices / problem.experts
+    alignment = alignment_for("blocks" if name == GATHERED else name, mean_rows)
+    choice = partial(gathered_matmul, block=alignment) if name == GATHERED else name
+    rows, weights, group_sizes = rows_of_one_device(problem, alignment)
+    live = jnp.arange(len(rows))[:, None] < group_sizes.sum()
+
+    def forward(rows, weights, group_sizes):
+        return routed_experts(
+            rows, group_sizes, weights, activation=jax.nn.silu, choice=choice, alignment=alignment
+        )
+
+    def step(rows, weights, group_sizes):
+        out, pull_back = jax.vjp(lambda *operands: forward(*operands, group_sizes), rows, weights)
+        return pull_back(jnp.where(live, out, 0))
+
+    operands = (rows, weights, group_sizes)
+    return {"forward": (forward, operands), "forward + backward": (step, operands)}
+
+
+def dense_moe(problem: Problem, parameters: dict[str, jax.Array], x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Apply the layer without dispatch: gather all tokens, send each through all experts of the device."""
+
+    def per_device(parameters: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        tokens = lax.all_gather(x, AXIS, tiled=True)
+        logits = jnp.matmul(tokens, parameters["gate"], preferred_element_type=jnp.float32)
+        topk_idx, weights = gating.group_limited_topk(
+            logits, num_experts_per_tok=problem.topk, score_function="softmax"
+        )
+        first = lax.axis_index(AXIS) * (problem.num_local_experts)
+
+        @jax.checkpoint
+        def add_expert(out, of_expert):
+            number, wi_0, wi_1, wo = of_expert
+            weight = jnp.sum(jnp.where(topk_idx == first + number, weights, 0), axis=1)
+            y = (jax.nn.silu(tokens @ wi_0) * (tokens @ wi_1)) @ wo
+            return out + weight[:, None].astype(out.dtype) * y, None
+
+        experts = tuple(parameters[name] for name in ("wi_0", "wi_1", "wo"))
+        out, _ = lax.scan(add_expert, jnp.zeros_like(tokens), (jnp.arange(len(experts[0])), *experts))
+        return lax.psum_scatter(out, AXIS, tiled=True)
+
+    specs = {name: P() if name == "gate" else P(AXIS) for name in parameters}
+    return jax.shard_map(per_device, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=P(AXIS))(parameters, x)
+
+
+def layer_programs(
+    problem: Problem, mesh: Mesh, comm: Communicator | None, num_chunks: int = 1, matmul: Any = "auto"
+) -> dict[str, Program]:
+    """Return a layer, and a training step's gradients of it; `comm` None = `dense_moe`."""
+    assert problem.intermediate is not None
+    maker = comm or problem.communicator(mesh, "xla")
+    config = MoEConfig(
+        maker,
+        problem.experts,
+        problem.topk,
+        problem.hidden,
+        problem.intermediate,
+        num_chunks=num_chunks,
+        grouped_matmul=matmul,
+        capacity_factor=capacity_factor_of(problem),
+    )
+    parameters = init_parameters(config, jax.random.key(0), jnp.dtype(problem.dtype))
+    draw = partial(jax.random.normal, shape=(problem.devices * problem.tokens, problem.hidden))
+    x = jax.jit(lambda key: draw(key).astype(problem.dtype), out_shardings=NamedSharding(mesh, P(AXIS)))(
+        jax.random.key(1)
+    )
+
+    def forward(parameters, x):
+        return moe(config, parameters, x)[0] if comm else dense_moe(problem, parameters, x, mesh)
+
+    def loss(parameters, x):
+        return jnp.mean(forward(parameters, x).astype(jnp.float32) ** 2)
+
+    step = jax.grad(loss, argnums=(0, 1))
+    return {"forward": (forward, (parameters, x)), "forward + backward": (step, (parameters, x))}

@@ -1,0 +1,150 @@
+"""python -m jax_deepep.bench moe: MoE layers, and the grouped matmuls that they may use."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_deepep.bench.command_line import add_sizes, add_trials, positive_int, positive_number
+from jax_deepep.bench.kernel_trace import CPU_REASON, kernel_shares
+from jax_deepep.bench.layers import GATHERED, Program, experts_programs, layer_programs
+from jax_deepep.bench.problem import AXIS, DTYPES, WORST, Problem
+from jax_deepep.bench.processes import end_jax, start_jax
+from jax_deepep.bench.report import Report, Result, Spread, add_outputs
+from jax_deepep.bench.trials import Timer, interleaved, wall_clock
+from jax_deepep.moe.grouped_matmul import NAMES
+
+DEFAULT = Problem(256, 256, topk=4, experts=32, dtype="float32", intermediate=512)
+DENSE = "dense"
+LAYERS = ("native", "xla", DENSE)
+EXPERTS, LAYER = "experts of one device", "layer"
+
+MEANING = """\
+A jitted program from its launch until its results are ready, of the slowest rank; median (p10–p90).
+queued: per call, with several in flight, as a training loop has them.
+forward + backward has the gradients of all parameters and of x.
+temporary MiB: what XLA allocates on a device for forward + backward besides operands and results.
+"""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jax_deepep.bench moe",
+        description="Time MoE layers, and the grouped matmuls that they may use, forward and backward.",
+        epilog=MEANING,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sizes = ("tokens", "hidden", "intermediate", "topk", "experts")
+    add_sizes(parser, sizes, vars(DEFAULT))
+    parser.add_argument("--devices", type=positive_int, help="R, devices of the group (all; on a CPU 8)")
+    parser.add_argument("--dtype", default=DEFAULT.dtype, choices=DTYPES)
+    parser.add_argument("--capacity-factor", type=_capacity, default=WORST, dest="capacity",
+                        help='a number, or "worst" (%(default)s)')  # fmt: skip
+    matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
+    parser.add_argument(
+        "--matmuls", nargs="*", choices=matmuls, help="to apply experts (what the platform has)"
+    )
+    parser.add_argument("--layer-matmul", choices=NAMES, default="auto", help="of the layers (%(default)s)")
+    parser.add_argument("--layers", nargs="*", choices=LAYERS, default=LAYERS,
+                        help="native, xla, dense: all tokens through all experts (all three)")  # fmt: skip
+    parser.add_argument(
+        "--chunks", nargs="+", type=positive_int, default=[1], help="num_chunks of native (1)"
+    )
+    parser.add_argument("--queued", type=positive_int, default=6, help="calls in flight (%(default)s)")
+    add_trials(parser, 10)
+    add_outputs(parser)
+    return parser.parse_args(arguments)
+
+
+def _capacity(text: str) -> str:
+    return WORST if text == WORST else f"{positive_number(text):g}x"
+
+
+def queued(run: Callable[[], Any], calls: int) -> Timer:
+    """Return a timer of calls that are launched before the first has ended, per call."""
+
+    def seconds() -> float:
+        return wall_clock(lambda: [run() for _ in range(calls)]) / calls
+
+    return seconds
+
+
+def measure(
+    problem: Problem, part: str, case: str, programs: dict[str, Program], *, trials: int, calls: int
+) -> Result:
+    """Compile and time the programs of one case; every process makes as many runs."""
+    timers: dict[str, Timer] = {}
+    values: dict[str, Any] = {}
+    on_gpus = jax.devices()[0].platform == "gpu"
+    for name, (function, operands) in programs.items():
+        try:
+            compiled = jax.jit(function).lower(*operands).compile()
+            run = partial(compiled, *operands)
+            jax.block_until_ready(run())
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            return Result(problem, part, case, failure=str(error).splitlines()[0][:80])
+        timers[name] = partial(wall_clock, run)
+        timers[f"{name}, queued"] = queued(run, calls)
+        memory = compiled.memory_analysis()
+        values["temporary MiB"] = float(getattr(memory, "temp_size_in_bytes", 0)) / 2**20
+        # The numbers of one process; all of them run the program.
+        shares = kernel_shares(run) if on_gpus else {"not measured": CPU_REASON}
+        values.setdefault("kernel shares", {})[name] = shares
+    seconds = {name: Spread.of(times) for name, times in interleaved(timers, trials).items()}
+    return Result(problem, part, case, seconds, values=values)
+
+
+def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Iterator[Result]:
+    """Measure one case after the other: their memory does not add up."""
+    timed = partial(measure, problem, trials=options.trials, calls=options.queued)
+    matmuls = options.matmuls
+    if matmuls is None:
+        on_cpu = jax.devices()[0].platform == "cpu"
+        matmuls = ["ragged_dot", GATHERED, "blocks"] if on_cpu else ["ragged_dot", "triton"]
+    for name in matmuls:
+        yield timed(EXPERTS, name, experts_programs(problem, name))
+    for name in options.layers:
+        if name == DENSE:
+            yield timed(LAYER, name, layer_programs(problem, mesh, None))
+            continue
+        for chunks in options.chunks if name == "native" else [1]:
+            with problem.communicator(mesh, name, max_tokens=-(-problem.tokens // chunks)) as comm:
+                programs = layer_programs(problem, mesh, comm, chunks, options.layer_matmul)
+                yield timed(LAYER, name if chunks == 1 else f"{name}, {chunks} chunks", programs)
+
+
+def show_shares(results: Sequence[Result]) -> None:
+    """Print the kernels of each program, or once why there are none."""
+    if jax.devices()[0].platform == "cpu":
+        print(CPU_REASON)
+        return
+    for result in results:
+        for name, shares in result.values.get("kernel shares", {}).items():
+            text = ", ".join(f"{kernel} {share:.1%}" for kernel, share in shares.items())
+            print(f"{result.part}, {result.case}, {name}: {text}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure and report; return the exit status."""
+    options = parse(arguments)
+    start_jax(options.devices or DEFAULT.devices)
+    devices = jax.devices()[: options.devices]
+    names = ("tokens", "hidden", "intermediate", "topk", "experts", "dtype", "capacity")
+    try:
+        problem = Problem(devices=len(devices), **{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report = Report(options, MEANING)
+    report.add(results_of(options, problem, Mesh(np.array(devices), (AXIS,))))
+    if jax.process_index() == 0:
+        show_shares(report.results)
+    report.draw()
+    end_jax()
+    return 0

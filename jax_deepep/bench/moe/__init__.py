@@ -1,1 +1,0 @@
-"""Measurements of whole MoE layers and of their grouped matmuls."""

@@ -1,0 +1,67 @@
+"""Checks of arguments that are integers or arrays. Errors name the argument, what it got, what it takes."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_deepep.capacity import INT32_MAX
+
+ROW_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def checked_integer(name: str, value: Any, *, minimum: int) -> int:
+    """Return `value` as an int, if it is a static integer of any type, from `minimum` to what int32 holds."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(
+            f"{name}: got {value!r}; takes a Python integer (a static value, known when tracing)."
+        ) from None
+    if number < minimum:
+        raise ValueError(f"{name}: got {number}; takes an integer of at least {minimum}.")
+    if number > INT32_MAX:
+        raise ValueError(f"{name}: got {number}; takes at most {INT32_MAX} (an int32).")
+    return number
+
+
+def check_is_array(name: str, value: Any) -> None:
+    """Raise unless `value` has a dtype and a shape."""
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"{name}: got {type(value).__name__}; takes an array.")
+
+
+def check_array(
+    name: str, value: Any, shape: tuple[int | None, ...], *, names: str, dtype: Any = None
+) -> None:
+    """Raise unless `value` has `dtype` and `shape`; None stands for any size."""
+    check_is_array(name, value)
+    if dtype is not None and value.dtype != dtype:
+        wanted = jnp.dtype(dtype).name
+        raise TypeError(
+            f"{name}: got dtype {value.dtype.name}; takes {wanted}. Cast it: {name}.astype(jnp.{wanted})."
+        )
+    same = len(value.shape) == len(shape) and all(
+        wanted is None or got == wanted for got, wanted in zip(value.shape, shape, strict=True)
+    )
+    if not same:
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}; takes {names} = [{sizes}].")
+
+
+def check_rows_dtype(name: str, value: Any) -> None:
+    """Raise unless `value` is an array of a dtype that rows with sums can have."""
+    check_is_array(name, value)
+    if value.dtype.name not in ROW_DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {value.dtype.name}; takes {', '.join(ROW_DTYPES)}. "
+            f"Cast it: {name}.astype(jnp.{nearest_row_dtype(value.dtype)})."
+        )
+
+
+def nearest_row_dtype(dtype: Any) -> str:
+    """Return the dtype of rows that loses least of `dtype`."""
+    return "float32" if dtype.itemsize >= 4 else "bfloat16"

@@ -1,0 +1,328 @@
+"""The communicator: who exchanges rows with whom, made once, outside of jit."""
+
+import contextlib
+import dataclasses
+import warnings
+from dataclasses import KW_ONLY, dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_deepep import jax_compat, launch_variables
+from jax_deepep.communicator import native_module
+from jax_deepep.communicator.backend import Backend, agree, begin_exchange, choose
+from jax_deepep.communicator.config import (
+    CommunicatorConfig,
+    Implementation,
+    Mode,
+    check_mesh,
+    config_or_error,
+    groups_of,
+)
+from jax_deepep.communicator.native import CudaHalf
+from jax_deepep.communicator.native_types import NativeCommunicator
+from jax_deepep.communicator.topology import Topology
+from jax_deepep.cpu_threads import warn_of_too_few_threads
+from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeoutError
+
+
+@dataclass(frozen=True)
+class CommunicatorStats:
+    """What crossed a communicator since it was made or last asked.
+
+    Arrays are [num_groups, R, R], indexed [group, rank, peer]; ranks of other processes are zero.
+
+    Attributes:
+        rows_sent: int64, rows that rank sent to peer, itself included: one per (token, device) and op,
+            however many experts of the device the token goes to.
+        rows_received: int64, rows that rank received from peer.
+        seconds_waited: float64, how long ops of rank waited until peer arrived.
+    """
+
+    rows_sent: np.ndarray
+    rows_received: np.ndarray
+    seconds_waited: np.ndarray
+
+
+class LastOp(NamedTuple):
+    """The last op of one device.
+
+    Attributes:
+        seconds: from its first instruction on the device to its last, waits for peers included.
+        num_sms: SMs that it took.
+    """
+
+    seconds: float
+    num_sms: int
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Communicator:
+    """An expert-parallel group of devices, and what its ops need to exchange rows.
+
+    Frozen and hashable by identity: a static argument, free to be closed over by jitted functions.
+    Any number of communicators may live at once. Also a context manager that closes itself.
+
+    **Collective:** every process of the mesh makes the same communicators in the same order.
+
+    Args:
+        mesh: the device mesh; further axes (data, fsdp, …) are allowed, and each slice along
+            `axis_name` is a group of its own.
+        axis_name: the expert-parallel axis, or a tuple of axes, outermost first; with () every device is
+            a group of its own.
+        num_experts: E, a multiple of the group size R; device r owns experts [r·E/R, (r+1)·E/R).
+        num_experts_per_tok: K, entries per token in `topk_idx`; 1 ≤ K ≤ E.
+        max_tokens: most tokens per device and op.
+        hidden_size: H, elements of a row.
+        implementation: "native" for our own kernels, "xla" for JAX collectives, which run on every
+            platform; "auto" takes the native one where the platform has it and every group lies inside one
+            host, however many hosts the mesh has. The attribute holds what was chosen.
+        mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
+            GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
+            float16, narrow integers); "throughput" for everything else. "auto" takes "throughput". Results
+            are the same bits in both. The attribute holds what was chosen.
+        num_sms: CUDA: SMs that one op occupies; None = as many as its bytes want, chosen for each op. At most
+            the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
+        timeout_s: seconds, the longest any wait on a peer may last.
+        ranks_per_node: None, or the group size R: all ranks of a group are on one node. Groups of several
+            nodes are not in this version.
+
+    What was asked for stays in `config`.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+        CommunicatorError: processes gave different arguments, or run different builds of this package.
+        PeerTimeoutError: a process of the mesh did not come within `timeout_s`.
+    """
+
+    mesh: Mesh
+    axis_name: str | tuple[str, ...] = "expert"
+    _: KW_ONLY
+    num_experts: int
+    num_experts_per_tok: int
+    max_tokens: int
+    hidden_size: int
+    implementation: Implementation = "auto"
+    mode: Mode = "auto"
+    num_sms: int | None = None
+    timeout_s: float = 600.0
+    ranks_per_node: int | None = None
+    config: CommunicatorConfig = field(init=False)
+    topology: Topology = field(init=False)
+    id: int = field(init=False)
+    _backend: Backend = field(init=False)
+
+    def __post_init__(self) -> None:
+        if jax_compat.is_tracing():
+            raise ValueError(
+                "Communicator: expected to be made outside of jit and other transformations, got a call "
+                "while tracing; make it before, and close over it or pass it to the layers as comm=."
+            )
+        check_mesh(self.mesh)
+        arguments = dict(vars(self))
+        config = config_or_error(arguments)
+        topology = groups_of(arguments) if isinstance(config, Exception) else config.topology
+        place = launch_variables.place_in_job()
+        if place is not None and place[1] > 1 and jax.process_count() == 1:
+            warnings.warn(
+                f"This is rank {place[0]} of {place[1]} of python -m jax_deepep.launch, and JAX knows of no "
+                "other process: call jax.distributed.initialize() first, in every rank, or each one computes "
+                "for itself.",
+                stacklevel=3,
+            )
+        with begin_exchange(topology, self.timeout_s) as exchange:
+            unsupported_reason = agree(exchange, topology, arguments, config)
+            # Not before: for an error that only one process sees, the others would wait.
+            if isinstance(config, Exception):
+                raise config
+            backend = choose(config, unsupported_reason, exchange)
+        for argument in dataclasses.fields(config):  # integers of any type are ints there
+            self._set(argument.name, getattr(config, argument.name))
+        self._set("config", config)
+        self._set("topology", topology)
+        self._set("id", exchange.id)
+        self._set("implementation", backend.implementation)
+        self._set("mode", config.chosen_mode)
+        self._set("_backend", backend)
+        if backend.native is not None:
+            native_module.close_at_exit(self, backend.native)
+            if topology.platform == "cpu":
+                warn_of_too_few_threads(len(topology.local_devices(exchange.process)))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return (
+            f"Communicator #{self.id}({self.size} ranks along {self.axis_name!r}, "
+            f"{self.num_experts} experts, {self.implementation})"
+        )
+
+    @property
+    def _native(self) -> NativeCommunicator | None:
+        return self._backend.native
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The expert-parallel axes as a tuple, outermost first."""
+        return self.topology.axis_names
+
+    @property
+    def platform(self) -> str:
+        """The platform of the devices: "cpu", "cuda", "rocm" or "tpu"."""
+        return self.topology.platform
+
+    @property
+    def size(self) -> int:
+        """R, devices in one expert-parallel group."""
+        return self.topology.num_ranks
+
+    @property
+    def num_local_experts(self) -> int:
+        """L = E / R, experts that one device owns."""
+        return self.num_experts // self.size
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of memory that this process holds for the communicator between ops."""
+        return 0 if self._native is None else self._native.buffer_bytes
+
+    @property
+    def fingerprint(self) -> int:
+        """63 bits that differ when the arguments do; a compiled program carries them."""
+        return self.config.fingerprint
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return getattr(self, "_closed", False)
+
+    def describe(self) -> str:
+        """Return one screen: topology, transport, buffers, mode, and why they were chosen."""
+        mesh = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        groups, processes = len(self.topology.groups), len(self.topology.processes)
+        state = "closed" if self.closed else self._broken_message() or "ready"
+        rows = [
+            ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
+            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}; "
+                       f"{processes} process(es)"),
+            ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
+                        f"{self.num_experts_per_tok} per token"),
+            ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),
+            ("implementation", f"{self.implementation} ({self._backend.reason})"),
+            ("transport", self._backend.transport()),
+            ("mode", f"{self.mode} (mode={self.config.mode!r})"),
+            ("buffers", f"{self.buffer_bytes / 2**20:.1f} MiB held between ops"),
+            ("timeout", f"{self.timeout_s:g} s"),
+            ("state", state),
+        ]  # fmt: skip
+        lines = [f"Communicator #{self.id}", *(f"  {name:<15} {text}" for name, text in rows)]
+        return "\n".join(lines)
+
+    def stats(self) -> CommunicatorStats:
+        """Return rows sent and received and time waited per peer, since the last call.
+
+        A row counts as sent when its receiver has it, which may be a moment after the sender's op.
+
+        Raises:
+            CommunicatorError: with implementation="xla", which does not count.
+        """
+        if self._native is None:
+            raise CommunicatorError(
+                'stats: implementation="xla" counts nothing; use implementation="native".'
+            )
+        return CommunicatorStats(*self._native.take_stats())
+
+    def last_ops(self) -> list[LastOp]:
+        """Return what the last op took on each device of this process, in the order of the mesh.
+
+        By the device's clock, captured or not. To be called when the op has ended; others are not waited for.
+
+        Raises:
+            CommunicatorError: the ops are not native ones of GPUs.
+        """
+        half = self._backend.half
+        if not isinstance(half, CudaHalf):
+            raise CommunicatorError(
+                f"last_ops: expected native ops on GPUs, got {self.implementation} ones on {self.platform}; "
+                "time whole programs there."
+            )
+        return [LastOp(*of_device) for of_device in half.native.last_ops]
+
+    def check(self) -> None:
+        """Wait for the ops launched so far and raise what they met. Local and sticky.
+
+        An op launched so far is one whose program has a live result in this process, or that has
+        begun.
+
+        Raises:
+            PeerTimeoutError: a peer did not arrive in time; the communicator is broken.
+            CommunicatorError: it is broken for another reason, or a GPU of this process has met an
+                error.
+            InvalidRoutingError: `topk_idx` held invalid entries; the communicator still works.
+        """
+        if error := self._wait_for_ops():
+            raise CommunicatorError(error)
+        self._raise_if_broken()
+        if self._native is not None and (text := self._native.invalid_routing):
+            raise InvalidRoutingError(text)
+
+    def _wait_for_ops(self) -> str:
+        """Return an error of a device of this process, or nothing."""
+        for array in jax.live_arrays():
+            # A program that failed raises here, and one may give its result away meanwhile: both
+            # concern whoever uses the result, and neither leaves an op running.
+            with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
+                if not array.is_deleted():
+                    array.block_until_ready()
+        return "" if self._native is None else self._native.wait_for_ops()
+
+    def _broken_message(self) -> str:
+        return "" if self._native is None else self._native.broken
+
+    def _raise_if_broken(self) -> None:
+        if self._native is not None and (message := self._native.broken):
+            raise PeerTimeoutError(message) if self._native.timed_out else CommunicatorError(message)
+
+    def raise_if_unusable(self) -> None:
+        """Raise if no op may be traced with this communicator: it is closed or broken."""
+        if self.closed:
+            raise CommunicatorError(f"comm: {self!r} is closed; make a new Communicator and trace again.")
+        self._raise_if_broken()
+
+    def close(self) -> None:
+        """Wait for running ops, then free what the communicator holds. Local; may be repeated.
+
+        Tracing with it raises afterwards; a program compiled before fails with a clear error.
+        """
+        if not self.closed:
+            if self._native is not None:
+                self._wait_for_ops()
+                self._native.close()
+            self._set("_closed", True)
+
+    def __enter__(self) -> "Communicator":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __copy__(self) -> "Communicator":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Communicator":
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"comm: {self!r} cannot be pickled, because it holds devices and an agreement of processes; make "
+            "it anew, in every process, with the same arguments."
+        )

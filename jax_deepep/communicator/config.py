@@ -1,0 +1,208 @@
+"""What a communicator is asked for: its arguments, checked, and what follows from them alone."""
+
+import functools
+import hashlib
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jax.sharding import Mesh
+
+from jax_deepep.capacity import INT32_MAX
+from jax_deepep.checks import checked_integer
+from jax_deepep.communicator.key_value_store import digest_of
+from jax_deepep.communicator.topology import Topology
+
+Implementation = Literal["auto", "native", "xla"]
+Mode = Literal["auto", "throughput", "low_latency"]
+
+INTEGERS = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms", "ranks_per_node")
+OPTIONAL_INTEGERS = ("num_sms", "ranks_per_node")
+
+# Longer arguments are cut where processes compare them, and told apart by a digest.
+MOST_CHARACTERS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommunicatorConfig:
+    """The arguments of a `Communicator`, which has their meanings: what was asked for, not what was chosen.
+
+    Integers of any type, NumPy's for example, are ints here.
+
+    Raises:
+        ValueError, TypeError: a bad argument, named with what it got and what it takes.
+    """
+
+    mesh: Mesh
+    axis_name: str | tuple[str, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    max_tokens: int
+    hidden_size: int
+    implementation: Implementation
+    mode: Mode
+    num_sms: int | None
+    timeout_s: float
+    ranks_per_node: int | None
+
+    def __post_init__(self) -> None:
+        check_mesh(self.mesh)
+        axis_names = _checked_axis_names(self.mesh, self.axis_name)
+        if not isinstance(self.axis_name, str):
+            object.__setattr__(self, "axis_name", axis_names)
+        for name in INTEGERS:
+            value = getattr(self, name)
+            if value is not None or name not in OPTIONAL_INTEGERS:
+                object.__setattr__(self, name, checked_integer(name, value, minimum=1))
+        self._check_sizes()
+        _check_timeout(self.timeout_s)
+        if self.mode not in ("auto", "throughput", "low_latency"):
+            raise ValueError(f'mode: got {self.mode!r}; takes "auto", "throughput" or "low_latency".')
+        if self.implementation not in ("auto", "native", "xla"):
+            raise ValueError(f'implementation: got {self.implementation!r}; takes "auto", "native" or "xla".')
+        self._check_nodes()
+
+    def _check_sizes(self) -> None:
+        if self.num_experts % self.size:
+            below = self.num_experts - self.num_experts % self.size
+            raise ValueError(
+                f"num_experts: got {self.num_experts} for {self.size} devices along {self.axis_name!r};"
+                f" takes a multiple of {self.size}, for example {below + self.size}."
+            )
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: got {self.num_experts_per_tok}; takes at most num_experts="
+                f"{self.num_experts}, because a token goes to an expert once."
+            )
+        most_tokens = INT32_MAX // (self.size * self.num_experts_per_tok)
+        if self.max_tokens > most_tokens:
+            raise ValueError(
+                f"max_tokens: got {self.max_tokens} on each of {self.size} devices; takes at most "
+                f"{most_tokens} (the entries of all tokens are numbered in int32)."
+            )
+
+    def _check_nodes(self) -> None:
+        if self.ranks_per_node is None:
+            return
+        if self.size % self.ranks_per_node:
+            raise ValueError(
+                f"ranks_per_node: expected a divisor of the {self.size} ranks along {self.axis_name!r}, got "
+                f"{self.ranks_per_node}; leave it out where all are on one node."
+            )
+        if self.ranks_per_node != self.size:
+            raise ValueError(
+                f"ranks_per_node: expected None or all {self.size} ranks along {self.axis_name!r}, got "
+                f"{self.ranks_per_node}; groups of several nodes are not in this version: leave it out, for "
+                "sums as on one node, or give nodes a mesh axis of their own that is not in axis_name."
+            )
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        """The expert-parallel axes as a tuple, outermost first."""
+        return (self.axis_name,) if isinstance(self.axis_name, str) else self.axis_name
+
+    @property
+    def size(self) -> int:
+        """R, devices in one expert-parallel group."""
+        return math.prod(self.mesh.shape[name] for name in self.axis_names)
+
+    @property
+    def chosen_mode(self) -> Literal["throughput", "low_latency"]:
+        """The mode of all ops. "auto" is throughput: it is not measured yet where the other is faster."""
+        return "throughput" if self.mode == "auto" else self.mode
+
+    @functools.cached_property
+    def topology(self) -> Topology:
+        """The groups of the mesh, and their nodes."""
+        return Topology.of(self.mesh, self.axis_names, self.ranks_per_node)
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """63 bits that differ when the arguments do; a compiled program carries them."""
+        facts = (self.size, self.mesh.size // self.size, self.axis_names, self.num_experts,
+                 self.num_experts_per_tok, self.max_tokens, self.hidden_size, self.chosen_mode)  # fmt: skip
+        digest = hashlib.sha256(repr(facts).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
+
+
+def check_mesh(mesh: Any) -> None:
+    """Raise unless `mesh` is a mesh of devices."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh: got {type(mesh).__name__}; takes a jax.sharding.Mesh of devices, for example "
+            'jax.make_mesh((8,), ("expert",)).'
+        )
+
+
+def config_or_error(arguments: Mapping[str, Any]) -> CommunicatorConfig | Exception:
+    """Return the checked arguments, or what is wrong with them, to be raised when all processes know."""
+    try:
+        return CommunicatorConfig(**arguments)
+    except Exception as error:
+        return error
+
+
+def groups_of(arguments: Mapping[str, Any]) -> Topology:
+    """Return the groups of arguments of which some are wrong; one of the whole mesh if `axis_name` is."""
+    mesh: Mesh = arguments["mesh"]
+    try:
+        axis_names = _checked_axis_names(mesh, arguments["axis_name"])
+    except Exception:
+        axis_names = mesh.axis_names
+    return Topology.of(mesh, axis_names)
+
+
+def is_timeout(value: Any) -> bool:
+    """Return whether `value` is a number of seconds that a wait can last."""
+    return isinstance(value, (int, float)) and value > 0 and math.isfinite(value)
+
+
+def texts_of(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Return arguments, good or bad, as texts of a bounded length that are equal when the arguments are."""
+    mesh: Mesh = arguments["mesh"]
+    texts = {"mesh": f"{dict(mesh.shape)} of devices {[device.id for device in mesh.devices.flat]}"}
+    for name, value in arguments.items():
+        if name != "mesh":
+            texts[name] = repr(_plain_integer(value) if name in INTEGERS else value)
+    return {name: _cut(text) for name, text in texts.items()}
+
+
+def _plain_integer(value: Any) -> Any:
+    """Return an integer of any type as an int; anything else as it is."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def _cut(text: str) -> str:
+    """Return a text of a bounded length that differs between texts that differ."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    return f"{text[:MOST_CHARACTERS]}… (digest {digest_of(text)})"
+
+
+def _checked_axis_names(mesh: Mesh, axis_name: Any) -> tuple[str, ...]:
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, Sequence) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"axis_name: got {axis_name!r}; takes a mesh axis or a tuple of them.")
+    for name in names:
+        if name not in mesh.axis_names:
+            say = " or ".join(f'axis_name="{axis}"' for axis in mesh.axis_names)
+            raise ValueError(
+                f"axis_name: expected an axis of mesh, {mesh.axis_names}, got {name!r}; say {say}."
+            )
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name: got {axis_name!r}; takes every axis once.")
+    return tuple(names)
+
+
+def _check_timeout(timeout_s: Any) -> None:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)):
+        raise TypeError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive number.")
+    if not is_timeout(timeout_s):
+        raise ValueError(f"timeout_s: got {timeout_s!r}; takes seconds, a positive finite number.")

@@ -1,0 +1,141 @@
+"""The native modules and their communicators as type checkers see them: see `xla_ffi/bindings/`."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+# Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
+# them), the PCI address of its GPU, and a number that no other allocation of any process has.
+Export = tuple[int, int, str, int]
+
+# The ordinal of a GPU, and an address in XLA's memory pool on it.
+AddressInPool = tuple[int, int]
+
+
+@runtime_checkable
+class NativeCommunicator(Protocol):
+    """The native half of a communicator, on whatever platform."""
+
+    @property
+    def buffer_bytes(self) -> int: ...
+
+    @property
+    def broken(self) -> str:
+        """What broke it, or an empty string."""
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether a missing peer broke it."""
+
+    @property
+    def invalid_routing(self) -> str:
+        """What is wrong with entries of `topk_idx` that it has met, or an empty string."""
+
+    def wait_for_ops(self) -> str:
+        """Return an error of a device of this process, or an empty string."""
+
+    def take_stats(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+
+    def leave(self, why: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class CpuCommunicator(NativeCommunicator, Protocol):
+    """`Communicator` of the module for CPUs."""
+
+    @property
+    def segment_descriptor(self) -> int:
+        """Of the memory that peers attach; −1 where no other process has a rank of its groups."""
+
+    @property
+    def shares_memory(self) -> bool: ...
+
+    @property
+    def num_running_ops(self) -> int: ...
+
+    def attach_peer(self, process: int, descriptor: int) -> None:
+        """Map a peer's memory; the descriptor is the communicator's from then on."""
+
+    def start(self) -> None: ...
+
+
+@runtime_checkable
+class CudaCommunicator(NativeCommunicator, Protocol):
+    """`Communicator` of the module for GPUs."""
+
+    @property
+    def most_blocks(self) -> int: ...
+
+    @property
+    def last_ops(self) -> Sequence[tuple[float, int]]:
+        """Seconds and SMs of the last op of each rank of this process."""
+
+    def exports(self) -> list[Export]:
+        """Return two memories for each device; the descriptors are the caller's."""
+
+    def attach_peer(self, process: int, exports: Sequence[Export]) -> None: ...
+
+    def start(self, ranks_per_gpu: Sequence[int]) -> None: ...
+
+
+class NativeModule(Protocol):
+    """A native module, for whatever platform: a table of capsules."""
+
+    source_digest: str
+
+    # Numbers and sizes that all platforms have alike.
+    layouts: dict[str, int]  # names and codes
+    no_limit: int
+    carried_bytes: int  # rows of integers are a multiple of these
+
+    def max_row_bytes(self, *, hidden_size: int) -> int: ...
+
+    def num_groups(self, *, layout: int, num_local_experts: int) -> int: ...
+
+    def pair_table_shape(
+        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
+    ) -> tuple[int, int]: ...
+
+    def dispatch_scratch_ints(
+        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
+    ) -> int: ...
+
+    def combine_sum_rows(
+        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
+    ) -> int: ...
+
+    def state_types(self) -> dict[str, dict[str, Any]]: ...
+
+    def targets(self) -> dict[str, dict[str, Any]]: ...
+
+
+class CpuModule(NativeModule, Protocol):
+    """The module for CPUs."""
+
+    def begin_program(self, on_main_thread: bool) -> None: ...
+
+    def Communicator(self, **arguments: Any) -> CpuCommunicator: ...
+
+
+class CudaModule(NativeModule, Protocol):
+    """The module for GPUs."""
+
+    def unsupported_reason(
+        self,
+        num_ranks: int,
+        num_experts: int,
+        num_topk: int,
+        max_tokens: int,
+        device: AddressInPool,
+        limit_bytes: int,
+        mode: str,
+    ) -> str: ...
+
+    @property
+    def launch_op(self) -> Any:
+        """A capsule, with which a module of other kernels launches them as ops."""
+
+    def Communicator(self, **arguments: Any) -> CudaCommunicator: ...

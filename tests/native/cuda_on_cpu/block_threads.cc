@@ -1,0 +1,254 @@
+#include "block_threads.h"
+
+#include <sys/mman.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+namespace cuda_on_cpu {
+
+// Save the registers that a function must keep and the stack pointer, and go on with another stack.
+extern "C" void cuda_on_cpu_switch(void** save, void* load);
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+
+namespace {
+
+constexpr size_t kStackBytes = size_t{64} << 10;
+constexpr int kMaxThreads = 1024;
+
+[[noreturn]] void Die(const char* why) {
+  std::fprintf(stderr, "cuda_on_cpu: %s\n", why);
+  std::fflush(nullptr);
+  std::abort();
+}
+
+// The stacks of a block, taken again by later ones: their pages stay.
+class Stacks {
+ public:
+  char* Take() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!free_.empty()) {
+      char* stacks = free_.back();
+      free_.pop_back();
+      return stacks;
+    }
+    void* stacks = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stacks == MAP_FAILED) Die("no memory for the stacks of a block");
+    return static_cast<char*>(stacks);
+  }
+  void GiveBack(char* stacks) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(stacks);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<char*> free_;
+};
+
+Stacks& AllStacks() {
+  static auto* stacks = new Stacks;
+  return *stacks;
+}
+
+// Threads that wait for each other.
+struct Barrier {
+  int members = 0;  // that have not ended
+  std::vector<int> waiting;
+};
+
+struct Warp {
+  Barrier barrier;
+  int lanes = 0;
+  uint64_t words[2][kWarpSize] = {};  // of the last two exchanges: who reads the one before is not disturbed
+};
+
+struct Thread {
+  Place place;
+  void* stack_pointer = nullptr;
+  unsigned num_exchanges = 0;
+  unsigned num_votes = 0;
+};
+
+class Block;
+thread_local Block* block = nullptr;
+thread_local Thread* current = nullptr;
+
+class Block {
+ public:
+  Block(int index, int num_blocks, int num_threads, const std::function<void()>& body)
+      : body_(body),
+        stacks_(AllStacks().Take()),
+        threads_(num_threads),
+        warps_((num_threads + kWarpSize - 1) / kWarpSize),
+        random_(static_cast<unsigned>(index + ++num_runs)) {
+    all_.members = num_threads;
+    for (int i = 0; i < num_threads; ++i) {
+      Thread& thread = threads_[i];
+      thread.place.thread.x = i;
+      thread.place.block.x = index;
+      thread.place.block_size = {static_cast<unsigned>(num_threads), 1, 1};
+      thread.place.grid_size = {static_cast<unsigned>(num_blocks), 1, 1};
+      Warp& warp = warps_[i / kWarpSize];
+      ++warp.barrier.members;
+      ++warp.lanes;
+      // What cuda_on_cpu_switch takes from a stack: six registers, and where to go on. A function
+      // begins 8 bytes off a multiple of 16.
+      auto* top = reinterpret_cast<void**>(stacks_ + (i + 1) * kStackBytes);
+      *--top = nullptr;
+      *--top = reinterpret_cast<void*>(&Begin);
+      for (int register_ = 0; register_ < 6; ++register_) *--top = nullptr;
+      thread.stack_pointer = top;
+      ready_.push_back(i);
+    }
+  }
+  ~Block() { AllStacks().GiveBack(stacks_); }
+
+  void Run() {
+    block = this;
+    int num_turns = 0;
+    while (num_ended_ < static_cast<int>(threads_.size())) {
+      if (ready_.empty()) Die("threads of a block wait at a barrier to which others do not come");
+      const size_t at = random_() % ready_.size();
+      const int next = ready_[at];
+      ready_[at] = ready_.back();
+      ready_.pop_back();
+      current = &threads_[next];
+      cuda_on_cpu_switch(&scheduler_, current->stack_pointer);
+      if (++num_turns % 256 == 0) std::this_thread::yield();
+    }
+    block = nullptr;
+  }
+
+  void GiveWay() {
+    ready_.push_back(IndexOf(*current));
+    LeaveTurn();
+    if (ready_.empty()) std::this_thread::yield();  // nothing else to do here: other blocks may
+  }
+
+  void Wait(Barrier* barrier) {
+    barrier->waiting.push_back(IndexOf(*current));
+    if (static_cast<int>(barrier->waiting.size()) == barrier->members) {
+      Release(barrier);  // this thread too: whoever comes last is not the first to go on
+    }
+    LeaveTurn();
+  }
+
+  Barrier* all() { return &all_; }
+  bool* AllOf(unsigned vote) { return &votes_[vote % 2]; }
+  Warp& WarpOfCurrent() { return warps_[IndexOf(*current) / kWarpSize]; }
+
+ private:
+  static void Begin() {
+    block->body_();
+    block->End();
+  }
+
+  void End() {
+    ++num_ended_;
+    for (Barrier* barrier : {&all_, &WarpOfCurrent().barrier}) {
+      --barrier->members;
+      if (!barrier->waiting.empty() && static_cast<int>(barrier->waiting.size()) == barrier->members) {
+        Release(barrier);
+      }
+    }
+    LeaveTurn();
+    Die("a thread that has ended goes on");
+  }
+
+  void Release(Barrier* barrier) {
+    ready_.insert(ready_.end(), barrier->waiting.begin(), barrier->waiting.end());
+    barrier->waiting.clear();
+  }
+
+  void LeaveTurn() {
+    Thread* self = current;
+    cuda_on_cpu_switch(&self->stack_pointer, scheduler_);
+  }
+
+  int IndexOf(const Thread& thread) const { return static_cast<int>(&thread - threads_.data()); }
+
+  static std::atomic<unsigned> num_runs;
+
+  const std::function<void()>& body_;
+  char* stacks_;
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  Barrier all_;
+  bool votes_[2] = {true, true};
+  std::vector<int> ready_;
+  int num_ended_ = 0;
+  void* scheduler_ = nullptr;
+  std::minstd_rand random_;
+};
+
+std::atomic<unsigned> Block::num_runs{0};
+
+}  // namespace
+
+const Place& Here() { return current->place; }
+
+void RunGrid(int num_blocks, int num_threads, const std::function<void()>& body) {
+  std::vector<std::thread> blocks;
+  for (int i = 0; i < num_blocks; ++i) {
+    blocks.emplace_back([=, &body] { Block(i, num_blocks, num_threads, body).Run(); });
+  }
+  for (std::thread& each : blocks) each.join();
+}
+
+void GiveWay() {
+  if (block != nullptr) block->GiveWay();
+}
+
+void SyncThreads() { block->Wait(block->all()); }
+bool SyncThreadsAnd(bool value) {
+  // Nobody sets the one of the next call before all have read this one: they all come to a barrier between.
+  bool* all = block->AllOf(current->num_votes++);
+  if (!value) *all = false;
+  block->Wait(block->all());
+  const bool result = *all;
+  block->Wait(block->all());
+  *all = true;
+  return result;
+}
+void SyncWarp() { block->Wait(&block->WarpOfCurrent().barrier); }
+
+const uint64_t* Exchange(uint64_t word) {
+  Warp& warp = block->WarpOfCurrent();
+  uint64_t* words = warp.words[current->num_exchanges++ % 2];
+  words[current->place.thread.x % kWarpSize] = word;
+  block->Wait(&warp.barrier);
+  return words;
+}
+
+int LanesOfWarp() { return block->WarpOfCurrent().lanes; }
+
+}  // namespace cuda_on_cpu

@@ -1,0 +1,57 @@
+// In place of xla_ffi/cuda/memory_order.cuh, which is written in the GPU's instructions.
+#ifndef JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
+#define JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
+
+#include <chrono>
+#include <cstdint>
+
+#include "cuda_runtime.h"
+
+namespace jax_deepep {
+
+// A load that may be one of a wait lets others go on first.
+template <typename T>
+T LoadAcquire(const T* address) {
+  cuda_on_cpu::GiveWay();
+  return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+}
+
+inline uint64_t LoadAcquireSystem(const uint64_t* address) { return LoadAcquire(address); }
+inline uint32_t LoadAcquireDevice(const uint32_t* address) { return LoadAcquire(address); }
+
+inline void StoreReleaseSystem(uint64_t* address, uint64_t value) {
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+inline void StoreReleaseDevice(uint32_t* address, uint32_t value) {
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+inline void StoreReleaseDevice(uint64_t* address, uint64_t value) {
+  __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+inline uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
+inline uint64_t CompareAndSwap(uint64_t* address, uint64_t expected, uint64_t value) {
+  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+  return expected;
+}
+inline void FenceSystem() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+template <typename T>
+T LoadFresh(const T* address) {
+  return *const_cast<const volatile T*>(address);
+}
+
+inline uint4 LoadOnce(const uint4* from) { return *from; }
+inline void PrefetchToL2(const void*) {}
+
+inline uint64_t NanosecondClock() {
+  cuda_on_cpu::GiveWay();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_

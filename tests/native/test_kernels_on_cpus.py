@@ -1,0 +1,53 @@
+"""Runs the CUDA kernels with several ranks where there is no GPU: see cuda_on_cpu/block_threads.h.
+
+The same program as tests/gpu/test_cuda_ranks.py, and the same bits: those of the ops on CPU.
+"""
+
+import pathlib
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHIM = ROOT / "tests/native/cuda_on_cpu"
+KERNELS = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/*/*.cu")
+HOST_CODE = (
+    "tests/native/cuda_on_cpu/*.cc",
+    "xla_ffi/cpu/*.cc",
+    "xla_ffi/cuda/block_count.cc",
+    "xla_ffi/cuda/kernels.cc",
+    "xla_ffi/transport/shared_memory.cc",
+)
+# Memory of blocks is thread_local, and needs no code that initialises it.
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-extern-tls-init", "-pthread")
+INCLUDES = (f"-I{SHIM}", f"-I{ROOT / 'tests/gpu'}", f"-I{ROOT / 'xla_ffi'}")
+
+
+def files(patterns: tuple[str, ...]) -> list[pathlib.Path]:
+    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+
+
+def run(command: list[str], timeout: float) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("kernels")
+    objects = []
+    for source in files(KERNELS):
+        objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
+        as_cpp = ["-include", str(SHIM / "shared_memory.h"), "-x", "c++", "-c", str(source)]
+        run(["g++", *FLAGS, *INCLUDES, *as_cpp, "-o", objects[-1]], timeout=280)
+    path = str(folder / "cuda_ranks")
+    sources = map(str, files(HOST_CODE))
+    run(["g++", *FLAGS, *INCLUDES, *sources, *objects, "-ldl", "-o", path], timeout=280)
+    return path
+
+
+@pytest.mark.parametrize("what", ["short", "faults", pytest.param("soak 20", marks=pytest.mark.nightly)])
+def test_kernels(program: str, what: str) -> None:
+    """Every verb gives the bits of the CPU; ranks that come late, never or to another op; random delays."""
+    assert "0 failures" in run([program, *what.split()], timeout=280)

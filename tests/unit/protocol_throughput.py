@@ -1,0 +1,212 @@
+"""The flag protocol of xla_ffi/cuda/group_op.cuh, to be read as its specification and searched exhaustively.
+
+A rank is a list of steps (PROTOCOL); each stands for a line or a few of group_op.cuh, and is named after it.
+What memory allows is in protocol_world.py, and the search in protocol_search.py.
+
+The promises:
+
+* "data": an op that succeeds has read the operands of that very op, of every peer.
+* "addresses": the offsets and counts that a rank takes from its control block are those of the op that it
+  is in, whatever becomes of the op: they lead to addresses, its own writes included. What a rank writes to
+  a peer goes to fixed words of the peer's control block: `Words` has no others.
+* "progress": no rank waits for good. A step leads to a later one, so that an op has a bounded number of
+  them, and a rank that has not ended can always take one, whatever the others do. A rank that is killed
+  or late is one that the search does not choose.
+* "broken for good": no op succeeds on a rank that has failed, or after an op that failed on any rank.
+* "report": what a host reads after its flag is complete, and so is the peer's report in it.
+
+Time: a wait may time out as long as a flag is missing. XLA reuses a rank's operand as soon as it has left.
+
+Blocks: a rank has one, which stands for the last one to come to each ticket: IsLastBlock orders all that the
+others did, giving up included, before what that one does.
+"""
+
+from collections.abc import Callable, Iterator
+
+from protocol_failure import FAIL_STEPS, fence, look, meet_different_op, wait
+from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
+from protocol_world import LOADS, Violation, World
+
+
+def flags_of_peers(world: World, rank: int, flag: Callable[[int, int], int]) -> dict[int, int]:
+    return {peer: flag(rank, peer) for peer in world.peers(rank)}
+
+
+def check_loads(world: World, rank: int) -> None:
+    """Load the words of all peers as they are seen now."""
+    op, at = world.ranks[rank].op, world.at
+    for peer in world.peers(rank):
+        if world.seen[at.published(rank, peer)] != op or world.seen[at.counts(rank, peer)] != op:
+            raise Violation("addresses")
+        if world.seen[at.operand(peer)] != 2 * op:
+            world.change(rank, wrong=True)
+
+
+# --- The steps of an op.
+
+
+def begin(world: World, rank: int, *, looks: bool = True) -> Iterator[World]:
+    """Not where the group was lost before this op: a peer may still be in the lost one."""
+    world.change(rank, op=world.ranks[rank].op + 1)
+    for back in (
+        "Finish: IsLastBlock",  # the program takes the device for another rank
+        "Leave",  # the op cannot be launched: a kernel in its place tells the peers
+    ):
+        mistaken = world.copy()
+        mistaken.fail(rank, back=back)
+        yield mistaken
+    for looked, stopped in look(world, rank) if looks else [(world, False)]:
+        if stopped:
+            looked.change(rank, lost=True)
+            looked.go_to(rank, "Finish: IsLastBlock")
+        yield looked
+
+
+def write_operands(world: World, rank: int) -> Iterator[World]:
+    world.store(rank, world.at.operand(rank), 2 * world.ranks[rank].op)
+    yield world
+
+
+def sync_grid(world: World, rank: int) -> Iterator[World]:
+    """Blocks that find no SM in time fail the op."""
+    late = world.copy()
+    late.fail(rank, back="Finish: IsLastBlock")
+    yield late
+    yield world
+
+
+def push_counts(world: World, rank: int) -> Iterator[World]:
+    for peer in world.peers(rank):
+        world.store(rank, world.at.counts(peer, rank), world.ranks[rank].op)
+    yield world
+
+
+def tell_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+    op = world.ranks[rank].op
+    for peer in world.peers(rank):
+        world.store(rank, world.at.published(peer, rank), op)
+        world.store(rank, world.at.arrived(peer, rank), op, release=release)
+    yield world
+
+
+def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
+    yield from compare_ops(world.copy(), rank)
+    for waited, answer in wait(
+        world, rank, flags_of_peers(world, rank, world.at.arrived), world.ranks[rank].op
+    ):
+        if answer == "all":
+            waited.begin_loads(rank)
+        elif answer == "stopped":
+            waited.change(rank, lost=True)
+            waited.go_to(rank, "Finish: IsLastBlock")
+        else:
+            waited.fail(rank, back="Finish: IsLastBlock")
+        yield waited
+
+
+def compare_ops(world: World, rank: int) -> Iterator[World]:
+    op, at = world.ranks[rank].op, world.at
+    flags = flags_of_peers(world, rank, at.arrived)
+    for different in meet_different_op(world, rank, flags, op, back="Finish: IsLastBlock"):
+        for peer in world.peers(rank):
+            if different.seen[at.arrived(rank, peer)] >= op != different.seen[at.published(rank, peer)]:
+                raise Violation("addresses")
+        yield different
+
+
+def first_loads(world: World, rank: int) -> Iterator[World]:
+    check_loads(world, rank)
+    yield world
+
+
+def last_loads(world: World, rank: int) -> Iterator[World]:
+    """Any word may have become what its writer has stored since; one that is wrong is enough."""
+    if LOADS not in world.queues[rank]:
+        yield world  # the op has failed already
+        return
+    at = world.at
+    world.end_loads(rank)
+    for peer in world.peers(rank):
+        for word in (at.published(rank, peer), at.counts(rank, peer), at.operand(peer)):
+            for i in world.unseen(peer, word):
+                later = world.copy()
+                later.see(peer, i)
+                check_loads(later, rank)
+                yield later
+    check_loads(world, rank)
+    yield world
+
+
+def finish_unless_stopped(world: World, rank: int) -> Iterator[World]:
+    for looked, stopped in look(world, rank):
+        if stopped:
+            looked.change(rank, lost=True)
+            looked.go_to(rank, "Finish: FenceSystem")
+        yield looked
+
+
+def tell_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+    for peer in world.peers(rank):
+        world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=release)
+    yield world
+
+
+def wait_for_leaving(world: World, rank: int) -> Iterator[World]:
+    for waited, answer in wait(world, rank, flags_of_peers(world, rank, world.at.left), world.ranks[rank].op):
+        if answer == "stopped":
+            waited.change(rank, lost=True)
+        elif answer == "late":
+            waited.fail(rank, back="Finish: FenceSystem")
+        yield waited
+
+
+def look_again(world: World, rank: int) -> Iterator[World]:
+    for looked, stopped in look(world, rank):
+        looked.change(rank, lost=stopped)
+        yield looked
+
+
+def succeed_or_fail(world: World, rank: int) -> Iterator[World]:
+    me = world.ranks[rank]
+    if me.lost:
+        world.fail(rank, back="Leave")
+    elif me.wrong:
+        raise Violation("data")
+    elif any(0 < other.failed < me.op for other in world.ranks):
+        raise Violation("broken for good")
+    else:
+        world.change(rank, succeeded=me.op)
+    yield world
+
+
+def leave(world: World, rank: int) -> Iterator[World]:
+    """XLA reuses the operand. The end of a kernel is not taken for a fence towards peers."""
+    op = world.ranks[rank].op
+    world.store(rank, world.at.operand(rank), 2 * op + 1)
+    world.change(rank, lost=False, wrong=False)
+    world.go_to(rank, "Begin" if op < world.num_ops else "End")
+    yield world
+
+
+PROTOCOL = Protocol(
+    [
+        Step("Begin", begin, LOOK),
+        Step("Write operands", write_operands, LOCAL),
+        Step("SyncGrid", sync_grid, LOCAL),
+        Step("Push counts", push_counts, LOCAL),
+        Step("Publish: IsLastBlock", fence, LOCAL),
+        Step("Publish: StoreReleaseSystem(arrived)", tell_arrival, LOCAL),
+        Step("WaitForArrivals", wait_for_arrivals, LOAD),
+        Step("First loads", first_loads, LOCAL),  # of what is seen already: no others matter
+        Step("Last loads", last_loads, LOAD),
+        Step("Finish: IsLastBlock", fence, LOCAL),
+        Step("Finish: Stopped", finish_unless_stopped, LOOK),
+        Step("Finish: StoreReleaseSystem(left)", tell_leaving, LOCAL),
+        Step("Finish: WaitForAll(left)", wait_for_leaving, LOAD),
+        Step("Finish: FenceSystem", fence, LOCAL),
+        Step("Finish: Stopped again", look_again, LOOK),
+        Step("Finish: succeed or fail", succeed_or_fail, LOCAL),
+        Step("Leave", leave, LOCAL),
+        *FAIL_STEPS,
+    ]
+)

@@ -1,0 +1,46 @@
+"""Sizes that Python has to know without a native module are those that the native modules have."""
+
+import pytest
+
+from jax_deepep import capacity
+from jax_deepep.communicator import native_module
+from jax_deepep.ops import checks
+
+
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_groups(layout: str) -> None:
+    numbers = native_module.numbers()
+    for num_local_experts in (1, 2, 33):
+        assert capacity.num_groups(layout, num_local_experts) == numbers.num_groups(
+            layout=numbers.layouts[layout], num_local_experts=num_local_experts
+        )
+
+
+@pytest.mark.parametrize("hidden_size", [1, 7, 8, 128])
+def test_the_longest_rows_of_integers(hidden_size: int) -> None:
+    """Those that `dispatch` takes fill, in whole words, what the native side takes, and not more."""
+    numbers = native_module.numbers()
+    filled = capacity.round_up(checks.widest_integers(hidden_size, 1), numbers.carried_bytes)
+    assert filled == numbers.max_row_bytes(hidden_size=hidden_size)
+
+
+def test_all_modules_have_the_same() -> None:
+    """Whichever is imported first."""
+    built = [platform for platform in ("cpu", "cuda") if not native_module.unsupported_reason(platform)]
+    modules = [native_module.load(platform) for platform in built]
+    sizes = {"num_ranks": 4, "num_experts": 32, "num_topk": 6, "num_tokens": 10}
+    seen = [
+        (module.layouts, module.no_limit, module.carried_bytes, module.pair_table_shape(**sizes),
+         module.dispatch_scratch_ints(**sizes), module.combine_sum_rows(**sizes))
+        for module in modules
+    ]  # fmt: skip
+    assert seen == [seen[0]] * len(modules)
+    layouts, no_limit, _, table, scratch, sum_rows = seen[0]
+    assert set(layouts) == {"expert", "token"}
+    assert no_limit < 0
+    # A line for the count and each of R · T pairs: its source and up to min(K, L) rows, in whole 16 bytes.
+    assert table == (1 + 40, 8)
+    assert scratch == 10 * (4 * 6 + 4)  # a record for each entry, a list for each rank
+    assert sum_rows == 40
+    one_each = {**sizes, "num_topk": 1}
+    assert modules[0].combine_sum_rows(**one_each) == 0  # no token has several rows on a device

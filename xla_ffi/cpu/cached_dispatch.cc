@@ -1,0 +1,59 @@
+// cached_dispatch on CPU.
+#include "interface/cached_dispatch.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/communicator.h"
+#include "cpu/op.h"
+#include "cpu/row_math.h"
+#include "cpu/row_moves.h"
+
+namespace jax_deepep {
+
+template <>
+bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
+  const std::vector<const CachedDispatchParams*> here = Collect(run);
+  std::vector<const void*> sources;
+  for (size_t rank = 0; rank < here.size(); ++rank) {
+    if (here[rank] == nullptr) {
+      sources.push_back(run.windows[rank].x);
+      continue;
+    }
+    sources.push_back(here[rank]->x);
+    if (run.spans_processes()) {
+      PublishRows(params_.route.rows(), params_.route.num_tokens, here[rank]->x, run.windows[rank]);
+    }
+  }
+  if (run.spans_processes() && !run.meet()) return false;
+
+  std::vector<RowMove> moves;
+  for (size_t rank = 0; rank < here.size(); ++rank) {
+    const CachedDispatchParams* params = here[rank];
+    if (params == nullptr) continue;
+    RowMove move;
+    move.rank = static_cast<int>(rank);
+    move.source = params->source;
+    move.group_sizes = params->group_sizes;
+    move.weights = params->weights;
+    move.y = params->y;
+    move.rows = params->rows;
+    move.products = params->products;
+    move.zero_rest = params->zero_rest;
+    if (move.products != nullptr && !move.zero_rest) {
+      std::fill_n(move.products, params->route.capacity, 0.0f);
+    }
+    moves.push_back(move);
+  }
+  MoveRows(run, params_.route, sources, moves);
+  return true;
+}
+
+template <>
+void VerbOp<CachedDispatchParams>::Abandon(const Communicator&) const {
+  const RouteShape& route = params_.route;
+  FillAsFailed(route.rows().type, params_.rows, int64_t{route.capacity} * route.rows().size);
+  if (params_.products != nullptr) FillNaN(params_.products, route.capacity);
+}
+
+}  // namespace jax_deepep

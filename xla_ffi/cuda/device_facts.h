@@ -1,0 +1,26 @@
+// What a launch needs to know of the GPU that it goes to.
+#ifndef JAX_DEEPEP_CUDA_DEVICE_FACTS_H_
+#define JAX_DEEPEP_CUDA_DEVICE_FACTS_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_deepep {
+
+// A device of this process.
+struct DeviceFacts {
+  const char* pool = nullptr;  // XLA's memory
+  size_t pool_bytes = 0;
+  int shared_bytes = 0;      // most that a block may have
+  bool bulk_copies = false;  // SM90; only the bench uses them
+
+  bool Holds(const void* pointer) const {
+    const auto* address = static_cast<const char*>(pointer);
+    return address >= pool && address < pool + pool_bytes;
+  }
+  int64_t OffsetOf(const void* pointer) const { return static_cast<const char*>(pointer) - pool; }
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_DEVICE_FACTS_H_

@@ -1,0 +1,103 @@
+// What a dispatch leaves besides the rows that came: padding, counts, and all of it where it
+// failed.
+#ifndef JAX_DEEPEP_CUDA_DISPATCH_RESULTS_CUH_
+#define JAX_DEEPEP_CUDA_DISPATCH_RESULTS_CUH_
+
+#include <cstdint>
+
+#include "cuda/dispatch_op.cuh"
+#include "cuda/dispatch_plan.cuh"
+#include "cuda/rank_op.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
+
+namespace jax_deepep {
+
+__device__ inline void MarkEmpty(const Dispatch& op, int64_t row) {
+  const int num_topk = op.frame.shape.num_topk;
+  op.params.source[row] = kNone;
+  if (op.params.route.layout == Layout::kExpertMajor) {
+    op.params.weights[row] = 0.0f;
+    return;
+  }
+  for (int k = 0; k < num_topk; ++k) {
+    op.params.weights[row * num_topk + k] = 0.0f;
+    op.params.local_experts[row * num_topk + k] = kNone;
+  }
+}
+
+// Fill in the rows that no source sends, and the counts.
+template <bool kWhole>
+__device__ void WriteRest(const Dispatch& op, const Plan& plan) {
+  const DispatchParams& params = op.params;
+  const int groups = params.route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
+  const int lane = threadIdx.x % 32;
+  const int warp = FirstItem();
+  int64_t kept = 0, end = 0;
+  for (int base = 0; base < groups; base += 32) {
+    const int group = base + lane;
+    const bool inside = group < groups;
+    const int at = op.frame.rank * groups + group;
+    const int32_t rows = inside ? plan.kept[at] : 0;
+    const auto padded = static_cast<int32_t>(op.alignment.RoundUp(rows));
+    const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first row of no token
+    if (warp == 0 && inside) {
+      params.num_rows[group] = rows;
+      params.group_sizes[group] = padded;
+    }
+    kept += __reduce_add_sync(~0u, rows);
+    end += __reduce_add_sync(~0u, padded);
+    for (uint32_t lanes = __ballot_sync(~0u, padded > rows); lanes != 0; lanes &= lanes - 1) {
+      const int of_lane = __ffs(lanes) - 1;
+      const int64_t first = __shfl_sync(~0u, rest, of_lane);
+      const int count = __shfl_sync(~0u, padded - rows, of_lane);
+      for (int i = warp; i < count; i += NumWarps()) {
+        ZeroRow(static_cast<char*>(params.tokens) + (first + i) * op.row_bytes,
+                WordsOf<kWhole>(op.row_bytes));
+        if (lane == 0) MarkEmpty(op, first + i);
+      }
+    }
+  }
+  for (int64_t row = end + blockIdx.x * kThreads + threadIdx.x; row < params.route.capacity;
+       row += gridDim.x * kThreads) {
+    MarkEmpty(op, row);
+  }
+  if (warp == 0 && lane == 0) {
+    *params.num_received = static_cast<int32_t>(*plan.received);
+    *params.num_dropped = static_cast<int32_t>(*plan.received - kept);
+    if (params.pairs != nullptr) params.pairs[0] = plan.pairs_before[op.frame.shape.num_ranks];
+  }
+}
+
+__device__ inline void WriteFailure(const Dispatch& op) {
+  const DispatchParams& params = op.params;
+  const GroupShape& shape = op.frame.shape;
+  const int64_t capacity = params.route.capacity, num_topk = shape.num_topk;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int groups = expert_major ? op.local_experts.divisor() : 1;
+  FillAsFailed(params.route.row_type, params.tokens, capacity * params.route.row_size);
+  FillAsFailed(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
+  FillByBlock(params.source, capacity, kNone);
+  FillByBlock(params.destination, params.route.num_tokens * num_topk, kNone);
+  if (!expert_major) FillByBlock(params.local_experts, capacity * num_topk, kNone);
+  FillByBlock(params.group_sizes, groups, 0);
+  FillByBlock(params.num_rows, groups, 0);
+  if (threadIdx.x == 0) {
+    *params.num_received = *params.num_dropped = *params.num_invalid = 0;
+    if (params.pairs != nullptr) params.pairs[0] = 0;
+  }
+}
+
+__device__ inline void ReportInvalid(const Dispatch& op, const RankOp& rank_op) {
+  const uint32_t count = rank_op.own().num_invalid;
+  *op.params.num_invalid = static_cast<int32_t>(count);
+  HostStatus& status = *op.frame.status;
+  if (count == 0 || *static_cast<volatile uint64_t*>(&status.invalid_step) != 0) return;
+  status.num_invalid = count;
+  __threadfence_system();
+  *static_cast<volatile uint64_t*>(&status.invalid_step) = rank_op.step();
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_DISPATCH_RESULTS_CUH_

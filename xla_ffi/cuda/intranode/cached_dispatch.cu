@@ -1,0 +1,229 @@
+// cached_dispatch inside a node: every rank pulls rows along known routes, each token once; scaled
+// and multiplied with other rows on the way, it is the gradient of combine.
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#include "cuda/divisor.h"
+#include "cuda/group_op.cuh"
+#include "cuda/intranode/throughput.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/op_frame.h"
+#include "cuda/pair_order.cuh"
+#include "cuda/row_products.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
+#include "interface/cached_dispatch.h"
+
+namespace jax_deepep {
+namespace {
+
+// The operand that peers read.
+enum { kRows };
+
+struct CachedDispatch {
+  OpFrame frame;
+  CachedDispatchParams params;
+  int64_t row_bytes;
+  Divisor max_tokens, num_warps;
+};
+
+// The pairs of this rank, in either layout.
+class Pairs {
+ public:
+  __device__ explicit Pairs(const CachedDispatch& op)
+      : op_(op), table_(op.frame.shape, op.params.route) {
+    count_ = expert_major() ? op.params.pairs[0] : CountRows();
+    own_begin_ = FirstOf(op.frame.rank);
+    own_end_ = FirstOf(op.frame.rank + 1);
+  }
+
+  __device__ PairOrder Order() const { return {count_, own_begin_, own_end_, op_.num_warps}; }
+  __device__ bool expert_major() const { return op_.params.route.layout == Layout::kExpertMajor; }
+  __device__ int32_t SourceOf(int pair) const {
+    return expert_major() ? Line(pair)[0] : op_.params.source[pair];
+  }
+  // The pair's row for this lane, or kNone.
+  __device__ int32_t RowOfLane(int pair) const {
+    const int lane = threadIdx.x % 32;
+    if (!expert_major()) return lane == 0 ? pair : kNone;
+    return lane < table_.max_rows ? Line(pair)[1 + lane] : kNone;
+  }
+
+ private:
+  __device__ const int32_t* Line(int pair) const {
+    return op_.params.pairs + int64_t{1 + pair} * table_.line_ints();
+  }
+  // The first pair of a rank, or of a later one.
+  __device__ int FirstOf(int rank) const {
+    const int64_t first_code = int64_t{rank} * op_.frame.shape.max_tokens;
+    int low = 0, high = count_;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (SourceOf(middle) < first_code) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  // Token-major: rows of tokens come first, then what fills them up to the alignment.
+  __device__ int CountRows() const {
+    int low = 0, high = op_.params.group_sizes[0];
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (op_.params.source[middle] >= 0) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  const CachedDispatch& op_;
+  const PairTable table_;
+  int count_, own_begin_, own_end_;
+};
+
+__device__ const char* RowAt(const CachedDispatch& op, const GroupOp& group, int32_t source) {
+  const int64_t token = op.max_tokens.Remainder(source);
+  return group.Operand<char>(op.max_tokens.Quotient(source), kRows) + token * op.row_bytes;
+}
+
+__device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t source) {
+  if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
+}
+
+// Rows as they are.
+template <bool kWhole>
+__device__ void Carry(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
+                      int32_t* taken) {
+  const PairOrder order = pairs.Order();
+  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
+    const int pair = order.At(item);
+    const int32_t source = pairs.SourceOf(pair);
+    const int64_t row = pairs.RowOfLane(pair);
+    if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
+    CountTaken(taken, op, source);
+    CarryRow(RowAt(op, group, source), static_cast<char*>(op.params.rows),
+             WordsOf<kWhole>(op.row_bytes), [row] { return row; });
+  }
+}
+
+// Rows scaled by their weights, and their products with y. Expert-major.
+template <typename Type, bool kWhole>
+__device__ void Scale(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
+                      int32_t* taken) {
+  const PairOrder order = pairs.Order();
+  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
+    const int pair = order.At(item);
+    const int32_t source = pairs.SourceOf(pair);
+    const int32_t row = pairs.RowOfLane(pair);
+    const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
+    if (num_rows == 0) continue;
+    CountTaken(taken, op, source);
+    ScaleRow<Type, kWhole>(op.params, op.row_bytes, RowAt(op, group, source), row, num_rows);
+  }
+}
+
+// `work` is Carry or Scale.
+template <bool kWhole, typename Work>
+__device__ void Run(const CachedDispatch& op, Work work) {
+  __shared__ GroupOp::Shared shared;
+  __shared__ int32_t taken[kMaxRanks];
+  const CachedDispatchParams& params = op.params;
+  GroupOp group(op.frame, &shared);
+  for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
+
+  if (group.Begin()) {
+    group.Publish();
+    const Pairs pairs(op);
+    if (group.WaitForArrivals()) {
+      work(group, pairs, taken);
+      WriteZeros<kWhole>(op.params, op.frame.shape, op.row_bytes);
+      group.CountTaken(taken);
+    }
+  }
+  group.Finish([] {},
+               [&] {
+                 const int64_t capacity = params.route.capacity;
+                 FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
+                 if (params.products != nullptr) {
+                   FillAsFailed(RowType::kFloat32, params.products, capacity);
+                 }
+               });
+}
+
+template <bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    CarryKernel(const __grid_constant__ CachedDispatch op) {
+  Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+    Carry<kWhole>(op, group, pairs, taken);
+  });
+}
+
+template <typename Type, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    ScaleKernel(const __grid_constant__ CachedDispatch op) {
+  Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+    Scale<Type, kWhole>(op, group, pairs, taken);
+  });
+}
+
+using Kernel = void (*)(CachedDispatch);
+
+template <bool kWhole>
+Kernel ScaleKernelFor(RowType type) {
+  switch (type) {
+    case RowType::kFloat32:
+      return ScaleKernel<Float32, kWhole>;
+    case RowType::kFloat16:
+      return ScaleKernel<Float16, kWhole>;
+    case RowType::kBFloat16:
+      return ScaleKernel<BFloat16, kWhole>;
+    case RowType::kInt32:
+      return nullptr;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+template <>
+const char* VerbKernels<Throughput, CachedDispatchParams>::Launch(
+    const OpFrame& frame, const CachedDispatchParams& params, int num_blocks,
+    const DeviceFacts& device, cudaStream_t stream) {
+  const RowType type = params.route.row_type;
+  CachedDispatch op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
+                    Divisor(num_blocks * kWarps)};
+  op.frame.offsets[kRows] = device.OffsetOf(params.x);
+  if (params.weights == nullptr && params.y == nullptr) {
+    const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
+    return LaunchKernel(whole ? CarryKernel<true> : CarryKernel<false>, op, num_blocks, kThreads, 0,
+                        stream);
+  }
+  if (params.weights == nullptr || params.y == nullptr || params.pairs == nullptr) {
+    return "weights and products come together, and with expert-major rows";
+  }
+  const Kernel kernel =
+      IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  if (kernel == nullptr) return "integers are only carried: they take no weights and no products";
+  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+}
+
+template <>
+const char* VerbKernels<Throughput, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
+  std::vector<Kernel> kernels = {CarryKernel<true>, CarryKernel<false>};
+  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
+    kernels.push_back(ScaleKernelFor<true>(type));
+    kernels.push_back(ScaleKernelFor<false>(type));
+  }
+  for (const Kernel kernel : kernels) {
+    if (const char* error = LoadKernel(kernel, 0)) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace jax_deepep

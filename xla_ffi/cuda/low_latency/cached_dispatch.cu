@@ -1,0 +1,187 @@
+// cached_dispatch in low-latency mode: every rank pushes rows along known routes, and each of its
+// peers moves what came to the rows of its tokens; scaled and multiplied with other rows, it is the
+// gradient of combine.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/divisor.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/low_latency/low_latency.h"
+#include "cuda/low_latency/signalled_op.cuh"
+#include "cuda/row_products.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
+
+namespace jax_deepep {
+namespace {
+
+struct LowLatencyCachedDispatch {
+  OpFrame frame;
+  CachedDispatchParams params;
+  SignalledFrame signalled;
+  int64_t row_bytes;
+  Divisor num_slots, num_parts;
+};
+
+template <bool kWhole>
+__device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& group) {
+  const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
+  const int num_tokens = op.params.route.num_tokens;
+  for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
+       item += NumWarps()) {
+    const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
+    const bool inside = token < num_tokens && lane < num_topk;
+    const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
+    const uint32_t same = __match_any_sync(~0u, rank != kNone ? rank : -1 - lane);
+    const bool leads = rank != kNone && __ffs(same) - 1 == lane;
+    group.PushRow<kWhole>(static_cast<const char*>(op.params.x) + token * op.row_bytes,
+                          op.row_bytes, token, part, rank, leads);
+  }
+}
+
+// Call use(slot, row of the lane or kNone, first byte and elements of the part) for all slots that
+// have come.
+template <bool kWhole, typename Use>
+__device__ void ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group, int32_t* taken,
+                         Use use) {
+  const int lane = threadIdx.x % 32;
+  const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
+  const PairTable table(op.frame.shape, op.params.route);
+  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
+    const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
+    const int source = op.num_slots.Quotient(slot);
+    const int32_t* line = op.params.pairs + int64_t{1 + slot} * table.line_ints();
+    const bool exists = op.params.route.num_tokens > 0 && lane < table.max_rows;
+    const int32_t row = exists ? line[1 + lane] : kNone;
+    const Slot at = group.SlotOf(op.frame.rank, source, op.num_slots.Remainder(slot));
+    bool has_row;
+    if (!group.Wait(true, at, part, source, &has_row)) return;
+    if (!__any_sync(~0u, has_row && row != kNone)) continue;
+    if (part == 0 && lane == 0) atomicAdd(&taken[source], 1);
+    use(at, row, part);
+  }
+}
+
+// `work` gets what ForSlots wants to have done.
+template <bool kWhole, typename Work>
+__device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
+  __shared__ RankOp::Shared shared;
+  __shared__ int32_t taken[kMaxRanks];
+  const CachedDispatchParams& params = op.params;
+  SignalledOp group(op.frame, op.signalled, &shared);
+  for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
+
+  if (group.Begin()) {
+    PushRows<kWhole>(op, group);
+    group.Announce();
+    ForSlots<kWhole>(op, group, taken, work);
+    WriteZeros<kWhole>(params, op.frame.shape, op.row_bytes);
+    group.CountTaken(taken);
+  }
+  group.Finish([] {},
+               [&] {
+                 const int64_t capacity = params.route.capacity;
+                 FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
+                 if (params.products != nullptr) {
+                   FillAsFailed(RowType::kFloat32, params.products, capacity);
+                 }
+               });
+}
+
+template <bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    CopyKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
+  Run<kWhole>(op, [&](const Slot& at, int32_t row, int part) {
+    const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
+                                op.signalled.num_parts);
+    char* to = row == kNone ? nullptr
+                            : static_cast<char*>(op.params.rows) + row * op.row_bytes + words.begin;
+    if (words.shape.size > 0) CopyRow<kWhole>(at.row() + words.begin, words.shape, to);
+  });
+}
+
+template <typename Type, bool kWhole>
+__global__ void __launch_bounds__(kThreads, 1)
+    ScaleKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
+  __shared__ int32_t of_warps[kWarps][32];
+  int32_t* rows = of_warps[threadIdx.x / 32];
+  Run<kWhole>(op, [&](const Slot& at, int32_t row, int) {
+    // Rows that were dropped leave gaps.
+    const int lane = threadIdx.x % 32;
+    const uint32_t live = __ballot_sync(~0u, row != kNone);
+    __syncwarp();
+    if (row != kNone) rows[__popc(live & ((1u << lane) - 1))] = row;
+    __syncwarp();
+    const int32_t nth = lane < __popc(live) ? rows[lane] : kNone;
+    ScaleRow<Type, kWhole>(op.params, op.row_bytes, at.row(), nth, __popc(live));
+  });
+}
+
+using Kernel = void (*)(LowLatencyCachedDispatch);
+
+template <bool kWhole>
+Kernel ScaleKernelFor(RowType type) {
+  switch (type) {
+    case RowType::kFloat32:
+      return ScaleKernel<Float32, kWhole>;
+    case RowType::kFloat16:
+      return ScaleKernel<Float16, kWhole>;
+    case RowType::kBFloat16:
+      return ScaleKernel<BFloat16, kWhole>;
+    case RowType::kInt32:
+      return nullptr;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+template <>
+const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
+    const OpFrame& frame, const CachedDispatchParams& params, int num_blocks, const DeviceFacts&,
+    cudaStream_t stream) {
+  const WindowLayout window = LowLatency::WindowOf(frame.shape);
+  const RowType type = params.route.row_type;
+  const int num_tokens = params.route.num_tokens;
+  const int64_t row_bytes = params.route.rows().bytes();
+  const bool scales = params.weights != nullptr || params.y != nullptr;
+  // A product is a sum over a whole row.
+  const int num_parts = scales ? 1 : NumParts(frame.shape, num_tokens, row_bytes);
+  const int num_slots = std::max(num_tokens, 1);
+  LowLatencyCachedDispatch op{frame,
+                              params,
+                              {window, num_parts, num_slots},
+                              row_bytes,
+                              Divisor(num_slots),
+                              Divisor(num_parts)};
+  if (!scales) {
+    const bool whole = IsWhole(static_cast<int>(row_bytes / sizeof(uint16_t)));
+    return LaunchKernel(whole ? CopyKernel<true> : CopyKernel<false>, op, num_blocks, kThreads, 0,
+                        stream);
+  }
+  if (params.weights == nullptr || params.y == nullptr ||
+      params.route.layout != Layout::kExpertMajor) {
+    return "weights and products come together, and with expert-major rows";
+  }
+  const Kernel kernel =
+      IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  if (kernel == nullptr) return "integers are only copied: they take no weights and no products";
+  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+}
+
+template <>
+const char* VerbKernels<LowLatency, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
+  std::vector<Kernel> kernels = {CopyKernel<true>, CopyKernel<false>};
+  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
+    kernels.push_back(ScaleKernelFor<true>(type));
+    kernels.push_back(ScaleKernelFor<false>(type));
+  }
+  for (const Kernel kernel : kernels) {
+    if (const char* error = LoadKernel(kernel, 0)) return error;
+  }
+  return nullptr;
+}
+
+}  // namespace jax_deepep

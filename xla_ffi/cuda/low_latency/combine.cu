@@ -1,0 +1,211 @@
+// combine in low-latency mode: the rank of the experts sums a token's rows and pushes the sum to
+// the rank of the token, which adds up what came, in ascending order of ranks.
+//
+// 1. Push: a warp for each part of a slot of the dispatch, p = sum of w * y, rounded once, into the
+//    window of the token's rank. Only this rank knows which rows it has dropped: every slot gets
+//    its signals, and those without a row say so.
+// 2. Sum: a warp for each part of a token, once all ranks' signals for it have come.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/divisor.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/low_latency/low_latency.h"
+#include "cuda/low_latency/signalled_op.cuh"
+#include "cuda/row_sums.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
+
+namespace jax_deepep {
+namespace {
+
+struct LowLatencyCombine {
+  OpFrame frame;
+  CombineParams params;
+  SignalledFrame signalled;
+  int64_t row_bytes;
+  Divisor num_slots, num_parts;
+};
+
+// Step 1.
+template <typename Type, bool kWhole, bool kWeighted>
+__device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, Term* terms) {
+  const CombineParams& params = op.params;
+  const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = op.frame.shape.num_topk;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
+  const PairTable table(op.frame.shape, params.route);
+  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
+    const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
+    const Slot to = group.SlotOf(op.num_slots.Quotient(slot), self, op.num_slots.Remainder(slot));
+    const int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
+    const bool exists = params.route.num_tokens > 0 && lane < table.max_rows;
+    const int32_t row = exists ? line[1 + lane] : kNone;
+    const uint32_t live = __ballot_sync(~0u, row != kNone);
+    const RowPart<kWhole> elements(params.route.row_size, sizeof(typename Type::Element), part,
+                                   op.signalled.num_parts);
+    if (live != 0) {
+      if (params.row_gradients != nullptr && part == 0) {
+        const int64_t of_token = __shfl_sync(~0u, row, 0);
+        if (expert_major && lane < table.max_rows) {
+          to.entries()[lane].value = row != kNone ? params.row_gradients[row] : 0.0f;
+        } else if (!expert_major && lane < num_topk) {
+          to.entries()[lane].value = params.row_gradients[of_token * num_topk + lane];
+        }
+      }
+      if (elements.shape.size > 0) {
+        Inputs inputs;
+        inputs.count = __popc(live);
+        if (row != kNone) {
+          inputs.place = __popc(live & ((1u << lane) - 1));
+          inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes + elements.begin;
+          if constexpr (kWeighted) inputs.weight = params.weights[row];
+        }
+        AddUp<Type, kWhole, kWeighted, SumOfProducts>(inputs, to.row() + elements.begin,
+                                                      elements.shape, terms);
+      }
+    }
+    group.Send(lane == 0, to, part, live != 0);
+  }
+}
+
+// Step 2.
+template <typename Type, bool kWhole>
+__device__ void SumTokens(const LowLatencyCombine& op, SignalledOp& group, int32_t* taken,
+                          Term* terms) {
+  const CombineParams& params = op.params;
+  const GroupShape& shape = op.frame.shape;
+  const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = shape.num_topk;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
+       item += NumWarps()) {
+    const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
+    const bool exists = token < params.route.num_tokens;
+    const RowPart<kWhole> elements(params.route.row_size, sizeof(typename Type::Element), part,
+                                   op.signalled.num_parts);
+    Inputs inputs;
+    if (params.bias != nullptr && exists) {
+      inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes + elements.begin;
+      inputs.count = 1;
+    }
+    const int64_t entry = int64_t{token} * num_topk + lane;
+    const int32_t owner = exists && lane < num_topk ? params.destination[entry] : kNone;
+    const uint32_t same = __match_any_sync(~0u, owner);
+    const int nth = __popc(same & ((1u << lane) - 1));  // of the entries of its rank
+    float gradient = 0.0f;
+    __syncwarp();  // the terms of the token before have been used
+    for (int base = 0; base < shape.num_ranks; base += 32) {
+      const int rank = base + lane;
+      const bool waits = rank < shape.num_ranks;
+      const Slot at = group.SlotOf(self, waits ? rank : self, token);
+      bool has_row;
+      if (!group.Wait(waits, at, part, waits ? rank : self, &has_row)) return;
+      const uint32_t present = __ballot_sync(~0u, has_row);
+      if (has_row) {
+        terms[inputs.count + __popc(present & ((1u << lane) - 1))] = {at.row() + elements.begin,
+                                                                      1.0f};
+        if (part == 0) atomicAdd(&taken[rank], 1);
+      }
+      inputs.count += __popc(present);
+      if (params.gradients != nullptr && part == 0 && owner >= base && owner < base + 32 &&
+          (present >> (owner - base) & 1) != 0) {
+        gradient = group.SlotOf(self, owner, token).entries()[expert_major ? nth : lane].value;
+      }
+    }
+    if (!exists) continue;
+    if (params.gradients != nullptr && part == 0 && lane < num_topk)
+      params.gradients[entry] = gradient;
+    if (elements.shape.size > 0) {
+      char* to = static_cast<char*>(params.out) + token * op.row_bytes + elements.begin;
+      AddUp<Type, kWhole, false, SumOfRows>(inputs, to, elements.shape, terms);
+    }
+  }
+}
+
+template <typename Type, bool kWhole, bool kWeighted>
+__global__ void __launch_bounds__(kThreads, 1)
+    LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine op) {
+  __shared__ RankOp::Shared shared;
+  __shared__ int32_t taken[kMaxRanks];
+  __shared__ Term of_warps[kWarps][kMaxTerms];
+  Term* terms = of_warps[threadIdx.x / 32];
+  const CombineParams& params = op.params;
+  SignalledOp group(op.frame, op.signalled, &shared);
+  for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
+
+  if (group.Begin()) {
+    PushSums<Type, kWhole, kWeighted>(op, group, terms);
+    group.Announce();
+    SumTokens<Type, kWhole>(op, group, taken, terms);
+    group.CountTaken(taken);
+  }
+  group.Finish(
+      [] {},
+      [&] {
+        const int64_t num_tokens = params.route.num_tokens;
+        FillAsFailed(params.route.row_type, params.out, num_tokens * params.route.row_size);
+        if (params.gradients != nullptr) {
+          FillAsFailed(RowType::kFloat32, params.gradients, num_tokens * op.frame.shape.num_topk);
+        }
+      });
+}
+
+using Kernel = void (*)(LowLatencyCombine);
+
+template <bool kWhole, bool kWeighted>
+Kernel KernelFor(RowType type) {
+  switch (type) {
+    case RowType::kFloat32:
+      return LowLatencyCombineKernel<Float32, kWhole, kWeighted>;
+    case RowType::kFloat16:
+      return LowLatencyCombineKernel<Float16, kWhole, kWeighted>;
+    case RowType::kBFloat16:
+      return LowLatencyCombineKernel<BFloat16, kWhole, kWeighted>;
+    case RowType::kInt32:
+      return nullptr;
+  }
+  return nullptr;
+}
+
+Kernel KernelFor(RowType type, bool whole, bool weighted) {
+  if (whole) return weighted ? KernelFor<true, true>(type) : KernelFor<true, false>(type);
+  return weighted ? KernelFor<false, true>(type) : KernelFor<false, false>(type);
+}
+
+}  // namespace
+
+template <>
+const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
+                                                           const CombineParams& params,
+                                                           int num_blocks, const DeviceFacts&,
+                                                           cudaStream_t stream) {
+  const WindowLayout window = LowLatency::WindowOf(frame.shape);
+  const int num_slots = std::max(params.route.num_tokens, 1);
+  const int64_t row_bytes = params.route.rows().bytes();
+  const int num_parts = NumParts(frame.shape, params.route.num_tokens, row_bytes);
+  LowLatencyCombine op{frame,
+                       params,
+                       {window, num_parts, num_slots},
+                       row_bytes,
+                       Divisor(num_slots),
+                       Divisor(num_parts)};
+  const Kernel kernel =
+      KernelFor(params.route.row_type, IsWhole(params.route.row_size), params.weights != nullptr);
+  if (kernel == nullptr) return "integers are only copied, not summed";
+  return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+}
+
+template <>
+const char* VerbKernels<LowLatency, CombineParams>::Load(int /*max_shared_bytes*/) {
+  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
+    for (const bool whole : {false, true}) {
+      for (const bool weighted : {false, true}) {
+        if (const char* error = LoadKernel(KernelFor(type, whole, weighted), 0)) return error;
+      }
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace jax_deepep

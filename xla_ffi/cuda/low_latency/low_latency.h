@@ -1,0 +1,34 @@
+// The mode for few tokens: ranks push rows into each other's windows, with one message per op and
+// peer. Results are those of throughput mode, bit for bit, but for the handle: `destination` is the
+// rank of the expert, dropped or not, and line 1 + i of `pairs` belongs to slot i = source * max(T,
+// 1) + token.
+#ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_LOW_LATENCY_H_
+#define JAX_DEEPEP_CUDA_LOW_LATENCY_LOW_LATENCY_H_
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/kernels.h"
+#include "cuda/low_latency/window.h"
+#include "interface/op_signature.h"
+
+namespace jax_deepep {
+
+// See KernelSet. The kernels of a verb are in <verb>.cu.
+struct LowLatency {
+  static constexpr char kName[] = "low_latency";
+  static constexpr int64_t kFlags = OpSignature::kLowLatency;
+  static constexpr bool kReadsPeers = false;
+  static WindowLayout WindowOf(const GroupShape& shape) { return {shape, shape.max_tokens}; }
+  static int64_t WindowBytes(const GroupShape& shape) {
+    const WindowLayout window = WindowOf(shape);
+    return window.offset - static_cast<int64_t>(ControlBytes(shape)) + window.bytes();
+  }
+  static int64_t LeastSharedBytes(const GroupShape& shape);
+  // Enough for NumParts.
+  static int NumBlocks(const OpBytes&, int most) { return std::min(most, 64); }
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_LOW_LATENCY_LOW_LATENCY_H_

@@ -1,0 +1,93 @@
+// Windows: memory of a rank's communicator into which its peers push rows, in two banks that the
+// ops of a channel take in turn. It stands behind the rank's control block, and is never cleared.
+//
+// A bank has a slot for each (source, token):
+//
+//     signals [kMaxParts]  one for each part of the row, which a warp pushes by itself
+//     entries [K]          what goes with the row: see SlotEntry
+//     row                  of at most 2 * H bytes
+#ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
+#define JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device_control.h"
+#include "interface/geometry.h"
+#include "interface/host_device.h"
+
+namespace jax_deepep {
+
+// Parts of a row at most. Few rows are pushed by several warps each, so that all SMs take part.
+inline constexpr int kMaxParts = 8;
+
+// Bytes of a row that a slot holds for each element of H: rows of float32 take throughput mode.
+inline constexpr int kSlotBytesPerElement = 2;
+
+// Says that a part of a slot has come, and for which op. Written by the source after the part.
+struct alignas(16) Signal {
+  uint64_t step;
+  uint64_t op_hash;  // the lowest bit: whether there is a row
+};
+
+// Of a dispatch, an entry of the token in its own column: the local expert, or kNone, and the
+// router weight. Of a combine, the gradient of an entry's weight: expert-major, of the n-th entry
+// of the token on that rank; token-major, of column k.
+struct alignas(8) SlotEntry {
+  int32_t expert;
+  float value;
+};
+
+struct WindowLayout {
+  int64_t offset = 0;      // from the beginning of the control block
+  int32_t num_ranks = 0;   // R
+  int32_t num_slots = 0;   // of a source: most tokens of an op, and at least 1
+  int32_t row_offset = 0;  // in a slot
+  int32_t slot_bytes = 0;
+
+  WindowLayout() = default;
+  WindowLayout(const GroupShape& shape, int32_t max_tokens)
+      : offset(RoundUpTo(ControlBytes(shape), 256)),
+        num_ranks(shape.num_ranks),
+        num_slots(max_tokens > 0 ? max_tokens : 1),
+        row_offset(static_cast<int32_t>(
+            RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * sizeof(SlotEntry), 16))),
+        slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(MostRowBytes(shape), 16))) {}
+
+  // As slot_row_bytes in jax_deepep/capacity.py. A router weight fits any slot: it is a row where
+  // only weights have a gradient.
+  static int64_t MostRowBytes(const GroupShape& shape) {
+    return std::max(int64_t{kSlotBytesPerElement} * shape.hidden_size, int64_t{16});
+  }
+  // Of one rank, behind its control block, both banks.
+  int64_t bytes() const { return int64_t{2} * num_ranks * num_slots * slot_bytes; }
+
+  // From the beginning of the control block of the rank whose window it is.
+  JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(uint64_t step, int32_t source, int32_t token) const {
+    const int64_t bank = static_cast<int64_t>(step % 2) * num_ranks;
+    return offset + ((bank + source) * num_slots + token) * slot_bytes;
+  }
+
+ private:
+  static int64_t RoundUpTo(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+  }
+};
+
+// Into how many parts the rows of an op are cut: the same on all ranks. `row_bytes` is what
+// crosses.
+inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, int64_t row_bytes) {
+  constexpr int64_t kWarpsWanted = 512, kLeastBytes = 1024;
+  const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);
+  int32_t parts = 1;
+  while (2 * parts <= kMaxParts && 2 * parts * slots <= kWarpsWanted &&
+         row_bytes / (2 * parts) >= kLeastBytes) {
+    parts *= 2;
+  }
+  return parts;
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_

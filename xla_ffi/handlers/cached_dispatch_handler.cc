@@ -1,0 +1,86 @@
+// cached_dispatch as a custom call: decode, check, launch.
+#include "handlers/call_site.h"
+#include "handlers/handlers.h"
+
+namespace jax_deepep {
+namespace {
+
+LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
+                            ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer destination,
+                            ffi::AnyBuffer group_sizes, ffi::AnyBuffer weights, ffi::AnyBuffer y,
+                            ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
+                            ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
+                            bool weighted, bool with_products, bool with_pairs, int64_t, int64_t,
+                            int64_t) {
+  const GroupShape& shape = site->comm->shape();
+  CachedDispatchParams params;
+  RouteShape& route = params.route;
+  route.layout = static_cast<Layout>(layout);
+  std::string error;
+  RowFormat format;
+  route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  route.SetRows(format);
+  route.capacity = static_cast<int32_t>(source.element_count());
+  params.zero_rest = zero_rest;
+
+  const int64_t capacity = route.capacity;
+  if ((weighted || with_products) && format.type == RowType::kInt32) {
+    error = "x has integers, which are only carried: they take no weights and no products";
+  }
+  CheckBuffer(source, ffi::S32, capacity, "source", &error);
+  CheckBuffer(destination, ffi::S32, int64_t{route.num_tokens} * shape.num_topk, "destination",
+              &error);
+  CheckBuffer(group_sizes, ffi::S32, NumGroups(shape, route), "group_sizes", &error);
+  if (weighted) CheckBuffer(weights, ffi::F32, capacity, "weights", &error);
+  if (with_products) {
+    CheckRows(y, x, capacity, "y", &error);
+    CheckBuffer(*products, ffi::F32, capacity, "products", &error);
+  }
+  CheckRows(*rows, x, capacity, "rows", &error);
+  if (with_pairs) {
+    CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
+  }
+
+  params.x = x.untyped_data();
+  params.source = static_cast<const int32_t*>(source.untyped_data());
+  params.destination = static_cast<const int32_t*>(destination.untyped_data());
+  params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
+  params.pairs = DataIf<const int32_t>(with_pairs, pairs);
+  params.weights = DataIf<const float>(weighted, weights);
+  params.y = DataIf<const void>(with_products, y);
+  params.rows = rows->untyped_data();
+  params.products = DataIf<float>(with_products, *products);
+  return Launch(site, context, rank, error, params);
+}
+
+}  // namespace
+
+template <>
+XLA_FFI_Error* Execute<CachedDispatchParams>(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_DEFINE_HANDLER(handler, CachedDispatch,
+                         ffi::Ffi::Bind()
+                             .Ctx<ffi::State<CallSite>>()
+                             .Ctx<LaunchContext>()
+                             .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // x
+                             .Arg<ffi::AnyBuffer>()  // source
+                             .Arg<ffi::AnyBuffer>()  // destination
+                             .Arg<ffi::AnyBuffer>()  // group_sizes
+                             .Arg<ffi::AnyBuffer>()  // weights, if weighted
+                             .Arg<ffi::AnyBuffer>()  // y, if with_products
+                             .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
+                             .Ret<ffi::AnyBuffer>()  // rows
+                             .Ret<ffi::AnyBuffer>()  // products, if with_products
+                             .Attr<int64_t>("layout")
+                             .Attr<bool>("zero_rest")
+                             .Attr<bool>("weighted")
+                             .Attr<bool>("with_products")
+                             .Attr<bool>("with_pairs")
+                             .Attr<int64_t>("comm")
+                             .Attr<int64_t>("fingerprint")
+                             .Attr<int64_t>("call"),
+                         kTraits);
+  return (*handler)(frame);
+}
+
+}  // namespace jax_deepep

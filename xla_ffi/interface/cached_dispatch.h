@@ -1,0 +1,47 @@
+// cached_dispatch: carry other rows along known routes; scaled, it is the gradient of combine.
+#ifndef JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_
+#define JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "interface/geometry.h"
+#include "interface/verb_traits.h"
+
+namespace jax_deepep {
+
+// What one rank brings to a cached_dispatch: rows = weights * x[source], products = <x[source], y>.
+struct CachedDispatchParams {
+  RouteShape route;
+  bool zero_rest = false;  // write zeros to the rows after the last group too
+  // Operands.
+  const void* x = nullptr;               // [T, W] of route.rows()
+  const int32_t* source = nullptr;       // [C]
+  const int32_t* destination = nullptr;  // [T, K], or null where ops get on without
+  const int32_t* group_sizes = nullptr;  // [G]
+  const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
+  const float* weights = nullptr;  // [C], or null for 1
+  const void* y = nullptr;         // [C, W], or null where no products are wanted
+  // Results.
+  void* rows = nullptr;       // [C, W]
+  float* products = nullptr;  // [C], with y; 0 in rows of no token
+};
+
+template <>
+struct VerbTraits<CachedDispatchParams> {
+  static constexpr char kName[] = "cached_dispatch";
+  static int64_t Flags(const CachedDispatchParams& params) {
+    return (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
+           (params.y != nullptr ? 4 : 0);
+  }
+  static std::vector<PeerArray> ReadByPeers(const GroupShape&, CachedDispatchParams* params) {
+    return {{&params->x, params->route.num_tokens * params->route.rows().bytes()}};
+  }
+  static double LocalRows(const CachedDispatchParams& params, const ExpectedRows& rows) {
+    return params.y != nullptr ? 2 * rows.rows : rows.rows;
+  }
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_

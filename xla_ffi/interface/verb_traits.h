@@ -1,0 +1,52 @@
+// What a verb states about itself, beside its parameters in interface/<verb>.h: all that platforms
+// need to launch it, so that no other file has a case for each verb.
+#ifndef JAX_DEEPEP_INTERFACE_VERB_TRAITS_H_
+#define JAX_DEEPEP_INTERFACE_VERB_TRAITS_H_
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "interface/geometry.h"
+
+namespace jax_deepep {
+
+// Rows of one rank's part of an op, on average over uniform routings.
+struct ExpectedRows {
+  double pairs = 0;  // (token, rank): what crosses links, and what stays
+  double rows = 0;   // on the side of the experts
+};
+
+// An array of this rank that peers read in an op.
+struct PeerArray {
+  const void* data;
+  int64_t bytes = 0;
+  std::function<void(const void* copy)> replace;  // none for a result
+
+  // An operand, as the parameters of the op have it: there a copy takes its place. One of no rows
+  // is nowhere, and nobody reads it.
+  template <typename T>
+  PeerArray(const T** operand, int64_t bytes)
+      : data(bytes > 0 ? *operand : nullptr),
+        bytes(bytes),
+        replace([operand](const void* copy) { *operand = static_cast<const T*>(copy); }) {}
+
+  // Scratch, which is a result.
+  PeerArray(const void* result) : data(result) {}
+};
+
+// Specialised for the parameters of every verb, which have a RouteShape `route`:
+//
+//     static constexpr char kName[];                  // in errors, and in jax_deepep_<name>
+//     static int64_t Flags(const Params&);            // which optional operands and results it has
+//     static std::vector<PeerArray> ReadByPeers(const GroupShape&, Params*);  // where peers'
+//     memory
+//                                                     // is read in place: kMaxOperands at most
+//     static double LocalRows(const Params&, const ExpectedRows&);  // rows that a rank reads and
+//                                                     // writes in its own memory
+template <typename Params>
+struct VerbTraits;
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_INTERFACE_VERB_TRAITS_H_
