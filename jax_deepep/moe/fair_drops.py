@@ -12,8 +12,9 @@ last sender 3.4 %. With T = 8: 12 % and 2.8 % instead of 4.4 % and 4.6 %, where 
 (Dividing the capacity by experts, in the order of dispatch, drops more, and all of it from the last senders.)
 
 Where a sender's share is less than `LEAST_SHARE` rows, as in decoding, dispatch alone decides, and drops the
-last experts and senders: shares of 4 rows would lose 11 % of the weight instead of 6 %, and a sender could
-learn only by an exchange of counts what its peers leave unused. Such calls do better without a capacity.
+last experts and senders: shares of 4 rows would drop 17 % of the rows instead of 6 %, and 11 % of nearly even
+weights; a sender could learn only by an exchange of counts what its peers leave unused. Such calls do better
+without a capacity.
 """
 
 import jax

@@ -9,156 +9,39 @@ import random
 import signal
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rank_side
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rank_side import ARGUMENTS, MEETING_S, NUM_PROCESSES, RANK, error_of, join, leave_without_the_dead
+from live_group import (
+    LIVE,
+    Step,
+    fault,
+    first_step,
+    is_abandoned,
+    is_same,
+    meet,
+    report,
+    report_abandoned,
+)
+from rank_side import ARGUMENTS, MEETING_S, RANK, error_of, join, leave_without_the_dead
 
 import jax_deepep as ep
 from jax_deepep.communicator import native_module
 
-TIMEOUT_S = 4.0
-NUM_TOPK = 2
-
-LIVE = list(range(NUM_PROCESSES))  # the processes of the group, in the order of their ranks
-# The present fault, and the process that has it.
-FAULT, VICTIM, SEED = "", -1, ""
-
-
-def meet(name: str) -> None:
-    """Wait for the other processes that live; a name is used once in a fault."""
-    rank_side.meet(f"{FAULT}: {name}", LIVE)
-
-
-def report(name: str, **findings: Any) -> None:
-    """Tell the test what was found of the present fault."""
-    rank_side.report(f"{FAULT}: {name}", **findings)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A compiled program of four ops, dispatch and combine and their gradients, and its operands."""
-
-    comm: ep.Communicator
-    program: jax.stages.Compiled
-    operands: tuple[jax.Array, ...]
-
-    @classmethod
-    def of(cls, num_tokens: int, hidden_size: int, timeout_s: float = TIMEOUT_S) -> "Step":
-        """Make a communicator and compile the program for it. Collective."""
-        size = len(LIVE)
-        devices = [device for device in jax.devices() if device.process_index in LIVE]
-        mesh = jax.make_mesh((size,), ("expert",), devices=devices)
-        comm = ep.Communicator(
-            mesh, num_experts=2 * size, num_experts_per_tok=NUM_TOPK, max_tokens=num_tokens,
-            hidden_size=hidden_size, implementation="native", timeout_s=timeout_s,
-        )  # fmt: skip
-
-        def results(x, topk_idx, topk_weights):
-            dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
-            out = ep.combine(3 * dispatched.tokens, handle, comm=comm)
-            # Rows after the last group are not written, unless the op was abandoned.
-            written = dispatched.mask | (handle.num_received == 0)
-            return out, {
-                "tokens": jnp.where(written[:, None], dispatched.tokens, 0),
-                "weights": dispatched.weights,
-                "counts": jnp.concatenate([dispatched.group_sizes, dispatched.num_rows]),
-                "totals": jnp.stack([handle.num_received, handle.num_dropped, handle.num_invalid])[None, :],
-                "mask": dispatched.mask,
-            }
-
-        def with_gradients(x, topk_idx, topk_weights):
-            def loss(x, topk_weights):
-                out, rest = results(x, topk_idx, topk_weights)
-                return jnp.sum(out * out), rest | {"out": out}
-
-            gradients, rest = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, topk_weights)
-            return rest | dict(zip(("gradient of x", "gradient of topk_weights"), gradients, strict=True))
-
-        rng = np.random.default_rng(0)
-        num_rows = size * num_tokens
-        experts = np.tile(np.arange(2 * size, dtype=np.int32), (num_rows, 1))
-        arrays = (
-            rng.normal(size=(num_rows, hidden_size)).astype(np.float32),
-            rng.permuted(experts, axis=1)[:, :NUM_TOPK],
-            rng.uniform(0.5, 1.0, size=(num_rows, NUM_TOPK)).astype(np.float32),
-        )
-        sharding = NamedSharding(mesh, P("expert"))
-        operands = tuple(jax.make_array_from_callback(a.shape, sharding, lambda i, a=a: a[i]) for a in arrays)
-        mapped = jax.shard_map(with_gradients, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
-        return cls(comm, jax.jit(mapped).lower(*operands).compile(), operands)
-
-    def run(self) -> dict[str, np.ndarray]:
-        """Run once; return this rank's part of the results."""
-        results = self.program(*self.operands)
-        return {name: np.asarray(array.addressable_data(0)) for name, array in results.items()}
-
-
-def is_abandoned(results: dict[str, np.ndarray]) -> bool:
-    """Return whether all results are what an op leaves that met no peer: NaN, 0 and False."""
-    floats = [array for array in results.values() if array.dtype == np.float32]
-    others = [array for array in results.values() if array.dtype != np.float32]
-    return all(np.isnan(array).all() for array in floats) and not any(array.any() for array in others)
-
-
-def is_same(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(results[name], expected[name], equal_nan=True) for name in expected)
-
-
-def report_abandoned(step: Step, results: dict[str, np.ndarray]) -> None:
-    """Report what the contract says about an op that a peer did not come to."""
-    first, again = error_of(step.comm.check), error_of(step.comm.check)
-    begin = time.monotonic()
-    later = step.run()
-    report(
-        "abandoned",
-        results=is_abandoned(results),
-        error=first,
-        sticky=first == again,
-        later_results=is_abandoned(later),
-        later_seconds=time.monotonic() - begin,
-        trace_error=error_of(lambda: _trace(step)),
-        device_works=float(jnp.arange(4.0).sum()) == 6.0,
-        state=step.comm.describe().splitlines()[-1],
-    )
-
-
-def _trace(step: Step) -> None:
-    def dispatch(*operands):
-        return ep.dispatch(*operands, comm=step.comm)[0].tokens
-
-    mapped = jax.shard_map(dispatch, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"))
-    jax.jit(mapped).lower(*step.operands)
-
-
-def first_step(num_tokens: int = 8, hidden_size: int = 16) -> tuple[Step, dict[str, np.ndarray]]:
-    """Run a first step that all ranks come to; three times, so that a CUDA graph of it is replayed after."""
-    step = Step.of(num_tokens, hidden_size)
-    meet("programs are compiled")
-    for _ in range(3):
-        results = step.run()
-    step.comm.check()
-    report("first step", abandoned=is_abandoned(results))
-    meet("first step")
-    return step, results
-
 
 def dies_before_the_op() -> None:
     step, _ = first_step()
-    if RANK == VICTIM:
+    if fault.is_here:
         os.kill(os.getpid(), signal.SIGKILL)
     report_abandoned(step, step.run())
 
 
 def raises_before_the_op() -> None:
     step, _ = first_step()
-    if RANK == VICTIM:
+    if fault.is_here:
         raise ValueError("the data loader of this rank failed")
     report_abandoned(step, step.run())
 
@@ -167,7 +50,7 @@ def raises_during_an_op() -> None:
     """The last rank does not come, so that the op of the victim would last."""
     step = Step.of(8, 16, timeout_s=300.0)
     meet("programs are compiled")
-    if RANK == VICTIM:
+    if fault.is_here:
         threading.Thread(target=step.run, daemon=True).start()
         while step.comm._native.num_running_ops == 0:
             time.sleep(0.01)
@@ -185,7 +68,7 @@ def cannot_launch() -> None:
     constant = np.arange(8 * 16, dtype=np.float32).reshape(8, 16)  # not a number that XLA spreads itself
 
     def program(x, topk_idx, topk_weights):
-        x = jnp.asarray(constant) if RANK == VICTIM else x
+        x = jnp.asarray(constant) if fault.is_here else x
         return ep.dispatch(x, topk_idx, topk_weights, comm=step.comm)[0].tokens
 
     mapped = jax.shard_map(
@@ -207,7 +90,7 @@ def cannot_launch() -> None:
 def dies_after_the_op() -> None:
     step, first = first_step()
     results = step.run()
-    if RANK == VICTIM:
+    if fault.is_here:
         os.kill(os.getpid(), signal.SIGKILL)
     step.comm.check()
     step.comm.close()
@@ -219,7 +102,7 @@ def dies_in_a_loop() -> None:
     step, _ = first_step()
 
     def die(number, rank):
-        if (number, rank) == (4, LIVE.index(VICTIM)):
+        if (number, rank) == (4, LIVE.index(fault.victim)):
             os.kill(os.getpid(), signal.SIGKILL)
         return np.float32(0)
 
@@ -250,7 +133,7 @@ def compiles_beside() -> None:
                 return
 
     thread = threading.Thread(target=compile_others)
-    if RANK == VICTIM:
+    if fault.is_here:
         thread.start()
     try:
         step = Step.of(8, 16)
@@ -260,7 +143,7 @@ def compiles_beside() -> None:
     results = step.run()
     step.comm.check()
     report("unharmed", abandoned=is_abandoned(results))
-    if RANK == VICTIM:
+    if fault.is_here:
         thread.join()
     meet("the end")
 
@@ -309,20 +192,20 @@ def calls_share_a_number() -> None:
     meet("the end")
 
 
-def _run_until_abandoned(step: Step, first: dict[str, np.ndarray], fault: int) -> dict[str, np.ndarray]:
+def _run_until_abandoned(step: Step, first: dict[str, np.ndarray], sent: int) -> dict[str, np.ndarray]:
     """Send the victim a signal at some moment; return the first results that are not right."""
     for number in range(100_000):
         results = step.run()
         if not all(np.array_equal(results[name], first[name]) for name in ("out", "gradient of x")):
             report("steps before", steps=number)
             return results
-        if RANK == VICTIM and number == 0:  # all others are in the loop as well
-            _signal_after_a_moment(fault)
+        if fault.is_here and number == 0:  # all others are in the loop as well
+            _signal_after_a_moment(sent)
     raise AssertionError("the victim never went away")
 
 
 def _signal_after_a_moment(number: int) -> None:
-    delay_s = random.Random(SEED).uniform(0, 0.5)
+    delay_s = random.Random(fault.seed).uniform(0, 0.5)
 
     def send() -> None:
         time.sleep(delay_s)
@@ -354,7 +237,7 @@ def stalls_before_the_op() -> None:
     continued = threading.Event()
     signal.signal(signal.SIGCONT, lambda *_: continued.set())
     report("ready")
-    if RANK == VICTIM:  # the test stops this process now, and continues it later
+    if fault.is_here:  # the test stops this process now, and continues it later
         deadline = time.monotonic() + MEETING_S
         while not continued.is_set() and time.monotonic() < deadline:
             time.sleep(0.01)  # not in `wait`, which a signal that another thread takes does not end
@@ -398,7 +281,7 @@ def _go_on_with_others(
 
 def process_0_dies() -> None:
     step, _ = first_step()
-    if RANK == VICTIM:
+    if fault.is_here:
         os.kill(os.getpid(), signal.SIGKILL)
     step.run()
     step.comm.check()
@@ -406,11 +289,11 @@ def process_0_dies() -> None:
 
 
 join()
-for FAULT in ARGUMENTS:
-    name, victim, *seed = FAULT.split(":")
-    VICTIM, SEED = int(victim), "".join(seed)
+for fault.label in ARGUMENTS:
+    name, victim, *seed = fault.label.split(":")
+    fault.victim, fault.seed = int(victim), "".join(seed)
     globals()[name]()
     if name.startswith(("dies", "raises")):
-        LIVE.remove(VICTIM)
-if any(fault.startswith("dies") for fault in ARGUMENTS):
+        LIVE.remove(fault.victim)
+if any(label.startswith("dies") for label in ARGUMENTS):
     leave_without_the_dead()
