@@ -109,8 +109,8 @@ class Group {
     const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
-  void GiveUp(int rank) {
-    const char* error = LaunchGiveUp(frames_[rank], Failure::kNotLaunched, streams_[rank]);
+  void Abort(int rank) {
+    const char* error = LaunchAbort(frames_[rank], Failure::kNotLaunched, streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void DelayRank(int rank, uint64_t nanoseconds) { LaunchDelay(nanoseconds, streams_[rank]); }
@@ -157,7 +157,7 @@ void RunOnCpu(Communicator& comm, int64_t run, const std::vector<Params>& params
     op->fail = [](const std::string& why) { Check(false, why); };
     OpCall call{&instruction, {}, 1, true};
     call.op.run = run;
-    comm.Join(call, *comm.FindPlace(rank), std::move(op));
+    comm.Join(call, *comm.FindLocation(rank), std::move(op));
   }
   while (done < static_cast<int>(params.size())) std::this_thread::yield();
   comm.WaitForOps();
@@ -168,7 +168,7 @@ std::shared_ptr<Communicator> CpuCommunicator(const GroupShape& shape) {
   config.shape = shape;
   config.num_groups = 1;
   config.timeout_s = 60;
-  for (int rank = 0; rank < shape.num_ranks; ++rank) config.places.push_back({rank, 0, rank, 0});
+  for (int rank = 0; rank < shape.num_ranks; ++rank) config.locations.push_back({rank, 0, rank, 0});
   return std::make_shared<Communicator>(config);
 }
 
@@ -185,7 +185,7 @@ void CheckSame(Array& array, size_t bytes, const std::string& what) {
 // Rows of tokens and padding; what stands in the others is not specified.
 void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, const std::string& what) {
   int64_t end = 0;
-  for (int group = 0; group < NumGroups(problem.shape, problem.route); ++group) {
+  for (int group = 0; group < NumRowGroups(problem.shape, problem.route); ++group) {
     end += rank.group_sizes.host<int32_t>()[group];
   }
   if (all) end = problem.route.capacity;
@@ -470,7 +470,7 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     dispatch(group, 1);
-    group.GiveUp(2);
+    group.Abort(2);
     CheckEnds(group, problem, ranks, 2, Failure::kNotLaunched, 2, kAtOnce, "an op that is not launched");
     dispatch(group, 2);
     CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce, "the op after one that is not launched");

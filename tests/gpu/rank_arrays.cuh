@@ -186,7 +186,7 @@ struct Rank {
   static size_t PerRow(const Problem& p) {
     return size_t{4} * p.route.capacity * (p.route.layout == Layout::kExpertMajor ? 1 : p.shape.num_topk);
   }
-  static size_t Groups(const Problem& p) { return size_t{4} * NumGroups(p.shape, p.route); }
+  static size_t Groups(const Problem& p) { return size_t{4} * NumRowGroups(p.shape, p.route); }
 
   Array x, topk_idx, topk_weights;
   Array tokens, source, destination, weights, local_experts, group_sizes, num_rows, counts, pairs, scratch;

@@ -353,11 +353,11 @@ void CheckGroups() {
   route.alignment = 4;
   route.expert_capacity = 6;
   int64_t offset = 0;
-  CheckGroup(PlaceGroup(3, route, &offset), 0, 3, 4, 0);  // fits; padded
-  CheckGroup(PlaceGroup(9, route, &offset), 4, 6, 8, 1);  // cut by expert_capacity
-  CheckGroup(PlaceGroup(0, route, &offset), 12, 0, 0, 2);  // empty
-  CheckGroup(PlaceGroup(5, route, &offset), 12, 4, 4, 3);  // cut by capacity
-  CheckGroup(PlaceGroup(1, route, &offset), 20, 0, 0, 4);  // no room
+  CheckGroup(LayOutGroup(3, route, &offset), 0, 3, 4, 0);  // fits; padded
+  CheckGroup(LayOutGroup(9, route, &offset), 4, 6, 8, 1);  // cut by expert_capacity
+  CheckGroup(LayOutGroup(0, route, &offset), 12, 0, 0, 2);  // empty
+  CheckGroup(LayOutGroup(5, route, &offset), 12, 4, 4, 3);  // cut by capacity
+  CheckGroup(LayOutGroup(1, route, &offset), 20, 0, 0, 4);  // no room
   Check(offset == 24, "the end of the groups", static_cast<long>(offset));
 
   // Sizes near the end of int32 are arithmetic in 64 bits.
@@ -365,8 +365,8 @@ void CheckGroups() {
   route.alignment = 1;
   route.expert_capacity = kNoLimit;
   offset = 0;
-  PlaceGroup(int64_t{1} << 31, route, &offset);
-  CheckGroup(PlaceGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
+  LayOutGroup(int64_t{1} << 31, route, &offset);
+  CheckGroup(LayOutGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
 }
 
 // Against the language's own division, around multiples, where a quotient changes, and at the end.

@@ -21,19 +21,19 @@ def look(world: World, rank: int) -> Iterator[tuple[World, bool]]:
     if world.ranks[rank].failed or world.reporters_seen(rank):
         yield world, True
         return
-    for told, _ in word_of_a_peer(world, rank):
-        yield told, True
+    for notified, _ in see_broken(world, rank):
+        yield notified, True
     yield world, False
 
 
-def word_of_a_peer(world: World, rank: int) -> Iterator[tuple[World, int]]:
+def see_broken(world: World, rank: int) -> Iterator[tuple[World, int]]:
     """Let the rank see a store to its `broken` that it has not seen yet."""
     for reporter in range(len(world.ranks)):
         for writer in world.writers(rank):
             for i in world.unseen(writer, world.at.broken(rank, reporter)):
-                told = world.copy()
-                told.see(writer, i)
-                yield told, reporter
+                notified = world.copy()
+                notified.see(writer, i)
+                yield notified, reporter
 
 
 def see_flag(world: World, flag: int, writer: int, op: int) -> bool:
@@ -76,10 +76,10 @@ def claim(world: World, rank: int, *, waits: bool = True) -> Iterator[World]:
     me = world.ranks[rank]
     if me.failed:
         if waits:
-            world.wait_until_told(rank)
+            world.wait_until_notified(rank)
         world.change(rank, jump=me.back, back="")
     elif any(other.succeeded > me.op for other in world.ranks):
-        raise Violation("broken for good")
+        raise Violation("stays broken")
     else:
         world.change(rank, failed=me.op)
     yield world
@@ -87,11 +87,11 @@ def claim(world: World, rank: int, *, waits: bool = True) -> Iterator[World]:
 
 def load_broken(world: World, rank: int) -> Iterator[World]:
     found = [(world.copy(), reporter) for reporter in world.reporters_seen(rank) or [rank]]
-    for told, reporter in [*found, *word_of_a_peer(world, rank)]:
-        if reporter != rank and not told.seen[told.at.report(rank, reporter)]:
+    for notified, reporter in [*found, *see_broken(world, rank)]:
+        if reporter != rank and not notified.seen[notified.at.report(rank, reporter)]:
             raise Violation("report")
-        told.change(rank, reporter=reporter)
-        yield told
+        notified.change(rank, reporter=reporter)
+        yield notified
 
 
 def report_to_host(world: World, rank: int) -> Iterator[World]:
@@ -99,7 +99,7 @@ def report_to_host(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def tell_host(world: World, rank: int) -> Iterator[World]:
+def notify_host(world: World, rank: int) -> Iterator[World]:
     """The host may look at any moment: what if the flag is seen at once?"""
     world.store(rank, world.at.host_flag(rank), 1)
     now = world.copy()
@@ -110,7 +110,7 @@ def tell_host(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def tell_peers(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+def notify_peers(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
     """Who was told passes the report on: the first to tell may have come no further than to this rank."""
     reporter = world.ranks[rank].reporter
     for peer in world.peers(rank):
@@ -130,8 +130,8 @@ FAIL_STEPS = [
     Step("Fail: LoadAcquireSystem(broken)", load_broken, LOAD),
     Step("Fail: CopyReport(status)", report_to_host, LOCAL),
     Step("Fail: __threadfence_system", fence, LOCAL),
-    Step("Fail: status.failed", tell_host, LOCAL),
-    Step("Fail: StoreReleaseSystem(broken)", tell_peers, LOCAL),
+    Step("Fail: status.failed", notify_host, LOCAL),
+    Step("Fail: StoreReleaseSystem(broken)", notify_peers, LOCAL),
     Step("Fail: FenceSystem", fence, LOCAL),
     Step("Fail: return", return_from_fail, LOCAL),
 ]

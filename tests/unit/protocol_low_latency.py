@@ -32,7 +32,7 @@ class LowLatency:
         num_banks: of a channel's windows.
         num_in_flight: ops of a channel that a rank has begun and not ended. With 2, it loads what came for an
             op only after it has sent the next one's headers.
-        always_tells: an op sends its header to all peers and waits for all of theirs; otherwise only where
+        sends_to_all: an op sends its header to all peers and waits for all of theirs; otherwise only where
             rows go, which here is in every other op.
         releases: a header is a release store.
         looks: an op begins with a look whether the group is lost.
@@ -41,7 +41,7 @@ class LowLatency:
 
     num_banks: int = 2
     num_in_flight: int = 1
-    always_tells: bool = True
+    sends_to_all: bool = True
     releases: bool = True
     looks: bool = True
     bounded: bool = True
@@ -110,7 +110,7 @@ class LowLatency:
         elif not me.failed:
             op = self._op_to_end(world, rank)
             if any(0 < other.failed < op for other in world.ranks):
-                raise Violation("broken for good")
+                raise Violation("stays broken")
             world.change(rank, succeeded=op)
         yield world
 
@@ -125,7 +125,7 @@ class LowLatency:
 
     def _peers(self, world: World, rank: int, op: int) -> list[int]:
         """Who exchanges headers with the rank in an op. In even ones, here, nobody has rows for anybody."""
-        return world.peers(rank) if op > 0 and (self.always_tells or op % 2) else []
+        return world.peers(rank) if op > 0 and (self.sends_to_all or op % 2) else []
 
     def _check_loads(self, world: World, rank: int) -> None:
         op = self._op_to_end(world, rank)

@@ -33,10 +33,10 @@ class Protocol:
 
     def __init__(self, steps: list[Step]) -> None:
         self.steps = steps
-        self._places = {step.name: i for i, step in enumerate(steps)} | {"End": END}
+        self._indices = {step.name: i for i, step in enumerate(steps)} | {"End": END}
 
     def replaced(self, name: str, run: Run) -> "Protocol":
-        assert name in self._places
+        assert name in self._indices
         return Protocol([step._replace(run=run) if step.name == name else step for step in self.steps])
 
     def without(self, *names: str) -> "Protocol":
@@ -48,7 +48,7 @@ class Protocol:
     def moved(self, name: str, *, after: str) -> "Protocol":
         steps = [step for step in self.steps if step.name != name]
         place = [step.name for step in steps].index(after) + 1
-        return Protocol([*steps[:place], self.steps[self._places[name]], *steps[place:]])
+        return Protocol([*steps[:place], self.steps[self._indices[name]], *steps[place:]])
 
     def step_of(self, world: World, rank: int) -> Step | None:
         at = world.ranks[rank].at
@@ -62,7 +62,7 @@ class Protocol:
         world.change(rank, at=world.ranks[rank].at + 1)
         for after in step.run(world, rank):
             if after.ranks[rank].jump:
-                after.change(rank, at=self._places[after.ranks[rank].jump], jump="")
+                after.change(rank, at=self._indices[after.ranks[rank].jump], jump="")
             if not before < self._progress(after.ranks[rank]):
                 raise Violation("progress")
             yield after
@@ -70,7 +70,7 @@ class Protocol:
     def run_local_steps(self, world: World, rank: int) -> Iterator[World]:
         """Go on to where the rank may find one thing or another."""
         step = self.step_of(world, rank)
-        told = world.ranks[rank].failed > 0 or bool(world.reporters_seen(rank))
+        notified = world.ranks[rank].failed > 0 or bool(world.reporters_seen(rank))
         if step is None or not (step.loads == LOCAL or (step.loads == LOOK and told)):
             yield world
             return
@@ -82,7 +82,7 @@ class Protocol:
         if rank.at == BEGIN:
             return (rank.op + 1, 0, 0)
         if rank.back:
-            return (rank.op, 2 * self._places[rank.back] - 1, rank.at)
+            return (rank.op, 2 * self._indices[rank.back] - 1, rank.at)
         return (rank.op, 2 * rank.at, 0)
 
 
@@ -140,9 +140,9 @@ def _successors(
             after = world.copy()
             after.fail_beside(rank)
             yield f"rank {rank}, op {max(me.op, 1)}: an op beside it fails", after
-        if me.telling:
+        if me.notifying:
             after = world.copy()
-            after.tell_beside(rank)
+            after.notify_beside(rank)
             yield f"rank {rank}, op {max(me.op, 1)}: the op beside it tells", after
         step = protocol.step_of(world, rank)
         if step is not None:

@@ -12,7 +12,7 @@ The promises:
 * "progress": no rank waits for good. A step leads to a later one, so that an op has a bounded number of
   them, and a rank that has not ended can always take one, whatever the others do. A rank that is killed
   or late is one that the search does not choose.
-* "broken for good": no op succeeds on a rank that has failed, or after an op that failed on any rank.
+* "stays broken": no op succeeds on a rank that has failed, or after an op that failed on any rank.
 * "report": what a host reads after its flag is complete, and so is the peer's report in it.
 
 Time: a wait may time out as long as a flag is missing. XLA reuses a rank's operand as soon as it has left.
@@ -81,7 +81,7 @@ def push_counts(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def tell_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+def signal_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
     op = world.ranks[rank].op
     for peer in world.peers(rank):
         world.store(rank, world.at.published(peer, rank), op)
@@ -145,7 +145,7 @@ def finish_unless_stopped(world: World, rank: int) -> Iterator[World]:
         yield looked
 
 
-def tell_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+def signal_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
     for peer in world.peers(rank):
         world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=release)
     yield world
@@ -173,7 +173,7 @@ def succeed_or_fail(world: World, rank: int) -> Iterator[World]:
     elif me.wrong:
         raise Violation("data")
     elif any(0 < other.failed < me.op for other in world.ranks):
-        raise Violation("broken for good")
+        raise Violation("stays broken")
     else:
         world.change(rank, succeeded=me.op)
     yield world
@@ -195,13 +195,13 @@ PROTOCOL = Protocol(
         Step("SyncGrid", sync_grid, LOCAL),
         Step("Push counts", push_counts, LOCAL),
         Step("Publish: IsLastBlock", fence, LOCAL),
-        Step("Publish: StoreReleaseSystem(arrived)", tell_arrival, LOCAL),
+        Step("Publish: StoreReleaseSystem(arrived)", signal_arrival, LOCAL),
         Step("WaitForArrivals", wait_for_arrivals, LOAD),
         Step("First loads", first_loads, LOCAL),  # of what is seen already: no others matter
         Step("Last loads", last_loads, LOAD),
         Step("Finish: IsLastBlock", fence, LOCAL),
         Step("Finish: Stopped", finish_unless_stopped, LOOK),
-        Step("Finish: StoreReleaseSystem(left)", tell_leaving, LOCAL),
+        Step("Finish: StoreReleaseSystem(left)", signal_leaving, LOCAL),
         Step("Finish: WaitForAll(left)", wait_for_leaving, LOAD),
         Step("Finish: FenceSystem", fence, LOCAL),
         Step("Finish: Stopped again", look_again, LOOK),

@@ -33,7 +33,7 @@ class Rank(NamedTuple):
     succeeded: int = 0  # the last op that did
     lost: bool = False  # it has seen in this op that the group is broken
     wrong: bool = False  # what it loaded was not this op's
-    telling: bool = False  # an op beside this one has given up and not yet told all
+    notifying: bool = False  # an op beside this one has given up and not yet told all
 
 
 class Words:
@@ -138,20 +138,20 @@ class World:
 
     def fail_beside(self, rank: int) -> None:
         """Let an op of the rank beside this one give up: on its other channel, or by mistake on the same."""
-        self.change(rank, failed=max(self.ranks[rank].op, 1), telling=True)
+        self.change(rank, failed=max(self.ranks[rank].op, 1), notifying=True)
 
-    def tell_beside(self, rank: int) -> None:
-        self.change(rank, telling=False)
+    def notify_beside(self, rank: int) -> None:
+        self.change(rank, notifying=False)
         queue = len(self.ranks) + rank
         for home in range(len(self.ranks)):
             if home != rank:
                 self.store(queue, self.at.report(home, rank), 1)
             self.store(queue, self.at.broken(home, rank), 1, release=True)
 
-    def wait_until_told(self, rank: int) -> None:
-        """What the rank does next is seen after all that the op beside has told."""
-        if self.ranks[rank].telling:
-            self.tell_beside(rank)
+    def wait_until_notified(self, rank: int) -> None:
+        """What the rank does next is seen after all that the op beside has notified."""
+        if self.ranks[rank].notifying:
+            self.notify_beside(rank)
         queue = len(self.ranks) + rank
         if self.queues[queue]:
             self.queues[rank] += self.queues[queue]

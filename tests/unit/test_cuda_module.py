@@ -68,7 +68,7 @@ def test_sizes_that_kernels_do_not_take(module: ModuleType, sizes: dict, words: 
     assert re.search(words, module.unsupported_reason(**sizes, **limits, device=(0, 0), limit_bytes=1))
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
-            id=-1, fingerprint=0, places=[], process=0, num_groups=1, hidden_size=1,
+            id=-1, fingerprint=0, locations=[], process=0, num_groups=1, hidden_size=1,
             timeout_s=1.0, devices=[], num_sms=0, **sizes, **limits,
         )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
         ValueError, match=r"mode: expected one that has kernels \(throughput, low_latency\), got soon"
     ):
         module.Communicator(
-            id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
+            id=-1, fingerprint=0, locations=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
             num_ranks=1, num_experts=1, num_topk=1, timeout_s=1.0, devices=[], num_sms=0, mode="soon",
         )  # fmt: skip
 
@@ -89,4 +89,4 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
 def test_no_driver_is_an_obstacle(module: ModuleType) -> None:
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
     text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
-    assert text.startswith("GPU 0 cannot be asked what it is")
+    assert text.startswith("GPU 0 cannot be queried")

@@ -5,15 +5,15 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
-from protocol_failure import claim, tell_peers, wait
+from protocol_failure import claim, notify_peers, wait
 from protocol_low_latency import LowLatency
 from protocol_search import Protocol, find_violation
 from protocol_throughput import (
     PROTOCOL,
     begin,
     flags_of_peers,
-    tell_arrival,
-    tell_leaving,
+    signal_arrival,
+    signal_leaving,
     wait_for_arrivals,
 )
 from protocol_world import World
@@ -41,25 +41,25 @@ def test_promises_are_kept(num_ranks: int, num_ops: int, beside: bool) -> None:
 # --- Changes to the protocol, each of which breaks a promise.
 
 
-def keep_what_it_was_told(world: World, rank: int) -> Iterator[World]:
-    return tell_peers(world, rank) if world.ranks[rank].reporter == rank else iter([world])
+def keep_the_report(world: World, rank: int) -> Iterator[World]:
+    return notify_peers(world, rank) if world.ranks[rank].reporter == rank else iter([world])
 
 
-def leave_before_telling(world: World, rank: int) -> Iterator[World]:
+def leave_before_notifying(world: World, rank: int) -> Iterator[World]:
     world.store(rank, world.at.operand(rank), 2 * world.ranks[rank].op + 1)
-    return tell_peers(world, rank)
+    return notify_peers(world, rank)
 
 
 def load_before_waiting(world: World, rank: int) -> Iterator[World]:
     """As if the flags were loaded without acquire: what is loaded after may be older."""
-    for told in tell_arrival(world, rank):
-        op = told.ranks[rank].op
-        stale = any(told.seen[told.at.operand(peer)] != 2 * op for peer in told.peers(rank))
-        told.change(rank, wrong=stale)
-        yield told
+    for notified in signal_arrival(world, rank):
+        op = notified.ranks[rank].op
+        stale = any(notified.seen[notified.at.operand(peer)] != 2 * op for peer in notified.peers(rank))
+        notified.change(rank, wrong=stale)
+        yield notified
 
 
-def wait_for_good(world: World, rank: int) -> Iterator[World]:
+def wait_without_bound(world: World, rank: int) -> Iterator[World]:
     return (waited for waited in wait_for_arrivals(world, rank) if waited.ranks[rank].jump != "Fail")
 
 
@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation("operands are written after the flag", PROTOCOL.moved("Write operands", after=ARRIVED), "data"),
     Mutation("counts are pushed after the flag", PROTOCOL.moved("Push counts", after=ARRIVED), "addresses"),
     Mutation(
-        "arrived is no release", PROTOCOL.replaced(ARRIVED, partial(tell_arrival, release=False)), "addresses"
+        "arrived is no release", PROTOCOL.replaced(ARRIVED, partial(signal_arrival, release=False)), "addresses"
     ),
     Mutation("arrived is loaded without acquire", PROTOCOL.replaced(ARRIVED, load_before_waiting), "data"),
     Mutation(
@@ -95,7 +95,7 @@ MUTATIONS = [
         PROTOCOL.replaced("WaitForArrivals", wait_for_the_op_before),
         "addresses",
     ),
-    Mutation("waits have no end", PROTOCOL.replaced("WaitForArrivals", wait_for_good), "progress"),
+    Mutation("waits have no end", PROTOCOL.replaced("WaitForArrivals", wait_without_bound), "progress"),
     Mutation(
         "who is lost begins",
         PROTOCOL.replaced("Begin", partial(begin, looks=False)),
@@ -106,7 +106,7 @@ MUTATIONS = [
     Mutation(
         "left is no release, and no fence comes before it",
         PROTOCOL.without("Finish: IsLastBlock")
-        .replaced(LEFT, partial(tell_leaving, release=False))
+        .replaced(LEFT, partial(signal_leaving, release=False))
         .moved("Last loads", after="Finish: WaitForAll(left)"),
         "data",
     ),
@@ -121,15 +121,15 @@ MUTATIONS = [
     ),
     Mutation("no look after the loads", PROTOCOL.without("Finish: Stopped", "Finish: Stopped again"), "data"),
     Mutation("peers are not told", PROTOCOL.without(BROKEN), "data"),
-    Mutation("peers are told after leaving", PROTOCOL.replaced(BROKEN, leave_before_telling), "data"),
-    # Two ranks have another fence on the way out, but not one that passes on what it was told.
+    Mutation("peers are told after leaving", PROTOCOL.replaced(BROKEN, leave_before_notifying), "data"),
+    # Two ranks have another fence on the way out, but not one that passes on what it was notified.
     Mutation(
         "no fence between telling and leaving", PROTOCOL.without("Fail: FenceSystem"), "data", num_ranks=3
     ),
     Mutation(
-        "who is told tells nobody", PROTOCOL.replaced(BROKEN, keep_what_it_was_told), "data", num_ranks=3
+        "who is told tells nobody", PROTOCOL.replaced(BROKEN, keep_the_report), "data", num_ranks=3
     ),
-    Mutation("broken is no release", PROTOCOL.replaced(BROKEN, partial(tell_peers, release=False)), "report"),
+    Mutation("broken is no release", PROTOCOL.replaced(BROKEN, partial(notify_peers, release=False)), "report"),
     Mutation(
         "who gives up beside a second op does not wait until it has told",
         PROTOCOL.replaced("Fail", partial(claim, waits=False)),
@@ -181,8 +181,8 @@ LOW_LATENCY_MUTATIONS = [
     ),
     Mutation(
         "only peers that have rows are heard",
-        LowLatency(always_tells=False).protocol(),
-        "broken for good",
+        LowLatency(sends_to_all=False).protocol(),
+        "stays broken",
         num_ops=2,
     ),
     Mutation(
@@ -190,11 +190,11 @@ LOW_LATENCY_MUTATIONS = [
         LowLatency(releases=False).protocol().without("Push: IsLastBlock"),
         "data",
     ),
-    Mutation("who is lost begins", LowLatency(looks=False).protocol(), "broken for good", num_ops=2),
+    Mutation("who is lost begins", LowLatency(looks=False).protocol(), "stays broken", num_ops=2),
     Mutation("waits have no end", LowLatency(bounded=False).protocol(), "progress"),
     Mutation(
         "broken is no release",
-        LOW_LATENCY.replaced(BROKEN, partial(tell_peers, release=False)),
+        LOW_LATENCY.replaced(BROKEN, partial(notify_peers, release=False)),
         "report",
     ),
 ]

@@ -92,7 +92,7 @@ struct Warp {
 };
 
 struct Thread {
-  Place place;
+  Position position;
   void* stack_pointer = nullptr;
   unsigned num_exchanges = 0;
   unsigned num_votes = 0;
@@ -113,10 +113,10 @@ class Block {
     all_.members = num_threads;
     for (int i = 0; i < num_threads; ++i) {
       Thread& thread = threads_[i];
-      thread.place.thread.x = i;
-      thread.place.block.x = index;
-      thread.place.block_size = {static_cast<unsigned>(num_threads), 1, 1};
-      thread.place.grid_size = {static_cast<unsigned>(num_blocks), 1, 1};
+      thread.position.thread.x = i;
+      thread.position.block.x = index;
+      thread.position.block_size = {static_cast<unsigned>(num_threads), 1, 1};
+      thread.position.grid_size = {static_cast<unsigned>(num_blocks), 1, 1};
       Warp& warp = warps_[i / kWarpSize];
       ++warp.barrier.members;
       ++warp.lanes;
@@ -214,7 +214,7 @@ std::atomic<unsigned> Block::num_runs{0};
 
 }  // namespace
 
-const Place& Here() { return current->place; }
+const Position& Here() { return current->position; }
 
 void RunGrid(int num_blocks, int num_threads, const std::function<void()>& body) {
   std::vector<std::thread> blocks;
@@ -244,7 +244,7 @@ void SyncWarp() { block->Wait(&block->WarpOfCurrent().barrier); }
 const uint64_t* Exchange(uint64_t word) {
   Warp& warp = block->WarpOfCurrent();
   uint64_t* words = warp.words[current->num_exchanges++ % 2];
-  words[current->place.thread.x % kWarpSize] = word;
+  words[current->position.thread.x % kWarpSize] = word;
   block->Wait(&warp.barrier);
   return words;
 }

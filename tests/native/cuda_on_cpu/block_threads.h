@@ -21,10 +21,10 @@ struct Index3 {
 };
 
 // Where the calling thread stands.
-struct Place {
+struct Position {
   Index3 thread, block, block_size, grid_size;
 };
-const Place& Here();
+const Position& Here();
 
 // Run a kernel's body in all threads of all blocks; return when all have ended.
 void RunGrid(int num_blocks, int num_threads, const std::function<void()>& body);
