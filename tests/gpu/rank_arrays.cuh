@@ -1,5 +1,4 @@
-// What a rank of cuda_ranks.cu has: arrays that host and device both hold, and the parameters of every
-// verb on either.
+// The arrays of a rank of cuda_ranks.cu, on host and device, and the parameters of every verb on either.
 #ifndef JAX_DEEPEP_TESTS_GPU_RANK_ARRAYS_CUH_
 #define JAX_DEEPEP_TESTS_GPU_RANK_ARRAYS_CUH_
 
@@ -34,7 +33,7 @@ void CheckCuda(cudaError_t error, const char* what) {
   std::exit(2);
 }
 
-// An array that host and device both have.
+// An array on host and device.
 class Array {
  public:
   explicit Array(size_t bytes = 0) : host_(std::max<size_t>(bytes, 1)) {
@@ -120,7 +119,7 @@ void FillRandom(RowType type, void* rows, size_t count, std::mt19937& random) {
   }
 }
 
-// What one rank has: operands and results of all verbs.
+// The operands and results of all verbs on one rank.
 struct Rank {
   Rank(const Problem& problem, std::mt19937& random)
       : x(Rows(problem, problem.route.num_tokens)),

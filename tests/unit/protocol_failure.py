@@ -1,11 +1,11 @@
-"""What the protocols of all modes share: how a rank waits for its peers, gives up, and learns that one has.
+"""What the protocols of all modes share: how a rank waits for its peers, aborts, and learns that one has.
 
-The steps stand for lines of xla_ffi/cuda/group_op.cuh, and are named after its functions.
+The steps model lines of xla_ffi/cuda/group_op.cuh, and are named after its functions.
 
-Two ops of a communicator may be under way on one rank: on its two channels, or by mistake on one. They share
-nothing but the state of the group: `failed` and `broken` of the rank's control block. All that one op sees of
-the other is therefore that the rank fails at some moment and tells its peers a little later. With `beside`,
-the search lets that happen at any moment, on any rank (World.fail_beside).
+Two ops of a communicator may run at once on one rank: on its two channels, or by mistake on one. They share
+only the state of the group: `failed` and `broken` of the rank's control block. So one op sees of the other
+only that the rank fails at some moment and notifies its peers a little later. With `concurrent`, the search
+lets that happen at any moment, on any rank (World.fail_concurrent).
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from protocol_search import LOAD, LOCAL, Step
 from protocol_world import Violation, World
 
-# --- Loads, with all that they may find.
+# --- Loads, with every value that they may return.
 
 
 def look(world: World, rank: int) -> Iterator[tuple[World, bool]]:
-    """IsBroken: whether this rank or a peer has given up."""
+    """IsBroken: whether this rank or a peer has aborted."""
     if world.ranks[rank].failed or world.reporters_seen(rank):
         yield world, True
         return
@@ -55,8 +55,8 @@ def wait(world: World, rank: int, flags: dict[int, int], op: int) -> Iterator[tu
         yield world, "all"
 
 
-def meet_different_op(world: World, rank: int, flags: dict[int, int], op: int, back: str) -> Iterator[World]:
-    """Each peer that has come may turn out to have come to another op; nobody else is waited for then."""
+def find_different_op(world: World, rank: int, flags: dict[int, int], op: int, back: str) -> Iterator[World]:
+    """Each peer that has arrived may have arrived at another op; then the wait ends."""
     for peer, flag in flags.items():
         different = world.copy()
         if see_flag(different, flag, peer, op):
@@ -100,7 +100,7 @@ def report_to_host(world: World, rank: int) -> Iterator[World]:
 
 
 def notify_host(world: World, rank: int) -> Iterator[World]:
-    """The host may look at any moment: what if the flag is seen at once?"""
+    """The host may read at any moment: assume that the flag is seen at once."""
     world.store(rank, world.at.host_flag(rank), 1)
     now = world.copy()
     now.see(rank, len(now.queues[rank]) - 1)
@@ -111,7 +111,7 @@ def notify_host(world: World, rank: int) -> Iterator[World]:
 
 
 def notify_peers(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
-    """Who was told passes the report on: the first to tell may have come no further than to this rank."""
+    """A rank that was notified forwards the report: the reporter may have notified no other rank yet."""
     reporter = world.ranks[rank].reporter
     for peer in world.peers(rank):
         if peer != reporter:

@@ -26,7 +26,7 @@ struct GroupRun {
   // Every rank's shared memory; empty where all ranks are of this process.
   std::vector<RankWindow> windows;
   // Wait for the other processes of the group. False: the op must be aborted.
-  std::function<bool()> meet;
+  std::function<bool()> barrier;
 
   bool spans_processes() const { return !windows.empty(); }
 };
