@@ -51,10 +51,10 @@ std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
   }
   const std::string name = "communicator #" + std::to_string(id);
   if (comm == nullptr) {
-    *unsupported_reason = "this program uses " + name +
-                          ", which does not exist (or no longer exists) in this process; make the "
-                          "same communicators in "
-                          "the same order as the process that traced the program did";
+    *unsupported_reason =
+        "this program uses " + name +
+        ", which does not exist (or no longer exists) in this process; make the "
+        "same communicators in the same order as the process that traced the program";
   } else if (comm->config().fingerprint != fingerprint) {
     *unsupported_reason =
         "this program uses " + name +

@@ -11,8 +11,8 @@ namespace jax_deepep {
 
 // Where a device of the mesh is.
 struct Location {
-  int64_t device =
-      0;  // the id XLA passes to custom calls of this process; unused for other processes
+  // The id that XLA passes to custom calls of this process; unused for other processes.
+  int64_t device = 0;
   int32_t group = 0;
   int32_t rank = 0;
   int32_t process = 0;
