@@ -50,7 +50,7 @@ __device__ void WaitFor(const uint32_t* flag, uint32_t step, LinkControl* own) {
   }
 }
 
-// The peer that a row is sent to, and the one that the row of that index comes from: in turn.
+// The peer that a row is sent to, and the one that the row of that index comes from: round robin.
 __device__ __forceinline__ int PeerOf(const LinkFrame& frame, int row) {
   return (frame.rank + 1 + row % (frame.num_ranks - 1)) % frame.num_ranks;
 }
