@@ -303,7 +303,7 @@ void CheckThreads() {
     std::mutex mutex;
     std::condition_variable all_came;
     int num_came = 0, num_left = 0;
-    const auto meet = [&] {
+    const auto wait_for_all = [&] {
       std::unique_lock<std::mutex> lock(mutex);
       threads.insert(std::this_thread::get_id());
       ++num_came;
@@ -312,7 +312,7 @@ void CheckThreads() {
       ++num_left;
       all_came.notify_all();
     };
-    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, meet)), "threads are started");
+    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, wait_for_all)), "threads are started");
     std::unique_lock<std::mutex> lock(mutex);
     all_came.wait(lock, [&] { return num_left == count; });
   }

@@ -1,4 +1,4 @@
-"""The module for GPUs on machines that have none: it is built where possible, imported, and reports why it is unsupported."""
+"""The module for GPUs on machines that have none: it is built where possible, imported, and unsupported."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-// The platform that the handlers are compiled for; each has a module of its own.
+// The platform that the handlers are compiled for; each has a separate module.
 //
 // It defines PlatformCommunicator; LaunchContext, what XLA passes to a custom call besides its
 // buffers; LaunchResult, what an execute stage returns; and Launch for the parameters of every
@@ -65,7 +65,8 @@ struct ProgramCalls {
 };
 
 // One custom call in one loaded program; pins the communicator for as long as the program lives.
-// Its address tells calls apart: XLA makes one per instruction, shared by the devices of a process.
+// Its address identifies the call: XLA makes one per instruction, shared by the devices of a
+// process.
 struct CallSite {
   static ffi::TypeId id;
   static const XLA_FFI_TypeInfo info;
