@@ -44,6 +44,6 @@ def test_the_registry_refuses_an_id_that_was_used() -> None:
     comm = ep.Communicator(mesh_named("one device"), **SIZES, implementation="native")
     again = native.arguments_of(comm.config, comm.id)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=rf"#{again['id']} was made in this process before"):
+        with pytest.raises(RuntimeError, match=rf"#{again['id']}: expected an id that is new"):
             native_module.load("cpu").Communicator(**again)
-        comm = None  # nobody holds the first one any more
+        comm = None  # the first one has no owner any more
