@@ -40,7 +40,7 @@ def exchange_with_all(name: str, message: Mapping[str, Any]) -> dict[int, dict[s
     with Exchange.between(processes, TIMEOUT_S, lambda process: f"process {process}") as exchange:
         if len(exchange.processes) == 1:
             return {exchange.process: dict(message)}
-        exchange.come_to(name)
+        exchange.begin_phase(name)
         exchange.publish(name, message)
         everyones = exchange.read(name, processes)
         exchange.report(Summary())

@@ -9,7 +9,7 @@ import pytest
 from launcher_runs import launch, program
 from own_processes import starts_its_own_processes
 
-from jax_deepep.launch.inside_rank.pytest_plugin import _refuse_conflicts
+from jax_deepep.launch.inside_rank.pytest_plugin import _reject_conflicts
 
 pytestmark = starts_its_own_processes
 
@@ -148,4 +148,4 @@ def test_two_timers_of_the_fault_handler_are_refused() -> None:
         getoption=lambda name, default: default, getini={"faulthandler_timeout": "5"}.get
     )
     with pytest.raises(pytest.UsageError, match="use --launch-test-timeout"):
-        _refuse_conflicts(config)
+        _reject_conflicts(config)

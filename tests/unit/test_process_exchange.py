@@ -72,7 +72,7 @@ class Job:
         """Have all processes agree but those that are absent, and silent ones, which take no verdict."""
         present = [process for process in self.processes if process not in absent]
         for process in present:
-            self.exchanges[process].come_to("arguments")
+            self.exchanges[process].begin_phase("arguments")
             self.exchanges[process].publish("host", host_of(process))
         for process in reversed(present):
             self.report(process, arguments_of(process), host_of(process))
@@ -82,7 +82,7 @@ class Job:
 
     def agree(self, phase: str) -> None:
         for process in self.processes:
-            self.exchanges[process].come_to(phase)
+            self.exchanges[process].begin_phase(phase)
         for process in reversed(self.processes):
             self.exchanges[process].report(Summary())
         for process in self.processes:
@@ -191,7 +191,7 @@ def test_of_many_absent_processes_some_are_named_at_little_cost() -> None:
 def test_who_comes_late_is_told_at_once() -> None:
     job = Job(100)
     job.agree_on_arguments(absent=(1,))
-    job.exchanges[1].come_to("arguments")
+    job.exchanges[1].begin_phase("arguments")
     job.exchanges[1].publish("host", "host 0")
     job.report(1, ARGUMENTS, "host 0")
     job.take_verdict(1)
@@ -220,7 +220,7 @@ def test_who_gave_up_too_early_fails_the_next_phase() -> None:
     job.take_verdict(9)
     assert "process 9 waited 7 s" in job.errors[9]
     for process in range(9):
-        job.exchanges[process].come_to("creation")
+        job.exchanges[process].begin_phase("creation")
     for process in reversed(range(9)):
         job.do(process, lambda exchange: exchange.report(Summary()))
     for process in range(9):
