@@ -60,8 +60,8 @@ def test_ops_of_two_processes(tmp_path) -> None:
     command = [*launch, "--", sys.executable, *bench, "--implementations", "native", "--json", str(path)]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
-    around, results = report.read_json(path)
-    assert around["processes"] == 2
+    environment, results = report.read_json(path)
+    assert environment["processes"] == 2
     assert [result.case for result in results] == [*PASSES, f"native {PAIR}"]
     assert {result.primary.trials for result in results if result.primary} == {2}
     assert {result.problem.devices for result in results} == {2}
@@ -78,9 +78,9 @@ def test_results_come_back_from_json(tmp_path) -> None:
         Result(Problem(intermediate=8), "layer", "xla", values={"shares": {"a": 0.5}}, failure="too large"),
     ]
     report.write_json(tmp_path / "a.json", {"commit": "abc"}, "what it is", results)
-    around, back = report.read_json(tmp_path / "a.json")
+    environment, back = report.read_json(tmp_path / "a.json")
     assert back == results
-    assert around == {"commit": "abc", "meaning": "what it is"}
+    assert environment == {"commit": "abc", "meaning": "what it is"}
     assert json.loads((tmp_path / "a.json").read_text())["results"][0]["over_baseline"] == 1.0
 
 
