@@ -1,4 +1,4 @@
-"""The examples, end to end: implementations learn the same from one seed, and what was learnt writes text."""
+"""The examples, end to end: implementations train alike from one seed, and the trained model writes text."""
 
 import os
 import re
@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 pytestmark = starts_its_own_processes
 
-# Flags come after the example's own choice of devices; a smaller model takes the place of the default one.
+# Flags follow the example's own choice of devices; a smaller model replaces the default one.
 AS_A_SMALL_MODEL = f"""
 import functools, os, runpy, sys
 sys.path[0] = {str(EXAMPLES)!r}
@@ -29,7 +29,7 @@ runpy.run_path(os.path.join(sys.path[0], sys.argv[0]), run_name="__main__")
 
 def run(script: str, *arguments: str) -> str:
     """Run an example; return its output."""
-    # It chooses its devices itself, as on a newcomer's machine.
+    # It chooses its devices itself, as for a new user.
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC", "JAX_PLATFORMS")}
     command = [sys.executable, "-c", AS_A_SMALL_MODEL, script, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
@@ -57,7 +57,7 @@ def test_a_saved_model_writes_text(tmp_path: Path) -> None:
 
 
 def test_packed_documents_and_padded_prompts() -> None:
-    """Padding reaches nothing and counts nowhere, and documents of a row do not meet: it asserts."""
+    """Padding has no effect, and documents of a row do not attend to each other: the example asserts it."""
     output = run("packed_sequences.py")
     before, after = map(float, re.search(r"^loss +(\S+) → (\S+)$", output, re.M).groups())
     assert after < before / 2

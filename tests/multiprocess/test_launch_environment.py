@@ -1,4 +1,4 @@
-"""Which launcher is this, and what does a rank's environment say? No processes."""
+"""The position of a launcher, and the environment of a rank; without processes."""
 
 import sys
 from collections.abc import Mapping
@@ -46,10 +46,10 @@ def environ_of(
     return rank_environ(base or {}, position, local_rank, settings, Path("/logs"))
 
 
-def test_outside_of_clusters_there_is_no_place() -> None:
+def test_outside_of_clusters_there_is_no_position() -> None:
     assert position_from_cluster({}) is None
     assert position_from_cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # a shell of salloc
-    assert position_from_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a pod of its own
+    assert position_from_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a pod without a Job
 
 
 def test_slurm() -> None:
@@ -67,7 +67,7 @@ def test_first_slurm_host(nodes: str, first: str) -> None:
     assert first_slurm_host(nodes) == first
 
 
-def test_open_mpi_is_believed_before_slurm() -> None:
+def test_open_mpi_takes_precedence_over_slurm() -> None:
     position = position_from_cluster({**SLURM, **OPEN_MPI})
     assert position is not None
     assert (position.index, position.count, position.coordinator, position.found_in) == (
@@ -87,9 +87,9 @@ def test_open_mpi_5_on_one_host_and_on_several() -> None:
     assert (here.coordinator, here.local_index) == ("127.0.0.1", 1)
     with pytest.raises(PositionError, match=r"Open MPI do not say where .* add --coordinator"):
         position_from_cluster(variables)
-    told = position_from_cluster(variables, "10.0.0.5:6000")
-    assert told is not None
-    assert (told.index, told.count, told.coordinator, told.port) == (1, 2, "10.0.0.5", 6000)
+    given = position_from_cluster(variables, "10.0.0.5:6000")
+    assert given is not None
+    assert (given.index, given.count, given.coordinator, given.port) == (1, 2, "10.0.0.5", 6000)
 
 
 def test_pmi() -> None:
@@ -132,9 +132,7 @@ def test_positions_from_arguments() -> None:
     assert (position.index, position.count, position.coordinator, position.port) == (2, 3, "a", None)
     position = position_from_arguments("2", "10.0.0.1:6000", 1)
     assert (position.index, position.count, position.coordinator, position.port) == (1, 2, "10.0.0.1", 6000)
-    assert (
-        position_from_arguments("192.0.2.1,127.0.0.1", None, None).index == 1
-    )  # 192.0.2.x belongs to nobody
+    assert position_from_arguments("192.0.2.1,127.0.0.1", None, None).index == 1  # 192.0.2.x is reserved
     assert position_from_arguments("4", "moe-0.pods", None, POD).index == 3
     for hosts in ("0", "a,,b"):
         with pytest.raises(PositionError, match=r"--hosts: expected .*, got"):
@@ -220,11 +218,11 @@ def test_python_commands_are_recognised(tmp_path: Path) -> None:
 
 
 @is_a_command_for_one_process
-def test_a_rank_that_has_not_joined_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_has_not_joined_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environ_of(1, RankSettings("cpu")).items():
         if name.startswith(PREFIX):
             monkeypatch.setenv(name, value)
     mesh = mesh_named("one device")
-    with pytest.warns(UserWarning, match="This is rank 5 of 8 .*, and JAX knows") as told:
+    with pytest.warns(UserWarning, match="This is rank 5 of 8 .*, and JAX knows") as warned:
         ep.Communicator(mesh, num_experts=2, num_experts_per_tok=1, max_tokens=4, hidden_size=4)
-    assert "of no other process: call jax.distributed.initialize() first" in str(told[0].message)
+    assert "of no other process: call jax.distributed.initialize() first" in str(warned[0].message)

@@ -93,7 +93,7 @@ def test_hangs():
 
 
 def test_a_hang_after_a_failure_ends_the_same_way(tmp_path: Path) -> None:
-    """And the failure is told, although the rank that had it did not live to tell it."""
+    """And the failure is reported, although its rank was killed before its own report."""
     text = """
 @pytest.fixture
 def end_takes_too_long():
@@ -118,7 +118,7 @@ def test_never_begun():
     assert "pytest_plugin.py" in of_one
 
 
-def test_ranks_that_collect_different_tests_are_told_so_and_one_that_stops_early_keeps_none_waiting(
+def test_different_collections_are_reported_and_a_rank_that_stops_early_keeps_none_waiting(
     tmp_path: Path,
 ) -> None:
     text = """
@@ -143,7 +143,7 @@ def test_bad_options_are_explained(tmp_path: Path) -> None:
     assert "--launch-test-timeout: expected seconds > 0, for example 300, got 0.0" in output
 
 
-def test_two_timers_of_the_fault_handler_are_refused() -> None:
+def test_two_timers_of_the_fault_handler_are_rejected() -> None:
     config = SimpleNamespace(
         getoption=lambda name, default: default, getini={"faulthandler_timeout": "5"}.get
     )

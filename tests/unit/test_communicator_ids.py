@@ -1,4 +1,4 @@
-"""The ids of communicators, by which programs know them: one is never used twice."""
+"""The ids of communicators, stored in programs: never used twice."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ NUM_THREADS, NUM_MADE = 4, 12
 
 
 @pytest.mark.parametrize("implementation", ["native", "xla"])
-def test_threads_that_make_communicators_get_ids_of_their_own(
+def test_threads_that_make_communicators_get_different_ids(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = mesh_named("one device")
@@ -46,4 +46,4 @@ def test_the_registry_refuses_an_id_that_was_used() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"#{again['id']} was made in this process before"):
             native_module.load("cpu").Communicator(**again)
-        comm = None  # nobody holds the first one any more
+        comm = None  # the first one is freed
