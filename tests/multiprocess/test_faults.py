@@ -139,7 +139,7 @@ def raises_before_the_op(fault: Fault) -> None:
 
 
 def raises_during_an_op(fault: Fault) -> None:
-    """Its program and another rank's wait for each other, outside of ops: it leaves and notifies all. On CPU."""
+    """Its program and a rank wait for each other, outside of ops: it leaves and notifies all. On CPU."""
     for process in fault.survivors:
         report = fault.report(process, "left")
         assert report["aborted"]
