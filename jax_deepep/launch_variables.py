@@ -1,4 +1,4 @@
-"""The environment variables that tell a process its rank in a job of `python -m jax_deepep.launch`."""
+"""The environment variables with the rank of a process in a job of `python -m jax_deepep.launch`."""
 
 import os
 from collections.abc import Mapping

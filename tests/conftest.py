@@ -8,7 +8,7 @@ import sys
 from quick_compilation import QUICK_COMPILATION
 
 # The launcher and the user take precedence: only unset variables are set. The launcher's variable is read
-# here by its name, because to import `jax_deepep` is to reserve threads for the devices asked for so far.
+# here by its name, because importing `jax_deepep` reserves threads for the devices configured so far.
 if "JAX_DEEPEP_LAUNCH_RANK" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")

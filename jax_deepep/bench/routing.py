@@ -140,7 +140,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--replicas", "--copies", dest="replicas", type=positive_int, nargs="*", default=[1],
                         metavar="N", help="more physical experts per device, for replicas of hot ones: a run "
                         "for each number (%(default)s)")  # fmt: skip
-    anywhere = "assign all experts anew, not only the replicas"
+    anywhere = "move experts from their home devices, too, not only the replicas"
     parser.add_argument("--anywhere", action="store_true", help=anywhere)
     add_outputs(parser)
     parser.set_defaults(plot=Path("routing.png"))

@@ -78,13 +78,13 @@ class Communicator:
         max_tokens: most tokens per device and op.
         hidden_size: H, elements of a row.
         implementation: "native" for CUDA or CPU kernels, "xla" for JAX collectives, which run on every
-            platform; "auto" takes the native one where the platform has it and every group lies inside one
+            platform; "auto" is native where the platform supports it and every group is inside one
             host, however many hosts the mesh has. The attribute holds the choice.
         mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
-            float16, narrow integers); "throughput" for everything else. "auto" takes "throughput". Results
+            float16, narrow integers); "throughput" for everything else. "auto" is "throughput". Results
             are the same bits in both. The attribute holds the choice.
-        num_sms: CUDA: SMs that one op occupies; None = as many as its bytes want, chosen for each op. At most
+        num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
         ranks_per_node: None, or the group size R: all ranks of a group are on one node. Groups of several
@@ -192,7 +192,7 @@ class Communicator:
 
     @property
     def fingerprint(self) -> int:
-        """63 bits that differ when the arguments do; a compiled program carries them."""
+        """63 bits that differ when the arguments do; stored in compiled programs."""
         return self.config.fingerprint
 
     @property
@@ -253,14 +253,14 @@ class Communicator:
         return [LastOp(*of_device) for of_device in half.native.last_ops]
 
     def check(self) -> None:
-        """Wait for the ops launched so far and raise what they met. Local and sticky.
+        """Wait for the ops launched so far and raise their errors. Local and sticky.
 
         An op launched so far is one whose program has a live result in this process, or that has
         begun.
 
         Raises:
             PeerTimeoutError: a peer did not arrive in time; the communicator is broken.
-            CommunicatorError: it is broken for another reason, or a GPU of this process has met an
+            CommunicatorError: it is broken for another reason, or a GPU of this process has had an
                 error.
             InvalidRoutingError: `topk_idx` held invalid entries; the communicator still works.
         """
@@ -323,6 +323,6 @@ class Communicator:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"comm: {self!r} cannot be pickled, because it holds devices and an agreement of processes; make "
-            "it anew, in every process, with the same arguments."
+            f"comm: {self!r} cannot be pickled, because it holds devices and shared state; make a new one "
+            "in every process, with the same arguments."
         )

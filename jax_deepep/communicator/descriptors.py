@@ -105,7 +105,7 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
             connection.settimeout(timeout_s)
             connection.connect(f"\0{offer['address']}")
             if not _is_same_user(connection):
-                raise CommunicatorError(f"a process of another user listens in place of {peer}")
+                raise CommunicatorError(f"a process of another user listens at the address of {peer}")
             connection.sendall(offer["secret"].encode())
             answer, descriptors = _receive_message(connection, offer["count"])
     except TimeoutError:

@@ -72,7 +72,7 @@ class CpuHalf(NativeHalf):
     def transport(self) -> str:
         if self.native.shares_memory:
             return "shared memory between the processes of this host"
-        return "process memory: peers' arrays are read in place"  # no group is spread over several processes
+        return "process memory: peers' arrays are read in place"  # every group is inside one process
 
 
 class CudaHalf(NativeHalf):

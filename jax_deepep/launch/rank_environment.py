@@ -113,7 +113,7 @@ def rank_environ(
     if settings.share_gpu:
         # Preallocation stays at JAX's default (on): only a preallocated pool can be mapped by peers.
         env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{settings.memory_fraction / position.num_local:.4f}"
-        env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # NCCL >= 2.30; older ones refuse ranks that share a GPU
+        env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # NCCL >= 2.30; older ones reject ranks that share a GPU
     plugins = [name for name in env.get("PYTEST_PLUGINS", "").split(",") if name not in ("", PYTEST_PLUGIN)]
     env["PYTEST_PLUGINS"] = ",".join([*plugins, PYTEST_PLUGIN])
     _keep_package_importable(env)

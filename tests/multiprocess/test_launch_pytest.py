@@ -72,7 +72,7 @@ def test_hangs():
         rank_one_sleeps_here()
     assert process_allgather(jnp.ones(())).sum() == 2
 """
-    # The other rank's deadline is later, so that its stacks can only come from being asked for them.
+    # The other rank's deadline is later, so that its stacks are dumped only on request.
     (tmp_path / "conftest.py").write_text(
         "import os\n"
         "def pytest_cmdline_main(config):\n"
@@ -128,7 +128,7 @@ import pytest
 def test_own(rank):
     assert rank == 0
 
-def test_needs_everybody():
+def test_needs_all_ranks():
     test_every_rank_is_here()
 """
     status, output = run_pytest(tmp_path, text, "-x")

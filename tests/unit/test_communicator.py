@@ -233,7 +233,7 @@ def test_ranks_follow_the_mesh() -> None:
     assert LAYER.max_tokens == SIZES["max_tokens"]
 
 
-def assert_refused(devices: np.ndarray) -> None:
+def assert_rejected(devices: np.ndarray) -> None:
     """Check that ops are not compiled for another mesh of `devices`, before any wait."""
     comm = make(implementation="native")
     other = jax.sharding.Mesh(devices, MESH.axis_names)
@@ -246,16 +246,16 @@ def assert_refused(devices: np.ndarray) -> None:
     comm.check()
 
 
-def test_a_program_in_which_devices_are_other_ranks_is_refused() -> None:
-    assert_refused(MESH.devices[:, ::-1])
+def test_a_program_in_which_devices_are_other_ranks_is_an_error() -> None:
+    assert_rejected(MESH.devices[:, ::-1])
 
 
 @pytest.mark.skipif(len(MESH.devices) == 1, reason="needs two groups of two devices")
-def test_a_program_in_which_groups_are_of_other_devices_is_refused() -> None:
+def test_a_program_in_which_groups_are_of_other_devices_is_an_error() -> None:
     """Every device keeps its rank."""
     devices = MESH.devices.copy()
     devices[:, 1] = devices[::-1, 1]
-    assert_refused(devices)
+    assert_rejected(devices)
 
 
 def test_groups_in_another_order_are_the_same() -> None:

@@ -125,7 +125,7 @@ def config_of(implementation: str) -> CommunicatorConfig:
     return ep.Communicator(MESH, **ARGUMENTS, implementation=implementation).config
 
 
-def test_with_a_reason_against_native_ops_auto_is_xla_and_native_is_refused() -> None:
+def test_with_an_unsupported_reason_auto_is_xla_and_native_is_an_error() -> None:
     """Without further messages to the other processes: they have agreed on the reason."""
 
     def chosen(implementation: str) -> tuple[str, str, object]:

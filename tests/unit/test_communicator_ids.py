@@ -40,7 +40,7 @@ def test_threads_that_make_communicators_get_different_ids(
     assert len({comm.id for comm in made}) == len(made)
 
 
-def test_the_registry_refuses_an_id_that_was_used() -> None:
+def test_the_registry_rejects_a_used_id() -> None:
     comm = ep.Communicator(mesh_named("one device"), **SIZES, implementation="native")
     again = native.arguments_of(comm.config, comm.id)
     for _ in range(2):

@@ -67,7 +67,7 @@ def _reject_conflicts(config: pytest.Config) -> None:
 
 
 def _keep_files_apart(config: pytest.Config, identity: LaunchedRank) -> None:
-    """Give each rank its own files. Rank 0 keeps the names that were asked for."""
+    """Give each rank its own files. Rank 0 keeps the given names."""
     if identity.rank == 0:
         return
     for option in ("xmlpath", "basetemp"):
