@@ -93,7 +93,7 @@ class Communicator:
     `config` keeps the arguments as given.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: processes gave different arguments, or run different builds of this package.
         PeerTimeoutError: a process of the mesh did not arrive within `timeout_s`.
     """

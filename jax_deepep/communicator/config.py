@@ -32,7 +32,7 @@ class CommunicatorConfig:
     Integers of any type, NumPy's for example, are ints here.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
     """
 
     mesh: Mesh

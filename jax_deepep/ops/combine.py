@@ -44,7 +44,7 @@ def combine(
         [T, H] of `y.dtype`. A token with no expert yields its bias, or 0.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     comm = communicator_of(handle, comm, "combine")

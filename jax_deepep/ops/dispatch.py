@@ -114,7 +114,7 @@ def dispatch(
         serves `combine`, and more dispatches of any dtype.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     if handle is not None:

@@ -138,9 +138,7 @@ def _dispatch_types(
     numbers, sizes = native_module.numbers(), _sizes(shape)
     array = partial(jax_compat.array_like, x)
     return [
-        array(
-            (capacity, x.shape[1]), x.dtype
-        ),  # tokens, then the leaves of Handle, with `pairs` moved behind the counts
+        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle, `pairs` near the end
         array((capacity,), jnp.int32),  # source
         array(topk_idx.shape, jnp.int32),  # destination
         array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights

@@ -1,4 +1,4 @@
-"""Errors of the communicator's arguments: each names the argument, what was expected and what came."""
+"""Errors of the communicator's arguments: name of the argument, expected and given value."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""Errors of dispatch and combine when tracing: each names the argument, what was expected and what came."""
+"""Errors of dispatch and combine when tracing: name of the argument, expected and given value."""
 
 import jax
 import jax.numpy as jnp
