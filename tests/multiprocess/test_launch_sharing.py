@@ -131,4 +131,4 @@ def test_without_mps_the_job_runs_with_a_warning_about_times(tmp_path: Path) -> 
         "-n", "2", "--share-gpu", "--", "true", cwd=tmp_path, PATH=os.pathsep.join(folders)
     )
     assert status == 0, output
-    assert "times mean nothing" in output
+    assert "times are not meaningful" in output
