@@ -172,7 +172,7 @@ def arguments_of(config: CommunicatorConfig, id: int) -> dict[str, Any]:
     topology = config.topology
     here = jax.process_index()
     # A process needs only its own groups and those of its peers.
-    places = [
+    locations = [
         (_name_to_custom_calls(device), group, rank, device.process_index)
         for group in topology.groups_with({here, *topology.peers_of(here)})
         for rank, device in enumerate(topology.groups[group])
@@ -180,7 +180,7 @@ def arguments_of(config: CommunicatorConfig, id: int) -> dict[str, Any]:
     return {
         "id": id,
         "fingerprint": config.fingerprint,
-        "places": places,
+        "locations": locations,
         "process": here,
         "num_ranks": topology.num_ranks,
         "num_groups": len(topology.groups),

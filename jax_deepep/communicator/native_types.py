@@ -89,7 +89,7 @@ class NativeModule(Protocol):
     # Numbers and sizes that are the same on all platforms.
     layouts: dict[str, int]  # names and codes
     no_limit: int
-    carried_bytes: int  # rows of integers are a multiple of these
+    payload_alignment: int  # rows of integers are a multiple of these
 
     def max_row_bytes(self, *, hidden_size: int) -> int: ...
 

@@ -116,7 +116,7 @@ def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
 
 def _whole_words(x: jax.Array) -> jax.Array:
     """Pad rows of integers to the whole words in which they are copied."""
-    missing = -x.shape[1] % (native_module.numbers().carried_bytes // x.dtype.itemsize)
+    missing = -x.shape[1] % (native_module.numbers().payload_alignment // x.dtype.itemsize)
     if jnp.issubdtype(x.dtype, jnp.floating) or missing == 0:
         return x
     return jnp.pad(x, ((0, 0), (0, missing)))

@@ -1,5 +1,5 @@
 // Several ranks in one process on one GPU, a stream each: every verb against the CPU's bits, ranks that
-// come late or never, and many steps with random delays. No Python, so that compute-sanitizer can watch.
+// arrive late or never, and many steps with random delays. No Python, so that compute-sanitizer can watch.
 //
 //     cuda_ranks [conformance] [faults] [soak STEPS]
 #include <cuda_runtime.h>
@@ -32,13 +32,13 @@
 namespace jax_deepep {
 namespace {
 
-// Kernels may run on CPUs instead, where everything takes longer: see tests/native/cuda_on_cpu.
+// Kernels may run on CPUs instead, where everything is slower: see tests/native/cuda_on_cpu.
 #ifdef __CUDACC__
 constexpr bool kOnGpu = true;
 #else
 constexpr bool kOnGpu = false;
 #endif
-constexpr int kLonger = kOnGpu ? 1 : 8;         // waits that end
+constexpr int kLonger = kOnGpu ? 1 : 8;         // factor for time limits
 constexpr int kOpsTakeLonger = kOnGpu ? 1 : 500;
 
 __global__ void Delay(uint64_t nanoseconds) {
@@ -47,13 +47,13 @@ __global__ void Delay(uint64_t nanoseconds) {
   }
 }
 
-// With some shared memory, to keep others from the SM.
+// With shared memory, to keep other blocks off the SM.
 void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, int shared_bytes = 0) {
   const char* error = LaunchKernel(Delay, nanoseconds, num_blocks, 1, shared_bytes, stream);
   Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
 
-// All ranks of one group on one device.
+// All ranks of one EP group on one device.
 class Group {
  public:
   // With windows for all tokens, so that ops may take either mode.
@@ -101,7 +101,7 @@ class Group {
   template <typename Params>
   void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
     OpFrame frame = FrameOf(rank);
-    frame.op = SignatureOf(params, stream != nullptr);  // what runs beside is another call
+    frame.op = SignatureOf(params, stream != nullptr);  // an op on another stream is another call
     const KernelSet& kernels = KernelsOf(low_latency_ ? "low_latency" : "throughput");
     frame.op.flags |= kernels.flags;
     frame.op_hash = frame.op.Hash();
@@ -109,16 +109,16 @@ class Group {
     const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
-  void GiveUp(int rank) {
-    const char* error = LaunchGiveUp(frames_[rank], Failure::kNotLaunched, streams_[rank]);
+  void Abort(int rank) {
+    const char* error = LaunchAbort(frames_[rank], Failure::kNotLaunched, streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void DelayRank(int rank, uint64_t nanoseconds) { LaunchDelay(nanoseconds, streams_[rank]); }
 
-  // Let later ops take this mode.
+  // Run later ops in this mode.
   void Take(bool low_latency) { low_latency_ = low_latency; }
 
-  // Let the program take a rank for another one.
+  // Let the program run a rank as another one.
   void TakeFor(int rank, int32_t expected) {
     *operands_[rank]->host<int32_t>() = expected;
     operands_[rank]->ToDevice();
@@ -157,7 +157,7 @@ void RunOnCpu(Communicator& comm, int64_t run, const std::vector<Params>& params
     op->fail = [](const std::string& why) { Check(false, why); };
     OpCall call{&instruction, {}, 1, true};
     call.op.run = run;
-    comm.Join(call, *comm.FindPlace(rank), std::move(op));
+    comm.Join(call, *comm.FindLocation(rank), std::move(op));
   }
   while (done < static_cast<int>(params.size())) std::this_thread::yield();
   comm.WaitForOps();
@@ -168,7 +168,7 @@ std::shared_ptr<Communicator> CpuCommunicator(const GroupShape& shape) {
   config.shape = shape;
   config.num_groups = 1;
   config.timeout_s = 60;
-  for (int rank = 0; rank < shape.num_ranks; ++rank) config.places.push_back({rank, 0, rank, 0});
+  for (int rank = 0; rank < shape.num_ranks; ++rank) config.locations.push_back({rank, 0, rank, 0});
   return std::make_shared<Communicator>(config);
 }
 
@@ -182,17 +182,17 @@ void CheckSame(Array& array, size_t bytes, const std::string& what) {
   }
 }
 
-// Rows of tokens and padding; what stands in the others is not specified.
+// Rows of tokens and padding; the contents of the others are unspecified.
 void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, const std::string& what) {
   int64_t end = 0;
-  for (int group = 0; group < NumGroups(problem.shape, problem.route); ++group) {
+  for (int group = 0; group < NumRowGroups(problem.shape, problem.route); ++group) {
     end += rank.group_sizes.host<int32_t>()[group];
   }
   if (all) end = problem.route.capacity;
   CheckSame(array, Rank::Rows(problem, end), what);
 }
 
-// In low-latency mode, it is the rank of each expert that counts.
+// In low-latency mode, only the rank of each expert matters.
 void CheckDestination(const Problem& problem, Rank& rank, const std::string& what) {
   if (!problem.low_latency) return CheckSame(rank.destination, rank.destination.bytes(), what);
   const std::vector<char> got = rank.destination.FromDevice();
@@ -252,7 +252,7 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
          },
          "cached_dispatch");
   }
-  if (problem.route.row_type == RowType::kInt32) return;  // no more is done with integers
+  if (problem.route.row_type == RowType::kInt32) return;  // integers are only dispatched
   if (expert_major) {
     each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },
          [&](Rank& rank, const std::string& where) {
@@ -304,7 +304,7 @@ void CheckConformance(int num_blocks) {
   problems.push_back(MakeProblem("nowhere", 2, 4, 2, 12, 64, kBF16, kExpert));
   problems.back().none = 1.0;
   for (const Layout layout : {kExpert, kToken}) {
-    // Shorter than hidden_size float32, and, filled up to 16 bytes, a little longer.
+    // Shorter than hidden_size float32, or slightly longer after rounding up to 16 bytes.
     problems.push_back(MakeProblem("integers", 4, 16, 6, 50, 640, kI32, layout, 4, 64));
     problems.back().route.row_size = 12;
     problems.push_back(MakeProblem("long integers", 3, 9, 4, 21, 37, kI32, layout));
@@ -315,12 +315,12 @@ void CheckConformance(int num_blocks) {
   }
 }
 
-// All that a group may be. With one block for each rank: all blocks of all ranks must be resident.
+// The largest group. With one block per rank: all blocks of all ranks must be resident.
 void CheckLargest() {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
   for (const Problem& problem : {
            MakeProblem("2048 experts", 4, 2048, 8, 200, 64, RowType::kBFloat16, kExpert),
-           // Their counters leave room for a few of a block's warps only.
+           // Counters fit for only a few of a block's warps.
            MakeProblem("8192 experts", 2, 8192, 8, 200, 64, RowType::kBFloat16, kExpert),
            MakeProblem("64 ranks", 64, 2048, 8, 40, 128, RowType::kBFloat16, kExpert, 4),
            MakeProblem("64 ranks, 32 choices", 64, 64, 32, 20, 72, RowType::kFloat32, kExpert),
@@ -352,10 +352,10 @@ bool AllFailed(const Problem& problem, Array& array) {
   return true;
 }
 
-// The last rank does not come, or comes late; every op ends, says who was missing, and so do later ones.
+// The last rank does not arrive, or arrives late; every op ends and reports it, and so do later ops.
 void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
   const std::string name = std::to_string(num_ranks) + (low_latency ? " ranks, low latency, " : " ranks, ") +
-                           (late ? "one comes late: " : "one stays away: ");
+                           (late ? "one rank is late: " : "one rank is missing: ");
   Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
                                       Layout::kExpertMajor);
   problem.low_latency = low_latency;
@@ -382,7 +382,7 @@ void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
     Check(static_cast<int>(status.reporter) < last, name + "a rank that waited reports");
     Check(AllFailed(problem, ranks[rank]->out), name + "results are NaN");
   }
-  // Later ops end at once, whoever comes.
+  // Later ops end at once, whichever ranks arrive.
   const auto before = std::chrono::steady_clock::now();
   for (int rank = 0; rank < last; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
   group.Wait();
@@ -392,7 +392,7 @@ void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
     Check(AllFailed(problem, ranks[rank]->tokens), name + "their results are NaN");
     Check(*reinterpret_cast<const int32_t*>(ranks[rank]->counts.FromDevice().data()) == 0, name + "their counts are 0");
   }
-  // So do those that carry integers, into the same bytes.
+  // So do those with integers, into the same bytes.
   Problem integers = problem;
   integers.route.row_type = RowType::kInt32;
   integers.route.row_size = problem.route.row_size / 2;
@@ -401,27 +401,27 @@ void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
   for (int rank = 0; rank < last; ++rank) {
     Check(AllFailed(integers, ranks[rank]->tokens), name + "integers have all bits set");
   }
-  // The device still computes.
+  // The device still works.
   CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1,
                low_latency);
 }
 
-// How an op that cannot succeed ends: soon, and on all ranks that came.
-void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr<Rank>>& ranks, int num_come,
+// How an op that cannot succeed ends: soon, and on all ranks that arrived.
+void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr<Rank>>& ranks, int num_arrived,
                Failure failure, int reporter, double seconds, const std::string& name) {
   const auto before = std::chrono::steady_clock::now();
   group.Wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
   Check(took.count() < seconds, name + ": takes " + std::to_string(took.count()) + " s");
-  for (int rank = 0; rank < num_come; ++rank) {
+  for (int rank = 0; rank < num_arrived; ++rank) {
     Check(group.status(rank).failed == 1, name + ": fails");
-    Check(group.status(rank).report.failure == failure, name + ": is told from other failures");
-    Check(reporter == kNone || static_cast<int>(group.status(rank).reporter) == reporter, name + ": is told of by one");
+    Check(group.status(rank).report.failure == failure, name + ": has its own failure code");
+    Check(reporter == kNone || static_cast<int>(group.status(rank).reporter) == reporter, name + ": is reported by one rank");
     Check(AllFailed(problem, ranks[rank]->tokens), name + ": results are NaN");
   }
 }
 
-// Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never comes.
+// Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never arrives.
 void CheckMistakes(int num_blocks, bool low_latency) {
   constexpr double kTimeout = 60 * kLonger, kAtOnce = 5 * kLonger;
   Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
@@ -441,7 +441,7 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     group.Wait();
     for (int rank = 0; rank < 2; ++rank) {
       const FailureReport& report = group.status(rank).report;
-      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different ops are told apart");
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different ops are detected");
       Check(report.other_rank == 1 - static_cast<int>(group.status(rank).reporter), "and whose they are");
       const int64_t difference = report.op.capacity - report.other_op.capacity;
       Check(difference == (report.other_rank == 1 ? 8 : -8), "and where they differ");
@@ -455,37 +455,37 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     group.Wait();
     for (int rank = 0; rank < 2; ++rank) {
       const FailureReport& report = group.status(rank).report;
-      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different modes are told apart");
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different modes are detected");
       const int64_t difference = report.op.flags ^ report.other_op.flags;
-      Check(difference == OpSignature::kLowLatency, "and told");
+      Check(difference == OpSignature::kLowLatency, "and reported");
     }
   }
   {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     group.TakeFor(1, 0);
     for (int rank = 0; rank < 3; ++rank) dispatch(group, rank);
-    CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce, "a device taken for another");
+    CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce, "a device run as another rank");
   }
   {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     dispatch(group, 1);
-    group.GiveUp(2);
+    group.Abort(2);
     CheckEnds(group, problem, ranks, 2, Failure::kNotLaunched, 2, kAtOnce, "an op that is not launched");
     dispatch(group, 2);
     CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce, "the op after one that is not launched");
   }
   {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
-    cudaStream_t beside;
-    CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
+    cudaStream_t concurrent;
+    CheckCuda(cudaStreamCreateWithFlags(&concurrent, cudaStreamNonBlocking), "stream");
     dispatch(group, 0);
     dispatch(group, 1);
-    dispatch(group, 0, beside);
+    dispatch(group, 0, concurrent);
     CheckEnds(group, problem, ranks, 2, Failure::kTwoAtOnce, 0, kAtOnce, "two ops at once");
     dispatch(group, 2);
-    CheckEnds(group, problem, ranks, 3, Failure::kTwoAtOnce, 0, kAtOnce, "a rank that comes after two ops at once");
-    cudaStreamDestroy(beside);
+    CheckEnds(group, problem, ranks, 3, Failure::kTwoAtOnce, 0, kAtOnce, "a rank that arrives after two ops at once");
+    cudaStreamDestroy(concurrent);
   }
 }
 
@@ -495,7 +495,7 @@ __global__ void MeetKernel(const __grid_constant__ OpFrame frame) {
   if (group.Begin()) group.SyncGrid();
 }
 
-// Blocks that do not all find an SM. Ops are launched so that this cannot be; their wait for each other ends even so.
+// Blocks that do not all find an SM. Cooperative launches prevent that; the wait of blocks for each other ends even so.
 void CheckNoRoom() {
   GroupShape shape;
   shape.num_ranks = 1;
@@ -504,16 +504,16 @@ void CheckNoRoom() {
   Group group(shape, 1, 0.3);
   int num_sms = 0;
   CheckCuda(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0), "attribute");
-  cudaStream_t beside;
-  CheckCuda(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking), "stream");
+  cudaStream_t concurrent;
+  CheckCuda(cudaStreamCreateWithFlags(&concurrent, cudaStreamNonBlocking), "stream");
   int almost_an_sm = 0;  // of shared memory
   CheckCuda(cudaDeviceGetAttribute(&almost_an_sm, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
   almost_an_sm -= kStaticSharedBytes;
   for (auto* kernel : {reinterpret_cast<const void*>(Delay), reinterpret_cast<const void*>(MeetKernel)}) {
     CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, almost_an_sm), "attribute");
   }
-  LaunchDelay(1'500'000'000, beside, num_sms - 1, almost_an_sm);
-  // Not as a cooperative launch, which would be refused.
+  LaunchDelay(1'500'000'000, concurrent, num_sms - 1, almost_an_sm);
+  // Not as a cooperative launch, which would be rejected.
   OpFrame frame = group.FrameOf(0);
   void* arguments[] = {&frame};
   CheckCuda(cudaLaunchKernel(reinterpret_cast<const void*>(MeetKernel), dim3(2), dim3(32), arguments, almost_an_sm,
@@ -521,7 +521,7 @@ void CheckNoRoom() {
             "launch");
   group.Wait();
   Check(group.status(0).failed == 1 && group.status(0).report.failure == Failure::kNoRoom, "no SM for a block");
-  cudaStreamDestroy(beside);
+  cudaStreamDestroy(concurrent);
 }
 
 // Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other, or fails.
@@ -538,8 +538,8 @@ void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
     for (auto& rank : *each) on_cpu.push_back(DispatchOf<false>(problem, *rank));
     RunOnCpu(*comm, each == &ranks ? 0 : 1, on_cpu);
   }
-  cudaStream_t beside[2];
-  for (cudaStream_t& stream : beside) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  cudaStream_t concurrent[2];
+  for (cudaStream_t& stream : concurrent) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   int num_failed = 0;
   for (int i = 0; i < tries; ++i) {
     Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
@@ -551,8 +551,8 @@ void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
     }
     for (int rank = 0; rank < 2; ++rank) {
       group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
-      LaunchDelay(delay, beside[rank]);
-      group.Launch(rank, DispatchOf<true>(problem, *others[rank]), beside[rank]);
+      LaunchDelay(delay, concurrent[rank]);
+      group.Launch(rank, DispatchOf<true>(problem, *others[rank]), concurrent[rank]);
     }
     group.Wait();
     for (int rank = 0; rank < 2; ++rank) {
@@ -565,7 +565,7 @@ void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
     }
   }
   std::printf("two at once: %d of %d ranks failed\n", num_failed, 2 * tries);
-  for (cudaStream_t stream : beside) cudaStreamDestroy(stream);
+  for (cudaStream_t stream : concurrent) cudaStreamDestroy(stream);
 }
 
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.

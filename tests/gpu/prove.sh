@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a change of the kernels has to pass on a machine with a GPU, and what is measured there. Parts run in
-# the order given, each with its own time limit; one that fails does not stop the others.
+# What a change of the kernels must pass on a machine with a GPU, and the measurements there. Parts run in
+# the given order, each with its own time limit; a part that fails does not stop the others.
 #
 #     tests/gpu/prove.sh OUT_FOLDER PART...
 #
@@ -9,7 +9,7 @@
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
 #     links-N    the same, N ranks with a GPU each
-#     alone-N    the same, and none sees the GPUs of others (CUDA_VISIBLE_DEVICES)
+#     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
 #     unit       all of tests/unit with two ranks
 #     example    the training example with 8 ranks

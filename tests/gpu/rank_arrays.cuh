@@ -1,5 +1,4 @@
-// What a rank of cuda_ranks.cu has: arrays that host and device both hold, and the parameters of every
-// verb on either.
+// The arrays of a rank of cuda_ranks.cu, on host and device, and the parameters of every verb on either.
 #ifndef JAX_DEEPEP_TESTS_GPU_RANK_ARRAYS_CUH_
 #define JAX_DEEPEP_TESTS_GPU_RANK_ARRAYS_CUH_
 
@@ -34,7 +33,7 @@ void CheckCuda(cudaError_t error, const char* what) {
   std::exit(2);
 }
 
-// An array that host and device both have.
+// An array on host and device.
 class Array {
  public:
   explicit Array(size_t bytes = 0) : host_(std::max<size_t>(bytes, 1)) {
@@ -120,7 +119,7 @@ void FillRandom(RowType type, void* rows, size_t count, std::mt19937& random) {
   }
 }
 
-// What one rank has: operands and results of all verbs.
+// The operands and results of all verbs on one rank.
 struct Rank {
   Rank(const Problem& problem, std::mt19937& random)
       : x(Rows(problem, problem.route.num_tokens)),
@@ -186,7 +185,7 @@ struct Rank {
   static size_t PerRow(const Problem& p) {
     return size_t{4} * p.route.capacity * (p.route.layout == Layout::kExpertMajor ? 1 : p.shape.num_topk);
   }
-  static size_t Groups(const Problem& p) { return size_t{4} * NumGroups(p.shape, p.route); }
+  static size_t Groups(const Problem& p) { return size_t{4} * NumRowGroups(p.shape, p.route); }
 
   Array x, topk_idx, topk_weights;
   Array tokens, source, destination, weights, local_experts, group_sizes, num_rows, counts, pairs, scratch;

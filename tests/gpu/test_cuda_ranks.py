@@ -57,7 +57,7 @@ def test_every_verb_gives_the_bits_of_the_cpu(program: pathlib.Path) -> None:
     run(str(program), "conformance")
 
 
-def test_ranks_that_come_late_or_never_or_to_another_op(program: pathlib.Path) -> None:
+def test_ranks_that_arrive_late_or_never_or_at_another_op(program: pathlib.Path) -> None:
     run(str(program), "faults")
 
 

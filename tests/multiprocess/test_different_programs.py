@@ -27,7 +27,7 @@ DIFFERENCES = {
 }
 DIFFERENCES_OF_PROGRAMS = {
     "skipped layer": [("the number of ops in the program", "4", "2")],
-    "around the ops": "the ops are alike, and the programs around them differ",
+    "around the ops": "the ops are equal, but the programs around them differ",
 }
 OTHER_CASES = ("two threads", "cleared listeners", "close")
 
@@ -51,7 +51,7 @@ def assert_reported(run: RankProcesses, case: str, difference: str | list[tuple[
         here, there = map(int, found.groups())
         assert (here == VICTIM) != (there == VICTIM)
         assert report["error"].removeprefix(found[0]).startswith(in_words(difference, here, there))
-        assert "Let all ranks run the same program" in report["error"]
+        assert "Run the same program on all ranks" in report["error"]
 
 
 def in_words(difference: str | list[tuple[str, str, str]], here: int, there: int) -> str:

@@ -160,7 +160,7 @@ def calls_share_a_number(fault: Fault) -> None:
     for process in fault.live:
         report = fault.report(process, "notified")
         # The same calls on every rank, or different ones, depending on which were renumbered.
-        assert re.search(r"bear the same number|met a different op|waited 4 s \(timeout_s\)", report["error"])
+        assert re.search(r"have the same index|met a different op|waited 4 s \(timeout_s\)", report["error"])
         assert report["aborted"]
 
 

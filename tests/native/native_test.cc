@@ -29,7 +29,7 @@
 #include "interface/verbs.h"
 #include "routing/group_rows.h"
 
-// In front of the system's own function, so that a test can do without: see CheckThreads.
+// Replaces the system's function, so that a test can make it fail: see CheckThreads.
 static std::atomic<bool> refuse_threads{false};
 extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*),
                               void* of) noexcept {
@@ -69,7 +69,7 @@ double ValueOf(uint16_t pattern, int exponent_bits, int mantissa_bits) {
   return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
 }
 
-// One 16-bit row element as float32, by way of a float32 dot product with one.
+// One 16-bit row element as float32, through a float32 dot product with one.
 float Load(RowType type, uint16_t pattern) {
   const uint16_t one = type == RowType::kFloat16 ? 0x3c00 : 0x3f80;
   return DotRows(type, &pattern, &one, 1);
@@ -126,7 +126,7 @@ void CheckTinyFloats() {
   Check(Store(RowType::kFloat16, FloatOf(1)) == 0, "a float32 subnormal is zero in float16");
 }
 
-// Sums against the words of the contract, with values whose order of rounding shows.
+// Sums against the words of the contract, with values that depend on the order of rounding.
 void CheckSums() {
   constexpr int kSize = 300;  // more than one block
   std::vector<float> a(kSize), b(kSize), c(kSize), bias(kSize), out(kSize);
@@ -189,8 +189,8 @@ void CheckFailed() {
   for (int i = 20; i < 24; ++i) Check(bytes[i] == 7, "and nothing beyond", i);
 }
 
-// More ops than the rings hold, of which two processes take up few at a time: those that are accepted
-// come to both in one order, and the others are refused.
+// More ops than the rings hold, of which two processes take few at a time: those that are accepted
+// arrive at both in one order, and the others are rejected.
 void CheckRings() {
   const auto leaders = std::make_unique<ControlBlock>(), others = std::make_unique<ControlBlock>();
   GroupExchange leader({leaders.get(), others.get()}, 0, {0, 1}, 5.0);
@@ -207,7 +207,7 @@ void CheckRings() {
     const auto op = exchange.NextScheduled();
     if (!op.has_value()) return;
     exchange.Take(*op);
-    Check(op->number == taken[rank]++, "ops are taken up in the order of their schedule", op->number);
+    Check(op->number == taken[rank]++, "ops are taken in the order of their schedule", op->number);
   };
   for (int round = 0; round < 4; ++round) {
     while (announce(leader, 0)) {
@@ -223,7 +223,7 @@ void CheckRings() {
   Check(taken[0] == 8000 && taken[1] == 8000, "what both announced is scheduled", taken[0]);
 }
 
-// Three ranks of two processes, which announce ops; what the leader finds about them.
+// Three ranks of two processes, which announce ops; what the leader finds.
 struct Group {
   const std::unique_ptr<ControlBlock> leaders = std::make_unique<ControlBlock>();
   const std::unique_ptr<ControlBlock> others = std::make_unique<ControlBlock>();
@@ -266,7 +266,7 @@ void CheckDifferentOps() {
     group.Come(0, 1, 0);
     group.Come(0, 7, 0);
     group.Come(2, 7, 0);
-    Check(group.Found().empty(), "a process that has come to both runs");
+    Check(group.Found().empty(), "a process that has arrived in both runs");
   }
   {
     Group group;
@@ -274,8 +274,8 @@ void CheckDifferentOps() {
     group.Come(0, 1, 0);
     group.Come(2, 7, 0);
     Check(group.Found().empty(), "runs that a process does not end one after the other");
-    Check(group.leader.WaitsIn(2).has_value() && !group.leader.WaitsIn(1).has_value(), "who waits somewhere");
-    Check(!group.leader.ClosedRank().has_value(), "nobody has closed");
+    Check(group.leader.WaitsIn(2).has_value() && !group.leader.WaitsIn(1).has_value(), "where a rank waits");
+    Check(!group.leader.ClosedRank().has_value(), "no process has closed");
     group.other.NoteClosed();
     Check(group.leader.ClosedRank() == 2 && !group.other.ClosedRank().has_value(), "a peer has closed");
   }
@@ -286,19 +286,19 @@ void CheckThreads() {
   std::atomic<int> ran{0};
   std::set<std::thread::id> threads;
   refuse_threads = true;
-  Check(!RunOnOwnThreads({[&] { ++ran; }, [&] { ++ran; }}), "no threads, and so an error");
+  Check(!RunOnOwnThreads({[&] { ++ran; }, [&] { ++ran; }}), "no threads: an error");
   const auto cover = [&](int64_t begin, int64_t end) { ran += static_cast<int>(end - begin); };
   ParallelFor(1000, 1, 1 << 20, cover);
   Check(ran == 1000, "a loop is complete without helpers", ran);
   try {
     MakeThread([] {}).join();
-    Check(false, "a lasting thread that cannot be made is an error");
+    Check(false, "a long-lived thread that cannot be started is an error");
   } catch (const std::runtime_error& error) {
     Check(std::strstr(error.what(), "raise the limit on processes and threads") != nullptr, "its remedy");
   }
   refuse_threads = false;
 
-  // Each of so many has a thread of its own: all wait for all. And again with one thread more.
+  // Each task has its own thread: all wait for all. And again with one thread more.
   for (const int count : {4, 5}) {
     std::mutex mutex;
     std::condition_variable all_came;
@@ -312,14 +312,14 @@ void CheckThreads() {
       ++num_left;
       all_came.notify_all();
     };
-    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, meet)), "threads are made");
+    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, meet)), "threads are started");
     std::unique_lock<std::mutex> lock(mutex);
     all_came.wait(lock, [&] { return num_left == count; });
   }
-  Check(threads.count(here) == 0 && threads.size() >= 5, "tasks run on threads of their own");
+  Check(threads.count(here) == 0 && threads.size() >= 5, "tasks run on separate threads");
 }
 
-// Rows of integers fill whole 16 bytes, however many float32 make the longest row.
+// Rows of integers are a multiple of 16 bytes, for every hidden_size.
 void CheckRowBytes() {
   GroupShape shape;
   for (const int hidden : {1, 4, 5, 37, 40}) {
@@ -353,11 +353,11 @@ void CheckGroups() {
   route.alignment = 4;
   route.expert_capacity = 6;
   int64_t offset = 0;
-  CheckGroup(PlaceGroup(3, route, &offset), 0, 3, 4, 0);  // fits; padded
-  CheckGroup(PlaceGroup(9, route, &offset), 4, 6, 8, 1);  // cut by expert_capacity
-  CheckGroup(PlaceGroup(0, route, &offset), 12, 0, 0, 2);  // empty
-  CheckGroup(PlaceGroup(5, route, &offset), 12, 4, 4, 3);  // cut by capacity
-  CheckGroup(PlaceGroup(1, route, &offset), 20, 0, 0, 4);  // no room
+  CheckGroup(LayOutGroup(3, route, &offset), 0, 3, 4, 0);  // fits; padded
+  CheckGroup(LayOutGroup(9, route, &offset), 4, 6, 8, 1);  // cut by expert_capacity
+  CheckGroup(LayOutGroup(0, route, &offset), 12, 0, 0, 2);  // empty
+  CheckGroup(LayOutGroup(5, route, &offset), 12, 4, 4, 3);  // cut by capacity
+  CheckGroup(LayOutGroup(1, route, &offset), 20, 0, 0, 4);  // no room
   Check(offset == 24, "the end of the groups", static_cast<long>(offset));
 
   // Sizes near the end of int32 are arithmetic in 64 bits.
@@ -365,11 +365,11 @@ void CheckGroups() {
   route.alignment = 1;
   route.expert_capacity = kNoLimit;
   offset = 0;
-  PlaceGroup(int64_t{1} << 31, route, &offset);
-  CheckGroup(PlaceGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
+  LayOutGroup(int64_t{1} << 31, route, &offset);
+  CheckGroup(LayOutGroup(1, route, &offset), int64_t{1} << 31, 0, 0, 5);
 }
 
-// Against the language's own division, around multiples, where a quotient changes, and at the end.
+// Against C++ division, around multiples, where a quotient changes, and at the end.
 void CheckDivisor(int64_t divisor) {
   const Divisor by(static_cast<int32_t>(divisor));
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
@@ -396,7 +396,7 @@ void CheckDivisors() {
   Check(Divisor(0).Quotient(0) == 0, "nothing to divide");
 }
 
-// Every verb has a number and a name of its own, and peers read no more of its arrays than they can name.
+// Every verb has its own number and name, and peers read at most kMaxOperands of its arrays.
 void CheckVerbs() {
   std::set<std::string> names;
   std::set<Verb> numbers = {Verb{}, Verb::kBaseline};
@@ -408,10 +408,10 @@ void CheckVerbs() {
     Params params;
     Check(VerbTraits<Params>::ReadByPeers(GroupShape(), &params).size() <= kMaxOperands, "what peers read");
   });
-  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kBaseline)) == 0, "what is no verb");
+  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kBaseline)) == 0, "not a verb");
 }
 
-// What peers read of an operand is a copy where it does not lie in their reach, and results stay.
+// An operand that peers cannot reach is replaced by a copy, and results are not.
 void CheckPeerArrays() {
   const char x = 0, copy = 0;
   DispatchParams params;
@@ -424,9 +424,9 @@ void CheckPeerArrays() {
   Check(arrays.size() == 2 && arrays[0].data == &x && arrays[0].bytes == 48, "rows that peers read");
   Check(arrays[1].data == &scratch && !arrays[1].replace, "scratch that peers read");
   arrays[0].replace(&copy);
-  Check(params.x == &copy, "a copy takes the place of an operand");
+  Check(params.x == &copy, "a copy replaces an operand");
   params.route.num_tokens = 0;
-  Check(VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params)[0].data == nullptr, "no rows are nowhere");
+  Check(VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params)[0].data == nullptr, "peers read nothing of no rows");
 }
 
 // Blocks of a dispatch of T tokens, K = 8, rows of 14,336 bytes, on a GPU of 132 SMs alone.

@@ -18,7 +18,7 @@ HOST_CODE = (
     "xla_ffi/cuda/kernels.cc",
     "xla_ffi/transport/shared_memory.cc",
 )
-# Memory of blocks is thread_local, and needs no code that initialises it.
+# Shared memory of blocks is thread_local, without code that initialises it.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-extern-tls-init", "-pthread")
 INCLUDES = (f"-I{SHIM}", f"-I{ROOT / 'tests/gpu'}", f"-I{ROOT / 'xla_ffi'}")
 
@@ -49,5 +49,5 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("what", ["short", "faults", pytest.param("soak 20", marks=pytest.mark.nightly)])
 def test_kernels(program: str, what: str) -> None:
-    """Every verb gives the bits of the CPU; ranks that come late, never or to another op; random delays."""
+    """Every verb gives the bits of the CPU; ranks that arrive late, never or at another op; random delays."""
     assert "0 failures" in run([program, *what.split()], timeout=280)

@@ -1,4 +1,4 @@
-"""Compiles and runs native_test.cc: row arithmetic, rows of groups, rings, threads, division."""
+"""Compiles and runs native_test.cc: row arithmetic, row groups, rings, threads, division."""
 
 import pathlib
 import subprocess

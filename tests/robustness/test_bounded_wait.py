@@ -97,7 +97,7 @@ def program(late, x, idx, weights):
 out = fetch(program(*operands))
 assert np.isnan(out[group_0]).all()
 expect(ep.PeerTimeoutError, comm.check, "waited 1 s", "where it waits in another op: ", "num_tokens is ",
-       "Let all ranks run the same program")
+       "Run the same program on all ranks")
 log.seek(0)
 lines = [line for line in log.read().decode().splitlines() if line.startswith("jax_deepep: ")]
 assert lines == ["jax_deepep: " + comm._native.broken], lines

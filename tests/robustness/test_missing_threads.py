@@ -48,7 +48,7 @@ comm, other = make(), make()
 program, program_of_other = compiled(comm), compiled(other)
 process = ctypes.CDLL(None)
 process.refuse_threads(1)
-text = "no thread could be made"
+text = "no thread could be started"
 remedy = "aise the limit on processes and threads (ulimit -u"
 for _ in range(2):
     error = error_of(lambda: fetch(program(*operands)))

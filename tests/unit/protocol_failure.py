@@ -1,11 +1,11 @@
-"""What the protocols of all modes share: how a rank waits for its peers, gives up, and learns that one has.
+"""What the protocols of all modes share: how a rank waits for its peers, aborts, and learns that one has.
 
-The steps stand for lines of xla_ffi/cuda/group_op.cuh, and are named after its functions.
+The steps model lines of xla_ffi/cuda/group_op.cuh, and are named after its functions.
 
-Two ops of a communicator may be under way on one rank: on its two channels, or by mistake on one. They share
-nothing but the state of the group: `failed` and `broken` of the rank's control block. All that one op sees of
-the other is therefore that the rank fails at some moment and tells its peers a little later. With `beside`,
-the search lets that happen at any moment, on any rank (World.fail_beside).
+Two ops of a communicator may run at once on one rank: on its two channels, or by mistake on one. They share
+only the state of the group: `failed` and `broken` of the rank's control block. So one op sees of the other
+only that the rank fails at some moment and notifies its peers a little later. With `concurrent`, the search
+lets that happen at any moment, on any rank (World.fail_concurrent).
 """
 
 from collections.abc import Iterator
@@ -13,27 +13,27 @@ from collections.abc import Iterator
 from protocol_search import LOAD, LOCAL, Step
 from protocol_world import Violation, World
 
-# --- Loads, with all that they may find.
+# --- Loads, with every value that they may return.
 
 
 def look(world: World, rank: int) -> Iterator[tuple[World, bool]]:
-    """IsBroken: whether this rank or a peer has given up."""
+    """IsBroken: whether this rank or a peer has aborted."""
     if world.ranks[rank].failed or world.reporters_seen(rank):
         yield world, True
         return
-    for told, _ in word_of_a_peer(world, rank):
-        yield told, True
+    for notified, _ in see_broken(world, rank):
+        yield notified, True
     yield world, False
 
 
-def word_of_a_peer(world: World, rank: int) -> Iterator[tuple[World, int]]:
+def see_broken(world: World, rank: int) -> Iterator[tuple[World, int]]:
     """Let the rank see a store to its `broken` that it has not seen yet."""
     for reporter in range(len(world.ranks)):
         for writer in world.writers(rank):
             for i in world.unseen(writer, world.at.broken(rank, reporter)):
-                told = world.copy()
-                told.see(writer, i)
-                yield told, reporter
+                notified = world.copy()
+                notified.see(writer, i)
+                yield notified, reporter
 
 
 def see_flag(world: World, flag: int, writer: int, op: int) -> bool:
@@ -55,8 +55,8 @@ def wait(world: World, rank: int, flags: dict[int, int], op: int) -> Iterator[tu
         yield world, "all"
 
 
-def meet_different_op(world: World, rank: int, flags: dict[int, int], op: int, back: str) -> Iterator[World]:
-    """Each peer that has come may turn out to have come to another op; nobody else is waited for then."""
+def find_different_op(world: World, rank: int, flags: dict[int, int], op: int, back: str) -> Iterator[World]:
+    """Each peer that has arrived may have arrived at another op; then the wait ends."""
     for peer, flag in flags.items():
         different = world.copy()
         if see_flag(different, flag, peer, op):
@@ -76,10 +76,10 @@ def claim(world: World, rank: int, *, waits: bool = True) -> Iterator[World]:
     me = world.ranks[rank]
     if me.failed:
         if waits:
-            world.wait_until_told(rank)
+            world.wait_until_notified(rank)
         world.change(rank, jump=me.back, back="")
     elif any(other.succeeded > me.op for other in world.ranks):
-        raise Violation("broken for good")
+        raise Violation("stays broken")
     else:
         world.change(rank, failed=me.op)
     yield world
@@ -87,11 +87,11 @@ def claim(world: World, rank: int, *, waits: bool = True) -> Iterator[World]:
 
 def load_broken(world: World, rank: int) -> Iterator[World]:
     found = [(world.copy(), reporter) for reporter in world.reporters_seen(rank) or [rank]]
-    for told, reporter in [*found, *word_of_a_peer(world, rank)]:
-        if reporter != rank and not told.seen[told.at.report(rank, reporter)]:
+    for notified, reporter in [*found, *see_broken(world, rank)]:
+        if reporter != rank and not notified.seen[notified.at.report(rank, reporter)]:
             raise Violation("report")
-        told.change(rank, reporter=reporter)
-        yield told
+        notified.change(rank, reporter=reporter)
+        yield notified
 
 
 def report_to_host(world: World, rank: int) -> Iterator[World]:
@@ -99,8 +99,8 @@ def report_to_host(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def tell_host(world: World, rank: int) -> Iterator[World]:
-    """The host may look at any moment: what if the flag is seen at once?"""
+def notify_host(world: World, rank: int) -> Iterator[World]:
+    """The host may read at any moment: assume that the flag is seen at once."""
     world.store(rank, world.at.host_flag(rank), 1)
     now = world.copy()
     now.see(rank, len(now.queues[rank]) - 1)
@@ -110,8 +110,8 @@ def tell_host(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def tell_peers(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
-    """Who was told passes the report on: the first to tell may have come no further than to this rank."""
+def notify_peers(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+    """A rank that was notified forwards the report: the reporter may have notified no other rank yet."""
     reporter = world.ranks[rank].reporter
     for peer in world.peers(rank):
         if peer != reporter:
@@ -130,8 +130,8 @@ FAIL_STEPS = [
     Step("Fail: LoadAcquireSystem(broken)", load_broken, LOAD),
     Step("Fail: CopyReport(status)", report_to_host, LOCAL),
     Step("Fail: __threadfence_system", fence, LOCAL),
-    Step("Fail: status.failed", tell_host, LOCAL),
-    Step("Fail: StoreReleaseSystem(broken)", tell_peers, LOCAL),
+    Step("Fail: status.failed", notify_host, LOCAL),
+    Step("Fail: StoreReleaseSystem(broken)", notify_peers, LOCAL),
     Step("Fail: FenceSystem", fence, LOCAL),
     Step("Fail: return", return_from_fail, LOCAL),
 ]

@@ -1,23 +1,23 @@
-"""The protocol of ops in low-latency mode: one one-way message per op and peer, no closing barrier.
+"""The protocol of ops in low-latency mode: one one-way message per op and peer, no final barrier.
 
 A rank pushes its rows into slots of its peers' windows, then a header {step, signature, counts} to every
 peer, whether it has rows for it or not, and waits for every peer's. Windows are memory of the communicator
-in two banks, taken in turn by the ops of a channel; headers are in banks as well.
+in two banks, which the ops of a channel use alternately; headers are in banks as well.
 
-Why nothing more is needed: a rank that begins op n has heard from all peers in op n - 1. Each of them sent
-that header after it had ended op n - 2, and with it all its loads from the bank that op n writes. And a peer
+Why that is enough: a rank that begins op n has received a header of all peers in op n - 1. Each of them sent
+it after it had ended op n - 2, and with it all its loads from the bank that op n writes. And a peer
 that fails sends no header from then on, so that no later op succeeds on any rank.
 
-The promises are those of protocol_throughput.py, and stronger in one: *whatever* becomes of the op, all
-that a rank loads from slots is of the op that it is in. Nobody overwrites them early, so that a rank needs
-no look for failed peers after its last load. What a late rank writes goes to windows and control blocks
-alone: `Words` has no others that peers write.
+The promises are those of protocol_throughput.py, with a stronger one: *whether or not* the op succeeds, all
+that a rank loads from slots is of its current op. No peer overwrites them early, so a rank need not check for
+failed peers after its last load. A late rank writes only to windows and control blocks: `Words` has no other
+words that peers write.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol_failure import FAIL_STEPS, fence, look, meet_different_op, wait
+from protocol_failure import FAIL_STEPS, fence, find_different_op, look, wait
 from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
 from protocol_world import Violation, World
 
@@ -26,30 +26,30 @@ FINISH = "Finish: succeed or fail"
 
 @dataclass(frozen=True)
 class LowLatency:
-    """The steps of an op. Other arguments than the defaults make a protocol that breaks its promises.
+    """The steps of an op. Arguments other than the defaults make a protocol that breaks its promises.
 
     Attributes:
         num_banks: of a channel's windows.
-        num_in_flight: ops of a channel that a rank has begun and not ended. With 2, it loads what came for an
-            op only after it has sent the next one's headers.
-        always_tells: an op sends its header to all peers and waits for all of theirs; otherwise only where
-            rows go, which here is in every other op.
+        num_in_flight: ops of a channel that a rank has begun and not ended. With 2, it loads what it received
+            for an op only after it has sent the next one's headers.
+        sends_to_all: an op sends its header to all peers and waits for all of theirs; otherwise only to
+            ranks that get rows, which here is in every other op.
         releases: a header is a release store.
-        looks: an op begins with a look whether the group is lost.
+        looks: an op begins with a check whether the communicator is broken.
         bounded: a wait ends after timeout_s.
     """
 
     num_banks: int = 2
     num_in_flight: int = 1
-    always_tells: bool = True
+    sends_to_all: bool = True
     releases: bool = True
     looks: bool = True
     bounded: bool = True
 
     def begin(self, world: World, rank: int) -> Iterator[World]:
-        """Where the group was lost before this op, nothing is sent: no peer's op may succeed with it."""
+        """If the communicator was broken before, nothing is sent: no peer's op may succeed with it."""
         world.change(rank, op=world.ranks[rank].op + 1)
-        mistaken = world.copy()  # the program takes the device for another rank, or the op cannot be launched
+        mistaken = world.copy()  # the program runs the device as another rank, or the op cannot be launched
         mistaken.fail(rank, back=FINISH)
         yield mistaken
         for looked, stopped in look(world, rank) if self.looks else [(world, False)]:
@@ -74,7 +74,7 @@ class LowLatency:
         op = self._op_to_end(world, rank)
         bank = op % self.num_banks
         headers = {peer: world.at.header(bank, rank, peer) for peer in self._peers(world, rank, op)}
-        yield from meet_different_op(world, rank, headers, op, back=FINISH)
+        yield from find_different_op(world, rank, headers, op, back=FINISH)
         for waited, answer in wait(world, rank, headers, op):
             if answer == "all":
                 waited.begin_loads(rank)
@@ -92,7 +92,7 @@ class LowLatency:
         yield world
 
     def last_loads(self, world: World, rank: int) -> Iterator[World]:
-        """Any word may have become what its writer has stored since; one that is wrong is enough."""
+        """Any word may have been overwritten by its writer since; one wrong word is enough."""
         op = self._op_to_end(world, rank)
         world.end_loads(rank)
         for peer in self._peers(world, rank, op):
@@ -110,7 +110,7 @@ class LowLatency:
         elif not me.failed:
             op = self._op_to_end(world, rank)
             if any(0 < other.failed < op for other in world.ranks):
-                raise Violation("broken for good")
+                raise Violation("stays broken")
             world.change(rank, succeeded=op)
         yield world
 
@@ -120,12 +120,12 @@ class LowLatency:
         yield world
 
     def _op_to_end(self, world: World, rank: int) -> int:
-        """The op for whose headers the rank waits after it has sent those of its present one; 0 for none."""
+        """The op whose headers the rank waits for after it has sent those of its current one; 0 for none."""
         return world.ranks[rank].op - (self.num_in_flight - 1)
 
     def _peers(self, world: World, rank: int, op: int) -> list[int]:
-        """Who exchanges headers with the rank in an op. In even ones, here, nobody has rows for anybody."""
-        return world.peers(rank) if op > 0 and (self.always_tells or op % 2) else []
+        """The ranks that exchange headers with the rank in an op. Here, no rank has rows in even ops."""
+        return world.peers(rank) if op > 0 and (self.sends_to_all or op % 2) else []
 
     def _check_loads(self, world: World, rank: int) -> None:
         op = self._op_to_end(world, rank)

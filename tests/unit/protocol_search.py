@@ -1,11 +1,11 @@
-"""An exhaustive search through the runs of a protocol: every interleaving, and all that memory allows.
+"""An exhaustive search of the runs of a protocol: every interleaving, and every order that memory allows.
 
 Three arguments keep the search small without losing a run:
 
-* Nobody can tell how long before its first load a store was visible. So the loads choose what is seen.
+* How long before its first load a store was visible cannot be observed. So the loads choose what is seen.
 * A step that loads nothing of its peers runs at once: it only adds to what they may see.
-* Peers' words are loaded twice in an op, as early as a rank may and as late. A word only goes forward, from
-  an op's operand to what XLA puts there to the next op's: right both times means right in between.
+* Peers' words are loaded twice in an op, as early as a rank may and as late. A word only advances, from an
+  op's operand to memory that XLA reuses to the next op's operand: right both times means right in between.
 
 Each of the first two can be turned off, to see that the answer is the same.
 """
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from protocol_world import BEGIN, END, Rank, Violation, World
 
-# What a step may lead to. It is given a world of its own, with the rank already at the next step.
+# What a step may lead to. It gets its own copy of the world, with the rank already at the next step.
 Run = Callable[[World, int], Iterator[World]]
 
-# What a step loads of what peers store: nothing, nothing but `broken`, or more.
+# What a step loads of peers' stores: nothing, only `broken`, or more.
 LOCAL, LOOK, LOAD = "local", "look", "load"
 
 
@@ -29,14 +29,14 @@ class Step(NamedTuple):
 
 
 class Protocol:
-    """The steps of every rank, one after another but for jumps."""
+    """The steps of every rank, in order, except for jumps."""
 
     def __init__(self, steps: list[Step]) -> None:
         self.steps = steps
-        self._places = {step.name: i for i, step in enumerate(steps)} | {"End": END}
+        self._indices = {step.name: i for i, step in enumerate(steps)} | {"End": END}
 
     def replaced(self, name: str, run: Run) -> "Protocol":
-        assert name in self._places
+        assert name in self._indices
         return Protocol([step._replace(run=run) if step.name == name else step for step in self.steps])
 
     def without(self, *names: str) -> "Protocol":
@@ -47,8 +47,8 @@ class Protocol:
 
     def moved(self, name: str, *, after: str) -> "Protocol":
         steps = [step for step in self.steps if step.name != name]
-        place = [step.name for step in steps].index(after) + 1
-        return Protocol([*steps[:place], self.steps[self._places[name]], *steps[place:]])
+        index = [step.name for step in steps].index(after) + 1
+        return Protocol([*steps[:index], self.steps[self._indices[name]], *steps[index:]])
 
     def step_of(self, world: World, rank: int) -> Step | None:
         at = world.ranks[rank].at
@@ -62,27 +62,27 @@ class Protocol:
         world.change(rank, at=world.ranks[rank].at + 1)
         for after in step.run(world, rank):
             if after.ranks[rank].jump:
-                after.change(rank, at=self._places[after.ranks[rank].jump], jump="")
+                after.change(rank, at=self._indices[after.ranks[rank].jump], jump="")
             if not before < self._progress(after.ranks[rank]):
                 raise Violation("progress")
             yield after
 
     def run_local_steps(self, world: World, rank: int) -> Iterator[World]:
-        """Go on to where the rank may find one thing or another."""
+        """Run up to the next step whose loads have several possible results."""
         step = self.step_of(world, rank)
-        told = world.ranks[rank].failed > 0 or bool(world.reporters_seen(rank))
-        if step is None or not (step.loads == LOCAL or (step.loads == LOOK and told)):
+        stopped = world.ranks[rank].failed > 0 or bool(world.reporters_seen(rank))
+        if step is None or not (step.loads == LOCAL or (step.loads == LOOK and stopped)):
             yield world
             return
         for after in self.take_step(world, rank):
             yield from self.run_local_steps(after, rank)
 
     def _progress(self, rank: Rank) -> tuple[int, int, int]:
-        """What grows with every step: Fail lies on the way to the step after it."""
+        """A value that grows with every step: Fail is between a step and the one after it."""
         if rank.at == BEGIN:
             return (rank.op + 1, 0, 0)
         if rank.back:
-            return (rank.op, 2 * self._places[rank.back] - 1, rank.at)
+            return (rank.op, 2 * self._indices[rank.back] - 1, rank.at)
         return (rank.op, 2 * rank.at, 0)
 
 
@@ -97,22 +97,22 @@ def find_violation(
     num_ranks: int,
     num_ops: int,
     *,
-    beside: bool = False,
+    concurrent: bool = False,
     at_once: bool = True,
     on_demand: bool = True,
 ) -> Result:
     """Search all runs of `num_ranks` ranks through `num_ops` ops, depth first.
 
-    With `beside`, an op beside those may fail on any rank, at any moment: see protocol_failure.py.
-    Not `at_once`, steps that load nothing are taken by themselves; not `on_demand`, stores become visible by
-    themselves at any moment, too.
+    With `concurrent`, a concurrent op may fail on any rank, at any moment: see protocol_failure.py.
+    Without `at_once`, steps that load nothing are taken separately; without `on_demand`, stores also become
+    visible at any moment.
     """
     start = World.at_start(num_ranks, num_ops)
     run: list[str] = []
     known = {start.key()}
     pending = [
-        _successors(protocol, start, run, beside, at_once, on_demand)
-    ]  # of every state on the way to the present one
+        _successors(protocol, start, run, concurrent, at_once, on_demand)
+    ]  # of every state on the way to the current one
     try:
         while pending:
             name_and_world = next(pending[-1], None)
@@ -126,24 +126,24 @@ def find_violation(
             if key not in known:
                 known.add(key)
                 run.append(name)
-                pending.append(_successors(protocol, world, run, beside, at_once, on_demand))
+                pending.append(_successors(protocol, world, run, concurrent, at_once, on_demand))
     except Violation as violation:
         return Result(str(violation), run, len(known))
     return Result(None, [], len(known))
 
 
 def _successors(
-    protocol: Protocol, world: World, run: list[str], beside: bool, at_once: bool, on_demand: bool
+    protocol: Protocol, world: World, run: list[str], concurrent: bool, at_once: bool, on_demand: bool
 ) -> Iterator[tuple[str, World]]:
     for rank, me in enumerate(world.ranks):
-        if beside and not me.failed and me.at != END:
+        if concurrent and not me.failed and me.at != END:
             after = world.copy()
-            after.fail_beside(rank)
-            yield f"rank {rank}, op {max(me.op, 1)}: an op beside it fails", after
-        if me.telling:
+            after.fail_concurrent(rank)
+            yield f"rank {rank}, op {max(me.op, 1)}: a concurrent op fails", after
+        if me.notifying:
             after = world.copy()
-            after.tell_beside(rank)
-            yield f"rank {rank}, op {max(me.op, 1)}: the op beside it tells", after
+            after.notify_concurrent(rank)
+            yield f"rank {rank}, op {max(me.op, 1)}: the concurrent op notifies", after
         step = protocol.step_of(world, rank)
         if step is not None:
             name = f"rank {rank}, op {max(me.op, 1)}: {step.name}"

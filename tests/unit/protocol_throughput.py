@@ -1,29 +1,29 @@
-"""The flag protocol of xla_ffi/cuda/group_op.cuh, to be read as its specification and searched exhaustively.
+"""The flag protocol of xla_ffi/cuda/group_op.cuh, as its specification, searched exhaustively.
 
-A rank is a list of steps (PROTOCOL); each stands for a line or a few of group_op.cuh, and is named after it.
-What memory allows is in protocol_world.py, and the search in protocol_search.py.
+A rank is a list of steps (PROTOCOL); each models one or a few lines of group_op.cuh, and is named after them.
+The memory model is in protocol_world.py, and the search in protocol_search.py.
 
 The promises:
 
-* "data": an op that succeeds has read the operands of that very op, of every peer.
-* "addresses": the offsets and counts that a rank takes from its control block are those of the op that it
-  is in, whatever becomes of the op: they lead to addresses, its own writes included. What a rank writes to
-  a peer goes to fixed words of the peer's control block: `Words` has no others.
-* "progress": no rank waits for good. A step leads to a later one, so that an op has a bounded number of
-  them, and a rank that has not ended can always take one, whatever the others do. A rank that is killed
-  or late is one that the search does not choose.
-* "broken for good": no op succeeds on a rank that has failed, or after an op that failed on any rank.
-* "report": what a host reads after its flag is complete, and so is the peer's report in it.
+* "data": an op that succeeds has read the operands of this op, of every peer.
+* "addresses": the offsets and counts that a rank takes from its control block are those of its current
+  op, whether or not the op succeeds: addresses are computed from them, even those of its own writes. A rank
+  writes only to fixed words of a peer's control block: `Words` has no others.
+* "progress": no rank waits forever. A step leads to a later one, so that an op has a bounded number of them,
+  and a rank that has not ended can always take one, whatever the others do. A rank that is killed or late is
+  one that the search does not choose.
+* "stays broken": no op succeeds on a rank that has failed, or after an op that failed on any rank.
+* "report": the report that a host reads after its flag is complete, including a forwarded one.
 
-Time: a wait may time out as long as a flag is missing. XLA reuses a rank's operand as soon as it has left.
+Time: a wait may time out while a flag is missing. XLA reuses a rank's operand as soon as it has left.
 
-Blocks: a rank has one, which stands for the last one to come to each ticket: IsLastBlock orders all that the
-others did, giving up included, before what that one does.
+Blocks: a rank has one, which models the last one to arrive at each counter: IsLastBlock orders everything
+that the others did, aborts included, before what that one does.
 """
 
 from collections.abc import Callable, Iterator
 
-from protocol_failure import FAIL_STEPS, fence, look, meet_different_op, wait
+from protocol_failure import FAIL_STEPS, fence, find_different_op, look, wait
 from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
 from protocol_world import LOADS, Violation, World
 
@@ -33,7 +33,7 @@ def flags_of_peers(world: World, rank: int, flag: Callable[[int, int], int]) -> 
 
 
 def check_loads(world: World, rank: int) -> None:
-    """Load the words of all peers as they are seen now."""
+    """Load the currently visible words of all peers."""
     op, at = world.ranks[rank].op, world.at
     for peer in world.peers(rank):
         if world.seen[at.published(rank, peer)] != op or world.seen[at.counts(rank, peer)] != op:
@@ -46,11 +46,11 @@ def check_loads(world: World, rank: int) -> None:
 
 
 def begin(world: World, rank: int, *, looks: bool = True) -> Iterator[World]:
-    """Not where the group was lost before this op: a peer may still be in the lost one."""
+    """Not if the communicator was broken before this op: a peer may still be in the failed op."""
     world.change(rank, op=world.ranks[rank].op + 1)
     for back in (
-        "Finish: IsLastBlock",  # the program takes the device for another rank
-        "Leave",  # the op cannot be launched: a kernel in its place tells the peers
+        "Finish: IsLastBlock",  # the program runs the device as another rank
+        "Leave",  # the op cannot be launched: a kernel in its place notifies the peers
     ):
         mistaken = world.copy()
         mistaken.fail(rank, back=back)
@@ -81,7 +81,7 @@ def push_counts(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
-def tell_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+def signal_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
     op = world.ranks[rank].op
     for peer in world.peers(rank):
         world.store(rank, world.at.published(peer, rank), op)
@@ -107,7 +107,7 @@ def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
 def compare_ops(world: World, rank: int) -> Iterator[World]:
     op, at = world.ranks[rank].op, world.at
     flags = flags_of_peers(world, rank, at.arrived)
-    for different in meet_different_op(world, rank, flags, op, back="Finish: IsLastBlock"):
+    for different in find_different_op(world, rank, flags, op, back="Finish: IsLastBlock"):
         for peer in world.peers(rank):
             if different.seen[at.arrived(rank, peer)] >= op != different.seen[at.published(rank, peer)]:
                 raise Violation("addresses")
@@ -120,7 +120,7 @@ def first_loads(world: World, rank: int) -> Iterator[World]:
 
 
 def last_loads(world: World, rank: int) -> Iterator[World]:
-    """Any word may have become what its writer has stored since; one that is wrong is enough."""
+    """Any word may have been overwritten by its writer since; one wrong word is enough."""
     if LOADS not in world.queues[rank]:
         yield world  # the op has failed already
         return
@@ -145,7 +145,7 @@ def finish_unless_stopped(world: World, rank: int) -> Iterator[World]:
         yield looked
 
 
-def tell_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
+def signal_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
     for peer in world.peers(rank):
         world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=release)
     yield world
@@ -173,14 +173,14 @@ def succeed_or_fail(world: World, rank: int) -> Iterator[World]:
     elif me.wrong:
         raise Violation("data")
     elif any(0 < other.failed < me.op for other in world.ranks):
-        raise Violation("broken for good")
+        raise Violation("stays broken")
     else:
         world.change(rank, succeeded=me.op)
     yield world
 
 
 def leave(world: World, rank: int) -> Iterator[World]:
-    """XLA reuses the operand. The end of a kernel is not taken for a fence towards peers."""
+    """XLA reuses the operand. The end of a kernel is not assumed to be a fence towards peers."""
     op = world.ranks[rank].op
     world.store(rank, world.at.operand(rank), 2 * op + 1)
     world.change(rank, lost=False, wrong=False)
@@ -195,13 +195,13 @@ PROTOCOL = Protocol(
         Step("SyncGrid", sync_grid, LOCAL),
         Step("Push counts", push_counts, LOCAL),
         Step("Publish: IsLastBlock", fence, LOCAL),
-        Step("Publish: StoreReleaseSystem(arrived)", tell_arrival, LOCAL),
+        Step("Publish: StoreReleaseSystem(arrived)", signal_arrival, LOCAL),
         Step("WaitForArrivals", wait_for_arrivals, LOAD),
-        Step("First loads", first_loads, LOCAL),  # of what is seen already: no others matter
+        Step("First loads", first_loads, LOCAL),  # of what is visible already: others do not matter
         Step("Last loads", last_loads, LOAD),
         Step("Finish: IsLastBlock", fence, LOCAL),
         Step("Finish: Stopped", finish_unless_stopped, LOOK),
-        Step("Finish: StoreReleaseSystem(left)", tell_leaving, LOCAL),
+        Step("Finish: StoreReleaseSystem(left)", signal_leaving, LOCAL),
         Step("Finish: WaitForAll(left)", wait_for_leaving, LOAD),
         Step("Finish: FenceSystem", fence, LOCAL),
         Step("Finish: Stopped again", look_again, LOOK),

@@ -1,43 +1,43 @@
-"""Ranks and the memory between them, for the model of a flag protocol: what may be seen when.
+"""Ranks and the memory between them, for the model of a flag protocol: which stores are visible when.
 
-A store waits in its rank's queue until it is seen. Any may be the next, but for this:
+A store waits in its rank's queue until it is seen. Any may be the next, except that
 
 * stores to one word are seen in order;
 * a release store is seen after all loads and stores before it;
-* what follows a fence is seen after all loads and stores before the fence.
+* stores after a fence are seen after all loads and stores before the fence.
 
 Neither a release nor a fence makes anything visible at once: nothing here is sequentially consistent. An
-acquire load keeps the loads after it in place, not those before. Every word has one home, so that all its
+acquire load is ordered before later loads, not after earlier ones. Every word has one home, so that all its
 readers agree.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-BEGIN, END = 0, 1 << 20  # places in the list of steps
+BEGIN, END = 0, 1 << 20  # indices in the list of steps
 
 Item = tuple[int, int, bool]  # a store in a queue: word, value, whether it is a release
 FENCE: Item = (-1, 0, False)
-LOADS: Item = (-2, 0, False)  # of peers' words, under way
+LOADS: Item = (-2, 0, False)  # of peers' words, in flight
 
 
 class Rank(NamedTuple):
-    """What one rank knows by itself."""
+    """The local state of a rank."""
 
     at: int = BEGIN  # the next of its steps
-    jump: str = ""  # the step that comes instead
-    back: str = ""  # in Fail: where it goes on afterwards
+    jump: str = ""  # the step to go to instead
+    back: str = ""  # in Fail: the step to return to
     op: int = 0  # shared_.step
-    failed: int = 0  # own_.failed: the op in which it gave up
+    failed: int = 0  # own_.failed: the op that it aborted
     reporter: int = 0  # in Fail: whose report goes to its host
-    succeeded: int = 0  # the last op that did
-    lost: bool = False  # it has seen in this op that the group is broken
-    wrong: bool = False  # what it loaded was not this op's
-    telling: bool = False  # an op beside this one has given up and not yet told all
+    succeeded: int = 0  # the last op that succeeded
+    lost: bool = False  # it has seen in this op that the communicator is broken
+    wrong: bool = False  # it has loaded words of another op
+    notifying: bool = False  # a concurrent op has aborted and not yet notified all
 
 
 class Words:
-    """Where each word stands in memory. Those of a pair lie in the first one's control block."""
+    """The address of each word. Those of a pair are in the first rank's control block."""
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
@@ -62,9 +62,9 @@ class Words:
         return self._at(4, home, reporter)
 
     def broken(self, home: int, reporter: int) -> int:
-        """One word for each value of own_.broken: a load finds any that was stored.
+        """One word for each value of own_.broken: a load may return any that was stored.
 
-        The real word has the last one alone, so that the model allows more than can be.
+        The real word has only the last one, so the model allows more than is possible.
         """
         return self._at(5, home, reporter)
 
@@ -72,7 +72,7 @@ class Words:
         return self._at(8 + bank, home, writer)
 
     def slots(self, bank: int, home: int, writer: int) -> int:
-        """Rows and their counts, which lead to addresses."""
+        """Rows and their counts, from which addresses are computed."""
         return self._at(12 + bank, home, writer)
 
     def operand(self, rank: int) -> int:
@@ -92,7 +92,7 @@ class Violation(Exception):
 
 @dataclass
 class World:
-    """All ranks, what each has stored and nobody has seen yet, and what all see."""
+    """All ranks, the stores of each that are not visible yet, and the visible words."""
 
     num_ops: int
     at: Words
@@ -103,7 +103,7 @@ class World:
     @staticmethod
     def at_start(num_ranks: int, num_ops: int) -> "World":
         at = Words(num_ranks)
-        # The second half of the queues has the stores of ops beside: nothing orders them with the rank's own.
+        # The second half of the queues has the stores of concurrent ops, not ordered with the rank's own.
         return World(num_ops, at, [Rank()] * num_ranks, [()] * (2 * num_ranks), bytearray(at.count))
 
     def copy(self) -> "World":
@@ -116,7 +116,7 @@ class World:
         return [peer for peer in range(len(self.ranks)) if peer != rank]
 
     def writers(self, rank: int) -> list[int]:
-        """The queues from which a rank may be told that the group is broken."""
+        """The queues with stores that notify a rank that the communicator is broken."""
         num_ranks = len(self.ranks)
         return [*self.peers(rank), *(num_ranks + other for other in range(num_ranks))]
 
@@ -124,7 +124,7 @@ class World:
         """The values that the rank may find in its own_.broken."""
         return [peer for peer in range(len(self.ranks)) if self.seen[self.at.broken(rank, peer)]]
 
-    # --- What a step does.
+    # --- Effects of steps.
 
     def change(self, rank: int, **changes: Any) -> None:
         self.ranks[rank] = self.ranks[rank]._replace(**changes)
@@ -133,25 +133,25 @@ class World:
         self.change(rank, jump=step)
 
     def fail(self, rank: int, back: str) -> None:
-        """Call Fail, and go on at the step `back`."""
+        """Call Fail, and continue at the step `back`."""
         self.change(rank, jump="Fail", back=back)
 
-    def fail_beside(self, rank: int) -> None:
-        """Let an op of the rank beside this one give up: on its other channel, or by mistake on the same."""
-        self.change(rank, failed=max(self.ranks[rank].op, 1), telling=True)
+    def fail_concurrent(self, rank: int) -> None:
+        """Let a concurrent op of the rank abort: on its other channel, or by mistake on the same."""
+        self.change(rank, failed=max(self.ranks[rank].op, 1), notifying=True)
 
-    def tell_beside(self, rank: int) -> None:
-        self.change(rank, telling=False)
+    def notify_concurrent(self, rank: int) -> None:
+        self.change(rank, notifying=False)
         queue = len(self.ranks) + rank
         for home in range(len(self.ranks)):
             if home != rank:
                 self.store(queue, self.at.report(home, rank), 1)
             self.store(queue, self.at.broken(home, rank), 1, release=True)
 
-    def wait_until_told(self, rank: int) -> None:
-        """What the rank does next is seen after all that the op beside has told."""
-        if self.ranks[rank].telling:
-            self.tell_beside(rank)
+    def wait_until_notified(self, rank: int) -> None:
+        """What the rank does next is seen after the notifications of the concurrent op."""
+        if self.ranks[rank].notifying:
+            self.notify_concurrent(rank)
         queue = len(self.ranks) + rank
         if self.queues[queue]:
             self.queues[rank] += self.queues[queue]
@@ -172,13 +172,13 @@ class World:
         self.queues[rank] = tuple(item for item in self.queues[rank] if item != LOADS)
 
     def forget(self, rank: int, *words: int) -> None:
-        """Drop stores that nobody else will look at."""
+        """Drop stores that no other rank reads."""
         self.queues[rank] = tuple(item for item in self.queues[rank] if item[0] not in words)
 
-    # --- What memory does.
+    # --- Effects of memory.
 
     def unseen(self, rank: int, word: int) -> list[int]:
-        """Where the stores of `rank` to `word` stand in its queue, of those that may be seen now."""
+        """The indices in the queue of the stores of `rank` to `word` that may be seen now."""
         queue = self.queues[rank]
         found = [i for i, item in enumerate(queue) if item[0] == word]
         if LOADS in queue:

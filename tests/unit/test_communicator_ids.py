@@ -44,6 +44,6 @@ def test_the_registry_rejects_a_used_id() -> None:
     comm = ep.Communicator(mesh_named("one device"), **SIZES, implementation="native")
     again = native.arguments_of(comm.config, comm.id)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=rf"#{again['id']} was made in this process before"):
+        with pytest.raises(RuntimeError, match=rf"#{again['id']}: expected an id that is new"):
             native_module.load("cpu").Communicator(**again)
         comm = None  # the first one is freed

@@ -44,7 +44,7 @@ def test_it_was_built_where_there_is_nvcc(module: ModuleType) -> None:
     assert set(native_module.load("cpu").targets()) <= set(module.targets())
 
 
-def test_ops_on_cpu_work_beside_it(module: ModuleType) -> None:
+def test_ops_on_cpu_work_with_it_loaded(module: ModuleType) -> None:
     comm = ep.Communicator(
         mesh_named("one device"), num_experts=2, num_experts_per_tok=1, max_tokens=3, hidden_size=4
     )
@@ -56,8 +56,8 @@ def test_ops_on_cpu_work_beside_it(module: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"num_ranks": 65, "num_experts": 65}, "groups have 65 devices, .* at most 64"),
-        ({"num_experts": 66, "num_topk": 33}, "num_experts_per_tok is 33, .* at most 32"),
+        ({"num_ranks": 65, "num_experts": 65}, "expected EP groups of at most 64 devices, got 65"),
+        ({"num_experts": 66, "num_topk": 33}, "expected num_experts_per_tok of at most 32, got 33"),
     ],
     ids=["ranks", "experts per token"],
 )
@@ -68,7 +68,7 @@ def test_sizes_that_kernels_do_not_support(module: ModuleType, sizes: dict, word
     assert re.search(words, module.unsupported_reason(**sizes, **limits, device=(0, 0), limit_bytes=1))
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
-            id=-1, fingerprint=0, places=[], process=0, num_groups=1, hidden_size=1,
+            id=-1, fingerprint=0, locations=[], process=0, num_groups=1, hidden_size=1,
             timeout_s=1.0, devices=[], num_sms=0, **sizes, **limits,
         )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
         ValueError, match=r"mode: expected one that has kernels \(throughput, low_latency\), got soon"
     ):
         module.Communicator(
-            id=-1, fingerprint=0, places=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
+            id=-1, fingerprint=0, locations=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
             num_ranks=1, num_experts=1, num_topk=1, timeout_s=1.0, devices=[], num_sms=0, mode="soon",
         )  # fmt: skip
 
@@ -89,4 +89,4 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
 def test_no_driver_is_an_unsupported_reason(module: ModuleType) -> None:
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
     text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
-    assert text.startswith("GPU 0 cannot be asked what it is")
+    assert text.startswith("GPU 0 cannot be queried")

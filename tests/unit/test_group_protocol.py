@@ -5,22 +5,22 @@ from functools import partial
 from typing import NamedTuple
 
 import pytest
-from protocol_failure import claim, tell_peers, wait
+from protocol_failure import claim, notify_peers, wait
 from protocol_low_latency import LowLatency
 from protocol_search import Protocol, find_violation
 from protocol_throughput import (
     PROTOCOL,
     begin,
     flags_of_peers,
-    tell_arrival,
-    tell_leaving,
+    signal_arrival,
+    signal_leaving,
     wait_for_arrivals,
 )
 from protocol_world import World
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_ops", "beside"),
+    ("num_ranks", "num_ops", "concurrent"),
     [
         (2, 1, True),
         (2, 2, True),
@@ -31,9 +31,9 @@ from protocol_world import World
         pytest.param(3, 2, False, marks=pytest.mark.nightly),
     ],
 )
-def test_promises_are_kept(num_ranks: int, num_ops: int, beside: bool) -> None:
-    """With `beside`, also where two ops of the communicator run at once on a rank."""
-    result = find_violation(PROTOCOL, num_ranks, num_ops, beside=beside)
+def test_promises_are_kept(num_ranks: int, num_ops: int, concurrent: bool) -> None:
+    """With `concurrent`, also if two ops of the communicator run at once on a rank."""
+    result = find_violation(PROTOCOL, num_ranks, num_ops, concurrent=concurrent)
     assert result.broken_promise is None, "\n".join(result.run)
     assert result.num_states > 100 * num_ranks
 
@@ -41,29 +41,29 @@ def test_promises_are_kept(num_ranks: int, num_ops: int, beside: bool) -> None:
 # --- Changes to the protocol, each of which breaks a promise.
 
 
-def keep_what_it_was_told(world: World, rank: int) -> Iterator[World]:
-    return tell_peers(world, rank) if world.ranks[rank].reporter == rank else iter([world])
+def keep_the_report(world: World, rank: int) -> Iterator[World]:
+    return notify_peers(world, rank) if world.ranks[rank].reporter == rank else iter([world])
 
 
-def leave_before_telling(world: World, rank: int) -> Iterator[World]:
+def leave_before_notifying(world: World, rank: int) -> Iterator[World]:
     world.store(rank, world.at.operand(rank), 2 * world.ranks[rank].op + 1)
-    return tell_peers(world, rank)
+    return notify_peers(world, rank)
 
 
 def load_before_waiting(world: World, rank: int) -> Iterator[World]:
-    """As if the flags were loaded without acquire: what is loaded after may be older."""
-    for told in tell_arrival(world, rank):
-        op = told.ranks[rank].op
-        stale = any(told.seen[told.at.operand(peer)] != 2 * op for peer in told.peers(rank))
-        told.change(rank, wrong=stale)
-        yield told
+    """As if the flags were loaded without acquire: later loads may return older values."""
+    for notified in signal_arrival(world, rank):
+        op = notified.ranks[rank].op
+        stale = any(notified.seen[notified.at.operand(peer)] != 2 * op for peer in notified.peers(rank))
+        notified.change(rank, wrong=stale)
+        yield notified
 
 
-def wait_for_good(world: World, rank: int) -> Iterator[World]:
+def wait_without_bound(world: World, rank: int) -> Iterator[World]:
     return (waited for waited in wait_for_arrivals(world, rank) if waited.ranks[rank].jump != "Fail")
 
 
-def wait_for_the_op_before(world: World, rank: int) -> Iterator[World]:
+def wait_for_previous_op(world: World, rank: int) -> Iterator[World]:
     op = world.ranks[rank].op
     flags = flags_of_peers(world, rank, world.at.arrived)
     for waited, answer in wait(world, rank, flags, op - 1):
@@ -78,7 +78,7 @@ class Mutation(NamedTuple):
     promise: str
     num_ranks: int = 2
     num_ops: int = 1
-    beside: bool = False
+    concurrent: bool = False
 
 
 ARRIVED, LEFT = "Publish: StoreReleaseSystem(arrived)", "Finish: StoreReleaseSystem(left)"
@@ -87,62 +87,75 @@ MUTATIONS = [
     Mutation("operands are written after the flag", PROTOCOL.moved("Write operands", after=ARRIVED), "data"),
     Mutation("counts are pushed after the flag", PROTOCOL.moved("Push counts", after=ARRIVED), "addresses"),
     Mutation(
-        "arrived is no release", PROTOCOL.replaced(ARRIVED, partial(tell_arrival, release=False)), "addresses"
+        "arrived is no release store",
+        PROTOCOL.replaced(ARRIVED, partial(signal_arrival, release=False)),
+        "addresses",
     ),
     Mutation("arrived is loaded without acquire", PROTOCOL.replaced(ARRIVED, load_before_waiting), "data"),
     Mutation(
-        "the flag of the op before will do",
-        PROTOCOL.replaced("WaitForArrivals", wait_for_the_op_before),
+        "the flag of the previous op suffices",
+        PROTOCOL.replaced("WaitForArrivals", wait_for_previous_op),
         "addresses",
     ),
-    Mutation("waits have no end", PROTOCOL.replaced("WaitForArrivals", wait_for_good), "progress"),
+    Mutation("waits are unbounded", PROTOCOL.replaced("WaitForArrivals", wait_without_bound), "progress"),
     Mutation(
-        "who is lost begins",
+        "an op begins on a broken communicator",
         PROTOCOL.replaced("Begin", partial(begin, looks=False)),
         "addresses",
         num_ops=2,
     ),
-    Mutation("left is told before the loads", PROTOCOL.moved(LEFT, after=ARRIVED), "data"),
+    Mutation("left is stored before the loads", PROTOCOL.moved(LEFT, after=ARRIVED), "data"),
     Mutation(
-        "left is no release, and no fence comes before it",
+        "left is no release store, and no fence precedes it",
         PROTOCOL.without("Finish: IsLastBlock")
-        .replaced(LEFT, partial(tell_leaving, release=False))
+        .replaced(LEFT, partial(signal_leaving, release=False))
         .moved("Last loads", after="Finish: WaitForAll(left)"),
         "data",
     ),
-    Mutation("nobody waits for left", PROTOCOL.without("Finish: WaitForAll(left)"), "data"),
-    # Each of the two fences, and each of the two looks, is enough without the other.
+    Mutation("no rank waits for left", PROTOCOL.without("Finish: WaitForAll(left)"), "data"),
+    # Each of the two fences, and each of the two checks, is enough without the other.
     Mutation(
-        "no fence between the loads and the look",
+        "no fence between the loads and the check",
         PROTOCOL.without("Finish: IsLastBlock", "Finish: FenceSystem").moved(
             "Last loads", after="Finish: Stopped again"
         ),
         "data",
     ),
-    Mutation("no look after the loads", PROTOCOL.without("Finish: Stopped", "Finish: Stopped again"), "data"),
-    Mutation("peers are not told", PROTOCOL.without(BROKEN), "data"),
-    Mutation("peers are told after leaving", PROTOCOL.replaced(BROKEN, leave_before_telling), "data"),
-    # Two ranks have another fence on the way out, but not one that passes on what it was told.
     Mutation(
-        "no fence between telling and leaving", PROTOCOL.without("Fail: FenceSystem"), "data", num_ranks=3
+        "no check after the loads", PROTOCOL.without("Finish: Stopped", "Finish: Stopped again"), "data"
+    ),
+    Mutation("peers are not notified", PROTOCOL.without(BROKEN), "data"),
+    Mutation("peers are notified after leaving", PROTOCOL.replaced(BROKEN, leave_before_notifying), "data"),
+    # Two ranks have another fence on the way out, but not one that forwards a report.
+    Mutation(
+        "no fence between notifying and leaving", PROTOCOL.without("Fail: FenceSystem"), "data", num_ranks=3
     ),
     Mutation(
-        "who is told tells nobody", PROTOCOL.replaced(BROKEN, keep_what_it_was_told), "data", num_ranks=3
+        "a notified rank does not forward the report",
+        PROTOCOL.replaced(BROKEN, keep_the_report),
+        "data",
+        num_ranks=3,
     ),
-    Mutation("broken is no release", PROTOCOL.replaced(BROKEN, partial(tell_peers, release=False)), "report"),
     Mutation(
-        "who gives up beside a second op does not wait until it has told",
+        "broken is no release store",
+        PROTOCOL.replaced(BROKEN, partial(notify_peers, release=False)),
+        "report",
+    ),
+    Mutation(
+        "an abort does not wait for the notifications of a concurrent one",
         PROTOCOL.replaced("Fail", partial(claim, waits=False)),
         "data",
-        beside=True,
+        concurrent=True,
     ),
     Mutation("no fence before the host's flag", PROTOCOL.without("Fail: __threadfence_system"), "report"),
 ]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_no_part_can_be_left_out(mutation: Mutation) -> None:
-    result = find_violation(mutation.protocol, mutation.num_ranks, mutation.num_ops, beside=mutation.beside)
+def test_every_part_is_needed(mutation: Mutation) -> None:
+    result = find_violation(
+        mutation.protocol, mutation.num_ranks, mutation.num_ops, concurrent=mutation.concurrent
+    )
     assert result.broken_promise == mutation.promise, "\n".join(result.run)
 
 
@@ -150,7 +163,7 @@ LOW_LATENCY = LowLatency().protocol()
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_ops", "beside"),
+    ("num_ranks", "num_ops", "concurrent"),
     [
         (2, 4, True),
         (3, 1, False),
@@ -159,8 +172,8 @@ LOW_LATENCY = LowLatency().protocol()
         pytest.param(3, 3, False, marks=pytest.mark.nightly),
     ],
 )
-def test_low_latency_mode_keeps_them(num_ranks: int, num_ops: int, beside: bool) -> None:
-    result = find_violation(LOW_LATENCY, num_ranks, num_ops, beside=beside)
+def test_low_latency_mode_keeps_them(num_ranks: int, num_ops: int, concurrent: bool) -> None:
+    result = find_violation(LOW_LATENCY, num_ranks, num_ops, concurrent=concurrent)
     assert result.broken_promise is None, "\n".join(result.run)
     assert result.num_states > 100 * num_ranks
 
@@ -168,7 +181,7 @@ def test_low_latency_mode_keeps_them(num_ranks: int, num_ops: int, beside: bool)
 LOW_LATENCY_MUTATIONS = [
     Mutation("one bank", LowLatency(num_banks=1).protocol(), "data", num_ops=2),
     Mutation(
-        "headers leave before the loads of the op before are done",
+        "headers are sent before the loads of the previous op are complete",
         LowLatency(num_in_flight=2).protocol(),
         "data",
         num_ops=3,
@@ -180,33 +193,35 @@ LOW_LATENCY_MUTATIONS = [
         num_ops=4,
     ),
     Mutation(
-        "only peers that have rows are heard",
-        LowLatency(always_tells=False).protocol(),
-        "broken for good",
+        "only peers with rows send headers",
+        LowLatency(sends_to_all=False).protocol(),
+        "stays broken",
         num_ops=2,
     ),
     Mutation(
-        "a header is no release, and no fence comes before it",
+        "a header is no release store, and no fence precedes it",
         LowLatency(releases=False).protocol().without("Push: IsLastBlock"),
         "data",
     ),
-    Mutation("who is lost begins", LowLatency(looks=False).protocol(), "broken for good", num_ops=2),
-    Mutation("waits have no end", LowLatency(bounded=False).protocol(), "progress"),
     Mutation(
-        "broken is no release",
-        LOW_LATENCY.replaced(BROKEN, partial(tell_peers, release=False)),
+        "an op begins on a broken communicator", LowLatency(looks=False).protocol(), "stays broken", num_ops=2
+    ),
+    Mutation("waits are unbounded", LowLatency(bounded=False).protocol(), "progress"),
+    Mutation(
+        "broken is no release store",
+        LOW_LATENCY.replaced(BROKEN, partial(notify_peers, release=False)),
         "report",
     ),
 ]
 
 
 @pytest.mark.parametrize("mutation", LOW_LATENCY_MUTATIONS, ids=lambda mutation: mutation.name)
-def test_no_part_of_low_latency_can_be_left_out(mutation: Mutation) -> None:
-    test_no_part_can_be_left_out(mutation)
+def test_every_part_of_low_latency_is_needed(mutation: Mutation) -> None:
+    test_every_part_is_needed(mutation)
 
 
 def test_two_ops_in_flight_take_four_banks() -> None:
-    """What a channel would cost that takes two at once; two channels of two banks need no more."""
+    """The cost of a channel with two ops at once; two channels of two banks need no more."""
     protocol = LowLatency(num_in_flight=2, num_banks=4).protocol()
     assert find_violation(protocol, 2, 6).broken_promise is None
 
@@ -215,8 +230,8 @@ def test_two_ops_in_flight_take_four_banks() -> None:
 @pytest.mark.parametrize("off", ["at_once", "on_demand"])
 @pytest.mark.parametrize("num_ops", [1, 2])
 def test_a_longer_search_has_the_same_answer(off: str, num_ops: int) -> None:
-    """What keeps the search short hides nothing: see protocol_search.py."""
+    """The reductions of the search hide nothing: see protocol_search.py."""
     assert find_violation(PROTOCOL, 2, num_ops, **{off: False}).broken_promise is None
     for mutation in MUTATIONS:
-        if (mutation.num_ranks, mutation.num_ops, mutation.beside) == (2, num_ops, False):
+        if (mutation.num_ranks, mutation.num_ops, mutation.concurrent) == (2, num_ops, False):
             assert find_violation(mutation.protocol, 2, num_ops, **{off: False}).broken_promise is not None

@@ -211,7 +211,7 @@ class BrokenNative:
     [
         (BrokenNative(broken="rank 1 is late", timed_out=True), ep.PeerTimeoutError, "rank 1 is late"),
         (BrokenNative(broken="closed too early"), ep.CommunicatorError, "closed too early"),
-        (BrokenNative(error="GPU 0 has met an error"), ep.CommunicatorError, "GPU 0 has met an error"),
+        (BrokenNative(error="GPU 0 reports an error"), ep.CommunicatorError, "GPU 0 reports an error"),
     ],
     ids=["late peer", "anything else", "error of the GPU"],
 )

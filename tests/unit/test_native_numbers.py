@@ -20,7 +20,7 @@ def test_groups(layout: str) -> None:
 def test_the_longest_rows_of_integers(hidden_size: int) -> None:
     """Padded to whole words, the longest rows of `dispatch` are exactly the native limit."""
     numbers = native_module.numbers()
-    filled = capacity.round_up(checks.widest_integers(hidden_size, 1), numbers.carried_bytes)
+    filled = capacity.round_up(checks.widest_integers(hidden_size, 1), numbers.payload_alignment)
     assert filled == numbers.max_row_bytes(hidden_size=hidden_size)
 
 
@@ -30,7 +30,7 @@ def test_all_modules_have_the_same() -> None:
     modules = [native_module.load(platform) for platform in built]
     sizes = {"num_ranks": 4, "num_experts": 32, "num_topk": 6, "num_tokens": 10}
     seen = [
-        (module.layouts, module.no_limit, module.carried_bytes, module.pair_table_shape(**sizes),
+        (module.layouts, module.no_limit, module.payload_alignment, module.pair_table_shape(**sizes),
          module.dispatch_scratch_ints(**sizes), module.combine_sum_rows(**sizes))
         for module in modules
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 // The bulk copy engine of SM90: whole rows between global and shared memory, issued by one thread.
 //
-// Addresses and sizes are multiples of 16 bytes. On older GPUs none of this may be called.
+// Addresses and sizes are multiples of 16 bytes. Not to be called on older GPUs.
 #ifndef JAX_DEEPEP_BENCH_BULK_COPY_CUH_
 #define JAX_DEEPEP_BENCH_BULK_COPY_CUH_
 

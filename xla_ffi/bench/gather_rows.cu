@@ -1,5 +1,5 @@
-// What dispatch, and the gradient of combine, are compared with: every rank pulls the rows of its
-// pairs, each once, and writes them to their places, between two flag barriers.
+// The baseline of dispatch, and of the gradient of combine: every rank pulls the rows of its pairs,
+// each once, and writes them to their positions, between two flag barriers.
 #include <cuda_runtime.h>
 
 #include "bench/bulk_copy.cuh"
@@ -13,7 +13,7 @@ namespace {
 // The operand that peers read.
 enum { kRows };
 
-// A warp reads a row, and writes it once for each place.
+// A warp reads a row, and writes it to each of its positions.
 __device__ void GatherByLoads(const BaselineOp& op, const GroupOp& group) {
   const int lane = threadIdx.x % 32;
   const int words = static_cast<int>(op.row_bytes / 16);
@@ -45,7 +45,7 @@ __device__ void GatherByLoads(const BaselineOp& op, const GroupOp& group) {
   }
 }
 
-// A warp keeps kDepth rows in flight through shared memory; every lane writes one place of a row.
+// A warp keeps kDepth rows in flight through shared memory; every lane writes one copy of a row.
 template <int kDepth>
 __device__ void GatherByBulkCopies(const BaselineOp& op, const GroupOp& group, char* memory) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -95,8 +95,8 @@ __device__ void GatherByBulkCopies(const BaselineOp& op, const GroupOp& group, c
                   slots + slot * row_bytes, row_bytes);
       }
       CommitStores();
-      // The slot of the pair before is free once its stores have read it; with one slot, this one
-      // is.
+      // The slot of the previous pair is free once its stores have read it; with one slot, this
+      // pair's.
       if (issued < count && (kDepth == 1 || pair != first)) {
         WaitForStoresToRead<kDepth == 1 ? 0 : 1>();
         __syncwarp();
@@ -213,14 +213,14 @@ const char* LaunchGatherRows(const OpFrame& frame, const BaselineParams& params,
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   const Kernel kernel = KernelOfDepth(params.depth);
   if (kernel == nullptr || params.warps < 1 || params.warps > kWarps) {
-    return "gather_rows takes 1 to 16 warps and a depth of 0 to 4";
+    return "gather_rows: expected 1 to 16 warps and a depth of 0 to 4";
   }
   int shared_bytes = 0;
   if (params.depth > 0) {
-    if (!device.bulk_copies) return "this GPU has no bulk copies; use a depth of 0";
+    if (!device.bulk_copies) return "gather_rows: this GPU has no bulk copies; use a depth of 0";
     shared_bytes = params.warps * params.depth * (static_cast<int>(op.row_bytes) + 8);
     if (shared_bytes > device.shared_bytes)
-      return "the rows in flight exceed shared memory; use fewer warps or less depth";
+      return "gather_rows: the rows in flight exceed shared memory; use fewer warps or less depth";
   }
   return LaunchKernel(kernel, op, num_blocks, kThreads, shared_bytes, stream);
 }

@@ -1,4 +1,4 @@
-// Kernels that do nothing but cross a link: the limits of the ops.
+// Kernels that only move data over a link: the limits of the ops.
 #include <cuda_runtime.h>
 
 #include "bench/bulk_copy.cuh"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kRowThreads = 448;  // two words of 16 bytes each make a row of 7168 bfloat16
 constexpr int kRowWords = 2;      // in flight per thread
-constexpr int kPolls = 4096;      // between looks at whether this rank has given up
+constexpr int kPolls = 4096;      // between checks whether this rank has timed out
 constexpr int kMostPolls = 1 << 26;
 
 __device__ __forceinline__ uint32_t Acquire(const uint32_t* flag) {
@@ -22,7 +22,8 @@ __device__ __forceinline__ void Release(uint32_t* flag, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
 
-// A load of what a peer wrote during this kernel, by a thread that did not acquire it itself.
+// A load of data that a peer wrote during this kernel, by a thread other than the one that acquired
+// it.
 __device__ __forceinline__ uint4 LoadFresh(const uint4* from) {
   uint4 v;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -38,18 +39,18 @@ __device__ __forceinline__ uint64_t Nanoseconds() {
   return time;
 }
 
-// Wait until a flag of this rank has come to `step`, which a peer releases: some seconds at most.
+// Wait, for a few seconds at most, until a peer has released `step` to a flag of this rank.
 __device__ void WaitFor(const uint32_t* flag, uint32_t step, LinkControl* own) {
   for (int polls = 1; static_cast<int32_t>(Acquire(flag) - step) < 0; ++polls) {
     if (polls % kPolls != 0) continue;
-    if (polls == kMostPolls || *static_cast<volatile uint32_t*>(&own->gave_up) != 0) {
-      *static_cast<volatile uint32_t*>(&own->gave_up) = 1;
+    if (polls == kMostPolls || *static_cast<volatile uint32_t*>(&own->timed_out) != 0) {
+      *static_cast<volatile uint32_t*>(&own->timed_out) = 1;
       return;
     }
   }
 }
 
-// Where a row goes, and where the row of that number comes from: the peers in turn.
+// The peer that a row is sent to, and the one that the row of that index comes from: round robin.
 __device__ __forceinline__ int PeerOf(const LinkFrame& frame, int row) {
   return (frame.rank + 1 + row % (frame.num_ranks - 1)) % frame.num_ranks;
 }
@@ -57,8 +58,7 @@ __device__ __forceinline__ int SourceOf(const LinkFrame& frame, int row) {
   return (frame.rank + frame.num_ranks - 1 - row % (frame.num_ranks - 1)) % frame.num_ranks;
 }
 
-// Call store(at, load(at)) for the words of a row, with all that load reads for two words in
-// flight.
+// Call store(at, load(at)) for the words of a row, with the loads of two words in flight.
 template <typename Load, typename Store>
 __device__ __forceinline__ void ForRow(int row_words, Load load, Store store) {
   for (int base = threadIdx.x; base < row_words; base += kRowThreads * kRowWords) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ uint4* Words(const LinkFrame& frame, int owner, LinkR
   return reinterpret_cast<uint4*>(frame.Row(owner, rows, row));
 }
 
-// A word of this rank's copy, and the same word as it came back.
+// A word of this rank's copy, and the same word as returned.
 struct WordPair {
   uint4 own, back;
   __device__ uint4 Sum() const {
@@ -86,17 +86,17 @@ struct WordPair {
   }
 };
 
-__global__ void MeetKernel(const __grid_constant__ LinkFrame frame, uint64_t wait_ns) {
+__global__ void RendezvousKernel(const __grid_constant__ LinkFrame frame, uint64_t wait_ns) {
   LinkControl* own = frame.Control(frame.rank);
-  const uint32_t step = own->meet_step + 1;
+  const uint32_t step = own->rendezvous_step + 1;
   const int peer = threadIdx.x;
   if (peer < frame.num_ranks) {
-    Release(&frame.Control(peer)->meet[frame.rank * kFlagStride], step);
-    WaitFor(&own->meet[peer * kFlagStride], step, own);
+    Release(&frame.Control(peer)->rendezvous[frame.rank * kFlagStride], step);
+    WaitFor(&own->rendezvous[peer * kFlagStride], step, own);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  own->meet_step = step;
+  own->rendezvous_step = step;
   for (const uint64_t begin = Nanoseconds(); Nanoseconds() - begin < wait_ns;) continue;
 }
 
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kRowThreads)
   own->flags.step[blockIdx.x] = step;
 }
 
-// Tell every peer that this rank's rows may be read, and wait for those that this block reads from.
+// Notify every peer that this rank's rows may be read, and wait for those that this block reads
+// from.
 __device__ void WaitForReaders(const LinkFrame& frame, int rows, uint32_t step) {
   if (threadIdx.x == 0) {
     LinkControl* own = frame.Control(frame.rank);
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(kRowThreads)
   }
 }
 
-constexpr int kWarmUp = 100;  // round trips that do not count
+constexpr int kWarmUp = 100;  // discarded round trips
 
 template <bool kWithRow>
 __global__ void __launch_bounds__(1024)
@@ -311,8 +312,8 @@ __global__ void __launch_bounds__(kBulkWarps * 32, 1)
 
 }  // namespace
 
-cudaError_t LaunchMeet(const LinkFrame& frame, uint64_t wait_ns, cudaStream_t stream) {
-  MeetKernel<<<1, kMaxRanks, 0, stream>>>(frame, wait_ns);
+cudaError_t LaunchRendezvous(const LinkFrame& frame, uint64_t wait_ns, cudaStream_t stream) {
+  RendezvousKernel<<<1, kMaxRanks, 0, stream>>>(frame, wait_ns);
   return cudaGetLastError();
 }
 

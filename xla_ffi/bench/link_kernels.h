@@ -12,7 +12,7 @@
 
 namespace jax_deepep {
 
-// What a step of a chain does.
+// The kernels of a step of a chain.
 enum class ChainStep : int {
   kNothing = 0,       // an empty kernel
   kFlag = 1,          // a flag to the next rank, and one from the rank before
@@ -23,10 +23,10 @@ enum class ChainStep : int {
 };
 
 inline constexpr int kMaxLinkRows = 1 << 15;
-// A block per row up to this many, which run at once on SM80 and newer: they wait for those of
-// peers.
+// A block per row up to this many, all of which run at once on SM80 and newer: they wait for
+// peers' blocks.
 inline constexpr int kMaxRowBlocks = 320;
-inline constexpr int kFlagStride = 8;  // 32-bit words: a flag has 32 bytes of its own
+inline constexpr int kFlagStride = 8;  // 32-bit words: a flag has its own 32 bytes
 // What a warp copies at a time: 14 words of 16 bytes in each lane.
 inline constexpr int kPieceBytes = 14 * 32 * 16;
 
@@ -40,16 +40,16 @@ struct LinkFlags {
   uint32_t round_trip[kFlagStride];
 };
 
-// At the beginning of a rank's memory. Only `flags` is ever reset, while no rank writes there.
+// At the beginning of a rank's memory. Only `flags` is reset, while no rank writes there.
 struct LinkControl {
-  uint32_t gave_up;  // a wait of this rank did
-  uint32_t meet_step;
-  uint32_t meet[kMaxRanks * kFlagStride];  // by rank
+  uint32_t timed_out;  // a wait of this rank has
+  uint32_t rendezvous_step;
+  uint32_t rendezvous[kMaxRanks * kFlagStride];  // by rank
   uint64_t round_trip_ns;
   LinkFlags flags;
 };
 
-// Behind it: arrays of rows, in which a row that a rank sends keeps its number, wherever it goes.
+// Behind it: arrays of rows, in which a row keeps its index on all ranks.
 enum class LinkRows : int {
   kX = 0,         // what this rank sends
   kOwn = 1,       // a copy of it
@@ -82,10 +82,10 @@ struct LinkFrame {
   }
 };
 
-// All enqueue one kernel and return cudaSuccess or what is wrong.
+// All enqueue one kernel and return its error.
 //
-// No rank leaves this before all have come; then it waits, so that the host can enqueue more.
-cudaError_t LaunchMeet(const LinkFrame& frame, uint64_t wait_ns, cudaStream_t stream);
+// A rendezvous of all ranks; then it waits, so that the host can enqueue more.
+cudaError_t LaunchRendezvous(const LinkFrame& frame, uint64_t wait_ns, cudaStream_t stream);
 // The kernels of a step, all on `rows` rows.
 cudaError_t LaunchStep(const LinkFrame& frame, ChainStep step, int rows, cudaStream_t stream);
 cudaError_t LaunchRoundTrips(const LinkFrame& frame, int partner, bool with_row, int count,

@@ -7,7 +7,7 @@
 namespace jax_deepep {
 namespace {
 
-constexpr int kWarmUp = 3;                // trials that do not count
+constexpr int kWarmUp = 3;                // trials that are discarded
 constexpr uint64_t kEnqueueNs = 100'000;  // in which the host enqueues a trial
 
 void Check(cudaError_t error, const char* what) {
@@ -16,7 +16,7 @@ void Check(cudaError_t error, const char* what) {
   }
 }
 
-// The current device, for as long as this lives.
+// Sets the current device within a scope.
 class OnOrdinal {
  public:
   explicit OnOrdinal(int ordinal) {
@@ -57,7 +57,7 @@ LinkRank::LinkRank(int ordinal, int rank, int num_ranks, int rows, int64_t row_b
   Check(cudaMalloc(&memory, bytes), "cudaMalloc");
   frame_.memory[rank] = static_cast<char*>(memory);
   Check(cudaMemset(memory, 0, bytes), "cudaMemset");
-  // Every byte that a rank sends is its number + 1.
+  // Every byte that a rank sends is its index + 1.
   Check(cudaMemset(frame_.Row(rank, LinkRows::kX, 0), rank + 1, rows * row_bytes), "cudaMemset");
   Check(cudaMemset(frame_.CopySource(rank), rank + 1, copy_bytes), "cudaMemset");
   Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -100,19 +100,19 @@ void LinkRank::Attach(int rank, const std::string& handle) {
   frame_.memory[rank] = static_cast<char*>(memory);
 }
 
-// Peers write no flags meanwhile: they have finished the measurement before, and begin no other
-// before this rank meets them.
+// Peers write no flags meanwhile: they have finished the previous measurement, and begin no other
+// before the rendezvous.
 void LinkRank::Reset() {
   LinkFlags* flags = &frame_.Control(frame_.rank)->flags;
   Check(cudaMemsetAsync(flags, 0, sizeof(*flags), stream_), "cudaMemsetAsync");
 }
 
-void LinkRank::Meet(uint64_t wait_ns) {
-  Check(LaunchMeet(frame_, wait_ns, stream_), "the kernel in which ranks meet");
+void LinkRank::Rendezvous(uint64_t wait_ns) {
+  Check(LaunchRendezvous(frame_, wait_ns, stream_), "the rendezvous kernel");
 }
 
 double LinkRank::SecondsOf(const std::function<void()>& enqueue) {
-  Meet(kEnqueueNs);
+  Rendezvous(kEnqueueNs);
   Check(cudaEventRecord(begin_, stream_), "cudaEventRecord");
   enqueue();
   Check(cudaEventRecord(end_, stream_), "cudaEventRecord");
@@ -123,13 +123,13 @@ double LinkRank::SecondsOf(const std::function<void()>& enqueue) {
 }
 
 void LinkRank::Finish() {
-  Meet(0);
+  Rendezvous(0);
   Check(cudaStreamSynchronize(stream_), "a measurement of links");
-  uint32_t gave_up = 0;
-  Check(cudaMemcpy(&gave_up, &frame_.Control(frame_.rank)->gave_up, sizeof(gave_up),
+  uint32_t timed_out = 0;
+  Check(cudaMemcpy(&timed_out, &frame_.Control(frame_.rank)->timed_out, sizeof(timed_out),
                    cudaMemcpyDeviceToHost),
         "cudaMemcpy");
-  if (gave_up != 0) throw std::runtime_error("links: a peer did not come within some seconds");
+  if (timed_out != 0) throw std::runtime_error("links: a peer did not arrive within a few seconds");
 }
 
 void LinkRank::CheckBytes(const char* at, int64_t bytes, int value) const {
@@ -137,7 +137,7 @@ void LinkRank::CheckBytes(const char* at, int64_t bytes, int value) const {
   Check(cudaMemcpy(found.data(), at, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
   const auto is_right = [value](char byte) { return byte == static_cast<char>(value); };
   if (!std::all_of(found.begin(), found.end(), is_right)) {
-    throw std::runtime_error("links: what came over the link is not what was sent");
+    throw std::runtime_error("links: the data received differ from the data sent");
   }
 }
 
@@ -219,7 +219,7 @@ std::vector<double> LinkRank::RoundTrips(bool with_row, int count, int trials) {
   std::vector<double> seconds;
   for (int trial = 0; trial < trials; ++trial) {
     Reset();
-    Meet(kEnqueueNs);
+    Rendezvous(kEnqueueNs);
     if (partner < frame_.num_ranks) {
       Check(LaunchRoundTrips(frame_, partner, with_row, count, stream_), "round trips of a flag");
     }

@@ -1,5 +1,5 @@
-// What the links between GPUs allow: rows pushed to peers or pulled from them between slots that
-// are known beforehand, in memory of the bench's own. Nothing is routed, counted or allocated.
+// The limits of the links between GPUs: rows pushed to peers or pulled from them between fixed
+// slots, in the bench's own memory. Nothing is routed, counted or allocated.
 //
 // Every rank makes a LinkRank, gives its handle to all others, attaches theirs, and then calls the
 // same measurements with the same arguments in the same order. Waits on peers end after some
@@ -30,20 +30,21 @@ class LinkRank {
   std::string handle() const;
   void Attach(int rank, const std::string& handle);
 
-  // The rest returns seconds on this rank's device, one number per trial. All ranks begin together.
+  // The following return device seconds of this rank, one number per trial. All ranks begin
+  // together.
 
   // `length` steps, one after the other in one CUDA graph.
   std::vector<double> Chain(ChainStep step, int rows, int length, int trials);
   // `bytes` to the next rank, or from it, on all ranks at once: by kernels on `num_sms` SMs, or by
   // copy engines if that is 0.
   std::vector<double> Copy(bool push, bool bulk, int num_sms, int64_t bytes, int trials);
-  // A flag from rank 2n to 2n + 1 and back, behind a row each way or alone, on average over
-  // `count`. A rank without partner returns nothing.
+  // A flag from rank 2n to 2n + 1 and back, with a row each way or alone, on average over
+  // `count`. A rank without a partner returns an empty vector.
   std::vector<double> RoundTrips(bool with_row, int count, int trials);
 
  private:
   void Reset();
-  void Meet(uint64_t wait_ns);
+  void Rendezvous(uint64_t wait_ns);
   double SecondsOf(const std::function<void()>& enqueue);
   void Finish();
   void CheckBytes(const char* at, int64_t bytes, int value) const;

@@ -1,6 +1,6 @@
 // What the row baselines share: where rows are, and groups of eight elements.
-// Their loops look one item ahead by hand: with ForWarpItems, which looks two ahead, some were up
-// to 10 % slower.
+// Their loops prefetch one item ahead: with ForWarpItems, which prefetches two, some were up to 10
+// % slower.
 #ifndef JAX_DEEPEP_BENCH_ROW_BASELINES_CUH_
 #define JAX_DEEPEP_BENCH_ROW_BASELINES_CUH_
 
@@ -25,7 +25,7 @@ struct PairLine {
   int32_t source = kNone;
   int32_t row = kNone;
 
-  // Read the line of `pair`, if there is one: ahead of its use, so that nobody waits for it.
+  // Read the line of `pair`, if there is one: ahead of its use, to hide the latency.
   __device__ static PairLine Read(const BaselineParams& params, int pair, int count) {
     PairLine line;
     if (pair < count) {

@@ -1,7 +1,7 @@
 // Row baselines: plain kernels that move, or sum, exactly the rows of an op between the same ranks,
-// given precomputed lists of where they go. What a simple kernel takes, not what the hardware
-// allows: ops may be faster (links.h has the limits). Rows are bfloat16 and whole 16 bytes, K is 8
-// at most.
+// given precomputed lists of where they go. They show what a simple kernel takes, not the
+// limit of the hardware (see links.h): ops may be faster. Rows are bfloat16 of a multiple of 16
+// bytes, K is at most 8.
 #ifndef JAX_DEEPEP_BENCH_ROW_BASELINES_H_
 #define JAX_DEEPEP_BENCH_ROW_BASELINES_H_
 
@@ -18,7 +18,7 @@ namespace jax_deepep {
 // Most rows of one token that the kernels take.
 inline constexpr int kMaxBaselineRows = 8;
 
-// What one rank brings to a baseline.
+// One rank's part of a baseline.
 struct BaselineParams {
   RouteShape route;
   // As PairTable, in either layout, in the order in which pairs are to be read.
@@ -36,7 +36,7 @@ struct BaselineParams {
   int32_t depth = 0;
 };
 
-// What a number in BaselineParams::inputs stands for: a row of a rank, or the sum of a pair there.
+// The meaning of BaselineParams::inputs: a row of a rank, or the sum of a pair there.
 struct SumInput {
   int32_t rank;
   int32_t row;   // of y, or

@@ -18,7 +18,7 @@ enum class Baseline : uint64_t { kGather = 1, kAdd = 2, kSum = 3 };
 using LaunchBaseline = const char* (*)(const OpFrame&, const BaselineParams&, int,
                                        const DeviceFacts&, cudaStream_t);
 
-// What all of them have in common: rows, and the table of pairs.
+// The common parameters: rows, and the table of pairs.
 BaselineParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tokens,
                         int64_t capacity, const ffi::AnyBuffer& pairs, std::string* error) {
   BaselineParams params;
@@ -33,17 +33,16 @@ BaselineParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tok
   params.pairs = static_cast<const int32_t*>(pairs.untyped_data());
   if (pairs.dimensions().size() != 2 || pairs.element_type() != ffi::S32 ||
       pairs.dimensions()[1] <= params.max_rows) {
-    *error = "pairs is not a table of int32 with a line for each pair";
+    *error = "pairs: expected a table of int32 with a line for each pair";
     return params;
   }
   params.line_ints = static_cast<int32_t>(pairs.dimensions()[1]);
-  if (shape.hidden_size % 8 != 0) *error = "a row baseline takes rows of whole 16 bytes";
-  if (shape.num_topk > kMaxBaselineRows)
-    *error = "a row baseline takes at most 8 experts per token";
+  if (shape.hidden_size % 8 != 0) *error = "hidden_size: expected a multiple of 8";
+  if (shape.num_topk > kMaxBaselineRows) *error = "num_experts_per_tok: expected at most 8";
   return params;
 }
 
-// As the op has it that is compared with it, so that both take as many SMs.
+// As for the op that is compared with it, so that both take as many SMs.
 OpBytes BytesOf(const GroupShape& shape, Baseline kind, const BaselineParams& params) {
   const ExpectedRows rows = ExpectedRowsOf(shape, params.route);
   const double local_rows = kind == Baseline::kSum

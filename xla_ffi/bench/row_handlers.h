@@ -1,5 +1,5 @@
 // The row baselines as custom calls. They share the instantiate stage and the call sites of the
-// verbs, which are of the module _cuda.
+// verbs in the module _cuda.
 #ifndef JAX_DEEPEP_BENCH_ROW_HANDLERS_H_
 #define JAX_DEEPEP_BENCH_ROW_HANDLERS_H_
 

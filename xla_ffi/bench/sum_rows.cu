@@ -1,5 +1,5 @@
-// What combine, and the gradient of dispatch, are compared with: what combine reads, sums and
-// writes, with plain loads and stores, between two flag barriers.
+// The baseline of combine, and of the gradient of dispatch: what combine reads, sums and writes,
+// with plain loads and stores, between two flag barriers.
 #include <cuda_runtime.h>
 
 #include "bench/row_baselines.cuh"

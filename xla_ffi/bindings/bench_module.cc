@@ -1,6 +1,6 @@
-// The Python module jax_deepep._cuda_bench: what the bench compares ops with on GPUs. Nobody but
-// the bench loads it. Row baselines are ops of communicators, which the module _cuda has; the
-// limits of links need neither it nor XLA.
+// The Python module jax_deepep._cuda_bench: baselines of the bench on GPUs, loaded by the bench
+// alone. Row baselines are ops of communicators of the module _cuda; link measurements need neither
+// it nor XLA.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -24,7 +24,7 @@ namespace nb = nanobind;
 
 using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 
-// Take over how _cuda knows its call sites, and how it launches ops.
+// Use the call-site type and the op launcher of _cuda.
 void Connect(const nb::capsule& type_id, const nb::capsule& launcher) {
   CallSite::id = *static_cast<const ffi::TypeId*>(type_id.data());
   launch_op = reinterpret_cast<OpLauncher>(launcher.data());

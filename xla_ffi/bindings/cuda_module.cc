@@ -33,11 +33,11 @@ LocalDevice DeviceOf(const DeviceTuple& tuple) {
   return {tuple.first, reinterpret_cast<const void*>(tuple.second)};
 }
 
-// What may wait for a device lets other Python threads go on meanwhile: the device may wait for an
-// op that one of them is about to launch.
+// Functions that may wait for a device release the GIL: the device may wait for an op that another
+// Python thread is about to launch.
 using WithoutGil = nb::call_guard<nb::gil_scoped_release>;
 
-// A communicator goes with its last owner, Python or a program of XLA: with the GIL or without.
+// The last owner of a communicator is Python or a program of XLA: with the GIL or without.
 void Destroy(CudaCommunicator* comm) {
   std::optional<nb::gil_scoped_release> release;
   if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) release.emplace();
@@ -45,16 +45,16 @@ void Destroy(CudaCommunicator* comm) {
   delete comm;
 }
 
-std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint, const PlaceTuples& places,
-                                       int32_t process, int32_t num_ranks, int32_t num_groups,
-                                       int32_t num_experts, int32_t num_topk, int32_t max_tokens,
-                                       int32_t hidden_size, double timeout_s,
-                                       const std::vector<DeviceTuple>& devices, int num_sms,
-                                       const std::string& mode) {
+std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint,
+                                       const LocationTuples& locations, int32_t process,
+                                       int32_t num_ranks, int32_t num_groups, int32_t num_experts,
+                                       int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
+                                       double timeout_s, const std::vector<DeviceTuple>& devices,
+                                       int num_sms, const std::string& mode) {
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
-      new CudaCommunicator(MakeConfig(id, fingerprint, places, process, num_ranks, num_groups,
+      new CudaCommunicator(MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups,
                                       num_experts, num_topk, max_tokens, hidden_size, timeout_s),
                            KernelsOf(mode), local_devices, num_sms),
       &Destroy);
@@ -117,7 +117,7 @@ NB_MODULE(_cuda, module) {
              nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),
              nb::arg("mode"), WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")
-      .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("places"),
+      .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("locations"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
            nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
            nb::arg("devices"), nb::arg("num_sms"), nb::arg("mode"), WithoutGil())

@@ -1,4 +1,4 @@
-// What the modules of all platforms have in common.
+// Tables and numbers that all modules export.
 #ifndef JAX_DEEPEP_BINDINGS_MODULE_TABLES_H_
 #define JAX_DEEPEP_BINDINGS_MODULE_TABLES_H_
 
@@ -55,13 +55,13 @@ inline nb::dict Targets() {
   return targets;
 }
 
-// Numbers and sizes that Python needs to trace an op, in the modules of all platforms alike.
+// Numbers and sizes that Python needs to trace an op.
 inline void DefineNumbers(nb::module_& module) {
   nb::dict layouts;  // from names to codes
   for (int32_t code = 0; code < 2; ++code) layouts[kLayoutNames[code]] = code;
   module.attr("layouts") = layouts;
   module.attr("no_limit") = kNoLimit;
-  module.attr("carried_bytes") = kCarriedBytes;
+  module.attr("payload_alignment") = kPayloadAlignment;
   module.def(
       "max_row_bytes",
       [](int32_t hidden_size) {
@@ -78,7 +78,7 @@ inline void DefineNumbers(nb::module_& module) {
         shape.num_experts = num_local_experts;
         RouteShape route;
         route.layout = static_cast<Layout>(layout);
-        return NumGroups(shape, route);
+        return NumRowGroups(shape, route);
       },
       nb::arg("layout"), nb::arg("num_local_experts"));
   // Of expert-major rows.
@@ -104,16 +104,17 @@ inline void DefineNumbers(nb::module_& module) {
   define("combine_sum_rows", CombineSumRows);
 }
 
-// As good as forever, and clocks that count nanoseconds in 64 bits do not overflow.
+// Effectively unbounded, without overflow of clocks that count nanoseconds in 64 bits.
 inline constexpr double kLongestWaitSeconds = 1e9;
 
 // Device, group, rank and process of devices of the mesh.
-using PlaceTuples = std::vector<std::tuple<int64_t, int, int, int>>;
+using LocationTuples = std::vector<std::tuple<int64_t, int, int, int>>;
 
-inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint, const PlaceTuples& places,
-                                     int32_t process, int32_t num_ranks, int32_t num_groups,
-                                     int32_t num_experts, int32_t num_topk, int32_t max_tokens,
-                                     int32_t hidden_size, double timeout_s) {
+inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint,
+                                     const LocationTuples& locations, int32_t process,
+                                     int32_t num_ranks, int32_t num_groups, int32_t num_experts,
+                                     int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
+                                     double timeout_s) {
   CommunicatorConfig config;
   config.id = id;
   config.fingerprint = fingerprint;
@@ -125,13 +126,13 @@ inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint, const Plac
   config.num_groups = num_groups;
   config.process = process;
   config.timeout_s = std::min(timeout_s, kLongestWaitSeconds);
-  for (const auto& [device, group, rank, process_of_device] : places) {
-    config.places.push_back({device, group, rank, process_of_device});
+  for (const auto& [device, group, rank, process_of_device] : locations) {
+    config.locations.push_back({device, group, rank, process_of_device});
   }
   return config;
 }
 
-// Give values [num_groups, R, R] to NumPy, which frees them.
+// Hand values [num_groups, R, R] over to NumPy, which frees them.
 template <typename T>
 nb::ndarray<nb::numpy, T> Matrix(const CommunicatorConfig& config, const std::vector<T>& values) {
   T* data = new T[values.size()];

@@ -1,5 +1,5 @@
-// How the module _cuda_bench launches ops of communicators, which the module _cuda has: the modules
-// are linked apart and must be of one build.
+// How the module _cuda_bench launches ops of communicators of the module _cuda: the modules are
+// linked separately and must be from one build.
 #ifndef JAX_DEEPEP_BINDINGS_OP_LAUNCHER_H_
 #define JAX_DEEPEP_BINDINGS_OP_LAUNCHER_H_
 

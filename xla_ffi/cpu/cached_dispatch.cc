@@ -25,7 +25,7 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
       PublishRows(params_.route.rows(), params_.route.num_tokens, here[rank]->x, run.windows[rank]);
     }
   }
-  if (run.spans_processes() && !run.meet()) return false;
+  if (run.spans_processes() && !run.barrier()) return false;
 
   std::vector<RowMove> moves;
   for (size_t rank = 0; rank < here.size(); ++rank) {
@@ -50,7 +50,7 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
 }
 
 template <>
-void VerbOp<CachedDispatchParams>::Abandon(const Communicator&) const {
+void VerbOp<CachedDispatchParams>::Abort(const Communicator&) const {
   const RouteShape& route = params_.route;
   FillAsFailed(route.rows().type, params_.rows, int64_t{route.capacity} * route.rows().size);
   if (params_.products != nullptr) FillNaN(params_.products, route.capacity);

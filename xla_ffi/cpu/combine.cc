@@ -17,16 +17,16 @@ namespace {
 
 constexpr int64_t kTokensPerRange = 16;
 
-// One entry of a token that went somewhere.
+// An entry of a token that has a row.
 struct Entry {
   int32_t rank;
   int32_t row;
   int32_t k;
 };
 
-// Combine of one group. Where the group spans processes, a rank's sums p_d for tokens of other
-// processes go through its window: a token and a rank share one row there, however many of the
-// token's experts the rank has.
+// A combine of one EP group. Where the group spans processes, a rank's sums p_d for tokens of other
+// processes go through its window, one row per (token, rank), however many of the token's
+// experts the rank has.
 class GroupCombine {
  public:
   GroupCombine(const GroupShape& shape, const RouteShape& route,
@@ -47,7 +47,7 @@ class GroupCombine {
     }
   }
 
-  // For every rank here and every token of another process: p_d, and the gradients of its entries.
+  // For every local rank and every token of another process: p_d, and the gradients of its entries.
   void PublishSums() const {
     ForEachToken([this](int source) { return !IsHere(source); },
                  [this](int source, int64_t token, Scratch& scratch) {
@@ -62,7 +62,7 @@ class GroupCombine {
                  });
   }
 
-  // For every token here: the sum over its ranks.
+  // For every local token: the sum over its ranks.
   void SumTokens(const GroupRun& run) const {
     for (const CombineParams* params : ranks_) {
       if (params != nullptr) PreferLargePages(params->out, route_.num_tokens * row_bytes_);
@@ -136,7 +136,7 @@ class GroupCombine {
     return count;
   }
 
-  // Where the sum of a rank of another process stands, or is written to by this one.
+  // Where a rank's sum for a token of another process is.
   char* SumOf(int rank, int source, int64_t token) const {
     return windows_[rank].sums + (int64_t{source} * shape_.max_tokens + token) * row_bytes_;
   }
@@ -213,16 +213,16 @@ bool VerbOp<CombineParams>::RunGroup(GroupRun& run) const {
   const GroupCombine combine(run.comm.shape(), params_.route, Collect(run), run.windows);
   if (run.spans_processes()) {
     combine.PublishDestinations();
-    if (!run.meet()) return false;
+    if (!run.barrier()) return false;
     combine.PublishSums();
-    if (!run.meet()) return false;
+    if (!run.barrier()) return false;
   }
   combine.SumTokens(run);
   return true;
 }
 
 template <>
-void VerbOp<CombineParams>::Abandon(const Communicator& comm) const {
+void VerbOp<CombineParams>::Abort(const Communicator& comm) const {
   const RouteShape& route = params_.route;
   const int64_t num_tokens = route.num_tokens;
   FillAsFailed(route.rows().type, params_.out, num_tokens * route.rows().size);

@@ -13,22 +13,22 @@
 namespace jax_deepep {
 
 Communicator::Communicator(CommunicatorConfig config) : config_(std::move(config)) {
-  for (const Place& place : config_.places) {
-    places_[place.device] = place;
-    num_devices_here_ += place.process == config_.process;
-    if (place.process == config_.process && groups_.count(place.group) == 0) {
-      groups_[place.group] = std::make_unique<LocalGroup>(config_, place.group);
+  for (const Location& location : config_.locations) {
+    locations_[location.device] = location;
+    num_devices_here_ += location.process == config_.process;
+    if (location.process == config_.process && groups_.count(location.group) == 0) {
+      groups_[location.group] = std::make_unique<LocalGroup>(config_, location.group);
     }
   }
-  const size_t num_places = static_cast<size_t>(config_.num_groups) * shape().num_ranks;
-  steps_.assign(num_places, 0);
+  const size_t num_members = static_cast<size_t>(config_.num_groups) * shape().num_ranks;
+  steps_.assign(num_members, 0);
   const SegmentLayout layout(config_, config_.process);
   shares_memory_ = layout.needed();
   if (shares_memory_) {
     if (shape().num_ranks > ControlBlock::kMaxRanks) {
-      throw std::runtime_error("a group has " + std::to_string(shape().num_ranks) +
-                               " devices, and takes at most " +
-                               std::to_string(ControlBlock::kMaxRanks) + " in several processes");
+      throw std::runtime_error("EP groups that span processes: expected at most " +
+                               std::to_string(ControlBlock::kMaxRanks) + " devices each, got " +
+                               std::to_string(shape().num_ranks));
     }
     auto segment = std::make_unique<SharedSegment>();
     const std::string error = segment->Create(layout.control_bytes(), layout.window_bytes());
@@ -86,61 +86,61 @@ size_t Communicator::Index(int group, int rank) const {
   return static_cast<size_t>(group) * shape().num_ranks + rank;
 }
 
-const Place* Communicator::FindPlace(int64_t device) const {
-  const auto found = places_.find(device);
-  return found == places_.end() ? nullptr : &found->second;
+const Location* Communicator::FindLocation(int64_t device) const {
+  const auto found = locations_.find(device);
+  return found == locations_.end() ? nullptr : &found->second;
 }
 
-bool Communicator::Join(const OpCall& call, const Place& place, std::unique_ptr<Op> op) {
-  LocalGroup& group = GroupOf(place.group);
-  const Key key{place.group, call.op, group.spans_processes() ? nullptr : call.instruction};
+bool Communicator::Join(const OpCall& call, const Location& location, std::unique_ptr<Op> op) {
+  LocalGroup& group = GroupOf(location.group);
+  const Key key{location.group, call.op, group.spans_processes() ? nullptr : call.instruction};
 
   std::unique_lock<std::mutex> lock(mutex_);
   if (closed_) return false;
   ++num_running_;
-  const int64_t step = ++steps_[Index(place.group, place.rank)];
-  const auto found = meetings_.find(key);
-  // A rank that comes twice under one name would take the place of its own op, which must end too.
-  const bool twice = found != meetings_.end() && found->second.ranks[place.rank] != nullptr;
+  const int64_t step = ++steps_[Index(location.group, location.rank)];
+  const auto found = rendezvous_.find(key);
+  // A rank that arrives twice under one name would replace its own op, which must end too.
+  const bool twice = found != rendezvous_.end() && found->second.ranks[location.rank] != nullptr;
   if (!broken_.empty() || twice) {
     lock.unlock();
     std::vector<std::unique_ptr<Op>> ops;
     ops.push_back(std::move(op));
-    Finish(std::move(ops), /*abandon=*/true);
-    if (twice) Break(Named("two calls of one program bear the same number", place.group));
+    Finish(std::move(ops), /*abort=*/true);
+    if (twice) Break(Named("two calls of one program have the same index", location.group));
     return true;
   }
   const OpNotice notice{op->signature(), step, call.num_calls};
-  Meeting& meeting = meetings_[key];
+  Rendezvous& rendezvous = rendezvous_[key];
   const Clock::time_point now = Clock::now();
-  if (meeting.num_arrived == 0) {
-    meeting.ranks.resize(shape().num_ranks);
-    meeting.arrivals.resize(shape().num_ranks);
-    meeting.first_rank = place.rank;
-    meeting.first = notice;
-    SetDeadline(group, &meeting);
+  if (rendezvous.num_arrived == 0) {
+    rendezvous.ranks.resize(shape().num_ranks);
+    rendezvous.arrivals.resize(shape().num_ranks);
+    rendezvous.first_rank = location.rank;
+    rendezvous.first = notice;
+    SetDeadline(group, &rendezvous);
     watchdog_wake_.notify_one();
   }
-  meeting.ranks[place.rank] = std::move(op);
-  meeting.arrivals[place.rank] = now;
-  ++meeting.num_arrived;
+  rendezvous.ranks[location.rank] = std::move(op);
+  rendezvous.arrivals[location.rank] = now;
+  ++rendezvous.num_arrived;
   if (group.spans_processes()) {
-    // XLA runs programs of several devices one after the other, and those of one device if they
-    // are launched from one thread.
+    // XLA runs programs of several devices in sequence, and those of one device too if they are
+    // launched from one thread.
     const bool in_order = num_devices_here_ > 1 || call.on_main_thread;
     if (!in_order || RunsBesideAnother(key)) group.exchange->NoteOutOfOrder();
-    const bool announced = group.exchange->Announce(key.op, place.rank, notice);
+    const bool announced = group.exchange->Announce(key.op, location.rank, notice);
     lock.unlock();
     if (!announced) {
       Break(DescribeBroken("more than " + std::to_string(ControlBlock::kRingSize) +
                                " ops of the devices of one process wait for other processes",
-                           config_, place.group, kWaitBetween));
+                           config_, location.group, kWaitBetween));
     }
     return true;
   }
-  if (meeting.num_arrived < shape().num_ranks) return true;
-  const auto complete = std::make_shared<Meeting>(std::move(meeting));
-  meetings_.erase(key);
+  if (rendezvous.num_arrived < shape().num_ranks) return true;
+  const auto complete = std::make_shared<Rendezvous>(std::move(rendezvous));
+  rendezvous_.erase(key);
   lock.unlock();
   if (!RunOnOwnThreads({[comm = shared_from_this(), &group, complete] {
         comm->Run(group, std::move(*complete));
@@ -150,29 +150,29 @@ bool Communicator::Join(const OpCall& call, const Place& place, std::unique_ptr<
   return true;
 }
 
-// Whether an op waits here that is of another run, and so of a program that has not ended.
+// Whether an op of another run waits here, so that two programs are running.
 bool Communicator::RunsBesideAnother(const Key& key) const {
   constexpr int64_t kFirst = std::numeric_limits<int64_t>::min();
-  const auto begin = meetings_.lower_bound(Key{key.group, {kFirst, kFirst}, nullptr});
-  const auto end = meetings_.lower_bound(Key{key.group + 1, {kFirst, kFirst}, nullptr});
-  // In the order of their runs, and the one of `key` is among them.
+  const auto begin = rendezvous_.lower_bound(Key{key.group, {kFirst, kFirst}, nullptr});
+  const auto end = rendezvous_.lower_bound(Key{key.group + 1, {kFirst, kFirst}, nullptr});
+  // Ordered by run; the op of `key` is among them.
   return begin->first.op.run != key.op.run || std::prev(end)->first.op.run != key.op.run;
 }
 
-// Do the work of an op that all ranks have come to. On a thread of ours, which may block.
-void Communicator::Run(LocalGroup& group, Meeting meeting) {
-  GroupRun run{*this, group.group, std::move(meeting.ranks), group.windows, nullptr};
-  const Op& op = *run.ranks[meeting.first_rank];
-  std::vector<Clock::time_point> arrivals = std::move(meeting.arrivals);
+// Run an op at which all ranks have arrived. On our own thread, which may block.
+void Communicator::Run(LocalGroup& group, Rendezvous rendezvous) {
+  GroupRun run{*this, group.group, std::move(rendezvous.ranks), group.windows, nullptr};
+  const Op& op = *run.ranks[rendezvous.first_rank];
+  std::vector<Clock::time_point> arrivals = std::move(rendezvous.arrivals);
   std::string error;
   bool complete = true;
   if (group.spans_processes()) {
-    run.meet = [&] { return group.exchange->Meet(op.name(), meeting.first_rank, &error); };
+    run.barrier = [&] { return group.exchange->Barrier(op.name(), rendezvous.first_rank, &error); };
     for (int rank = 0; rank < shape().num_ranks; ++rank) {
       if (group.is_local(rank)) group.exchange->SetArrival(rank, arrivals[rank]);
     }
-    // Only now has every process left the op before, so that windows may be written again.
-    complete = run.meet();
+    // After this, every process has left the previous op, and windows may be written again.
+    complete = run.barrier();
     for (int rank = 0; complete && rank < shape().num_ranks; ++rank) {
       arrivals[rank] = group.exchange->Arrival(rank);
     }
@@ -182,31 +182,31 @@ void Communicator::Run(LocalGroup& group, Meeting meeting) {
     complete = op.RunGroup(run);
   }
   if (!complete) Break(Named(error, group.group));
-  Finish(std::move(run.ranks), /*abandon=*/!complete);
+  Finish(std::move(run.ranks), /*abort=*/!complete);
 }
 
-// End parts of ops, after giving up their results if `abandon`. A completion continues XLA's
-// program inline and may block there, in a collective that waits for the other devices: each part
-// needs a thread of its own.
-void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon) {
+// Complete parts of ops, after filling their results as failed if `abort`. A completion continues
+// XLA's program inline and may block there, in a collective that waits for the other devices: each
+// part needs a separate thread.
+void Communicator::Finish(std::vector<std::unique_ptr<Op>> ops, bool abort) {
   ops.erase(std::remove(ops.begin(), ops.end(), nullptr), ops.end());
   const auto parts = std::make_shared<std::vector<std::unique_ptr<Op>>>(std::move(ops));
   std::vector<std::function<void()>> tasks;
   for (const std::unique_ptr<Op>& op : *parts) {
-    tasks.push_back([comm = shared_from_this(), parts, op = op.get(), abandon] {
-      if (abandon) op->Abandon(*comm);
+    tasks.push_back([comm = shared_from_this(), parts, op = op.get(), abort] {
+      if (abort) op->Abort(*comm);
       comm->EndPart();
-      const FlushSubnormals as_xla_does;  // its program goes on in this call
+      const FlushSubnormals as_xla_does;  // its program continues in this call
       op->done();
     });
   }
   if (!RunOnOwnThreads(std::move(tasks))) EndWithoutThreads(std::move(*parts));
 }
 
-// End parts of ops with an error, which ends XLA's programs as well: unlike results, it continues
+// Complete parts of ops with an error, which ends XLA's programs: unlike results, it continues
 // nothing that could block this thread.
 void Communicator::EndWithoutThreads(std::vector<std::unique_ptr<Op>> ops) {
-  const std::string why = DescribeBroken("no thread could be made on which an op ends", config_,
+  const std::string why = DescribeBroken("no thread could be started to complete an op", config_,
                                          groups_.begin()->first, kMoreThreads);
   Break(why);
   for (auto& op : ops) {
@@ -222,7 +222,7 @@ void Communicator::EndPart() {
   if (--num_running_ == 0) ops_ended_.notify_all();
 }
 
-// Run the ops that span processes, in the order on which all of them agree.
+// Run the ops that span processes, in the order of the schedule.
 void Communicator::ServeGroup(LocalGroup& group) {
   KeepSubnormals();
   while (!stopping_) {
@@ -239,21 +239,22 @@ void Communicator::ServeGroup(LocalGroup& group) {
     if (!op.has_value()) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     group.exchange->Take(*op);
-    const auto found = meetings_.find(Key{group.group, *op, nullptr});
-    if (found == meetings_.end()) continue;      // abandoned meanwhile
-    Meeting meeting = std::move(found->second);  // complete: every rank announces an op once
-    meetings_.erase(found);
+    const auto found = rendezvous_.find(Key{group.group, *op, nullptr});
+    if (found == rendezvous_.end()) continue;          // aborted meanwhile
+    Rendezvous rendezvous = std::move(found->second);  // complete: every rank announces an op once
+    rendezvous_.erase(found);
     lock.unlock();
     group.runs_op = true;
-    Run(group, std::move(meeting));
+    Run(group, std::move(rendezvous));
     group.runs_op = false;
   }
 }
 
-// Give up: end all ops that wait, and every later one at once. Under the lock, a meeting is either
-// taken here or by the one who runs it, never both: no one begins to read its buffers afterwards.
+// Abort all ops that wait, and every later one. Under the lock, a rendezvous is taken either here
+// or by the thread that runs it, so that nothing reads its buffers afterwards.
 void Communicator::Break(std::string message) {
-  // Who broke it first knows best who was missing: one that was stopped itself would blame others.
+  // The first process that broke it reports the missing rank; later ones might blame ranks that it
+  // stopped.
   for (const auto& [index, group] : groups_) {
     if (group->exchange == nullptr) continue;
     if (std::string first = group->exchange->BrokenByPeer(); !first.empty()) {
@@ -261,21 +262,21 @@ void Communicator::Break(std::string message) {
       break;
     }
   }
-  std::map<Key, Meeting> abandoned;
+  std::map<Key, Rendezvous> aborted;
   bool first = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     first = broken_.empty();
     if (first) broken_ = std::move(message);
     message = broken_;
-    abandoned = std::move(meetings_);
-    meetings_.clear();
+    aborted = std::move(rendezvous_);
+    rendezvous_.clear();
   }
-  if (first) TellOnStderr(message);
+  if (first) PrintToStderr(message);
   for (auto& [index, group] : groups_) {
     if (group->exchange != nullptr) group->exchange->Break(message);
   }
-  for (auto& [key, meeting] : abandoned) Finish(std::move(meeting.ranks), /*abandon=*/true);
+  for (auto& [key, rendezvous] : aborted) Finish(std::move(rendezvous.ranks), /*abort=*/true);
 }
 
 void Communicator::WaitForOps() {

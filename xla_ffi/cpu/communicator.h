@@ -1,4 +1,4 @@
-// The native side of a communicator on CPU devices: where ops of a group meet.
+// The native side of a communicator on CPU devices: where the ranks of an EP group arrive at ops.
 #ifndef JAX_DEEPEP_CPU_COMMUNICATOR_H_
 #define JAX_DEEPEP_CPU_COMMUNICATOR_H_
 
@@ -24,20 +24,20 @@ namespace jax_deepep {
 
 // One call of a program, in one run of it.
 struct OpCall {
-  const void* instruction;  // its name in this process
+  const void* instruction;  // identifies the call in this process
   OpName op;
-  int64_t num_calls;    // of ours in the program
+  int64_t num_calls;    // our calls in the program
   bool on_main_thread;  // the program was compiled there
 };
 
 class Communicator : public std::enable_shared_from_this<Communicator> {
  public:
-  // Where groups span processes, AttachPeer for each of the others and Start must follow. Throws
-  // std::runtime_error if there is no memory to share.
+  // If groups span processes, call AttachPeer for each of the others, then Start. Throws
+  // std::runtime_error if memory cannot be shared.
   explicit Communicator(CommunicatorConfig config);
   ~Communicator();
 
-  // Whether rows go to other processes, through memory that is shared with them.
+  // Whether rows go to other processes, through shared memory.
   bool shares_memory() const { return shares_memory_; }
 
   // The descriptor of the memory that this process shares with its peers, or -1 if there is none.
@@ -46,39 +46,39 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Take over the descriptor of a peer's memory; throws std::runtime_error if it does not fit.
   void AttachPeer(int process, int descriptor);
 
-  // Begin to serve the groups that span processes.
+  // Start serving the groups that span processes.
   void Start();
 
   const CommunicatorConfig& config() const { return config_; }
   const GroupShape& shape() const { return config_.shape; }
 
-  // Where a device stands, or null if it is not in the mesh.
-  const Place* FindPlace(int64_t device) const;
+  // Where a device is, or null if it is not in the mesh.
+  const Location* FindLocation(int64_t device) const;
 
-  // Hand in one rank's part of an op. A loop comes back to the same call, but only after the device
-  // is through with it. The last rank to come starts the work; each part's `done` is then called on
-  // a thread of its own. Returns at once. On a broken communicator, and when a peer stays away for
-  // timeout_s, parts are abandoned: nothing of theirs is touched after `done`. Returns false if the
-  // communicator is closed.
-  bool Join(const OpCall& call, const Place& place, std::unique_ptr<Op> op);
+  // Submit one rank's part of an op, and return at once. A loop submits the same call again, but
+  // only after the device has completed it. The last rank to arrive starts the work; each part's
+  // `done` is then called on a separate thread. If the communicator is broken, or a peer does not
+  // arrive within timeout_s, parts are aborted: nothing of theirs is touched after `done`. Returns
+  // false if the communicator is closed.
+  bool Join(const OpCall& call, const Location& location, std::unique_ptr<Op> op);
 
   // Wait until no op has begun and not ended. Bounded, because every op is.
   void WaitForOps();
 
-  // Wait for ops, then refuse new ones, tell the peers, and free what is shared: compiled programs
-  // may hold this object for long. Peers that still read keep their own mappings. May be repeated.
+  // Wait for ops, then reject new ones, notify the peers, and free shared memory: compiled programs
+  // may keep this object alive. Peers that still read have their own mappings. Idempotent.
   void Close();
 
-  // Give up ops that run: this process ends, because of `why`.
+  // Abort running ops: this process ends, because of `why`.
   void Leave(const std::string& why);
 
-  // The error that broke the communicator, or nothing.
+  // The error that broke the communicator, or empty.
   std::string broken() const;
 
-  // Whether that was a peer that did not come in time.
+  // Whether that was a peer that did not arrive in time.
   bool timed_out() const;
 
-  // The first op that met invalid routing entries, described, or nothing.
+  // A description of the first op with invalid routing entries, or empty.
   std::string invalid_routing() const;
   void ReportInvalidRouting(int group, int rank, int64_t count);
 
@@ -100,22 +100,22 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   struct Key {
     int32_t group;
     OpName op;
-    const void* instruction;  // tells calls apart where all ranks are of this process, else null
+    const void* instruction;  // distinguishes calls if all ranks are in this process, else null
 
     bool operator<(const Key& other) const {
       return std::tie(group, op, instruction) < std::tie(other.group, other.op, other.instruction);
     }
   };
 
-  // An op that some ranks of a group have come to.
-  struct Meeting {
+  // An op at which some ranks of a group have arrived.
+  struct Rendezvous {
     std::vector<std::unique_ptr<Op>> ranks;
     std::vector<Clock::time_point> arrivals;
     int num_arrived = 0;
     int first_rank = 0;
-    OpNotice first;  // what the first rank told
+    OpNotice first;  // of the first rank
     Clock::time_point deadline;
-    uint64_t num_taken = 0;  // scheduled ops that this process had taken up when that was set
+    uint64_t num_taken = 0;  // scheduled ops that this process had taken when the deadline was set
   };
 
   void WatchDeadlines();
@@ -123,12 +123,12 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void Release();
   void EndPart();
   bool RunsBesideAnother(const Key& key) const;
-  void Run(LocalGroup& group, Meeting meeting);
-  void Finish(std::vector<std::unique_ptr<Op>> ops, bool abandon);
+  void Run(LocalGroup& group, Rendezvous rendezvous);
+  void Finish(std::vector<std::unique_ptr<Op>> ops, bool abort);
   void EndWithoutThreads(std::vector<std::unique_ptr<Op>> ops);
   void Break(std::string message);
-  void SetDeadline(const LocalGroup& group, Meeting* meeting);
-  std::string DescribeMissing(const Key& key, const Meeting& meeting) const;
+  void SetDeadline(const LocalGroup& group, Rendezvous* rendezvous);
+  std::string DescribeMissing(const Key& key, const Rendezvous& rendezvous) const;
   std::string DescribeClosed(const LocalGroup& group) const;
   std::optional<OpNotice> WaitsIn(const LocalGroup& group, int rank) const;
   std::string Named(const std::string& failure, int group) const;
@@ -139,22 +139,23 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   const CommunicatorConfig config_;
   bool shares_memory_ = false;
   int num_devices_here_ = 0;
-  std::unordered_map<int64_t, Place> places_;
+  std::unordered_map<int64_t, Location> locations_;
   std::map<int, std::unique_ptr<SharedSegment>> segments_;  // by process
   std::map<int, std::unique_ptr<LocalGroup>> groups_;
 
   mutable std::mutex mutex_;
   std::condition_variable ops_ended_;
   std::condition_variable watchdog_wake_;
-  std::map<Key, Meeting> meetings_;
-  std::vector<int64_t> steps_;  // per (group, rank): ops that ranks of this process have come to
-  int64_t num_running_ = 0;     // parts joined and not yet done
+  std::map<Key, Rendezvous> rendezvous_;
+  std::vector<int64_t>
+      steps_;                // per (group, rank): ops at which ranks of this process have arrived
+  int64_t num_running_ = 0;  // parts joined and not yet done
   bool closed_ = false;
   std::atomic<bool> stopping_{false};
   std::string broken_;
   std::string invalid_routing_;
   std::thread watchdog_;
-  std::mutex release_mutex_;  // held while the communicator is taken apart; taken before mutex_
+  std::mutex release_mutex_;  // held while the communicator is torn down; acquired before mutex_
 };
 
 }  // namespace jax_deepep

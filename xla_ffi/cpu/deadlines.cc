@@ -1,4 +1,4 @@
-// How long an op of a communicator may wait, and who keeps it from running.
+// How long an op may wait, and which ranks it waits for.
 #include <algorithm>
 #include <utility>
 
@@ -18,11 +18,11 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
 void Communicator::WatchDeadlines() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!stopping_) {
-    if (meetings_.empty()) {
+    if (rendezvous_.empty()) {
       watchdog_wake_.wait(lock);
       continue;
     }
-    auto late = std::min_element(meetings_.begin(), meetings_.end(), [](auto& a, auto& b) {
+    auto late = std::min_element(rendezvous_.begin(), rendezvous_.end(), [](auto& a, auto& b) {
       return a.second.deadline < b.second.deadline;
     });
     if (const Clock::time_point deadline = late->second.deadline; Clock::now() < deadline) {
@@ -32,7 +32,7 @@ void Communicator::WatchDeadlines() {
     const LocalGroup& group = GroupOf(late->first.group);
     const std::string missing = DescribeMissing(late->first, late->second);
     if (missing.empty()) {
-      // The op waits behind others of this process, which have deadlines themselves.
+      // The op waits behind others of this process, which have their own deadlines.
       SetDeadline(group, &late->second);
       continue;
     }
@@ -46,25 +46,25 @@ int64_t Communicator::StepOf(const LocalGroup& group, int rank) const {
   return group.is_local(rank) ? steps_[Index(group.group, rank)] : group.exchange->StepOf(rank);
 }
 
-void Communicator::SetDeadline(const LocalGroup& group, Meeting* meeting) {
-  meeting->deadline = Clock::now() + Seconds(config_.timeout_s);
-  if (group.exchange != nullptr) meeting->num_taken = group.exchange->num_taken();
+void Communicator::SetDeadline(const LocalGroup& group, Rendezvous* rendezvous) {
+  rendezvous->deadline = Clock::now() + Seconds(config_.timeout_s);
+  if (group.exchange != nullptr) rendezvous->num_taken = group.exchange->num_taken();
 }
 
-// Who keeps an op from running, or nothing if it is other ops of this process.
-std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting) const {
+// Describe the ranks that an op waits for; empty if it waits for other ops of this process.
+std::string Communicator::DescribeMissing(const Key& key, const Rendezvous& rendezvous) const {
   const LocalGroup& group = *groups_.at(key.group);
   if (group.exchange != nullptr && group.exchange->IsScheduled(key.op)) return "";
   std::vector<int> missing;
   for (int rank = 0; rank < shape().num_ranks; ++rank) {
-    const bool came = group.is_local(rank) ? meeting.ranks[rank] != nullptr
-                                           : group.exchange->HasAnnounced(key.op, rank);
-    if (!came) missing.push_back(rank);
+    const bool arrived = group.is_local(rank) ? rendezvous.ranks[rank] != nullptr
+                                              : group.exchange->HasAnnounced(key.op, rank);
+    if (!arrived) missing.push_back(rank);
   }
   bool stopped = false;
   if (missing.empty()) {
-    // All have come, so that only the leader can be at fault: it has to schedule the op.
-    if (group.runs_op || group.exchange->num_taken() != meeting.num_taken) return "";
+    // All have arrived, so that only the leader can be at fault: it has to schedule the op.
+    if (group.runs_op || group.exchange->num_taken() != rendezvous.num_taken) return "";
     stopped = true;
     for (int rank = 0; rank < shape().num_ranks; ++rank) {
       if (group.process_of[rank] == 0) missing.push_back(rank);
@@ -72,46 +72,47 @@ std::string Communicator::DescribeMissing(const Key& key, const Meeting& meeting
   }
   std::vector<MissingRank> ranks;
   for (const int rank : missing) {
-    MissingRank late{rank, meeting.first.step, StepOf(group, rank), stopped};
+    MissingRank late{rank, rendezvous.first.step, StepOf(group, rank), stopped};
     if (const auto other = stopped ? std::nullopt : WaitsIn(group, rank); other.has_value()) {
-      late.instead = DescribeDifference(meeting.first, meeting.first_rank, *other, rank);
+      late.instead = DescribeDifference(rendezvous.first, rendezvous.first_rank, *other, rank);
     }
     ranks.push_back(std::move(late));
   }
-  return DescribeTimeout(meeting.ranks[meeting.first_rank]->name(), meeting.first_rank,
+  return DescribeTimeout(rendezvous.ranks[rendezvous.first_rank]->name(), rendezvous.first_rank,
                          config_.timeout_s, "", ranks);
 }
 
-// The op that a rank waits in, or nothing if it is known to wait in none.
+// The op that a rank waits in, if any is known.
 std::optional<OpNotice> Communicator::WaitsIn(const LocalGroup& group, int rank) const {
   if (group.exchange != nullptr) return group.exchange->WaitsIn(rank);
-  for (const auto& [key, meeting] : meetings_) {
-    if (key.group != group.group || meeting.ranks[rank] == nullptr) continue;
-    return OpNotice{meeting.ranks[rank]->signature(), steps_[Index(group.group, rank)],
-                    meeting.first.num_calls};
+  for (const auto& [key, rendezvous] : rendezvous_) {
+    if (key.group != group.group || rendezvous.ranks[rank] == nullptr) continue;
+    return OpNotice{rendezvous.ranks[rank]->signature(), steps_[Index(group.group, rank)],
+                    rendezvous.first.num_calls};
   }
   return std::nullopt;
 }
 
-// That an op waits for a rank that comes to no op any more, or nothing.
+// Describe an op that waits for a rank whose process has closed; empty if there is none.
 std::string Communicator::DescribeClosed(const LocalGroup& group) const {
   const std::optional<int> rank = group.exchange->ClosedRank();
   if (!rank.has_value()) return "";
   std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& [key, meeting] : meetings_) {
+  for (const auto& [key, rendezvous] : rendezvous_) {
     if (key.group != group.group || group.exchange->IsScheduled(key.op)) continue;
-    return std::string(meeting.ranks[meeting.first_rank]->name()) + " on rank " +
-           std::to_string(meeting.first_rank) + " at step " + std::to_string(meeting.first.step) +
-           " waits for rank " + std::to_string(*rank) +
+    return std::string(rendezvous.ranks[rendezvous.first_rank]->name()) + " on rank " +
+           std::to_string(rendezvous.first_rank) + " at step " +
+           std::to_string(rendezvous.first.step) + " waits for rank " + std::to_string(*rank) +
            ", which has closed the communicator or ended";
   }
   return "";
 }
 
-// Complete the description of a failure with where it was and what to do.
+// Complete the description of a failure with its communicator and a remedy.
 std::string Communicator::Named(const std::string& failure, int group) const {
-  if (failure.find("(communicator #") != std::string::npos) return failure;  // a peer's, complete
-  const bool missing = IsTimeout(failure) && failure.find(kWaitsElsewhere) == std::string::npos;
+  if (failure.find("(communicator #") != std::string::npos)
+    return failure;  // a peer's, already complete
+  const bool missing = IsTimeout(failure) && failure.find(kWaitsInOtherOp) == std::string::npos;
   return DescribeBroken(failure, config_, group, missing ? kFindMissing : kRunSameProgram);
 }
 

@@ -1,9 +1,9 @@
-// dispatch on CPU: the algorithm in plain C++, where a newcomer reads it first.
+// dispatch on CPU: the algorithm in plain C++, to be read first.
 //
-// 1. Count: every source's entries per group.
+// 1. Count: every source's entries per row group.
 // 2. Plan: prefix sums over the sources give each entry its final row, and drop what does not fit.
 // 3. Address: write both ends of every route.
-// 4. Move: every rank pulls its rows from where the sources have them.
+// 4. Move: every rank pulls its rows from the sources.
 #include "interface/dispatch.h"
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 namespace jax_deepep {
 namespace {
 
-// Routes of one dispatch of one group. A group of rows is numbered over all ranks:
+// Routes of one dispatch of one EP group. Row groups are numbered over all ranks:
 // rank * groups_per_rank + group on that rank.
 class Router {
  public:
@@ -27,7 +27,7 @@ class Router {
       : shape_(shape),
         route_(ranks[0].route),
         ranks_(ranks),
-        groups_per_rank_(NumGroups(shape, route_)),
+        groups_per_rank_(NumRowGroups(shape, route_)),
         num_groups_(groups_per_rank_ * shape.num_ranks),
         first_(static_cast<size_t>(shape.num_ranks) * num_groups_, 0),
         groups_(num_groups_),
@@ -51,7 +51,7 @@ class Router {
  private:
   int32_t* First(int source) { return first_.data() + static_cast<size_t>(source) * num_groups_; }
 
-  // The group that entry k belongs to, over all ranks.
+  // The row group of an expert, over all ranks.
   int32_t GroupOf(int32_t expert) const {
     return route_.layout == Layout::kExpertMajor ? expert : expert / shape_.num_local_experts();
   }
@@ -90,7 +90,7 @@ class Router {
           first = before;
           before += count;
         }
-        groups_[group] = PlaceGroup(before, route_, &offset);
+        groups_[group] = LayOutGroup(before, route_, &offset);
         received_[rank] += before;
       }
     }
@@ -108,10 +108,10 @@ class Router {
       const int rank = expert / shape_.num_local_experts();
       const int32_t group = GroupOf(expert);
       const bool makes_row = EntryMakesRow(topk_idx, k);
-      // A token-major entry that makes no row shares the one that its token made last.
-      const int32_t place = makes_row ? next[group]++ : next[group] - 1;
-      if (place >= groups_[group].kept) return;
-      const int64_t row = groups_[group].offset + place;
+      // A token-major entry that makes no row shares the last row of its token.
+      const int32_t position = makes_row ? next[group]++ : next[group] - 1;
+      if (position >= groups_[group].kept) return;
+      const int64_t row = groups_[group].offset + position;
       const int64_t entry = int64_t{token} * num_topk + k;
       if (own.destination != nullptr) {
         own.destination[entry] = static_cast<int32_t>(int64_t{rank} * route_.capacity + row);
@@ -134,7 +134,7 @@ class Router {
     });
   }
 
-  // Fill in the rows that no source addressed, and the counts.
+  // Fill in the padding rows, and the counts.
   void FinishRank(int rank) {
     const DispatchParams& own = ranks_[rank];
     if (own.source == nullptr) return;
@@ -201,7 +201,7 @@ bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
       std::copy_n(here[rank]->topk_idx, entries, window.entries);
       std::copy_n(here[rank]->topk_weights, entries, window.entry_weights);
     }
-    if (!run.meet()) return false;
+    if (!run.barrier()) return false;
   }
   std::vector<DispatchParams> ranks;
   std::vector<const void*> sources;
@@ -242,7 +242,7 @@ bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
 }
 
 template <>
-void VerbOp<DispatchParams>::Abandon(const Communicator& comm) const {
+void VerbOp<DispatchParams>::Abort(const Communicator& comm) const {
   const GroupShape& shape = comm.shape();
   const RouteShape& route = params_.route;
   const int64_t capacity = route.capacity, num_topk = shape.num_topk;
@@ -252,8 +252,8 @@ void VerbOp<DispatchParams>::Abandon(const Communicator& comm) const {
   std::fill_n(params_.source, capacity, kNone);
   std::fill_n(params_.destination, route.num_tokens * num_topk, kNone);
   if (!expert_major) std::fill_n(params_.local_experts, capacity * num_topk, kNone);
-  std::fill_n(params_.group_sizes, NumGroups(shape, route), 0);
-  std::fill_n(params_.num_rows, NumGroups(shape, route), 0);
+  std::fill_n(params_.group_sizes, NumRowGroups(shape, route), 0);
+  std::fill_n(params_.num_rows, NumRowGroups(shape, route), 0);
   *params_.num_received = *params_.num_dropped = *params_.num_invalid = 0;
 }
 

@@ -8,7 +8,7 @@
 namespace jax_deepep {
 namespace {
 
-// A lost wake-up would cost this much, and is not expected.
+// The cost of a lost wake-up, which is not expected.
 constexpr std::chrono::milliseconds kLongestSleep(500);
 
 struct WindowSizes {
@@ -50,7 +50,7 @@ std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice
             std::to_string(my_rank) + " and " + std::to_string(theirs.num_calls) + " on rank " +
             std::to_string(their_rank);
   }
-  if (text.empty()) text = "the ops are alike, and the programs around them differ";
+  if (text.empty()) text = "the ops are equal, but the programs around them differ";
   return text;
 }
 
@@ -72,8 +72,8 @@ bool GroupExchange::Announce(const OpName& op, int rank, const OpNotice& notice)
   ControlBlock& own = *blocks_[self_];
   own.steps[rank].store(notice.step, std::memory_order_relaxed);
   const uint64_t index = own.num_announced.load(std::memory_order_relaxed);
-  // An op that this process took up has had one announcement of each rank. With no more than a ring
-  // of others, neither ring overflows: the leader has read what was taken up, and an op is
+  // Each rank has announced every op that this process took. With at most a ring of others, neither
+  // ring overflows: the leader has read the announcements of ops that were taken, and an op is
   // scheduled only once every process has announced it.
   const auto ranks_here = std::count(process_of_.begin(), process_of_.end(), self_);
   if (index - num_taken_ * ranks_here >= ControlBlock::kRingSize) return false;
@@ -82,7 +82,7 @@ bool GroupExchange::Announce(const OpName& op, int rank, const OpNotice& notice)
   entry.notice = notice;
   entry.rank.store(rank, std::memory_order_relaxed);
   own_announcements_.emplace(op, index);
-  // Pairs with the acquire load in ScheduleReady: the entry is there before its number.
+  // Pairs with the acquire load in ScheduleReady: the entry is visible before its index.
   own.num_announced.store(index + 1, std::memory_order_release);
   Ring(&blocks_[0]->doorbell);
   return true;
@@ -98,7 +98,7 @@ void GroupExchange::ScheduleReady() {
     for (; num_read_[process] < end; ++num_read_[process]) {
       const auto& entry = peer.announced[num_read_[process] % ControlBlock::kRingSize];
       const OpName op = entry.op;
-      // A process takes up what is scheduled here, so that the rank is still there.
+      // A process takes only scheduled ops, so the rank is not kTaken yet.
       const Waiter arrival{entry.rank.load(std::memory_order_relaxed), entry.notice};
       std::vector<Waiter>& arrivals = pending_[op];
       arrivals.push_back(arrival);
@@ -127,13 +127,13 @@ std::string GroupExchange::DescribeWaiters(const Waiter& one, const Waiter& othe
       DescribeDifference(mine.notice, mine.rank, theirs.notice, theirs.rank));
 }
 
-// Two processes that each wait in a run of a program to which the other has not come. Where a
-// process ends a run before it begins the next one, and all of them begin runs in one order, that
-// is the end: each would have to end its run first. See xla_ffi/README.md.
+// Two processes that each wait in a run of a program that the other has not reached. If a process
+// ends a run before it begins the next one, and all of them begin runs in one order, that is a
+// deadlock: each would have to end its run first. See xla_ffi/README.md.
 std::string GroupExchange::FindDifferentOps() const {
   if (pending_.empty() || pending_.begin()->first.run == pending_.rbegin()->first.run) return "";
   for (const ControlBlock* block : blocks_) {
-    // Read after the announcements; set before the first one of which it speaks.
+    // Read after the announcements; set before the first one that it applies to.
     if (block->out_of_order.load(std::memory_order_relaxed) != 0) return "";
   }
   struct Waiting {
@@ -157,11 +157,11 @@ std::string GroupExchange::FindDifferentOps() const {
     if (process.arrival == nullptr || !process.one_run) continue;
     if (first == nullptr) first = &process;
     if (process.op.run == first->op.run) continue;
-    // Rather the op of the same place in its program, if the process waits there too.
-    const auto same_place = pending_.find({process.op.run, first->op.number});
-    return DescribeWaiters(*first->arrival, same_place == pending_.end()
+    // Prefer the call with the same index, if the process waits there too.
+    const auto same_call = pending_.find({process.op.run, first->op.number});
+    return DescribeWaiters(*first->arrival, same_call == pending_.end()
                                                 ? *process.arrival
-                                                : same_place->second.front());
+                                                : same_call->second.front());
   }
   return "";
 }
@@ -171,7 +171,7 @@ void GroupExchange::NoteOutOfOrder() {
 }
 
 void GroupExchange::NoteClosed() {
-  // Pairs with the acquire load in ClosedRank: all that was scheduled for this process is seen.
+  // Pairs with the acquire load in ClosedRank: all ops scheduled for this process are visible.
   blocks_[self_]->closed.store(1, std::memory_order_release);
   RingAll();
 }
@@ -187,22 +187,22 @@ std::optional<int> GroupExchange::ClosedRank() const {
 }
 
 std::optional<OpName> GroupExchange::NextScheduled() {
-  // Pairs with the release in Ring: what rang before is visible in the checks below, and what rings
-  // later makes the wait return at once.
+  // Pairs with the release in Ring: earlier changes are visible in the checks below, and a later
+  // ring makes the wait return at once.
   const uint32_t seen = blocks_[self_]->doorbell.load(std::memory_order_acquire);
   if (self_ == 0) ScheduleReady();
   const ControlBlock& leader = *blocks_[0];
   // Pairs with the release store in ScheduleReady.
   if (num_taken_ < leader.num_scheduled.load(std::memory_order_acquire)) {
     const OpName op = leader.scheduled[num_taken_ % ControlBlock::kRingSize];
-    ++num_taken_;  // now its place may be written again: see Announce
+    ++num_taken_;  // its slot may be reused: see Announce
     return op;
   }
   WaitForRing(&blocks_[self_]->doorbell, seen, Clock::now() + kLongestSleep);
   return std::nullopt;
 }
 
-bool GroupExchange::Meet(const char* op_name, int waiting_rank, std::string* error) {
+bool GroupExchange::Barrier(const char* op_name, int waiting_rank, std::string* error) {
   ++num_barriers_;
   // Pairs with the acquire loads below, in the peers: what this process wrote to its windows before
   // the barrier, they read after it.

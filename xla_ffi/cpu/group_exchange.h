@@ -1,9 +1,9 @@
-// How the processes of one group agree on the order of ops, and meet inside an op.
+// How the processes of one EP group agree on the order of ops, and synchronise inside an op.
 //
 // XLA:CPU runs independent ops in an order that differs between devices. So every rank announces
-// the ops that it comes to; the group's first process, the leader, schedules an op once all ranks
+// its arrival at an op; the group's first process, the leader, schedules an op once all ranks
 // have announced it; and every process runs the scheduled ops one after the other, with the same
-// sequence of barriers. All of it is counters and rings in shared memory, and a doorbell per
+// sequence of barriers. The state is counters and rings in shared memory, and a doorbell per
 // process.
 #ifndef JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_
 #define JAX_DEEPEP_CPU_GROUP_EXCHANGE_H_
@@ -25,8 +25,8 @@
 
 namespace jax_deepep {
 
-// Identifies an op: a run of a program, in which XLA hides a hash of the program, so that runs of
-// different programs differ between processes; and the index of the call in the program.
+// Identifies an op: a run of a program, which XLA derives from a hash of the program, so that runs
+// of different programs differ; and the index of the call in the program.
 struct OpName {
   int64_t run = 0;
   int64_t number = 0;
@@ -36,18 +36,18 @@ struct OpName {
   bool operator==(const OpName& other) const { return AsTuple() == other.AsTuple(); }
 };
 
-// What a rank tells of the op that it comes to.
+// What a rank announces about an op.
 struct OpNotice {
   OpSignature signature;
   int64_t step = 0;       // of the rank
-  int64_t num_calls = 0;  // of ours in its program
+  int64_t num_calls = 0;  // our calls in its program
 };
 
-// Where the op of one rank differs from what another came to, in words.
+// Describe how the ops of two ranks differ.
 std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice& theirs,
                                int their_rank);
 
-// Rounded up to whole cache lines: what processes share is laid out in these.
+// Rounded up to whole cache lines, the unit of the layout of shared memory.
 inline size_t Aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The memory of one rank that other processes read. All of it is written by the rank's own process.
@@ -62,16 +62,16 @@ struct RankWindow {
   static RankWindow At(char* memory, const GroupShape& shape);
 };
 
-// What the processes of a group write for each other, one per process and group.
+// State that the processes of a group share, one per process and group.
 struct ControlBlock {
-  static constexpr int kRingSize = 4096;  // ops of a process, times its ranks, not yet taken up
-  static constexpr int kMaxRanks = 1024;  // of one group
+  static constexpr int kRingSize = 4096;         // ops of a process, times its ranks, not yet taken
+  static constexpr int kMaxRanks = 1024;         // of one group
   static constexpr int kMessageBytes = 1 << 16;  // enough to name all ranks
 
   struct Announcement {
     OpName op;
     OpNotice notice;
-    std::atomic<int32_t> rank;  // kTaken once its process has taken the op up
+    std::atomic<int32_t> rank;  // kTaken once its process has taken the op
   };
   static constexpr int32_t kTaken = -1;
 
@@ -80,11 +80,11 @@ struct ControlBlock {
   Announcement announced[kRingSize];
   std::atomic<uint64_t> num_scheduled;  // the leader's: entries ever written to `scheduled`
   OpName scheduled[kRingSize];
-  std::atomic<uint64_t> barriers;               // barriers that this process has come to
-  std::atomic<int64_t> steps[kMaxRanks];        // ops that each rank of this process has come to
-  std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each came to the op that runs now
+  std::atomic<uint64_t> barriers;         // barriers at which this process has arrived
+  std::atomic<int64_t> steps[kMaxRanks];  // ops at which each rank of this process has arrived
+  std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each arrived at the running op
   std::atomic<uint32_t> out_of_order;           // see NoteOutOfOrder
-  std::atomic<uint32_t> closed;                 // the process comes to no op any more
+  std::atomic<uint32_t> closed;                 // the process starts no more ops
   std::atomic<uint32_t> broken;                 // set after `message`
   char message[kMessageBytes];
 };
@@ -99,56 +99,56 @@ class GroupExchange {
 
   using Clock = std::chrono::steady_clock;
 
-  // Announce that a rank of this process has come to an op. One caller at a time. Returns false if
-  // there is no room, because too many ops are in flight.
+  // Announce that a rank of this process has arrived at an op. One caller at a time. Returns false
+  // if the ring is full, because too many ops are in flight.
   bool Announce(const OpName& op, int rank, const OpNotice& notice);
 
-  // Tell that programs of this process may run beside each other, so that nothing follows from the
-  // order in which it comes to ops of different programs.
+  // Note that programs of this process may run concurrently, so that the order in which it arrives
+  // at ops of different programs proves nothing.
   void NoteOutOfOrder();
 
-  // Tell that this process has ended all ops that it came to, and comes to no other.
+  // Note that this process has completed all its ops, and starts no more.
   void NoteClosed();
 
-  // A rank of a process that has closed, if that keeps an op from being scheduled for good.
+  // A rank of a process that has closed, if any: ops that wait for it are never scheduled.
   std::optional<int> ClosedRank() const;
 
-  // The leader: that ranks run different programs, in words, or nothing. Found by NextScheduled.
+  // On the leader: how the programs of ranks differ, or empty. Set by NextScheduled.
   const std::string& different_ops() const { return different_ops_; }
 
-  // Wait for the next scheduled op, for at most a moment; the leader schedules meanwhile.
+  // Wait briefly for the next scheduled op; the leader schedules meanwhile.
   std::optional<OpName> NextScheduled();
 
-  // Wait until every process of the group has come here as often as this one; returns false and
-  // fills `error` if one did not in time or broke the communicator. `op_name` is for the error.
-  bool Meet(const char* op_name, int waiting_rank, std::string* error);
+  // Wait until every process of the group has arrived at this barrier; returns false and sets
+  // `error` if one did not in time or broke the communicator. `op_name` is for the error.
+  bool Barrier(const char* op_name, int waiting_rank, std::string* error);
 
-  // Tell all processes of the group that the communicator is broken.
+  // Notify all processes of the group that the communicator is broken.
   void Break(const std::string& message);
 
-  // What a process of the group broke the communicator with, or nothing.
+  // The error with which a process of the group broke the communicator, or empty.
   std::string BrokenByPeer() const;
 
-  // Note that this process takes up an op that was scheduled: a loop may announce the same name
-  // again. Callers of this and of Announce exclude each other.
+  // Take a scheduled op: a loop may announce the same name again. Callers of this and of Announce
+  // exclude each other.
   void Take(const OpName& op);
 
-  // How many scheduled ops this process has taken up.
+  // How many scheduled ops this process has taken.
   uint64_t num_taken() const { return num_taken_; }
 
-  // Whether an op is scheduled that this process has not taken up.
+  // Whether an op is scheduled that this process has not taken.
   bool IsScheduled(const OpName& op) const;
 
-  // Whether a rank has announced an op that its process has not taken up.
+  // Whether a rank has announced an op that its process has not taken.
   bool HasAnnounced(const OpName& op, int rank) const;
 
-  // The first op that a rank waits in, or nothing.
+  // The first op that a rank waits in, if any.
   std::optional<OpNotice> WaitsIn(int rank) const;
 
-  // How many ops a rank has come to.
+  // At how many ops a rank has arrived.
   int64_t StepOf(int rank) const;
 
-  // When a rank came to the op that runs now, on the host's monotonic clock. Set before the first
+  // When a rank arrived at the running op, on the host's monotonic clock. Set before the first
   // barrier of an op, read after it.
   void SetArrival(int rank, Clock::time_point time);
   Clock::time_point Arrival(int rank) const;
@@ -166,8 +166,8 @@ class GroupExchange {
   std::string FindDifferentOps() const;
   void RingAll();
 
-  // Call visit(announcement) for what a process has announced, of what its ring still holds, until
-  // that returns true; returns whether it did.
+  // Call visit(announcement) for the announcements in a process's ring until it returns true;
+  // returns whether it did.
   template <typename Visit>
   bool FindAnnouncement(int process, Visit visit) const;
 
@@ -176,8 +176,8 @@ class GroupExchange {
   const std::vector<int> process_of_;
   const double timeout_s_;
   std::atomic<uint64_t> num_taken_{0};                 // of the leader's schedule
-  std::multimap<OpName, uint64_t> own_announcements_;  // not taken up; their indices
-  uint64_t num_barriers_ = 0;                          // that this process has come to
+  std::multimap<OpName, uint64_t> own_announcements_;  // not taken; their indices
+  uint64_t num_barriers_ = 0;                          // at which this process has arrived
   std::vector<uint64_t> num_read_;                     // leader: of each process's announcements
   std::map<OpName, std::vector<Waiter>> pending_;      // leader: of ops not yet scheduled
   std::string different_ops_;

@@ -8,8 +8,8 @@ namespace {
 
 std::set<int> ProcessesOf(const CommunicatorConfig& config, int group) {
   std::set<int> processes;
-  for (const Place& place : config.places) {
-    if (place.group == group) processes.insert(place.process);
+  for (const Location& location : config.locations) {
+    if (location.group == group) processes.insert(location.process);
   }
   return processes;
 }
@@ -27,9 +27,9 @@ SegmentLayout::SegmentLayout(const CommunicatorConfig& config, int process) : sh
     control_[group] = control_bytes_;
     control_bytes_ +=
         Aligned(sizeof(ControlBlock)) + Aligned(num_ranks * num_ranks * sizeof(RowCounters));
-    for (const Place& place : config.places) {
-      if (place.group != group || place.process != process) continue;
-      windows_[{group, place.rank}] = window_bytes_;
+    for (const Location& location : config.locations) {
+      if (location.group != group || location.process != process) continue;
+      windows_[{group, location.rank}] = window_bytes_;
       window_bytes_ += RankWindow::Bytes(shape_);
     }
   }
@@ -57,9 +57,9 @@ LocalGroup::LocalGroup(const CommunicatorConfig& config, int group)
                             processes.begin());
   };
   self = index_of(config.process);
-  for (const Place& place : config.places) {
-    if (place.group != group) continue;
-    process_of[place.rank] = index_of(place.process);
+  for (const Location& location : config.locations) {
+    if (location.group != group) continue;
+    process_of[location.rank] = index_of(location.process);
   }
   const size_t num_counters = static_cast<size_t>(config.shape.num_ranks) * config.shape.num_ranks;
   taken_.rows_sent.assign(num_counters, 0);
@@ -124,7 +124,7 @@ void LocalGroup::TakeTraffic(Traffic* traffic) {
     for (size_t peer = 0; peer < num_ranks; ++peer) {
       const size_t at = rank * num_ranks + peer;
       const size_t to = group * num_ranks * num_ranks + at;
-      // Rows are counted by who receives them.
+      // Rows are counted by the receiver.
       const int64_t received = rows_received[self][at];
       const int64_t sent = rows_received[process_of[peer]][peer * num_ranks + rank];
       traffic->rows_received[to] = received - taken_.rows_received[at];

@@ -1,4 +1,4 @@
-// A group that has ranks in this process: who they are, and what is shared with the other ones.
+// An EP group with ranks in this process: its ranks, and the memory shared with other processes.
 #ifndef JAX_DEEPEP_CPU_LOCAL_GROUP_H_
 #define JAX_DEEPEP_CPU_LOCAL_GROUP_H_
 
@@ -18,17 +18,18 @@
 
 namespace jax_deepep {
 
-// Rows that each rank received from each: [R to, R from], written by the process of `to`.
+// Rows that each rank received from each rank: [R to, R from], written by the process of `to`.
 using RowCounters = std::atomic<int64_t>;
 
-// Where the parts of a group stand in the segment of one process. Every process computes the same.
+// The layout of a process's segment. Every process computes the same.
 class SegmentLayout {
  public:
   SegmentLayout(const CommunicatorConfig& config, int process);
 
   size_t control_bytes() const { return control_bytes_; }
   size_t window_bytes() const { return window_bytes_; }
-  // Whether any group of the communicator spans processes, so that all processes share memory.
+  // Whether any group of the communicator spans processes, in which case all processes share
+  // memory.
   bool needed() const { return needed_; }
 
   ControlBlock* Control(const SharedSegment& segment, int group) const;
@@ -47,17 +48,18 @@ class SegmentLayout {
 struct LocalGroup {
   LocalGroup(const CommunicatorConfig& config, int group);
 
-  // Set up what is shared, once all segments are attached.
+  // Set up shared memory, once all segments are attached.
   void Connect(const CommunicatorConfig& config,
                const std::map<int, std::unique_ptr<SharedSegment>>& segments);
 
-  // Let go of what is shared, with the counters as they stand. No op runs, and none begins.
+  // Release shared memory, but keep a copy of the counters. No op may run or begin.
   void Disconnect();
 
   // Add rows that a rank of this process received.
   void CountRows(int from, int to, int64_t rows);
 
-  // Add how long each rank of this process waited for each other, given when they came to an op.
+  // Add how long each rank of this process waited for each other, given their arrival times at an
+  // op.
   void CountWaiting(const std::vector<GroupExchange::Clock::time_point>& arrivals);
 
   // Fill in this group's part of `traffic` with what was counted since the last call.
@@ -71,10 +73,10 @@ struct LocalGroup {
   std::vector<int> processes;   // ascending; the first leads
   std::vector<int> process_of;  // of each rank, an index into `processes`
 
-  std::unique_ptr<GroupExchange> exchange;  // where it spans processes
+  std::unique_ptr<GroupExchange> exchange;  // if the group spans processes
   std::vector<RankWindow> windows;          // likewise, of every rank
   std::vector<RowCounters*> rows_received;  // of each of `processes`
-  // The counters themselves, where they are not shared (any more).
+  // The counters, if they are not shared (or no longer).
   std::vector<std::unique_ptr<RowCounters[]>> own_rows_received;
   std::thread worker;
   std::atomic<bool> runs_op{false};  // the worker is inside an op, whose waits have deadlines

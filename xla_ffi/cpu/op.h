@@ -1,4 +1,4 @@
-// One device's part in one op, from the custom call that launched it to its completion.
+// One rank's part of an op, from its custom call to its completion.
 #ifndef JAX_DEEPEP_CPU_OP_H_
 #define JAX_DEEPEP_CPU_OP_H_
 
@@ -17,7 +17,7 @@ namespace jax_deepep {
 class Communicator;
 class Op;
 
-// One op of one group, all of whose ranks have come.
+// An op at which all ranks of its EP group have arrived.
 struct GroupRun {
   Communicator& comm;
   int group = 0;
@@ -25,13 +25,13 @@ struct GroupRun {
   std::vector<std::unique_ptr<Op>> ranks;
   // Every rank's shared memory; empty where all ranks are of this process.
   std::vector<RankWindow> windows;
-  // Wait for the other processes of the group. False: the op cannot go on and is to be abandoned.
-  std::function<bool()> meet;
+  // Wait for the other processes of the group. False: the op must be aborted.
+  std::function<bool()> barrier;
 
   bool spans_processes() const { return !windows.empty(); }
 };
 
-// Holds pointers into XLA's buffers, which stay valid until `done` is called and not longer.
+// Holds pointers into XLA's buffers, which are valid until `done` is called.
 class Op {
  public:
   virtual ~Op() = default;
@@ -41,20 +41,19 @@ class Op {
 
   const char* name() const { return NameOf(signature().verb); }
 
-  // Do the work of this process's ranks, all of one verb. Called on one of them, on a thread that
-  // may block. False: a barrier failed.
+  // Run the op for all ranks of this process, which have the same verb. Called on one of them, on a
+  // thread that may block. False: a barrier failed.
   virtual bool RunGroup(GroupRun& run) const = 0;
 
-  // Write what an op leaves that met no peer: counts 0, floats NaN.
-  virtual void Abandon(const Communicator& comm) const = 0;
+  // Fill the results of an aborted op: counts 0, floats NaN.
+  virtual void Abort(const Communicator& comm) const = 0;
 
-  // What ends it, one or the other: `fail` where there is no thread on which XLA's program could go
-  // on.
+  // Either completes the op: `fail` if there is no thread on which XLA's program could continue.
   std::function<void()> done;
   std::function<void(const std::string& why)> fail;
 };
 
-// A verb's parameters as an op; RunGroup and Abandon stand in the verb's own file.
+// A verb's parameters as an op; RunGroup and Abort are in the verb's file.
 template <typename Params>
 class VerbOp final : public Op {
  public:
@@ -63,7 +62,7 @@ class VerbOp final : public Op {
 
   OpSignature signature() const override { return SignatureOf(params_, call_); }
   bool RunGroup(GroupRun& run) const override;
-  void Abandon(const Communicator& comm) const override;
+  void Abort(const Communicator& comm) const override;
 
  private:
   // The parameters of all ranks, in order; null for ranks of other processes.

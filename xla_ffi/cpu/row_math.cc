@@ -15,7 +15,8 @@
 #define JAX_DEEPEP_ALL_ISAS \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define JAX_DEEPEP_ALL_ISAS __attribute__((target_clones("avx2", "default")))  // knows no levels
+#define JAX_DEEPEP_ALL_ISAS \
+  __attribute__((target_clones("avx2", "default")))  // no architecture levels
 #else
 #define JAX_DEEPEP_ALL_ISAS
 #endif
@@ -38,8 +39,8 @@ JAX_DEEPEP_INLINE float FloatOf(uint32_t bits) {
   return value;
 }
 
-// A row type converts to float32, rounds a float32 to what it can hold (to nearest, ties to even),
-// and converts back. All without branches, so that loops over them become vector code.
+// A row type converts to float32, rounds a float32 to its precision (to nearest, ties to even),
+// and converts back. Without branches, so that loops over them are vectorised.
 struct Float32 {
   using Storage = float;
   static JAX_DEEPEP_INLINE float Load(float value) { return value; }
@@ -79,7 +80,7 @@ struct Float16 {
   static JAX_DEEPEP_INLINE uint32_t ToBits(float value) {
     const uint32_t bits = BitsOf(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal results: round to nearest even on the 13 bits that go.
+    // Normal results: round to nearest even on the 13 bits that are dropped.
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     // Subnormal results: adding 0.5 leaves the wanted bits at the end of the mantissa, rounded by
     // the addition itself.
@@ -139,8 +140,8 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
 // Columns that are summed over all terms at once: few enough for sums to stay in registers.
 constexpr int64_t kBlock = 64;
 
-// Fetch what the next blocks will read. The rows of a token lie far apart, and a row is too short
-// for the processor to notice by itself in time. May reach past the row, which is harmless.
+// Prefetch what the next blocks will read: rows are scattered, and too short for the hardware
+// prefetcher. May reach past the row, which is harmless.
 JAX_DEEPEP_INLINE void FetchAhead(const void* columns, size_t bytes) {
   constexpr size_t kAhead = 1024;
   for (size_t line = 0; line < bytes; line += kCacheLine) {
@@ -256,7 +257,7 @@ void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t siz
     case RowType::kBFloat16:
       return ScaleBFloat16(to, from, scale, size);
     case RowType::kInt32:
-      return;  // only carried: handlers refuse it
+      return;  // only copied: handlers reject it
   }
 }
 
@@ -311,7 +312,7 @@ void PreferLargePages(void* memory, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t first = (begin + page - 1) / page * page;
   const uintptr_t last = (begin + bytes) / page * page;
-  // Advice only: where it is refused, small pages do.
+  // Only a hint: if it fails, small pages are used.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 

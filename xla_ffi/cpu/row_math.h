@@ -9,7 +9,7 @@
 
 namespace jax_deepep {
 
-// Begin to fetch a row that will be read soon, without waiting for it.
+// Prefetch a row.
 void FetchRow(const void* row, size_t bytes);
 
 // to[i] = from[i] * scale in float32, rounded once.
@@ -22,7 +22,7 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size);
 struct Term {
   const void* row;
   float weight;
-  int32_t rank;  // terms of one rank stand together
+  int32_t rank;  // terms of one rank are contiguous
 };
 
 // out = bias + p_0 + p_1 + ..., where p_d is the sum over the terms of one rank, rounded to `type`;
@@ -30,17 +30,17 @@ struct Term {
 void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
               int64_t size);
 
-// out = p_d alone, for terms of one rank, at least one. A zero keeps its sign, which SumTerms loses
-// without a bias.
+// out = p_d alone, for terms of one rank, at least one. Keeps the sign of a zero, which SumTerms
+// loses without a bias.
 void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size);
 
-// Fill what a failed op leaves: floats with NaN, integers with bits that are all set, which is -1,
-// and NaN where the bits are those of an 8-bit float of which it has one (e4m3, E8M0).
+// Fill the results of a failed op: floats with NaN, integers with all bits set, which is -1, and
+// NaN in the 8-bit floats e4m3 and E8M0.
 void FillAsFailed(RowType type, void* values, int64_t count);
 void FillNaN(float* values, int64_t count);
 
-// Ask for large pages where `bytes` are worth it: a fresh result is otherwise faulted in 4 KiB at a
-// time, which costs more than the copy.
+// Ask for large pages if `bytes` is large: a new result is otherwise faulted in 4 KiB at a time,
+// which costs more than the copy.
 void PreferLargePages(void* memory, size_t bytes);
 
 }  // namespace jax_deepep

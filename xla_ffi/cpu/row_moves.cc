@@ -13,8 +13,8 @@ namespace {
 
 constexpr int64_t kRowsPerRange = 32;
 
-// Rows that a thread writes in one go: enough that two threads seldom fault in the same large page
-// (2 MiB), which the kernel would then clear twice, and few enough to share the work evenly.
+// Rows per work item: enough that two threads seldom fault in the same large page (2 MiB), which
+// the kernel would then clear twice, and few enough to balance the work.
 int64_t RowsPerRange(int64_t num_rows, int64_t row_bytes) {
   constexpr int64_t kBytesPerRange = 4 << 20;
   const int64_t even = num_rows / (8 * NumCores());
@@ -26,7 +26,7 @@ int64_t RowsPerRange(int64_t num_rows, int64_t row_bytes) {
 void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
               const std::vector<RowMove>& moves) {
   const GroupShape& shape = run.comm.shape();
-  const int num_groups = NumGroups(shape, route);
+  const int num_groups = NumRowGroups(shape, route);
   const RowFormat format = route.rows();
   const size_t row_bytes = format.bytes();
 
@@ -56,7 +56,7 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
           const int64_t row = index - first_row[i];
           const int64_t offset = row * static_cast<int64_t>(row_bytes);
           char* to = static_cast<char*>(move.rows) + offset;
-          // The next row is somewhere else: the processor alone would fetch it too late.
+          // The next row is elsewhere: the hardware prefetcher would be too late.
           if (row + 1 < end_of_groups[i] && move.source[row + 1] != kNone) {
             FetchRow(row_of(move.source[row + 1]), row_bytes);
           }
@@ -68,7 +68,8 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
           }
           const char* from = row_of(code);
           if (move.weights == nullptr) {
-            // Not past the cache: it still holds what the kernel has just cleared of a fresh page.
+            // No non-temporal stores: the cache still holds the page that the kernel has just
+            // cleared.
             std::memcpy(to, from, row_bytes);
           } else {
             ScaleRow(format.type, to, from, move.weights[row], format.size);
@@ -80,7 +81,7 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
         }
       });
 
-  // A token crosses once to a rank, however many rows it has there.
+  // A token crosses to a rank once, however many rows it has there.
   for (size_t i = 0; i < moves.size(); ++i) {
     std::vector<int64_t> from_source(sources.size(), 0);
     std::vector<bool> crossed(sources.size() * shape.max_tokens, false);

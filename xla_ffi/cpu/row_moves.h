@@ -1,4 +1,4 @@
-// Pulling rows along known routes: the data movement of all verbs that bring rows to experts.
+// Pulling rows along known routes: the data movement of dispatch and cached_dispatch.
 #ifndef JAX_DEEPEP_CPU_ROW_MOVES_H_
 #define JAX_DEEPEP_CPU_ROW_MOVES_H_
 
@@ -10,8 +10,8 @@
 
 namespace jax_deepep {
 
-// What one rank pulls: rows = weights * x[source], products = <x[source], y>. Null where a part is
-// not wanted.
+// What one rank pulls: rows = weights * x[source], products = <x[source], y>. Null: not
+// needed.
 struct RowMove {
   int rank = 0;
   const int32_t* source = nullptr;
@@ -23,7 +23,7 @@ struct RowMove {
   bool zero_rest = false;
 };
 
-// Let ranks of this process pull their rows from `sources`, [T, W] of every rank of the group.
+// Let ranks of this process pull their rows from `sources`, [T, W] of every rank of the EP group.
 void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
               const std::vector<RowMove>& moves);
 

@@ -71,8 +71,8 @@ class OwnThreads {
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<std::function<void()>> tasks_;  // each with a thread that waits for it, or soon will
-  int num_free_ = 0;                         // threads beyond those
+  std::deque<std::function<void()>> tasks_;  // each has a free thread reserved
+  int num_free_ = 0;                         // idle threads not reserved
 };
 
 }  // namespace
@@ -87,7 +87,7 @@ std::thread MakeThread(std::function<void()> task) {
   try {
     return std::thread(std::move(task));
   } catch (const std::system_error& error) {
-    throw std::runtime_error(std::string("no thread could be made (") + error.what() +
+    throw std::runtime_error(std::string("no thread could be started (") + error.what() +
                              "); raise the limit on processes and threads (ulimit -u, or pids.max "
                              "of the container)");
   }
@@ -145,7 +145,7 @@ void ParallelFor(int64_t count, int64_t grain, int64_t bytes_per_item,
   };
   const auto help = [&shared, &work] {
     work();
-    // Under the lock, because `shared` is gone as soon as the waiter sees the last one leave.
+    // Under the lock, because `shared` is destroyed once the waiter sees the last helper leave.
     std::lock_guard<std::mutex> lock(shared.mutex);
     if (--shared.num_inside == 0) shared.all_left.notify_one();
   };
@@ -156,7 +156,7 @@ void ParallelFor(int64_t count, int64_t grain, int64_t bytes_per_item,
     }
     if (RunOnOwnThreads({help})) continue;
     std::lock_guard<std::mutex> lock(shared.mutex);
-    --shared.num_inside;  // the others do it
+    --shared.num_inside;  // fewer helpers will do
     break;
   }
   work();

@@ -1,16 +1,16 @@
-# Finds a CUDA compiler that can build the kernels, and says which, or why there is none: $CUDACXX,
-# or else the first that works of nvcc in $CUDA_HOME, on PATH, in /usr/local/cuda and in the wheel
-# nvidia-cuda-nvcc. Kernels are left out where nothing works: the install goes on without them.
+# Finds a CUDA compiler that can build the kernels, and prints which, or why there is none: $CUDACXX,
+# or else the first working nvcc in $CUDA_HOME, on PATH, in /usr/local/cuda and in the wheel
+# nvidia-cuda-nvcc. If none works, the install continues without kernels.
 #
-# Sets NVCC_FOUND, NVCC_EXECUTABLE and NVCC_ARCHITECTURES. Nothing is cached: what was there at the
-# last build, in the environment of that build maybe, need not be there any more.
+# Sets NVCC_FOUND, NVCC_EXECUTABLE and NVCC_ARCHITECTURES. Nothing is cached: the compiler of
+# the last build, perhaps in a temporary environment, may be gone.
 set(NVCC_FOUND FALSE)
 if("$ENV{JAX_DEEPEP_BUILD_CUDA}" STREQUAL "0")
   message(STATUS "CUDA module: not built, because JAX_DEEPEP_BUILD_CUDA=0")
   return()
 endif()
 
-# Appends to NVCC_CANDIDATES what find_program finds.
+# Appends the result of find_program to NVCC_CANDIDATES.
 function(add_nvcc_candidate)
   unset(NVCC_CANDIDATE CACHE)
   find_program(NVCC_CANDIDATE ${ARGN} NO_CMAKE_PATH NO_CMAKE_SYSTEM_PATH NO_CMAKE_FIND_ROOT_PATH)
@@ -25,7 +25,7 @@ set(NVCC_CANDIDATES)
 if(DEFINED ENV{CUDACXX})
   add_nvcc_candidate(NAMES $ENV{CUDACXX})
 else()
-  # pip hides the environment that it installs into from the build, but not where it is.
+  # pip hides the packages of the target environment from the build, but not its location.
   execute_process(
     COMMAND ${Python_EXECUTABLE} -c
             "import glob, os, sys, sysconfig; print(';'.join(p for folder in [*sys.path, *map(sysconfig.get_path, ('purelib', 'platlib'))] for p in glob.glob(os.path.join(folder, 'nvidia', '*', 'bin'))))"
@@ -46,8 +46,8 @@ if(NOT NVCC_CANDIDATES)
   return()
 endif()
 
-# Whether CMake can build a program of kernels with a compiler: with the headers, the host compiler
-# and the static runtime that it takes.
+# Whether CMake can build a CUDA program with a compiler: with its headers, host compiler and static
+# runtime.
 function(try_nvcc EXECUTABLE ARCHITECTURES)
   set(FOLDER ${CMAKE_BINARY_DIR}/nvcc_try)
   file(REMOVE_RECURSE ${FOLDER})
@@ -96,12 +96,12 @@ foreach(CANDIDATE ${NVCC_CANDIDATES})
   break()
 endforeach()
 if(NOT NVCC_FOUND)
-  message(STATUS "CUDA module: not built, because no nvcc here can build it; what is above says why")
+  message(STATUS "CUDA module: not built, because no nvcc here can build it; see above")
   return()
 endif()
 message(STATUS "CUDA module: built by ${NVCC_EXECUTABLE} ${NVCC_VERSION} for ${NVCC_ARCHITECTURES}")
 
-# CMake keeps what it found out about a compiler, its path too, for the next time.
+# CMake caches properties of a compiler, including its path.
 set(NVCC_KNOWN ${CMAKE_BINARY_DIR}/CMakeFiles/${CMAKE_VERSION}/CMakeCUDACompiler.cmake)
 if(EXISTS ${NVCC_KNOWN})
   file(STRINGS ${NVCC_KNOWN} NVCC_KNOWN_LINE REGEX "^set\\(CMAKE_CUDA_COMPILER ")

@@ -8,24 +8,24 @@
 namespace jax_deepep {
 namespace {
 
-// Less than this per block is not worth another one.
+// Fewer bytes than this do not justify another block.
 constexpr int64_t kBytesPerBlock = 64 << 10;
 
-// What one SM copies, and what the NVLink ports of a Hopper GPU carry each way, in GB/s.
+// Copy rate of an SM, and NVLink rate of a Hopper GPU in each direction, in GB/s.
 constexpr double kRateOfBlock = 45;
 constexpr double kRateOfLink = 335;
 
-// Local bytes are to take this part of the time that the link takes, where they can.
+// Target time of local bytes, as a fraction of the time of the link.
 constexpr double kPartOfLinkTime = 0.67;
 
-// Enough for the link alone.
+// Enough to saturate the link.
 constexpr int kBlocksForLink = 24;
 
 }  // namespace
 
 ExpectedRows ExpectedRowsOf(const GroupShape& shape, const RouteShape& route) {
   const double ranks = shape.num_ranks;
-  // A token's experts all differ; as if they were drawn one by one, it goes to more ranks.
+  // Drawing experts with replacement underestimates slightly: a token's experts are distinct.
   const double to_rank = 1 - std::pow(1 - 1 / ranks, shape.num_topk);
   ExpectedRows expected;
   expected.pairs = route.num_tokens * ranks * to_rank;
@@ -51,7 +51,7 @@ int MostBlocks(int num_sms, int num_ranks_on_gpu) {
 
 int BlocksFor(const OpBytes& bytes, int most) {
   const int64_t worth = std::max(bytes.local, bytes.link) / kBytesPerBlock + 1;
-  // Those with which local bytes take kPartOfLinkTime of the link's time; without a link, all.
+  // Enough for local bytes to take kPartOfLinkTime of the link's time; without a link, all.
   const double link_time = static_cast<double>(bytes.link) / kRateOfLink;
   const double for_local = static_cast<double>(bytes.local) / kRateOfBlock;
   const double wanted = bytes.link == 0 ? most : for_local / (link_time * kPartOfLinkTime);

@@ -1,4 +1,4 @@
-// How many blocks, one per SM, an op takes: from the bytes that it moves.
+// How many blocks, one per SM, an op takes: derived from the bytes that it moves.
 #ifndef JAX_DEEPEP_CUDA_BLOCK_COUNT_H_
 #define JAX_DEEPEP_CUDA_BLOCK_COUNT_H_
 
@@ -17,7 +17,7 @@ struct OpBytes {
 
 ExpectedRows ExpectedRowsOf(const GroupShape& shape, const RouteShape& route);
 
-// `local_rows` as VerbTraits has them.
+// `local_rows` is VerbTraits::LocalRows.
 OpBytes BytesOf(const GroupShape& shape, const RouteShape& route, double local_rows);
 
 template <typename Params>
@@ -26,11 +26,11 @@ OpBytes BytesOf(const GroupShape& shape, const Params& params) {
   return BytesOf(shape, params.route, VerbTraits<Params>::LocalRows(params, rows));
 }
 
-// The blocks of an op of all ranks that share a GPU wait for each other: they must all run at once,
-// one to an SM. Two SMs stay free for what a late rank has yet to do.
+// The most blocks of a rank. The blocks of all ranks that share a GPU wait for each other, so all
+// must run at once, one per SM. Two SMs stay free for kernels that a late rank must run first.
 int MostBlocks(int num_sms, int num_ranks_on_gpu);
 
-// The blocks of an op that may take up to `most`.
+// The blocks of an op, at most `most`.
 int BlocksFor(const OpBytes& bytes, int most);
 
 }  // namespace jax_deepep

@@ -49,11 +49,11 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const KernelSet& k
     : config_(std::move(config)), kernels_(kernels), requested_sms_(num_sms) {
   Check(UnsupportedReasonOfLimits(shape()));
   size_t next_device = 0;
-  for (const Place& place : config_.places) {
-    if (place.process != config_.process) continue;
+  for (const Location& location : config_.locations) {
+    if (location.process != config_.process) continue;
     const LocalDevice& device = devices.at(next_device++);
     auto rank = std::make_unique<LocalRank>();
-    rank->place = place;
+    rank->location = location;
     rank->ordinal = device.ordinal;
     OnDevice current(device.ordinal);
     Check(UnsupportedReasonOfDevice(device.ordinal, shape(), kernels_));
@@ -106,13 +106,13 @@ std::vector<ExportedMemory> CudaCommunicator::Exports() const {
 
 void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>& memories) {
   size_t next = 0;
-  for (const Place& place : config_.places) {
-    if (place.process != process) continue;
+  for (const Location& location : config_.locations) {
+    if (location.process != process) continue;
     const ExportedMemory& control = memories.at(next++);
     const ExportedMemory& pool = memories.at(next++);
     std::vector<int> readers;  // devices here that share a group with it
     for (const auto& rank : ranks_) {
-      if (rank->place.group == place.group) readers.push_back(rank->ordinal);
+      if (rank->location.group == location.group) readers.push_back(rank->ordinal);
     }
     if (readers.empty()) continue;
     OnDevice current(readers.front());
@@ -120,11 +120,12 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
     std::string error = peer->control.Import(control, readers, /*writable=*/true);
     if (error.empty()) peer->pool = ImportShared(pool, readers, &error);
     if (!error.empty()) {
-      throw std::runtime_error("the memory of rank " + std::to_string(place.rank) + " (process " +
-                               std::to_string(process) + ") cannot be mapped here: " + error +
-                               "; " + WhyNoPeerAccess(pool.gpu, readers));
+      throw std::runtime_error("the memory of rank " + std::to_string(location.rank) +
+                               " (process " + std::to_string(process) +
+                               ") cannot be mapped here: " + error + "; " +
+                               WhyNoPeerAccess(pool.gpu, readers));
     }
-    peers_[{place.group, place.rank}] = std::move(peer);
+    peers_[{location.group, location.rank}] = std::move(peer);
   }
 }
 
@@ -134,20 +135,20 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     OnDevice current(rank->ordinal);
     OpFrame& frame = rank->frame;
     frame.shape = shape();
-    frame.rank = rank->place.rank;
+    frame.rank = rank->location.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
     void* status = nullptr;
     Check(cudaHostGetDevicePointer(&status, rank->status.get(), 0), "cudaHostGetDevicePointer");
     frame.status = static_cast<HostStatus*>(status);
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
-      const Peer& memory = *peers_.at({rank->place.group, peer});
+      const Peer& memory = *peers_.at({rank->location.group, peer});
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool->data();
     }
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
     if (requested_sms_ > 0) rank->most_blocks = std::min(rank->most_blocks, requested_sms_);
-    // This rank's own memory where it stands, not where it was mapped again.
+    // This rank's own memory at its original address, not at the second mapping.
     frame.control[frame.rank] = reinterpret_cast<DeviceControl*>(rank->control.data());
     frame.pool[frame.rank] = rank->facts.pool;
   }
@@ -158,7 +159,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
 }
 
 // The driver may say that there is peer access where the machine does not support it (GPUs passed
-// through to a virtual machine): then words come back other than they were written.
+// through to a virtual machine): then words read back differently.
 void CudaCommunicator::TestPeers() const {
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
@@ -167,9 +168,9 @@ void CudaCommunicator::TestPeers() const {
     Check(cudaStreamSynchronize(rank->stream), "the test of peer access");
     if (const uint32_t found = ReadVolatile(rank->status->unreachable); found != 0) {
       throw std::runtime_error(
-          "peer access does not work: what rank " + std::to_string(rank->place.rank) +
+          "peer access does not work: what rank " + std::to_string(rank->location.rank) +
           " wrote to the memory of rank " + std::to_string(found - 1) +
-          " reads back otherwise, although the driver maps it; look for the IOMMU and ACS settings "
+          " reads back differently, although the driver maps it; check the IOMMU and ACS settings "
           "of the host, or of the virtual machine");
     }
   }
@@ -190,9 +191,9 @@ std::string CudaCommunicator::WaitForOps() const {
     const cudaError_t error = cudaDeviceSynchronize();
     if (error == cudaSuccess || !first_error.empty()) continue;
     first_error = "GPU " + std::to_string(rank->ordinal) +
-                  " has met an error: " + cudaGetErrorString(error) +
-                  ". Some kernel of this process has failed, maybe another than ours; CUDA cannot "
-                  "go on in this process: start it again. compute-sanitizer finds the kernel.";
+                  " reports an error: " + cudaGetErrorString(error) +
+                  ". A kernel of this process has failed, not necessarily one of ours; CUDA cannot "
+                  "continue in this process: restart it. compute-sanitizer finds the kernel.";
   }
   return first_error;
 }
@@ -204,13 +205,13 @@ bool CudaCommunicator::MarkBroken(Failure failure) {
     auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
     FailureReport report;
     report.failure = failure;
-    const uint64_t broken = rank->place.rank + 1;
+    const uint64_t broken = rank->location.rank + 1;
     const auto write = [&rank](void* to, const void* from, size_t bytes) {
       return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, rank->stream) ==
                  cudaSuccess &&
              cudaStreamSynchronize(rank->stream) == cudaSuccess;
     };
-    marked = write(&control->reports[rank->place.rank], &report, sizeof(report)) &&
+    marked = write(&control->reports[rank->location.rank], &report, sizeof(report)) &&
              write(&control->broken, &broken, sizeof(broken)) && marked;
   }
   return marked;
@@ -224,12 +225,11 @@ void CudaCommunicator::Close() {
   }
   WaitForOps();
   StopWatching(this);
-  // A replayed graph does not come to LaunchOp: its ops find on the device that they are to fail,
-  // and tell. Every op that begins from now on finds that, and reads no peer. One that had begun
-  // before may still read, and is waited for.
+  // A replayed graph does not call LaunchOp: its ops find on the device that the communicator is
+  // closed, fail, and read no peer. Ops that began before may still read; wait for them.
   if (!MarkBroken(Failure::kClosed) || !WaitForOps().empty() || ranks_.empty()) return;
   OnDevice current(ranks_.front()->ordinal);
-  for (const auto& [place, peer] : peers_) peer->pool.reset();
+  for (const auto& [location, peer] : peers_) peer->pool.reset();
 }
 
 void CudaCommunicator::Leave() {
@@ -250,7 +250,7 @@ std::string CudaCommunicator::broken() const {
   const LocalRank* rank = FailedRank();
   return rank == nullptr ? ""
                          : Describe(rank->status->report, static_cast<int>(rank->status->reporter),
-                                    rank->place.group, config_);
+                                    rank->location.group, config_);
 }
 
 bool CudaCommunicator::timed_out() const {
@@ -264,8 +264,8 @@ std::string CudaCommunicator::invalid_routing() const {
     const uint64_t step = ReadVolatile(status.invalid_step);
     if (step == 0) continue;
     std::atomic_thread_fence(std::memory_order_acquire);
-    return DescribeInvalidRouting(config_, rank->place.group, rank->place.rank, status.num_invalid,
-                                  static_cast<int64_t>(step));
+    return DescribeInvalidRouting(config_, rank->location.group, rank->location.rank,
+                                  status.num_invalid, static_cast<int64_t>(step));
   }
   return "";
 }
@@ -281,7 +281,7 @@ Traffic CudaCommunicator::TakeTraffic() {
     DeviceControl control;
     Check(cudaMemcpy(&control, rank->control.data(), sizeof(control), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
-    const size_t first = (rank->place.group * num_ranks + rank->place.rank) * num_ranks;
+    const size_t first = (rank->location.group * num_ranks + rank->location.rank) * num_ranks;
     for (size_t peer = 0; peer < num_ranks; ++peer) {
       uint64_t* before = &rank->taken_before[3 * peer];
       traffic.rows_sent[first + peer] = static_cast<int64_t>(control.rows_taken[peer] - before[0]);
@@ -302,7 +302,7 @@ std::vector<CudaCommunicator::LastOp> CudaCommunicator::LastOps() const {
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     const auto* control = reinterpret_cast<const DeviceControl*>(rank->control.data());
-    uint64_t found[2] = {};  // nanoseconds and blocks stand side by side
+    uint64_t found[2] = {};  // nanoseconds and blocks are adjacent
     Check(cudaMemcpy(found, &control->last_op_ns, sizeof(found), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
     ops.push_back({1e-9 * static_cast<double>(found[0]), static_cast<int>(found[1])});

@@ -1,7 +1,9 @@
-// What the ranks of a group write for each other on GPUs: one block of device memory per rank.
+// The state that the ranks of an EP group share on GPUs: one control block of device memory per
+// rank.
 //
-// Peers write to it, over NVLink or on the same card, and to nothing else of this rank: it belongs
-// to the communicator alone, so that a late peer corrupts nothing. All of it starts as zeros.
+// Peers write to it, over NVLink or on the same GPU, and to no other memory of this rank: it
+// belongs to the communicator alone, so that a late peer corrupts nothing. It is initialised with
+// zeros.
 #ifndef JAX_DEEPEP_CUDA_DEVICE_CONTROL_H_
 #define JAX_DEEPEP_CUDA_DEVICE_CONTROL_H_
 
@@ -13,7 +15,7 @@
 
 namespace jax_deepep {
 
-inline constexpr int kMaxRanks = 64;    // of one group: a bit each in a word
+inline constexpr int kMaxRanks = 64;    // of one EP group: a bit each in a word
 inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp each
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
@@ -21,33 +23,33 @@ inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in o
 // Why an op failed.
 enum class Failure : uint32_t {
   kNone = 0,
-  kNotArrived,    // peers did not come to the op in time
-  kNotLeft,       // peers came, and did not finish reading in time
-  kDifferentOps,  // a peer came to another op
+  kNotArrived,    // peers did not arrive in time
+  kNotLeft,       // peers arrived, but did not finish reading in time
+  kDifferentOps,  // a peer arrived at another op
   kWrongRank,     // the program runs this device as another rank
-  kClosed,        // the communicator was closed, and a program that has it ran on
+  kClosed,        // the communicator was closed while a program still used it
   kLeft,          // the program of the rank ended with an error
   kNotLaunched,   // the host could not launch the op; its program has the reason
   kTwoAtOnce,     // another op of the communicator was running on the rank
   kNoRoom,        // not all blocks of the op found an SM in time
 };
 
-// What a rank that gave up tells about it. Ranks are bits of `missing`.
+// The report of a rank that aborted an op. Ranks are bits of `missing`.
 struct FailureReport {
   Failure failure = Failure::kNone;
-  int32_t other_rank = kNone;  // one that came to another op
+  int32_t other_rank = kNone;  // one that arrived at another op
   uint64_t step = 0;           // of the communicator: counts its ops, from 1
   uint64_t missing = 0;
   OpSignature op;
   OpSignature other_op;           // of other_rank
-  uint64_t seen[kMaxRanks] = {};  // the step at which each rank was seen
+  uint64_t seen[kMaxRanks] = {};  // the last step of each rank that was seen
 };
 
-// What a rank tells its peers about its part of an op. Words, one for each lane that writes them.
+// What a rank publishes about its part of an op. Words, each written by a lane.
 struct Publication {
   uint64_t op_hash;
   OpSignature op;
-  int64_t offsets[kMaxOperands];  // where its arrays stand in its pool
+  int64_t offsets[kMaxOperands];  // of its arrays in its pool
 
   static constexpr int kWords = 1 + OpSignature::kWords + kMaxOperands;
 };
@@ -58,19 +60,19 @@ inline constexpr uint32_t kFailing = 1;
 inline constexpr uint32_t kFailed = 2;
 
 struct DeviceControl {
-  // Written by peers: entry s by rank s alone, but for reports, which others pass on.
-  uint64_t arrived[kMaxRanks];  // the last op for which s has its operands ready
-  uint64_t left[kMaxRanks];     // the last op in which s has done all its reads
+  // Written by peers: entry s by rank s alone, except reports, which others forward.
+  uint64_t arrived[kMaxRanks];  // the last op for which the operands of s are ready
+  uint64_t left[kMaxRanks];     // the last op in which s has completed its reads
   Publication published[kMaxRanks];
   FailureReport reports[kMaxRanks];
-  uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has ever read; set before left
+  uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has read in total; set before left
   uint64_t tests[kMaxRanks];       // of peer access, when the communicator starts
-  uint64_t broken;  // 1 + the rank whose report says why the group ends; set after the report
+  uint64_t broken;                 // 1 + the rank whose report has the reason; set after the report
 
   // Written by this rank.
   uint64_t step;          // ops that this rank has completed
   uint64_t active;        // OpFrame::launch of the op that is running, or 0
-  uint32_t failed;        // kFailing while peers and host are told, then kFailed: no op can succeed
+  uint32_t failed;        // kFailing while peers and host are notified, then kFailed
   uint32_t num_waiting;   // blocks that wait in a grid barrier
   uint32_t generation;    // grid barriers completed
   uint32_t num_ready;     // blocks whose writes peers may read
@@ -82,17 +84,17 @@ struct DeviceControl {
   uint64_t last_op_blocks;
 };
 
-// What a device tells its host, in pinned memory that the host reads at any time.
+// What a device reports to its host, in pinned memory that the host may read at any time.
 struct HostStatus {
   FailureReport report;
   uint32_t reporter;      // the rank that wrote the report
   uint32_t failed;        // set after the report
   uint32_t num_invalid;   // of the first op with invalid entries
   uint64_t invalid_step;  // set after that
-  uint32_t unreachable;   // 1 + a rank whose memory is not what was written there
+  uint32_t unreachable;   // 1 + a rank whose memory reads back differently
 };
 
-// Counts of a rank's entries, by group: experts first, then one per destination rank.
+// Counts of a rank's entries: one per expert, then one per destination rank.
 JAX_DEEPEP_HOST_DEVICE constexpr int NumCountColumns(int num_experts, int num_ranks) {
   return num_experts + num_ranks;
 }

@@ -1,4 +1,4 @@
-// What a launch needs to know of the GPU that it goes to.
+// Properties of a GPU that launches need.
 #ifndef JAX_DEEPEP_CUDA_DEVICE_FACTS_H_
 #define JAX_DEEPEP_CUDA_DEVICE_FACTS_H_
 
@@ -11,7 +11,7 @@ namespace jax_deepep {
 struct DeviceFacts {
   const char* pool = nullptr;  // XLA's memory
   size_t pool_bytes = 0;
-  int shared_bytes = 0;      // most that a block may have
+  int shared_bytes = 0;      // most per block
   bool bulk_copies = false;  // SM90; only the bench uses them
 
   bool Holds(const void* pointer) const {

@@ -1,4 +1,4 @@
-// What the steps of dispatch share: the op, and the records that sources keep of their entries.
+// What the steps of dispatch share: the op, and the sources' records of their entries.
 #ifndef JAX_DEEPEP_CUDA_DISPATCH_OP_CUH_
 #define JAX_DEEPEP_CUDA_DISPATCH_OP_CUH_
 
@@ -10,12 +10,12 @@
 
 namespace jax_deepep {
 
-// What a source writes about each of its entries, for whoever pulls the token.
+// What a source writes about each of its entries, for the ranks that pull the token.
 struct alignas(16) EntryRecord {
-  int32_t expert;  // or kNone for an entry that does not count
-  int32_t place;   // among this source's entries of the group
+  int32_t expert;    // or kNone for an ignored entry
+  int32_t position;  // among this source's entries of the row group
   float weight;
-  int32_t pair;  // before step 2: the place of its token in the list of the rank, or kNone
+  int32_t pair;  // before step 2: the position of its token in the list of the rank, or kNone
 };
 
 // Operands that peers read.
@@ -26,7 +26,7 @@ struct Dispatch {
   DispatchParams params;
   int64_t row_bytes;
   Divisor local_experts, topk, alignment, num_warps;
-  int count_warps;  // warps of a block that count: what its shared memory has counters for
+  int count_warps;  // warps of a block that count, limited by shared memory for counters
 
   __device__ int RankOf(int32_t expert) const { return local_experts.Quotient(expert); }
 };

@@ -1,4 +1,4 @@
-// Step 4 of dispatch, by every block for itself: from everyone's counts, where rows stand.
+// Step 4 of dispatch, in every block: the positions of rows, from the counts of all ranks.
 #ifndef JAX_DEEPEP_CUDA_DISPATCH_PLAN_CUH_
 #define JAX_DEEPEP_CUDA_DISPATCH_PLAN_CUH_
 
@@ -9,8 +9,8 @@
 
 namespace jax_deepep {
 
-// Where all rows of the group stand, in shared memory. A group of rows is numbered over all ranks:
-// rank * groups_per_rank + group on that rank.
+// The positions of all rows of the EP group, in shared memory. Row groups are numbered over all
+// ranks: rank * groups_per_rank + group on that rank.
 struct Plan {
   int32_t* offset;        // [groups] first row of a group on its rank
   int32_t* kept;          // [groups] rows of it, after dropping
@@ -49,13 +49,13 @@ __device__ inline int64_t InclusiveScan(int64_t value) {
   return value;
 }
 
-// Where the groups of one rank stand, as PlaceGroup does it: plan.kept has the rows that are sent
-// to each, and then those that it keeps. By a warp.
-__device__ inline void PlaceGroups(const Dispatch& op, const Plan& plan, int owner) {
+// Lay out the row groups of one rank, as LayOutGroup does: plan.kept has the rows that are sent to
+// each, and afterwards those that are kept. By a warp.
+__device__ inline void LayOutGroups(const Dispatch& op, const Plan& plan, int owner) {
   const RouteShape& route = op.params.route;
   const int lane = threadIdx.x % 32;
   const int per_rank = route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
-  // More than the whole rank has room for is dropped in any case.
+  // Rows beyond the capacity are dropped in any case.
   const int64_t limit = route.expert_capacity == kNoLimit ? route.capacity : route.expert_capacity;
   int64_t end = 0, received = 0;
   for (int base = 0; base < per_rank; base += 32) {
@@ -115,15 +115,15 @@ __device__ inline void MakePlan(const Dispatch& op, const Plan& plan) {
   }
   __syncthreads();
   for (int owner = threadIdx.x / 32; owner < shape.num_ranks; owner += kWarps) {
-    PlaceGroups(op, plan, owner);
+    LayOutGroups(op, plan, owner);
   }
   __syncthreads();
 }
 
-// The row of an entry on its rank, or kNone; `first` are the rows of earlier sources in its group.
-// No `place` leads outside the group.
-__device__ inline int32_t RowOf(const Plan& plan, int group, int32_t first, int32_t place) {
-  const uint32_t at = static_cast<uint32_t>(first) + static_cast<uint32_t>(place);
+// The row of an entry on its rank, or kNone; `first` is the number of rows of earlier sources in
+// its row group. Never outside the row group, whatever `position` is.
+__device__ inline int32_t RowOf(const Plan& plan, int group, int32_t first, int32_t position) {
+  const uint32_t at = static_cast<uint32_t>(first) + static_cast<uint32_t>(position);
   if (at >= static_cast<uint32_t>(plan.kept[group])) return kNone;
   return plan.offset[group] + static_cast<int32_t>(at);
 }

@@ -1,4 +1,4 @@
-// What a dispatch leaves besides the rows that came: padding, counts, and all of it where it
+// The results of a dispatch other than received rows: padding, counts, and all results if it
 // failed.
 #ifndef JAX_DEEPEP_CUDA_DISPATCH_RESULTS_CUH_
 #define JAX_DEEPEP_CUDA_DISPATCH_RESULTS_CUH_
@@ -26,7 +26,7 @@ __device__ inline void MarkEmpty(const Dispatch& op, int64_t row) {
   }
 }
 
-// Fill in the rows that no source sends, and the counts.
+// Fill in the padding rows, and the counts.
 template <bool kWhole>
 __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
@@ -40,7 +40,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
     const int at = op.frame.rank * groups + group;
     const int32_t rows = inside ? plan.kept[at] : 0;
     const auto padded = static_cast<int32_t>(op.alignment.RoundUp(rows));
-    const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first row of no token
+    const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first padding row
     if (warp == 0 && inside) {
       params.num_rows[group] = rows;
       params.group_sizes[group] = padded;

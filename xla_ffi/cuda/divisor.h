@@ -1,5 +1,5 @@
-// Division by a number that the host knows before the kernel starts: a multiplication, where the
-// compiler's way to divide integers is some twenty instructions that wait for each other.
+// Division by a number that the host knows before the kernel starts: a multiplication, whereas the
+// compiler's integer division is a chain of some twenty dependent instructions.
 #ifndef JAX_DEEPEP_CUDA_DIVISOR_H_
 #define JAX_DEEPEP_CUDA_DIVISOR_H_
 
@@ -14,7 +14,7 @@ namespace jax_deepep {
 class Divisor {
  public:
   Divisor() = default;
-  // 0 stands for 1: without rows there is nothing to divide.
+  // 0 is treated as 1: without rows there is nothing to divide.
   explicit Divisor(int32_t divisor) : divisor_(divisor > 0 ? divisor : 1) {
     while ((uint64_t{1} << shift_) < divisor_) ++shift_;
     multiplier_ =
@@ -30,7 +30,7 @@ class Divisor {
   JAX_DEEPEP_HOST_DEVICE int32_t Remainder(int32_t value) const {
     return value - Quotient(value) * divisor();
   }
-  // The next multiple of the divisor, from this value on.
+  // The least multiple of the divisor that is not less than the value.
   JAX_DEEPEP_HOST_DEVICE int64_t RoundUp(int32_t value) const {
     const int32_t over = Remainder(value);
     return over == 0 ? value : int64_t{value} - over + divisor();

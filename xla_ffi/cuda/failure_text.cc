@@ -19,8 +19,8 @@ std::string Describe(const FailureReport& report, int reporter, int group,
   }
   switch (report.failure) {
     case Failure::kWrongRank:
-      return DescribeBroken(op + ": the program runs a device as another rank than the " +
-                                std::to_string(reporter) + " that it is in the communicator's mesh",
+      return DescribeBroken(op + ": the program runs rank " + std::to_string(reporter) +
+                                " of the communicator's mesh as another rank",
                             config, group, kRunSameProgram);
     case Failure::kDifferentOps:
       return DescribeBroken(
@@ -35,9 +35,9 @@ std::string Describe(const FailureReport& report, int reporter, int group,
       return DescribeBroken("the program" + on_rank + " ended with an error while its ops ran",
                             config, group, kFindFailed);
     case Failure::kNotLaunched:
-      return DescribeBroken(op + on_rank + " could not be launched; its program has failed there " +
-                                "with the reason",
-                            config, group, kMakeAnother);
+      return DescribeBroken(
+          op + on_rank + " could not be launched; the error of its program has the reason", config,
+          group, kMakeAnother);
     case Failure::kTwoAtOnce:
       return DescribeBroken(op + on_rank + " began while another op of the communicator ran there",
                             config, group, kOneAtATime);

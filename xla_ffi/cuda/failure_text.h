@@ -1,4 +1,4 @@
-// What a device has told about an op that failed, in words.
+// The error text of a device's failure report.
 #ifndef JAX_DEEPEP_CUDA_FAILURE_TEXT_H_
 #define JAX_DEEPEP_CUDA_FAILURE_TEXT_H_
 
@@ -13,7 +13,7 @@ namespace jax_deepep {
 std::string Describe(const FailureReport& report, int reporter, int group,
                      const CommunicatorConfig& config);
 
-// Whether a peer did not come in time, or did not get through.
+// Whether a peer did not arrive, or did not finish, in time.
 bool IsTimeout(Failure failure);
 
 }  // namespace jax_deepep

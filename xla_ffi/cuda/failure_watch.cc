@@ -17,8 +17,8 @@
 namespace jax_deepep {
 namespace {
 
-// A look reads two words for each rank of this process.
-constexpr std::chrono::milliseconds kBetweenLooks(100);
+// A check reads two words per rank of this process.
+constexpr std::chrono::milliseconds kCheckInterval(100);
 
 class Watch {
  public:
@@ -47,10 +47,10 @@ class Watch {
     watched_.erase(found);
     const std::string text = comm->broken();
     lock.unlock();
-    if (!text.empty()) TellOnStderr(text);
+    if (!text.empty()) PrintToStderr(text);
   }
 
-  // The driver may take the memory away in which devices tell of failures.
+  // The driver may free the memory in which devices report failures.
   void EndWithProcess() {
     std::lock_guard<std::mutex> lock(mutex_);
     watched_.clear();
@@ -69,10 +69,10 @@ class Watch {
         return broken;
       };
       watched_.erase(std::remove_if(watched_.begin(), watched_.end(), is_broken), watched_.end());
-      lock.unlock();  // who reads stderr may be slow
-      for (const std::string& text : texts) TellOnStderr(text);
+      lock.unlock();  // writing to stderr may be slow
+      for (const std::string& text : texts) PrintToStderr(text);
       lock.lock();
-      changed_.wait_for(lock, kBetweenLooks);
+      changed_.wait_for(lock, kCheckInterval);
     }
   }
 

@@ -1,5 +1,5 @@
-// Prints to stderr what breaks a communicator on a GPU, soon after the device has told: the program
-// may sit in another collective, and never come to where it would ask.
+// Prints to stderr what breaks a communicator on a GPU, soon after the device has reported it: the
+// program may hang in another collective and never ask.
 #ifndef JAX_DEEPEP_CUDA_FAILURE_WATCH_H_
 #define JAX_DEEPEP_CUDA_FAILURE_WATCH_H_
 
@@ -7,11 +7,11 @@ namespace jax_deepep {
 
 class CudaCommunicator;
 
-// Watch a communicator, on a thread of this process that all of them share. Where no thread can be
-// made, nothing is printed.
+// Watch a communicator, on one thread per process. If that cannot be started, nothing is printed.
 void WatchForFailure(const CudaCommunicator* comm);
 
-// Print a failure that has not been printed, and watch no longer: before the communicator goes.
+// Print a failure that has not been printed, and stop watching: before the communicator is
+// destroyed.
 void StopWatching(const CudaCommunicator* comm);
 
 }  // namespace jax_deepep

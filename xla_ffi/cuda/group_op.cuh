@@ -1,24 +1,23 @@
-// How the ranks of a group go through one op together, on the device, without the host.
+// How the ranks of an EP group synchronise in one op, on the device, without the host.
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
-// Begin, SyncGrid and WaitForArrivals are false where the op is lost: what follows is left out, up
-// to Finish.
+// Begin, SyncGrid and WaitForArrivals return false if the op is lost: skip to Finish then.
 //
-// 1. Publish: the last block of a rank to come tells every peer, after all writes of the rank.
+// 1. Publish: the last block of a rank notifies every peer, after all writes of the rank.
 // 2. WaitForArrivals: every block waits until all peers have published, so that it may read them.
-// 3. Finish: the last block tells every peer that this rank has done its reads, and waits until all
-//    peers have done theirs: only then may XLA reuse what they read.
+// 3. Finish: the last block notifies every peer that this rank has completed its reads, and waits
+//    until all peers have completed theirs: only then may XLA reuse what they read.
 //
 // A step is an op of the communicator, counted in device memory: a replayed graph is as good as a
-// fresh launch. Flags only grow, so that nothing is ever reset. Who waits longer than the timeout
-// gives up: it tells all peers and its host why, and leaves. A peer that still reads then may read
-// what XLA has reused; it looks for such word after its last load, in Finish, and fails too. It
-// passes the word on before it leaves in turn: whoever leaves an op that failed has told all
+// fresh launch. Flags only grow, so that nothing is ever reset. A rank that waits longer than the
+// timeout aborts: it reports to all peers and its host, and leaves. A peer that still reads then
+// may read what XLA has reused; it checks for a report after its last load, in Finish, and fails
+// too. It forwards the report before it leaves: a rank that leaves a failed op has notified all
 // others.
 //
-// tests/unit/protocol_throughput.py has this protocol step by step, and tries all runs of a few
-// ranks.
+// tests/unit/protocol_throughput.py models this protocol step by step, and searches all runs of a
+// few ranks.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
@@ -34,7 +33,7 @@ class GroupOp : public RankOp {
  public:
   using RankOp::RankOp;
 
-  // Wait for all blocks of this rank; what they wrote before is visible after.
+  // Wait for all blocks of this rank; their earlier writes are visible afterwards.
   __device__ bool SyncGrid() {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -45,10 +44,10 @@ class GroupOp : public RankOp {
         StoreReleaseDevice(&own_.generation, generation + 1);  // pairs with the load below
       } else {
         const uint64_t began_ns = NanosecondClock();
-        // To look whether the op is lost takes longer than the other blocks do.
-        constexpr int kLoadsBetweenLooks = 256;
+        // Checking whether the op is lost takes longer than the other blocks do.
+        constexpr int kLoadsBetweenChecks = 256;
         for (int i = 1; LoadAcquireDevice(&own_.generation) == generation; ++i) {
-          if (i % kLoadsBetweenLooks != 0) continue;
+          if (i % kLoadsBetweenChecks != 0) continue;
           if (NanosecondClock() - began_ns > frame_.timeout_ns) Fail(Failure::kNoRoom, 0);
           if (IsBroken()) {
             shared_.flag = false;
@@ -60,7 +59,7 @@ class GroupOp : public RankOp {
     return SharedFlag();
   }
 
-  // Let peers read what this rank's blocks have written with ordinary stores, here and before.
+  // Let peers read what this rank's blocks have written so far with ordinary stores.
   __device__ void Publish() {
     if (!IsLastBlock(&own_.num_ready)) return;
     const int lane = threadIdx.x % 32;
@@ -70,13 +69,13 @@ class GroupOp : public RankOp {
         reinterpret_cast<uint64_t*>(&control.published[frame_.rank])[lane] = WordToPublish(lane);
       }
       __syncwarp();
-      // Pairs with the acquire load in WaitForAll, on the peer. The other blocks' writes are
-      // ordered before it by their ticket in IsLastBlock.
+      // Pairs with the acquire load in WaitForAll, on the peer. IsLastBlock orders the other
+      // blocks' writes before it.
       if (lane == 0) StoreReleaseSystem(&control.arrived[frame_.rank], step());
     }
   }
 
-  // Wait until all ranks have published the same op. False: nothing may be read.
+  // Wait until all ranks have published the same op. False: peers must not be read.
   __device__ bool WaitForArrivals() {
     if (!WaitForAll<true>(own_.arrived)) return false;
     for (int i = threadIdx.x; i < num_ranks() * kMaxOperands; i += blockDim.x) {
@@ -87,16 +86,16 @@ class GroupOp : public RankOp {
     return true;
   }
 
-  // What a rank has published as its operand `index`. Only after WaitForArrivals.
+  // The operand `index` of a rank. Only after WaitForArrivals.
   template <typename T>
   __device__ const T* Operand(int rank, int index) const {
     return reinterpret_cast<const T*>(shared_.operands[index][rank]);
   }
 
-  // End the op: on the last block, after all reads of this rank, succeed() is called or fail().
+  // End the op: the last block, after all reads of this rank, calls succeed() or fail().
   template <typename Succeed, typename Fill>
   __device__ void Finish(Succeed succeed, Fill fail) {
-    if (shared_.refused) {  // the tickets are the other op's
+    if (shared_.refused) {  // the counters belong to the other op
       fail();
       return;
     }
@@ -112,18 +111,18 @@ class GroupOp : public RankOp {
       WaitForAll<false>(own_.left);
     }
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
-    // overwrote after giving up, then it sees here that the peer gave up.
+    // overwrote after aborting, then it sees here that the peer has aborted.
     FenceSystem();
     End(succeed, fail);
   }
 
  private:
-  // Wait until the flags of all ranks have reached this step. Of arrivals, each is looked at as it
-  // comes: who has come to another op is not waited for, and neither is anybody else then.
+  // Wait until the flags of all ranks have reached this step. Each arrival is checked immediately:
+  // if a rank has arrived at another op, the wait ends.
   template <bool kArrivals>
   __device__ bool WaitForAll(const uint64_t* flags) {
     if (threadIdx.x < 32) {
-      // Where an op ended while this one began, some blocks have taken its step for theirs.
+      // If an op ended while this one began, some blocks have used its step as theirs.
       const uint64_t last_step = *static_cast<volatile uint64_t*>(&own_.step);
       const uint64_t began_ns = NanosecondClock();
       uint64_t missing = 0;

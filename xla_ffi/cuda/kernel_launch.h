@@ -1,4 +1,4 @@
-// Loading and launching any kernel of ours.
+// Loading and launching of all our kernels.
 #ifndef JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
 #define JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
 
@@ -20,8 +20,8 @@ template <typename Op>
 const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
                          int shared_bytes, cudaStream_t stream) {
   void* arguments[] = {&op};
-  // Blocks wait for each other: either all of them run or none, and more than the GPU has room for
-  // is an error here. Graphs take such kernels as well.
+  // Blocks wait for each other: they all run or none does, and more than fit on the GPU are an
+  // error here. CUDA graphs support such kernels.
   cudaLaunchAttribute cooperative = {};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;

@@ -1,5 +1,5 @@
-// The kernels of a mode as a table: all that the communicator, and whoever launches ops, knows of
-// them. Every mode has a folder of its own.
+// The kernels of a mode as a table, through which the communicator launches them. Every mode has
+// its own folder.
 #ifndef JAX_DEEPEP_CUDA_KERNELS_H_
 #define JAX_DEEPEP_CUDA_KERNELS_H_
 
@@ -22,15 +22,14 @@ template <typename Params>
 using LaunchFunction = const char* (*)(const OpFrame& frame, const Params& params, int num_blocks,
                                        const DeviceFacts& device, cudaStream_t stream);
 
-// The kernels of a verb in a mode, which a file of the mode's folder defines: the members of
-// VerbKernels<Mode, Params>.
+// The kernels of a verb in a mode, defined in a file of the mode's folder.
 template <typename Mode, typename Params>
 struct VerbKernels {
   // As LaunchFunction.
   static const char* Launch(const OpFrame& frame, const Params& params, int num_blocks,
                             const DeviceFacts& device, cudaStream_t stream);
-  // Load them into the current device: loading one lazily can wait for a running kernel that itself
-  // waits for a peer. Returns an error or null.
+  // Load them into the current device: lazy loading can wait for a running kernel that itself waits
+  // for a peer. Returns an error or null.
   static const char* Load(int max_shared_bytes);
 };
 
@@ -42,9 +41,9 @@ struct KernelSet {
   int64_t (*window_bytes)(const GroupShape& shape) = nullptr;
   // Load the kernels of all verbs, likewise.
   const char* (*load)(int max_shared_bytes) = nullptr;
-  // The shared memory that a block cannot do without.
+  // The minimum of shared memory per block.
   int64_t (*least_shared_bytes)(const GroupShape& shape) = nullptr;
-  // The blocks of an op that may take up to `most`.
+  // The blocks of an op, at most `most`.
   int (*num_blocks)(const OpBytes& bytes, int most) = nullptr;
   Verbs::Table<LaunchFunction> launch;
 
@@ -79,10 +78,10 @@ struct KernelSet {
   }
 };
 
-// Of every mode, the default first.
+// All modes, the default first.
 const std::vector<KernelSet>& KernelSets();
 
-// Those of a mode. Throws std::invalid_argument if there is none of that name.
+// The kernels of a mode. Throws std::invalid_argument if there is no such mode.
 const KernelSet& KernelsOf(const std::string& mode);
 
 }  // namespace jax_deepep

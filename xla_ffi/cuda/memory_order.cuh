@@ -1,6 +1,5 @@
-// All that is written in the GPU's own instructions, but for copies through shared memory: loads,
-// stores and fences that order memory between GPUs, loads with hints for caches, and the clock that
-// bounds waits.
+// Inline PTX, except bulk copies through shared memory: loads, stores and fences that order memory
+// between GPUs, loads with cache hints, and the clock that bounds waits.
 #ifndef JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 #define JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 
@@ -41,7 +40,7 @@ __device__ __forceinline__ void StoreReleaseDevice(uint64_t* address, uint64_t v
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
-// Returns what was there before.
+// Returns the old value.
 __device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t expected,
                                                    uint64_t value) {
   uint64_t old;
@@ -54,7 +53,7 @@ __device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t e
 
 __device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
-// Loads of what a peer wrote during this op, by threads that did not acquire it themselves.
+// Loads of data that a peer wrote during this op, by threads other than the one that acquired it.
 __device__ __forceinline__ int32_t LoadFresh(const int32_t* address) {
   int32_t value;
   asm volatile("ld.relaxed.sys.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
@@ -67,7 +66,7 @@ __device__ __forceinline__ float LoadFresh(const float* address) {
   return value;
 }
 
-// Past the first-level cache: rows are read once.
+// Bypasses the L1 cache: rows are read once.
 __device__ __forceinline__ uint4 LoadOnce(const uint4* from) {
   uint4 value;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

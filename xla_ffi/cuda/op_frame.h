@@ -1,4 +1,4 @@
-// What every kernel of ours needs to know about its group, given to it by value.
+// What every kernel needs to know about its EP group, passed by value.
 #ifndef JAX_DEEPEP_CUDA_OP_FRAME_H_
 #define JAX_DEEPEP_CUDA_OP_FRAME_H_
 
@@ -16,13 +16,13 @@ struct OpFrame {
   int32_t rank = 0;
   OpSignature op;  // what must be the same on all ranks
   uint64_t op_hash = 0;
-  uint64_t launch = 0;                     // another one for every launch, never 0
+  uint64_t launch = 0;                     // unique per launch, never 0
   uint64_t timeout_ns = 0;                 // the longest wait
-  const int32_t* expected_rank = nullptr;  // what the program takes this device for
+  const int32_t* expected_rank = nullptr;  // the rank as which the program runs this device
   HostStatus* status = nullptr;
-  int64_t offsets[kMaxOperands] = {};      // of what peers read of this rank, in its pool
+  int64_t offsets[kMaxOperands] = {};  // in its pool, of the arrays of this rank that peers read
   DeviceControl* control[kMaxRanks] = {};  // of every rank, this one included
-  const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, to be read only
+  const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, read-only
 
   // The counts behind this rank's control block, and behind a peer's.
   JAX_DEEPEP_HOST_DEVICE int32_t* Counts(int owner, int source) const {
@@ -34,12 +34,12 @@ struct OpFrame {
   }
 };
 
-// Of a block; one block runs on an SM. Half of what an SM has, so that a thread has registers for
-// many loads in flight.
+// Threads per block; one block runs on an SM. Few enough for a thread to have registers for many
+// loads in flight.
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
-// Shared memory that a kernel may declare statically, if it takes dynamic shared memory too.
+// Static shared memory that a kernel with dynamic shared memory may use.
 inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) + 512;
 
 }  // namespace jax_deepep

@@ -1,5 +1,5 @@
-// How the communicator launches ops: operands where peers can read them, one kernel, and word to
-// the peers where that cannot be.
+// How the communicator launches ops: operands where peers can read them, then one kernel; or a
+// notification of peers if that is impossible.
 #include <algorithm>
 #include <mutex>
 #include <string>
@@ -11,10 +11,10 @@
 namespace jax_deepep {
 namespace {
 
-// Peers have mapped nothing but the pool, and outside of it lie constants of the program, arrays
-// that XLA did not allocate (of dlpack, in host memory), and what XLA puts into memory of its
-// collectives: copy what does to the pool for the time of the op, which no rank leaves before all
-// have read. Returns an error, or nothing.
+// Peers have mapped only the pool. Outside of it are constants of the program, arrays that XLA did
+// not allocate (from DLPack, in host memory), and XLA's collective memory: copy such an array to
+// the pool for the duration of the op, which ends once all have read it. Returns an error, or
+// empty.
 std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const OpLaunch& launch) {
   const std::string outside =
       "an operand that peers read is not in the memory pool that they have mapped: ";
@@ -26,7 +26,7 @@ std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const O
   if (!array.replace) return no_pool;
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   cudaError_t error = cudaStreamIsCapturing(launch.stream, &capture);
-  if (capture != cudaStreamCaptureStatusNone) {  // XLA would have the copy back before a replay
+  if (capture != cudaStreamCaptureStatusNone) {  // XLA would reuse the copy before a replay
     return outside + what +
            "which a captured op cannot copy; pass it as an argument that XLA has computed or "
            "copied, without that flag";
@@ -69,21 +69,21 @@ OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
   return frame;
 }
 
-// Peers must not wait for an op that cannot be launched, nor may this rank's next one take its
-// step. In order with the ops before it, but where the stream is captured: a graph whose capture
-// has failed is never run.
-void CudaCommunicator::GiveUp(const LocalRank& rank, Failure failure, const OpSignature& op,
-                              const OpLaunch& launch) {
+// Peers must not wait for an op that cannot be launched, and this rank's next op must not take its
+// step. In order with the ops before it, unless the stream is captured: a graph whose capture has
+// failed is never run.
+void CudaCommunicator::Abort(const LocalRank& rank, Failure failure, const OpSignature& op,
+                             const OpLaunch& launch) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const bool in_order = cudaStreamIsCapturing(launch.stream, &capture) == cudaSuccess &&
                         capture == cudaStreamCaptureStatusNone;
-  LaunchGiveUp(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
+  LaunchAbort(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
 }
 
-void CudaCommunicator::TellNotLaunched(const OpSignature& op, const OpLaunch& launch) {
+void CudaCommunicator::NotifyNotLaunched(const OpSignature& op, const OpLaunch& launch) {
   std::shared_lock<std::shared_mutex> lock(launch_mutex_);
   if (const LocalRank* rank = RankOn(launch.device)) {
-    GiveUp(*rank, Failure::kNotLaunched, op, launch);
+    Abort(*rank, Failure::kNotLaunched, op, launch);
   }
 }
 
@@ -108,7 +108,7 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
     return "device " + std::to_string(launch.device) + " is not in the mesh of " + name();
   }
   if (closed_) {
-    GiveUp(*rank, Failure::kClosed, op, launch);
+    Abort(*rank, Failure::kClosed, op, launch);
     return name() + " is closed; make a new Communicator and compile again";
   }
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
@@ -118,7 +118,7 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
     const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
     if (failed != nullptr) error = failed;
   }
-  if (!error.empty()) GiveUp(*rank, Failure::kNotLaunched, op, launch);
+  if (!error.empty()) Abort(*rank, Failure::kNotLaunched, op, launch);
   return error;
 }
 

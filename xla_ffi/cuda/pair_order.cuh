@@ -1,6 +1,6 @@
-// In which order a rank reads its pairs: those of the next rank first, so that no two ranks read
-// from the same one at the same time, and this rank's own spread between them, so that the links
-// are busy from beginning to end.
+// The order in which a rank reads its pairs: those of the next rank first, so that no two ranks
+// read from the same one at the same time, and this rank's own interleaved, so that the links are
+// busy throughout.
 #ifndef JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
 #define JAX_DEEPEP_CUDA_PAIR_ORDER_CUH_
 
@@ -26,7 +26,7 @@ class PairOrder {
 
   // The pair of an item of work, for item < count.
   __device__ int At(int item) const {
-    // In every round of the warps, another one begins, so that none has only its own rank's pairs.
+    // Rotate the warps in every round, so that no warp has only its own rank's pairs.
     const int round = num_warps_.Quotient(item), begin = round * num_warps_.divisor();
     const bool whole_round = begin + num_warps_.divisor() <= count_;
     const int turned = whole_round ? begin + num_warps_.Remainder(item - begin + round) : item;
@@ -39,7 +39,7 @@ class PairOrder {
 
  private:
   // Items before this one that are of this rank's own pairs. The share is rounded up, so that all
-  // of them have come before item `count`.
+  // of them come before item `count`.
   __device__ int OwnBefore(int item) const {
     return static_cast<int>(static_cast<uint64_t>(item) * own_share_ >> 32);
   }

@@ -6,14 +6,14 @@
 namespace jax_deepep {
 namespace {
 
-struct GiveUp {
+struct Abort {
   OpFrame frame;
   Failure failure;
 };
 
-__global__ void GiveUpKernel(const __grid_constant__ GiveUp op) {
+__global__ void AbortKernel(const __grid_constant__ Abort op) {
   __shared__ RankOp::Shared shared;
-  RankOp(op.frame, &shared).GiveUp(op.failure);
+  RankOp(op.frame, &shared).Abort(op.failure);
 }
 
 struct TestPeers {
@@ -35,9 +35,9 @@ __global__ void TestPeersKernel(const __grid_constant__ TestPeers op) {
 
 }  // namespace
 
-const char* LaunchGiveUp(const OpFrame& frame, Failure failure, cudaStream_t stream) {
-  GiveUp op{frame, failure};
-  return LaunchKernel(GiveUpKernel, op, 1, 1, 0, stream);
+const char* LaunchAbort(const OpFrame& frame, Failure failure, cudaStream_t stream) {
+  Abort op{frame, failure};
+  return LaunchKernel(AbortKernel, op, 1, 1, 0, stream);
 }
 
 const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t stream) {
@@ -46,7 +46,7 @@ const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t st
 }
 
 const char* LoadRankKernels(int /*max_shared_bytes*/) {
-  const char* error = LoadKernel(GiveUpKernel, 0);
+  const char* error = LoadKernel(AbortKernel, 0);
   return error != nullptr ? error : LoadKernel(TestPeersKernel, 0);
 }
 

@@ -1,5 +1,5 @@
-// What a rank goes through in an op of any mode: how it begins, gives up, and learns that others
-// have.
+// The part of an op on one rank that all modes share: how it begins, aborts, and learns that others
+// have aborted.
 #ifndef JAX_DEEPEP_CUDA_RANK_OP_CUH_
 #define JAX_DEEPEP_CUDA_RANK_OP_CUH_
 
@@ -24,10 +24,10 @@ class RankOp {
   __device__ RankOp(const OpFrame& frame, Shared* shared)
       : frame_(frame), own_(*frame.control[frame.rank]), shared_(*shared) {}
 
-  // False where the group was lost before this op: an earlier one has failed on this rank, a peer
-  // has said so, or the communicator is closed and peers' pools are no longer mapped. A late peer
-  // may still be in the op that failed, so that this rank must not touch what the peer takes from
-  // its control block.
+  // False if the communicator was broken before this op: an earlier one has failed on this rank or
+  // a peer, or the communicator is closed and peers' pools are no longer mapped. A late peer may
+  // still be in the failed op, so this rank must not write what the peer reads from its control
+  // block.
   __device__ bool Begin() {
     if (threadIdx.x == 0) {
       shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
@@ -55,15 +55,14 @@ class RankOp {
     }
   }
 
-  // What the host lets a kernel of its own do, in place of an op: the rank cannot go on.
-  __device__ void GiveUp(Failure failure) {
+  // In a separate kernel that the host launches in place of an op: the rank cannot continue.
+  __device__ void Abort(Failure failure) {
     shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
     Fail(failure, 0);
   }
 
  protected:
-  // On the last block, after all reads of this rank: succeed() is called, or fail() where the op is
-  // lost.
+  // On the last block, after all reads of this rank: call succeed(), or fail() if the op is lost.
   template <typename Succeed, typename Fill>
   __device__ void End(Succeed succeed, Fill fail) {
     if (Stopped()) {
@@ -85,7 +84,7 @@ class RankOp {
 
   __device__ int num_ranks() const { return frame_.shape.num_ranks; }
 
-  // Whether the op is lost: this rank or a peer has given up. The same answer for all threads.
+  // Whether the op is lost: this rank or a peer has aborted. The same answer for all threads.
   __device__ bool Stopped() {
     if (threadIdx.x == 0) shared_.flag = IsBroken();
     return SharedFlag();
@@ -106,30 +105,31 @@ class RankOp {
   }
 
   __device__ bool IsBroken() const {
-    // The second pairs with the release store in Fail, on a peer.
+    // The second load pairs with the release store in Fail, on a peer.
     return LoadAcquireDevice(&own_.failed) != 0 || LoadAcquireSystem(&own_.broken) != 0;
   }
 
-  // Whether this block is the last of its rank to come here; the writes and reads of all blocks are
-  // ordered before what it does then.
+  // Whether this block is the last of its rank to arrive here; the writes and reads of all blocks
+  // are ordered before what it does next.
   __device__ bool IsLastBlock(uint32_t* counter) {
     __syncthreads();
     if (threadIdx.x == 0) {
       FenceSystem();
-      // More have come where two ops have run at once, which has failed.
+      // More arrive if two ops run at once, which fails.
       shared_.flag = AddAcquireRelease(counter, 1) >= gridDim.x - 1;
       if (shared_.flag) *counter = 0;
     }
     return SharedFlag();
   }
 
-  // Give up, once; called by one thread. A rank that nobody has told says why to its host and to
-  // all peers; one that was told passes that on, to its peers as well: who told it may not have
-  // come to them yet, and they may read this rank's operands, and succeed, after it has left.
+  // Abort, once; called by one thread. A rank reports the failure to its host and to all peers; a
+  // rank that was notified by a peer forwards that report, to its peers as well: the reporter may
+  // not have notified them yet, and they could read this rank's operands after it has left, and
+  // succeed.
   __device__ __noinline__ void Fail(Failure failure, uint64_t missing, int32_t other_rank = kNone) {
     if (atomicCAS(&own_.failed, 0u, kFailing) != 0u) {
-      // Pairs with the release store below: who leaves this op leaves operands to XLA, and peers
-      // that still read them must have been told. Who tells waits for nobody.
+      // Pairs with the release store below: once this op ends, XLA reuses its operands, and peers
+      // that still read them must have been notified. The notifying thread waits for nothing.
       while (LoadAcquireDevice(&own_.failed) == kFailing) {
       }
       return;
@@ -157,11 +157,11 @@ class RankOp {
 #pragma unroll 1
     for (int peer = 0; peer < num_ranks(); ++peer) {
       DeviceControl& control = *frame_.control[peer];
-      // Several ranks may write a report to the same place: the same words.
+      // Several ranks may write a report to the same address: the same words.
       if (peer != frame_.rank && peer != reporter) CopyReport(&control.reports[reporter], report);
       StoreReleaseSystem(&control.broken, reporter + 1);  // pairs with IsBroken, on the peer
     }
-    // Pairs with the fence in Finish, on a peer: it is told before anything that it reads is
+    // Pairs with the fence in Finish, on a peer: it is notified before anything that it reads is
     // overwritten.
     FenceSystem();
     StoreReleaseDevice(&own_.failed, kFailed);

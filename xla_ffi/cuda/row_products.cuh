@@ -1,4 +1,4 @@
-// Rows scaled and multiplied with others on their way: the gradient of combine.
+// Scaling of rows and dot products with others during a copy: the gradient of combine.
 #ifndef JAX_DEEPEP_CUDA_ROW_PRODUCTS_CUH_
 #define JAX_DEEPEP_CUDA_ROW_PRODUCTS_CUH_
 
@@ -10,13 +10,13 @@
 
 namespace jax_deepep {
 
-// Scaling keeps a chunk of a row in registers: so many groups of a lane.
+// Scaling keeps a chunk of a row in registers: this many groups per lane.
 inline constexpr int kGroupsPerLane = 8;
 inline constexpr int kChunkGroups =
-    32 * kGroupsPerLane;  // 2048 elements: a block of the dot product
+    32 * kGroupsPerLane;  // 2048 elements: one block of the dot product
 
 // The sum over a warp's lanes of eight running sums each: halves of the eight first, then halves of
-// the warp, as the CPU does it. The result is that of lane 0.
+// the warp, in the order of the CPU. The result is that of lane 0.
 __device__ inline float FoldSums(float* sums) {
 #pragma unroll
   for (int width = kGroup / 2; width > 0; width /= 2) {
@@ -31,8 +31,8 @@ __device__ inline float FoldSums(float* sums) {
   return sum;
 }
 
-// Ask for a chunk of the rows of y that lanes name, but for the first, so that each is in the
-// second-level cache when its turn comes: registers hold one row's chunk at a time.
+// Prefetch a chunk of the lanes' rows of y, except the first, so that each is in the L2 cache when
+// needed: registers hold one row's chunk at a time.
 __device__ inline void PrefetchChunk(const char* y, int64_t row_bytes, int32_t row, int num_rows,
                                      int64_t begin, int64_t bytes) {
   constexpr int kLine = 128;
@@ -45,8 +45,8 @@ __device__ inline void PrefetchChunk(const char* y, int64_t row_bytes, int32_t r
   }
 }
 
-// Write a row to the rows that lanes of this warp name, scaled by their weights, and its products
-// with their rows of y: the first `num_rows` lanes name one each.
+// Write a row to the rows of the first `num_rows` lanes, scaled by their weights, and its products
+// with their rows of y.
 template <typename Type, bool kWhole>
 __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int64_t row_bytes,
                                          const char* from, int32_t row, int num_rows) {
@@ -60,8 +60,8 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
     constexpr int64_t kGroupBytes = sizeof(Packed<Element>);
     PrefetchChunk(static_cast<const char*>(params.y), row_bytes, row, num_rows,
                   (base - lane) * kGroupBytes, kChunkGroups * kGroupBytes);
-    // x stays in registers; of y, one part is on its way while the one before is used. Parts of
-    // float32 are small, or registers would not do for them.
+    // x stays in registers; one part of y is loaded while the previous one is used. Parts of
+    // float32 are small, to fit in registers.
     constexpr int kParts = sizeof(Element) > 2 ? 8 : 2, kPart = kGroupsPerLane / kParts;
     Packed<Element> x[kGroupsPerLane], y[2][kPart];
     auto load = [&](const char* of, int first, int count, Packed<Element>* to) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
   if (row != kNone) params.products[row] = product;
 }
 
-// Zeros in the rows of no token, as far as they are wanted.
+// Clear the padding rows, and with zero_rest the rows after the last group.
 template <bool kWhole>
 __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape& shape,
                            int64_t row_bytes) {

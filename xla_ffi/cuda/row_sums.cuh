@@ -11,16 +11,16 @@ namespace jax_deepep {
 
 // What a warp adds up. A lane may hold one input of the sum.
 struct Inputs {
-  int count = 0;                // of them, with `first`
+  int count = 0;                // of inputs, with `first`
   const char* first = nullptr;  // the input before all others, or null
-  int place = kNone;            // where the lane's input comes in the sum
+  int position = kNone;         // of the lane's input in the sum
   const char* row = nullptr;    // the lane's input
   float weight = 1.0f;          // and its weight
-  float gradient = 0.0f;        // what goes back for the lane's entry
+  float gradient = 0.0f;        // the gradient of the lane's entry
 };
 
-// How a sum goes: of terms that are rounded to the row type or of products as they are; from zero
-// or from its first term, which is to say from the zero that changes nothing.
+// Variants of a sum: of products in float32, or of terms that are rounded to the row type first;
+// from +0, or from its first term, that is, from -0.
 struct SumOfProducts {
   static constexpr bool kRounded = false;
   __device__ static float Zero(const Inputs&) { return -0.0f; }
@@ -32,8 +32,8 @@ struct SumOfRows {
   }
 };
 
-// A warp reads rows piece by piece: so many words of 16 bytes of each of its lanes, and so many
-// pieces ahead of the one that it adds.
+// A warp reads rows in pieces: this many words of 16 bytes per lane, and this many pieces ahead of
+// the one that it adds.
 inline constexpr int kWordsOfPiece = 4;
 inline constexpr int kPieces = 3;
 
@@ -44,8 +44,8 @@ struct Term {
 };
 inline constexpr int kMaxTerms = kMaxTopk + 1;
 
-// Add groups of an input to sums. Inputs without a weight have 1, which changes nothing; to ask
-// costs less than to weigh the sums of step 1, which many of a token's inputs are.
+// Add groups of an input to sums. Inputs without a weight have 1; testing for that costs less than
+// multiplying the sums of step 1, which many of a token's inputs are.
 template <typename Type, bool kWeighted, bool kRounded, int kGroups>
 __device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)[kGroups],
                                         float weight, float (&sums)[kGroups][kGroup]) {
@@ -70,9 +70,9 @@ __device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)
   }
 }
 
-// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs was
-// measured to be faster than a loop for each number, which does less for a row: probably because of
-// what an SM caches of code, since ranks that share a GPU each fetch their own (bench/RESULTS.md).
+// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs
+// was measured to be faster than specialised loops, which have fewer instructions per row: probably
+// because of the instruction caches (bench/RESULTS.md).
 template <typename Type, bool kWeighted, typename Sum>
 __device__ __forceinline__ void AddPieces(const Inputs& inputs, char* to, RowShape<true> shape,
                                           const Term* terms) {
@@ -145,7 +145,7 @@ template <typename Type, bool kWhole, bool kWeighted, typename Sum>
 __device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape,
                                       Term* terms) {
   __syncwarp();
-  if (inputs.place != kNone) terms[inputs.place] = {inputs.row, inputs.weight};
+  if (inputs.position != kNone) terms[inputs.position] = {inputs.row, inputs.weight};
   if (inputs.first != nullptr && threadIdx.x % 32 == 0) terms[0] = {inputs.first, 1.0f};
   __syncwarp();
   if (inputs.count == 0) {

@@ -1,8 +1,8 @@
 // Rows as groups of eight elements: how a warp loads, converts and stores them.
 //
-// A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. What
-// makes it fast is the number of loads that are in flight; with enough of them, plain loads copy as
-// fast as the bulk copy engine, and both as fast as an SM can write: see bench/RESULTS.md.
+// A group is 16 bytes (32 for float32), so that a warp moves 512 bytes of a row at a time. Speed
+// depends on the number of loads in flight; with enough of them, plain loads copy as fast as the
+// bulk copy engine, and both as fast as an SM can write: see bench/RESULTS.md.
 //
 // Products and sums are rounded separately: __fmul_rn and __fadd_rn are never fused.
 #ifndef JAX_DEEPEP_CUDA_ROW_VALUES_CUH_
@@ -20,7 +20,7 @@ namespace jax_deepep {
 
 inline constexpr int kGroup = 8;  // elements
 
-// Eight elements as they stand in memory.
+// Eight elements as in memory.
 template <typename Element>
 struct Packed {
   static constexpr int kWords = kGroup * sizeof(Element) / sizeof(uint4);
@@ -44,7 +44,7 @@ __device__ __forceinline__ RowShape<kWhole> WordsOf(int64_t row_bytes) {
 
 inline bool IsWhole(int size) { return size % kGroup == 0; }
 
-// Load or store a group of a row; elements after the row are loaded as zeros and not stored.
+// Load or store a group of a row; elements past the row are loaded as zeros and not stored.
 template <typename Element, bool kWhole>
 __device__ __forceinline__ Packed<Element> LoadGroup(const char* row, int group,
                                                      RowShape<kWhole> shape) {
@@ -138,14 +138,14 @@ struct Float16 {
   }
 };
 
-// How many words of 16 bytes a lane has in flight at a time.
+// Words of 16 bytes that a lane has in flight.
 inline constexpr int kWordsInFlight = 14;
 
-// Carry a row to all the rows of `rows` that lanes of this warp name: every lane has one or -1.
-// `destination()` is asked once the first loads are under way. The row is 16-bit words.
+// Copy a row to the rows of `rows` whose indices lanes of this warp have, or -1. `destination()`,
+// the lane's index, is called once the first loads are in flight. The row is 16-bit words.
 template <bool kWhole, typename Destination>
-__device__ void CarryRow(const char* from, char* rows, RowShape<kWhole> shape,
-                         Destination destination) {
+__device__ void CopyRowToLanes(const char* from, char* rows, RowShape<kWhole> shape,
+                               Destination destination) {
   const int lane = threadIdx.x % 32;
   int64_t mine = -1;
   uint32_t all = 0;
@@ -185,8 +185,8 @@ __device__ void FillByBlock(T* to, int64_t count, T value) {
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = value;
 }
 
-// By all threads of a block: one block fills what all of them write otherwise, so that it goes 16
-// bytes at a time. XLA's arrays begin at a multiple of that. With NaN, or -1, as on the CPU.
+// By all threads of a block, 16 bytes at a time, because one block fills what otherwise all write.
+// XLA's arrays are aligned to that. With NaN, or -1, as on the CPU.
 __device__ inline void FillAsFailed(RowType type, void* rows, int64_t count) {
   const uint32_t word = type == RowType::kFloat32    ? 0x7fc00000u
                         : type == RowType::kBFloat16 ? 0x7fc07fc0u
@@ -197,7 +197,7 @@ __device__ inline void FillAsFailed(RowType type, void* rows, int64_t count) {
   FillByBlock(static_cast<uint4*>(rows), whole, uint4{word, word, word, word});
   auto* rest = reinterpret_cast<uint16_t*>(static_cast<uint4*>(rows) + whole);
   for (int64_t i = threadIdx.x; i < (bytes - whole * 16) / 2; i += blockDim.x) {
-    // The upper half of a float32 stands second.
+    // The upper half of a float32 is second.
     rest[i] = static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16);
   }
 }

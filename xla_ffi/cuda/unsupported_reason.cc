@@ -14,12 +14,12 @@ namespace jax_deepep {
 
 std::string UnsupportedReasonOfLimits(const GroupShape& shape) {
   if (shape.num_ranks > kMaxRanks) {
-    return "groups have " + std::to_string(shape.num_ranks) +
-           " devices, and native ops on GPUs take at most " + std::to_string(kMaxRanks);
+    return "native ops on GPUs: expected EP groups of at most " + std::to_string(kMaxRanks) +
+           " devices, got " + std::to_string(shape.num_ranks);
   }
   if (shape.num_topk > kMaxTopk) {
-    return "num_experts_per_tok is " + std::to_string(shape.num_topk) +
-           ", and native ops on GPUs take at most " + std::to_string(kMaxTopk);
+    return "native ops on GPUs: expected num_experts_per_tok of at most " +
+           std::to_string(kMaxTopk) + ", got " + std::to_string(shape.num_topk);
   }
   return "";
 }
@@ -31,7 +31,7 @@ std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
   if (const cudaError_t error =
           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, ordinal);
       error != cudaSuccess) {
-    return gpu + " cannot be asked what it is: " + cudaGetErrorString(error);
+    return gpu + " cannot be queried: " + cudaGetErrorString(error);
   }
   if (major < 8) return gpu + " is older than compute capability 8.0, which native ops need";
   const int64_t needed = kernels.least_shared_bytes(shape);

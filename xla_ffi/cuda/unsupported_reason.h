@@ -1,4 +1,4 @@
-// What keeps native ops from running on GPUs, found before a communicator is made.
+// Why native ops cannot run on GPUs, determined before a communicator is made.
 #ifndef JAX_DEEPEP_CUDA_UNSUPPORTED_REASON_H_
 #define JAX_DEEPEP_CUDA_UNSUPPORTED_REASON_H_
 
@@ -16,20 +16,20 @@ struct LocalDevice {
   const void* in_pool = nullptr;
 };
 
-// All of these return what is in the way, with what to do about it, or nothing.
+// All of these return a reason, with a remedy, or empty.
 
-// Sizes that no GPU can have.
+// Sizes that native ops do not support on any GPU.
 std::string UnsupportedReasonOfLimits(const GroupShape& shape);
 
-// A device that is too old, or too small for what kernels take for the sizes.
+// A device that is too old, or has too little shared memory for the sizes.
 std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
                                       const KernelSet& kernels);
 
-// A pool that peers cannot map. `limit_bytes` is what XLA may allocate in all: a pool that is
-// smaller may grow.
+// A pool that peers cannot map. `limit_bytes` is the most that XLA may allocate: a smaller pool
+// may grow.
 std::string UnsupportedReasonOfPool(const LocalDevice& device, size_t limit_bytes);
 
-// The shared memory that a launch may ask for on a device, per block; 0 if it cannot be found out.
+// The dynamic shared memory per block of a device; 0 if unknown.
 int DynamicSharedBytes(int ordinal);
 
 }  // namespace jax_deepep

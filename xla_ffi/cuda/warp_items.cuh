@@ -1,5 +1,4 @@
-// Items of work, a warp for each, with what an item needs looked up while earlier ones are worked
-// on.
+// Work items, a warp for each, with the inputs of an item prefetched during earlier ones.
 #ifndef JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
 #define JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
 
@@ -13,7 +12,7 @@ __device__ inline int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockI
 
 // Call use(item, prepared) for this warp's items of `count`, in order. `prepared` is what
 // prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,
-// so that nobody waits for what they load. Both are asked for items past the end too.
+// so that their loads overlap with earlier items. Both are also called for items past the end.
 template <typename Read, typename Prepare, typename Use>
 __device__ __forceinline__ void ForWarpItems(int count, Read read, Prepare prepare, Use use) {
   const int stride = NumWarps();

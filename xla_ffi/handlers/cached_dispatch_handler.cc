@@ -25,12 +25,12 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
 
   const int64_t capacity = route.capacity;
   if ((weighted || with_products) && format.type == RowType::kInt32) {
-    error = "x has integers, which are only carried: they take no weights and no products";
+    error = "x: expected floats with weights or y, got integers, which are only copied";
   }
   CheckBuffer(source, ffi::S32, capacity, "source", &error);
   CheckBuffer(destination, ffi::S32, int64_t{route.num_tokens} * shape.num_topk, "destination",
               &error);
-  CheckBuffer(group_sizes, ffi::S32, NumGroups(shape, route), "group_sizes", &error);
+  CheckBuffer(group_sizes, ffi::S32, NumRowGroups(shape, route), "group_sizes", &error);
   if (weighted) CheckBuffer(weights, ffi::F32, capacity, "weights", &error);
   if (with_products) {
     CheckRows(y, x, capacity, "y", &error);

@@ -15,13 +15,12 @@ const XLA_FFI_TypeInfo CallSite::info = ffi::MakeTypeInfo<CallSite>();
 namespace {
 
 // The program that is being compiled. XLA instantiates the calls of one program in the order of its
-// thunks, which is the same wherever the same program is compiled; on which thread it does so
-// differs between versions. Python lets no other compilation begin meanwhile.
+// thunks, which is the same wherever the same program is compiled; the thread differs between
+// versions of XLA. Python serialises compilations.
 std::mutex program_mutex;
 std::shared_ptr<ProgramCalls> program = std::make_shared<ProgramCalls>(false);
 
-// Nothing for a type that rows cannot have. Integers are only carried, so that their width is all
-// one.
+// Empty for a type that rows cannot have. Integers are only copied, so their width does not matter.
 std::optional<RowType> RowTypeOf(ffi::DataType type) {
   switch (type) {
     case ffi::F32:
@@ -87,8 +86,8 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
   const auto dimensions = rows.dimensions();
   std::ostringstream text;
   if (!type || dimensions.size() != 2 || dimensions[1] == 0) {
-    text << name << " has no rows that can be carried: " << rows.element_type() << " in "
-         << dimensions.size() << " dimensions";
+    text << name << ": expected 2 dimensions of floats, or of integers of up to 32 bits, got "
+         << dimensions.size() << " of " << rows.element_type();
     *error = text.str();
     return 0;
   }
@@ -97,13 +96,13 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
   format->type = *type;
   format->size = static_cast<int32_t>(row_bytes / static_cast<int64_t>(BytesOf(*type)));
   if (*type == RowType::kInt32) {
-    if (row_bytes % kCarriedBytes != 0 || row_bytes > shape.max_row_bytes()) {
-      text << name << " has rows of " << row_bytes << " bytes of integers, expected a multiple of "
-           << kCarriedBytes << " up to " << shape.max_row_bytes();
+    if (row_bytes % kPayloadAlignment != 0 || row_bytes > shape.max_row_bytes()) {
+      text << name << ": expected rows of integers of a multiple of " << kPayloadAlignment
+           << " bytes up to " << shape.max_row_bytes() << ", got " << row_bytes;
     }
   } else if (dimensions[1] > shape.hidden_size) {
-    text << name << " has rows of " << dimensions[1] << " floats, expected at most "
-         << shape.hidden_size;
+    text << name << ": expected rows of at most " << shape.hidden_size << " floats, got "
+         << dimensions[1];
   }
   if (error->empty()) *error = text.str();
   return static_cast<int32_t>(dimensions[0]);
@@ -114,14 +113,14 @@ void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count
   const auto got = static_cast<int64_t>(buffer.element_count());
   if (!error->empty() || (buffer.element_type() == type && got == count)) return;
   std::ostringstream text;
-  text << name << " has " << got << " elements of " << buffer.element_type() << ", expected "
-       << count << " of " << type;
+  text << name << ": expected " << count << " elements of " << type << ", got " << got << " of "
+       << buffer.element_type();
   *error = text.str();
 }
 
 void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t count,
                const char* name, std::string* error) {
-  if (!error->empty()) return;  // `rows` may be no rows
+  if (!error->empty()) return;  // `rows` may be invalid
   CheckBuffer(buffer, rows.element_type(), count * rows.dimensions()[1], name, error);
 }
 

@@ -1,5 +1,5 @@
-// What every custom call of ours does before its verb: find the communicator when a program is
-// loaded, and check the operands. Then platform.h launches it.
+// What our custom calls have in common: find the communicator when a program is loaded, and check
+// the operands. Then platform.h launches the verb.
 #ifndef JAX_DEEPEP_HANDLERS_CALL_SITE_H_
 #define JAX_DEEPEP_HANDLERS_CALL_SITE_H_
 
@@ -14,22 +14,22 @@
 
 namespace jax_deepep {
 
-// Decode the type and size of `rows` [count, W] into `format`, and return their count; or add to
-// `error` why an op cannot take them.
+// Decode the type and size of `rows` [count, W] into `format`, and return their count; or set
+// `error`.
 int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
                    RowFormat* format, std::string* error);
 
-// An optional operand or result travels as a placeholder when absent.
+// An absent optional operand or result is passed as a placeholder.
 template <typename T>
 T* DataIf(bool present, const ffi::AnyBuffer& buffer) {
   return present ? static_cast<T*>(buffer.untyped_data()) : nullptr;
 }
 
-// Check that `buffer` has `count` elements of `type`, or add to `error` what it has instead.
+// Check that `buffer` has `count` elements of `type`, or set `error`.
 void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count, const char* name,
                  std::string* error);
 
-// Check that `buffer` has `count` rows like those of `rows`, [.., W], or add to `error` likewise.
+// Check that `buffer` has `count` rows like those of `rows`, [.., W], likewise.
 void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t count,
                const char* name, std::string* error);
 

@@ -21,7 +21,8 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   RowFormat format;
   route.capacity = DecodeRows(y, "y", shape, &format, &error);
   route.SetRows(format);
-  if (format.type == RowType::kInt32) error = "y has integers, which are not summed";
+  if (format.type == RowType::kInt32)
+    error = "y: expected floats, got integers, which are not summed";
 
   const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
   const int64_t capacity = route.capacity;

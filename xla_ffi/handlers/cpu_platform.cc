@@ -1,4 +1,4 @@
-// Launching on CPU: join the ranks, and return a future that is ready when the op has ended.
+// Launching on CPU: join the ranks of an op, and return a future that completes with it.
 #include <memory>
 #include <string>
 #include <utility>
@@ -24,16 +24,16 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
   if (!error.empty()) return Failed(ffi::Error::InvalidArgument(prefix + error));
   Communicator& comm = *site->comm;
   const std::string name = "communicator #" + std::to_string(comm.config().id);
-  const Place* place = comm.FindPlace(context.device);
-  if (place == nullptr) {
+  const Location* location = comm.FindLocation(context.device);
+  if (location == nullptr) {
     return Failed(ffi::Error::InvalidArgument(prefix + "device " + std::to_string(context.device) +
                                               " is not in the mesh of " + name));
   }
   if (const int32_t expected = *static_cast<const int32_t*>(rank.untyped_data());
-      expected != place->rank) {
+      expected != location->rank) {
     return Failed(ffi::Error::InvalidArgument(
         prefix + "the program runs device " + std::to_string(context.device) + " as rank " +
-        std::to_string(expected) + ", but it is rank " + std::to_string(place->rank) + " of " +
+        std::to_string(expected) + ", but it is rank " + std::to_string(location->rank) + " of " +
         name +
         "; use shard_map with comm.mesh, or make the communicator with the mesh of the program"));
   }
@@ -45,7 +45,7 @@ ffi::Future JoinRanks(CallSite* site, const LaunchContext& context, const ffi::A
   };
   const OpCall call{
       site, {context.run, site->number}, site->program->count, site->program->on_main_thread};
-  if (comm.Join(call, *place, std::move(op))) return future;
+  if (comm.Join(call, *location, std::move(op))) return future;
   promise.SetError(ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                               prefix + name +
                                   " is closed, but the program was compiled with it; make a new "

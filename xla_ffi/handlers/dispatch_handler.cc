@@ -30,7 +30,7 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   route.expert_capacity = expert_capacity;
 
   const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
-  const int64_t capacity = route.capacity, num_groups = NumGroups(shape, route);
+  const int64_t capacity = route.capacity, num_groups = NumRowGroups(shape, route);
   const bool expert_major = route.layout == Layout::kExpertMajor;
   CheckBuffer(topk_idx, ffi::S32, entries, "topk_idx", &error);
   CheckBuffer(topk_weights, ffi::F32, entries, "topk_weights", &error);

@@ -1,4 +1,4 @@
-// The custom calls, as XLA sees them. One execute stage per verb; they share an instantiate stage.
+// The custom calls for XLA: one execute stage per verb, and a common instantiate stage.
 #ifndef JAX_DEEPEP_HANDLERS_HANDLERS_H_
 #define JAX_DEEPEP_HANDLERS_HANDLERS_H_
 

@@ -1,6 +1,6 @@
 // The platform that the handlers are compiled for; each has a module of its own.
 //
-// It gives them PlatformCommunicator; LaunchContext, what XLA tells a custom call beyond its
+// It defines PlatformCommunicator; LaunchContext, what XLA passes to a custom call besides its
 // buffers; LaunchResult, what an execute stage returns; and Launch for the parameters of every
 // verb.
 #ifndef JAX_DEEPEP_HANDLERS_PLATFORM_H_
@@ -32,8 +32,8 @@ struct CallSite;
 using PlatformCommunicator = CudaCommunicator;
 using LaunchResult = ffi::Error;
 
-// An op may be captured in a CUDA graph: its handler does nothing but enqueue a kernel, where
-// nothing is a constant of the program.
+// An op may be captured in a CUDA graph: its handler only enqueues a kernel, unless an operand is a
+// constant of the program.
 inline constexpr std::initializer_list<ffi::Traits> kTraits = {ffi::Traits::kCmdBufferCompatible};
 
 struct LaunchContext {
@@ -92,7 +92,7 @@ template <typename Params>
 LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                     const std::string& error, const Params& params) {
   const OpLaunch launch = context.op_launch(site, rank);
-  if (!error.empty()) site->comm->TellNotLaunched(SignatureOf(params, site->call), launch);
+  if (!error.empty()) site->comm->NotifyNotLaunched(SignatureOf(params, site->call), launch);
   const std::string failure = error.empty() ? site->comm->Launch(params, launch) : error;
   if (failure.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
@@ -111,8 +111,8 @@ LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer
 }
 #endif
 
-// Tell that JAX begins to compile or to load a program: its calls are numbered from zero, whatever
-// programs another process has compiled before.
+// Called when JAX begins to compile or load a program: its calls are numbered from zero, so that
+// numbers do not depend on the programs that a process has compiled before.
 void BeginProgram(bool on_main_thread);
 
 }  // namespace jax_deepep

@@ -1,4 +1,4 @@
-// From the ids in programs to communicators.
+// Communicators by the ids that programs have for them.
 #ifndef JAX_DEEPEP_HANDLERS_REGISTRY_H_
 #define JAX_DEEPEP_HANDLERS_REGISTRY_H_
 
@@ -22,9 +22,9 @@ struct Registry {
   }
 };
 
-// Make a communicator known by its id, for as long as someone holds it. An id is used once in the
-// life of a process, so that an old program cannot meet a new communicator. Throws
-// std::runtime_error if it was used before.
+// Register a communicator by its id, for as long as it lives. An id is used once per process, so
+// that an old program cannot use a new communicator. Throws std::runtime_error if it was used
+// before.
 template <typename Communicator>
 void Register(const std::shared_ptr<Communicator>& comm) {
   auto& registry = Registry<Communicator>::Get();
@@ -32,8 +32,8 @@ void Register(const std::shared_ptr<Communicator>& comm) {
   const int64_t id = comm->config().id;
   if (!registry.by_id.emplace(id, comm).second) {
     throw std::runtime_error("communicator #" + std::to_string(id) +
-                             " was made in this process before; make a communicator by its "
-                             "constructor, which numbers it");
+                             ": expected an id that is new in this process; make communicators by "
+                             "their constructor, which assigns ids");
   }
 }
 
@@ -53,8 +53,8 @@ std::shared_ptr<Communicator> FindCommunicator(int64_t id, int64_t fingerprint,
   if (comm == nullptr) {
     *unsupported_reason =
         "this program uses " + name +
-        ", which does not exist in this process (any more); make the same communicators in "
-        "the same order as the process that traced the program did";
+        ", which does not exist (or no longer exists) in this process; make the "
+        "same communicators in the same order as the process that traced the program";
   } else if (comm->config().fingerprint != fingerprint) {
     *unsupported_reason =
         "this program uses " + name +

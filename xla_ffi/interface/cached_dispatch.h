@@ -1,4 +1,4 @@
-// cached_dispatch: carry other rows along known routes; scaled, it is the gradient of combine.
+// cached_dispatch: move other rows along known routes; scaled, it is the gradient of combine.
 #ifndef JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_
 #define JAX_DEEPEP_INTERFACE_CACHED_DISPATCH_H_
 
@@ -10,21 +10,21 @@
 
 namespace jax_deepep {
 
-// What one rank brings to a cached_dispatch: rows = weights * x[source], products = <x[source], y>.
+// One rank's part of a cached_dispatch: rows = weights * x[source], products = <x[source], y>.
 struct CachedDispatchParams {
   RouteShape route;
-  bool zero_rest = false;  // write zeros to the rows after the last group too
+  bool zero_rest = false;  // also clear the rows after the last group
   // Operands.
   const void* x = nullptr;               // [T, W] of route.rows()
   const int32_t* source = nullptr;       // [C]
-  const int32_t* destination = nullptr;  // [T, K], or null where ops get on without
+  const int32_t* destination = nullptr;  // [T, K], or null if not needed
   const int32_t* group_sizes = nullptr;  // [G]
-  const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
-  const float* weights = nullptr;  // [C], or null for 1
-  const void* y = nullptr;         // [C, W], or null where no products are wanted
+  const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null if not needed
+  const float* weights = nullptr;        // [C], or null for 1
+  const void* y = nullptr;               // [C, W], or null where no products are wanted
   // Results.
   void* rows = nullptr;       // [C, W]
-  float* products = nullptr;  // [C], with y; 0 in rows of no token
+  float* products = nullptr;  // [C], with y; 0 in rows without a token
 };
 
 template <>

@@ -1,5 +1,5 @@
-// combine: sum the rows of every token where the token came from; unweighted, it is the gradient
-// of dispatch, and carries the gradients of the rows' weights back as well.
+// combine: sum the rows of every token on the rank of the token; unweighted, it is the gradient of
+// dispatch, and also returns the gradients of the rows' weights.
 #ifndef JAX_DEEPEP_INTERFACE_COMBINE_H_
 #define JAX_DEEPEP_INTERFACE_COMBINE_H_
 
@@ -11,23 +11,23 @@
 
 namespace jax_deepep {
 
-// What one rank brings to a combine.
+// One rank's part of a combine.
 struct CombineParams {
   RouteShape route;
-  // Operands; what belongs to received rows first.
+  // Operands; those of received rows first.
   const void* y = nullptr;               // [C, W] of route.rows()
   const float* weights = nullptr;        // [C], or null for 1
   const float* row_gradients = nullptr;  // [C] expert-major, [C, K] token-major, or null
   const int32_t* destination = nullptr;  // [T, K]
-  const int32_t* pairs = nullptr;  // as PairTable, expert-major, or null where ops get on without
-  const void* bias = nullptr;      // [T, W] of route.rows(), or null
+  const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null if not needed
+  const void* bias = nullptr;            // [T, W] of route.rows(), or null
   // Results.
   void* out = nullptr;         // [T, W]
-  float* gradients = nullptr;  // [T, K], with row_gradients; 0 where an entry went nowhere
+  float* gradients = nullptr;  // [T, K], with row_gradients; 0 for entries without a row
   void* sums = nullptr;        // scratch [CombineSumRows, W] of route.rows(), or null likewise
 };
 
-// Rows of scratch that a combine takes, where it takes any: the sum of every (token, device) pair
+// Rows of scratch of a combine that uses scratch: the sum of every (token, device) pair
 // with several rows.
 inline int64_t CombineSumRows(const GroupShape& group, const RouteShape& route) {
   const bool sums = route.layout == Layout::kExpertMajor && PairTable(group, route).max_rows > 1;

@@ -1,4 +1,4 @@
-// What a communicator is made of, on every platform.
+// The configuration of a communicator, on every platform.
 #ifndef JAX_DEEPEP_INTERFACE_COMMUNICATOR_CONFIG_H_
 #define JAX_DEEPEP_INTERFACE_COMMUNICATOR_CONFIG_H_
 
@@ -9,10 +9,10 @@
 
 namespace jax_deepep {
 
-// A device of the mesh.
-struct Place {
-  int64_t device =
-      0;  // as XLA names it to a custom call of this process; unused for other processes'
+// Where a device of the mesh is.
+struct Location {
+  // The id that XLA passes to custom calls of this process; unused for other processes.
+  int64_t device = 0;
   int32_t group = 0;
   int32_t rank = 0;
   int32_t process = 0;
@@ -25,10 +25,10 @@ struct CommunicatorConfig {
   int32_t num_groups = 0;
   int32_t process = 0;  // this one
   double timeout_s = 0;
-  std::vector<Place> places;  // of the groups of this process, and of those of its peers
+  std::vector<Location> locations;  // of the groups of this process and of its peers' groups
 };
 
-// What crossed a communicator, per (group, rank, peer), flattened in this order; zero for ranks of
+// Traffic of a communicator per (group, rank, peer), flattened in this order; zero for ranks of
 // other processes.
 struct Traffic {
   std::vector<int64_t> rows_sent;

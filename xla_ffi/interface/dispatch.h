@@ -1,4 +1,4 @@
-// dispatch: decide the routes of topk_idx and carry rows along them.
+// dispatch: decide the routes of topk_idx and move rows along them.
 #ifndef JAX_DEEPEP_INTERFACE_DISPATCH_H_
 #define JAX_DEEPEP_INTERFACE_DISPATCH_H_
 
@@ -10,7 +10,7 @@
 
 namespace jax_deepep {
 
-// What one rank brings to a dispatch. Letters as in GroupShape and RouteShape; G = NumGroups.
+// One rank's part of a dispatch. Letters as in GroupShape and RouteShape; G = NumRowGroups.
 struct DispatchParams {
   RouteShape route;
   // Operands.
@@ -28,11 +28,11 @@ struct DispatchParams {
   int32_t* num_received = nullptr;   // [] rows sent to this rank, before dropping
   int32_t* num_dropped = nullptr;    // []
   int32_t* num_invalid = nullptr;    // [] entries of topk_idx that were ignored
-  int32_t* pairs = nullptr;          // as PairTable, or null where ops get on without
+  int32_t* pairs = nullptr;          // as PairTable, or null if not needed
   int32_t* scratch = nullptr;        // [DispatchScratchInts], or null likewise
 };
 
-// int32s of scratch that a dispatch takes, where it takes any: a record of 16 bytes for each entry,
+// int32s of scratch of a dispatch that uses scratch: a record of 16 bytes for each entry,
 // and a list of tokens for each rank.
 inline int64_t DispatchScratchInts(const GroupShape& group, const RouteShape& route) {
   return int64_t{route.num_tokens} * (4 * group.num_topk + group.num_ranks);

@@ -1,4 +1,4 @@
-// What went wrong, in words that are the same on every platform.
+// Error texts that are the same on every platform.
 #ifndef JAX_DEEPEP_INTERFACE_ERROR_TEXT_H_
 #define JAX_DEEPEP_INTERFACE_ERROR_TEXT_H_
 
@@ -13,13 +13,13 @@
 
 namespace jax_deepep {
 
-// A rank that kept an op from going on.
+// A rank that another one waited for.
 struct MissingRank {
   int rank;
   int64_t expected_step;
   int64_t seen_step;
-  bool stopped;         // it came to the op, and not through it
-  std::string instead;  // how the op that it waits in differs, or nothing
+  bool stopped;         // it arrived at the op, but did not finish it
+  std::string instead;  // how the op that it waits in differs, or empty
 
   MissingRank(int rank, int64_t expected_step, int64_t seen_step, bool stopped,
               std::string instead = "")
@@ -31,7 +31,7 @@ struct MissingRank {
 };
 
 // Follows the step of a rank that waits in another op.
-inline constexpr char kWaitsElsewhere[] = ", where it waits in another op";
+inline constexpr char kWaitsInOtherOp[] = ", where it waits in another op";
 
 inline std::string DescribeTimeout(const std::string& op, int waiting_rank, double timeout_s,
                                    const std::string& where,
@@ -43,34 +43,34 @@ inline std::string DescribeTimeout(const std::string& op, int waiting_rank, doub
   for (const MissingRank& peer : missing) {
     text << separator << peer.rank << " (expected at step " << peer.expected_step
          << ", seen at step " << peer.seen_step << (peer.stopped ? ", then stopped" : "");
-    if (!peer.instead.empty()) text << kWaitsElsewhere << ": " << peer.instead;
+    if (!peer.instead.empty()) text << kWaitsInOtherOp << ": " << peer.instead;
     text << ")";
     separator = ", ";
   }
   return text.str();
 }
 
-// Whether a description, maybe a peer's, is one of DescribeTimeout.
+// Whether a description, possibly a peer's, is from DescribeTimeout.
 inline bool IsTimeout(const std::string& description) {
   return description.find(" s (timeout_s)") != std::string::npos;
 }
 
-// What to do about failures.
+// Remedies.
 inline constexpr char kFindMissing[] =
-    "Find out why the missing device did not come, then make a new Communicator; raise timeout_s "
+    "Find out why the missing rank did not arrive, then make a new Communicator; raise timeout_s "
     "if it was only slow.";
 inline constexpr char kFindFailed[] =
-    "Find out why it ended, then start the job again, or make a new Communicator without it.";
+    "Find out why it ended, then restart the job, or make a new Communicator without it.";
 inline constexpr char kRunSameProgram[] =
-    "Let all ranks run the same program, on the communicator's mesh, and make a new Communicator; "
+    "Run the same program on all ranks, on the communicator's mesh, and make a new Communicator; "
     "a longer timeout_s does not help.";
 inline constexpr char kMakeAnother[] = "Make a new Communicator when that is fixed.";
 inline constexpr char kOneAtATime[] =
     "Let every op depend on the one before it (by its handle, its result, or "
     "jax.lax.optimization_barrier), run one program at a time, or make a Communicator for each.";
 inline constexpr char kLeaveRoom[] =
-    "Other kernels kept them, maybe of another communicator that waits itself: let one program run "
-    "after the other, or give the ops fewer SMs with num_sms. Then make a new Communicator.";
+    "Other kernels held them, perhaps those of another communicator: run one program at a time, or "
+    "give the ops fewer SMs with num_sms. Then make a new Communicator.";
 inline constexpr char kWaitBetween[] =
     "Make a new Communicator, and wait for results (jax.block_until_ready) before launching more.";
 inline constexpr char kMoreThreads[] =
@@ -80,7 +80,7 @@ inline constexpr char kCloseLater[] =
     "Close a communicator after the last run of a program that uses it, on every rank; make a new "
     "Communicator to go on.";
 
-// Complete the description of a failure with where it was and what to do.
+// Complete the description of a failure with its communicator and a remedy.
 inline std::string DescribeBroken(const std::string& failure, const CommunicatorConfig& config,
                                   int group, const std::string& advice) {
   std::ostringstream text;
@@ -91,9 +91,9 @@ inline std::string DescribeBroken(const std::string& failure, const Communicator
   return text.str();
 }
 
-// Print what broke a communicator, once per communicator and process: its program may sit in
-// another collective, and never come to where it would ask for the error.
-inline void TellOnStderr(const std::string& text) {
+// Print what broke a communicator, once per communicator and process: its program may hang in
+// another collective and never ask for the error.
+inline void PrintToStderr(const std::string& text) {
   const std::string line = "jax_deepep: " + text + "\n";
   std::fwrite(line.data(), 1, line.size(), stderr);  // in one call, so that lines do not mix
   std::fflush(stderr);

@@ -1,4 +1,4 @@
-// The sizes that one op works with. Shared by handlers and every platform's verbs.
+// The sizes of an op, shared by handlers and every platform's verbs.
 #ifndef JAX_DEEPEP_INTERFACE_GEOMETRY_H_
 #define JAX_DEEPEP_INTERFACE_GEOMETRY_H_
 
@@ -12,23 +12,23 @@ namespace jax_deepep {
 enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
 inline constexpr const char* kLayoutNames[] = {"expert", "token"};  // in their order
 
-// Rows of kInt32 are only carried: integers of any width, as words of 32 bits.
+// kInt32 is an opaque payload: integers of any width as words of 32 bits, which are only copied.
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 
 JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) {
   return type == RowType::kFloat32 || type == RowType::kInt32 ? 4 : 2;
 }
 
-// Rows of kInt32 are a multiple of these, so that kernels carry them 16 bytes at a time.
-inline constexpr int64_t kCarriedBytes = 16;
+// Rows of kInt32 are a multiple of this many bytes, so that kernels copy them 16 bytes at a time.
+inline constexpr int64_t kPayloadAlignment = 16;
 
 // Stands for "no limit" where a limit is a number of rows.
 inline constexpr int64_t kNoLimit = -1;
 
-// Marks an entry that went nowhere, a row of no token, and "no expert" in topk_idx.
+// Marks an entry without a row, a row without a token, and "no expert" in topk_idx.
 inline constexpr int32_t kNone = -1;
 
-// What a communicator fixes for all its ops.
+// The sizes that a communicator fixes for all its ops.
 struct GroupShape {
   int32_t num_ranks = 0;    // R
   int32_t num_experts = 0;  // E, over all ranks
@@ -37,13 +37,14 @@ struct GroupShape {
   int32_t hidden_size = 0;  // H, elements of a row of floats
 
   JAX_DEEPEP_HOST_DEVICE int32_t num_local_experts() const { return num_experts / num_ranks; }
-  // Of the longest row: H float32, or as many bytes of integers, which fill whole 16 bytes.
+  // Of the longest row: H float32, or as many bytes of integers, rounded up to 16 bytes.
   int64_t max_row_bytes() const {
-    return (int64_t{4} * hidden_size + kCarriedBytes - 1) / kCarriedBytes * kCarriedBytes;
+    return (int64_t{4} * hidden_size + kPayloadAlignment - 1) / kPayloadAlignment *
+           kPayloadAlignment;
   }
 };
 
-// What a row is made of, whichever way it goes.
+// The element type and size of a row.
 struct RowFormat {
   RowType type = RowType::kFloat32;
   int32_t size = 0;  // W, elements of a row: see GroupShape::max_row_bytes
@@ -53,16 +54,15 @@ struct RowFormat {
   }
 };
 
-// What one op adds to that; the same on every rank. The format of its rows lies flat among the
-// sizes of its route, because that is how kernels are compiled, which take it by value: the host
-// goes by rows() and SetRows().
+// The sizes of one op; the same on every rank. The row format is stored as plain members, because
+// kernels take this struct by value in that layout: the host uses rows() and SetRows().
 struct RouteShape {
   Layout layout = Layout::kExpertMajor;
   RowType row_type = RowType::kFloat32;
   int32_t row_size = 0;
   int32_t num_tokens = 0;              // T
   int32_t capacity = 0;                // C, rows of the received arrays
-  int32_t alignment = 1;               // rows of a group are padded to a multiple of this
+  int32_t alignment = 1;               // row groups are padded to a multiple of this
   int64_t expert_capacity = kNoLimit;  // most rows of one expert
 
   JAX_DEEPEP_HOST_DEVICE RowFormat rows() const { return {row_type, row_size}; }
@@ -72,15 +72,15 @@ struct RouteShape {
   }
 };
 
-// The rows of one rank form groups: one per local expert, or one in all.
-inline int32_t NumGroups(const GroupShape& group, const RouteShape& route) {
+// The row groups of one rank: one per local expert, or a single one (token-major).
+inline int32_t NumRowGroups(const GroupShape& group, const RouteShape& route) {
   return route.layout == Layout::kExpertMajor ? group.num_local_experts() : 1;
 }
 
 // The (token, device) pairs of one rank, expert-major: which tokens it received, by (source rank,
 // source token), and the rows of each in ascending k. A table of int32:
 //
-//     line 0: the number of pairs, then anything
+//     line 0: the number of pairs; the rest is unspecified
 //     line 1 + i: source as in DispatchParams, then the rows, then kNone
 struct PairTable {
   int32_t max_pairs = 0;  // R * T

@@ -1,5 +1,5 @@
-// What an op is: equal on all ranks of a group when they come to the same op, and otherwise what an
-// error tells about the difference.
+// Identifies an op: equal on all ranks that arrive at the same op; otherwise an error describes the
+// difference.
 #ifndef JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
 #define JAX_DEEPEP_INTERFACE_OP_SIGNATURE_H_
 
@@ -13,7 +13,7 @@
 
 namespace jax_deepep {
 
-// Plain words, so that ranks can publish it as it is. An all-zero one is of no op.
+// Plain words, which ranks publish unchanged. All zeros: no op.
 struct OpSignature {
   Verb verb = Verb{};
   int64_t call = 0;   // index of the call in its program, in the order in which JAX lowers them
@@ -69,7 +69,7 @@ OpSignature SignatureOf(const Params& params, int64_t call) {
   return {kVerbOf<Params>, call, VerbTraits<Params>::Flags(params), params.route};
 }
 
-// Where two ranks' ops differ, in words: "num_tokens is 64 on rank 0 and 128 on rank 3".
+// Describe how two ranks' ops differ: "num_tokens is 64 on rank 0 and 128 on rank 3".
 inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
                                       const OpSignature& theirs, int their_rank) {
   struct Field {
@@ -116,8 +116,8 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
   return text.str();
 }
 
-// The failure of a rank whose op a peer met with another one; to be completed by DescribeBroken
-// with kRunSameProgram. `difference` is of DescribeDifference.
+// The failure of ranks that arrived at different ops; to be completed by DescribeBroken with
+// kRunSameProgram. `difference` is from DescribeDifference.
 inline std::string DescribeDifferentOps(const OpSignature& mine, int my_rank, int64_t step,
                                         int their_rank, const std::string& difference) {
   std::ostringstream text;

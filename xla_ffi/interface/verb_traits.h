@@ -1,5 +1,5 @@
-// What a verb states about itself, beside its parameters in interface/<verb>.h: all that platforms
-// need to launch it, so that no other file has a case for each verb.
+// Properties of a verb, next to its parameters in interface/<verb>.h: all that platforms need to
+// launch it, so that no other file has a case per verb.
 #ifndef JAX_DEEPEP_INTERFACE_VERB_TRAITS_H_
 #define JAX_DEEPEP_INTERFACE_VERB_TRAITS_H_
 
@@ -13,7 +13,7 @@ namespace jax_deepep {
 
 // Rows of one rank's part of an op, on average over uniform routings.
 struct ExpectedRows {
-  double pairs = 0;  // (token, rank): what crosses links, and what stays
+  double pairs = 0;  // (token, rank): those that cross links, and those that stay
   double rows = 0;   // on the side of the experts
 };
 
@@ -23,8 +23,8 @@ struct PeerArray {
   int64_t bytes = 0;
   std::function<void(const void* copy)> replace;  // none for a result
 
-  // An operand, as the parameters of the op have it: there a copy takes its place. One of no rows
-  // is nowhere, and nobody reads it.
+  // An operand in the parameters of the op, where `replace` substitutes a copy. No peer reads an
+  // operand without rows.
   template <typename T>
   PeerArray(const T** operand, int64_t bytes)
       : data(bytes > 0 ? *operand : nullptr),
@@ -39,11 +39,10 @@ struct PeerArray {
 //
 //     static constexpr char kName[];                  // in errors, and in jax_deepep_<name>
 //     static int64_t Flags(const Params&);            // which optional operands and results it has
-//     static std::vector<PeerArray> ReadByPeers(const GroupShape&, Params*);  // where peers'
-//     memory
-//                                                     // is read in place: kMaxOperands at most
-//     static double LocalRows(const Params&, const ExpectedRows&);  // rows that a rank reads and
-//                                                     // writes in its own memory
+//     // The arrays that peers read in place, kMaxOperands at most.
+//     static std::vector<PeerArray> ReadByPeers(const GroupShape&, Params*);
+//     // Rows that a rank reads and writes in its own memory.
+//     static double LocalRows(const Params&, const ExpectedRows&);
 template <typename Params>
 struct VerbTraits;
 

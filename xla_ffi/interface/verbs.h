@@ -20,7 +20,7 @@ struct VerbList {
     using type = P;
   };
 
-  // An entry for each verb.
+  // One entry per verb.
   template <template <typename> class Entry>
   using Table = std::tuple<Entry<Params>...>;
 
@@ -43,7 +43,7 @@ struct VerbList {
 
 using Verbs = VerbList<DispatchParams, CachedDispatchParams, CombineParams>;
 
-// A verb as a number that ranks compare: its place in the list, from 1.
+// A verb as a number that ranks compare: its index in the list, from 1.
 enum class Verb : int64_t {
   kBaseline = 1 << 16,  // of the bench
 };

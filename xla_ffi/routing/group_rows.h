@@ -1,10 +1,9 @@
-// Which row an entry gets, one entry after the other; a GPU plans the same rows with a thread for
-// each.
+// Which row an entry gets, computed sequentially; GPUs compute the same rows in parallel.
 //
-// 1. Every source counts its entries per group (a group is a local expert of some rank, or a rank).
+// 1. Every source counts its entries per row group (of a local expert of some rank, or of a rank).
 // 2. first[source][group] = entries of earlier sources in the group.
 // 3. A group keeps its first rows: at most expert_capacity, and what fits before row C.
-// 4. row = offset of the group + first[source][group] + place among the source's own entries.
+// 4. row = offset of the group + first[source][group] + position among the source's own entries.
 #ifndef JAX_DEEPEP_ROUTING_GROUP_ROWS_H_
 #define JAX_DEEPEP_ROUTING_GROUP_ROWS_H_
 
@@ -27,8 +26,8 @@ inline bool IsValidEntry(const int32_t* topk_idx, int k, int32_t num_experts) {
   return true;
 }
 
-// Whether a valid entry k makes a row of its own: always expert-major; token-major, the first valid
-// entry of each rank does, and later ones share its row.
+// Whether a valid entry k makes its own row: expert-major, always; token-major, only the first
+// valid entry of each rank does, and later ones share its row.
 inline bool MakesRow(const int32_t* topk_idx, int k, int32_t num_experts, int32_t num_local_experts,
                      Layout layout) {
   if (layout == Layout::kExpertMajor) return true;
@@ -41,16 +40,16 @@ inline bool MakesRow(const int32_t* topk_idx, int k, int32_t num_experts, int32_
   return true;
 }
 
-// Where the rows of one group stand on their rank.
+// The rows of one row group on its rank.
 struct GroupRows {
   int64_t offset = 0;  // first row
-  int64_t kept = 0;    // rows of tokens, after dropping
+  int64_t kept = 0;    // rows with tokens, after dropping
   int64_t padded = 0;  // the same, rounded up to the alignment
 };
 
-// Place a group behind the one that ended at `offset` (before dropping); `received` rows want in.
-// Returns the group, and moves `offset` to where the next one starts.
-inline GroupRows PlaceGroup(int64_t received, const RouteShape& route, int64_t* offset) {
+// Lay out a group of `received` rows after the one that ended at `offset` (before dropping).
+// Returns the group, and advances `offset` to the start of the next one.
+inline GroupRows LayOutGroup(int64_t received, const RouteShape& route, int64_t* offset) {
   int64_t wanted = received;
   if (route.expert_capacity != kNoLimit && wanted > route.expert_capacity) {
     wanted = route.expert_capacity;

@@ -25,8 +25,8 @@ std::string DriverFunction(const char* name, Function* function) {
   return "";
 }
 
-// The primary context of a device, or null. Held until the process ends: one that nobody holds is
-// destroyed with all that is in it.
+// The primary context of a device, or null. Held until the process ends: CUDA
+// destroys an unused one with everything in it.
 CUcontext PrimaryContext(int device) {
   static std::mutex mutex;
   static auto* const contexts = new std::map<int, CUcontext>;  // outlives every thread

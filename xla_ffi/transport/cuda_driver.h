@@ -1,5 +1,5 @@
-// The functions of the CUDA driver that we call, asked of the runtime: nothing links to libcuda, so
-// that the module loads on machines without a driver.
+// The functions of the CUDA driver that we call, looked up through the runtime: nothing links to
+// libcuda, so that the module loads on machines without a driver.
 #ifndef JAX_DEEPEP_TRANSPORT_CUDA_DRIVER_H_
 #define JAX_DEEPEP_TRANSPORT_CUDA_DRIVER_H_
 
@@ -27,7 +27,7 @@ struct Driver {
   decltype(&cuMemUnmap) unmap = nullptr;
   decltype(&cuMemSetAccess) set_access = nullptr;
   decltype(&cuMemGetAllocationGranularity) granularity = nullptr;
-  std::string error;  // which function is missing, or nothing
+  std::string error;  // which function is missing, or empty
 
   Driver();
   std::string Failed(const char* what, CUresult result) const;
@@ -35,11 +35,10 @@ struct Driver {
 
 const Driver& TheDriver();
 
-// Makes a device of this process current for a while. It takes the device's primary context, which
-// the runtime and XLA use as well, and leaves the thread with the context that it had, or with
-// none: to ask the runtime for the device before, and to set that again, would make a context on
-// GPU 0 in a process that uses another one. Where there is no driver, nothing happens, and what
-// follows fails.
+// Makes a device of this process current within a scope. It uses the device's primary context, like
+// the runtime and XLA, and then restores the thread's context, if any: restoring the device through
+// the runtime would create a context on GPU 0 in a process that uses another one. Without a driver
+// it does nothing, and later calls fail.
 class OnDevice {
  public:
   explicit OnDevice(int device);

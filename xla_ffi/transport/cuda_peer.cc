@@ -22,8 +22,8 @@ CUmemAllocationProp ExportableOn(int device) {
   return properties;
 }
 
-// The driver numbers the allocations of a process; a random number tells processes apart, also one
-// that was started again in the place of another.
+// The driver numbers the allocations of a process; a random number distinguishes processes, even
+// restarted ones.
 uint64_t IdOfAllocation(const void* data) {
   static const uint64_t process = [] {
     std::random_device random;
@@ -59,7 +59,7 @@ std::string PciAddressOf(const void* pointer) {
   char address[32] = "";
   if (cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess ||
       cudaDeviceGetPCIBusId(address, sizeof(address), attributes.device) != cudaSuccess) {
-    cudaGetLastError();  // nobody else is to find it
+    cudaGetLastError();  // clear it
     return "";
   }
   return address;
@@ -67,7 +67,7 @@ std::string PciAddressOf(const void* pointer) {
 
 void DeviceMemory::Unmap() {
   if (!mapped_) return;
-  // Errors are of no use here: at exit the driver may be gone already.
+  // Errors are ignored: at exit the driver may be gone already.
   const auto address = reinterpret_cast<CUdeviceptr>(data_);
   TheDriver().unmap(address, bytes_);
   TheDriver().free_address(address, bytes_);
@@ -90,7 +90,7 @@ std::string DeviceMemory::Create(int device, size_t bytes) {
   driver.release(handle);  // the mapping keeps the memory
   if (!error.empty()) return error;
   cudaError_t cleared = cudaMemset(data_, 0, bytes_);
-  // The host does not wait for it by itself, and what a peer writes must not be cleared afterwards.
+  // Wait for it, because it must not clear what a peer writes.
   if (cleared == cudaSuccess) cleared = cudaStreamSynchronize(nullptr);
   return cleared == cudaSuccess ? ""
                                 : std::string("cudaMemset failed: ") + cudaGetErrorString(cleared);
@@ -163,10 +163,10 @@ std::string DeviceMemory::Export(ExportedMemory* memory) const {
 }
 
 std::string WhyNoPeerAccess(const std::string& gpu, const std::vector<int>& devices) {
-  if (gpu.empty()) return "which GPU it is on is not known";
+  if (gpu.empty()) return "its GPU is not known";
   int owner = 0;
   if (cudaDeviceGetByPCIBusId(&owner, gpu.c_str()) != cudaSuccess) {
-    cudaGetLastError();  // said here, and nobody else is to find it
+    cudaGetLastError();  // clear it
     const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
     return "it is on GPU " + gpu + ", which this process does not see (CUDA_VISIBLE_DEVICES" +
            (visible == nullptr ? " is not set" : "=" + std::string(visible)) +
@@ -180,7 +180,7 @@ std::string WhyNoPeerAccess(const std::string& gpu, const std::vector<int>& devi
       continue;
     }
     return "GPU " + std::to_string(device) + " has no peer access to GPU " + std::to_string(owner) +
-           ": take GPUs that NVLink or PCIe joins (nvidia-smi topo -p2p r lists them)";
+           ": use GPUs connected by NVLink or PCIe (nvidia-smi topo -p2p r lists them)";
   }
   return "it is on GPU " + gpu + ", to which there is peer access";
 }

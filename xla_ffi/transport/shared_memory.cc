@@ -52,8 +52,8 @@ std::string SharedSegment::Attach(int descriptor, size_t control_bytes, size_t w
   if (fstat(descriptor_, &facts) != 0) return Failure("fstat");
   // Reading past the end of a file kills the process, so a wrong size must be an error here.
   if (static_cast<size_t>(facts.st_size) != control_bytes_ + window_bytes_) {
-    return "the segment has " + std::to_string(facts.st_size) + " bytes, expected " +
-           std::to_string(control_bytes_ + window_bytes_);
+    return "segment: expected " + std::to_string(control_bytes_ + window_bytes_) + " bytes, got " +
+           std::to_string(facts.st_size);
   }
   return Map(/*own=*/false);
 }
@@ -78,8 +78,8 @@ size_t SharedSegment::resident_bytes() const {
 }
 
 void Ring(Doorbell* bell) {
-  // Pairs with the acquire load that WaitForRing's callers begin with: what changed before the ring
-  // is seen after it.
+  // Pairs with the acquire load at the start of WaitForRing's callers: changes before the ring are
+  // visible after it.
   bell->fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }

@@ -1,8 +1,8 @@
 // Anonymous memory that processes of one host share, and waiting for a word in it to change.
 //
-// A segment is a memfd: it has no name, so nothing is left behind when its processes die, however
-// they die. Its first part, control, is written by peers too (flags and doorbells); the rest is
-// written by its owner alone, and peers map it for reading only.
+// A segment is a memfd: it has no name, so nothing is left behind when its processes die. Its first
+// part, control, is also written by peers (flags and doorbells); the rest is written by its owner
+// alone, and peers map it for reading only.
 #ifndef JAX_DEEPEP_TRANSPORT_SHARED_MEMORY_H_
 #define JAX_DEEPEP_TRANSPORT_SHARED_MEMORY_H_
 
@@ -22,17 +22,17 @@ class SharedSegment {
   SharedSegment& operator=(const SharedSegment&) = delete;
 
   // Make a segment of zeros; memory is taken page by page when it is first written.
-  // Returns an error, or nothing.
+  // Returns an error, or empty.
   std::string Create(size_t control_bytes, size_t window_bytes);
 
-  // Map a peer's segment, given as a descriptor, which is taken over. Checks its size.
+  // Map a peer's segment, given as a descriptor, and take ownership of it. Checks its size.
   std::string Attach(int descriptor, size_t control_bytes, size_t window_bytes);
 
   int descriptor() const { return descriptor_; }
   char* control() const { return control_; }
   char* windows() const { return windows_; }
 
-  // Bytes that the segment really takes up.
+  // Bytes of memory in use.
   size_t resident_bytes() const;
 
  private:
@@ -45,7 +45,7 @@ class SharedSegment {
   char* windows_ = nullptr;
 };
 
-// A word that is rung whenever something that its owner may wait for has changed.
+// A word that changes whenever something that its owner may wait for has changed.
 using Doorbell = std::atomic<uint32_t>;
 
 void Ring(Doorbell* bell);

@@ -13,7 +13,7 @@
 
 namespace cuda_on_cpu {
 
-// Save the registers that a function must keep and the stack pointer, and go on with another stack.
+// Save the registers that a function must keep and the stack pointer, and switch to another stack.
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
 .text
@@ -49,7 +49,7 @@ constexpr int kMaxThreads = 1024;
   std::abort();
 }
 
-// The stacks of a block, taken again by later ones: their pages stay.
+// The stacks of a block, reused by later ones, so that their pages stay.
 class Stacks {
  public:
   char* Take() {
@@ -88,11 +88,11 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   int lanes = 0;
-  uint64_t words[2][kWarpSize] = {};  // of the last two exchanges: who reads the one before is not disturbed
+  uint64_t words[2][kWarpSize] = {};  // of the last two exchanges: slow readers of the previous one are not disturbed
 };
 
 struct Thread {
-  Place place;
+  Position position;
   void* stack_pointer = nullptr;
   unsigned num_exchanges = 0;
   unsigned num_votes = 0;
@@ -113,14 +113,14 @@ class Block {
     all_.members = num_threads;
     for (int i = 0; i < num_threads; ++i) {
       Thread& thread = threads_[i];
-      thread.place.thread.x = i;
-      thread.place.block.x = index;
-      thread.place.block_size = {static_cast<unsigned>(num_threads), 1, 1};
-      thread.place.grid_size = {static_cast<unsigned>(num_blocks), 1, 1};
+      thread.position.thread.x = i;
+      thread.position.block.x = index;
+      thread.position.block_size = {static_cast<unsigned>(num_threads), 1, 1};
+      thread.position.grid_size = {static_cast<unsigned>(num_blocks), 1, 1};
       Warp& warp = warps_[i / kWarpSize];
       ++warp.barrier.members;
       ++warp.lanes;
-      // What cuda_on_cpu_switch takes from a stack: six registers, and where to go on. A function
+      // What cuda_on_cpu_switch takes from a stack: six registers, and the return address. A function
       // begins 8 bytes off a multiple of 16.
       auto* top = reinterpret_cast<void**>(stacks_ + (i + 1) * kStackBytes);
       *--top = nullptr;
@@ -136,7 +136,7 @@ class Block {
     block = this;
     int num_turns = 0;
     while (num_ended_ < static_cast<int>(threads_.size())) {
-      if (ready_.empty()) Die("threads of a block wait at a barrier to which others do not come");
+      if (ready_.empty()) Die("threads of a block wait at a barrier that others do not reach");
       const size_t at = random_() % ready_.size();
       const int next = ready_[at];
       ready_[at] = ready_.back();
@@ -151,13 +151,13 @@ class Block {
   void GiveWay() {
     ready_.push_back(IndexOf(*current));
     LeaveTurn();
-    if (ready_.empty()) std::this_thread::yield();  // nothing else to do here: other blocks may
+    if (ready_.empty()) std::this_thread::yield();  // for other blocks
   }
 
   void Wait(Barrier* barrier) {
     barrier->waiting.push_back(IndexOf(*current));
     if (static_cast<int>(barrier->waiting.size()) == barrier->members) {
-      Release(barrier);  // this thread too: whoever comes last is not the first to go on
+      Release(barrier);  // this thread too: the last one to arrive is not always the first to continue
     }
     LeaveTurn();
   }
@@ -181,7 +181,7 @@ class Block {
       }
     }
     LeaveTurn();
-    Die("a thread that has ended goes on");
+    Die("a thread that has ended continues");
   }
 
   void Release(Barrier* barrier) {
@@ -214,7 +214,7 @@ std::atomic<unsigned> Block::num_runs{0};
 
 }  // namespace
 
-const Place& Here() { return current->place; }
+const Position& Here() { return current->position; }
 
 void RunGrid(int num_blocks, int num_threads, const std::function<void()>& body) {
   std::vector<std::thread> blocks;
@@ -230,7 +230,7 @@ void GiveWay() {
 
 void SyncThreads() { block->Wait(block->all()); }
 bool SyncThreadsAnd(bool value) {
-  // Nobody sets the one of the next call before all have read this one: they all come to a barrier between.
+  // No thread sets the flag of the next call before all have read this one: there is a barrier between.
   bool* all = block->AllOf(current->num_votes++);
   if (!value) *all = false;
   block->Wait(block->all());
@@ -244,7 +244,7 @@ void SyncWarp() { block->Wait(&block->WarpOfCurrent().barrier); }
 const uint64_t* Exchange(uint64_t word) {
   Warp& warp = block->WarpOfCurrent();
   uint64_t* words = warp.words[current->num_exchanges++ % 2];
-  words[current->place.thread.x % kWarpSize] = word;
+  words[current->position.thread.x % kWarpSize] = word;
   block->Wait(&warp.barrier);
   return words;
 }

@@ -1,7 +1,7 @@
 // Threads of CUDA blocks as coroutines on CPUs, so that kernels run, with all ranks at once, where there is no
-// GPU. A block is a thread of the system; its threads take turns in it, in a random order, and give way at
-// barriers, at collectives of their warp and at every load that may be one of a wait. A barrier that not all
-// come to ends the program.
+// GPU. A block is a thread of the system; its threads take turns in it, in a random order, and yield at
+// barriers, at collectives of their warp and at every load that may be part of a wait. A barrier that not all
+// threads reach ends the program.
 //
 // It shows that kernels compute the right bits and that their waits end, in many orders. It shows nothing of
 // speed, and little of the memory model: the CPU's own order holds.
@@ -20,23 +20,23 @@ struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
 
-// Where the calling thread stands.
-struct Place {
+// The position of the calling thread.
+struct Position {
   Index3 thread, block, block_size, grid_size;
 };
-const Place& Here();
+const Position& Here();
 
 // Run a kernel's body in all threads of all blocks; return when all have ended.
 void RunGrid(int num_blocks, int num_threads, const std::function<void()>& body);
 
-// Let other threads go on.
+// Yield to other threads.
 void GiveWay();
 
 void SyncThreads();
 bool SyncThreadsAnd(bool value);  // whether it is true for all threads of the block
 void SyncWarp();
 
-// What the lanes of the warp, all of which call this, have given: one word of each.
+// The words that the lanes of the warp, all of which call this, have passed.
 const uint64_t* Exchange(uint64_t word);
 int LanesOfWarp();
 

@@ -1,4 +1,4 @@
-// What kernels and their tests take of CUDA, on CPUs: see block_threads.h. Nothing of NVIDIA's is needed.
+// The parts of CUDA that kernels and their tests use, on CPUs: see block_threads.h. Needs no CUDA toolkit.
 #ifndef JAX_DEEPEP_TESTS_CUDA_ON_CPU_CUDA_RUNTIME_H_
 #define JAX_DEEPEP_TESTS_CUDA_ON_CPU_CUDA_RUNTIME_H_
 
@@ -59,13 +59,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream);  // waits for it
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
-                             cudaStream_t stream);  // only where there are SMs to be short of: see cuda_ranks.cu
+                             cudaStream_t stream);  // only used on GPUs: see cuda_ranks.cu
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 const char* cudaGetErrorString(cudaError_t error);
 
 namespace cuda_on_cpu {
 
-// Do this after all that the stream has to do before.
+// Enqueue work on a stream.
 void Enqueue(cudaStream_t stream, std::function<void()> work);
 
 }  // namespace cuda_on_cpu

@@ -1,4 +1,4 @@
-// Memory, and streams: a thread each, which does one thing after the other.
+// Memory, and streams: a thread each, which runs its work in order.
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
@@ -51,7 +51,7 @@ struct CUstream_st {
 
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<std::function<void()>> work;  // the first is under way
+  std::deque<std::function<void()>> work;  // the first is running
   bool ends = false;
   std::thread thread;
 };

@@ -1,5 +1,4 @@
-// Included before every file of kernels: the memory that a block may ask for at launch, under the name that
-// kernels give it.
+// Included before every file of kernels: the dynamic shared memory of a block, under the name that kernels use.
 #include "cuda_runtime.h"
 
 namespace jax_deepep {

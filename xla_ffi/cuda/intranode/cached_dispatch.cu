@@ -54,7 +54,7 @@ class Pairs {
   __device__ const int32_t* Line(int pair) const {
     return op_.params.pairs + int64_t{1 + pair} * table_.line_ints();
   }
-  // The first pair of a rank, or of a later one.
+  // The first pair of this rank or a later one.
   __device__ int FirstOf(int rank) const {
     const int64_t first_code = int64_t{rank} * op_.frame.shape.max_tokens;
     int low = 0, high = count_;
@@ -68,7 +68,7 @@ class Pairs {
     }
     return low;
   }
-  // Token-major: rows of tokens come first, then what fills them up to the alignment.
+  // Token-major: rows of tokens come first, then padding rows.
   __device__ int CountRows() const {
     int low = 0, high = op_.params.group_sizes[0];
     while (low < high) {
@@ -96,10 +96,10 @@ __device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t sou
   if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
 }
 
-// Rows as they are.
+// Copy rows.
 template <bool kWhole>
-__device__ void Carry(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
-                      int32_t* taken) {
+__device__ void Copy(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
+                     int32_t* taken) {
   const PairOrder order = pairs.Order();
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
     const int pair = order.At(item);
@@ -107,12 +107,12 @@ __device__ void Carry(const CachedDispatch& op, const GroupOp& group, const Pair
     const int64_t row = pairs.RowOfLane(pair);
     if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
     CountTaken(taken, op, source);
-    CarryRow(RowAt(op, group, source), static_cast<char*>(op.params.rows),
-             WordsOf<kWhole>(op.row_bytes), [row] { return row; });
+    CopyRowToLanes(RowAt(op, group, source), static_cast<char*>(op.params.rows),
+                   WordsOf<kWhole>(op.row_bytes), [row] { return row; });
   }
 }
 
-// Rows scaled by their weights, and their products with y. Expert-major.
+// Scale rows by their weights, and compute their products with y. Expert-major.
 template <typename Type, bool kWhole>
 __device__ void Scale(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
                       int32_t* taken) {
@@ -128,7 +128,7 @@ __device__ void Scale(const CachedDispatch& op, const GroupOp& group, const Pair
   }
 }
 
-// `work` is Carry or Scale.
+// `work` is Copy or Scale.
 template <bool kWhole, typename Work>
 __device__ void Run(const CachedDispatch& op, Work work) {
   __shared__ GroupOp::Shared shared;
@@ -158,9 +158,9 @@ __device__ void Run(const CachedDispatch& op, Work work) {
 
 template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
-    CarryKernel(const __grid_constant__ CachedDispatch op) {
+    CopyKernel(const __grid_constant__ CachedDispatch op) {
   Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
-    Carry<kWhole>(op, group, pairs, taken);
+    Copy<kWhole>(op, group, pairs, taken);
   });
 }
 
@@ -201,21 +201,22 @@ const char* VerbKernels<Throughput, CachedDispatchParams>::Launch(
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   if (params.weights == nullptr && params.y == nullptr) {
     const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
-    return LaunchKernel(whole ? CarryKernel<true> : CarryKernel<false>, op, num_blocks, kThreads, 0,
+    return LaunchKernel(whole ? CopyKernel<true> : CopyKernel<false>, op, num_blocks, kThreads, 0,
                         stream);
   }
   if (params.weights == nullptr || params.y == nullptr || params.pairs == nullptr) {
-    return "weights and products come together, and with expert-major rows";
+    return "weights, y: expected both or neither, and with expert-major rows";
   }
   const Kernel kernel =
       IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
-  if (kernel == nullptr) return "integers are only carried: they take no weights and no products";
+  if (kernel == nullptr)
+    return "x: expected floats with weights or y, got integers, which are only copied";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
 template <>
 const char* VerbKernels<Throughput, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
-  std::vector<Kernel> kernels = {CarryKernel<true>, CarryKernel<false>};
+  std::vector<Kernel> kernels = {CopyKernel<true>, CopyKernel<false>};
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     kernels.push_back(ScaleKernelFor<true>(type));
     kernels.push_back(ScaleKernelFor<false>(type));

@@ -3,8 +3,8 @@
 //
 // 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once.
 // 2. Publish; wait for everyone.
-// 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row needs no sum,
-//    and its row is read, and weighted, in place.
+// 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row needs no sum:
+//    its row is read and weighted in place.
 #include <cuda_runtime.h>
 
 #include "cuda/divisor.h"
@@ -30,7 +30,7 @@ struct Combine {
   Divisor max_tokens, capacity;
 };
 
-// The sum of the token's rows here stands where its rank finds it.
+// The offset of a token's sum in the scratch of the rank of its experts.
 __device__ int64_t SumOffset(const Combine& op, int rank, int token) {
   return (int64_t{rank} * op.params.route.num_tokens + token) * op.row_bytes;
 }
@@ -60,7 +60,7 @@ __device__ void SumPairs(const Combine& op, Term* terms) {
         Pair pair{line.source, {}};
         pair.inputs.count = __popc(__ballot_sync(~0u, line.row != kNone));
         if (line.row == kNone) return pair;
-        pair.inputs.place = lane;
+        pair.inputs.position = lane;
         pair.inputs.row = static_cast<const char*>(params.y) + line.row * op.row_bytes;
         if constexpr (kWeighted) pair.inputs.weight = params.weights[line.row];
         return pair;
@@ -75,7 +75,7 @@ __device__ void SumPairs(const Combine& op, Term* terms) {
       });
 }
 
-// What a token of this rank adds up: the bias, and a row of every rank that has one, ranks
+// The inputs of a token's sum: the bias, and a row of every rank that has one, ranks
 // ascending. `destination` is that of the lane's entry.
 __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, int32_t destination,
                            int32_t* taken) {
@@ -93,7 +93,7 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
     const int64_t at = expert_major ? row : row * shape.num_topk + lane;
     inputs.gradient = group.Operand<float>(rank, kGradients)[at];
   }
-  // The ranks that the token takes rows of, as bits.
+  // The ranks that have rows of the token, as bits.
   const uint32_t low = __reduce_or_sync(~0u, leads && rank < 32 ? 1u << rank : 0u);
   const uint32_t high = __reduce_or_sync(~0u, leads && rank >= 32 ? 1u << (rank - 32) : 0u);
   const uint64_t ranks = uint64_t{high} << 32 | low;
@@ -102,7 +102,7 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
     inputs.count = 1;
   }
   if (leads) {
-    inputs.place = inputs.count + __popcll(ranks & ((uint64_t{1} << rank) - 1));
+    inputs.position = inputs.count + __popcll(ranks & ((uint64_t{1} << rank) - 1));
     atomicAdd(&taken[rank], 1);
     if (expert_major && __popc(same) > 1) {  // summed in step 1
       inputs.row = group.Operand<char>(rank, kSums) + SumOffset(op, op.frame.rank, token);
@@ -209,7 +209,7 @@ const char* VerbKernels<Throughput, CombineParams>::Launch(const OpFrame& frame,
   }
   const RowType type = params.route.row_type;
   const Kernel kernel = KernelFor(type, IsWhole(params.route.row_size), params.weights != nullptr);
-  if (kernel == nullptr) return "integers are only carried, not summed";
+  if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 

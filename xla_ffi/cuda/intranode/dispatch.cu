@@ -1,16 +1,16 @@
-// dispatch inside a node: every rank counts and lists what it sends, tells its peers, and pulls its
-// own rows from theirs straight to their final places.
+// dispatch inside a node: every rank counts and lists what it sends, notifies its peers, and pulls
+// its rows from them directly to their final positions.
 //
-// 1. Count: the entries of this rank per group, and its tokens per destination rank; every entry's
-//    place among those of its warp goes into its record.
-// 2. List: places among all entries of this rank, and the tokens for each rank.
+// 1. Count: the entries of this rank per row group, and its tokens per destination rank; every
+//    entry's position among those of its warp goes into its record.
+// 2. List: positions among all entries of this rank, and the tokens for each rank.
 // 3. Publish counts; wait for everyone's.
-// 4. Plan: prefix sums over the sources turn places into rows; drop what does not fit.
-// 5. Pull: each token that has experts here once, whatever the number of its rows.
+// 4. Plan: prefix sums over the sources turn positions into rows; drop what does not fit.
+// 5. Pull: each token with experts on this rank once, however many rows it has.
 //
-// Lists and records stand in XLA's memory. A source that has given up may have left them to others:
-// the op fails in the end, but what they say until then must not lead outside the arrays. Counts
-// are safe.
+// Lists and records are in XLA's memory, which may be reused after a source has aborted: the op
+// fails in the end, but until then their contents must not lead outside the arrays. Counts are
+// safe.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -33,7 +33,7 @@
 namespace jax_deepep {
 namespace {
 
-// Tell this rank's tokens where they went.
+// Write the destinations of this rank's tokens.
 __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
   const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
@@ -45,7 +45,7 @@ __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
         if (record.expert != kNone) {
           const int owner = op.RankOf(record.expert);
           const int group = expert_major ? record.expert : owner;
-          const int32_t row = RowOf(plan, group, plan.first_of_own[group], record.place);
+          const int32_t row = RowOf(plan, group, plan.first_of_own[group], record.position);
           if (row != kNone) {
             destination = static_cast<int32_t>(int64_t{owner} * op.params.route.capacity + row);
           }
@@ -54,13 +54,13 @@ __device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
       });
 }
 
-// A token that has experts here.
+// A token with experts on this rank.
 struct Pair {
   int32_t number, source, token;
   EntryRecord record;  // of the lane's entry
 };
 
-// Write down where the pair's rows stand. Returns the row that this lane is to write, or kNone.
+// Write the routes of the pair's rows. Returns the row that this lane is to write, or kNone.
 __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTable& table,
                               const Pair& pair) {
   const GroupShape& shape = op.frame.shape;
@@ -76,7 +76,7 @@ __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTa
   if (here) {
     const int local = expert_major ? expert : 0;
     row = RowOf(plan, rank * per_rank + local, plan.first_here[pair.source * per_rank + local],
-                record.place);
+                record.position);
   }
   const uint32_t live = __ballot_sync(~0u, row != kNone);
   const int nth = __popc(live & ((1u << lane) - 1));
@@ -141,9 +141,9 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         return pair;
       },
       [&](int, const Pair& pair) {
-        CarryRow(group.Operand<char>(pair.source, kRows) + pair.token * op.row_bytes,
-                 static_cast<char*>(op.params.tokens), WordsOf<kWhole>(op.row_bytes),
-                 [&] { return WriteRoute(op, plan, table, pair); });
+        CopyRowToLanes(group.Operand<char>(pair.source, kRows) + pair.token * op.row_bytes,
+                       static_cast<char*>(op.params.tokens), WordsOf<kWhole>(op.row_bytes),
+                       [&] { return WriteRoute(op, plan, table, pair); });
       });
 }
 
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
   GroupOp group(op.frame, &shared);
   const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
 
-  // Counters stand where the plan does afterwards.
+  // Counters share the memory of the plan.
   if (group.Begin() && CountAndList(op, group, reinterpret_cast<int32_t*>(memory))) {
     group.Publish();
     if (group.WaitForArrivals()) {
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 }  // namespace
 
 int64_t Throughput::LeastSharedBytes(const GroupShape& shape) {
-  // More than the counters of one warp, which stand in the same place.
+  // More than the counters of one warp, which share this memory.
   return Plan::Ints(shape) * static_cast<int64_t>(sizeof(int32_t));
 }
 

@@ -1,5 +1,5 @@
-// Steps 1 and 2 of dispatch, on the rank of the tokens: how many entries go where, each entry's
-// place among those of its group, and the tokens for each rank.
+// Steps 1 and 2 of dispatch, on the rank of the tokens: entries per row group, each entry's
+// position in its row group, and the tokens for each rank.
 #ifndef JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_COUNT_CUH_
 #define JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_COUNT_CUH_
 
@@ -11,9 +11,9 @@
 
 namespace jax_deepep {
 
-// Where a lane stands when a warp looks at whole tokens, an entry per lane.
+// The entry of a lane when a warp processes whole tokens, an entry per lane.
 struct LaneOfToken {
-  int token;   // which of the warp's
+  int token;   // index among the warp's
   int entry;   // of the token
   int tokens;  // of the warp
 
@@ -23,7 +23,7 @@ struct LaneOfToken {
         tokens(topk.Quotient(32)) {}
 };
 
-// What becomes of the lane's entry.
+// The result for the lane's entry.
 struct EntryLane {
   bool valid;         // it names an expert, for the first time in its token
   bool wrong;         // it counts as invalid
@@ -33,8 +33,8 @@ struct EntryLane {
   int32_t pair_lane;  // the lane that makes its pair
 };
 
-// `expert` is what topk_idx says. Lanes of a token compare themselves one by one: with K = 8, that
-// takes less time than to match all lanes of the warp.
+// `expert` is the value in topk_idx. Lanes of a token are compared one by one: with K = 8, that is
+// faster than __match_any_sync.
 __device__ inline EntryLane LookAtEntry(const Dispatch& op, const LaneOfToken& at, int32_t expert) {
   const int lane = threadIdx.x % 32;
   const bool named = expert >= 0 && expert < op.frame.shape.num_experts;
@@ -57,29 +57,29 @@ __device__ inline EntryLane LookAtEntry(const Dispatch& op, const LaneOfToken& a
   return entry;
 }
 
-// An entry's places among those that the warp has counted before.
-struct Places {
+// An entry's positions among those that the warp has counted before.
+struct Positions {
   int in_expert = 0;
   int in_list = 0;  // of its rank, if it makes a pair
 };
 
 // Add the lanes' entries to the warp's own `counters`, one token after the other: no two entries of
 // a token share a counter.
-__device__ inline Places CountEntries(int num_experts, const LaneOfToken& at,
-                                      const EntryLane& entry, int32_t* counters) {
+__device__ inline Positions CountEntries(int num_experts, const LaneOfToken& at,
+                                         const EntryLane& entry, int32_t* counters) {
   int32_t* of_expert = counters + entry.expert;
   int32_t* of_list = counters + num_experts + entry.rank;
-  Places places;
+  Positions positions;
   for (int token = 0; token < at.tokens; ++token) {
     if (token == at.token && entry.valid) {
-      places.in_expert = *of_expert;
-      if (entry.makes_pair) places.in_list = *of_list;
-      *of_expert = places.in_expert + 1;
-      if (entry.makes_pair) *of_list = places.in_list + 1;
+      positions.in_expert = *of_expert;
+      if (entry.makes_pair) positions.in_list = *of_list;
+      *of_expert = positions.in_expert + 1;
+      if (entry.makes_pair) *of_list = positions.in_list + 1;
     }
     __syncwarp();
   }
-  return places;
+  return positions;
 }
 
 // Steps 1 and 2; `counters` are shared memory [count_warps][columns]. False: the op is lost.
@@ -93,7 +93,7 @@ __device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t*
       warp < op.count_warps ? TokenRange::Part(block, warp, op.count_warps) : TokenRange{0, 0};
   int32_t* own_counters = counters + warp * columns;
 
-  // A lane's entries stand a step apart; each is loaded while the one before is looked at.
+  // A lane's entries are a step apart; each is loaded while the previous one is processed.
   const LaneOfToken at(op.topk);
   const int num_topk = shape.num_topk, step = at.tokens * num_topk;
   const int64_t end = int64_t{tokens.end} * num_topk;
@@ -110,19 +110,20 @@ __device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t*
     const int32_t next_expert = next_inside ? op.params.topk_idx[next_index] : kNone;
     const float next_weight = next_inside ? op.params.topk_weights[next_index] : 0.0f;
     const EntryLane entry = LookAtEntry(op, at, expert);
-    const Places places = CountEntries(shape.num_experts, at, entry, own_counters);
-    const int pair = __shfl_sync(~0u, places.in_list, entry.pair_lane);
+    const Positions positions = CountEntries(shape.num_experts, at, entry, own_counters);
+    const int pair = __shfl_sync(~0u, positions.in_list, entry.pair_lane);
     wrong += __popc(__ballot_sync(~0u, entry.wrong));
     if (inside) {
       Records(op)[index] = {entry.valid ? entry.expert : kNone,
-                            expert_major ? places.in_expert : pair, weight,
-                            entry.makes_pair ? places.in_list : kNone};
+                            expert_major ? positions.in_expert : pair, weight,
+                            entry.makes_pair ? positions.in_list : kNone};
     }
     index = next_index, inside = next_inside, expert = next_expert, weight = next_weight;
   }
   if (lane == 0 && wrong > 0) atomicAdd(&group.own().num_invalid, wrong);
   __syncthreads();
-  // Counters become the counts of the warps before, and the block's counts are told to the others.
+  // Counters become the counts of the warps before, and the block publishes its counts to the
+  // others.
   int32_t* block_counts = op.frame.BlockCounts(blockIdx.x);
   for (int column = threadIdx.x; column < columns; column += kThreads) {
     int32_t before = 0;
@@ -154,8 +155,8 @@ __device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t*
                if (record.expert == kNone) return;
                const int rank = op.RankOf(record.expert);
                const int list = shape.num_experts + rank;
-               Records(op)[index].place =
-                   record.place + own_counters[expert_major ? record.expert : list];
+               Records(op)[index].position =
+                   record.position + own_counters[expert_major ? record.expert : list];
                if (record.pair != kNone) {
                  TokenList(op, rank)[own_counters[list] + record.pair] =
                      op.topk.Quotient(static_cast<int32_t>(index));

@@ -1,6 +1,6 @@
-// cached_dispatch in low-latency mode: every rank pushes rows along known routes, and each of its
-// peers moves what came to the rows of its tokens; scaled and multiplied with other rows, it is the
-// gradient of combine.
+// cached_dispatch in low-latency mode: every rank pushes rows along known routes, and its
+// peers copy what they receive to the rows of the tokens; scaled and multiplied with other rows, it
+// is the gradient of combine.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -41,8 +41,7 @@ __device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& 
   }
 }
 
-// Call use(slot, row of the lane or kNone, first byte and elements of the part) for all slots that
-// have come.
+// Call use(slot, row of the lane or kNone, part) for all received slots.
 template <bool kWhole, typename Use>
 __device__ void ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group, int32_t* taken,
                          Use use) {
@@ -64,7 +63,7 @@ __device__ void ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group,
   }
 }
 
-// `work` gets what ForSlots wants to have done.
+// `work` is called as in ForSlots.
 template <bool kWhole, typename Work>
 __device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
   __shared__ RankOp::Shared shared;
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int32_t of_warps[kWarps][32];
   int32_t* rows = of_warps[threadIdx.x / 32];
   Run<kWhole>(op, [&](const Slot& at, int32_t row, int) {
-    // Rows that were dropped leave gaps.
+    // Dropped rows leave gaps.
     const int lane = threadIdx.x % 32;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
     __syncwarp();
@@ -147,7 +146,7 @@ const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
   const int num_tokens = params.route.num_tokens;
   const int64_t row_bytes = params.route.rows().bytes();
   const bool scales = params.weights != nullptr || params.y != nullptr;
-  // A product is a sum over a whole row.
+  // A dot product needs the whole row.
   const int num_parts = scales ? 1 : NumParts(frame.shape, num_tokens, row_bytes);
   const int num_slots = std::max(num_tokens, 1);
   LowLatencyCachedDispatch op{frame,
@@ -163,11 +162,12 @@ const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
   }
   if (params.weights == nullptr || params.y == nullptr ||
       params.route.layout != Layout::kExpertMajor) {
-    return "weights and products come together, and with expert-major rows";
+    return "weights, y: expected both or neither, and with expert-major rows";
   }
   const Kernel kernel =
       IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
-  if (kernel == nullptr) return "integers are only copied: they take no weights and no products";
+  if (kernel == nullptr)
+    return "x: expected floats with weights or y, got integers, which are only copied";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 

@@ -1,10 +1,10 @@
 // combine in low-latency mode: the rank of the experts sums a token's rows and pushes the sum to
-// the rank of the token, which adds up what came, in ascending order of ranks.
+// the rank of the token, which adds the received sums in ascending order of ranks.
 //
 // 1. Push: a warp for each part of a slot of the dispatch, p = sum of w * y, rounded once, into the
-//    window of the token's rank. Only this rank knows which rows it has dropped: every slot gets
-//    its signals, and those without a row say so.
-// 2. Sum: a warp for each part of a token, once all ranks' signals for it have come.
+//    window of the token's rank. Only this rank knows which rows it has dropped, so every
+//    slot gets its signals, which say whether there is a row.
+// 2. Sum: a warp for each part of a token, once all ranks' signals for it have arrived.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -58,7 +58,7 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
         Inputs inputs;
         inputs.count = __popc(live);
         if (row != kNone) {
-          inputs.place = __popc(live & ((1u << lane) - 1));
+          inputs.position = __popc(live & ((1u << lane) - 1));
           inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes + elements.begin;
           if constexpr (kWeighted) inputs.weight = params.weights[row];
         }
@@ -192,7 +192,7 @@ const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
                        Divisor(num_parts)};
   const Kernel kernel =
       KernelFor(params.route.row_type, IsWhole(params.route.row_size), params.weights != nullptr);
-  if (kernel == nullptr) return "integers are only copied, not summed";
+  if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 

@@ -1,14 +1,12 @@
 // dispatch in low-latency mode: every rank pushes its tokens, with their experts, into slots of the
-// windows of its peers; each of these then knows all that came for it, finds the rows' places, and
-// moves them there.
+// windows of its peers; each peer then assigns rows to what it has received, and copies it there.
 //
-// 1. Push: a warp for each part of a token's row, to all ranks that have experts of it; the first
-//    part's warp pushes the entries too. Every slot of every peer gets its signals.
-// 2. Wait for the first part of all slots of the own window, by every block.
-// 3. Plan, by every block for itself: count the entries of each group, a warp for each run of
-// slots,
-//    and number them in the order of the slots, which is (source, token).
-// 4. Copy: a warp for each part of a slot, to all the rows of its token here.
+// 1. Push: a warp for each part of a token's row, to all ranks that have its experts; the first
+//    part's warp also pushes the entries. Every slot of every peer gets its signals.
+// 2. Wait, in every block, for the first part of all slots of this rank's window.
+// 3. Plan, in every block: count the entries of each row group, a warp for each run of slots, and
+//    number them in the order of the slots, which is (source, token).
+// 4. Copy: a warp for each part of a slot, to all the rows of its token on this rank.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -29,7 +27,7 @@ struct LowLatencyDispatch {
   Dispatch op;
   SignalledFrame signalled;
   Divisor num_slots, num_parts;
-  int32_t count_warps;  // warps of a block that count: what its shared memory has counters for
+  int32_t count_warps;  // warps of a block that count, limited by shared memory for counters
 
   __device__ int NumSlots() const { return op.frame.shape.num_ranks * signalled.num_slots; }
 };
@@ -41,7 +39,7 @@ struct SlotPlan {
   int32_t* rows;      // [slots of this block's warps][K]: rows, or kNone
 };
 
-// Of all that SlotPlan points to.
+// The size of everything that SlotPlan points to.
 int64_t SharedInts(const GroupShape& shape, int groups, int num_slots, int num_blocks,
                    int count_warps) {
   const int64_t slots_of_block =
@@ -75,7 +73,7 @@ __device__ void PushTokens(const LowLatencyDispatch& dispatch, const SignalledOp
       if (inside) params.destination[entry] = rank;
       const int wrong = __popc(__ballot_sync(~0u, inside && named != kNone && !valid));
       if (lane == 0 && wrong > 0) atomicAdd(&group.own().num_invalid, wrong);
-      // What goes with the row, to each rank in turn.
+      // The entries that accompany the row, to each rank in turn.
       for (uint32_t lanes = __ballot_sync(~0u, leads); lanes != 0; lanes &= lanes - 1) {
         const int to = __shfl_sync(~0u, rank, __ffs(lanes) - 1);
         SlotEntry* entries = group.SlotOf(to, self, token).entries();
@@ -105,7 +103,7 @@ __device__ bool WaitForSlots(const LowLatencyDispatch& dispatch, SignalledOp& gr
   return __syncthreads_and(all);
 }
 
-// The group of rows of the lane's entry in a slot, or kNone.
+// The row group of the lane's entry in a slot, or kNone.
 __device__ int32_t GroupOfEntry(const LowLatencyDispatch& dispatch, const SignalledOp& group,
                                 int slot, SlotEntry* entry) {
   const Dispatch& op = dispatch.op;
@@ -119,7 +117,7 @@ __device__ int32_t GroupOfEntry(const LowLatencyDispatch& dispatch, const Signal
   return has_row && lane == 0 ? 0 : kNone;
 }
 
-// Step 3. Also writes what is known of the rows of this block's slots.
+// Step 3. Also writes the routes of this block's slots.
 __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& group,
                          const SlotPlan& slots) {
   const Dispatch& op = dispatch.op;
@@ -156,7 +154,7 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& 
     plan.kept[own + i] = before;
   }
   __syncthreads();
-  if (warp == 0) PlaceGroups(op, plan, op.frame.rank);
+  if (warp == 0) LayOutGroups(op, plan, op.frame.rank);
   __syncthreads();
 
   const PairTable table(shape, params.route);
@@ -165,7 +163,7 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& 
     const int32_t at = GroupOfEntry(dispatch, group, slot, &entry);
     const int32_t row = at != kNone ? RowOf(plan, own + at, 0, counters[at]++) : kNone;
     __syncwarp();
-    // Another block's, or the one that there is without tokens.
+    // Another block's slot, or the dummy slot of an op without tokens.
     if (slot % gridDim.x != blockIdx.x || params.route.num_tokens == 0) continue;
     const int source = dispatch.num_slots.Quotient(slot);
     const int32_t code =
@@ -173,7 +171,7 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SignalledOp& 
     const uint32_t here = __ballot_sync(~0u, at != kNone);
     const uint32_t live = __ballot_sync(~0u, row != kNone);
     if (lane < num_topk) slots.rows[slot / gridDim.x * num_topk + lane] = row;
-    // An entry keeps its place among those of its token here, dropped or not.
+    // An entry keeps its position among those of its token on this rank, dropped or not.
     int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
     if (lane == 0) line[0] = live != 0 ? code : kNone;
     if (at != kNone) line[1 + __popc(here & ((1u << lane) - 1))] = row;
@@ -241,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   slots.plan.offset = ints + 2 - op.frame.rank * groups;
   slots.plan.kept = slots.plan.offset + groups;
   slots.plan.taken = ints + 2 + 2 * groups;
-  slots.plan.pairs_before = &num_pairs - shape.num_ranks;  // nobody needs how many there are
+  slots.plan.pairs_before = &num_pairs - shape.num_ranks;  // their number is not needed
   slots.counters = slots.plan.taken + shape.num_ranks;
   slots.rows = slots.counters + dispatch.count_warps * groups;
   num_pairs = 0;
@@ -266,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 int64_t LowLatency::LeastSharedBytes(const GroupShape& shape) {
-  constexpr int kFewBlocks = 8;  // among which the slots are shared out
+  constexpr int kFewBlocks = 8;  // that share the slots
   return SharedInts(shape, shape.num_local_experts(), std::max(shape.max_tokens, 1), kFewBlocks,
                     1) *
          static_cast<int64_t>(sizeof(int32_t));
@@ -304,7 +302,7 @@ const char* VerbKernels<LowLatency, DispatchParams>::Launch(const OpFrame& frame
   }
   const int64_t bytes = bytes_with(dispatch.count_warps);
   if (bytes > device.shared_bytes) {
-    return "max_tokens is too large for low-latency mode on so few SMs; take throughput mode";
+    return "max_tokens is too large for low-latency mode on so few SMs; use mode=\"throughput\"";
   }
   const bool whole = IsWhole(static_cast<int>(dispatch.op.row_bytes / sizeof(uint16_t)));
   return LaunchKernel(whole ? LowLatencyDispatchKernel<true> : LowLatencyDispatchKernel<false>,

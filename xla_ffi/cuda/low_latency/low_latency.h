@@ -1,5 +1,5 @@
 // The mode for few tokens: ranks push rows into each other's windows, with one message per op and
-// peer. Results are those of throughput mode, bit for bit, but for the handle: `destination` is the
+// peer. Results are bitwise those of throughput mode, except for the handle: `destination` is the
 // rank of the expert, dropped or not, and line 1 + i of `pairs` belongs to slot i = source * max(T,
 // 1) + token.
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_LOW_LATENCY_H_

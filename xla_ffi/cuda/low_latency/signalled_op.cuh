@@ -1,17 +1,17 @@
-// How the ranks of a group go through one op in low-latency mode: one one-way message per peer.
+// How the ranks of an EP group synchronise in low-latency mode: one one-way message per peer.
 //
 //     Begin | push parts of rows, each with its Signal | Wait for everyone's | read own window |
 //     Finish
 //
 // Every op pushes a Signal for each slot of every peer, whether it has a row for it or not, and
-// waits for all slots of its own window. So a rank that begins op n has heard from all peers in op
-// n - 1; each of them had then ended op n - 2, and with it its reads of the bank that op n writes.
-// No peer reads this rank's arrays, so that nothing is waited for at the end.
+// waits for all slots of its own window. So a rank that begins op n has received signals of all
+// peers in op n - 1; each of them had then ended op n - 2, and with it its reads of the bank that
+// op n writes. No peer reads this rank's arrays, so there is no wait at the end.
 //
-// The rank tells its peers which op it is in as well (Announce), beside the rows: a peer that waits
-// in another op, of either mode, sees so.
+// The rank also announces the op to its peers (Announce): a peer that waits in another op, of
+// either mode, detects it.
 //
-// tests/unit/protocol_low_latency.py has this protocol step by step.
+// tests/unit/protocol_low_latency.py models this protocol step by step.
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_SIGNALLED_OP_CUH_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_SIGNALLED_OP_CUH_
 
@@ -25,7 +25,7 @@
 
 namespace jax_deepep {
 
-// What all kernels of this mode get besides their parameters.
+// What all kernels of this mode take besides their parameters.
 struct SignalledFrame {
   WindowLayout window;
   int32_t num_parts = 1;
@@ -54,7 +54,7 @@ struct RowPart {
   int64_t begin;
   RowShape<kWhole> shape;
 
-  // Parts of whole groups of elements, the last one what is left: it may be empty.
+  // Parts are whole groups of elements; the last one is the rest, which may be empty.
   __device__ RowPart(int32_t size, int element_bytes, int part, int num_parts) {
     const int groups = (size + kGroup - 1) / kGroup;
     const int of_part = (groups + num_parts - 1) / num_parts * kGroup;
@@ -64,7 +64,7 @@ struct RowPart {
   }
 };
 
-// Write a row to all the places that lanes of this warp name: every lane has one or null.
+// Copy a row to the addresses of all lanes of this warp that are not null.
 template <bool kWhole>
 __device__ void CopyRow(const char* from, RowShape<kWhole> shape, char* to) {
   const int lane = threadIdx.x % 32;
@@ -94,7 +94,7 @@ class SignalledOp : public RankOp {
   __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
       : RankOp(frame, shared), signalled_(signalled) {}
 
-  // Tell all peers which op this is. By the first block, after Begin.
+  // Announce this op to all peers. By the first block, after Begin.
   __device__ void Announce() {
     if (blockIdx.x != 0) return;
     const int lane = threadIdx.x % 32;
@@ -109,14 +109,15 @@ class SignalledOp : public RankOp {
     }
   }
 
-  // Where `source` puts what belongs to one of its own tokens, or to one of the owner's.
+  // The slot to which `source` pushes the data of one of its own tokens, or of one of the owner's.
   __device__ Slot SlotOf(int owner, int source, int token) const {
     char* control = reinterpret_cast<char*>(frame_.control[owner]);
     return {control + signalled_.window.SlotOffset(step(), source, token),
             signalled_.window.row_offset};
   }
 
-  // Let the owner of a slot have what this warp has written of it; every lane may name a slot.
+  // Signal to the owner of a slot that this warp has written a part of it; every lane may have a
+  // slot.
   __device__ void Send(bool sends, const Slot& slot, int part, bool has_row) const {
     __syncwarp();
     if (!sends) return;
@@ -125,8 +126,8 @@ class SignalledOp : public RankOp {
     StoreReleaseSystem(&signal->step, step());  // pairs with the acquire load in Wait, on the owner
   }
 
-  // Push a part of the row of a token to the ranks that `leads` lanes name, and send everyone the
-  // signal.
+  // Push a part of the row of a token to the ranks of the lanes with `leads`, and send the signal
+  // to all ranks.
   template <bool kWhole>
   __device__ void PushRow(const char* row, int64_t row_bytes, int token, int part, int32_t rank,
                           bool leads) const {
@@ -136,7 +137,7 @@ class SignalledOp : public RankOp {
       char* to = leads ? SlotOf(rank, self, token).row() + words.begin : nullptr;
       CopyRow<kWhole>(row + words.begin, words.shape, to);
     }
-    // A lane for each peer; that a peer has a row of the token is known to the lanes of entries.
+    // A lane for each peer; the lanes of entries know which peers have a row of the token.
     for (int base = 0; base < num_ranks(); base += 32) {
       const int peer = base + lane;
       bool has_row = false;
@@ -148,12 +149,12 @@ class SignalledOp : public RankOp {
     }
   }
 
-  // Wait until a part of every slot that lanes of this warp name has come from its source. Returns
-  // false for all lanes where the op is lost, and otherwise whether the lane's slot has a row.
+  // Wait until a part of the slot of every lane with `waits` has arrived from its source. Returns
+  // false for all lanes if the op is lost; sets `has_row` to whether the lane's slot has a row.
   __device__ bool Wait(bool waits, const Slot& slot, int part, int source, bool* has_row) {
     const Signal* signal = slot.signals() + part;
     const uint64_t began_ns = NanosecondClock();
-    constexpr int kLoadsBetweenLooks = 32;  // a look takes longer than a peer's store
+    constexpr int kLoadsBetweenChecks = 32;  // a check takes longer than a peer's store
     bool here = !waits, differs = false, late = false, stopped = false;
     *has_row = false;
     for (int i = 1;; ++i) {
@@ -164,12 +165,12 @@ class SignalledOp : public RankOp {
         differs = (hash | 1) != (frame_.op_hash | 1);
       }
       if (__all_sync(~0u, here) || __any_sync(~0u, differs)) break;
-      if (i % kLoadsBetweenLooks != 0) continue;
+      if (i % kLoadsBetweenChecks != 0) continue;
       if (!here) {
         stopped = IsBroken();
         late = NanosecondClock() - began_ns > frame_.timeout_ns;
-        // After a look at what it has announced, since a peer that is further on has sent this
-        // first.
+        // Load the step again after the announcement: a peer that is already in a later op has sent
+        // this signal before.
         differs = HasOtherOp(source) && LoadAcquireSystem(&signal->step) != step();
       }
       if (__any_sync(~0u, stopped || late || differs)) break;
@@ -187,10 +188,10 @@ class SignalledOp : public RankOp {
     return false;
   }
 
-  // End the op: on the last block, succeed() is called or fail().
+  // End the op: the last block calls succeed() or fail().
   template <typename Succeed, typename Fill>
   __device__ void Finish(Succeed succeed, Fill fail) {
-    if (shared_.refused) {  // the tickets are the other op's
+    if (shared_.refused) {  // the counters belong to the other op
       fail();
       return;
     }
@@ -207,13 +208,13 @@ class SignalledOp : public RankOp {
     return (frame_.op_hash & ~uint64_t{1}) | (has_row ? 1 : 0);
   }
 
-  // Whether a peer has come to this step with another op.
+  // Whether a peer has announced another op at this step.
   __device__ bool HasOtherOp(int peer) const {
     if (LoadAcquireSystem(&own_.arrived[peer]) < step()) return false;
     return LoadAcquireSystem(&own_.published[peer].op_hash) != frame_.op_hash;
   }
 
-  // What the peer's op is has been announced, or will be.
+  // The peer has announced its op, or will.
   __device__ void FailWithOtherOp(int peer) {
     const uint64_t began_ns = NanosecondClock();
     while (LoadAcquireSystem(&own_.arrived[peer]) < step() &&

@@ -1,10 +1,10 @@
 // Windows: memory of a rank's communicator into which its peers push rows, in two banks that the
-// ops of a channel take in turn. It stands behind the rank's control block, and is never cleared.
+// ops of a channel take in turn. It is behind the rank's control block, and is never cleared.
 //
 // A bank has a slot for each (source, token):
 //
-//     signals [kMaxParts]  one for each part of the row, which a warp pushes by itself
-//     entries [K]          what goes with the row: see SlotEntry
+//     signals [kMaxParts]  one for each part of the row, which one warp pushes
+//     entries [K]          what accompanies the row: see SlotEntry
 //     row                  of at most 2 * H bytes
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
@@ -19,13 +19,13 @@
 
 namespace jax_deepep {
 
-// Parts of a row at most. Few rows are pushed by several warps each, so that all SMs take part.
+// Most parts of a row. If there are few rows, several warps push each, so that all SMs take part.
 inline constexpr int kMaxParts = 8;
 
-// Bytes of a row that a slot holds for each element of H: rows of float32 take throughput mode.
+// Bytes of a row in a slot per element of H: rows of float32 need throughput mode.
 inline constexpr int kSlotBytesPerElement = 2;
 
-// Says that a part of a slot has come, and for which op. Written by the source after the part.
+// Says that a part of a slot has arrived, and for which op. Written by the source after the part.
 struct alignas(16) Signal {
   uint64_t step;
   uint64_t op_hash;  // the lowest bit: whether there is a row
@@ -55,8 +55,8 @@ struct WindowLayout {
             RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * sizeof(SlotEntry), 16))),
         slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(MostRowBytes(shape), 16))) {}
 
-  // As slot_row_bytes in jax_deepep/capacity.py. A router weight fits any slot: it is a row where
-  // only weights have a gradient.
+  // As slot_row_bytes in jax_deepep/capacity.py. Any slot holds at least a router weight: that is
+  // the row if only weights have a gradient.
   static int64_t MostRowBytes(const GroupShape& shape) {
     return std::max(int64_t{kSlotBytesPerElement} * shape.hidden_size, int64_t{16});
   }
@@ -75,8 +75,8 @@ struct WindowLayout {
   }
 };
 
-// Into how many parts the rows of an op are cut: the same on all ranks. `row_bytes` is what
-// crosses.
+// The number of parts of each row of an op: the same on all ranks. `row_bytes` is the bytes sent
+// per row.
 inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, int64_t row_bytes) {
   constexpr int64_t kWarpsWanted = 512, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);

@@ -1,4 +1,4 @@
-// In place of xla_ffi/cuda/kernel_launch.h.
+// Replaces xla_ffi/cuda/kernel_launch.h.
 #ifndef JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
 #define JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
 

@@ -1,4 +1,4 @@
-// In place of xla_ffi/cuda/memory_order.cuh, which is written in the GPU's instructions.
+// Replaces xla_ffi/cuda/memory_order.cuh, which is inline PTX.
 #ifndef JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 #define JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 
@@ -9,7 +9,7 @@
 
 namespace jax_deepep {
 
-// A load that may be one of a wait lets others go on first.
+// A load that may be part of a wait yields to other threads first.
 template <typename T>
 T LoadAcquire(const T* address) {
   cuda_on_cpu::GiveWay();
