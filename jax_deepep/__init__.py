@@ -1,7 +1,7 @@
 """Expert-parallel communication for Mixture-of-Experts models in JAX.
 
-The public surface, with `python -m jax_deepep.launch` and `.bench`; everything else is private. A name is
-loaded when it is first used: the launcher starts without JAX, and only `jax_deepep.flax` needs Flax.
+The public API, with `python -m jax_deepep.launch` and `.bench`; everything else is private. Names are loaded
+on first use: the launcher starts without JAX, and only `jax_deepep.flax` needs Flax.
 """
 
 from typing import TYPE_CHECKING
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jax_deepep.ops.handle import TokenMajor as TokenMajor
 
     __version__: str
-else:  # type checkers would take any name from a package that has this function
+else:  # with this function, type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         import importlib
@@ -73,7 +73,7 @@ _OF_LATER_VERSIONS = (
 )
 _LATER = "it belongs to a later version, see Limits in README.md"
 
-# Without flax, which `from jax_deepep import *` would load otherwise.
+# Without flax, which `from jax_deepep import *` would load.
 __all__ = [
     "Communicator",
     "CommunicatorError",

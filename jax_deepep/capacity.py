@@ -25,7 +25,7 @@ def worst_case_rows(
     """Return the rows that one device can receive at most, so that nothing is ever dropped.
 
     Expert-major: every token of every rank sends one row to each of min(K, L) experts here, and
-    each of the L groups may be padded by alignment − 1 rows. Token-major: one row per token.
+    each of the L row groups may be padded by alignment − 1 rows. Token-major: one row per token.
     """
     if layout == "token":
         return round_up(num_ranks * num_tokens, alignment)
@@ -44,7 +44,7 @@ def bounded_rows(
 ) -> int:
     """Return `capacity_factor` times the rows that an expert-major device receives on average, with padding.
 
-    On average one device receives as many rows as it sends, K · T. Not more than the worst case.
+    On average one device receives as many rows as it sends, K · T. At most the worst case.
     """
     rows = math.ceil(capacity_factor * num_tokens * num_experts_per_tok) + num_local_experts * (alignment - 1)
     worst_case = worst_case_rows(
@@ -78,5 +78,5 @@ def slot_row_bytes(hidden_size: int) -> int:
 
 
 def num_groups(layout: Layout, num_local_experts: int) -> int:
-    """Return how many groups the rows of one device form: one per local expert, or one in all."""
+    """Return the number of row groups of one device: one per local expert, or a single one."""
     return num_local_experts if layout == "expert" else 1

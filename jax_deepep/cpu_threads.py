@@ -3,7 +3,7 @@
 XLA:CPU runs the devices of one process on one thread pool, sized by the number of cores or by the
 environment variable NPROC. When more than 32 programs are in flight, the launch of the next one
 blocks a thread per device, and the running program needs one per device as well: with fewer than
-twice as many threads as devices nothing moves any more. That is so for every program of several
+twice as many threads as devices they deadlock. This applies to every program of several
 devices, XLA's own collectives included.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping, MutableMapping
 
 THREADS_PER_DEVICE = 2
 
-_written: str | None = None  # the NPROC that stands in this process's environment by our doing
+_written: str | None = None  # the NPROC that this module has set in this process's environment
 
 
 def _num_threads() -> int:
@@ -30,7 +30,7 @@ def _num_configured_devices() -> int:
     """Return how many CPU devices this process asks for, before the client exists."""
     if "jax" in sys.modules:
         configured = int(getattr(sys.modules["jax"].config, "jax_num_cpu_devices", -1))
-    else:  # JAX, once it is imported, will begin with this
+    else:  # JAX will read this when it is imported
         variable = os.environ.get("JAX_NUM_CPU_DEVICES", "")
         configured = int(variable) if variable.isdigit() else -1
     flags = os.environ.get("XLA_FLAGS", "")
@@ -39,11 +39,11 @@ def _num_configured_devices() -> int:
 
 
 def set_num_threads(environ: MutableMapping[str, str], num_devices: int) -> None:
-    """Set NPROC for a process with so many CPU devices, if it has fewer cores and the user has not set it.
+    """Set NPROC for a process with `num_devices` CPU devices, if it has fewer cores and NPROC is unset.
 
     Args:
-        environ: of that process; what this process was given or has written itself is told apart.
-        num_devices: one alone waits for no other, and needs nothing.
+        environ: of that process; an NPROC that this module has set counts as unset.
+        num_devices: a single one never deadlocks, and needs nothing.
     """
     needed = THREADS_PER_DEVICE * num_devices
     if num_devices > 1 and not _set_by_user(environ) and needed > len(os.sched_getaffinity(0)):
@@ -55,7 +55,7 @@ def _set_by_user(environ: Mapping[str, str]) -> bool:
 
 
 def _client_exists() -> bool:
-    if "jax" not in sys.modules:  # nor is it imported for this: the launcher has no use for it
+    if "jax" not in sys.modules:  # not imported for this: the launcher does not need it
         return False
     from jax_deepep import jax_compat
 

@@ -1,12 +1,12 @@
-"""What goes wrong between devices, as exceptions that a program can tell apart."""
+"""Exceptions for failures between devices."""
 
 
 class CommunicatorError(RuntimeError):
     """The communicator cannot be used.
 
-    It is closed or broken, was made differently elsewhere, or a device of this process has failed. What
-    broke it is in the message: a missing peer raises `PeerTimeoutError`, and anything else this error
-    itself (ranks run different programs, or one closed its communicator before the last run).
+    It is closed or broken, was made with other arguments in another process, or a device of this process has
+    failed. The message has the cause: a missing peer raises `PeerTimeoutError`, anything else this error
+    itself (ranks run different programs, or one closed its communicator before the last op).
     """
 
 
@@ -14,7 +14,7 @@ class PeerTimeoutError(CommunicatorError):
     """A peer did not arrive at an op within `timeout_s`; the communicator is broken.
 
     The message names the op, the waiting rank, the missing peers and the step that was expected
-    and seen of each.
+    of and seen from each.
     """
 
 

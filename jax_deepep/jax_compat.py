@@ -39,7 +39,7 @@ def keep_listeners(scalar: Callable[..., None], duration: Callable[..., None]) -
 def register_dce_rule(
     primitive: Primitive, rule: Callable[[list[bool], Any], tuple[list[bool], Any]]
 ) -> None:
-    """Say what of an equation is left where only some of its results are used.
+    """Define what remains of an equation of which only some results are used.
 
     Args:
         primitive: of the equation.
@@ -50,7 +50,7 @@ def register_dce_rule(
 
 
 def backends_are_initialized() -> bool:
-    """Return whether JAX has looked for devices already."""
+    """Return whether JAX has initialised its backends."""
     return _xla_bridge.backends_are_initialized()
 
 
@@ -101,7 +101,7 @@ def platforms_of_lowering(ctx: Any) -> tuple[str, ...]:
 
 def index_in_program(ctx: Any, kind: str) -> int:
     """Return how many calls of a `kind` were lowered before this one in its program (an MLIR module)."""
-    # The dictionary is that of the module, whatever mesh axes are manual where the call stands.
+    # The dictionary belongs to the module, whichever mesh axes are manual at the call.
     counters = ctx.module_context.cached_primitive_lowerings
     return next(counters.setdefault(("calls of", kind), itertools.count()))
 

@@ -1,4 +1,4 @@
-"""Sets the process up before JAX is imported: eight CPU devices, unless something else was asked for."""
+"""Sets the process up before JAX is imported: eight CPU devices, unless configured otherwise."""
 
 import faulthandler
 import os
@@ -7,8 +7,8 @@ import sys
 
 from quick_compilation import QUICK_COMPILATION
 
-# The launcher and the user come first: only what they left open is filled in. The launcher's variable is read
-# here by its name, because to import `jax_deepep` is to reserve threads for the devices asked for so far.
+# The launcher and the user take precedence: only unset variables are set. The launcher's variable is read
+# here by its name, because importing `jax_deepep` reserves threads for the devices configured so far.
 if "JAX_DEEPEP_LAUNCH_RANK" not in os.environ:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -20,7 +20,7 @@ from cpu_budgets import CpuBudgets
 
 from jax_deepep.launch import launched_rank
 
-DEADLINE_S = 300.0  # of one test, everything included; a hang becomes a traceback of every thread
+DEADLINE_S = 300.0  # of a test with its fixtures; a hang becomes a traceback of every thread
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # on GPUs, float32 is not multiplied as TF32
@@ -57,11 +57,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None):
 
 @pytest.hookimpl(trylast=True)
 def pytest_exception_interact() -> None:
-    _set_alarm()  # pytest's own faulthandler plugin has switched it off; the end of a fixture may hang, too
+    _set_alarm()  # pytest's own faulthandler plugin has cancelled it; a fixture's teardown may hang, too
 
 
 def _set_alarm() -> None:
-    if launched_rank() is None:  # the launcher has a deadline of its own, for all ranks together
+    if launched_rank() is None:  # the launcher has its own deadline, for all ranks together
         faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=_stderr)
 
 

@@ -1,4 +1,4 @@
-"""The implementations under test: a new one adds itself here and runs every suite."""
+"""The implementations under test: a new one is added here and runs every suite."""
 
 import itertools
 import os
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Ids hold these names, so that -k selects among them.
+# Test ids contain these names, for -k.
 _MARKS = {"native": (), "xla": (pytest.mark.collectives,)}
 IMPLEMENTATIONS = [pytest.param(name, marks=marks) for name, marks in _MARKS.items()]
 LOW_LATENCY = "low_latency"  # native, in that mode
 EXACT = {"native", LOW_LATENCY}  # gives the contract's bits; the others give them up to float32 rounding
 
-# Has XLA capture all ops in CUDA graphs, on GPUs. By default, it does so where five operations or more follow
-# each other that it can capture.
+# Makes XLA capture all ops in CUDA graphs, on GPUs. By default, it captures sequences of five operations or
+# more that support it.
 CAPTURE_ALL_OPS = "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1"
 OPS_ARE_CAPTURED = set(CAPTURE_ALL_OPS.split()) <= set(os.environ.get("XLA_FLAGS", "").split())
 
@@ -28,8 +28,8 @@ def cases(
 ) -> pytest.MarkDecorator:
     """Parametrize a test by the product of `values`, named in `names`, and by its implementation.
 
-    A program takes ten times as long to compile with "xla", which runs only the cases that `in_xla` wants.
-    Low-latency mode is an implementation of its own, and runs the cases of `in_low_latency`.
+    A program takes ten times as long to compile with "xla", which runs only the cases that `in_xla` selects.
+    Low-latency mode counts as an implementation, and runs the cases of `in_low_latency`.
     """
 
     def runs(implementation: str, case: tuple) -> bool:

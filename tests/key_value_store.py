@@ -1,6 +1,6 @@
 """The key-value store between processes, in memory: for processes that take turns in one thread.
 
-Nothing ever waits: a key that is not there yet is one whose time is up.
+No call waits: a missing key is a timeout.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ class Store:
 
 @dataclass
 class Client:
-    """The store as one process sees it, with the names that JAX's client has."""
+    """The store of one process, with the interface of JAX's client."""
 
     store: Store
     process: int

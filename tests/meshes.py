@@ -1,4 +1,4 @@
-"""Meshes over all devices of all processes, and the way of arrays onto them and back.
+"""Meshes over all devices of all processes; moves arrays onto them and back.
 
 Arrays of the tests are NumPy arrays [devices, ...] in the order (group, rank). Nothing here asks how many
 processes hold the devices.
@@ -38,7 +38,7 @@ def _meshes() -> dict[str, tuple[tuple[int, ...], tuple[str, ...], str | tuple[s
             ("fsdp", "expert", "tensor"),
             "expert",
         ),
-        "data × fsdp": ((devices // 2, 2), ("data", "fsdp"), ()),  # every device is a group of its own
+        "data × fsdp": ((devices // 2, 2), ("data", "fsdp"), ()),  # every device is its own group
         "one device": ((1,), ("expert",), "expert"),
     }
 

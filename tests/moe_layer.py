@@ -1,4 +1,4 @@
-"""One MoE layer with linear experts, and its gradients in closed form: what the transforms act upon."""
+"""One MoE layer with linear experts, and its gradients in closed form: for the tests of transformations."""
 
 import functools
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def grouped_experts(dispatched, matrices):
 
 
 def masked_experts(dispatched, matrices):
-    """Do the same without ragged_dot, which vmap does not take with group sizes of their own."""
+    """Do the same without ragged_dot, which vmap does not support with batched group sizes."""
     rows, ends = jnp.arange(dispatched.mask.size), jnp.cumsum(dispatched.group_sizes)
     expert = jnp.sum(rows[:, None] >= ends[None, :], axis=1)
     tokens = jnp.where(dispatched.mask[:, None], dispatched.tokens, 0)
@@ -50,7 +50,7 @@ def moe(comm, x, topk_weights, matrices, bias, topk_idx, experts=grouped_experts
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """NumPy arrays [devices, ...]: operands of `moe`, a cotangent g of its result, and what must come out."""
+    """NumPy arrays [devices, ...]: operands of `moe`, a cotangent g of its result, expected results."""
 
     x: np.ndarray
     topk_weights: np.ndarray

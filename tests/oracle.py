@@ -1,6 +1,6 @@
 """The contract of dispatch and combine in NumPy, for one expert-parallel group.
 
-Written from the words of the contract alone, to be read as the specification. Arrays carry a leading
+Written from the contract alone, to be read as the specification. Arrays have a leading
 axis of the R devices of the group: x [R, T, H], topk_idx [R, T, K], topk_weights [R, T, K], y [R, C, H].
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Token(NamedTuple):
-    """A token of the group: the device that it came from, and its number there."""
+    """A token of the group: its source device, and its index there."""
 
     device: int
     number: int
@@ -45,10 +45,10 @@ def valid_entries(topk_idx: np.ndarray, num_experts: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Routes:
-    """Where every token goes: what a dispatch decides before it carries anything.
+    """Where every token goes: what a dispatch computes before it copies rows.
 
     Attributes:
-        rows: for every device, its rows: the token of each or None where the alignment is filled up.
+        rows: for every device, its rows: the token of each or None in padding rows.
         expert_of_row: for every device, the local expert of each row (0 in the token-major layout).
         row_of: int [R, T, K], the row of each entry on the device of its expert, −1 where it went nowhere.
     """
@@ -100,7 +100,7 @@ class Routes:
 
     @property
     def source(self) -> np.ndarray:
-        """int32 [R, C], source device · max_tokens + token, −1 in every row that is none."""
+        """int32 [R, C], source device · max_tokens + token, −1 in rows without a token."""
         source = np.full((self.num_devices, self.capacity), -1, np.int32)
         for device, row, token in self.live_rows():
             source[device, row] = token.device * self.max_tokens + token.number
@@ -113,7 +113,7 @@ class Routes:
 
     @property
     def written(self) -> np.ndarray:
-        """bool [R, C], rows of a token or of zeros; what stands in the others is not specified."""
+        """bool [R, C], rows of a token or of zeros; the others are not specified."""
         return np.arange(self.capacity) < self.group_sizes.sum(axis=1)[:, None]
 
     @property
@@ -160,7 +160,7 @@ def route(
     expert_capacity: int | None = None,
     alignment: int = 1,
 ) -> Routes:
-    """Decide all routes of a dispatch."""
+    """Compute all routes of a dispatch."""
     num_devices, num_tokens, num_topk = topk_idx.shape
     num_local = num_experts // num_devices
     if capacity is None:
@@ -179,8 +179,8 @@ def route(
             tokens = [Token(*index) for index in np.argwhere(wanted.any(axis=-1)).tolist()]
             num_received[device] += len(tokens)
             kept = tokens[:expert_capacity]
-            for place, token in enumerate(kept):
-                row = len(rows) + place
+            for position, token in enumerate(kept):
+                row = len(rows) + position
                 if row < capacity:
                     row_of[token][wanted[token]] = row
             padded = round_up(len(kept), alignment)
@@ -195,7 +195,7 @@ def route(
     )  # fmt: skip
 
 
-def carry(routes: Routes, x: np.ndarray) -> np.ndarray:
+def copy_rows(routes: Routes, x: np.ndarray) -> np.ndarray:
     """Return the tokens [R, C, H] that arrive; rows that are not `written` are zero here."""
     tokens = np.zeros((routes.num_devices, routes.capacity, x.shape[-1]), x.dtype)
     for device, row, token in routes.live_rows():
@@ -264,8 +264,8 @@ class DispatchGradients(NamedTuple):
 def dispatch_gradients(routes: Routes, tokens: np.ndarray, weights: np.ndarray) -> DispatchGradients:
     """Return the gradients of dispatch for cotangents of its rows.
 
-    `weights` is that of the router weights, [R, C], or token-major [R, C, K]. A row goes back the way that it
-    came, so that x has the sum of its rows, and an entry what stands in its own row, 0 where it has none.
+    `weights` is that of the router weights, [R, C], or token-major [R, C, K]. Rows return to
+    their tokens, so that x gets the sum of its rows, and an entry the value of its row, 0 where it has none.
     """
     topk_weights = np.zeros(routes.topk_idx.shape, np.float32)
     for device, row, entry in routes.entries():
@@ -275,7 +275,7 @@ def dispatch_gradients(routes: Routes, tokens: np.ndarray, weights: np.ndarray) 
 
 
 class CombineGradients(NamedTuple):
-    """y [R, C, H], zero in rows of no token, topk_weights [R, T, K], and bias [R, T, H], in their dtypes."""
+    """y [R, C, H], zero in rows without a token, topk_weights [R, T, K], bias [R, T, H], in their dtypes."""
 
     y: np.ndarray
     topk_weights: np.ndarray
@@ -287,7 +287,7 @@ def combine_gradients(routes: Routes, y: np.ndarray, g: np.ndarray, *, weighted:
 
     A row gets the cotangent of its token, times the weight, rounded once; a weight gets ⟨g, y⟩ of its row.
     """
-    rows = carry(routes, g)
+    rows = copy_rows(routes, g)
     topk_weights = np.zeros(routes.topk_idx.shape, np.float32)
     if weighted:
         rows = (routes.row_weights[..., None] * rows.astype(np.float32)).astype(y.dtype)
@@ -304,7 +304,7 @@ class MoEGradients:
         x: [R, T, H].
         topk_weights: [R, T, K], 0 where an entry went nowhere.
         bias: [R, T, H].
-        y: [R, C, H], zero in rows of no token.
+        y: [R, C, H], zero in rows without a token.
         expert_matrices: [E, H, H].
     """
 

@@ -55,11 +55,11 @@ class Problem:
 
     @property
     def shape(self) -> "Problem":
-        """The problem without what is data: problems that are equal in it run the same program."""
+        """The problem without its data: problems that are equal in it run the same program."""
         return replace(self, name="", routing="")
 
     def as_run_by(self, implementation: str) -> "Problem":
-        """The problem with rows that the implementation takes."""
+        """The problem with rows that the implementation supports."""
         if implementation == LOW_LATENCY and self.dtype == "float32":
             return replace(self, dtype="bfloat16")
         return self
@@ -126,19 +126,19 @@ def inputs_of(problem: Problem) -> Inputs:
     )
     x, x2, bias = (rng.normal(size=(*tokens, problem.hidden_size)).astype(dtype) for _ in range(3))
     y = rng.normal(size=(tokens[0], routes[0].capacity, problem.hidden_size)).astype(dtype)
-    # Whatever stands in rows of no token must not matter.
+    # Rows without a token must not matter.
     y[~np.concatenate([of_group.mask for of_group in routes])] = np.nan
     return Inputs(x, x2, topk_idx, topk_weights, y, bias, routes)
 
 
 def _random_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Different experts per token, in no order."""
+    """Different experts per token, unordered."""
     shuffled = np.argsort(rng.random((*tokens, problem.num_experts)), axis=-1)
     return shuffled[..., : problem.num_topk]
 
 
 def _to_device_1_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Every token of the group goes to device 1 alone; what finds no expert there is −1."""
+    """Every token of the group goes to device 1 alone; entries without an expert there are −1."""
     local = problem.num_experts // size
     idx = np.full((*tokens, problem.num_topk), -1)
     here = min(local, problem.num_topk)

@@ -1,6 +1,6 @@
 """Bytes between the processes of a run, over the key-value store that `jax.distributed` has started.
 
-Not by a device collective: GPU ranks that share a card may have none, because NCCL refuses them.
+Not by a device collective: NCCL may reject ranks that share a GPU.
 """
 
 import collections
@@ -10,15 +10,15 @@ import jax
 
 from jax_deepep import jax_compat
 
-CHUNK_BYTES = 1 << 21  # gRPC takes messages of up to 4 MiB
+CHUNK_BYTES = 1 << 21  # gRPC limits messages to 4 MiB
 TIMEOUT_MS = 120_000
 
 _calls: collections.Counter[str] = collections.Counter()
-_previous: list[str] = []  # keys of this process that no one may have read yet
+_previous: list[str] = []  # keys of this process that may not have been read yet
 
 
 def all_gather(mine: bytes) -> list[bytes]:
-    """Give bytes to all processes; return everyone's, by process."""
+    """Exchange bytes between all processes; return them by process."""
     client = jax_compat.coordination_client()
     # Counted by test: where a process leaves a failed test early, the others miss it in that test alone.
     test = os.environ.get("PYTEST_CURRENT_TEST", "")
@@ -32,7 +32,7 @@ def all_gather(mine: bytes) -> list[bytes]:
         client.key_value_set_bytes(key, more + chunk)
     everyones = [_read(client, f"{call}/{process}") for process in range(jax.process_count())]
 
-    # Whoever has given its bytes to this call has read all those of the call before.
+    # A process that has published its bytes in this call has read all those of the previous call.
     for key in _previous:
         client.key_value_delete(key)
     _previous[:] = keys

@@ -1,9 +1,9 @@
-"""Flags of XLA with which programs compile quickly: most of them run once here.
+"""Flags of XLA for quick compilation: most programs run only once here.
 
-LLVM's optimisation would take most of the time, and on GPUs the timing of candidates for every matmul. What
-XLA does to a program before that is as ever, and so are our own ops, which are compiled already. To split a
-program for several threads of LLVM costs more than it brings. Most of the rest is MLIR, unless XLA can emit
-fusions without it: that of JAX 0.10 can. A flag that an XLA does not know ends the process.
+LLVM's optimisation would take most of the time, and on GPUs the timing of candidates for every matmul. XLA's
+own passes are unchanged, and so are our own ops, which are already compiled. Splitting a program for several
+threads of LLVM costs more than it saves. Most of the rest is MLIR, unless XLA can emit
+fusions without it: that of JAX 0.10 can. A flag that XLA does not know ends the process.
 """
 
 from importlib.metadata import version

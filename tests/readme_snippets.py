@@ -13,7 +13,7 @@ READMES = [
 
 
 def write_snippets(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Write every piece into a file of its own, as somebody would who pastes it."""
+    """Write every piece into a separate file."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for readme in READMES:

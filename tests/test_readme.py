@@ -1,4 +1,4 @@
-"""The Python in the READMEs runs as somebody pastes it, on a laptop, and their tables say what is so.
+"""The Python in the READMEs runs as pasted, on a laptop, and their tables are correct.
 
 `mypy` reads the Python with the style checks.
 """
@@ -37,7 +37,7 @@ def test_every_piece_runs_as_pasted(tmp_path: Path) -> None:
             [sys.executable, path], capture_output=True, text=True, timeout=200, env=environment
         )
         assert run.returncode == 0, path.read_text() + run.stdout + run.stderr
-    # Of the largest process that this one has started and waited for.
+    # Of the largest child process that has ended.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < LAPTOP_BYTES / 2
 
 
@@ -83,7 +83,7 @@ def test_the_masked_layout(slots: int, tmp_path: Path) -> None:
 
 
 def literals() -> str:
-    """Return the texts in the sources, one a line; what an f-string fills in parts them."""
+    """Return the literals in the sources, one per line; f-strings are split at their values."""
     texts = []
     for path in (ROOT / "jax_deepep").rglob("*.py"):
         texts += [

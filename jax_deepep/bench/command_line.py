@@ -1,4 +1,4 @@
-"""What the command lines of the bench share; argparse puts the option before these errors."""
+"""Shared parts of the command lines; argparse prepends the option to these errors."""
 
 import argparse
 import math
@@ -49,7 +49,7 @@ def add_sizes(
     defaults: Mapping[str, Any],
     types: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add an option for each size; what has no default stays None."""
+    """Add an option for each size; None where there is no default."""
     group = parser.add_argument_group("shape")
     for name in names:
         default = defaults.get(name)
@@ -60,8 +60,8 @@ def add_sizes(
 
 
 def add_trials(parser: argparse.ArgumentParser, default: int) -> None:
-    """Add the option that says how often everything runs."""
+    """Add the number of trials."""
     parser.add_argument(
         "--trials", "--repeats", dest="trials", type=positive_int, default=default,
-        help="of every case, interleaved (%(default)s)",
+        help="trials of every case, interleaved (%(default)s)",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a number depends on besides the code: machine, versions, command."""
+"""The environment of a measurement: machine, versions, command."""
 
 import datetime
 import importlib.metadata
@@ -18,12 +18,12 @@ def usable_cores() -> int:
 
 
 def custom_calls_are_captured() -> bool:
-    """Return whether XLA was told to put custom calls into CUDA graphs."""
+    """Return whether XLA is configured to capture custom calls in CUDA graphs."""
     return "CUSTOM_CALL" in os.environ.get("XLA_FLAGS", "") and jax.devices()[0].platform == "gpu"
 
 
 def environment() -> dict[str, Any]:
-    """Return what to store beside measurements, ready for JSON."""
+    """Return the environment to store with measurements, ready for JSON."""
     devices = jax.devices()
     return {
         "command": "python -m jax_deepep.bench " + " ".join(sys.argv[1:]),

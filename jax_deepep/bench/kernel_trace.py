@@ -1,4 +1,4 @@
-"""Which kernels a program's time on GPUs goes to, by XLA's profiler."""
+"""The share of each kernel in a program's time on GPUs, by XLA's profiler."""
 
 import re
 import tempfile
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-CPU_REASON = "kernels are traced on GPUs only: on a CPU, XLA's trace has no time of ours"
+CPU_REASON = "kernels are traced on GPUs only: on a CPU, XLA's trace has no times of custom calls"
 _SMALLEST_SHARE = 0.005
 
 
@@ -30,10 +30,10 @@ def kernel_shares(run: Callable[[], Any]) -> dict[str, float]:
 
 
 def shares_of(events: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Return each kernel's share of the time of all, largest first; small ones together.
+    """Return each kernel's share of the time of all, largest first; small ones are summed.
 
     Args:
-        events: names as the profiler has them, and nanoseconds.
+        events: names in the profiler, and nanoseconds.
     """
     spent: dict[str, float] = {}
     for name, nanoseconds in events:

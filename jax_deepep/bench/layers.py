@@ -35,14 +35,14 @@ def gathered_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array
 
 
 def capacity_factor_of(problem: Problem) -> float | None:
-    """Return the capacity as `MoEConfig` has it; None for the worst case."""
+    """Return the `capacity_factor` of `MoEConfig`; None for the worst case."""
     return None if problem.capacity == WORST else float(problem.capacity.removesuffix("x"))
 
 
 def rows_of_one_device(problem: Problem, alignment: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
     """Return rows [C, H], the experts' weights and group sizes [L] of uniform routing.
 
-    Rows between the groups are zero and those after the last one NaN, as a dispatch may leave them.
+    Padding rows are zero and rows after the last group NaN, as a dispatch may leave them.
     """
     assert problem.intermediate is not None
     random = np.random.default_rng(0)
@@ -73,7 +73,7 @@ def rows_of_one_device(problem: Problem, alignment: int) -> tuple[jax.Array, dic
 
 
 def experts_programs(problem: Problem, name: str) -> dict[str, Program]:
-    """Return the networks of one device's experts by grouped matmul `name`, and with all their gradients."""
+    """Return the experts of one device with the grouped matmul `name`: forward, and with all gradients."""
     mean_rows = problem.tokens * problem.topk * problem.devices / problem.experts
     alignment = alignment_for("blocks" if name == GATHERED else name, mean_rows)
     choice = partial(gathered_matmul, block=alignment) if name == GATHERED else name
@@ -122,7 +122,7 @@ def dense_moe(problem: Problem, parameters: dict[str, jax.Array], x: jax.Array, 
 def layer_programs(
     problem: Problem, mesh: Mesh, comm: Communicator | None, num_chunks: int = 1, matmul: Any = "auto"
 ) -> dict[str, Program]:
-    """Return a layer, and a training step's gradients of it; `comm` None = `dense_moe`."""
+    """Return a layer: forward, and with all gradients; `comm` None = `dense_moe`."""
     assert problem.intermediate is not None
     maker = comm or problem.communicator(mesh, "xla")
     config = MoEConfig(

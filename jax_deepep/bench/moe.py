@@ -1,4 +1,4 @@
-"""python -m jax_deepep.bench moe: MoE layers, and the grouped matmuls that they may use."""
+"""python -m jax_deepep.bench moe: MoE layers, and their grouped matmuls."""
 
 import argparse
 import sys
@@ -26,9 +26,9 @@ EXPERTS, LAYER = "experts of one device", "layer"
 
 MEANING = """\
 A jitted program from its launch until its results are ready, of the slowest rank; median (p10–p90).
-queued: per call, with several in flight, as a training loop has them.
-forward + backward has the gradients of all parameters and of x.
-temporary MiB: what XLA allocates on a device for forward + backward besides operands and results.
+queued: per call, with several in flight, as in a training loop.
+forward + backward: with the gradients of all parameters and of x.
+temporary MiB: memory that XLA allocates on a device for forward + backward besides operands and results.
 """
 
 
@@ -48,9 +48,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help='a number, or "worst" (%(default)s)')  # fmt: skip
     matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
     parser.add_argument(
-        "--matmuls", nargs="*", choices=matmuls, help="to apply experts (what the platform has)"
+        "--matmuls", nargs="*", choices=matmuls, help="grouped matmuls of the experts (those of the platform)"
     )
-    parser.add_argument("--layer-matmul", choices=NAMES, default="auto", help="of the layers (%(default)s)")
+    parser.add_argument(
+        "--layer-matmul", choices=NAMES, default="auto", help="grouped matmul of the layers (%(default)s)"
+    )
     parser.add_argument("--layers", nargs="*", choices=LAYERS, default=LAYERS,
                         help="native, xla, dense: all tokens through all experts (all three)")  # fmt: skip
     parser.add_argument(
@@ -67,7 +69,7 @@ def _capacity(text: str) -> str:
 
 
 def queued(run: Callable[[], Any], calls: int) -> Timer:
-    """Return a timer of calls that are launched before the first has ended, per call."""
+    """Return a timer of `calls` calls in flight at once, per call."""
 
     def seconds() -> float:
         return wall_clock(lambda: [run() for _ in range(calls)]) / calls
@@ -78,7 +80,7 @@ def queued(run: Callable[[], Any], calls: int) -> Timer:
 def measure(
     problem: Problem, part: str, case: str, programs: dict[str, Program], *, trials: int, calls: int
 ) -> Result:
-    """Compile and time the programs of one case; every process makes as many runs."""
+    """Compile and time the programs of one case, with the same number of runs in every process."""
     timers: dict[str, Timer] = {}
     values: dict[str, Any] = {}
     on_gpus = jax.devices()[0].platform == "gpu"
@@ -93,7 +95,7 @@ def measure(
         timers[f"{name}, queued"] = queued(run, calls)
         memory = compiled.memory_analysis()
         values["temporary MiB"] = float(getattr(memory, "temp_size_in_bytes", 0)) / 2**20
-        # The numbers of one process; all of them run the program.
+        # The shares in one process, though all of them run the program.
         shares = kernel_shares(run) if on_gpus else {"not measured": CPU_REASON}
         values.setdefault("kernel shares", {})[name] = shares
     seconds = {name: Spread.of(times) for name, times in interleaved(timers, trials).items()}
@@ -101,7 +103,7 @@ def measure(
 
 
 def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Iterator[Result]:
-    """Measure one case after the other: their memory does not add up."""
+    """Measure one case after the other, so that only one is in memory."""
     timed = partial(measure, problem, trials=options.trials, calls=options.queued)
     matmuls = options.matmuls
     if matmuls is None:
@@ -120,7 +122,7 @@ def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Ite
 
 
 def show_shares(results: Sequence[Result]) -> None:
-    """Print the kernels of each program, or once why there are none."""
+    """Print the kernels of each program, or why there are none."""
     if jax.devices()[0].platform == "cpu":
         print(CPU_REASON)
         return

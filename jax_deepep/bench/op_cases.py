@@ -1,4 +1,4 @@
-"""The ops and their gradients, each as a function of one device's values, and chains of them."""
+"""The ops and their gradients as functions of one device's values, and chains of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from jax_deepep.ops.handle import Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
 
 PAIR = "dispatch + combine"
-# How often each op moves the rows that the devices receive.
+# How many times each op moves the received rows.
 PASSES = {"dispatch": 1, "combine": 1, PAIR: 2, "dispatch backward": 1, "combine backward": 1}
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What a dispatch left on all devices, joined along the first axis."""
+    """The results of a dispatch on all devices, joined along the first axis."""
 
     tokens: jax.Array
     routes: Routes
@@ -35,10 +35,10 @@ class OpCases:
 
     Attributes:
         shape: the static part.
-        dispatched: what combine and the gradients run on; their speed does not depend on the numbers.
+        dispatched: the operands of combine and the gradients; their speed does not depend on the values.
         cases: by the names in PASSES.
-        programs: the same compiled, each alone.
-        round_trip: [R·T, H], what dispatch + combine computes.
+        programs: the same, compiled separately.
+        round_trip: [R·T, H], the result of dispatch + combine.
     """
 
     shape: RouteShape
@@ -49,7 +49,7 @@ class OpCases:
 
     @classmethod
     def of(cls, comm: Communicator, stopwatch: Stopwatch, inputs: Inputs) -> "OpCases":
-        """Compile and run a dispatch, and what follows from it."""
+        """Compile and run a dispatch, and make the cases that depend on it."""
         problem = inputs.problem
         shape = RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None)
         ops = implementation_of(shape)
@@ -88,7 +88,7 @@ class OpCases:
 
 
 def chain(shape: RouteShape, inputs: Inputs, length: int) -> Case:
-    """Return `length` pairs of dispatch and combine, each on what the one before returned."""
+    """Return `length` pairs of dispatch and combine, each on the result of the previous one."""
 
     def run(after, x, topk_idx, topk_weights):
         topk_idx = after_start(topk_idx, after)
@@ -103,7 +103,7 @@ def chain(shape: RouteShape, inputs: Inputs, length: int) -> Case:
 
 
 def check_agreement(one: OpCases, other: OpCases) -> None:
-    """Raise unless both computed the same: a wrong result has no speed.
+    """Raise unless both computed the same.
 
     Raises:
         RuntimeError: they differ.

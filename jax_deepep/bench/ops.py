@@ -32,18 +32,18 @@ CPU_PROBLEMS = (
 GPU_SHAPE = {"tokens": [4096], "hidden": 7168, "topk": 8, "experts": 256, "capacity": FITTING}
 
 MEANING = """\
-native, xla: a program that holds the op alone, from its launch until its results are there.
-device: the op's kernel from its first instruction to its last, waits for other ranks included, by its GPU.
-All cases of an op take turns; of the slowest rank in each trial, median (p10–p90).
+native, xla: a program with the op alone, from its launch until its results are ready.
+device: the op's kernel from first to last instruction, with waits for other ranks, by the GPU's clock.
+Trials of all cases of an op are interleaved; the slowest rank in each trial, median (p10–p90).
 MB: the rows that all devices receive (live rows, without padding) × H × bytes per element, each counted once.
   dispatch copies them, combine reads them, dispatch + combine does both; backward of dispatch reads their
   gradients as combine does, backward of combine writes theirs as dispatch does.
 chain: dispatch + combine many times in one program, per pair: the slope between two lengths.
 The best baseline is compared with the first time:
-  memcpy copies as many bytes between warm buffers, with one thread per usable core.
+  memcpy copies the same number of bytes between warm buffers, with one thread per usable core.
   gather_rows, add_rows, sum_rows: plain kernels that move the same rows between the same ranks with as many
   SMs, on the device. Ops may be faster.
-  link: as many rows pushed to the peers, or pulled, by nothing but the links' means, captured.
+  link: the same number of rows pushed to the peers, or pulled, and nothing else, captured.
 """
 
 
@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m jax_deepep.bench ops",
         description="Time dispatch, combine, their gradients and chains of them, on CPU devices of this\n"
         "process or, under python -m jax_deepep.launch, on the devices of all ranks. Further commands,\n"
-        "each with its --help: moe times MoE layers, routing draws where rows go.",
+        "each with its --help: moe times MoE layers, routing plots where rows go.",
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,11 +62,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help=f"T in {SMALL_TOKENS} too")
     parser.add_argument("--dtype", choices=DTYPES, help="of the rows (bfloat16)")
     parser.add_argument("--layouts", "--layout", nargs="+", choices=("token", "expert"), help="of the rows")
-    parser.add_argument("--capacity", help="rows a device can take: worst, fitting, 4096, or 1.25x the mean")
+    parser.add_argument(
+        "--capacity", help="rows a device can receive: worst, fitting, 4096, or 1.25x the mean"
+    )
     parser.add_argument("--implementations", nargs="+", choices=("native", "xla"),
                         help="(both; on GPUs native)")  # fmt: skip
     parser.add_argument("--num-sms", type=_numbers_of_sms, default=[8, 16, None], metavar="S,…",
-                        help="GPUs: SMs of each rank; auto: as many as an op takes (8,16,auto)")  # fmt: skip
+                        help="GPUs: SMs of each rank; auto: chosen by the op (8,16,auto)")  # fmt: skip
     parser.add_argument("--chain", type=positive_ints, metavar="N,M",
                         help="lengths of the chains, in pairs (8,48; on a CPU 1,3)")  # fmt: skip
     parser.add_argument("--no-chain", action="store_true", help="without chains")
@@ -74,7 +76,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="time argsort + gather + jax.lax.ragged_all_to_all too")  # fmt: skip
     add_trials(parser, 30)
     parser.add_argument("--limit-s", type=positive_number, default=2.0,
-                        help="seconds per op in one process: fewer trials if more (%(default)s)")  # fmt: skip
+                        help="seconds per op in one process; bounds the trials (%(default)s)")  # fmt: skip
     add_outputs(parser)
     options = parser.parse_args(arguments)
     if options.chain and (len(options.chain) != 2 or options.chain[0] >= options.chain[1]):
@@ -87,7 +89,7 @@ def _numbers_of_sms(text: str) -> list[int | None]:
 
 
 def problems_of(options: argparse.Namespace, devices: int, *, on_gpus: bool) -> tuple[Problem, ...]:
-    """Return what to measure: the shape that was asked for, or a list of them."""
+    """Return the problems to measure: the requested ones, or the default list."""
     names = ("tokens", "hidden", "topk", "experts", "dtype", "capacity")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     if not on_gpus and not (given or options.layouts or options.devices or options.small):
@@ -112,14 +114,14 @@ def measure(
     """Measure every op and the chain on one problem.
 
     Args:
-        num_sms: of each rank on GPUs, None for as many as an op takes.
-        limits: of the links, where there are any.
+        num_sms: of each rank on GPUs, None = chosen by the op.
+        limits: of the links, or None.
 
     Raises:
         RuntimeError: implementations or baselines disagree, or a communicator broke.
     """
     problem, mesh = inputs.problem, stopwatch.mesh
-    take_turns = partial(interleaved, trials=options.trials, limit_s=options.limit_s)
+    interleave = partial(interleaved, trials=options.trials, limit_s=options.limit_s)
     table = f", {num_sms or 'auto'} SMs" if stopwatch.on_gpus else ""
     crossing = max(inputs.remote_tokens, 1)
     with contextlib.ExitStack() as stack:
@@ -143,7 +145,7 @@ def measure(
         for op, passes in PASSES.items():
             hosts = {name: stopwatch.host_of(ops.programs[op]) for name, ops in tested.items()}
             values: dict[str, int | float] = {}
-            if on_device and op != PAIR:  # two ops have no time of the last one
+            if on_device and op != PAIR:  # device time is that of the last op
                 of_kind = f"{rows.kind_of(op, problem.layout)}:"
                 timers = {
                     name: stopwatch.device(case, comm)
@@ -151,15 +153,15 @@ def measure(
                     if name.startswith(of_kind)
                 }
                 own = {"device": stopwatch.device(first.cases[op], comm)}
-                measured = take_turns({**own, **timers})
+                measured = interleave({**own, **timers})
                 own["device"]()
                 values["SMs"] = max(last.num_sms for last in comm.last_ops())
-                seconds = {"device": measured["device"], **take_turns(hosts)}
+                seconds = {"device": measured["device"], **interleave(hosts)}
             else:
                 timers = {}
                 if memcpy is not None:
                     timers["memcpy"] = stopwatch.host_of(partial(memcpy.copy, passes * inputs.bytes_moved))
-                measured = take_turns({**hosts, **timers})
+                measured = interleave({**hosts, **timers})
                 seconds = {name: measured[name] for name in hosts}
             if {"native", "xla"} <= seconds.keys():
                 values["xla / native"] = float(np.median(seconds["xla"] / seconds["native"]))
@@ -175,7 +177,7 @@ def measure(
 
 
 def _row_cases(stopwatch: Stopwatch, ops: OpCases, inputs: Inputs) -> dict[str, Case]:
-    """Return the kernels that move the same rows, if they take the problem."""
+    """Return the kernels that move the same rows, if they support the problem."""
     if rows.unsupported_reason(inputs):
         return {}
     cases = rows.row_baselines(stopwatch.mesh, ops.shape, inputs, ops.dispatched)
@@ -236,7 +238,7 @@ def main(arguments: Sequence[str]) -> int:
         for num_sms in options.num_sms if on_gpus else [None]:
             report.add(measure(stopwatch, inputs, options, num_sms, limits))
     if options.ragged_all_to_all:
-        # Last, because a collective that fails may not come back.
+        # Last, because a collective that fails may hang.
         for problem in problems:
             if problem.layout == "expert":
                 inputs = draw_inputs(problem, mesh)
@@ -248,7 +250,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _limits(mesh: Mesh, problems: Sequence[Problem]) -> links.Links | None:
-    """Return the limits of the links; where there are none, say why."""
+    """Return the limits of the links, or print why there are none."""
     if reason := links.unsupported_reason(mesh):
         if jax.process_index() == 0:
             print(reason)

@@ -1,4 +1,4 @@
-"""What is measured: a shape, and inputs drawn from a seed."""
+"""The shape of a measurement, and inputs drawn from a seed."""
 
 import dataclasses
 import math
@@ -97,7 +97,7 @@ class Problem:
 
     @property
     def capacity_rows(self) -> int:
-        """C; "fitting" has none before the inputs are drawn, which is a ValueError."""
+        """C; a ValueError for "fitting" before the inputs are drawn."""
         if self.capacity != WORST and not self.capacity.endswith("x"):
             return int(self.capacity)
         worst = worst_case_rows(
@@ -118,7 +118,7 @@ class Problem:
         return self.hidden * jnp.dtype(self.dtype).itemsize
 
     def communicator(self, mesh: Mesh, implementation: Implementation, **options: Any) -> Communicator:
-        """Make a communicator of these sizes; it is the caller's to close."""
+        """Make a communicator of these sizes, for the caller to close."""
         sizes = {
             "num_experts": self.experts,
             "num_experts_per_tok": self.topk,
@@ -141,14 +141,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Operands of a dispatch on all devices, split over the mesh along their first axis.
+    """Operands of a dispatch on all devices, sharded along their first axis.
 
     Attributes:
         problem: the shape, with a capacity in rows where it was "fitting".
         x: [R·T, H].
         topk_idx, topk_weights: as `Problem.draw_routing` returns them.
-        rows: that all devices receive together, after dropping.
-        remote_tokens: of a device that go to another one, on average; a token counts once per device.
+        rows: received by all devices together, after dropping.
+        remote_tokens: (token, other device) pairs of a device, on average.
     """
 
     problem: Problem
@@ -165,7 +165,7 @@ class Inputs:
 
 
 def draw_inputs(problem: Problem, mesh: Mesh, seed: int = 0) -> Inputs:
-    """Draw the inputs of `problem`: the routing of all devices in every process, and its own part of x."""
+    """Draw the inputs of `problem`: in every process, the routing of all devices and its own part of x."""
     topk_idx, topk_weights = problem.draw_routing(np.random.default_rng(seed))
     received = rows_of_devices(topk_idx, problem)
     if problem.capacity == FITTING:
@@ -204,18 +204,18 @@ def rows_of_devices(topk_idx: np.ndarray, problem: Problem) -> np.ndarray:
 
 
 def fitting_capacity(most_rows: int) -> int:
-    """Return the smallest multiple of 128 that holds the rows; of 8, for a few rows."""
+    """Return the smallest multiple of 128 that holds the rows; of 8 below 1024 rows."""
     return round_up(most_rows, 128 if most_rows >= 1024 else 8)
 
 
 def per_device(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of one device's values; those of all devices are joined along their first axis."""
+    """Compile a function of one device's values; arrays are sharded along their first axis."""
     mapped = jax.shard_map(function, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
     return jax.jit(mapped)
 
 
 def put_on_devices(mesh: Mesh, shape: tuple[int, ...], part: Callable[[slice], np.ndarray]) -> jax.Array:
-    """Make an array of which every process holds its own part: `part` of a range of the first axis."""
+    """Make an array sharded along the first axis: `part` returns the values of a range of it."""
 
     def own_part(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None  # the array is sharded

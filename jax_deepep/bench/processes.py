@@ -16,8 +16,8 @@ TIMEOUT_S = 120.0
 def start_jax(num_devices: int) -> None:
     """Join the job of the launcher, or split the CPU of this process into devices.
 
-    To be called before the first look at a device, when XLA's backend starts. What the environment says
-    about CPU devices counts.
+    Call it before JAX is first used, which initialises XLA's backends. Settings of CPU devices in the
+    environment take precedence.
     """
     if launched_rank() is not None:
         jax.distributed.initialize()
@@ -28,21 +28,21 @@ def start_jax(num_devices: int) -> None:
 
 
 def end_jax() -> None:
-    """Leave the job of the launcher; no process does while another still needs the coordinator."""
+    """Leave the job of the launcher once all processes have finished: they need the coordinator."""
     if launched_rank() is not None:
         exchange_with_all("end", {})
         jax.distributed.shutdown()
 
 
 def exchange_with_all(name: str, message: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Give `message` to all processes and return everyone's, without a program on any device."""
+    """Exchange messages between all processes, without a program on any device."""
     processes = range(jax.process_count())
     with Exchange.between(processes, TIMEOUT_S, lambda process: f"process {process}") as exchange:
         if len(exchange.processes) == 1:
             return {exchange.process: dict(message)}
-        exchange.come_to(name)
+        exchange.begin_phase(name)
         exchange.publish(name, message)
         everyones = exchange.read(name, processes)
         exchange.report(Summary())
-        exchange.verdict()  # everybody has read
+        exchange.verdict()  # all have read
     return everyones

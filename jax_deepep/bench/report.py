@@ -1,4 +1,4 @@
-"""What was measured: one kind of result for all commands, as tables, JSON and a plot."""
+"""Results of all commands, as tables, JSON and a plot."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ class Spread:
 
     Attributes:
         median, p10, p90: seconds.
-        trials: how many there were.
+        trials: number of trials.
     """
 
     median: float
@@ -37,7 +37,7 @@ class Spread:
         return cls(float(median), float(p10), float(p90), len(seconds))
 
     def text(self, per_second: float) -> str:
-        """Return "median (p10–p90)" in a unit of which a second has `per_second`."""
+        """Return "median (p10–p90)" in a unit with `per_second` per second."""
         digits = 0 if per_second * self.median >= 100 else 1 if per_second * self.median >= 10 else 2
         median, p10, p90 = (f"{per_second * s:.{digits}f}" for s in (self.median, self.p10, self.p90))
         return f"{median} ({p10}–{p90})"
@@ -45,16 +45,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one case on one problem.
+    """The measurement of one case on one problem.
 
     Attributes:
         problem: the shape.
-        part: the table that the case stands in: "ops", "chain", "layer", …
+        part: the table with the case: "ops", "chain", "layer", …
         case: its name there.
-        seconds: of the case, by how it was timed; the first is what baselines and bytes are compared with.
-        baselines: seconds of what does the same work, by name.
-        bytes_moved: that `seconds` took; 0 where bytes are not the point.
-        values: further facts by name; those that are no numbers or texts are not shown in tables.
+        seconds: of the case, by the kind of timer; baselines and bytes are compared with the first.
+        baselines: seconds of the same work, by name.
+        bytes_moved: in `seconds`; 0 where not applicable.
+        values: further values by name; tables show only numbers and texts.
         failure: why there are no numbers, or "".
     """
 
@@ -79,7 +79,7 @@ class Result:
 
     @property
     def over_baseline(self) -> float | None:
-        """How many times the best baseline's time the case takes."""
+        """Time of the case over that of the best baseline."""
         if self.primary is None or self.best_baseline is None:
             return None
         return self.primary.median / self.baselines[self.best_baseline].median
@@ -90,13 +90,13 @@ class Result:
         return self.bytes_moved / self.primary.median / 1e9 if self.primary and self.bytes_moved else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields, and what follows from them."""
+        """Return the fields and the derived values."""
         derived = ("best_baseline", "over_baseline", "rate")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Result":
-        """Return what `to_json` was called on."""
+        """Invert `to_json`."""
         values: dict[str, Any] = {name: entry[name] for name in cls.__dataclass_fields__}
         values["problem"] = Problem(**entry["problem"])
         for name in ("seconds", "baselines"):
@@ -106,7 +106,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells under a title; numbers stand in all columns but those of `text_columns`."""
+    """Cells under a title; all columns are numbers, except for `text_columns`."""
 
     title: str
     columns: Sequence[str]
@@ -133,7 +133,7 @@ class Table:
 
 
 def tables_of(results: Iterable[Result], unit: str) -> list[Table]:
-    """Return a table for each part and problem: times in "ms" or "us", columns where a case has something."""
+    """Return a table for each part and problem, times in "ms" or "us", without empty columns."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.part, result.problem.name), []).append(result)
@@ -206,20 +206,20 @@ def write_plot(results: Sequence[Result], unit: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_json(path: Path, around: Mapping[str, Any], meaning: str, results: Sequence[Result]) -> None:
-    """Write results and what they depend on."""
-    document = {**around, "meaning": meaning, "results": [result.to_json() for result in results]}
+def write_json(path: Path, environment: Mapping[str, Any], meaning: str, results: Sequence[Result]) -> None:
+    """Write results and their environment."""
+    document = {**environment, "meaning": meaning, "results": [result.to_json() for result in results]}
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """Return what `write_json` wrote: the environment, and the results."""
+    """Return the environment and the results that `write_json` wrote."""
     document = json.loads(path.read_text())
     return document, [Result.from_json(entry) for entry in document.pop("results")]
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where results go."""
+    """Add the options for output files."""
     outputs = parser.add_argument_group("results")
     outputs.add_argument("--json", type=Path, metavar="PATH", help="write all numbers there")
     outputs.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables there")
@@ -227,11 +227,11 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 class Report:
-    """Shows and stores results in the first process, as soon as they are there.
+    """Prints and stores results in the first process, as soon as they are measured.
 
     Args:
         options: of a command line with `add_outputs`.
-        meaning: what the numbers are.
+        meaning: explains the numbers.
     """
 
     def __init__(self, options: argparse.Namespace, meaning: str) -> None:
@@ -242,14 +242,12 @@ class Report:
         self._unit = "us" if jax.devices()[0].platform == "gpu" else "ms"
         self._environment = environment()
         if self._first:
-            around = self._environment
-            print(
-                f"{around['processor']}, {around['cores']} cores; {around['devices']}; {around['versions']}"
-            )
+            facts = self._environment
+            print(f"{facts['processor']}, {facts['cores']} cores; {facts['devices']}; {facts['versions']}")
             print(meaning, flush=True)
 
     def add(self, results: Iterable[Result]) -> None:
-        """Print the table of the results and write the files anew."""
+        """Print the table of the results and rewrite the files."""
         results = list(results)
         self.results += results
         if not self._first:
@@ -262,7 +260,7 @@ class Report:
             self._options.markdown.write_text("\n".join(table.markdown() for table in tables))
 
     def draw(self, draw: Callable[[Path], None] | None = None) -> None:
-        """Draw the plot, if one was asked for; `draw` in place of bars of times."""
+        """Draw the plot, if requested: bars of times, or `draw`."""
         if self._first and self._options.plot:
             if draw is None:
                 write_plot(self.results, self._unit, self._options.plot)

@@ -46,13 +46,13 @@ class Routing:
 
     @property
     def imbalance(self) -> float:
-        """Rows of the device with most over the mean, before dropping."""
+        """Rows of the fullest device over the mean, before dropping."""
         rows = self.rows + self.dropped
         return float(rows.max() / rows.mean())
 
     @property
     def share_dropped(self) -> float:
-        """Dropped rows over all."""
+        """Dropped rows over all rows."""
         return float(self.dropped.sum() / (self.rows + self.dropped).sum())
 
     def result(self, problem: Problem, skew: float) -> Result:
@@ -69,10 +69,10 @@ class Routing:
 def draw_choices(
     problem: Problem, skew: float, mesh: Mesh, step: int, seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw (topk_idx int32 [R·T, K], topk_weights float32 [R·T, K]) of one step, split over the mesh.
+    """Draw (topk_idx int32 [R·T, K], topk_weights float32 [R·T, K]) of one step, sharded over the mesh.
 
-    The n-th most popular expert has a popularity of 1 / n^skew; which one it is depends on the seed alone. A
-    token draws K different ones, one after the other, each with a chance that is proportional to this.
+    The n-th most popular expert has a popularity of 1 / n^skew; the order depends on the seed alone. A
+    token draws K different ones in turn, each with a probability proportional to its popularity.
     """
     popularity = np.random.default_rng(seed).permutation(np.arange(1, problem.experts + 1.0) ** -skew)
     noise = np.random.default_rng((seed, step)).gumbel(
@@ -106,9 +106,9 @@ def measure(
 
 
 def run(problem: Problem, skew: float, replicas: Sequence[int], *, keep_home: bool = True) -> list[Routing]:
-    """Measure without replicas and with so many more physical experts on each device, on the same tokens.
+    """Measure without replicas and with `replicas` more physical experts per device, on the same tokens.
 
-    The replicas were planned from the load of other tokens, as they are in use.
+    Replicas are planned from the load of other tokens, as in practice.
     """
     mesh = jax.make_mesh((problem.devices,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
     alone = np.arange(problem.experts, dtype=np.int32)
@@ -130,17 +130,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     default = Problem(hidden=128, capacity="1.5x")
     parser = argparse.ArgumentParser(
         prog="python -m jax_deepep.bench routing",
-        description="Draw where rows go: from device to device, to each expert, and how many are dropped.",
+        description="Plot where rows go: from device to device, to each expert, and how many are dropped.",
     )
     sizes = ("tokens", "hidden", "topk", "experts", "devices")
     add_sizes(parser, sizes, vars(default))
     parser.add_argument("--capacity", default=default.capacity,
-                        help="rows a device can take: worst, 4096, 1.5x the mean (%(default)s)")  # fmt: skip
-    parser.add_argument("--skew", type=float, default=1.0, help="s of a popularity of 1 / n^s (%(default)s)")
+                        help="rows per device: worst, 4096, 1.5x the mean (%(default)s)")  # fmt: skip
+    parser.add_argument("--skew", type=float, default=1.0, help="s in the popularity 1 / n^s (%(default)s)")
     parser.add_argument("--replicas", "--copies", dest="replicas", type=positive_int, nargs="*", default=[1],
                         metavar="N", help="more physical experts per device, for replicas of hot ones: a run "
                         "for each number (%(default)s)")  # fmt: skip
-    anywhere = "plan the home of every expert anew, and not the replicas alone"
+    anywhere = "move experts from their home devices, too, not only the replicas"
     parser.add_argument("--anywhere", action="store_true", help=anywhere)
     add_outputs(parser)
     parser.set_defaults(plot=Path("routing.png"))
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     problem = options.problem
     start_jax(problem.devices)
-    report = Report(options, "Rows of one dispatch. Nothing of it depends on the machine.")
+    report = Report(options, "Rows of one dispatch, independent of the machine.")
     routings = run(problem, options.skew, options.replicas, keep_home=not options.anywhere)
     report.add(routing.result(problem, options.skew) for routing in routings)
     report.draw(partial(draw, routings, f"{problem.name}, popularity 1 / n^{options.skew:g}"))

@@ -1,4 +1,4 @@
-"""The picture of `python -m jax_deepep.bench routing`."""
+"""The plot of `python -m jax_deepep.bench routing`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(routings: Sequence[Routing], title: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
+        raise ImportError("the plot needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(14, 1 + 3.6 * len(routings)), layout="constrained")
     figure.suptitle(title)
     most_sent = max(routing.rows_sent.max() for routing in routings)
@@ -43,7 +43,7 @@ def draw(routings: Sequence[Routing], title: str, path: Path) -> None:
 
 
 def _pairs(axes: Any, routing: Routing, most: int) -> None:
-    """Draw the heat map, with numbers where there is room for them."""
+    """Draw the heat map, with numbers on up to 8 devices."""
     image = axes.imshow(routing.rows_sent, cmap="Blues", vmin=0, vmax=most)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set(xlabel="to device", ylabel="from device", title=f"{routing.name}: rows sent")
@@ -54,7 +54,7 @@ def _pairs(axes: Any, routing: Routing, most: int) -> None:
 
 
 def _experts(axes: Any, routing: Routing) -> None:
-    """Draw the load of each expert, and what of it each of its replicas has."""
+    """Draw the load of each expert, and of each of its replicas."""
     indices = range(len(routing.expert_load))
     if (routing.replicas > 1).any():
         axes.bar(indices, routing.expert_load, width=1.0, color=ALL, label="all replicas")

@@ -1,4 +1,4 @@
-"""How programs become seconds: trials in which all cases take turns, on devices that begin together."""
+"""Timers, and interleaved trials on devices that start together."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,24 +17,24 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.ops import native
 from jax_deepep.ops.handle import RouteShape
 
-MIN_TRIALS = 5  # below this, percentiles mean nothing
+MIN_TRIALS = 5  # below this, percentiles are meaningless
 
-# Before each run on CPU, so that it pays less for what the one before left behind: right after a large run of
-# xla, dispatch + combine took twice the CPU time natively. 0.3 s did not remove all of it either.
+# Before each run on CPU, to reduce the effect of the previous run: right after a large run of xla, native
+# dispatch + combine took twice the CPU time. 0.3 s did not remove all of it either.
 SETTLE_S = 0.03
 FLUSHED_FLOATS = 25_000_000  # 100 MB, twice the second-level cache of an H100
 _START_HIDDEN = 8
 
-Timer = Callable[[], float]  # runs something once and returns seconds
+Timer = Callable[[], float]  # runs a case once and returns seconds
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to be timed.
+    """A case to be timed.
 
     Attributes:
-        run: a function of one device, of (after, *operands). `after` is an int32 zero that is known only when
-            the function may begin, or None: what reads it cannot begin before.
+        run: a function on one device, of (after, *operands). `after` is None, or an int32 zero that is
+            computed when the case may start: whatever reads it starts later.
         operands: over all devices.
     """
 
@@ -43,12 +43,12 @@ class Case:
 
 
 def after_start(value: jax.Array, after: jax.Array | None) -> jax.Array:
-    """Return `value` as something that is not known before `after` is."""
+    """Return `value` with a data dependency on `after`."""
     return value if after is None else value + after
 
 
 def wall_clock(run: Callable[[], Any]) -> float:
-    """Return seconds from the launch until all results are there."""
+    """Return seconds from the launch until all results are ready."""
     start = time.perf_counter()
     result = jax.block_until_ready(run())
     seconds = time.perf_counter() - start
@@ -59,16 +59,15 @@ def wall_clock(run: Callable[[], Any]) -> float:
 def interleaved(
     timers: Mapping[str, Timer], trials: int, limit_s: float = float("inf")
 ) -> dict[str, np.ndarray]:
-    """Run every timer once per trial, so that a slow moment of the machine meets all of them.
+    """Run every timer once per trial, so that slow moments of the machine affect all of them.
 
     Args:
-        timers: by name, the same in all processes; each runs twice before anything counts.
-        trials: how many.
-        limit_s: seconds; where the trials of one process would take longer there are fewer, but at least
-            MIN_TRIALS. Several processes have as many as were asked for.
+        timers: by name, the same in all processes; each has two warm-up runs.
+        trials: number of trials.
+        limit_s: seconds; in a single process, trials are reduced to stay within it, to at least MIN_TRIALS.
 
     Returns:
-        Seconds of each trial by name, of the slowest process; entry i of all names is of one trial.
+        Seconds of each trial by name, of the slowest process; entries i of all names are from the same trial.
     """
     names = list(timers)
     for name in names:  # compiles
@@ -93,7 +92,7 @@ def slopes(lengths: Sequence[int], seconds: Sequence[np.ndarray]) -> np.ndarray:
 def turns(names: Sequence[str], trials: int) -> Iterator[str]:
     """Yield every name once per trial.
 
-    Another one begins each time: none always comes after the same one, whose traces are in the cache.
+    Each trial starts with another one, so that the order, and what is in the cache, varies.
     """
     for trial in range(trials):
         for position in range(len(names)):
@@ -101,10 +100,10 @@ def turns(names: Sequence[str], trials: int) -> Iterator[str]:
 
 
 class Stopwatch:
-    """Makes timers of cases. On GPUs, devices begin together, with nothing of the trial before in the cache.
+    """Makes timers of cases. On GPUs, devices start together, with a flushed cache.
 
     There, a trial of device time is two programs in a row: one flushes the cache; the next has an op of a
-    small communicator, which no rank leaves before all have come, and then the case.
+    small communicator, which ends on no rank before all have arrived, and then the case.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -123,11 +122,11 @@ class Stopwatch:
             num_sms=1,
             timeout_s=TIMEOUT_S,
         )
-        # An operand and not a constant, which XLA would keep outside of the memory that peers map.
+        # An operand, not a constant, which XLA would keep outside of the memory that peers map.
         self._token = put_on_devices(
             mesh, (mesh.size, _START_HIDDEN), lambda part: np.zeros((1, _START_HIDDEN), jnp.bfloat16)
         )
-        self._start = per_device(mesh, lambda token: self._all_have_come(token)[None])
+        self._start = per_device(mesh, lambda token: self._all_arrived(token)[None])
         self._flush = per_device(mesh, lambda values: values + 1)
         self._values = per_device(mesh, lambda token: jnp.zeros(FLUSHED_FLOATS) + token[0, 0])(self._token)
 
@@ -136,24 +135,24 @@ class Stopwatch:
         if self.on_gpus:
             self._comm.close()
 
-    def _all_have_come(self, token: jax.Array) -> jax.Array:
-        """Return a zero that is there when all ranks have come here."""
+    def _all_arrived(self, token: jax.Array) -> jax.Array:
+        """Return a zero that is computed when all ranks have arrived."""
         shape = RouteShape(self._comm, "token", 1, self.mesh.size, 1, None)
         to_itself = lax.axis_index(AXIS).astype(jnp.int32).reshape(1, 1)
         _, handle = native.dispatch(shape, token, to_itself, jnp.ones((1, 1), jnp.float32))
         return handle.num_invalid
 
     def program(self, case: Case) -> Callable[[], Any]:
-        """Compile a case as all that a program holds."""
+        """Compile a case as a program."""
         compiled = per_device(self.mesh, lambda *operands: case.run(None, *operands))
         return lambda: compiled(*case.operands)
 
     def host(self, case: Case) -> Timer:
-        """Return a timer of a whole program, from its launch until its results are there."""
+        """Return a timer of a whole program, from its launch until its results are ready."""
         return self.host_of(self.program(case))
 
     def host_of(self, run: Callable[[], Any]) -> Timer:
-        """Return a timer of any function that launches programs, likewise."""
+        """Return the same for any function that launches programs."""
 
         def seconds() -> float:
             if self.on_gpus:
@@ -168,7 +167,7 @@ class Stopwatch:
     def device(self, case: Case, comm: Communicator) -> Timer:
         """Return a timer of the last op of `comm` in a case, on GPUs: of the slowest device here."""
         compiled = per_device(
-            self.mesh, lambda token, *operands: case.run(self._all_have_come(token), *operands)
+            self.mesh, lambda token, *operands: case.run(self._all_arrived(token), *operands)
         )
 
         def seconds() -> float:

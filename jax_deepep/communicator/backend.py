@@ -1,4 +1,4 @@
-"""What the ops of a communicator run on: chosen here, alike in all processes of the mesh, with the reason."""
+"""Chooses what the ops of a communicator run on, the same in all processes of the mesh, with the reason."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from jax_deepep.communicator.topology import Topology, host_identity
 
 @dataclass(frozen=True)
 class Backend:
-    """What was chosen.
+    """The chosen implementation.
 
     Attributes:
         implementation: "native" or "xla".
-        reason: why.
+        reason: why it was chosen.
         half: the native half, started; None for "xla".
     """
 
@@ -35,7 +35,7 @@ class Backend:
         return None if self.half is None else self.half.native
 
     def transport(self) -> str:
-        """Describe how rows go to peers."""
+        """Describe how rows reach peers."""
         return "JAX collectives over the mesh axes" if self.half is None else self.half.transport()
 
 
@@ -44,7 +44,7 @@ def begin_exchange(topology: Topology, timeout_s: Any) -> Exchange:
 
     Args:
         topology: of the mesh.
-        timeout_s: the argument of the communicator, good or bad: all of the exchange may last as long.
+        timeout_s: the argument of the communicator, valid or not: a limit for the whole exchange.
 
     Raises:
         ValueError: this process has no device of the mesh.
@@ -64,20 +64,20 @@ def agree(
     arguments: Mapping[str, Any],
     config: CommunicatorConfig | Exception,
 ) -> str:
-    """Compare the arguments; return why some process cannot have native ops, or an empty string.
+    """Compare the arguments; return why a process cannot have native ops, or an empty string.
 
     Args:
         exchange: between all processes of the mesh.
         topology: of the mesh; any groups, where `arguments` are wrong.
-        arguments: of the communicator, good or bad.
-        config: the same, or what is wrong with them.
+        arguments: of the communicator, valid or not.
+        config: the same, or the error that they cause.
 
     Raises:
         CommunicatorError: processes have different arguments, or run different builds of this package.
-        PeerTimeoutError: some process did not come in time.
+        PeerTimeoutError: a process did not arrive in time.
     """
     here, host = exchange.process, host_identity()
-    exchange.come_to("arguments")
+    exchange.begin_phase("arguments")
     exchange.publish("host", host)
     hosts = exchange.read("host", set(topology.leaders_of(here).values()) - {here})
     summary = Summary(texts_of_build(arguments["implementation"], topology.platform) | texts_of(arguments))
@@ -96,11 +96,11 @@ def choose(config: CommunicatorConfig, unsupported_reason: str, exchange: Exchan
 
     Args:
         config: of the communicator, the same in all processes.
-        unsupported_reason: what all processes have agreed on.
+        unsupported_reason: the reason that all processes agreed on, or an empty string.
         exchange: between all processes of the mesh.
 
     Raises:
-        ValueError: native ops were asked for, and some process cannot have them.
+        ValueError: native ops were requested, and a process cannot have them.
     """
     if config.implementation == "xla":
         return Backend("xla", "as asked")
@@ -119,11 +119,11 @@ def choose(config: CommunicatorConfig, unsupported_reason: str, exchange: Exchan
 
 
 def unsupported_reason_here(config: CommunicatorConfig) -> str:
-    """Return why native ops cannot serve a communicator as far as this process can tell, or an empty string.
+    """Return why this process cannot have native ops, or an empty string.
 
-    Never raises: the other processes wait for what this one finds.
+    Never raises: the other processes wait for its result.
     """
-    if config.implementation == "xla":  # nothing is native then, and no GPU is touched
+    if config.implementation == "xla":  # without touching a GPU
         return ""
     topology = config.topology
     if len(topology.platforms) > 1:
@@ -142,7 +142,7 @@ def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
         limit = (device.memory_stats() or {}).get("bytes_limit")
         if limit is None:
             return (
-                f"JAX does not tell how far XLA's memory pool on GPU {device.local_hardware_id} may grow "
+                f"JAX does not report the limit of XLA's memory pool on GPU {device.local_hardware_id} "
                 "(memory_stats() has no bytes_limit): leave XLA_PYTHON_CLIENT_ALLOCATOR and "
                 "XLA_PYTHON_CLIENT_PREALLOCATE at their defaults"
             )

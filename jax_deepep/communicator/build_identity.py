@@ -1,4 +1,4 @@
-"""Which build of the package this is: what two processes of a job must have in common."""
+"""The build of the package, which must be the same in all processes of a job."""
 
 import functools
 import hashlib
@@ -9,10 +9,10 @@ from jax_deepep.communicator import native_module
 
 
 def texts_of_build(implementation: str, platform: str) -> dict[str, str]:
-    """Return the build as texts that are equal between processes when it is.
+    """Return texts that are equal between processes if their builds are.
 
-    Native sources count where the `implementation` asked for may use them on the `platform` and they are
-    built: where they are not, nothing native runs on any process.
+    Native sources are included where the requested `implementation` may use them on the `platform` and they
+    are built: otherwise no process runs native ops.
     """
     release = version("jax_deepep")
     texts = {"build": f"version {release}, Python sources {_python_sources()}"}
@@ -31,7 +31,7 @@ def _python_sources() -> str:
 
 
 def _native_sources(platform: str) -> str:
-    """Return the digest of what a native module was compiled from, or nothing where there is none."""
+    """Return the digest of a native module's sources, or an empty string if it is not built."""
     return (
         "" if native_module.unsupported_reason(platform) else native_module.load(platform).source_digest[:12]
     )

@@ -1,4 +1,4 @@
-"""The communicator: who exchanges rows with whom, made once, outside of jit."""
+"""The communicator: an expert-parallel group and its resources, made once, outside of jit."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from jax_deepep.errors import CommunicatorError, InvalidRoutingError, PeerTimeou
 
 @dataclass(frozen=True)
 class CommunicatorStats:
-    """What crossed a communicator since it was made or last asked.
+    """Rows and waits of a communicator since it was made or `stats()` was last called.
 
     Arrays are [num_groups, R, R], indexed [group, rank, peer]; ranks of other processes are zero.
 
@@ -70,32 +70,32 @@ class Communicator:
 
     Args:
         mesh: the device mesh; further axes (data, fsdp, …) are allowed, and each slice along
-            `axis_name` is a group of its own.
+            `axis_name` is a separate group.
         axis_name: the expert-parallel axis, or a tuple of axes, outermost first; with () every device is
-            a group of its own.
+            its own group.
         num_experts: E, a multiple of the group size R; device r owns experts [r·E/R, (r+1)·E/R).
         num_experts_per_tok: K, entries per token in `topk_idx`; 1 ≤ K ≤ E.
         max_tokens: most tokens per device and op.
         hidden_size: H, elements of a row.
-        implementation: "native" for our own kernels, "xla" for JAX collectives, which run on every
-            platform; "auto" takes the native one where the platform has it and every group lies inside one
-            host, however many hosts the mesh has. The attribute holds what was chosen.
+        implementation: "native" for CUDA or CPU kernels, "xla" for JAX collectives, which run on every
+            platform; "auto" is native where the platform supports it and every group is inside one
+            host, however many hosts the mesh has. The attribute holds the choice.
         mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
-            float16, narrow integers); "throughput" for everything else. "auto" takes "throughput". Results
-            are the same bits in both. The attribute holds what was chosen.
-        num_sms: CUDA: SMs that one op occupies; None = as many as its bytes want, chosen for each op. At most
+            float16, narrow integers); "throughput" for everything else. "auto" is "throughput". Results
+            are the same bits in both. The attribute holds the choice.
+        num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
         ranks_per_node: None, or the group size R: all ranks of a group are on one node. Groups of several
             nodes are not in this version.
 
-    What was asked for stays in `config`.
+    `config` keeps the arguments as given.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: processes gave different arguments, or run different builds of this package.
-        PeerTimeoutError: a process of the mesh did not come within `timeout_s`.
+        PeerTimeoutError: a process of the mesh did not arrive within `timeout_s`.
     """
 
     mesh: Mesh
@@ -125,17 +125,17 @@ class Communicator:
         arguments = dict(vars(self))
         config = config_or_error(arguments)
         topology = groups_of(arguments) if isinstance(config, Exception) else config.topology
-        place = launch_variables.place_in_job()
-        if place is not None and place[1] > 1 and jax.process_count() == 1:
+        launched = launch_variables.rank_in_job()
+        if launched is not None and launched[1] > 1 and jax.process_count() == 1:
             warnings.warn(
-                f"This is rank {place[0]} of {place[1]} of python -m jax_deepep.launch, and JAX knows of no "
-                "other process: call jax.distributed.initialize() first, in every rank, or each one computes "
-                "for itself.",
+                f"This is rank {launched[0]} of {launched[1]} of python -m jax_deepep.launch, and JAX knows "
+                "of no other process: call jax.distributed.initialize() first, in every rank, or each one "
+                "computes alone.",
                 stacklevel=3,
             )
         with begin_exchange(topology, self.timeout_s) as exchange:
             unsupported_reason = agree(exchange, topology, arguments, config)
-            # Not before: for an error that only one process sees, the others would wait.
+            # Not earlier: if only one process raised, the others would wait for it.
             if isinstance(config, Exception):
                 raise config
             backend = choose(config, unsupported_reason, exchange)
@@ -192,7 +192,7 @@ class Communicator:
 
     @property
     def fingerprint(self) -> int:
-        """63 bits that differ when the arguments do; a compiled program carries them."""
+        """63 bits that differ when the arguments do; stored in compiled programs."""
         return self.config.fingerprint
 
     @property
@@ -239,7 +239,7 @@ class Communicator:
     def last_ops(self) -> list[LastOp]:
         """Return what the last op took on each device of this process, in the order of the mesh.
 
-        By the device's clock, captured or not. To be called when the op has ended; others are not waited for.
+        By the device's clock, in CUDA graphs too. Call it when the op has ended: it does not wait for it.
 
         Raises:
             CommunicatorError: the ops are not native ones of GPUs.
@@ -253,14 +253,14 @@ class Communicator:
         return [LastOp(*of_device) for of_device in half.native.last_ops]
 
     def check(self) -> None:
-        """Wait for the ops launched so far and raise what they met. Local and sticky.
+        """Wait for the ops launched so far and raise their errors. Local and sticky.
 
         An op launched so far is one whose program has a live result in this process, or that has
         begun.
 
         Raises:
             PeerTimeoutError: a peer did not arrive in time; the communicator is broken.
-            CommunicatorError: it is broken for another reason, or a GPU of this process has met an
+            CommunicatorError: it is broken for another reason, or a GPU of this process has had an
                 error.
             InvalidRoutingError: `topk_idx` held invalid entries; the communicator still works.
         """
@@ -273,8 +273,8 @@ class Communicator:
     def _wait_for_ops(self) -> str:
         """Return an error of a device of this process, or nothing."""
         for array in jax.live_arrays():
-            # A program that failed raises here, and one may give its result away meanwhile: both
-            # concern whoever uses the result, and neither leaves an op running.
+            # A failed program raises here, and a result may be donated meanwhile: neither leaves an op
+            # running, and the user of the result gets the error.
             with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
                 if not array.is_deleted():
                     array.block_until_ready()
@@ -323,6 +323,6 @@ class Communicator:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            f"comm: {self!r} cannot be pickled, because it holds devices and an agreement of processes; make "
-            "it anew, in every process, with the same arguments."
+            f"comm: {self!r} cannot be pickled, because it holds devices and shared state; make a new one "
+            "in every process, with the same arguments."
         )

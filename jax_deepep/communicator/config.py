@@ -1,4 +1,4 @@
-"""What a communicator is asked for: its arguments, checked, and what follows from them alone."""
+"""The checked arguments of a communicator, and what follows from them alone."""
 
 import functools
 import hashlib
@@ -21,18 +21,18 @@ Mode = Literal["auto", "throughput", "low_latency"]
 INTEGERS = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms", "ranks_per_node")
 OPTIONAL_INTEGERS = ("num_sms", "ranks_per_node")
 
-# Longer arguments are cut where processes compare them, and told apart by a digest.
+# Longer arguments are cut where processes compare them, and distinguished by a digest.
 MOST_CHARACTERS = 120
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommunicatorConfig:
-    """The arguments of a `Communicator`, which has their meanings: what was asked for, not what was chosen.
+    """The arguments of a `Communicator`, which documents them, as given and not as chosen.
 
     Integers of any type, NumPy's for example, are ints here.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
     """
 
     mesh: Mesh
@@ -112,7 +112,7 @@ class CommunicatorConfig:
 
     @property
     def chosen_mode(self) -> Literal["throughput", "low_latency"]:
-        """The mode of all ops. "auto" is throughput: it is not measured yet where the other is faster."""
+        """The mode of all ops. "auto" is throughput: where low latency is faster has not been measured."""
         return "throughput" if self.mode == "auto" else self.mode
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class CommunicatorConfig:
 
     @functools.cached_property
     def fingerprint(self) -> int:
-        """63 bits that differ when the arguments do; a compiled program carries them."""
+        """63 bits that differ when the arguments do; stored in compiled programs."""
         facts = (self.size, self.mesh.size // self.size, self.axis_names, self.num_experts,
                  self.num_experts_per_tok, self.max_tokens, self.hidden_size, self.chosen_mode)  # fmt: skip
         digest = hashlib.sha256(repr(facts).encode()).digest()
@@ -139,7 +139,7 @@ def check_mesh(mesh: Any) -> None:
 
 
 def config_or_error(arguments: Mapping[str, Any]) -> CommunicatorConfig | Exception:
-    """Return the checked arguments, or what is wrong with them, to be raised when all processes know."""
+    """Return the checked arguments, or the error to raise once all processes know of it."""
     try:
         return CommunicatorConfig(**arguments)
     except Exception as error:
@@ -147,7 +147,7 @@ def config_or_error(arguments: Mapping[str, Any]) -> CommunicatorConfig | Except
 
 
 def groups_of(arguments: Mapping[str, Any]) -> Topology:
-    """Return the groups of arguments of which some are wrong; one of the whole mesh if `axis_name` is."""
+    """Return the groups for invalid arguments: the whole mesh as one group if `axis_name` is invalid."""
     mesh: Mesh = arguments["mesh"]
     try:
         axis_names = _checked_axis_names(mesh, arguments["axis_name"])
@@ -162,7 +162,7 @@ def is_timeout(value: Any) -> bool:
 
 
 def texts_of(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Return arguments, good or bad, as texts of a bounded length that are equal when the arguments are."""
+    """Return arguments, valid or not, as texts of bounded length that are equal if the arguments are."""
     mesh: Mesh = arguments["mesh"]
     texts = {"mesh": f"{dict(mesh.shape)} of devices {[device.id for device in mesh.devices.flat]}"}
     for name, value in arguments.items():

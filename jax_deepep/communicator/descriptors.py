@@ -1,7 +1,7 @@
-"""Open files from process to process: over Unix sockets of the abstract namespace.
+"""Passes open files between processes over Unix sockets in the abstract namespace.
 
-These have no file, and vanish with their process. Who connects must be of this user and know a secret, which
-peers have from the key-value store.
+These have no file, and vanish with their process. A peer must run as the same user and know a secret, which
+it reads from the key-value store.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ _SENT, _FAILED = b"d", b"e"  # the first byte of an answer
 
 
 class DescriptorServer:
-    """Gives open files, which stay the caller's, to whoever shows the secret, until it is closed.
+    """Sends open files, which stay the caller's, to peers that present the secret, until it is closed.
 
     Args:
         descriptors: at least one and at most 253 (the kernel's limit for one message).
-        num_peers: how many may come at once.
+        num_peers: how many may connect at once.
     """
 
     def __init__(self, descriptors: Sequence[int], num_peers: int) -> None:
@@ -44,11 +44,11 @@ class DescriptorServer:
 
     @property
     def offer(self) -> dict[str, Any]:
-        """What a peer needs to receive the files: for it alone."""
+        """What a peer needs to receive the files; confidential."""
         return {"address": self._address, "secret": self._secret.decode(), "count": len(self._descriptors)}
 
     def _serve(self) -> None:
-        connections: set[socket.socket] = set()  # that have not shown a secret yet
+        connections: set[socket.socket] = set()  # that have not sent a secret yet
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             while not self._stopping.is_set():
@@ -65,7 +65,7 @@ class DescriptorServer:
                     elif isinstance(key.fileobj, socket.socket):
                         selector.unregister(key.fileobj)
                         connections.discard(key.fileobj)
-                        with key.fileobj as connection, contextlib.suppress(OSError):  # this one has gone
+                        with key.fileobj as connection, contextlib.suppress(OSError):  # it was closed
                             self._answer(connection)
         for connection in connections:
             connection.close()
@@ -95,7 +95,7 @@ class DescriptorServer:
 
 
 def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
-    """Return a peer's open files, which are the caller's to close, and not those of its child processes.
+    """Return a peer's open files, for the caller to close; child processes do not inherit them.
 
     Raises:
         CommunicatorError: naming the `peer` and what went wrong.
@@ -105,7 +105,7 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
             connection.settimeout(timeout_s)
             connection.connect(f"\0{offer['address']}")
             if not _is_same_user(connection):
-                raise CommunicatorError(f"a process of another user listens in place of {peer}")
+                raise CommunicatorError(f"a process of another user listens at the address of {peer}")
             connection.sendall(offer["secret"].encode())
             answer, descriptors = _receive_message(connection, offer["count"])
     except TimeoutError:
@@ -119,15 +119,15 @@ def receive(offer: dict[str, Any], peer: str, timeout_s: float) -> list[int]:
     close_all(descriptors)
     if answer == _SENT:
         raise CommunicatorError(
-            f"{peer} sent {offer['count']} open files, and {len(descriptors)} came; raise the limit of open "
-            "files of this process (ulimit -n)"
+            f"{peer} sent {offer['count']} open files, and {len(descriptors)} arrived; raise the limit of "
+            "open files of this process (ulimit -n)"
         )
     reason = answer.removeprefix(_FAILED).decode() or "it closed the connection"
     raise CommunicatorError(f"{peer} did not send its memory ({reason}); look at its output")
 
 
 def _receive_message(connection: socket.socket, most: int) -> tuple[bytes, list[int]]:
-    """Return bytes and the open files that came with them; socket.recv_fds ignores its flags."""
+    """Return bytes and the open files sent with them; socket.recv_fds ignores its flags."""
     received = array("i")
     answer, extras, *_ = connection.recvmsg(
         256, socket.CMSG_LEN(most * received.itemsize), socket.MSG_CMSG_CLOEXEC

@@ -1,4 +1,4 @@
-"""The key-value store that all processes of a job see: that of JAX's coordination service."""
+"""The key-value store of a job: that of JAX's coordination service."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ import jax
 
 
 class KeyValueClient(Protocol):
-    """What is used of JAX's client of the store."""
+    """The part of JAX's client that is used."""
 
     def key_value_set_bytes(self, key: str, value: bytes, allow_overwrite: bool = False) -> None: ...
 
@@ -26,7 +26,7 @@ class Namespace:
     """Keys with a common prefix.
 
     Args:
-        client: None where there is no other process: then nothing is stored, nor found.
+        client: None without other processes: then nothing is stored or found.
         prefix: of the keys.
     """
 
@@ -36,7 +36,7 @@ class Namespace:
         self._own: set[str] = set()
 
     def set(self, key: str, value: bytes) -> None:
-        """Store a value for whoever takes it, which deletes it."""
+        """Store a value for one process, which takes and deletes it."""
         if self._client is not None:
             self._client.key_value_set_bytes(self._full(key), value, allow_overwrite=True)
 
@@ -46,7 +46,7 @@ class Namespace:
         self.set(key, value)
 
     def delete_own(self) -> None:
-        """Delete the values that are this process's to delete."""
+        """Delete the values that this process owns."""
         while self._own:
             self._delete(self._own.pop())
 
@@ -58,14 +58,14 @@ class Namespace:
         return None
 
     def wait_for(self, key: str, seconds: float) -> bytes | None:
-        """Return a value, or None if it does not come in time."""
+        """Return a value, or None if it does not arrive in time."""
         if self._client is not None:
             with _none_if("DEADLINE_EXCEEDED"):
                 return self._client.blocking_key_value_get_bytes(self._full(key), int(seconds * 1000) + 1)
         return None
 
     def take(self, key: str, seconds: float) -> bytes | None:
-        """Return a value and delete it, or return None if it does not come in time."""
+        """Return a value and delete it, or return None if it does not arrive in time."""
         data = self.wait_for(key, seconds)
         if data is not None:
             self._delete(key)
@@ -88,7 +88,7 @@ class Namespace:
 
 @contextlib.contextmanager
 def _none_if(reason: str) -> Iterator[None]:
-    """Suppress the error of the store that there is nothing under a key."""
+    """Suppress the store's error for a missing key."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -97,5 +97,5 @@ def _none_if(reason: str) -> Iterator[None]:
 
 
 def digest_of(value: Any) -> str:
-    """Return a short text that is equal between processes when `value`, of numbers and texts, is."""
+    """Return a short text that is equal between processes if `value`, of numbers and texts, is."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

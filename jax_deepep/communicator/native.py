@@ -1,4 +1,4 @@
-"""The native half of a communicator: made by all processes together, one way per platform."""
+"""The native half of a communicator, made by all processes together: one class per platform."""
 
 import abc
 import contextlib
@@ -25,10 +25,10 @@ from jax_deepep.communicator.topology import Topology, machine_identity
 
 
 class NativeHalf(abc.ABC):
-    """The native half of a communicator on one platform, and how it comes to its start.
+    """The native half of a communicator on one platform, and the steps until it is started.
 
     Attributes:
-        native: the object that ops know, made at once.
+        native: the object that ops use.
     """
 
     native: NativeCommunicator
@@ -41,7 +41,7 @@ class NativeHalf(abc.ABC):
         """Return what peers need of this process, open until `open_here` ends at least."""
 
     def publish(self, exports: list[Export], exchange: Exchange) -> None:  # noqa: B027
-        """Tell the other processes of the mesh what they need to know besides."""
+        """Publish what the other processes of the mesh need besides."""
 
     @abc.abstractmethod
     def start(self, exports: list[Export], everyones: Mapping[int, list[Export]], exchange: Exchange) -> None:
@@ -49,11 +49,11 @@ class NativeHalf(abc.ABC):
 
     @abc.abstractmethod
     def transport(self) -> str:
-        """Describe how rows go to peers, once it is started."""
+        """Describe how rows reach peers, once it is started."""
 
 
 class CpuHalf(NativeHalf):
-    """On CPU, every process shares memory of its own, through which rows go to other processes."""
+    """On CPU, every process shares a segment of memory, through which rows reach other processes."""
 
     native: CpuCommunicator
 
@@ -61,18 +61,18 @@ class CpuHalf(NativeHalf):
         self.native = native_module.load("cpu").Communicator(**arguments_of(config, id))
 
     def exports(self, open_here: contextlib.ExitStack) -> list[Export]:
-        descriptor = self.native.segment_descriptor  # it stays the communicator's
+        descriptor = self.native.segment_descriptor  # owned by the communicator
         return [(descriptor, 0, "", 0)] if descriptor >= 0 else []
 
     def start(self, exports: list[Export], everyones: Mapping[int, list[Export]], exchange: Exchange) -> None:
         for process, [(descriptor, *_)] in everyones.items():
-            self.native.attach_peer(process, os.dup(descriptor))  # it takes a descriptor over
+            self.native.attach_peer(process, os.dup(descriptor))  # it takes ownership
         self.native.start()
 
     def transport(self) -> str:
         if self.native.shares_memory:
             return "shared memory between the processes of this host"
-        return "process memory: peers' arrays are read in place"  # no group is spread over several processes
+        return "process memory: peers' arrays are read in place"  # every group is inside one process
 
 
 class CudaHalf(NativeHalf):
@@ -103,7 +103,7 @@ class CudaHalf(NativeHalf):
             exchange.publish(name_of_gpu(gpu), count)
 
     def start(self, exports: list[Export], everyones: Mapping[int, list[Export]], exchange: Exchange) -> None:
-        # The memory of this process goes the same way.
+        # Its own memory is attached in the same way.
         for process, memories in {**everyones, exchange.process: exports}.items():
             self.native.attach_peer(process, memories)
         gpus = _gpus(exports)
@@ -125,11 +125,11 @@ HALVES: dict[str, type[NativeHalf]] = {"cpu": CpuHalf, "cuda": CudaHalf}
 
 
 def make_native_half(config: CommunicatorConfig, exchange: Exchange) -> tuple[NativeHalf | None, str]:
-    """Make the native half of a communicator; return it, or None and why some process could not.
+    """Make the native half of a communicator; return it, or None and why a process could not.
 
     Args:
         config: of the communicator, the same in all processes.
-        exchange: between all processes of the mesh. Memory goes to those that share a group with this one.
+        exchange: between all processes of the mesh. Memory is sent to those that share a group with this one.
     """
     topology = config.topology
     peers = topology.peers_of(jax.process_index())
@@ -142,7 +142,7 @@ def make_native_half(config: CommunicatorConfig, exchange: Exchange) -> tuple[Na
             exports = half.exports(open_here)
             _offer(exports, peers, exchange, open_here)
             half.publish(exports, exchange)
-        except Exception as failure:  # whatever it is, the other processes must learn of it
+        except Exception as failure:  # of any kind: the other processes are notified
             error = _text_of(failure)
         error = _first_error(exchange, "creation", error)
         if half is not None and not error:
@@ -171,7 +171,7 @@ def arguments_of(config: CommunicatorConfig, id: int) -> dict[str, Any]:
     """Return the arguments of a native communicator that all platforms have."""
     topology = config.topology
     here = jax.process_index()
-    # Other groups than those of its peers do not concern a process, however many there are.
+    # A process needs only its own groups and those of its peers.
     locations = [
         (_name_to_custom_calls(device), group, rank, device.process_index)
         for group in topology.groups_with({here, *topology.peers_of(here)})
@@ -208,7 +208,7 @@ def address_in_pool(device: jax.Device) -> AddressInPool:
 def _offer(
     exports: list[Export], peers: set[int], exchange: Exchange, open_here: contextlib.ExitStack
 ) -> None:
-    """Let peers have the memory of this process until `open_here` ends."""
+    """Offer the memory of this process to peers until `open_here` ends."""
     if peers:
         server = descriptors.DescriptorServer([descriptor for descriptor, *_ in exports], len(peers))
         open_here.enter_context(server)
@@ -235,5 +235,5 @@ def _gpus(exports: list[Export]) -> list[str]:
 
 
 def name_of_gpu(gpu: str) -> str:
-    """Return the name of a GPU among those of all machines, which have the same addresses."""
+    """Return a name of a GPU that is unique among machines, whose PCI addresses are the same."""
     return f"gpus/{digest_of((machine_identity(), gpu))}"

@@ -1,6 +1,6 @@
 """Finds the native modules and registers their custom calls with XLA.
 
-A native module is a table of capsules; nothing happens when it is imported but that.
+A native module is a table of capsules; importing it has no other effect.
 """
 
 import atexit
@@ -21,10 +21,10 @@ from jax_deepep import jax_compat
 from jax_deepep.communicator.native_types import CpuModule, CudaModule, NativeCommunicator, NativeModule
 
 # JAX records this event as a scalar before it compiles a program or loads it from its cache, and as a
-# duration after that, on the same thread, also if it has failed.
+# duration afterwards, on the same thread, also after a failure.
 COMPILATION = "/jax/core/compile/backend_compile_duration"
 
-_LOOK_AGAIN_S = 0.1  # while another thread compiles: its end may have been taken from us
+_POLL_S = 0.1  # while another thread compiles: the event of its end may be lost
 
 # The module of a platform, the name under which XLA knows the platform, and what builds the module.
 _PLATFORMS = {
@@ -33,7 +33,7 @@ _PLATFORMS = {
 }
 
 
-# Two threads may make the first communicators, and custom calls are registered once.
+# Two threads may make the first communicators; custom calls are registered once.
 _finding = threading.Lock()
 
 
@@ -65,11 +65,11 @@ def _find_once(platform: str) -> tuple[Any, str]:
 
 
 class _Compilations:
-    """Numbers the custom calls of a program alike in all processes of a job: from zero, in its own order.
+    """Numbers the custom calls of a program from zero, in its order, the same in all processes of a job.
 
-    Programs that other threads compile at the same time would be counted too: with several processes, one
-    compilation waits for the other. Whoever clears JAX's listeners in between may take the end of one from
-    us, so that a thread counts as compiling only for as long as its stack says so.
+    Calls of programs that other threads compile at the same time would be counted too: with several
+    processes, one compilation waits for the other. If JAX's listeners are cleared in between, the event of
+    its end is lost: so a thread counts as compiling only while the compiling frame is on its stack.
     """
 
     def __init__(self, begin_program: Callable[[bool], None]) -> None:
@@ -78,7 +78,7 @@ class _Compilations:
         self._compiling: tuple[int, FrameType] | None = None  # a thread, and the frame that compiles
 
     def watch(self) -> None:
-        """Listen to JAX's compilations, again if its listeners were cleared."""
+        """Register the listeners to JAX's compilations, again if they were cleared."""
         with self._changed:
             jax_compat.keep_listeners(self._begin, self._end)
 
@@ -87,7 +87,7 @@ class _Compilations:
             return
         with self._changed:
             while self._another_compiles():
-                self._changed.wait(_LOOK_AGAIN_S)
+                self._changed.wait(_POLL_S)
             self._compiling = threading.get_ident(), _frame_that_compiles()
             self._begin_program(threading.current_thread() is threading.main_thread())
 
@@ -110,7 +110,7 @@ class _Compilations:
 
 
 def _frame_that_compiles() -> FrameType:
-    """Return the frame in which JAX begins to time a compilation, and in which it stays until the end."""
+    """Return the frame in which JAX times a compilation, which is on the stack until its end."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and frame.f_code.co_name in ("record_scalar", "__enter__"):
         frame = frame.f_back
@@ -118,11 +118,11 @@ def _frame_that_compiles() -> FrameType:
     return frame
 
 
-_compilations: _Compilations | None = None  # where there is the native module for CPUs
+_compilations: _Compilations | None = None  # with the native module for CPUs
 
 
 def watch_compilations() -> None:
-    """See that the calls of a program that is about to be compiled are numbered."""
+    """Make sure that the calls of a program that is about to be compiled are numbered."""
     if _compilations is not None:
         _compilations.watch()
 
@@ -170,7 +170,7 @@ def load(platform: str) -> Any:
 
 @functools.cache
 def numbers() -> NativeModule:
-    """Return a native module, for the numbers and sizes that those of all platforms have alike.
+    """Return a native module, for the numbers and sizes that are the same on all platforms.
 
     It is only imported: a program may be traced for a platform whose module is not built here.
     """
@@ -186,16 +186,16 @@ def numbers() -> NativeModule:
 def close_at_exit(owner: Any, native_communicator: NativeCommunicator) -> None:
     """Close a native communicator when the interpreter ends.
 
-    If its owner goes before that, programs may still use it, and it goes with the last of them.
+    If its owner is freed before, programs may still use it, and it is freed with the last of them.
     """
-    close = functools.partial(_leave, native_communicator)  # an object of its own, to be found again
+    close = functools.partial(_leave, native_communicator)  # a unique object, to unregister it
     atexit.register(close)
     weakref.finalize(owner, atexit.unregister, close).atexit = False
 
 
 def _leave(native_communicator: NativeCommunicator) -> None:
-    error = getattr(sys, "last_value", None)  # what ended the program, if that is why it ends
+    error = getattr(sys, "last_value", None)  # an uncaught exception
     if error is not None:
-        # Its ops may wait for peers that wait for what the program does not do any more.
+        # Its ops may wait for peers that wait for ops this program will not launch any more.
         native_communicator.leave(f"{type(error).__name__}: {error}")
     native_communicator.close()

@@ -5,8 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-# Memory of this process or a peer's: an open descriptor, the bytes behind it (0 where everyone knows
-# them), the PCI address of its GPU, and a number that no other allocation of any process has.
+# Memory of this process or a peer: an open descriptor, its size in bytes (0 where it is known), the PCI
+# address of its GPU, and a number that is unique among the allocations of all processes.
 Export = tuple[int, int, str, int]
 
 # The ordinal of a GPU, and an address in XLA's memory pool on it.
@@ -15,7 +15,7 @@ AddressInPool = tuple[int, int]
 
 @runtime_checkable
 class NativeCommunicator(Protocol):
-    """The native half of a communicator, on whatever platform."""
+    """The native half of a communicator, on any platform."""
 
     @property
     def buffer_bytes(self) -> int: ...
@@ -30,7 +30,7 @@ class NativeCommunicator(Protocol):
 
     @property
     def invalid_routing(self) -> str:
-        """What is wrong with entries of `topk_idx` that it has met, or an empty string."""
+        """What is wrong with entries of `topk_idx` that ops have ignored, or an empty string."""
 
     def wait_for_ops(self) -> str:
         """Return an error of a device of this process, or an empty string."""
@@ -48,7 +48,7 @@ class CpuCommunicator(NativeCommunicator, Protocol):
 
     @property
     def segment_descriptor(self) -> int:
-        """Of the memory that peers attach; −1 where no other process has a rank of its groups."""
+        """The memory that peers attach; −1 where no other process has a rank of its groups."""
 
     @property
     def shares_memory(self) -> bool: ...
@@ -57,7 +57,7 @@ class CpuCommunicator(NativeCommunicator, Protocol):
     def num_running_ops(self) -> int: ...
 
     def attach_peer(self, process: int, descriptor: int) -> None:
-        """Map a peer's memory; the descriptor is the communicator's from then on."""
+        """Map a peer's memory and take ownership of the descriptor."""
 
     def start(self) -> None: ...
 
@@ -74,7 +74,7 @@ class CudaCommunicator(NativeCommunicator, Protocol):
         """Seconds and SMs of the last op of each rank of this process."""
 
     def exports(self) -> list[Export]:
-        """Return two memories for each device; the descriptors are the caller's."""
+        """Return two exports for each device; the caller owns the descriptors."""
 
     def attach_peer(self, process: int, exports: Sequence[Export]) -> None: ...
 
@@ -82,11 +82,11 @@ class CudaCommunicator(NativeCommunicator, Protocol):
 
 
 class NativeModule(Protocol):
-    """A native module, for whatever platform: a table of capsules."""
+    """A native module, for any platform: a table of capsules."""
 
     source_digest: str
 
-    # Numbers and sizes that all platforms have alike.
+    # Numbers and sizes that are the same on all platforms.
     layouts: dict[str, int]  # names and codes
     no_limit: int
     payload_alignment: int  # rows of integers are a multiple of these
@@ -136,6 +136,6 @@ class CudaModule(NativeModule, Protocol):
 
     @property
     def launch_op(self) -> Any:
-        """A capsule, with which a module of other kernels launches them as ops."""
+        """A capsule with which another module launches its kernels as ops."""
 
     def Communicator(self, **arguments: Any) -> CudaCommunicator: ...

@@ -1,10 +1,10 @@
 """How the processes of a mesh agree on a communicator: in a tree, over a key-value store.
 
-The store is that of JAX's coordination service, which `jax.distributed` has started anyway. Every process
-reads the summaries of at most eight others, merges them with its own, gives the result to one more, and
-passes on the verdict that comes back: the number and the size of a process's messages do not grow with the
-number of processes, the first process's neither. Every wait has a deadline, and its error names who is
-missing. Keys are deleted by the process that reads them, or by their owner at the end.
+The store is that of JAX's coordination service, which `jax.distributed` has already started. Every process
+reads the summaries of at most eight others, merges them with its own, sends the result to its parent, and
+forwards the verdict that returns: the number and the size of a process's messages do not grow with the
+number of processes, not even for the root. Every wait has a deadline, and its error names the missing
+processes. Keys are deleted by the process that reads them, or by their owner at the end.
 """
 
 import json
@@ -21,10 +21,10 @@ from jax_deepep import jax_compat
 from jax_deepep.communicator.key_value_store import KeyValueClient, Namespace, digest_of
 from jax_deepep.errors import CommunicatorError, PeerTimeoutError
 
-# As good as forever, and no clock or timeout of the system overflows.
+# Practically unlimited, without overflow in clocks and timeouts of the system.
 LONGEST_WAIT_S = 1e9
 
-# Processes that one process reads from.
+# Children of a process in the tree.
 ARITY = 8
 
 # Longer texts are cut before they are sent, and no more missing processes than this are named.
@@ -43,12 +43,12 @@ _numbering = threading.Lock()
 
 @dataclass
 class Summary:
-    """What is told of a process, or of a process and all below it in the tree.
+    """The report of a process, or of a process and all its descendants in the tree.
 
     Attributes:
-        same: texts that must be equal in all processes that have one of that name.
-        findings: by kind, where it stands in the order of all findings of the kind, and its text. Of each
-            kind the first one counts.
+        same: texts by name, equal in all processes that have one of that name.
+        findings: by kind, a key that orders the findings of the kind, and the text. Of each kind the first
+            one counts.
     """
 
     same: dict[str, str] = field(default_factory=dict)
@@ -72,18 +72,18 @@ class Exchange:
     """One exchange between the processes of a mesh: a namespace, and a deadline for all of it.
 
     A context manager; at its end this process deletes its keys. All processes go through the same phases, and
-    what one does in a phase never waits for what another does in the next one:
+    no process waits in a phase for what another one does in the next:
 
-        come_to    publish, read    report    verdict
+        begin_phase    publish, read    report    verdict
 
     Attributes:
         processes: process indices that take part, ascending.
         process: this one.
-        id: the same in all of them, in every run, and of no other exchange of one of them: see `between`.
+        id: the same in all of them and in every run, and unique among the exchanges of each: see `between`.
 
     Args:
-        index: which of `processes` this one is.
-        client: of the key-value store; None where there is no other process.
+        index: of this process in `processes`.
+        client: of the key-value store; None without other processes.
         timeout_s: seconds that the whole exchange may last.
         name_of: describes a process in errors, by the ranks that it has.
     """
@@ -115,8 +115,8 @@ class Exchange:
     def between(cls, processes: Iterable[int], timeout_s: float, name_of: Callable[[int], str]) -> "Exchange":
         """Begin the next exchange between `processes`, this one among them.
 
-        Its id, of 63 bits, counts the exchanges of the same processes, whatever others, or other threads, do
-        meanwhile. Where these are not all processes of the job, their digest comes before the number.
+        Its id, of 63 bits, counts the exchanges of the same processes, independent of other processes and
+        threads. Where these are not all processes of the job, their digest precedes the number.
         """
         members = tuple(sorted(processes))
         with _numbering:
@@ -129,7 +129,7 @@ class Exchange:
         return cls(members, index, digest << 32 | number, client, timeout_s, name_of)
 
     def _children_of(self, index: int) -> range:
-        # The tree: processes in ascending order, as in a heap.
+        # The tree has the processes in ascending order, as a heap.
         first = ARITY * index + 1
         return range(first, min(first + ARITY, len(self.processes)))
 
@@ -137,20 +137,20 @@ class Exchange:
     def _parent_of(index: int) -> int:
         return (index - 1) // ARITY
 
-    # What a phase consists of.
+    # The steps of a phase.
 
     def agree(self, phase: str, summary: Summary) -> dict[str, str]:
         """Merge the summaries of all processes; return the first finding of each kind.
 
         Raises:
             CommunicatorError: texts differ that must be the same.
-            PeerTimeoutError: some process did not come in time.
+            PeerTimeoutError: a process did not arrive in time.
         """
-        self.come_to(phase)
+        self.begin_phase(phase)
         self.report(summary)
         return self.verdict()
 
-    def come_to(self, phase: str) -> None:
+    def begin_phase(self, phase: str) -> None:
         """Begin a phase."""
         self._phase += 1
         self._phase_name = phase
@@ -158,42 +158,42 @@ class Exchange:
         self._set_position(2 * self._phase)
 
     def publish(self, name: str, message: Any) -> None:
-        """Give a message of JSON values to whoever reads it before its next report."""
+        """Publish a message of JSON values for processes that read it before their next report."""
         self._keys.set_own(self._published(name, self.process), json.dumps(message).encode())
 
     def read(self, name: str, processes: Iterable[int]) -> dict[int, Any]:
-        """Return what other processes have published or are about to publish, by process."""
+        """Return the messages of other processes by process, waiting for those not yet published."""
         messages: dict[int, Any] = {}
         for process in processes:
             data = self._keys.wait_for(self._published(name, process), self.seconds_left())
             if data is None:
-                self._give_up(self._missing_from([0]) or [self.processes.index(process)])
+                self._abort(self._missing_from([0]) or [self.processes.index(process)])
             messages[process] = json.loads(data)
         return messages
 
     def read_all_others(self, name: str) -> list[Any]:
-        """Return what other processes, whichever they are, published under a name before a verdict."""
+        """Return what all other processes published under a name before a verdict."""
         own = self._published(name, self.process)
         return [json.loads(data) for data in self._keys.values_under(own.rpartition("/")[0], but=own)]
 
     def report(self, summary: Summary) -> None:
-        """Merge `summary` with those from below in the tree, and give the result to the process above."""
+        """Merge `summary` with those of the children in the tree, and send the result to the parent."""
         self._summary = summary
         for child in self._children:
             data = self._keys.take(self._key("up", child), self.seconds_left())
             if data is None:
-                self._give_up(self._missing_from(self._children) or [child])
+                self._abort(self._missing_from(self._children) or [child])
             self._merge(Summary.decode(data), self.processes[child])
         if self._index > 0:
             self._keys.set(self._key("up", self._index), summary.encode())
         self._set_position(2 * self._phase + 1)
 
     def verdict(self) -> dict[str, str]:
-        """Return the first finding of each kind of all processes, and pass them on below."""
+        """Return the first finding of each kind of all processes, and forward them to the children."""
         if self._index > 0:
             data = self._keys.take(self._key("down", self._index), self.seconds_left())
             if data is None:
-                self._give_up(self._missing_above())
+                self._abort(self._missing_above())
             self._summary = Summary.decode(data)
         self._summary.same = {}
         for child in self._children:
@@ -201,30 +201,30 @@ class Exchange:
         self._raise_for_findings()
         return {kind: text for kind, (_, text) in self._summary.findings.items()}
 
-    def _merge(self, below: Summary, process: int) -> None:
-        for kind, (order, text) in below.findings.items():
+    def _merge(self, other: Summary, process: int) -> None:
+        for kind, (order, text) in other.findings.items():
             self._summary.add(kind, order, text)
-        for place, (name, value) in enumerate(self._summary.same.items()):
-            if below.same.get(name, value) != value:
+        for position, (name, value) in enumerate(self._summary.same.items()):
+            if other.same.get(name, value) != value:
                 self._summary.add(
                     DIFFERENCE,
-                    [place, process],
+                    [position, process],
                     f"{name}: expected the same in all processes, got {value} on "
-                    f"{self._name_of(self.process)} and {below.same[name]} on {self._name_of(process)}; "
+                    f"{self._name_of(self.process)} and {other.same[name]} on {self._name_of(process)}; "
                     "start all of them with the same arguments and the same build of jax_deepep.",
                 )
 
     def _raise_for_findings(self) -> None:
-        # Some have yet to find out who is absent, and somebody may come late.
+        # Others have yet to read the absence, and the missing process may still arrive.
         self._keys_stay = ABSENCE in self._summary.findings
         for kind, error in ((DIFFERENCE, CommunicatorError), (ABSENCE, PeerTimeoutError)):
             if kind in self._summary.findings:
                 raise error(self._summary.findings[kind][1])
 
-    # When somebody does not come.
+    # When a process does not arrive.
 
-    def _give_up(self, missing: list[int]) -> NoReturn:
-        """Raise for processes that are missing, and tell those that come to this phase or the next one."""
+    def _abort(self, missing: list[int]) -> NoReturn:
+        """Raise for missing processes, and notify those that arrive at this phase or the next one."""
         names = [self._name_of(self.processes[index]) for index in missing[:MOST_NAMES]]
         others = " and others" if len(missing) > MOST_NAMES else ""
         self._summary.add(
@@ -244,10 +244,10 @@ class Exchange:
         raise AssertionError("the absence is a finding")
 
     def _missing_from(self, indices: Iterable[int]) -> list[int]:
-        """Look for processes that have not come to this phase, among some and all below those.
+        """Return processes that have not arrived at this phase, among some and their descendants.
 
-        What is below a process that has reported has come: so little is looked at. Ends when there are more
-        than are named.
+        The descendants of a process that has reported have arrived, so few are examined. Ends when there are
+        more than are named.
         """
         missing: list[int] = []
         waiting = deque(indices)
@@ -261,24 +261,24 @@ class Exchange:
         return missing
 
     def _missing_above(self) -> list[int]:
-        """Return whom a process waits for that has reported and gets no verdict."""
-        top = self._index  # the highest process of those above that are still there, without a gap
+        """Return the processes that this one waits for, after its report and without a verdict."""
+        top = self._index  # the highest ancestor that is present, as are all in between
         while top > 0 and self._position_of(self._parent_of(top)) > 0:
             top = self._parent_of(top)
-        # Whoever is through with the exchange has deleted its position, and the summaries that it read.
+        # A process that has finished the exchange has deleted its position, and the summaries that it read.
         undecided = top == 0 or self._keys.try_get(self._key("up", top)) is not None
         names = self._missing_from([0]) if undecided else []
         return names or [top if top < self._index else self._parent_of(self._index)]
 
     def _set_position(self, position: int) -> None:
-        """Show where this process is: twice the number of the phase, and one more once it has reported."""
+        """Publish the progress of this process: twice the number of the phase, plus one after its report."""
         self._keys.set_own(self._position_key(self._index), str(position).encode())
 
     def _position_of(self, index: int) -> int:
         return int(self._keys.try_get(self._position_key(index)) or 0)
 
     def _key(self, direction: str, index: int, phase: int | None = None) -> str:
-        """Return the key by which a process tells the one above it, or is told by it."""
+        """Return the key of a process's message to its parent (up) or from it (down)."""
         return f"{direction}/{self._phase if phase is None else phase}/{index}"
 
     def _position_key(self, index: int) -> str:
@@ -288,7 +288,7 @@ class Exchange:
         return f"of/{name}/{process}"
 
     def seconds_left(self) -> float:
-        """Return how long this process may still wait, a moment at least."""
+        """Return how long this process may still wait, at least a millisecond."""
         return max(self._deadline - time.monotonic(), 0.001)
 
     def __enter__(self) -> "Exchange":

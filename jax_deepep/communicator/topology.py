@@ -1,4 +1,4 @@
-"""Who is where: the expert-parallel groups of a mesh, derived from its device grid."""
+"""The expert-parallel groups of a mesh, derived from its device grid."""
 
 import functools
 import math
@@ -44,7 +44,7 @@ class Topology:
         return cls(grid.reshape(-1, num_ranks), tuple(axis_names), num_nodes)
 
     def has_groups_of(self, other: "Topology") -> bool:
-        """Return whether the groups are those of `other`, with the same ranks, in whatever order."""
+        """Return whether the groups are those of `other`, with the same ranks, in any order."""
         return {tuple(group) for group in self.groups} == {tuple(group) for group in other.groups}
 
     @property
@@ -97,7 +97,7 @@ class Topology:
         return np.nonzero(np.isin(self.process_of, list(processes)).any(axis=1))[0].tolist()
 
     def peers_of(self, process: int) -> set[int]:
-        """Return the other processes with devices in the groups of one: all that it exchanges rows with."""
+        """Return the other processes in the groups of a process, with which it exchanges rows."""
         return set(np.unique(self.process_of[self.groups_with({process})]).tolist()) - {process}
 
     def leaders_of(self, process: int) -> dict[int, int]:
@@ -109,8 +109,8 @@ class Topology:
         """Return the first group in which a process is on another host than the group's first process.
 
         Args:
-            process: the one that looks.
-            hosts: the host of that process and of those that lead its groups, by process.
+            process: the one to compare.
+            hosts: of that process and of the first processes of its groups, by process.
 
         Returns:
             The group's index, and a text about both sides; or None.
@@ -126,9 +126,9 @@ class Topology:
 
 
 def machine_identity() -> str:
-    """Return what is equal for processes that run under one kernel, in whatever containers.
+    """Return a text that is equal for processes under the same kernel, in any container.
 
-    The variable JAX_DEEPEP_HOST_ID makes a process pretend to be on another machine, of that name: for tests.
+    The variable JAX_DEEPEP_HOST_ID makes a process appear to be on another machine, of that name: for tests.
     """
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
@@ -136,5 +136,5 @@ def machine_identity() -> str:
 
 
 def host_identity() -> str:
-    """Return what is equal for processes that can share memory and abstract Unix sockets."""
+    """Return a text that is equal for processes that can share memory and abstract Unix sockets."""
     return f"{machine_identity()}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"

@@ -1,4 +1,4 @@
-"""`python -m jax_deepep.launch -n N [options] -- COMMAND …` (`--help` says the rest)."""
+"""`python -m jax_deepep.launch -n N [options] -- COMMAND …` (see `--help`)."""
 
 import argparse
 import os
@@ -11,13 +11,13 @@ from pathlib import Path
 from jax_deepep.launch.command_line import parse
 from jax_deepep.launch.failure_report import report
 from jax_deepep.launch.hosts.cluster_environment import (
-    LauncherPlace,
-    PlaceError,
-    place_from_arguments,
-    place_from_cluster,
+    LauncherPosition,
+    PositionError,
+    position_from_arguments,
+    position_from_cluster,
 )
 from jax_deepep.launch.hosts.kubernetes_job import KubernetesError
-from jax_deepep.launch.hosts.rendezvous import HostLink, meet
+from jax_deepep.launch.hosts.rendezvous import HostLink, rendezvous
 from jax_deepep.launch.job_processes import StopRequests, run_guarded
 from jax_deepep.launch.job_watch import JobWatch
 from jax_deepep.launch.mps_daemon import MpsDaemon, MpsError
@@ -39,18 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 127
     mps = MpsDaemon(base) if options.share_gpu and MpsDaemon.is_installed(base) else None
-    return run_guarded(lambda requests: meet_and_run(options, base, mps, requests), mps)
+    return run_guarded(lambda requests: rendezvous_and_run(options, base, mps, requests), mps)
 
 
-def meet_and_run(
+def rendezvous_and_run(
     options: argparse.Namespace, base: dict[str, str], mps: MpsDaemon | None, requests: StopRequests
 ) -> int:
     """Find the launchers of other hosts, then run the job with them."""
     try:
-        place = find_place(options, base)
-        link = meet(place, options.n, options.start_timeout, cancelled=lambda: bool(requests.read()))
+        position = find_position(options, base)
+        link = rendezvous(position, options.n, options.start_timeout, cancelled=lambda: bool(requests.read()))
         return run_job(options, base, link, mps, requests)
-    except (PlaceError, KubernetesError) as error:
+    except (PositionError, KubernetesError) as error:
         say(str(error))
         return 2
     except MpsError as error:
@@ -60,14 +60,14 @@ def meet_and_run(
         return 128 + requests.read()[0]
 
 
-def find_place(options: argparse.Namespace, environ: dict[str, str]) -> LauncherPlace:
-    """Return this launcher's place: as told, else as the cluster has it, else alone on this host."""
+def find_position(options: argparse.Namespace, environ: dict[str, str]) -> LauncherPosition:
+    """Return this launcher's position: from the options, else from the cluster, else alone on this host."""
     if options.hosts is None and options.node_rank is None:
-        found = place_from_cluster(environ, options.coordinator)
+        found = position_from_cluster(environ, options.coordinator)
         if found is not None:
             say(f"launcher {found.index} of {found.count}, as {found.found_in} says")
             return found
-    return place_from_arguments(options.hosts, options.coordinator, options.node_rank, environ)
+    return position_from_arguments(options.hosts, options.coordinator, options.node_rank, environ)
 
 
 def run_job(
@@ -91,17 +91,17 @@ def run_job(
     if options.share_gpu and mps is None:
         say(
             "--share-gpu: nvidia-cuda-mps-control is not on PATH, so the ranks take turns on the GPU. "
-            "Results are right, but times mean nothing"
+            "Results are right, but times are not meaningful"
         )
     command = through_python_program(options.command)
     ranks: list[RankProcess] = []
     for local_rank in range(options.n):
         env = {**rank_environ(base, job, local_rank, settings, log_dir), **mps_variables}
-        place = launched_rank(env)
-        assert place is not None
-        log = RankLog(place.rank, log_dir / f"rank{place.rank}.log", console(options.console, place))
+        identity = launched_rank(env)
+        assert identity is not None
+        log = RankLog(identity.rank, log_dir / f"rank{identity.rank}.log", console(options.console, identity))
         try:
-            ranks.append(RankProcess(command, env, place, log))
+            ranks.append(RankProcess(command, env, identity, log))
         except OSError as error:
             say(
                 f"COMMAND: expected a program that can be run, got {command[0]!r} ({error.strerror}); "
@@ -116,7 +116,7 @@ def run_job(
 
 
 def prepare_log_dir(wanted: Path | None, link: HostLink) -> Path:
-    """Return the folder of the logs, without what an earlier job left there about these ranks."""
+    """Return the folder of the logs, after removing what an earlier job left there for these ranks."""
     log_dir = (wanted or Path(tempfile.mkdtemp(prefix="jax_deepep_launch_"))).absolute()
     (log_dir / ".launch").mkdir(parents=True, exist_ok=True)
     for rank in link.job.ranks:
@@ -126,14 +126,14 @@ def prepare_log_dir(wanted: Path | None, link: HostLink) -> Path:
     return log_dir
 
 
-def console(wanted: str, place: LaunchedRank) -> Callable[[], bool]:
-    """Return whether this rank's lines are shown, asked anew for every piece of output."""
-    if wanted == "all" or place.local_rank == 0:
+def console(wanted: str, identity: LaunchedRank) -> Callable[[], bool]:
+    """Return a function that says whether to show this rank's lines, called for every piece of output."""
+    if wanted == "all" or identity.local_rank == 0:
         return lambda: True
     if wanted == "first":
         return lambda: False
     # The plugin's file exists before pytest prints anything, however pytest was started.
-    ran_pytest = place.state_file("pytest")
+    ran_pytest = identity.state_file("pytest")
     return lambda: not ran_pytest.exists()
 
 

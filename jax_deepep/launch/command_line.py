@@ -16,7 +16,7 @@ examples:
   python -m jax_deepep.launch -n 8 --hosts node0,node1 -- python train.py     the same line on node0 and node1
   srun --ntasks-per-node=1 python -m jax_deepep.launch -n 8 -- python train.py
 
-In the program, jax.distributed.initialize() without arguments finds its place. The launcher returns the
+In the program, jax.distributed.initialize() without arguments finds its rank. The launcher returns the
 status of the rank that failed first, 128+s if signal s killed it. It listens on the loopback address only,
 unless several hosts take part; ports are chosen when needed.
 """
@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse and check; a mistake ends the program with status 2 and says what to do."""
+    """Parse and check; a mistake ends the program with status 2 and a remedy."""
     parser = _Parser(
         prog="python -m jax_deepep.launch",
         usage="%(prog)s -n N [options] -- COMMAND [ARGUMENT ...]",
@@ -51,10 +51,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--share-gpu", action="store_true", help="all processes on one GPU, under a private MPS daemon"
     )
-    # With 0.8 on 80 GB, eight ranks left NCCL too little; on 141 GB it had 3.5 GB per rank, and enough.
+    # With 0.8, eight ranks left NCCL too little memory on 80 GB, and enough on 141 GB (3.5 GB per rank).
     parser.add_argument(
         "--memory-fraction", type=_fraction, metavar="F",
-        help="with --share-gpu: this part of the GPU's memory for XLA in all ranks together, F/N each "
+        help="with --share-gpu: fraction of the GPU's memory for XLA in all ranks together, F/N each "
         "(XLA_PYTHON_CLIENT_MEM_FRACTION); CUDA and NCCL need the rest; default "
         f"{RankSettings.memory_fraction:g}",
     )  # fmt: skip
@@ -73,21 +73,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     several = parser.add_argument_group(
         "several hosts",
-        "Found by itself under SLURM, Open MPI, PMI, and in a Kubernetes Indexed Job; "
-        "these override what was found.",
+        "Detected under SLURM, Open MPI, PMI, and in a Kubernetes Indexed Job; "
+        "these override what was detected.",
     )
-    several.add_argument(
-        "--hosts", metavar="H0,H1,…", help="all hosts, rank 0's first; or how many there are"
-    )
+    several.add_argument("--hosts", metavar="H0,H1,…", help="all hosts, rank 0's first; or their number")
     several.add_argument(
         "--coordinator", metavar="HOST[:PORT]",
-        help="address of the first host; the launchers meet at PORT "
+        help="address of the first host; the launchers connect to PORT "
         "(on a single host: JAX's coordinator gets it); "
         "default: the first of --hosts, and a port derived from the job",
     )  # fmt: skip
     several.add_argument(
         "--node-rank", type=int, metavar="I",
-        help="which of the hosts this one is, from 0; default: found by its name",
+        help="index of this host, from 0; default: found by its name",
     )  # fmt: skip
     several.add_argument(
         "--start-timeout", type=_seconds, default=300.0, metavar="SECONDS",

@@ -1,4 +1,4 @@
-"""What the launcher says when a job has failed; the first failing rank comes last, with its traceback."""
+"""What the launcher prints when a job has failed; the first failing rank comes last, with its traceback."""
 
 import signal
 import sys
@@ -8,21 +8,21 @@ from pathlib import Path
 from jax_deepep.launch.job_watch import JobOutcome
 from jax_deepep.launch.pytest_report import pytest_summary
 from jax_deepep.launch.rank_ends import Blame
-from jax_deepep.launch.rank_logs import last_words, rank_names, say
+from jax_deepep.launch.rank_logs import log_tail, rank_names, say
 from jax_deepep.launch.rank_process import RankProcess
 
 
 def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> None:
-    """Say what happened on this host."""
+    """Print what happened on this host."""
     if outcome.signal is not None:
         say(f"got {signal.Signals(outcome.signal).name}; all ranks were ended. Logs: {log_dir}")
         return
-    for line in pytest_summary([rank.place for rank in ranks], shown=ranks[0].rank):
+    for line in pytest_summary([rank.identity for rank in ranks], shown=ranks[0].rank):
         say(line)
     if outcome.done:
         say(
-            f"{rank_names(outcome.done)} had ended with status 0 by then: "
-            "what waits for a rank that has ended fails"
+            f"{rank_names(outcome.done)} had already ended with status 0: "
+            "ranks that wait for one of them fail"
         )
     if outcome.elsewhere is not None:
         say(f"the job failed on another host ({outcome.elsewhere}); the ranks here were ended")
@@ -49,29 +49,29 @@ def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> 
         if aborted:
             say(
                 "rank 0 hosts JAX's coordinator: it died, and JAX then aborts the others. "
-                f"So the end of {rank_names(aborted)} is a consequence, not a cause"
+                f"The end of {rank_names(aborted)} is a consequence, not a cause"
             )
         else:
-            say("rank 0 hosts JAX's coordinator: nothing can go on without it")
+            say("rank 0 hosts JAX's coordinator: the job cannot continue without it")
     _show_stacks(outcome, ranks)
     say(f"rank {first.rank} failed first: {end.how}. The end of its log ({first.log.path}):")
-    words = last_words(first.log.path, outcome.first_log_bytes)
-    for line in words or ["(it printed nothing)"]:
+    lines = log_tail(first.log.path, outcome.first_log_bytes)
+    for line in lines or ["(it printed nothing)"]:
         print(f"[{first.rank}] {line}", file=sys.stderr)
     sys.stderr.flush()
 
 
 def _show_stacks(outcome: JobOutcome, ranks: Sequence[RankProcess]) -> None:
-    """After a hang, show where every rank was; after a plain failure, say where that is written."""
-    written = [rank for rank in ranks if _has_content(rank.place.stacks_file)]
+    """After a hang, show the stacks of every rank; after a plain failure, say which files hold them."""
+    written = [rank for rank in ranks if _has_content(rank.identity.stacks_file)]
     if not any(rank.end is not None and rank.end.hung for rank in ranks):
         dumped = [rank.rank for rank in written if rank.rank in outcome.ended]
         if dumped:
-            say(f"where {rank_names(dumped)} stood at that moment: {ranks[0].place.log_dir}/rank*.stacks")
+            say(f"stacks of {rank_names(dumped)} at that moment: {ranks[0].identity.log_dir}/rank*.stacks")
         return
     for rank in sorted(written, key=lambda rank: rank is outcome.first):
         say(f"stacks of rank {rank.rank}:")
-        for line in rank.place.stacks_file.read_text(errors="replace").splitlines():
+        for line in rank.identity.stacks_file.read_text(errors="replace").splitlines():
             print(f"[{rank.rank}] {line}", file=sys.stderr)
 
 

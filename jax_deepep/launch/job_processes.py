@@ -1,12 +1,12 @@
 """The launcher's own processes: front, guard and worker, so that nothing outlives a job, whatever its end.
 
-* The front is the process that was started. It passes signals on through a pipe and returns the status, no
-  more: when it dies, by SIGKILL too, the pipe ends.
-* The guard, its child, is in a session of its own, out of reach of what ends the front's group or terminal.
-  What loses its parent below it becomes its child. When the worker has ended, it kills all that is left.
-* The worker, the guard's child, starts and watches the ranks. It takes the end of the pipe for SIGKILL.
+* The front is the process that was started. It only forwards signals through a pipe and returns the status.
+  When it dies, even by SIGKILL, the pipe is closed.
+* The guard, its child, has its own session, so that signals to the front's group or terminal do not reach it.
+  It is a subreaper: orphans below it become its children, and it kills them when the worker has ended.
+* The worker, the guard's child, starts and watches the ranks. It treats a closed pipe as SIGKILL.
 
-So processes are ended in two places: ranks by the worker, politely, and what remains by the guard, always.
+So processes are ended in two places: ranks by the worker, with a grace period, and what remains by the guard.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from jax_deepep.launch.mps_daemon import MpsDaemon
 from jax_deepep.launch.rank_logs import say
 
 _PR_SET_CHILD_SUBREAPER = 36
-_KILL_WAIT_S = 30.0  # a process in a call of a driver that hangs does not even die by SIGKILL
+_KILL_WAIT_S = 30.0  # a process in a driver call that hangs does not die, even by SIGKILL
 
 
 class StopRequests:
-    """The signals that the front got, as the worker hears of them; SIGKILL: the front is gone."""
+    """The signals that the front received, as read by the worker; SIGKILL: the front is gone."""
 
     def __init__(self, pipe: int) -> None:
         os.set_blocking(pipe, False)
@@ -54,7 +54,7 @@ def run_guarded(work: Callable[[StopRequests], int], mps: MpsDaemon | None) -> i
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
         numbers.append(signal.SIGHUP)
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: object) -> None:
         with contextlib.suppress(OSError):  # the worker has ended
             os.write(writing, bytes([number]))
 
@@ -66,7 +66,7 @@ def run_guarded(work: Callable[[StopRequests], int], mps: MpsDaemon | None) -> i
         return _guard(lambda: work(StopRequests(reading)), mps)
 
     for number in numbers:
-        signal.signal(number, pass_on)
+        signal.signal(number, forward)
     guard = _fork(guarded)
     os.close(reading)
     return _status(os.waitpid(guard, 0)[1])
@@ -77,7 +77,7 @@ def _guard(work: Callable[[], int], mps: MpsDaemon | None) -> int:
     worker = _fork(work)
     ended = None
     while ended != worker:
-        ended, wait_status = os.wait()  # adopted ones are reaped as they end
+        ended, wait_status = os.wait()  # also reaps adopted children
     _kill_children(spare=mps.pid() if mps is not None else None)
     if mps is not None:
         mps.quit()
@@ -111,13 +111,13 @@ def _status(wait_status: int) -> int:
 def _kill_children(spare: int | None = None, grace_s: float = 0.0) -> None:
     """Kill all children that do not end by themselves within the grace period.
 
-    Killing one may bring its own children up, so again until there are none.
+    The children of a killed one are adopted in turn, so this repeats until there are none.
     """
     begin = time.monotonic()
     while children := _children() - {spare}:
         waited = time.monotonic() - begin
         if waited > grace_s + _KILL_WAIT_S:
-            say(f"processes {sorted(children)} do not die by SIGKILL; not waiting for them any longer")
+            say(f"processes {sorted(children)} do not die by SIGKILL; no longer waiting for them")
             return
         for pid in children:
             if waited >= grace_s:

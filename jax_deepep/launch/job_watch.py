@@ -1,8 +1,8 @@
 """Watch the ranks of this host until the job is over, and end it when one of them fails.
 
-Launchers of several hosts decide together. Each tells launcher 0 of its first failure, at once, and again if
-it then finds a likelier cause; launcher 0 tells all to stop and, when everyone's failures have had time to
-show, which one was the first. So there is one status and one cause, whatever each host saw first.
+Launchers of several hosts decide together. Each reports its first failure to launcher 0 at once, and again if
+it then finds a likelier cause; launcher 0 notifies all to stop and, after a time for further failures to
+arrive, of the first one. So there is one status and one cause, whatever each host saw first.
 """
 
 import selectors
@@ -18,13 +18,13 @@ from jax_deepep.launch.rank_ends import Blame, RankEnd, first_failure
 from jax_deepep.launch.rank_logs import rank_names, say
 from jax_deepep.launch.rank_process import RankProcess
 
-# A fault in the program usually hits all ranks at once. This long they may end by themselves, so
-# that each log has its own end and the true first failure can be told from its consequences. It is
+# A fault in the program usually hits all ranks at once. They have this long to end by themselves, so
+# that each log is complete and the first failure can be distinguished from its consequences. It is
 # also the time that the others have for dumping their stacks.
 _SETTLE_S = 1.0
-_VERDICT_S = 10.0  # the longest to wait for what launcher 0 decides
-_EARLY_END_S = 5.0  # ranks that end as late as this after others are said to be still running
-_KILL_S = 10.0  # the longest to wait for ranks that got SIGKILL; the guard goes on with them
+_VERDICT_S = 10.0  # the longest to wait for the decision of launcher 0
+_EARLY_END_S = 5.0  # after the last end of a rank: then ranks that still run are reported
+_KILL_S = 10.0  # the longest to wait for ranks after SIGKILL; then the guard takes over
 _POLL_S = 0.05
 
 
@@ -33,9 +33,9 @@ class JobOutcome:
     """How the job ended, as this host saw it."""
 
     status: int = 0
-    signal: int | None = None  # what the launcher got; SIGKILL: its front is gone
+    signal: int | None = None  # received by the launcher; SIGKILL: its front is gone
     first: RankProcess | None = None  # the rank of this host that failed first
-    first_log_bytes: int = 0  # of its log; what it printed later is about the end of the others
+    first_log_bytes: int = 0  # of its log; later output is about the end of the others
     elsewhere: str | None = None  # what failed on another host
     done: list[int] = field(default_factory=list)  # ranks that had ended with status 0 before
     ended: list[int] = field(default_factory=list)  # ranks that did nothing wrong and were ended
@@ -51,13 +51,13 @@ class JobWatch:
         self._link = link
         self._grace_s = grace_s
         self._requests = requests
-        self._told: RankEnd | None = None  # the failure of this host that launcher 0 knows
+        self._reported: RankEnd | None = None  # the failure of this host that launcher 0 knows
         self._remote: list[RankEnd] = []  # failures of other hosts
-        self._told_to_stop = False
+        self._stop_requested = False
         self._verdict: RankEnd | None = None
-        self._done_elsewhere: dict[int, float] = {}  # when the ranks of other hosts had all ended well
+        self._done_elsewhere: dict[int, float] = {}  # when all ranks of another host had ended with status 0
         self._end_agreed = False
-        self._said_who_is_done = False
+        self._early_ends_reported = False
         self._selector = selectors.DefaultSelector()
         for rank in ranks:
             self._selector.register(rank.output, selectors.EVENT_READ, rank)
@@ -74,7 +74,7 @@ class JobWatch:
             (self._note_signal if self._signals() else self._decide)(outcome)
             self._end_ranks(outcome.signal or signal.SIGTERM)
         for rank in self._ranks:
-            rank.signal_group(signal.SIGKILL)  # what it has started may have outlived it
+            rank.signal_group(signal.SIGKILL)  # its child processes may have outlived it
         self._pump(self._all_exited, _KILL_S)
         self._pump(lambda: not self._outputs_open(), 0.5)  # a process outside the group may hold a pipe
         return outcome
@@ -84,13 +84,13 @@ class JobWatch:
 
     def _stopping(self) -> bool:
         failure = first_failure([*(rank.end for rank in self._ranks), *self._remote])
-        return failure is not None or self._told_to_stop or bool(self._signals())
+        return failure is not None or self._stop_requested or bool(self._signals())
 
     def _note_signal(self, outcome: JobOutcome) -> None:
         outcome.signal = self._signals()[0]
         outcome.status = 128 + outcome.signal
         if outcome.signal != signal.SIGKILL:  # else the other hosts will see that this launcher is gone
-            how = f"its launcher got {signal.Signals(outcome.signal).name}"
+            how = f"its launcher received {signal.Signals(outcome.signal).name}"
             self._announce(RankEnd(-1, outcome.status, time.monotonic(), how, Blame.KILLED))
 
     def _decide(self, outcome: JobOutcome) -> None:
@@ -105,9 +105,9 @@ class JobWatch:
         if not self._link.is_first:
             self._pump(lambda: bool(self._signals() or self._verdict) or not self._link.peers, _VERDICT_S)
         for rank in self._ranks:
-            rank.read_output()  # its last words
+            rank.read_output()  # the end of its output
         ends = [rank.end for rank in self._ranks]
-        unknown = RankEnd(-1, 1, 0.0, "the launcher of host 0 told to stop, and not why")
+        unknown = RankEnd(-1, 1, 0.0, "the launcher of host 0 requested a stop without a reason")
         first = self._verdict or first_failure([*ends, *self._remote]) or unknown
         if self._link.is_first:
             self._announce(first)
@@ -121,7 +121,7 @@ class JobWatch:
             outcome.first_log_bytes = outcome.first.log.path.stat().st_size
 
     def _announce(self, end: RankEnd) -> None:
-        """Tell launcher 0 of a failure here; as launcher 0, tell all which failure is the first."""
+        """Report a failure here to launcher 0; as launcher 0, notify all of the first failure."""
         if end.rank in self._link.job.ranks:
             end = replace(end, how=f"rank {end.rank} on {socket.gethostname()}: {end.how}")
         self._link.send({"verdict" if self._link.is_first else "failed": asdict(end)})
@@ -131,7 +131,7 @@ class JobWatch:
             if not rank.exited:
                 rank.signal_group(number)
         signals_before = len(self._signals())
-        # A second Ctrl-C means: now.
+        # A second Ctrl-C ends the grace period.
         self._pump(lambda: self._all_exited() or len(self._signals()) > signals_before, self._grace_s)
 
     def _wait_for_other_hosts(self) -> None:
@@ -154,14 +154,14 @@ class JobWatch:
         return any(isinstance(key.data, RankProcess) for key in self._selector.get_map().values())
 
     def _pump(self, until: Callable[[], bool], seconds: float = float("inf")) -> None:
-        """Carry output and messages and notice exits, until the condition holds or time is up."""
+        """Forward output, read messages and notice exits, until the condition holds or time is up."""
         deadline = time.monotonic() + seconds
         while True:
             now = time.monotonic()
             for rank in self._ranks:
-                rank.look(now)
-            self._tell_first_launcher()
-            self._say_who_is_done(now)
+                rank.poll(now)
+            self._report_to_first_launcher()
+            self._report_early_ends(now)
             if until() or now > deadline:
                 return
             for key, _ in self._selector.select(_POLL_S):
@@ -170,18 +170,18 @@ class JobWatch:
                 elif not key.data.read_output():
                     self._selector.unregister(key.fileobj)
 
-    def _tell_first_launcher(self) -> None:
+    def _report_to_first_launcher(self) -> None:
         first = first_failure(rank.end for rank in self._ranks)
-        if first != self._told and not self._link.is_first and self._verdict is None:
-            self._told = first
+        if first != self._reported and not self._link.is_first and self._verdict is None:
+            self._reported = first
             assert first is not None
             self._announce(first)
 
-    def _say_who_is_done(self, now: float) -> None:
-        """Say it when some ranks have ended well and others go on, which may be waiting for them."""
+    def _report_early_ends(self, now: float) -> None:
+        """Print once that some ranks have ended while others, which may wait for them, still run."""
         ended = {rank.rank: rank.end.when for rank in self._ranks if rank.end is not None}
         times = [*ended.values(), *self._done_elsewhere.values()]
-        if self._said_who_is_done or not times or now - max(times) < _EARLY_END_S or self._stopping():
+        if self._early_ends_reported or not times or now - max(times) < _EARLY_END_S or self._stopping():
             return
         running = [rank.rank for rank in self._ranks if rank.end is None]
         done = [rank_names(ended)] if ended else []
@@ -189,10 +189,10 @@ class JobWatch:
         at_work = [rank_names(running)] if running else []
         at_work += [f"ranks of host {index}" for index in self._hosts_at_work()]
         if at_work:
-            self._said_who_is_done = True
+            self._early_ends_reported = True
             say(
                 f"{', '.join(done)} ended with status 0, and {', '.join(at_work)} still at work: "
-                "if they wait for a rank that has ended, they wait in vain"
+                "waiting for a rank that has ended will not succeed"
             )
 
     def _read_messages(self, peer: Peer) -> None:
@@ -213,4 +213,4 @@ class JobWatch:
             elif "done" in message:
                 self._done_elsewhere[peer.index] = now
             self._end_agreed |= "end" in message
-            self._told_to_stop |= "stop" in message or "verdict" in message
+            self._stop_requested |= "stop" in message or "verdict" in message

@@ -1,7 +1,7 @@
 """A private MPS daemon, so that N ranks can compute on one GPU at the same time.
 
-Private, because one client's fault kills every client of a daemon and may leave it unusable: nobody
-else's job may depend on this one, nor this one on theirs.
+Private, because one client's fault kills every client of a daemon and may leave it unusable: jobs must not
+depend on each other.
 """
 
 import shutil
@@ -22,7 +22,7 @@ class MpsError(RuntimeError):
 class MpsDaemon:
     """The daemon, and the folder of its sockets and logs.
 
-    It is made before the launcher's processes part: the worker starts it, the guard stops it.
+    Made before the launcher forks: the worker starts it, the guard stops it.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -43,15 +43,15 @@ class MpsDaemon:
     def start(self) -> dict[str, str]:
         """Start the daemon and return what the ranks' environment needs to use it.
 
-        No rank is limited to a part of the SMs: one that is does not always get all of its part, and the ops
-        of a group, whose blocks wait for each other, then wait for good.
+        No rank is limited to a fraction of the SMs: it would not always get all of that fraction, and the ops
+        of a group, whose blocks wait for each other, would hang.
         """
         self._pipe.mkdir()
         self._log.mkdir()
-        # The daemon would open every GPU that it sees. It renumbers what it does see, so the ranks must
-        # name the GPU by its new number, unless it goes by its UUID.
+        # The daemon would open every visible GPU. It renumbers those, so the ranks must name the GPU by its
+        # new ordinal, unless by its UUID.
         gpu = self._environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-        # Into a file, not a pipe: the daemon lives on with its output open, and a pipe would never end.
+        # To a file, not a pipe: the daemon keeps its output open, and reading a pipe would never end.
         started = self._log / "start.log"
         with started.open("w") as output:
             status = subprocess.run(
@@ -64,7 +64,7 @@ class MpsDaemon:
             raise MpsError(
                 f"--share-gpu: '{_CONTROL} -d' ended with status {status}: "
                 f"{started.read_text().strip() or 'no output'}. "
-                "Run it by hand to see why, or take its folder off PATH to share the GPU by time slices."
+                "Run it by hand to see why, or remove its folder from PATH to share the GPU by time slices."
             )
         return {**self._variables, "CUDA_VISIBLE_DEVICES": "0" if gpu.isdigit() else gpu}
 
@@ -76,7 +76,7 @@ class MpsDaemon:
             return None
 
     def quit(self) -> None:
-        """Ask the daemon to end, if it runs. The caller waits for that, and kills a daemon that is deaf."""
+        """Ask the daemon to end, if it runs. The caller waits, and kills one that does not respond."""
         if self.pid() is not None:
             try:
                 subprocess.run(
@@ -84,7 +84,7 @@ class MpsDaemon:
                     timeout=15, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
                 )  # fmt: skip
             except (OSError, subprocess.TimeoutExpired) as error:
-                say(f"the MPS daemon did not take 'quit': {error}")
+                say(f"the MPS daemon did not accept 'quit': {error}")
 
     def remove_folder(self) -> None:
         """Remove what the daemon has left."""

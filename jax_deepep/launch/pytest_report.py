@@ -1,7 +1,7 @@
-"""One report of a pytest run from what the plugin of every rank wrote down.
+"""One report of a pytest run from the events that the plugin of every rank has recorded.
 
-The console has shown the lowest rank's own report, unless that rank was ended before. Here follows what
-it could not know: on which ranks each test failed, and the text of failures that were not shown.
+The console has shown the lowest rank's report, unless that rank was ended before. This adds on which ranks
+each test failed, and the text of failures that were not shown.
 """
 
 import json
@@ -15,14 +15,14 @@ from jax_deepep.launch.rank_logs import rank_names
 Event = dict[str, Any]
 
 
-def pytest_summary(places: Sequence[LaunchedRank], shown: int) -> list[str]:
+def pytest_summary(identities: Sequence[LaunchedRank], shown: int) -> list[str]:
     """Return the lines to print; none if no rank ran pytest or nothing failed.
 
     Args:
-        places: the ranks of this host.
+        identities: of the ranks of this host.
         shown: the rank whose console output has been shown.
     """
-    events = {place.rank: _events(place) for place in places}
+    events = {identity.rank: _events(identity) for identity in identities}
     lines = _differing_collections({rank: _collected(found) for rank, found in events.items() if found})
     has_reported = any("reported" in event for event in events.get(shown, []))
     failures: dict[tuple[str, str], dict[int, Event]] = defaultdict(dict)
@@ -33,10 +33,10 @@ def pytest_summary(places: Sequence[LaunchedRank], shown: int) -> list[str]:
     for (test, when), by_rank in failures.items():
         during = "" if when == "call" else f" in {when}"
         lines.append(f"FAILED{during} {test} on {rank_names(by_rank)} of {rank_names(events)}")
-        told = {by_rank[shown]["message"]} if shown in by_rank and has_reported else set()
+        printed = {by_rank[shown]["message"]} if shown in by_rank and has_reported else set()
         for rank, event in by_rank.items():
-            if event["message"] not in told:
-                told.add(event["message"])
+            if event["message"] not in printed:
+                printed.add(event["message"])
                 lines.extend(f"  [{rank}] {line}" for line in event["text"].splitlines())
     stuck: dict[str, list[int]] = defaultdict(list)
     for rank, found in events.items():
@@ -49,9 +49,9 @@ def pytest_summary(places: Sequence[LaunchedRank], shown: int) -> list[str]:
     return lines
 
 
-def _events(place: LaunchedRank) -> list[Event]:
+def _events(identity: LaunchedRank) -> list[Event]:
     try:
-        text = place.state_file("pytest").read_text()
+        text = identity.state_file("pytest").read_text()
     except FileNotFoundError:
         return []
     # A killed rank may leave half a line.
@@ -81,10 +81,10 @@ def _differing_collections(collected: dict[int, list[str] | None]) -> list[str]:
     for rank, tests in known.items():
         if tests != known[lowest]:
             length = min(len(tests), len(known[lowest]))
-            place = next((i for i in range(length) if tests[i] != known[lowest][i]), length)
-            mine, theirs = (ids[place] if place < len(ids) else "nothing" for ids in (known[lowest], tests))
+            first = next((i for i in range(length) if tests[i] != known[lowest][i]), length)
+            mine, theirs = (ids[first] if first < len(ids) else "nothing" for ids in (known[lowest], tests))
             lines.append(
-                f"the ranks did not collect the same tests: number {place + 1} is {mine} on rank {lowest} "
+                f"the ranks did not collect the same tests: number {first + 1} is {mine} on rank {lowest} "
                 f"and {theirs} on rank {rank}; collectives of different tests wait for each other forever"
             )
     return lines

@@ -1,4 +1,4 @@
-"""Put `python_program` between an interpreter and the program it is to run, where a command is Python."""
+"""Insert `python_program` between the interpreter and its program, where a command runs Python."""
 
 import re
 import shutil
@@ -8,15 +8,15 @@ from pathlib import Path
 
 _PROGRAM = str(Path(__file__).parent / "inside_rank" / "python_program.py")
 _OPTIONS_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
-_FLAGS = re.compile(r"-[bBdEIOPqRsSuvx]+")  # those after which a program still follows
+_FLAGS = re.compile(r"-[bBdEIOPqRsSuvx]+")  # that a program may follow
 
 
 def through_python_program(command: Sequence[str], path: str | None = None) -> list[str]:
-    """Return the command with `python_program` in it, or as it is when it is not plainly Python.
+    """Return the command with `python_program` in it, or unchanged where it is not clearly Python.
 
     Covered are `python [options] script|-m module|-c code …` and scripts that begin with `#!…python`
-    (such as the `pytest` command). A shell script or binary runs as it is: then a rank that raises
-    is noticed only when its process ends.
+    (such as the `pytest` command). A shell script or binary runs unchanged: then an exception in
+    a rank is noticed only when its process ends.
 
     Args:
         command: program and arguments.
@@ -43,7 +43,7 @@ def _program_position(command: Sequence[str]) -> int | None:
         elif _FLAGS.fullmatch(word) or re.match(r"-[WX].", word):
             position += 1
         elif word.startswith("-"):
-            return None  # -i, -V, -um module, …: Python knows best
+            return None  # -i, -V, -um module, …: left to Python
         else:
             script = Path(word)
             return position if script.is_file() and not zipfile.is_zipfile(script) else None

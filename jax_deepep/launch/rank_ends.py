@@ -9,13 +9,13 @@ ABORTED = 128 + signal.SIGABRT
 
 
 class Blame(IntEnum):
-    """What an end says about the cause of a failed job; of failures within a second, the lowest counts.
+    """How likely an end is the cause of a failed job; of failures within a second, the lowest counts.
 
     Times alone would mislead. When a rank is killed, its connections break before its process is gone: on a
     loaded machine the others' exceptions are seen earlier than the death that caused them.
     """
 
-    KILLED = 0  # by a signal that no launcher of the job sent; also a launcher that is gone or got a signal
+    KILLED = 0  # by a signal from outside the job; also a launcher that is gone or received a signal
     ABORTED = 1  # by itself
     FAILED = 2  # an exception, a bad exit status, a test past its deadline
     CONSEQUENCE = 3  # JAX aborted the process because another one, or the coordinator, was gone
@@ -23,12 +23,12 @@ class Blame(IntEnum):
 
 @dataclass(frozen=True)
 class RankEnd:
-    """The end of a rank, or of a launcher; a failure that a rank reports before it is gone is its end."""
+    """The end of a rank or a launcher; for a rank that reports a failure before it exits, that report."""
 
     rank: int  # -1: a launcher
     status: int
-    when: float  # of the look at all ranks that noticed it
-    how: str  # in words
+    when: float  # time of the poll of all ranks that noticed it
+    how: str  # described
     blame: Blame = Blame.FAILED
     hung: bool = False  # a test ran past its deadline
 
@@ -36,7 +36,7 @@ class RankEnd:
 def end_by_status(
     rank: int, status: int, when: float, *, sent: Iterable[int], aborted_by_jax: bool
 ) -> RankEnd:
-    """Return the end of a process, as its exit status tells it.
+    """Return the end of a process from its exit status.
 
     Args:
         rank: whose process it was.

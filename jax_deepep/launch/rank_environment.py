@@ -1,15 +1,14 @@
 """The variables that make a process rank r of R.
 
-How a bare `jax.distributed.initialize()` finds its place. JAX takes the coordinator's address, the
-address it binds and the local devices from variables of its own (`JAX_COORDINATOR_ADDRESS`,
+How a bare `jax.distributed.initialize()` finds its rank. JAX reads the coordinator's address, the
+address to bind and the local devices from its own variables (`JAX_COORDINATOR_ADDRESS`,
 `JAX_COORDINATOR_BIND_ADDRESS`, `JAX_LOCAL_DEVICE_IDS`), but has none for the number of processes and
-the process id: these come only from its cluster detection. Of the clusters it knows, SLURM's is
-nothing but five variables, is the same in every JAX from 0.10 to 0.11 and asks no network and no
-further package; Open MPI's changed with Open MPI 5 and now wants mpi4py. So a rank is presented to
-JAX as a SLURM task, and the variables of Open MPI, which JAX would believe first, are taken from it.
-A `ClusterEnv` subclass of our own would be tidier to read, but JAX sees it only after somebody has
-imported it, in every interpreter, also behind a shell script: there is no way to have that from
-outside without `sitecustomize`. Variables pass through everything.
+the process id: these come only from its cluster detection. Of the clusters that it detects, SLURM
+needs only five variables, is the same in every JAX from 0.10 to 0.11 and requires no network and no
+further package; Open MPI changed with version 5 and now requires mpi4py. So a rank is presented to
+JAX as a SLURM task, and the variables of Open MPI, which JAX would prefer, are removed. A `ClusterEnv`
+subclass would be cleaner, but every interpreter would have to import it first, also behind a shell
+script, which is not possible from outside without `sitecustomize`. Variables are always inherited.
 """
 
 import os
@@ -23,20 +22,20 @@ from jax_deepep.launch_variables import PREFIX
 
 PYTEST_PLUGIN = "jax_deepep.launch.inside_rank.pytest_plugin"
 _SLURM_TASK = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-_JAX_PLACE = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS")
+_JAX_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS")
 _DEVICE_COUNT_FLAG = re.compile(r"--xla_force_host_platform_device_count=\S+")
 
 
 @dataclass(frozen=True)
-class JobPlace:
-    """Where the ranks of this host stand in the whole job."""
+class JobPosition:
+    """The ranks of this host among all ranks of the job."""
 
     first_rank: int
     num_local: int
     num_ranks: int
     coordinator: str  # host:port that every rank connects to
     coordinator_bind: str  # host:port that rank 0 listens on
-    first_local_index: int = 0  # ranks of other launchers on this host come first, with their devices
+    first_local_index: int = 0  # after the ranks of other launchers on this host, and their devices
 
     @property
     def ranks(self) -> range:
@@ -55,15 +54,15 @@ class RankSettings:
 
 
 def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables without what an outer launcher has put there.
+    """Return the variables without those of an outer launcher.
 
-    A rank (a test, say) may itself run a launcher: the inner job must not take the outer one's ranks
-    for a SLURM cluster, nor join its coordinator.
+    A rank (a test, for example) may itself run a launcher: the inner job must not detect the outer one as a
+    SLURM cluster, nor join its coordinator.
     """
     clean = dict(environ)
     if PREFIX + "RANK" in clean:
         ours = [name for name in clean if name.startswith(PREFIX) and name != PREFIX + "TEST_TIMEOUT"]
-        for name in [*_SLURM_TASK, *_JAX_PLACE, *ours]:
+        for name in [*_SLURM_TASK, *_JAX_VARIABLES, *ours]:
             clean.pop(name, None)
         plugins = [
             name for name in clean.pop("PYTEST_PLUGINS", "").split(",") if name not in ("", PYTEST_PLUGIN)
@@ -74,47 +73,47 @@ def without_launch(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def rank_environ(
-    base: Mapping[str, str], place: JobPlace, local_rank: int, settings: RankSettings, log_dir: Path
+    base: Mapping[str, str], position: JobPosition, local_rank: int, settings: RankSettings, log_dir: Path
 ) -> dict[str, str]:
     """Return the environment of one rank.
 
     Args:
         base: the launcher's own environment, already without an outer launch.
-        place: where this host's ranks stand.
-        local_rank: which of them, from 0.
+        position: of this host's ranks in the job.
+        local_rank: index among them.
         settings: devices, as given on the command line.
         log_dir: absolute; where the rank's files go.
     """
-    rank = place.first_rank + local_rank
-    index = place.first_local_index + local_rank
+    rank = position.first_rank + local_rank
+    index = position.first_local_index + local_rank
     env = {name: value for name, value in base.items() if not _misleads_jax(name)}
     env.update(
         {
             "SLURM_JOB_ID": base.get("SLURM_JOB_ID", "0"),
-            "SLURM_STEP_NODELIST": base.get("SLURM_STEP_NODELIST", place.coordinator.rsplit(":", 1)[0]),
-            "SLURM_NTASKS": str(place.num_ranks),
+            "SLURM_STEP_NODELIST": base.get("SLURM_STEP_NODELIST", position.coordinator.rsplit(":", 1)[0]),
+            "SLURM_NTASKS": str(position.num_ranks),
             "SLURM_PROCID": str(rank),
             "SLURM_LOCALID": str(index),
-            "JAX_COORDINATOR_ADDRESS": place.coordinator,
-            "JAX_COORDINATOR_BIND_ADDRESS": place.coordinator_bind,
+            "JAX_COORDINATOR_ADDRESS": position.coordinator,
+            "JAX_COORDINATOR_BIND_ADDRESS": position.coordinator_bind,
             "JAX_LOCAL_DEVICE_IDS": _local_device_ids(index, settings),
             PREFIX + "RANK": str(rank),
-            PREFIX + "NUM_RANKS": str(place.num_ranks),
+            PREFIX + "NUM_RANKS": str(position.num_ranks),
             PREFIX + "LOCAL_RANK": str(local_rank),
             PREFIX + "LOG_DIR": str(log_dir),
         }
     )
-    # Output goes through a pipe, which Python would buffer by blocks: a dying rank would take its
-    # last words along. A segfault or an abort should say where in the program it happened.
+    # Output goes through a pipe, which Python would buffer by blocks: a rank that dies would lose its last
+    # lines. A segfault or an abort should print where in the program it happened.
     env.setdefault("PYTHONUNBUFFERED", "1")
     env.setdefault("PYTHONFAULTHANDLER", "1")
     if settings.platform is not None:
         env["JAX_PLATFORMS"] = settings.platform
     _set_cpu_devices(env, settings)
     if settings.share_gpu:
-        # Preallocation stays as it is (on, in JAX): a preallocated pool is what peers can map.
-        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{settings.memory_fraction / place.num_local:.4f}"
-        env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # NCCL >= 2.30; older ones refuse ranks that share a GPU
+        # Preallocation stays at JAX's default (on): only a preallocated pool can be mapped by peers.
+        env["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{settings.memory_fraction / position.num_local:.4f}"
+        env["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"  # NCCL >= 2.30; older ones reject ranks that share a GPU
     plugins = [name for name in env.get("PYTEST_PLUGINS", "").split(",") if name not in ("", PYTEST_PLUGIN)]
     env["PYTEST_PLUGINS"] = ",".join([*plugins, PYTEST_PLUGIN])
     _keep_package_importable(env)
@@ -122,7 +121,7 @@ def rank_environ(
 
 
 def _misleads_jax(name: str) -> bool:
-    return name.startswith("OMPI_COMM_WORLD_") or name in ("OMPI_MCA_orte_hnp_uri", *_JAX_PLACE)
+    return name.startswith("OMPI_COMM_WORLD_") or name in ("OMPI_MCA_orte_hnp_uri", *_JAX_VARIABLES)
 
 
 def _local_device_ids(index: int, settings: RankSettings) -> str:

@@ -1,16 +1,16 @@
-"""What a rank of `python -m jax_deepep.launch` knows about itself, from its variables alone, without JAX."""
+"""The identity of a rank of `python -m jax_deepep.launch`, from its variables alone, without JAX."""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jax_deepep.launch_variables import PREFIX, place_in_job
+from jax_deepep.launch_variables import PREFIX, rank_in_job
 
 
 @dataclass(frozen=True)
 class LaunchedRank:
-    """The place of a process in its job, and the files through which it tells its launcher something."""
+    """The identity of a process in its job, and the files through which it reports to its launcher."""
 
     rank: int
     num_ranks: int
@@ -19,11 +19,11 @@ class LaunchedRank:
 
     @property
     def state(self) -> Path:
-        """What the files for the launcher are named, without their suffix."""
+        """Path of the files for the launcher, without their suffix."""
         return self.log_dir / ".launch" / f"rank{self.rank}"
 
     def state_file(self, kind: str) -> Path:
-        """The file of one kind of news: dumps, failed, pytest."""
+        """The file of one kind of report: dumps, failed, pytest."""
         return self.state.with_suffix(f".{kind}")
 
     @property
@@ -33,11 +33,11 @@ class LaunchedRank:
 
 
 def launched_rank(environ: Mapping[str, str] = os.environ) -> LaunchedRank | None:
-    """Return the place of this process in its job, or None if no launcher started it."""
-    place = place_in_job(environ)
-    if place is None:
+    """Return the identity of this process in its job, or None if no launcher started it."""
+    found = rank_in_job(environ)
+    if found is None:
         return None
-    rank, num_ranks = place
+    rank, num_ranks = found
     return LaunchedRank(
         rank,
         num_ranks,

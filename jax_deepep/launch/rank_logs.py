@@ -1,4 +1,4 @@
-"""What is printed: each rank's lines on the console and in a file, and the launcher's own."""
+"""Output: each rank's lines on the console and in a file, and the launcher's own."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ _TRACEBACKS = ("Traceback (most recent call last)", "Fatal Python error", "  + E
 
 
 class RankLog:
-    """One rank's output, as it comes."""
+    """One rank's output."""
 
     def __init__(self, rank: int, path: Path, on_console: Callable[[], bool]) -> None:
         self.rank = rank
@@ -20,7 +20,7 @@ class RankLog:
         self._partial = b""
 
     def write(self, data: bytes) -> None:
-        """Keep the bytes; show the lines that are complete."""
+        """Log the bytes; show complete lines."""
         self._file.write(data)
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > _LONGEST_LINE:
@@ -30,7 +30,7 @@ class RankLog:
             show(self.rank, lines)
 
     def close(self) -> None:
-        """Show what was printed without a line end."""
+        """Show an unterminated last line."""
         if self._partial and self._on_console():
             show(self.rank, [self._partial])
         self._partial = b""
@@ -63,7 +63,7 @@ def rank_names(ranks: Iterable[int]) -> str:
     return f"rank {text}" if len(ordered) == 1 else f"ranks {text}"
 
 
-def last_words(path: Path, length: int) -> list[str]:
+def log_tail(path: Path, length: int) -> list[str]:
     """Return the end of a log's first `length` bytes: the last traceback, or else the last lines."""
     with path.open("rb") as file:
         begin = max(0, length - 262144)
@@ -71,14 +71,14 @@ def last_words(path: Path, length: int) -> list[str]:
         lines = file.read(length - begin).decode(errors="replace").splitlines()
     starts = [index for index, line in enumerate(lines) if line.startswith(_TRACEBACKS)]
     start = starts[-1] if starts else max(0, len(lines) - _SHOWN_LINES // 2)
-    # A chained exception is understood from its first cause.
+    # Of chained exceptions, show all from the first cause on.
     for earlier in reversed(starts[:-1]):
         between = "\n".join(lines[earlier:start])
         if "exception was the direct cause" in between or "another exception occurred" in between:
             start = earlier
         else:
             break
-    # What follows the traceback is mostly libraries on their way out; the traceback itself is kept whole.
+    # What follows the traceback is mostly output of libraries at exit; the traceback itself is complete.
     shown = lines[start : start + _SHOWN_LINES * 2]
     if len(lines) > start + len(shown):
         shown.append(f"… {len(lines) - start - len(shown)} more lines")

@@ -1,4 +1,4 @@
-"""One rank of this host: start it, see it end, end it."""
+"""One rank of this host: start it, notice its end, end it."""
 
 import contextlib
 import os
@@ -12,22 +12,22 @@ from jax_deepep.launch.rank_logs import RankLog
 
 # What JAX prints before it aborts a process because another one, or the coordinator, is gone.
 _JAX_ABORT = b"JAX distributed service detected fatal errors"
-_READ_BYTES = 65536  # what a pipe holds
+_READ_BYTES = 65536  # the capacity of a pipe
 
 
 class RankProcess:
-    """One rank. Its process is not reaped by its launcher, so its id cannot mean another process."""
+    """One rank. The launcher does not reap its process, so its id cannot be reused."""
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], place: LaunchedRank, log: RankLog
+        self, command: Sequence[str], env: Mapping[str, str], identity: LaunchedRank, log: RankLog
     ) -> None:
-        self.place = place
-        self.rank = place.rank
+        self.identity = identity
+        self.rank = identity.rank
         self.log = log
         self.end: RankEnd | None = None  # exit, or failure that the rank reported
         self.exited = False
         self._sent: set[int] = set()
-        # A process group of its own, to end it with all that it started.
+        # Its own process group, to end it together with its child processes.
         self._process = subprocess.Popen(
             command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             process_group=0,
@@ -36,11 +36,11 @@ class RankProcess:
         self.output = self._process.stdout
         os.set_blocking(self.output.fileno(), False)
 
-    def look(self, now: float) -> None:
-        """Notice an exit, or a failure that the rank has reported while it is still on its way out.
+    def poll(self, now: float) -> None:
+        """Notice an exit, or a failure that the rank has reported before it exits.
 
         Args:
-            now: the time of this look, the same for all ranks.
+            now: the time of this poll, the same for all ranks.
         """
         if self.exited:
             return
@@ -70,33 +70,33 @@ class RankProcess:
 
     def _reported_status(self) -> int | None:
         try:
-            return int(self.place.state_file("failed").read_text())
+            return int(self.identity.state_file("failed").read_text())
         except FileNotFoundError:
             return None
 
     def _dumped_at_deadline(self) -> bool:
         try:
-            return b"Timeout (" in self.place.stacks_file.read_bytes()
+            return b"Timeout (" in self.identity.stacks_file.read_bytes()
         except FileNotFoundError:
             return False
 
     def _was_aborted_by_jax(self) -> bool:
-        self.read_output()  # its last words
+        self.read_output()  # the end of its output
         with self.log.path.open("rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 262144))
             return _JAX_ABORT in file.read()
 
     def dump_stacks(self) -> None:
-        """Ask for the stacks of all threads, if the rank is prepared for it."""
+        """Request the stacks of all threads, if the rank has installed its handler."""
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            pid = int(self.place.state_file("dumps").read_text())
+            pid = int(self.identity.state_file("dumps").read_text())
             if not self.exited and os.getpgid(pid) == self._process.pid:
                 self._sent.add(signal.SIGUSR1)
                 os.kill(pid, signal.SIGUSR1)
 
     def signal_group(self, number: int) -> None:
-        """Send a signal to the rank and everything it started."""
+        """Send a signal to the rank and its child processes."""
         self._sent.add(number)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, number)

@@ -1,15 +1,15 @@
-"""Both gradients on one page: the transpose of dispatch is combine, and back.
+"""The gradients: the transpose of dispatch is a combine, and the transpose of combine a dispatch.
 
 Let S be the linear map that copies tokens to rows. Dispatch computes rows = S x, and combine
 computes out = bias + Sᵀ (w · y), row by row. Hence
 
-    dispatch:  x̄ = Sᵀ r̄ows (a combine with w = 1),  w̄_topk = w̄_rows carried back to [T, K];
+    dispatch:  x̄ = Sᵀ r̄ows (a combine with w = 1),  w̄_topk = w̄_rows copied back to [T, K];
                rows of integers have no r̄ows and no x̄, and their weights have gradients all the same
     combine:   ȳ = w · S ōut (a dispatch along the known routes, scaled),  w̄_rows = ⟨S ōut, y⟩,
                b̄ias = ōut
 
-Every step reads only rows of a token, so what stands in the others reaches no gradient. The
-gradient of combine for y is zero in the rows of no token.
+Every step reads only live rows, so the contents of others reach no gradient. The gradient of combine
+for y is zero in rows without a token.
 """
 
 from functools import partial
@@ -32,15 +32,15 @@ DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policie
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[jax.Array, Handle[Any]]:
-    """Decide the routes of `topk_idx` and carry `x` along them."""
+    """Compute the routes of `topk_idx` and copy `x` along them."""
     return implementation_of(shape, known_routes=False).dispatch(shape, x, topk_idx, topk_weights)
 
 
 def _dispatch_forward(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[tuple[jax.Array, Handle[Any]], Routes]:
-    # Named here, because residuals are what a policy of jax.checkpoint saves: it can keep what the exchange
-    # brought, and have the backward pass recompute the rest without another exchange.
+    # Named here, because a policy of jax.checkpoint saves residuals: it can keep the received rows, so that
+    # the backward pass recomputes the rest without another exchange.
     tokens, handle = checkpoint_name(dispatch(shape, x, topk_idx, topk_weights), DISPATCHED)
     return (tokens, handle), handle.routes
 
@@ -51,7 +51,7 @@ def _dispatch_backward(
     tokens, handle = gradients
     integers = tokens.dtype == float0
     if integers:
-        # combine carries the weights' gradients beside rows of floats: the narrowest, whose sums nobody uses.
+        # combine returns the weights' gradients beside sums of float rows: here of the narrowest, unused.
         tokens = handle.weights[:, None] if shape.layout == "expert" else handle.weights[:, :1]
     x, topk_weights = implementation_of(shape).combine(shape, tokens, routes, row_gradients=handle.weights)
     return None if integers else x, None, topk_weights
@@ -75,7 +75,7 @@ def without_integer_tangents(results: Results) -> Results:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def cached_dispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
-    """Carry other data along known routes."""
+    """Copy other data along known routes."""
     tokens, _ = implementation_of(shape).cached_dispatch(shape, x, routes)
     return tokens
 
@@ -104,7 +104,7 @@ def combine(
     bias: jax.Array | None,
     routes: Routes,
 ) -> jax.Array:
-    """Carry `y` back to the tokens, weighted, and sum it."""
+    """Return `y` to the tokens, weighted and summed."""
     out, _ = implementation_of(shape).combine(shape, y, routes, weights=weights, bias=bias)
     return out
 

@@ -121,7 +121,7 @@ def check_call_site(comm: Communicator, op: str) -> frozenset[str]:
 def check_groups(comm: Communicator, mesh: Mesh) -> None:
     """Raise if a program over `mesh` would have other groups than `comm`, or other ranks in them.
 
-    The native side detects only a device that is compiled as another rank of its group.
+    The native side detects only a device that runs as another rank of its group.
     """
     if comm.size == 1:  # whatever axes the program has, a device is its own group
         return

@@ -1,4 +1,4 @@
-"""combine: carry the experts' results back to the tokens and sum them."""
+"""combine: return the experts' results to the tokens and sum them."""
 
 from typing import Any
 
@@ -31,10 +31,10 @@ def combine(
     **Collective:** as `jax_deepep.dispatch`.
 
     Args:
-        y: [C, H] bfloat16, float16 or float32, in the layout of the dispatch. Rows of no token are
-            ignored, whatever they hold. Differentiable.
+        y: [C, H] bfloat16, float16 or float32, in the layout of the dispatch. Rows without a
+            token are ignored, whatever they hold. Differentiable.
         handle: what the dispatch returned. Its router weights are differentiable.
-        comm: None, or the communicator of the dispatch, to have that checked.
+        comm: None, or the communicator of the dispatch, which is then checked.
         weighted: multiply each row by its router weight. None = True for expert-major rows, False
             for token-major rows, whose sums over local experts are the caller's.
         bias: [T, H] of `y.dtype` or None, added to the sum (a shared expert, a residual).
@@ -44,7 +44,7 @@ def combine(
         [T, H] of `y.dtype`. A token with no expert yields its bias, or 0.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     comm = communicator_of(handle, comm, "combine")

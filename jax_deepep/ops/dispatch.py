@@ -1,4 +1,4 @@
-"""dispatch: carry every token to the devices of its experts."""
+"""dispatch: send every token to the devices of its experts."""
 
 from typing import Any, Literal, overload
 
@@ -78,7 +78,7 @@ def dispatch(
     wire: Any = None,
     handle: Handle[Any] | None = None,
 ) -> tuple[Any, Handle[Any]]:
-    """Send every token to the devices of its experts, each row straight to its final place.
+    """Send every token to the devices of its experts, each row directly to its final position.
 
     **Collective:** every device of the expert-parallel group calls it with the same shapes, inside
     `shard_map` with all mesh axes larger than 1 manual; inside `lax.cond` or `lax.while_loop` the
@@ -90,20 +90,21 @@ def dispatch(
     Args:
         x: [T, H] bfloat16, float16 or float32; T ≤ `comm.max_tokens`, H = `comm.hidden_size`.
             Differentiable. Or [T, W] int8, uint8, int16, uint16, int32 or uint32, any W ≥ 1 of at most
-            4 · H bytes: rows of bits (a quantised format, its scales, ids), which have no gradient.
+            4 · H bytes: opaque payload (a quantised format, its scales, ids), copied bit for bit, without
+            a gradient.
         topk_idx: int32 [T, K], global expert ids, −1 = no expert.
         topk_weights: float32 [T, K], router weights. Differentiable, whatever the dtype of x.
-        comm: the communicator, static; with `handle` it may be left out, and is checked otherwise.
+        comm: the communicator, static; optional with `handle`, and then checked.
         layout: "expert" for rows grouped by local expert (`ExpertMajor`), "token" for one row per
             (token, device) (`TokenMajor`).
         capacity: C, rows of the result, a multiple of `alignment`; None = the worst case, R · T · min(K, L)
             rows (token-major R · T), with which nothing is dropped: 14 GiB on each of 64 devices with
             T = 4096, K = 8, E = 256 and H = 7168 in bfloat16, of which 0.44 GiB are used on average. Rows
             that do not fit are dropped, last in the order first; padding counts.
-        expert_capacity: rows that each expert takes at most, last in its order dropped first;
+        expert_capacity: most rows of each expert; those beyond it are dropped, last in its order first;
             layout "expert" only. None = no limit.
         alignment: rows of a group are padded with zero rows to a multiple of this.
-        wire: None; other formats are not in this version.
+        wire: None; this version has no wire formats.
         handle: send other data along the routes of an earlier dispatch: no counting, no exchange
             of layout. `topk_idx` and `topk_weights` are left out then, and layout, capacity and
             alignment are those of the handle.
@@ -113,7 +114,7 @@ def dispatch(
         serves `combine`, and more dispatches of any dtype.
 
     Raises:
-        ValueError, TypeError: a bad argument, named with what was expected and what came.
+        ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
     if handle is not None:
@@ -232,7 +233,7 @@ def _dispatch_along(
 
 
 def _received(tokens: jax.Array, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
-    """Show received rows in the terms of their layout."""
+    """Return received rows in the type of their layout."""
     mask = handle.source >= 0
     if handle.route_shape.layout == "expert":
         return ExpertMajor(tokens, handle.group_sizes, handle.num_rows, handle.weights, mask)

@@ -1,4 +1,4 @@
-"""What travels between the ops: the routes of one dispatch, and the arrays that it returns."""
+"""What passes between the ops: the routes of a dispatch, and the arrays that it returns."""
 
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ def _static() -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class RouteShape:
-    """The static part of a dispatch: what is known before any token is.
+    """The static part of a dispatch.
 
     Attributes:
         comm: the communicator.
@@ -28,7 +28,7 @@ class RouteShape:
         num_tokens: T, tokens of this device.
         capacity: C, rows of the received arrays.
         alignment: rows of a group are padded to a multiple of this.
-        expert_capacity: rows that one expert takes at most, or None.
+        expert_capacity: most rows of each expert, or None.
     """
 
     comm: Communicator
@@ -44,7 +44,7 @@ class RouteShape:
 
 
 class Routes(NamedTuple):
-    """What of a handle tells where rows go; see `Handle` for the leaves."""
+    """The leaves of a handle that determine where rows go; see `Handle`."""
 
     source: jax.Array
     destination: jax.Array
@@ -57,28 +57,28 @@ class Routes(NamedTuple):
 class Handle(Generic[Received]):
     """The routes of one dispatch: a pytree of device arrays with static metadata.
 
-    It passes through jit, scan, checkpoint and donation as it is. What leaves a `shard_map` needs an axis
-    that the mesh can split, and some leaves have none (`num_dropped`): give it one of devices, and take that
-    away again where it enters the next,
+    It passes through jit, scan, checkpoint and donation unchanged. What leaves a `shard_map` needs an axis
+    that the mesh can split, and some leaves have none (`num_dropped`): add a leading device axis, and remove
+    it where the handle enters the next `shard_map`,
 
         handle = jax.tree.map(lambda leaf: leaf[None], handle)  # in the first; out_specs=P(axes of the mesh)
         handle = jax.tree.map(lambda leaf: leaf[0], handle)  # in the next; in_specs likewise
 
-    which does for `ExpertMajor` and `TokenMajor`, too.
+    and likewise for `ExpertMajor` and `TokenMajor`.
 
     Rows are *sent* from a token's device and *received* on an expert's device, so a device holds
     both ends: `source` for the rows that it received, `destination` for the tokens that it sent.
 
     Attributes:
-        source: int32 [C], for each received row source device · `max_tokens` + token, −1 in every
-            row that is none.
+        source: int32 [C], for each received row source device · `max_tokens` + token, −1 in rows
+            without a token.
         destination: int32 [T, K], for each entry of `topk_idx` the device · C + row that it went
             to, −1 where it went nowhere. In low-latency mode, native on GPUs, the device alone, also of
             rows that it dropped.
         weights: float32, router weights on the receiving side: [C] expert-major, [C, K]
             token-major. The gradient of `topk_weights` flows through it.
         local_experts: int32 [C, K] token-major: local expert of each k or −1; None expert-major, not an
-            array of no elements: see `no_rows` for what JAX does with one that enters a shard_map.
+            array without elements: see `no_rows` for what JAX does with one that enters a shard_map.
         pairs: int32 [1 + R · T, ...], where native GPU ops need it, expert-major or in low-latency mode:
             which tokens this device received, and the rows of each (`PairTable` in
             `xla_ffi/interface/geometry.h`); None elsewhere.
@@ -88,7 +88,7 @@ class Handle(Generic[Received]):
         num_dropped: int32 [], those of them that did not fit.
         num_invalid: int32 [], entries of this device's `topk_idx` that were ignored: outside
             [−1, E), or an expert named before in the same row (the lowest k is kept).
-        route_shape: static; `comm`, `layout`, `capacity` and `mode` are from there.
+        route_shape: static; it holds `comm`, `layout`, `capacity` and `mode`.
     """
 
     source: jax.Array
@@ -140,7 +140,7 @@ class ExpertMajor:
         group_sizes: int32 [L], rows of each expert, rounded up to `alignment`.
         num_rows: int32 [L], the same without the padding.
         weights: float32 [C], the router weight of each row, 0 where there is none.
-        mask: bool [C], the rows of a token.
+        mask: bool [C], true in rows of a token.
     """
 
     tokens: jax.Array
@@ -160,7 +160,7 @@ class TokenMajor:
         topk_idx: int32 [C, K], local expert or −1, every k in its own column.
         topk_weights: float32 [C, K], 0 where `topk_idx` is −1.
         num_tokens: int32 [], how many rows there are.
-        mask: bool [C], the rows of a token.
+        mask: bool [C], true in rows of a token.
     """
 
     tokens: jax.Array

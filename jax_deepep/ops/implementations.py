@@ -8,7 +8,7 @@ and cached_dispatch without weights and y, also copy rows of integers of at most
         -> (tokens [C, W], Handle)
     cached_dispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False)
         -> (rows [C, W], products float32 [C] or None)
-        rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; where there is no token,
+        rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; rows without a token are
         zero inside the groups and, with `zero_rest`, after them too.
     combine(shape, y, routes, *, weights=None, bias=None, row_gradients=None)
         -> (out [T, W], gradients float32 [T, K] or None)
@@ -24,7 +24,7 @@ from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 
 class Implementation(Protocol):
-    """What the module of an implementation has: see above."""
+    """The functions of an implementation: see above."""
 
     def dispatch(
         self, shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
@@ -56,7 +56,7 @@ class Implementation(Protocol):
 def implementation_of(shape: RouteShape, *, known_routes: bool = True) -> Implementation:
     """Return the module for the ops of one dispatch: along `known_routes`, or the dispatch itself.
 
-    A dispatch without capacity moves no row either, but its tokens are counted.
+    A dispatch with capacity 0 copies no row either, but it counts tokens.
     """
     if shape.num_tokens == 0 or (known_routes and shape.capacity == 0):
         return no_rows

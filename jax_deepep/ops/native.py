@@ -1,7 +1,7 @@
 """implementation="native": the verbs as XLA custom calls, one JAX primitive each.
 
-A primitive states shapes and attributes, nothing else; the work is in `xla_ffi/`. An optional
-operand or result that is absent travels as one element, and a flag says so.
+A primitive defines shapes and attributes only; the kernels are in `xla_ffi/`. An optional operand or
+result that is absent is passed as one element, with a flag.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,7 +39,7 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
         attributes["call"] = jax_compat.index_in_program(ctx, "jax_deepep")
         return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
 
-    # Not cacheable: every call has an index of its own in its program.
+    # Not cacheable: every call has its own index in its program.
     mlir.register_lowering(primitive, lower, cacheable=False)
 
     def differentiate(*_: Any, **__: Any) -> NoReturn:
@@ -51,7 +51,7 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
     ad.primitive_jvps[primitive] = differentiate
 
     def batch(operands: Sequence[Any], dims: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[int]]:
-        # One op after the other: the ranks of a group must meet for each of them anyway.
+        # One op after the other: each of them is a rendezvous of the ranks of a group anyway.
         mapped = [i for i, dim in enumerate(dims) if dim is not None]
 
         def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
@@ -83,7 +83,7 @@ def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
 
 
 def _sizes(shape: RouteShape) -> dict[str, int]:
-    """Return what the sizes of a native module are made of."""
+    """Return the arguments of the size functions of a native module."""
     comm = shape.comm
     return {
         "num_ranks": comm.size,
@@ -115,7 +115,7 @@ def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
 
 
 def _whole_words(x: jax.Array) -> jax.Array:
-    """Fill rows of integers up to the whole words in which they are carried."""
+    """Pad rows of integers to the whole words in which they are copied."""
     missing = -x.shape[1] % (native_module.numbers().payload_alignment // x.dtype.itemsize)
     if jnp.issubdtype(x.dtype, jnp.floating) or missing == 0:
         return x
@@ -138,7 +138,7 @@ def _dispatch_types(
     numbers, sizes = native_module.numbers(), _sizes(shape)
     array = partial(jax_compat.array_like, x)
     return [
-        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle, of which `pairs` is late
+        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle, `pairs` near the end
         array((capacity,), jnp.int32),  # source
         array(topk_idx.shape, jnp.int32),  # destination
         array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights

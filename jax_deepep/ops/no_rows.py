@@ -1,8 +1,8 @@
-"""What the verbs give where no row can travel: without tokens (T = 0), or without room for rows (C = 0).
+"""The verbs where no row can be sent: without tokens (T = 0), or with capacity 0.
 
-T and C are the same on all devices, so that none waits for another and nothing is exchanged. Operands are
-looked at only where they have elements: one without, used in a `shard_map` over several devices, crashes XLA
-of JAX 0.11.2, and no version takes a `shard_map` that uses such operands alone.
+T and C are the same on all devices, so that no device waits for another and nothing is exchanged. Operands
+are used only where they have elements: one without, used in a `shard_map` over several devices, crashes XLA
+of JAX 0.11.2, and no version accepts a `shard_map` that uses only such operands.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ def _full(value: int, shape: tuple[int, ...], dtype: Any, *, like: jax.Array) ->
 def dispatch(
     shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[jax.Array, Handle[Any]]:
-    """Implement `implementations.dispatch` for T = 0; with tokens, those that do not fit must be counted."""
+    """Implement `implementations.dispatch` for T = 0; with tokens, dropped rows must be counted."""
     assert shape.num_tokens == 0
     num_topk, groups = shape.comm.num_experts_per_tok, num_groups(shape.layout, shape.comm.num_local_experts)
     of_rows = (shape.capacity,) if shape.layout == "expert" else (shape.capacity, num_topk)
@@ -71,7 +71,7 @@ def combine(
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Implement `implementations.combine`; every token has its bias alone."""
+    """Implement `implementations.combine`; every token gets its bias alone."""
     if bias is None or shape.num_tokens == 0:
         bias = _full(0, (shape.num_tokens, y.shape[1]), y.dtype, like=y)
     entries = (shape.num_tokens, shape.comm.num_experts_per_tok)

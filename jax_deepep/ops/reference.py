@@ -1,6 +1,6 @@
-"""implementation="xla": the contracts in plain JAX collectives, on every platform.
+"""implementation="xla": the verbs in plain JAX collectives, on every platform.
 
-The oracle of the tests, and what a platform without native ops runs. Every device gathers the
+The reference of the tests, and what a platform without native ops runs. Every device gathers the
 routing of its group, derives all routes from it, and gathers or exchanges the rows.
 """
 
@@ -62,14 +62,14 @@ def dispatch(
         makes_row = _first_of_each_device(device, valid)
         group = jnp.where(makes_row, device, num_ranks * groups_here)
 
-    # The place of every entry inside its group, in the order (source device, token, k). One more
-    # group at the end takes the entries that make no row.
+    # The position of every entry inside its row group, in the order (source device, token, k). One more
+    # group at the end holds the entries that make no row.
     flat_group = group.reshape(-1)
     received = jnp.zeros(num_ranks * groups_here + 1, jnp.int32).at[flat_group].add(1)
     first = jnp.cumsum(received) - received
     order = jnp.argsort(flat_group, stable=True)
-    place = jnp.arange(flat_group.size, dtype=jnp.int32) - first[flat_group[order]]
-    place = jnp.zeros_like(flat_group).at[order].set(place)
+    position = jnp.arange(flat_group.size, dtype=jnp.int32) - first[flat_group[order]]
+    position = jnp.zeros_like(flat_group).at[order].set(position)
 
     received = received[:-1].reshape(num_ranks, groups_here)
     limit = received if shape.expert_capacity is None else shape.expert_capacity
@@ -80,7 +80,7 @@ def dispatch(
 
     safe_offset = jnp.append(offset.reshape(-1), 0)[flat_group]
     safe_kept = jnp.append(kept.reshape(-1), 0)[flat_group]
-    row = jnp.where(place < safe_kept, safe_offset + place, NOT_A_ROW).reshape(device.shape)
+    row = jnp.where(position < safe_kept, safe_offset + position, NOT_A_ROW).reshape(device.shape)
     if shape.layout == "token":
         # Every k of a token has the row that its first k on the same device made.
         shares = (device[..., :, None] == device[..., None, :]) & makes_row[..., None, :]
@@ -88,7 +88,7 @@ def dispatch(
         row = jnp.where(valid, row, NOT_A_ROW)
     destination = jnp.where(row >= 0, device * capacity + row, NOT_A_ROW)
 
-    # My rows: scatter by row; index `capacity` collects what is not mine and is cut off.
+    # Rows of this device: scatter by row; index `capacity` collects those of others and is cut off.
     mine = (row >= 0) & (device == rank)
     target = jnp.where(mine, row, capacity)
     code = jnp.arange(num_ranks)[:, None] * comm.max_tokens + jnp.arange(shape.num_tokens)[None, :]
@@ -198,7 +198,7 @@ def combine(
 def _returned_gradients(
     shape: RouteShape, row_gradients: jax.Array, row: jax.Array, mine: jax.Array
 ) -> jax.Array:
-    """Carry gradients of row weights ([C] or [C, K]) back to the entries of their tokens."""
+    """Return gradients of row weights ([C] or [C, K]) to the entries of their tokens."""
     if shape.layout == "expert":
         found = jnp.take(row_gradients, row, mode="fill", fill_value=0)
     else:

@@ -1,7 +1,7 @@
-"""Operands whose gradients are taken in reverse mode only: forward mode ends with an error that says so.
+"""Operands whose gradients exist in reverse mode only: forward mode is an error with a remedy.
 
-JAX makes reverse mode out of forward mode and a transposition. `custom_vjp` cannot tell one from the other
-before a program is lowered, and says then neither which function it was nor what to do.
+JAX derives reverse mode from forward mode by transposition. `custom_vjp` cannot distinguish them before a
+program is lowered, and its error names neither the function nor a remedy.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from jax_deepep.jax_compat import ad, batching, mlir
 
 Operands = TypeVar("Operands")
 
-# The identity of a tangent; transposed, nothing is left of it.
+# The identity of a tangent; its transpose is a no-op.
 _tangent_p = jax_compat.Primitive("jax_deepep_reverse_mode_only")
 
 
@@ -37,15 +37,15 @@ def _differentiate(op: str, primals: Any, tangents: Any) -> tuple[jax.Array, jax
     return primals[0], _tangent_p.bind(tangents[0], op=op)
 
 
-def _refuse(*_: Any, op: str) -> NoReturn:
+def _reject(*_: Any, op: str) -> NoReturn:
     raise TypeError(
         f"{op}: expected to be differentiated in reverse mode, got forward mode (jvp, jacfwd, linearize); "
         "use jax.grad, jax.vjp or jax.jacrev."
     )
 
 
-_tangent_p.def_impl(_refuse)
+_tangent_p.def_impl(_reject)
 _tangent_p.def_abstract_eval(lambda tangent, *, op: tangent)
-mlir.register_lowering(_tangent_p, _refuse)
+mlir.register_lowering(_tangent_p, _reject)
 ad.deflinear2(_tangent_p, lambda cotangent, _, *, op: [cotangent])
 batching.defvectorized(_tangent_p)

@@ -14,7 +14,7 @@ import jax_deepep as ep
 
 class Outcome(NamedTuple):
     inputs: Inputs
-    cotangents: dict[str, np.ndarray]  # by the result that they are of
+    cotangents: dict[str, np.ndarray]  # by the result that they belong to
     results: dict[str, Any]  # by op
     gradients: dict[str, tuple[np.ndarray, ...]]  # by op, of its operands in order
 

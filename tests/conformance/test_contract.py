@@ -19,7 +19,7 @@ def test_rows_arrive_in_their_order(problem: Problem, implementation: str) -> No
     for name, x in (("dispatched", inputs.x), ("again", inputs.x2)):
         by_group = inputs.by_group(x)
         expected = inputs.from_oracle(
-            lambda routes, group, by_group=by_group: oracle.carry(routes, by_group[group])
+            lambda routes, group, by_group=by_group: oracle.copy_rows(routes, by_group[group])
         )
         assert results[name].tokens.shape == expected.shape
         assert_same_bits(results[name].tokens[written], expected[written])

@@ -14,7 +14,7 @@ pytestmark = cases("problem", PROBLEMS, in_xla=is_run_in_xla, in_low_latency=is_
 
 
 def test_gradients_of_dispatch(problem: Problem, implementation: str) -> None:
-    """Whatever stands in the cotangents of rows of no token reaches nothing."""
+    """Cotangents of rows without a token reach no gradient."""
     inputs, cotangents, _, gradients = outcome(problem, implementation)
     tokens, weights = inputs.by_group(cotangents["tokens"]), inputs.by_group(cotangents["weights"])
     expected = [

@@ -1,4 +1,4 @@
-"""dispatch of rows of integers: carried bit for bit, along routes that rows of floats share."""
+"""dispatch of rows of integers: copied bit for bit, along routes that rows of floats share."""
 
 import functools
 from typing import NamedTuple
@@ -29,11 +29,11 @@ PROBLEMS = [
     Problem("integers, one device", "one device", hidden_size=37, alignment=4),
 ]  # fmt: skip
 
-# Whole 16 bytes, and all else: a single byte, the longest rows that fit, and what lies between.
+# Multiples of 16 bytes, and others: a single byte, the longest rows, and sizes in between.
 ROWS = [("uint8", 37), ("int8", 1), ("int8", 148), ("uint16", 8), ("int16", 24), ("int32", 5), ("uint32", 37)]
 
 
-# In JAX code, all types are alike; it differs between the layouts, and where no row travels.
+# JAX code is the same for all types; it differs between the layouts, and where no row is sent.
 IN_XLA = {"integers", "integers, token-major", "integers, capacity 0", "integers, no tokens"}
 ROWS_IN_XLA = [("uint8", 37), ("int32", 5)]
 
@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
     inputs: Inputs
     integers: list[np.ndarray]
     cotangents: np.ndarray
-    dispatched: list[tuple]  # of every kind of rows, with routes of their own and along those of floats
+    dispatched: list[tuple]  # of every kind of rows, with separate routes and along those of floats
     floats: ep.ExpertMajor | ep.TokenMajor
     handle: ep.Handle
     out: np.ndarray
@@ -68,7 +68,7 @@ def outcome(problem: Problem, implementation: str) -> Outcome:
     integers = [random_rows(inputs, dtype, width) for dtype, width in rows]
     expert_major = problem.layout == "expert"
     here = inputs.from_oracle(lambda routes, _: routes.mask if expert_major else routes.row_topk[0] >= 0)
-    # Whatever stands in the cotangents of rows of no token reaches nothing.
+    # Cotangents of rows without a token reach no gradient.
     cotangents = np.random.default_rng(0).normal(size=here.shape)
     cotangents = np.where(here, cotangents, np.nan).astype(np.float32)
 
@@ -87,7 +87,7 @@ def outcome(problem: Problem, implementation: str) -> Outcome:
             dispatched, handle = dispatch(rows, topk_weights)
             again, _ = ep.dispatch(rows, handle=of_floats, comm=comm)
             results.append((dispatched, again))
-        # The last handle is as good for floats as one of theirs.
+        # The last handle also serves floats.
         floats, _ = ep.dispatch(x, handle=handle, comm=comm)
         out = ep.combine(y, handle, comm=comm, bias=bias)
         _, backward = jax.vjp(weights, integers[0], topk_weights)
@@ -102,10 +102,10 @@ def outcome(problem: Problem, implementation: str) -> Outcome:
     return Outcome(inputs, integers, cotangents, *results)
 
 
-def assert_carried(problem: Problem, dispatched, inputs: Inputs, x: np.ndarray) -> None:
-    """Compare rows of tokens and of padding; what stands in the others is not specified."""
+def assert_copied(problem: Problem, dispatched, inputs: Inputs, x: np.ndarray) -> None:
+    """Compare rows of tokens and of padding; the others are not specified."""
     by_group = inputs.by_group(x)
-    expected = inputs.from_oracle(lambda routes, group: oracle.carry(routes, by_group[group]))
+    expected = inputs.from_oracle(lambda routes, group: oracle.copy_rows(routes, by_group[group]))
     written = np.concatenate([routes.written for routes in inputs.routes])
     assert dispatched.tokens.shape == expected.shape
     assert_same_bits(dispatched.tokens[written], expected[written])
@@ -115,8 +115,8 @@ def assert_carried(problem: Problem, dispatched, inputs: Inputs, x: np.ndarray) 
 def test_integers_arrive_bit_for_bit(problem: Problem, implementation: str) -> None:
     inputs, integers, _, results, *_ = outcome(problem, implementation)
     for (dispatched, again), rows in zip(results, integers, strict=True):
-        assert_carried(problem, dispatched, inputs, rows)
-        assert_carried(problem, again, inputs, rows)
+        assert_copied(problem, dispatched, inputs, rows)
+        assert_copied(problem, again, inputs, rows)
         if problem.layout == "expert":
             expected = np.concatenate([routes.row_weights for routes in inputs.routes])
             assert_same_bits(dispatched.weights, expected)
@@ -125,12 +125,12 @@ def test_integers_arrive_bit_for_bit(problem: Problem, implementation: str) -> N
             assert_same_bits(dispatched.topk_weights, expected)
 
 
-def test_floats_go_along_the_routes_of_integers(problem: Problem, implementation: str) -> None:
+def test_floats_along_the_routes_of_integers(problem: Problem, implementation: str) -> None:
     inputs, _, _, _, floats, handle, out, _ = outcome(problem, implementation)
     for name in ("source", "num_received", "num_dropped", "num_invalid"):
         expected = np.concatenate([getattr(routes, name) for routes in inputs.routes])
         np.testing.assert_array_equal(getattr(handle, name), expected)
-    assert_carried(problem, floats, inputs, inputs.x)
+    assert_copied(problem, floats, inputs, inputs.x)
     y, bias = inputs.by_group(inputs.y), inputs.by_group(inputs.bias)
     expected = inputs.from_oracle(
         lambda routes, group: oracle.combine(
@@ -141,7 +141,7 @@ def test_floats_go_along_the_routes_of_integers(problem: Problem, implementation
 
 
 def test_router_weights_of_integers_have_gradients(problem: Problem, implementation: str) -> None:
-    """Gradients of rows' weights come back to their entries; integers themselves have none."""
+    """Gradients of rows' weights return to their entries; integers themselves have none."""
     inputs, _, cotangents, *_, got = outcome(problem, implementation)
     rows, cotangents = inputs.by_group(inputs.y), inputs.by_group(cotangents)
     expected = inputs.from_oracle(

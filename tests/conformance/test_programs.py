@@ -1,4 +1,4 @@
-"""What one problem alone cannot show: many routings of one program, and many communicators in one."""
+"""Beyond single problems: many routings of one program, and several communicators in one program."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_many_random_routings(layout: str, implementation: str) -> None:
                 **problem.dispatch_options,
             )
             np.testing.assert_array_equal(source[of_group], routes.source)
-            expected = oracle.carry(routes, x[of_group])
+            expected = oracle.copy_rows(routes, x[of_group])
             assert_same_bits(tokens[of_group][routes.mask], expected[routes.mask])
             for count, name in zip(counts, ("num_received", "num_dropped", "num_invalid"), strict=True):
                 np.testing.assert_array_equal(count[of_group], getattr(routes, name))
@@ -79,7 +79,7 @@ def test_communicators_of_different_shapes_in_one_program(implementation: str) -
         of_group = each.by_group(x)
         x = each.from_oracle(
             lambda routes, group, of_group=of_group: oracle.combine(
-                routes, oracle.carry(routes, of_group[group]), weighted=False, bias=of_group[group]
+                routes, oracle.copy_rows(routes, of_group[group]), weighted=False, bias=of_group[group]
             )
         )
         assert_same_sums(out, x, implementation)
@@ -119,7 +119,7 @@ def test_communicators_along_different_axes_in_one_program(implementation: str) 
 def test_operands_that_are_constants(layout: str, implementation: str) -> None:
     """XLA keeps constants elsewhere than arguments; peers read x and y, and the cotangents of all results.
 
-    An op that is captured in a CUDA graph cannot take them, and says so.
+    In an op that is captured in a CUDA graph they are an error.
     """
     problem = Problem(f"constants, {layout}", layout=layout)
     comm = problem.communicator(implementation)

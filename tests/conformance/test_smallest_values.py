@@ -32,8 +32,8 @@ def assert_combined(problem: Problem, implementation: str, y: np.ndarray, bias: 
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_subnormal_numbers_are_no_zeros(dtype: str, implementation: str) -> None:
-    """XLA's threads on CPU take them for zeros; the contract does not."""
+def test_subnormal_numbers_are_not_flushed(dtype: str, implementation: str) -> None:
+    """XLA's threads on CPU flush them to zero; the contract does not."""
     problem = Problem(f"subnormal, {dtype}", dtype=dtype)
     inputs = inputs_of(problem)
     tiny = float(ml_dtypes.finfo(DTYPES[dtype]).smallest_normal) / 8
@@ -43,7 +43,7 @@ def test_subnormal_numbers_are_no_zeros(dtype: str, implementation: str) -> None
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_zeros_keep_their_signs(dtype: str, implementation: str) -> None:
-    """-0 + -0 is -0, and every other sum of zeros is 0, in whatever memory a sum waits for the next."""
+    """-0 + -0 is -0, and every other sum of zeros is 0, wherever partial sums are stored."""
     problem = Problem(f"signs of zeros, {dtype}", dtype=dtype)
     inputs = inputs_of(problem)
     y, bias = (np.copysign(np.zeros_like(array), array) for array in (inputs.y, inputs.bias))

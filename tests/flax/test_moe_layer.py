@@ -378,7 +378,7 @@ def test_a_copy_of_a_configuration_is_the_same() -> None:
     config = config_of("data × expert", capacity_factor=np.float32(1.5), alignment=np.int32(8))
     assert copy.deepcopy(config) is copy.copy(config) is config
     assert hash(config) == hash(dataclasses.replace(config, alignment=8))
-    with pytest.raises(TypeError, match=r"comm: Communicator #.* cannot be pickled.*; make it anew"):
+    with pytest.raises(TypeError, match=r"comm: Communicator #.* cannot be pickled.*; make a new one"):
         pickle.dumps(config)
 
 

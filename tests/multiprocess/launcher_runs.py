@@ -62,7 +62,7 @@ def program(folder: Path, text: str, name: str = "program.py") -> Path:
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Return when the condition holds; fail when it does not come to hold."""
+    """Wait until the condition holds, or fail."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -70,7 +70,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def two_hosts() -> list[str]:
-    """Return two pretended hosts, loopback addresses of this process alone: equal lines mean one job."""
+    """Return two simulated hosts, loopback addresses unique to this process: equal lines mean one job."""
     high, low = divmod(os.getpid() % 62500, 250)
     return [f"127.{high + 1}.{low + 1}.{host}" for host in (1, 2)]
 

@@ -1,4 +1,4 @@
-"""What a run could leave behind: processes, shared memory, sockets."""
+"""Finds what a run may leave behind: processes, shared memory, sockets."""
 
 import os
 import time
@@ -8,7 +8,7 @@ RUN = "JAX_DEEPEP_TEST_RUN"  # in the environment of every process of a run, chi
 
 
 def processes_of_run(run_id: str) -> list[int]:
-    """Return the live processes that carry the mark of a run in their environment."""
+    """Return the live processes that have the mark of a run in their environment."""
     mark = f"{RUN}={run_id}".encode()
     found = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -33,7 +33,7 @@ def shared_segments(process: Path | str = "/proc/self") -> set[int]:
 
 
 def shared_segments_of_all_processes() -> set[int]:
-    """Return the same of every live process that can be looked into."""
+    """Return the same for every live process that is readable."""
     inodes = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -44,14 +44,14 @@ def shared_segments_of_all_processes() -> set[int]:
 
 
 def named_shared_memory() -> set[str]:
-    """Return files in /dev/shm and abstract Unix sockets that bear the library's name."""
+    """Return files in /dev/shm and abstract Unix sockets with the library's name."""
     files = {str(path) for path in Path("/dev/shm").glob("*jax_deepep*")}
     sockets = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
     return files | {name for name in sockets if name.startswith("@jax_deepep-")}
 
 
 def named_shared_memory_since(before: set[str], patience_s: float = 10.0) -> set[str]:
-    """Return what of that is there to stay; what other tests hold at the same time comes and goes."""
+    """Return those that persist; those of other tests at the same time are transient."""
     deadline = time.monotonic() + patience_s
     left = named_shared_memory() - before
     while left and time.monotonic() < deadline:

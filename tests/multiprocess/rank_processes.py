@@ -1,7 +1,7 @@
-"""Runs a script of `ranks/` as several plain processes, and ends them all whatever happens.
+"""Runs a script of `ranks/` as several plain processes, and always ends them all.
 
-The library's launcher ends every rank when one dies. Here the survivors are the point: each rank lives on
-its own, and only the deadline is common. A rank prints its findings as lines of JSON (see
+The library's launcher ends every rank when one dies. Here the survivors are tested: ranks are
+independent, with a common deadline. A rank prints its findings as lines of JSON (see
 `ranks/rank_side.py`); the rest of its output is shown when something fails.
 """
 
@@ -80,7 +80,7 @@ class RankProcesses:
         self._port = reserve_port("127.0.0.1", 0)
         address = f"127.0.0.1:{self._port.getsockname()[1]}"
         # Rank 0 hosts JAX's coordinator, whose end aborts the others, so it must be the last to leave. It
-        # reads this pipe as its standard input: the end of file is the end of all others, dead or alive.
+        # reads this pipe as its standard input: end of file means that all others have ended.
         others_live, hold = os.pipe()
         try:
             for rank in range(self.num_processes):
@@ -103,7 +103,7 @@ class RankProcesses:
         environment |= {
             leftovers.RUN: self.id,
             "JAX_PLATFORMS": self.platform,
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05",  # of a GPU, beside what the test's own process has
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05",  # of a GPU, in addition to the test's own process
             "PYTHONPATH": os.pathsep.join(
                 [str(SOURCE), str(SOURCE / "tests"), str(HERE), os.environ.get("PYTHONPATH", "")]
             ),
@@ -138,11 +138,11 @@ class RankProcesses:
         while not condition():
             if time.monotonic() > self._deadline:
                 self._make_show_their_stacks()
-                pytest.fail(f"{what} did not come within {self.deadline_s:g} s\n{self.describe()}")
+                pytest.fail(f"{what} did not happen within {self.deadline_s:g} s\n{self.describe()}")
             time.sleep(0.02)
 
     def _make_show_their_stacks(self) -> None:
-        """End the ranks by a signal upon which Python prints where every thread stands."""
+        """End the ranks by a signal that makes Python print the stack of every thread."""
         for rank in self.ranks:
             rank.signal(signal.SIGABRT)
         time.sleep(2)
@@ -166,7 +166,7 @@ class RankProcesses:
         """Wait until every rank has ended by itself; return the exit codes.
 
         Args:
-            expected: exit codes that are not 0, by rank; None demands nothing.
+            expected: exit codes that are not 0, by rank; None: any.
         """
         self.wait_until(
             lambda: all(rank.process.poll() is not None for rank in self.ranks), "the end of all ranks"
@@ -189,7 +189,7 @@ class RankProcesses:
         reports = [report for rank in self.ranks for report in rank.reports()]
         inodes = {inode for report in reports for inode in report["segments"]}
         if self.platform == "cpu":
-            assert inodes, "no rank told of its shared memory\n" + self.describe()
+            assert inodes, "no rank reported its shared memory\n" + self.describe()
         assert inodes & leftovers.shared_segments_of_all_processes() == set()
         assert leftovers.named_shared_memory_since(self._shared_before) == set()
 

@@ -31,7 +31,7 @@ DEADLINE_S = 1500 if WHOLE else 200
     [(2, 4), *(pytest.param(*layout, marks=pytest.mark.nightly) for layout in ((4, 2), (8, 1)))],
 )
 def test_conformance(num_processes: int, num_devices: int) -> None:
-    faulthandler.cancel_dump_traceback_later()  # this test has a deadline of its own
+    faulthandler.cancel_dump_traceback_later()  # this test has its own deadline
     suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CONFORMANCE, *SELECTION]
     options = ["-n", num_processes, "--platform", "cpu", "--devices-per-process", num_devices, "--"]
     with launcher(*map(str, options), *suite, cwd=ROOT) as process:

@@ -1,6 +1,6 @@
-"""Ranks that run different programs are told so at once, and those that only seem to are left alone.
+"""Ranks that run different programs are notified at once; those that only seem to are not.
 
-`timeout_s` is 300 there, so that no test passes that waits for it.
+`timeout_s` is 300 there, so that a test that waits for it fails.
 """
 
 import re
@@ -14,8 +14,8 @@ pytestmark = starts_its_own_processes
 NUM_PROCESSES, VICTIM = 3, 1
 DEADLINE_S = 100.0
 
-# What the error says: the values of the other ranks, and of rank 1. Ops meet on GPUs one by one, whatever
-# program they are of.
+# What the error says: the values of the other ranks, and of rank 1. On GPUs, ops are matched in order,
+# whatever program they belong to.
 ALIGNED = [("capacity", "48", "56"), ("alignment", "1", "4")]
 DIFFERENCES = {
     "num_tokens": [("num_tokens", "8", "16"), ("capacity", "48", "96")],
@@ -40,11 +40,11 @@ def run_on_cpu():
         yield run
 
 
-def assert_told(run: RankProcesses, case: str, difference: str | list[tuple[str, str, str]]) -> None:
-    """Check that every rank is told, by whichever rank has found it out, where another one's op differs."""
+def assert_reported(run: RankProcesses, case: str, difference: str | list[tuple[str, str, str]]) -> None:
+    """Check that every rank has an error, from any rank, on where another one's op differs."""
     for rank in range(NUM_PROCESSES):
         report = run.wait_for_report(rank, case)
-        assert report["abandoned"], "nothing of it may be trained on"
+        assert report["aborted"], "nothing of it may be trained on"
         begin = r"CommunicatorError: dispatch on rank (\d) at step \d+ met a different op of rank (\d): "
         found = re.match(begin, report["error"])
         assert found, report["error"]
@@ -67,7 +67,7 @@ def in_words(difference: str | list[tuple[str, str, str]], here: int, there: int
 
 @pytest.mark.parametrize("case", [*DIFFERENCES, *DIFFERENCES_OF_PROGRAMS])
 def test_different_programs(run_on_cpu: RankProcesses, case: str) -> None:
-    assert_told(run_on_cpu, case, (DIFFERENCES | DIFFERENCES_OF_PROGRAMS)[case])
+    assert_reported(run_on_cpu, case, (DIFFERENCES | DIFFERENCES_OF_PROGRAMS)[case])
 
 
 @pytest.mark.gpu
@@ -80,7 +80,7 @@ def test_different_programs_on_gpus() -> None:
     ) as run:
         run.finish({})
         for case in cases:
-            assert_told(run, case, DIFFERENCES[case])
+            assert_reported(run, case, DIFFERENCES[case])
 
 
 def test_programs_of_two_threads_may_cross(run_on_cpu: RankProcesses) -> None:
@@ -93,7 +93,7 @@ def test_calls_are_numbered_after_listeners_were_cleared(run_on_cpu: RankProcess
         assert run_on_cpu.wait_for_report(rank, "cleared listeners")["means"] == [1.0, 2.0]
 
 
-def test_close_frees_everything_and_tells_the_others(run_on_cpu: RankProcesses) -> None:
+def test_close_frees_everything_and_notifies_the_others(run_on_cpu: RankProcesses) -> None:
     """Although a compiled program holds the native communicator; and the last op of others may still read."""
     closed = run_on_cpu.wait_for_report(VICTIM, "close")
     assert closed["held"] > 0
@@ -104,7 +104,7 @@ def test_close_frees_everything_and_tells_the_others(run_on_cpu: RankProcesses) 
     for rank in (0, 2):
         report = run_on_cpu.wait_for_report(rank, "close")
         assert "waits for rank 1, which has closed the communicator or ended" in report["error"]
-        assert report["abandoned"]
+        assert report["aborted"]
         assert report["rows"] > 0
     for rank in range(NUM_PROCESSES):
         assert run_on_cpu.wait_for_report(rank, "nothing is mapped")["maps"] == 0

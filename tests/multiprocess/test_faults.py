@@ -1,4 +1,4 @@
-"""What the survivors find when a rank dies, stalls, raises, or was started differently.
+"""What the survivors observe when a rank dies, stalls, raises, or was started differently.
 
 Every test ends by itself, long before its hard deadline, and leaves no process and no shared memory.
 """
@@ -53,7 +53,7 @@ class Fault:
         """Wait for what a process found."""
         return self.run.wait_for_report(process, f"{self.label}: {name}")
 
-    def assert_abandoned(self, report: dict[str, Any]) -> None:
+    def assert_aborted(self, report: dict[str, Any]) -> None:
         """Check what a rank found on the broken communicator: NaN and zeros, at once and for ever."""
         assert report["results"]
         assert report["later_results"]
@@ -75,15 +75,15 @@ class Fault:
         assert re.search(wanted, error), error
 
     def assert_survivors_agree(self) -> None:
-        """Check that the survivors lost the same step, and that nothing of it could be trained on."""
+        """Check that the survivors lost the same step, and that all of its results are NaN."""
         assert len({self.report(process, "steps before")["steps"] for process in self.survivors}) == 1
         for process in self.survivors:
             assert self.report(process, "broke in a step")["gradients"]
-            self.assert_abandoned(self.report(process, "abandoned"))
+            self.assert_aborted(self.report(process, "aborted"))
 
     def assert_late_rank_does_no_harm(self) -> None:
-        """Check that the late rank finds its communicator broken as well, and all others whole."""
-        self.assert_abandoned(self.report(self.victim, "abandoned"))
+        """Check that the late rank's communicator is broken as well, and that all others work."""
+        self.assert_aborted(self.report(self.victim, "aborted"))
         for process in self.live:
             report = self.report(process, "unharmed")
             assert report["other"], "a communicator that lived beside the broken one"
@@ -94,13 +94,13 @@ class Fault:
 
 def dies_before_the_op(fault: Fault) -> None:
     for process in fault.survivors:
-        report = fault.report(process, "abandoned")
-        fault.assert_abandoned(report)
+        report = fault.report(process, "aborted")
+        fault.assert_aborted(report)
         fault.assert_names_steps(report["error"], OPS_BEFORE)
 
 
 def dies_after_the_op(fault: Fault) -> None:
-    """Nobody follows the op."""
+    """No further op follows."""
     for process in fault.survivors:
         assert fault.report(process, "unharmed")["same"]
 
@@ -108,8 +108,8 @@ def dies_after_the_op(fault: Fault) -> None:
 def dies_in_a_loop(fault: Fault) -> None:
     """The same op has been there before, in earlier iterations. On CPU, where ops have names."""
     for process in fault.survivors:
-        report = fault.report(process, "abandoned")
-        fault.assert_abandoned(report)
+        report = fault.report(process, "aborted")
+        fault.assert_aborted(report)
         fault.assert_names_steps(report["error"], OPS_BEFORE + 4 * 2)
         output = fault.run.ranks[process].text().splitlines()
         lines = [line for line in output if line.startswith("jax_deepep: ")]
@@ -124,8 +124,8 @@ def dies_during_ops(fault: Fault) -> None:
 
 def raises_before_the_op(fault: Fault) -> None:
     for process in fault.survivors:
-        report = fault.report(process, "abandoned")
-        if fault.run.platform == "cpu":  # where its end closes the communicator, and others are told
+        report = fault.report(process, "aborted")
+        if fault.run.platform == "cpu":  # where its end closes the communicator, and others are notified
             assert report["results"]
             assert report["later_results"]
             assert report["error"].startswith("CommunicatorError: dispatch on rank ")
@@ -133,16 +133,16 @@ def raises_before_the_op(fault: Fault) -> None:
                 f"at step {OPS_BEFORE + 1} waits for rank {fault.rank}, which has closed" in report["error"]
             )
             continue
-        fault.assert_abandoned(report)
+        fault.assert_aborted(report)
         fault.assert_names_steps(report["error"], OPS_BEFORE)
     assert "ValueError: the data loader of this rank failed" in fault.run.ranks[fault.victim].text()
 
 
 def raises_during_an_op(fault: Fault) -> None:
-    """Its program waits for a rank that waits for it, outside of any op: it leaves, and tells all. On CPU."""
+    """Its program and a rank wait for each other, outside of ops: it leaves and notifies all. On CPU."""
     for process in fault.survivors:
         report = fault.report(process, "left")
-        assert report["abandoned"]
+        assert report["aborted"]
         assert report["error"].startswith(
             f"CommunicatorError: the program of rank {fault.rank} ended while its ops ran"
         )
@@ -152,16 +152,16 @@ def raises_during_an_op(fault: Fault) -> None:
 def compiles_beside(fault: Fault) -> None:
     """A thread that compiles does no harm."""
     for process in fault.live:
-        assert not fault.report(process, "unharmed")["abandoned"]
+        assert not fault.report(process, "unharmed")["aborted"]
 
 
 def calls_share_a_number(fault: Fault) -> None:
     """What must not happen, forced: it is an error, and no op is left running. On CPU."""
     for process in fault.live:
-        report = fault.report(process, "told")
-        # Of the same calls on every rank, or of others, depending on which were numbered anew.
+        report = fault.report(process, "notified")
+        # The same calls on every rank, or different ones, depending on which were renumbered.
         assert re.search(r"have the same index|met a different op|waited 4 s \(timeout_s\)", report["error"])
-        assert report["abandoned"]
+        assert report["aborted"]
 
 
 def stalls_before_the_op(fault: Fault) -> None:
@@ -170,8 +170,8 @@ def stalls_before_the_op(fault: Fault) -> None:
         fault.report(process, "ready")
     fault.run.ranks[fault.victim].signal(signal.SIGSTOP)
     for process in fault.survivors:
-        report = fault.report(process, "abandoned")
-        fault.assert_abandoned(report)
+        report = fault.report(process, "aborted")
+        fault.assert_aborted(report)
         fault.assert_names_steps(report["error"], OPS_BEFORE)
     fault.run.ranks[fault.victim].signal(signal.SIGCONT)
     fault.assert_late_rank_does_no_harm()
@@ -180,7 +180,7 @@ def stalls_before_the_op(fault: Fault) -> None:
 def stalls_during_ops(fault: Fault) -> None:
     """At any moment, and comes back."""
     for process in fault.survivors:
-        fault.report(process, "abandoned")
+        fault.report(process, "aborted")
     fault.assert_survivors_agree()
     fault.run.ranks[fault.victim].signal(signal.SIGCONT)
     fault.assert_late_rank_does_no_harm()
@@ -193,7 +193,7 @@ def process_0_dies(fault: Fault) -> None:
     assert all(code != 0 for code in codes)
 
 
-# Those of a run follow each other in the same processes, on CPU; on GPUs, each has processes of its own.
+# Those of a run follow each other in the same processes, on CPU; on GPUs, each has separate processes.
 RUNS = [
     ["dies_in_a_loop:2", "dies_after_the_op:1"],
     ["dies_during_ops:2:1", "dies_before_the_op:1"],
@@ -252,7 +252,7 @@ def test_faults(labels: list[str], platform: str, environment: dict[str, str]) -
 
 @pytest.mark.gpu
 def test_an_op_cannot_be_launched_on_a_rank() -> None:
-    """The others need not wait for it, and its next op does not meet their present one."""
+    """The others need not wait for it, and its next op does not match their present one."""
     environment = {"XLA_FLAGS": CAPTURE_ALL_OPS}
     arguments = ("cannot_launch:1",)
     with RankProcesses(
@@ -260,28 +260,28 @@ def test_an_op_cannot_be_launched_on_a_rank() -> None:
     ) as run:
         run.finish({})
         for rank in range(NUM_PROCESSES):
-            report = run.wait_for_report(rank, "cannot_launch:1: told")
+            report = run.wait_for_report(rank, "cannot_launch:1: notified")
             assert "dispatch on rank 1 could not be launched" in report["error"]
-            assert report["abandoned"]
+            assert report["aborted"]
             assert ("constant of the program" in report["launch_error"]) == (rank == 1)
 
 
 @pytest.mark.collectives
 @pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_rank_comes_late_to_a_layer(platform: str) -> None:
-    """A layer has collectives of XLA, whose waits nothing bounds: ours come first and say who is missing."""
-    victim, ranks = 1, 2  # NCCL takes no two ranks on one GPU
+    """A layer has collectives of XLA with unbounded waits: the ops before them name the missing rank."""
+    victim, ranks = 1, 2  # NCCL rejects two ranks on one GPU
     with RankProcesses("late_to_a_layer", ranks, (victim,), platform=platform, deadline_s=DEADLINE_S) as run:
-        report = run.wait_for_report(0, "told")
+        report = run.wait_for_report(0, "notified")
         assert re.search(rf"waited {TIMEOUT_S} s \(timeout_s\) for rank {victim} \(", report["error"])
         assert report["seconds"] < 3 * TIMEOUT_S
         assert (
             f"jax_deepep: {report['error']}" in run.ranks[0].text()
-        )  # printed, whatever the program waits for
+        )  # printed while the program still waits
         run.finish({})
         for rank in range(ranks):
-            assert not run.wait_for_report(rank, "first step")["abandoned"]
+            assert not run.wait_for_report(rank, "first step")["aborted"]
             report = run.wait_for_report(rank, "ended")
-            assert report["abandoned"]
+            assert report["aborted"]
             assert report["error"].startswith("PeerTimeoutError: ")
         run.assert_nothing_is_left()

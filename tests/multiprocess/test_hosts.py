@@ -1,4 +1,4 @@
-"""Processes on several hosts: groups inside of one are native, whatever the mesh. The hosts are pretended."""
+"""Processes on several hosts: groups inside of one are native, whatever the mesh. The hosts are simulated."""
 
 from collections.abc import Iterator
 

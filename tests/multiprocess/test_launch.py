@@ -1,4 +1,4 @@
-"""The launcher runs one job, tells the truth about its end, and leaves nothing behind."""
+"""The launcher runs one job, reports its end correctly, and leaves nothing behind."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ print(f"process {jax.process_index()} of {jax.process_count()}:",
       f"{jax.local_device_count()} devices, sum {int(total.addressable_data(0))}")
 """
 
-# Rank FIRST ends as told; the others would sleep on, each with a grandchild.
+# Rank FIRST ends as given; the others would keep sleeping, each with a grandchild.
 END = """
 import os, pathlib, subprocess, sys, time
 rank, folder = int(os.environ["JAX_DEEPEP_LAUNCH_RANK"]), pathlib.Path(sys.argv[1])
@@ -67,7 +67,7 @@ def test_bare_initialize_joins_the_processes(tmp_path: Path) -> None:
         ("rank == 1 and sys.exit(4); time.sleep(0.4); sys.exit(5)", 4, "exit status 4"),
     ],
 )
-def test_the_first_bad_status_counts_and_nothing_stays(
+def test_the_first_bad_status_counts_and_nothing_is_left(
     tmp_path: Path, end: str, expected: int, words: str
 ) -> None:
     script = program(tmp_path, END)
@@ -111,7 +111,7 @@ def test_the_death_of_the_coordinator_is_named_as_the_cause(tmp_path: Path) -> N
     status, output = launch("-n", "2", "--platform", "cpu", "--", sys.executable, script, cwd=tmp_path)
     assert status == 137, output
     assert "rank 0 hosts JAX's coordinator: it died, and JAX then aborts the others" in output
-    assert "the end of rank 1 is a consequence" in output
+    assert "The end of rank 1 is a consequence" in output
     assert "rank 0 failed first: killed by SIGKILL" in output
 
 
@@ -144,7 +144,7 @@ def test_nothing_survives_a_launcher_killed_with_9(tmp_path: Path, victim: str) 
         wait_until(lambda: not any(alive(pid) for pid in pids(tmp_path)))
 
 
-def test_two_pretended_hosts_run_one_job(tmp_path: Path) -> None:
+def test_two_simulated_hosts_run_one_job(tmp_path: Path) -> None:
     script = program(tmp_path, PSUM)
     hosts = two_hosts()
     line = ["-n", "1", "--platform", "cpu", "--hosts", ",".join(hosts), "--coordinator", hosts[0]]
@@ -232,7 +232,7 @@ def test_a_program_without_its_interpreter_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_log_dir_may_be_used_again(tmp_path: Path) -> None:
-    """What the first job left there says nothing about the second; what is not of a job stays."""
+    """Files of the first job do not affect the second; files that belong to no job stay."""
     others = [tmp_path / "log" / name for name in ("rank0.npz", "rank1.ckpt/state")]
     for other in others:
         other.parent.mkdir(parents=True, exist_ok=True)

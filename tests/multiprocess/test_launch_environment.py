@@ -1,4 +1,4 @@
-"""Which launcher is this, and what does a rank's environment say? No processes."""
+"""The position of a launcher, and the environment of a rank; without processes."""
 
 import sys
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from own_processes import is_a_command_for_one_process
 import jax_deepep as ep
 from jax_deepep.launch import launched_rank
 from jax_deepep.launch.hosts.cluster_environment import (
-    LauncherPlace,
-    PlaceError,
+    LauncherPosition,
+    PositionError,
     first_slurm_host,
-    place_from_arguments,
-    place_from_cluster,
+    position_from_arguments,
+    position_from_cluster,
     split_address,
 )
 from jax_deepep.launch.hosts.kubernetes_job import KubernetesError, KubernetesJob, read_job
 from jax_deepep.launch.python_command import through_python_program
-from jax_deepep.launch.rank_environment import JobPlace, RankSettings, rank_environ, without_launch
+from jax_deepep.launch.rank_environment import JobPosition, RankSettings, rank_environ, without_launch
 from jax_deepep.launch_variables import PREFIX
 
 SLURM = {
@@ -34,23 +34,26 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
 }  # fmt: skip
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3", "HOSTNAME": "moe-3"}
-PLACE = JobPlace(4, 4, 8, "10.0.0.1:6000", "10.0.0.1:6000")
+POSITION = JobPosition(4, 4, 8, "10.0.0.1:6000", "10.0.0.1:6000")
 
 
 def environ_of(
-    local_rank: int, settings: RankSettings, base: Mapping[str, str] | None = None, place: JobPlace = PLACE
+    local_rank: int,
+    settings: RankSettings,
+    base: Mapping[str, str] | None = None,
+    position: JobPosition = POSITION,
 ) -> dict[str, str]:
-    return rank_environ(base or {}, place, local_rank, settings, Path("/logs"))
+    return rank_environ(base or {}, position, local_rank, settings, Path("/logs"))
 
 
-def test_outside_of_clusters_there_is_no_place() -> None:
-    assert place_from_cluster({}) is None
-    assert place_from_cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # a shell of salloc
-    assert place_from_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a pod of its own
+def test_outside_of_clusters_there_is_no_position() -> None:
+    assert position_from_cluster({}) is None
+    assert position_from_cluster({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}) is None  # a shell of salloc
+    assert position_from_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None  # a pod without a Job
 
 
 def test_slurm() -> None:
-    assert place_from_cluster(SLURM) == LauncherPlace(2, 4, "gpu03", job="77.2", found_in="SLURM")
+    assert position_from_cluster(SLURM) == LauncherPosition(2, 4, "gpu03", job="77.2", found_in="SLURM")
 
 
 @pytest.mark.parametrize(
@@ -64,39 +67,49 @@ def test_first_slurm_host(nodes: str, first: str) -> None:
     assert first_slurm_host(nodes) == first
 
 
-def test_open_mpi_is_believed_before_slurm() -> None:
-    place = place_from_cluster({**SLURM, **OPEN_MPI})
-    assert place is not None
-    assert (place.index, place.count, place.coordinator, place.found_in) == (1, 2, "10.96.0.1", "Open MPI")
+def test_open_mpi_takes_precedence_over_slurm() -> None:
+    position = position_from_cluster({**SLURM, **OPEN_MPI})
+    assert position is not None
+    assert (position.index, position.count, position.coordinator, position.found_in) == (
+        1,
+        2,
+        "10.96.0.1",
+        "Open MPI",
+    )
 
 
 def test_open_mpi_5_on_one_host_and_on_several() -> None:
     variables = {name: value for name, value in OPEN_MPI.items() if name.startswith("OMPI_COMM")}
-    here = place_from_cluster(
+    here = position_from_cluster(
         {**variables, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     )
     assert here is not None
     assert (here.coordinator, here.local_index) == ("127.0.0.1", 1)
-    with pytest.raises(PlaceError, match=r"Open MPI do not say where .* add --coordinator"):
-        place_from_cluster(variables)
-    told = place_from_cluster(variables, "10.0.0.5:6000")
-    assert told is not None
-    assert (told.index, told.count, told.coordinator, told.port) == (1, 2, "10.0.0.5", 6000)
+    with pytest.raises(PositionError, match=r"Open MPI do not say where .* add --coordinator"):
+        position_from_cluster(variables)
+    given = position_from_cluster(variables, "10.0.0.5:6000")
+    assert given is not None
+    assert (given.index, given.count, given.coordinator, given.port) == (1, 2, "10.0.0.5", 6000)
 
 
 def test_pmi() -> None:
     variables = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
-    place = place_from_cluster(variables)
-    assert place is not None
-    assert (place.index, place.count, place.coordinator, place.local_index) == (1, 2, "127.0.0.1", 1)
-    with pytest.raises(PlaceError, match="--coordinator"):
-        place_from_cluster({**variables, "MPI_LOCALNRANKS": "1"})
+    position = position_from_cluster(variables)
+    assert position is not None
+    assert (position.index, position.count, position.coordinator, position.local_index) == (
+        1,
+        2,
+        "127.0.0.1",
+        1,
+    )
+    with pytest.raises(PositionError, match="--coordinator"):
+        position_from_cluster({**variables, "MPI_LOCALNRANKS": "1"})
 
 
 def test_kubernetes() -> None:
     job = KubernetesJob("moe", 8, "moe-0.pods")
-    place = place_from_cluster(POD, kubernetes=lambda _: job)
-    assert place == LauncherPlace(3, 8, "moe-0.pods", job="moe", found_in="Kubernetes")
+    position = position_from_cluster(POD, kubernetes=lambda _: job)
+    assert position == LauncherPosition(3, 8, "moe-0.pods", job="moe", found_in="Kubernetes")
 
 
 def test_kubernetes_job() -> None:
@@ -113,24 +126,24 @@ def test_kubernetes_job() -> None:
         read_job({**POD, "HOSTNAME": "other"}, fetch)
 
 
-def test_places_from_arguments() -> None:
-    assert place_from_arguments(None, None, None).coordinator == "127.0.0.1"
-    place = place_from_arguments("a,b,c", None, 2)
-    assert (place.index, place.count, place.coordinator, place.port) == (2, 3, "a", None)
-    place = place_from_arguments("2", "10.0.0.1:6000", 1)
-    assert (place.index, place.count, place.coordinator, place.port) == (1, 2, "10.0.0.1", 6000)
-    assert place_from_arguments("192.0.2.1,127.0.0.1", None, None).index == 1  # 192.0.2.x belongs to nobody
-    assert place_from_arguments("4", "moe-0.pods", None, POD).index == 3
+def test_positions_from_arguments() -> None:
+    assert position_from_arguments(None, None, None).coordinator == "127.0.0.1"
+    position = position_from_arguments("a,b,c", None, 2)
+    assert (position.index, position.count, position.coordinator, position.port) == (2, 3, "a", None)
+    position = position_from_arguments("2", "10.0.0.1:6000", 1)
+    assert (position.index, position.count, position.coordinator, position.port) == (1, 2, "10.0.0.1", 6000)
+    assert position_from_arguments("192.0.2.1,127.0.0.1", None, None).index == 1  # 192.0.2.x is reserved
+    assert position_from_arguments("4", "moe-0.pods", None, POD).index == 3
     for hosts in ("0", "a,,b"):
-        with pytest.raises(PlaceError, match=r"--hosts: expected .*, got"):
-            place_from_arguments(hosts, "a", 0)
+        with pytest.raises(PositionError, match=r"--hosts: expected .*, got"):
+            position_from_arguments(hosts, "a", 0)
 
 
 def test_addresses() -> None:
     assert split_address("host") == ("host", None)
     assert split_address("[fe80::1]:80") == ("fe80::1", 80)
     for bad in ("", "a:0", "a:99999", "a:b", "a:1:2"):
-        with pytest.raises(PlaceError, match="expected HOST or HOST:PORT"):
+        with pytest.raises(PositionError, match="expected HOST or HOST:PORT"):
             split_address(bad)
 
 
@@ -146,14 +159,19 @@ def test_a_rank_is_a_slurm_task_to_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     assert env["XLA_FLAGS"] == "--a --xla_force_host_platform_device_count=2"
     assert env["NPROC"] == "4"
     assert not [name for name in env if name.startswith("OMPI")]
-    place = launched_rank(env)
-    assert place is not None
-    assert (place.rank, place.num_ranks, place.local_rank, place.log_dir) == (5, 8, 1, Path("/logs"))
+    position = launched_rank(env)
+    assert position is not None
+    assert (position.rank, position.num_ranks, position.local_rank, position.log_dir) == (
+        5,
+        8,
+        1,
+        Path("/logs"),
+    )
 
 
 def test_ranks_of_other_launchers_on_the_host_have_the_first_devices() -> None:
-    place = replace(PLACE, first_local_index=4)
-    env = environ_of(1, RankSettings("cuda", 2), place=place)
+    position = replace(POSITION, first_local_index=4)
+    env = environ_of(1, RankSettings("cuda", 2), position=position)
     assert (env["SLURM_LOCALID"], env["JAX_LOCAL_DEVICE_IDS"]) == ("5", "10,11")
 
 
@@ -166,7 +184,7 @@ def test_what_the_user_has_set_stays() -> None:
 
 def test_an_inner_launcher_does_not_see_the_outer_one() -> None:
     inner = without_launch(environ_of(0, RankSettings()))
-    assert place_from_cluster(inner) is None
+    assert position_from_cluster(inner) is None
     assert not [name for name in inner if name.startswith((PREFIX, "JAX_COORDINATOR", "PYTEST"))]
     assert without_launch(SLURM) == SLURM
 
@@ -200,11 +218,11 @@ def test_python_commands_are_recognised(tmp_path: Path) -> None:
 
 
 @is_a_command_for_one_process
-def test_a_rank_that_has_not_joined_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_has_not_joined_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environ_of(1, RankSettings("cpu")).items():
         if name.startswith(PREFIX):
             monkeypatch.setenv(name, value)
     mesh = mesh_named("one device")
-    with pytest.warns(UserWarning, match="This is rank 5 of 8 .*, and JAX knows") as told:
+    with pytest.warns(UserWarning, match="This is rank 5 of 8 .*, and JAX knows") as warned:
         ep.Communicator(mesh, num_experts=2, num_experts_per_tok=1, max_tokens=4, hidden_size=4)
-    assert "of no other process: call jax.distributed.initialize() first" in str(told[0].message)
+    assert "of no other process: call jax.distributed.initialize() first" in str(warned[0].message)

@@ -1,4 +1,4 @@
-"""Which rank failed first, and what is said of ranks that ended before."""
+"""Which rank failed first, and reports on ranks that ended before."""
 
 import itertools
 import signal
@@ -27,7 +27,7 @@ def end(rank: int, status: int, when: float, sent: tuple[int, ...] = (), by_jax:
         ([end(0, RAISED, 1.0), end(1, ABORTED, 1.4)], 1),
         ([end(0, ABORTED, 1.0), end(1, KILLED, 1.4)], 1),
         ([end(2, KILLED, 1.1), end(1, KILLED, 1.0)], 1),
-        ([end(2, RAISED, 1.0), end(1, RAISED, 1.0), end(0, 0, 0.5)], 1),  # of one look
+        ([end(2, RAISED, 1.0), end(1, RAISED, 1.0), end(0, 0, 0.5)], 1),  # of one poll
         ([end(0, ABORTED, 1.0, by_jax=True), end(1, RAISED, 1.4)], 1),
         ([end(0, 128 + signal.SIGTERM, 1.0, sent=(signal.SIGTERM,)), end(1, RAISED, 1.4)], 1),
     ],
@@ -43,7 +43,7 @@ def test_without_failures_none_is_first() -> None:
     assert first_failure([end(0, 0, 1.0), None]) is None
 
 
-# Rank 0 raises. Only then rank 1 is killed, as it looks on a machine that takes its time for a large process.
+# Rank 0 raises. Only then rank 1 is killed, as observed when a large process takes time to die.
 KILL_AFTER_EXCEPTION = """
 import os, pathlib, sys, time
 if os.environ["JAX_DEEPEP_LAUNCH_RANK"] == "0":
@@ -105,7 +105,7 @@ def test_a_rank_that_ends_well_before_the_others_is_named(tmp_path: Path) -> Non
 import os, pathlib, sys, time
 while os.environ["JAX_DEEPEP_LAUNCH_RANK"] != "1":
     if pathlib.Path(sys.argv[1]).exists():
-        raise ValueError("nobody is there")
+        raise ValueError("no peer is there")
     time.sleep(0.02)
 """
     go_on = tmp_path / "go_on"
@@ -117,4 +117,4 @@ while os.environ["JAX_DEEPEP_LAUNCH_RANK"] != "1":
         output, _ = process.communicate(timeout=30)
     assert "rank 1 ended with status 0, and ranks 0, 2 still at work" in said
     assert process.returncode == 1, output
-    assert "rank 1 had ended with status 0 by then" in output
+    assert "rank 1 had already ended with status 0" in output

@@ -9,7 +9,7 @@ import pytest
 from launcher_runs import launch, program
 from own_processes import starts_its_own_processes
 
-from jax_deepep.launch.inside_rank.pytest_plugin import _refuse_conflicts
+from jax_deepep.launch.inside_rank.pytest_plugin import _reject_conflicts
 
 pytestmark = starts_its_own_processes
 
@@ -71,7 +71,7 @@ def test_hangs():
         rank_one_sleeps_here()
     assert process_allgather(jnp.ones(())).sum() == 2
 """
-    # The other rank's deadline is later, so that its stacks can only come from being asked for them.
+    # The other rank's deadline is later, so that its stacks are dumped only on request.
     (tmp_path / "conftest.py").write_text(
         "import os\n"
         "def pytest_cmdline_main(config):\n"
@@ -92,7 +92,7 @@ def test_hangs():
 
 
 def test_a_hang_after_a_failure_ends_the_same_way(tmp_path: Path) -> None:
-    """And the failure is told, although the rank that had it did not live to tell it."""
+    """And the failure is reported, although its rank was killed before its own report."""
     text = """
 @pytest.fixture
 def end_takes_too_long():
@@ -117,7 +117,7 @@ def test_never_begun():
     assert "pytest_plugin.py" in of_one
 
 
-def test_ranks_that_collect_different_tests_are_told_so_and_one_that_stops_early_keeps_none_waiting(
+def test_different_collections_are_reported_and_a_rank_that_stops_early_keeps_none_waiting(
     tmp_path: Path,
 ) -> None:
     text = """
@@ -127,7 +127,7 @@ import pytest
 def test_own(rank):
     assert rank == 0
 
-def test_needs_everybody():
+def test_needs_all_ranks():
     test_every_rank_is_here()
 """
     status, output = run_pytest(tmp_path, text, "-x")
@@ -142,9 +142,9 @@ def test_bad_options_are_explained(tmp_path: Path) -> None:
     assert "--launch-test-timeout: expected seconds > 0, for example 300, got 0.0" in output
 
 
-def test_two_timers_of_the_fault_handler_are_refused() -> None:
+def test_two_timers_of_the_fault_handler_are_rejected() -> None:
     config = SimpleNamespace(
         getoption=lambda name, default: default, getini={"faulthandler_timeout": "5"}.get
     )
     with pytest.raises(pytest.UsageError, match="use --launch-test-timeout"):
-        _refuse_conflicts(config)
+        _reject_conflicts(config)

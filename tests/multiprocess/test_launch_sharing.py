@@ -1,4 +1,4 @@
-"""--share-gpu: the private MPS daemon lives exactly as long as the job. Here the daemon is pretended."""
+"""--share-gpu: the private MPS daemon lives exactly as long as the job. Here the daemon is a script."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from own_processes import starts_its_own_processes
 
 pytestmark = starts_its_own_processes
 
-# As the true one: -d starts a daemon that writes its id; without it, commands come on the standard input.
+# As the real one: -d starts a daemon that writes its id; without it, commands come on the standard input.
 CONTROL = """#!/bin/sh
 echo "$CUDA_MPS_PIPE_DIRECTORY" > {folder}/pipe_folder
 if [ "$1" = -d ]; then
@@ -27,13 +27,13 @@ else
 fi
 """
 
-TELL = """
+REPORT = """
 import json, os, pathlib, sys, time
 names = ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "NCCL_MULTI_RANK_GPU_ENABLE",
          "JAX_LOCAL_DEVICE_IDS", "CUDA_MPS_PIPE_DIRECTORY", "CUDA_VISIBLE_DEVICES",
          "XLA_PYTHON_CLIENT_PREALLOCATE"]
 rank = os.environ["JAX_DEEPEP_LAUNCH_RANK"]
-part = pathlib.Path(sys.argv[1], f"told{rank}.part")
+part = pathlib.Path(sys.argv[1], f"reported{rank}.part")
 part.write_text(json.dumps({name: os.environ.get(name) for name in names}))
 part.rename(part.with_suffix(".json"))
 exec(sys.argv[2])
@@ -57,10 +57,10 @@ def assert_mps_is_gone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "expected"), [("pass", 0), ("sys.exit(6)", 6), ("os.kill(os.getpid(), 9)", 137)]
 )
-def test_the_ranks_share_and_the_daemon_goes(
+def test_the_ranks_share_and_the_daemon_ends(
     tmp_path: Path, path_with_mps: str, end: str, expected: int
 ) -> None:
-    script = program(tmp_path, TELL)
+    script = program(tmp_path, REPORT)
     status, output = launch(
         "-n",
         "4",
@@ -77,10 +77,10 @@ def test_the_ranks_share_and_the_daemon_goes(
     )
     assert status == expected, output
     assert_mps_is_gone(tmp_path)
-    told = [json.loads(path.read_text()) for path in tmp_path.glob("told*.json")]
-    assert told
-    for variables in told:
-        # Limited to a part of the SMs each, ranks do not always get all of theirs, and wait for each other.
+    reported = [json.loads(path.read_text()) for path in tmp_path.glob("reported*.json")]
+    assert reported
+    for variables in reported:
+        # With a limit on SMs, ranks do not always get all of theirs, and wait for each other.
         assert variables["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] is None
         assert float(variables["XLA_PYTHON_CLIENT_MEM_FRACTION"]) == pytest.approx(0.15)
         assert variables["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
@@ -91,20 +91,20 @@ def test_the_ranks_share_and_the_daemon_goes(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_daemon_goes_when_the_launcher_gets_a_signal(
+def test_the_daemon_ends_when_the_launcher_gets_a_signal(
     tmp_path: Path, path_with_mps: str, number: signal.Signals
 ) -> None:
-    script = program(tmp_path, TELL)
+    script = program(tmp_path, REPORT)
     arguments = ["-n", "2", "--share-gpu", "--", sys.executable, script, tmp_path, "time.sleep(300)"]
     with launcher(*arguments, cwd=tmp_path, PATH=path_with_mps) as process:
-        wait_until(lambda: len(list(tmp_path.glob("told*.json"))) == 2)
+        wait_until(lambda: len(list(tmp_path.glob("reported*.json"))) == 2)
         process.send_signal(number)
         process.wait(timeout=30)
         wait_until(lambda: not Path((tmp_path / "pipe_folder").read_text().strip()).parent.exists())
     assert_mps_is_gone(tmp_path)
 
 
-def test_a_deaf_daemon_is_killed(tmp_path: Path, path_with_mps: str) -> None:
+def test_a_daemon_that_does_not_respond_is_killed(tmp_path: Path, path_with_mps: str) -> None:
     status, output = launch(
         "-n", "1", "--share-gpu", "--", "true", cwd=tmp_path, PATH=path_with_mps, MPS_IS_DEAF="1"
     )
@@ -112,7 +112,7 @@ def test_a_deaf_daemon_is_killed(tmp_path: Path, path_with_mps: str) -> None:
     assert_mps_is_gone(tmp_path)
 
 
-def test_a_daemon_that_does_not_start_is_an_error_with_its_words(tmp_path: Path, path_with_mps: str) -> None:
+def test_a_daemon_that_does_not_start_is_an_error_with_its_output(tmp_path: Path, path_with_mps: str) -> None:
     status, output = launch(
         "-n", "1", "--share-gpu", "--", "true", cwd=tmp_path, PATH=path_with_mps, MPS_REFUSES="1"
     )
@@ -121,7 +121,7 @@ def test_a_daemon_that_does_not_start_is_an_error_with_its_words(tmp_path: Path,
     assert not Path((tmp_path / "pipe_folder").read_text().strip()).parent.exists()
 
 
-def test_without_mps_the_job_runs_and_times_are_said_to_be_meaningless(tmp_path: Path) -> None:
+def test_without_mps_the_job_runs_with_a_warning_about_times(tmp_path: Path) -> None:
     folders = [
         folder
         for folder in os.environ["PATH"].split(os.pathsep)
@@ -131,4 +131,4 @@ def test_without_mps_the_job_runs_and_times_are_said_to_be_meaningless(tmp_path:
         "-n", "2", "--share-gpu", "--", "true", cwd=tmp_path, PATH=os.pathsep.join(folders)
     )
     assert status == 0, output
-    assert "times mean nothing" in output
+    assert "times are not meaningful" in output

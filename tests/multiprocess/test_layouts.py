@@ -54,6 +54,6 @@ def test_results_do_not_depend_on_the_processes(layout: tuple[int, int], case: s
     assert digests_by_case(*layout)[case] == expected
 
 
-def test_devices_have_results_of_their_own() -> None:
+def test_devices_have_different_results() -> None:
     for case, digests in digests_by_case(*ONE_PROCESS).items():
         assert len(set(digests.values())) == 8, case

@@ -101,7 +101,7 @@ def test_a_rank_makes_no_communicator(mismatches: RankProcesses) -> None:
         )
         assert report["seconds"] < 3 * TIMEOUT_S
     longest = max(mismatches.wait_for_report(rank, "absence")["seconds"] for rank in (0, 2))
-    assert longest > TIMEOUT_S - 0.5  # the first to have waited so long tells the other
+    assert longest > TIMEOUT_S - 0.5  # the first to time out notifies the other
 
 
 def test_mismatches_leave_nothing_behind(mismatches: RankProcesses) -> None:

@@ -21,7 +21,7 @@ NUM_STEPS = int(os.environ.get("JAX_DEEPEP_STRESS_STEPS", "300"))
 NUM_PROCESSES = 4
 DEADLINE_S = 90 + 0.2 * NUM_STEPS
 
-# The allocators of XLA and Python keep what they once had: this much is noise, however many steps.
+# The allocators of XLA and Python keep freed memory: this much is noise, independent of the steps.
 GROWTH_MIB = 24
 GROWTH_DESCRIPTORS = 2
 GROWTH_THREADS = 8  # completions run on threads that come and go
@@ -29,7 +29,7 @@ GROWTH_THREADS = 8  # completions run on threads that come and go
 
 @pytest.fixture
 def own_deadline(request: pytest.FixtureRequest) -> None:
-    """Take the place of the suite's deadline for one test, which is meant for short ones."""
+    """Replace the suite's deadline, which is meant for short tests."""
     faulthandler.cancel_dump_traceback_later()
 
 

@@ -1,4 +1,4 @@
-"""Runs a piece of Python in a process of its own, so that a deadlock or a crash fails one test."""
+"""Runs a piece of Python in a separate process, so that a deadlock or a crash fails one test."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def run_python(
     """Run `code` on 8 CPU devices and return what it printed; fail with all of it if it does not end well.
 
     `num_threads` is NPROC, the size of XLA's thread pool; None leaves it to the package. `preload` is a
-    library that stands before the system's own.
+    library to load before the system's own.
     """
     environment = {name: value for name, value in os.environ.items() if name != "NPROC"}
     if num_threads is not None:

@@ -1,6 +1,6 @@
-"""A device that stays away longer than timeout_s: all end with NaN, and the error says who was missing.
+"""A device that is late by more than timeout_s: all ops end with NaN, and the error names it.
 
-Every test runs in a process of its own: mesh (data 2 × expert 4), where rank 2 of group 0 comes too late.
+Every test runs in a separate process: mesh (data 2 × expert 4), where rank 2 of group 0 arrives too late.
 """
 
 from own_processes import starts_its_own_processes
@@ -52,9 +52,9 @@ assert_works(bystander)
 
 
 def test_everyone_ends_with_nan_and_the_error_says_who_was_missing() -> None:
-    """The devices that waited and the one that came late: nothing trains on silently.
+    """On the devices that waited and on the late one: training does not continue silently.
 
-    The error has op, rank, missing peers, expected and seen step, every time that one asks; and other
+    The error has op, rank, missing peers, expected and seen step, on every call; and other
     communicators of the process and its devices are not affected.
     """
     run_python(SETUP + """
@@ -84,7 +84,7 @@ assert_works(bystander)
 
 
 def test_a_rank_that_waits_in_another_op_is_named_with_it() -> None:
-    """It might still come: XLA runs ops in any order. And stderr tells, once for all eight devices."""
+    """It might still arrive: XLA runs ops in any order. Stderr has one line for all eight devices."""
     run_python(SETUP + """
 import tempfile
 log = tempfile.TemporaryFile()
@@ -104,7 +104,7 @@ assert lines == ["jax_deepep: " + comm._native.broken], lines
 """, timeout_s=90)  # fmt: skip
 
 
-# Each of the following breaks a communicator of its own.
+# Each of the following breaks a separate communicator.
 LATER_OP = """
 comm = make()
 @compiled
@@ -122,7 +122,7 @@ expect(ep.PeerTimeoutError, comm.check, "{op} on rank", "for rank 2", "expected 
 def test_every_op_ends_the_same_way() -> None:
     """Rows of floats and of integers, gradients, and later ops, which are named with their step.
 
-    Integers have all their bits set: −1 or the largest number, and NaN to who takes them for 8-bit floats.
+    Integers have all their bits set: −1 or the largest number, and NaN if read as 8-bit floats.
     """
     run_python(SETUP + """
 @compiled
@@ -165,7 +165,7 @@ for values in fetch(program(*operands)):
 
 
 def test_a_broken_communicator_ends_later_runs_at_once() -> None:
-    """A hundred runs of a program compiled before: were each to wait again, the process would be stopped."""
+    """A hundred runs of a program compiled before: if each waited again, the test would time out."""
     run_python(SETUP + """
 in_time = compiled(lambda _, *args: layer(comm, *args))
 assert np.isfinite(fetch(in_time(*operands))).all()
@@ -176,7 +176,7 @@ for _ in range(100):
 
 
 def test_a_bystander_in_the_same_program() -> None:
-    """Its ops wait for the late device too, but they may: only the communicator in a hurry is broken."""
+    """Its ops wait for the late device, too, within a longer timeout: only the other communicator breaks."""
     run_python(SETUP + """
 @compiled
 def program(late, x, idx, weights):

@@ -1,4 +1,4 @@
-"""An exported program meets the communicators of the process that loads it."""
+"""An exported program with the communicators of the process that loads it."""
 
 import re
 from pathlib import Path
@@ -65,12 +65,12 @@ def error_of(load: str) -> str:
     return run_python(MAKE + EXPECT_ERROR + load.replace("print(", "expect_error(lambda: "))
 
 
-def test_it_refuses_a_communicator_of_other_arguments(exported: str) -> None:
+def test_a_communicator_with_other_arguments_is_an_error(exported: str) -> None:
     text = error_of(LOAD.format(path=exported, max_tokens=5))
     assert "which was made with other arguments here than where the program was traced" in text
 
 
-def test_it_refuses_to_take_a_device_for_another(exported: str) -> None:
+def test_devices_in_another_order_are_an_error(exported: str) -> None:
     """On a mesh of the same devices in another order; only the op itself can see that."""
     elsewhere = """
 other = jax.sharding.Mesh(mesh.devices[::-1], mesh.axis_names)

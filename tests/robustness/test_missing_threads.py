@@ -1,4 +1,4 @@
-"""A process that gets no more threads, as under a limit on pids: an error, and nothing hangs or dies."""
+"""A process that cannot start threads, as under a limit on pids: an error, without a hang or crash."""
 
 import pathlib
 import subprocess
@@ -8,7 +8,7 @@ from subprocesses import run_python
 
 pytestmark = starts_its_own_processes
 
-# In front of the system's own function; no limit of the system binds a root user.
+# Wraps the system's function: limits of the system do not apply to root.
 NO_THREADS = """
 #include <dlfcn.h>
 #include <errno.h>

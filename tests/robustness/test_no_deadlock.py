@@ -1,4 +1,4 @@
-"""Programs that would deadlock if an op blocked a thread of XLA, or if ops had to come in one order."""
+"""Programs that would deadlock if an op blocked a thread of XLA, or if ops had to run in one order."""
 
 import pytest
 from own_processes import starts_its_own_processes
@@ -44,7 +44,7 @@ def finish(result):
 LARGE = SETUP.format(num_tokens=192, hidden=256)
 SMALL = SETUP.format(num_tokens=8, hidden=16)
 
-# Our own ops get by with any pool of threads, as long as few programs are in flight.
+# Our ops need no minimum size of the thread pool, as long as few programs are in flight.
 with_threads = pytest.mark.parametrize("num_threads", [None, 1], ids=["NPROC unset", "NPROC=1"])
 
 
@@ -82,7 +82,7 @@ finish(out)
 
 
 def test_500_programs_in_a_row() -> None:
-    """Launched without waiting for any, each with the result of the one before."""
+    """Launched without waiting, each with the result of the previous one."""
     program = (
         SMALL
         + """

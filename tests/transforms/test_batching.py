@@ -1,4 +1,4 @@
-"""vmap over a leading axis of the operands, and over stages that are a mesh axis of their own."""
+"""vmap over a leading axis of the operands, and over stages on a separate mesh axis."""
 
 import functools
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
 def test_vmap_inside_shard_map(implementation: str) -> None:
-    """Each element of the batch is a dispatch of its own, with routes of its own; with the gradient."""
+    """Each element of the batch is a separate dispatch, with its own routes; with the gradient."""
     comm = communicator(implementation)
     inputs = layer_inputs()
     topk_idx = np.stack([np.roll(inputs.topk_idx, shift, axis=1) for shift in range(BATCH)], axis=1)
@@ -60,7 +60,7 @@ def test_vmap_of_a_shard_map(implementation: str) -> None:
 
 
 def test_vmap_over_pipeline_stages(implementation: str) -> None:
-    """spmd_axis_name: the batch axis is the mesh axis `stage`, and every stage is a group of its own."""
+    """spmd_axis_name: the batch axis is the mesh axis `stage`, and every stage is a separate group."""
     problem = Problem("layer", mesh_name="stage × expert", num_tokens=5, routing="some_none")
     mesh = problem.mesh
     comm = problem.communicator(implementation)

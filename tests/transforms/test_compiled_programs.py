@@ -1,4 +1,4 @@
-"""What compiled programs promise: export, the same bits on every run, and no hidden communication."""
+"""Properties of compiled programs: export, the same bits on every run, and no hidden communication."""
 
 import re
 
@@ -37,7 +37,7 @@ def test_every_run_gives_the_same_bits(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["native"])
 def test_what_follows_an_op_treats_subnormals_as_xla_does(implementation: str) -> None:
-    """On a CPU, XLA flushes them to zero; an op that ends on a thread of ours does not change that."""
+    """On a CPU, XLA flushes them to zero; an op that ends on a library thread does not change that."""
     comm = communicator(implementation)
     inputs = layer_inputs()
 
@@ -57,7 +57,7 @@ def test_what_follows_an_op_treats_subnormals_as_xla_does(implementation: str) -
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_native_programs_hold_no_collective(check_vma: bool) -> None:
-    """Forward and backward, the ops are all the communication there is."""
+    """Forward and backward, the ops are the only communication."""
     _, step, _ = training_step("native", check_vma=check_vma)
     text = step.as_text()
     assert set(re.findall(r'custom_call_target="(jax_deepep_\w+)"', text)) == set(CUSTOM_CALLS)

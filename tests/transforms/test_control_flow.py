@@ -1,6 +1,6 @@
-"""The ops inside jax.checkpoint, scan, cond and while, donated operands, and the way of a handle.
+"""The ops inside jax.checkpoint, scan, cond and while, donated operands, and handles that are passed on.
 
-What a loop gives is compared with native ops in a row, for every implementation: they are quicker to compile.
+Results of loops are compared with unrolled native ops, for every implementation: they compile faster.
 """
 
 import functools
@@ -73,7 +73,7 @@ def test_scan_over_layers(implementation: str) -> None:
 
 
 def test_while_loop(implementation: str) -> None:
-    """Three rounds of the same op instance, then the same in a row."""
+    """Three iterations of the same op, compared with the same ops unrolled."""
     comm = communicator(implementation)
     inputs = layer_inputs()
 
@@ -140,7 +140,7 @@ def test_donated_handle(implementation: str) -> None:
 
 
 def test_handle_through_scan(implementation: str) -> None:
-    """Routes decided once, used in every step as a carry."""
+    """Routes computed once and carried through every step."""
     comm = communicator(implementation)
     rows = inputs_of(LAYER)
 
@@ -167,7 +167,7 @@ def test_handle_through_scan(implementation: str) -> None:
 
 
 def test_handle_out_of_jit_and_back(implementation: str) -> None:
-    """A handle is a pytree: it leaves with a leading device axis and loses it on the way in."""
+    """A handle is a pytree: it leaves with a leading device axis, which is removed on the way in."""
     comm = communicator(implementation)
     rows = inputs_of(LAYER)
     arrays = (rows.x, rows.topk_idx, rows.topk_weights, rows.y, rows.bias)

@@ -48,7 +48,7 @@ def test_vjp_inside_shard_map(problem: Problem, implementation: str) -> None:
 
 
 @by_layer
-def test_gradient_for_y_is_zero_in_rows_of_no_token(problem: Problem, implementation: str) -> None:
+def test_gradient_for_y_is_zero_in_rows_without_a_token(problem: Problem, implementation: str) -> None:
     comm = communicator(implementation, problem)
     inputs, rows = layer_inputs(problem), inputs_of(problem)
 
@@ -67,7 +67,7 @@ def test_gradient_for_y_is_zero_in_rows_of_no_token(problem: Problem, implementa
 @by_implementation
 @pytest.mark.parametrize("limit", [{}, {"capacity": 6}], ids=["everything arrives", "capacity"])
 def test_gradient_of_token_major_rows(implementation: str, limit: dict) -> None:
-    """Experts that weight and sum by themselves: the weights' gradient comes back through the rows."""
+    """Experts that weight and sum by themselves: the weights' gradient returns through the rows."""
     problem = Problem("token-major layer", layout="token", routing="invalid", **limit)
     comm = communicator(implementation, problem)
     rows = inputs_of(problem)
@@ -126,8 +126,8 @@ WITHOUT_ROWS = [
     "problem check_vma", WITHOUT_ROWS, [True, False],
     in_xla=lambda problem, check_vma: check_vma or problem.layout == "expert",
 )  # fmt: skip
-def test_gradients_where_no_row_travels(problem: Problem, check_vma: bool, implementation: str) -> None:
-    """Only the bias arrives and has a gradient, with arrays without elements all around the ops."""
+def test_gradients_where_no_row_is_sent(problem: Problem, check_vma: bool, implementation: str) -> None:
+    """Only the bias reaches the result and has a gradient; other arrays have no elements."""
     comm = communicator(implementation, problem)
     rows = inputs_of(problem)
 

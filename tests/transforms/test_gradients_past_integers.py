@@ -18,12 +18,12 @@ STEPS_PER_ONE = 16.0
 
 
 def quantised_layer(comm: ep.Communicator, x, topk_weights, topk_idx):
-    """Multiply tokens with themselves, quantised: what integers and floats bring along the same routes."""
+    """Multiply tokens with themselves, quantised: sent as integers and as floats along the same routes."""
     integers = jnp.round(x * STEPS_PER_ONE).astype(jnp.int8)
     dispatched, handle = ep.dispatch(integers, topk_idx, topk_weights, comm=comm)
     floats, handle = ep.dispatch(x, handle=handle, comm=comm)
     y = floats.tokens * (dispatched.tokens / STEPS_PER_ONE)
-    # As many as a device sends arrive here, and are sent on as they are: an op takes what one has returned.
+    # A device receives as many rows as it sends, and sends them on: an op accepts the result of another.
     some, _ = ep.dispatch(integers, topk_idx, topk_weights, comm=comm, capacity=x.shape[0])
     further, _ = ep.dispatch(some.tokens, topk_idx, topk_weights, comm=comm)
     y = y + 0.0 * jnp.sum(further.weights)  # which changes nothing
@@ -89,7 +89,7 @@ def test_gradients(transformation: str, check_vma: bool, implementation: str) ->
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap_over_pipeline_stages(implementation: str) -> None:
-    """spmd_axis_name with check_vma=True, where integer tangents have confused JAX."""
+    """spmd_axis_name with check_vma=True, where JAX mishandles integer tangents."""
     problem = Problem("layer", mesh_name="stage × expert", num_tokens=5, routing="some_none")
     mesh, inputs = problem.mesh, inputs_of(problem)
     g, *expected = expected_of(problem)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.collectives
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_replicated_operands_and_the_sum_of_their_gradients(implementation: str) -> None:
-    """Every device brings the same tokens: the gradient of a replicated operand is the sum over devices."""
+    """Every device has the same tokens: the gradient of a replicated operand is the sum over devices."""
     comm = communicator(implementation)
     inputs = layer_inputs()
     x, topk_weights, _, bias, topk_idx = (array[0] for array in inputs.operands)

@@ -1,4 +1,4 @@
-"""What type checkers know about the results of ops: this file is read by mypy, and never run."""
+"""The types of the results of ops: checked by mypy, never run."""
 
 from typing import assert_type
 

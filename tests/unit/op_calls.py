@@ -1,4 +1,4 @@
-"""Calls of dispatch and combine on a small mesh, right but for what a test says."""
+"""Calls of dispatch and combine on a small mesh, correct except for what a test changes."""
 
 import functools
 
@@ -8,7 +8,7 @@ from meshes import mesh_named, per_device
 
 import jax_deepep as ep
 
-MESH = mesh_named("stage × expert")  # of which the outer axis is larger than 1 with any number of devices
+MESH = mesh_named("stage × expert")  # its outer axis is larger than 1 with any number of devices
 SIZE = MESH.shape["expert"]
 SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
 

@@ -1,4 +1,4 @@
-"""The house rules that a machine can check."""
+"""Rules of the code base that can be checked automatically."""
 
 import pathlib
 import re
@@ -46,7 +46,7 @@ def test_most_python_files_keep_to_the_aim() -> None:
 
 @pytest.mark.parametrize("path", NATIVE, ids=name_of)
 def test_native_files_are_short(path: pathlib.Path) -> None:
-    """Kernels may be longer: one between nodes has several roles in one launch."""
+    """Kernels may be longer: they may have several roles in one launch."""
     assert lines_of(path) <= (600 if path.suffix in {".cu", ".cuh"} else 400)
 
 

@@ -1,4 +1,4 @@
-"""`python -m jax_deepep.bench`: its commands, and what `ops` counts and reports, whatever the times are."""
+"""`python -m jax_deepep.bench`: its commands, and what `ops` counts and reports, independent of times."""
 
 import dataclasses
 import json
@@ -60,31 +60,31 @@ def test_ops_of_two_processes(tmp_path) -> None:
     command = [*launch, "--", sys.executable, *bench, "--implementations", "native", "--json", str(path)]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
-    around, results = report.read_json(path)
-    assert around["processes"] == 2
+    environment, results = report.read_json(path)
+    assert environment["processes"] == 2
     assert [result.case for result in results] == [*PASSES, f"native {PAIR}"]
     assert {result.primary.trials for result in results if result.primary} == {2}
     assert {result.problem.devices for result in results} == {2}
 
 
-def test_a_slope_is_without_what_both_lengths_cost() -> None:
+def test_a_slope_excludes_what_both_lengths_cost() -> None:
     assert slopes([8, 48], [np.array([5.0, 6.0]), np.array([45.0, 86.0])]).tolist() == [1.0, 2.0]
 
 
-def test_results_come_back_from_json(tmp_path) -> None:
+def test_results_are_restored_from_json(tmp_path) -> None:
     spread = Spread.of([1.0, 2.0, 4.0])
     results = [
         Result(Problem(), "ops", "dispatch", {"device": spread}, {"link: push": spread}, 7, {"SMs": 24}),
         Result(Problem(intermediate=8), "layer", "xla", values={"shares": {"a": 0.5}}, failure="too large"),
     ]
     report.write_json(tmp_path / "a.json", {"commit": "abc"}, "what it is", results)
-    around, back = report.read_json(tmp_path / "a.json")
+    environment, back = report.read_json(tmp_path / "a.json")
     assert back == results
-    assert around == {"commit": "abc", "meaning": "what it is"}
+    assert environment == {"commit": "abc", "meaning": "what it is"}
     assert json.loads((tmp_path / "a.json").read_text())["results"][0]["over_baseline"] == 1.0
 
 
-def test_a_table_has_a_column_where_a_case_has_something() -> None:
+def test_a_table_has_no_empty_columns() -> None:
     spread = Spread.of([1e-3, 2e-3, 4e-3])
     one = Result(Problem(), "ops", "dispatch", {"native": spread}, bytes_moved=4_000_000)
     other = dataclasses.replace(one, case="combine", baselines={"memcpy": Spread.of([1e-3] * 3)})
@@ -98,7 +98,7 @@ def test_a_table_has_a_column_where_a_case_has_something() -> None:
 
 
 def test_shares_of_kernels() -> None:
-    """By name without what tells instances apart; the small ones together."""
+    """By name without the suffixes of instances; the small ones are summed."""
     events = [
         ("void jax_deepep::(anonymous namespace)::DispatchKernel<true>(Op)", 500.0),
         ("void jax_deepep::(anonymous namespace)::DispatchKernel<false>(Op)", 100.0),
@@ -111,7 +111,7 @@ def test_shares_of_kernels() -> None:
     assert list(shares.values()) == pytest.approx([0.6, 0.399, 0.001])
 
 
-def test_implementations_that_disagree_have_no_speed() -> None:
+def test_implementations_that_disagree_are_not_timed() -> None:
     one = OpCases(None, None, {}, {}, jnp.ones((2, 8)))  # type: ignore[arg-type]
     check_agreement(one, dataclasses.replace(one, round_trip=jnp.ones((2, 8)) + 2**-8))
     with pytest.raises(RuntimeError, match=r"expected the same .* got a difference of up to 0.0625"):

@@ -1,4 +1,4 @@
-"""What the bench computes for its baselines on GPUs: their lists, the capacity, and their module."""
+"""The lists and the capacity that the bench computes for its baselines on GPUs, and their module."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ RANKS, TOKENS, TOPK, EXPERTS, CAPACITY = 4, 6, 3, 12, 32
 
 @pytest.fixture(params=["expert", "token"])
 def routed(request: pytest.FixtureRequest) -> Iterator[tuple[Mesh, RouteShape, np.ndarray, Routes]]:
-    """Dispatch a random routing; give the mesh, the shape, the routing and the routes, with no pairs."""
+    """Dispatch a random routing; return the mesh, the shape, the routing and the routes, without pairs."""
     mesh = Mesh(np.array(jax.devices()[:RANKS]), (AXIS,))
     random = np.random.default_rng(0)
     topk_idx = np.argsort(random.random((RANKS * TOKENS, EXPERTS)), axis=1)[:, :TOPK].astype(np.int32)

@@ -1,4 +1,4 @@
-"""`python -m jax_deepep.bench moe`: every case computes the same, and what is measured is reported."""
+"""`python -m jax_deepep.bench moe`: every case computes the same, and reports its measurements."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""`python -m jax_deepep.bench routing`: what it counts is what the routing says, and it is drawn."""
+"""`python -m jax_deepep.bench routing`: its counts match the routing, and it draws them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""How many rows the worst case takes."""
+"""The number of rows in the worst case."""
 
 import itertools
 
@@ -42,7 +42,7 @@ def test_worst_case(
 
 @pytest.mark.parametrize("alignment", [1, 2, 3, 8])
 def test_the_worst_case_drops_nothing(alignment: int) -> None:
-    """For every way in which two tokens can choose two of four experts on two devices."""
+    """For every choice of two of four experts by two tokens on two devices."""
     pairs = list(itertools.permutations(range(4), 2))
     for first, second in itertools.product(pairs, pairs):
         topk_idx = np.array([[first], [second]], np.int32)
@@ -59,7 +59,7 @@ def test_the_worst_case_drops_nothing(alignment: int) -> None:
 
 @pytest.mark.parametrize(
     ("factor", "alignment", "expected"),
-    # On average 10 · 3 rows; four groups may each be padded by alignment − 1; 80 · 3 come in the worst case.
+    # On average 10 · 3 rows; four groups may each be padded by alignment − 1; 80 · 3 in the worst case.
     [(1.0, 1, 30), (1.25, 1, 38), (1.0, 8, 64), (100.0, 1, 240), (100.0, 8, 272)],
 )
 def test_a_bound_on_rows(factor: float, alignment: int, expected: int) -> None:

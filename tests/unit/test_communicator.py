@@ -1,4 +1,4 @@
-"""The communicator as an object: attributes, identity, description, life and death."""
+"""The communicator as an object: attributes, identity, description, lifetime."""
 
 import copy
 import dataclasses
@@ -129,9 +129,9 @@ def test_context_manager_closes(implementation: str) -> None:
 
 
 def test_a_closed_communicator_fails_the_programs_compiled_before() -> None:
-    """With a clear error; the process and every other communicator go on.
+    """With a clear error; the process and other communicators keep working.
 
-    XLA may replay a CUDA graph of it without a word from the host: then NaN say that it failed.
+    XLA may replay a CUDA graph of it without calling the host: then NaN shows the failure.
     """
     comm, other = make(), make()
     program, operands = layer_program(comm)
@@ -152,7 +152,7 @@ def test_a_closed_communicator_fails_the_programs_compiled_before() -> None:
 
 
 def test_a_failed_program_does_not_spoil_check() -> None:
-    """What failed with a closed communicator is no business of another one, while its result lives."""
+    """A failure with a closed communicator does not affect another one, while its result is alive."""
     comm, other = make(), make()
     program, operands = layer_program(comm)
     compiled = program.lower(*operands).compile()
@@ -181,8 +181,8 @@ def test_close_waits_for_what_runs() -> None:
         assert_close(fetch(out), layer_inputs().out)
 
 
-def test_a_timeout_of_ages_does_not_end_at_once() -> None:
-    """More seconds than any clock can count."""
+def test_a_very_long_timeout_does_not_overflow() -> None:
+    """More seconds than clocks can represent."""
     comm = make(timeout_s=1e300)
     program, operands = layer_program(comm)
     assert_close(fetch(program(*operands)), layer_inputs().out)
@@ -202,7 +202,7 @@ def test_an_unused_communicator_is_collected(implementation: str) -> None:
 
 
 def test_a_program_outlives_its_communicator() -> None:
-    """Let go of while a compiled program is still there, which works on."""
+    """Freed while a compiled program still uses it."""
     comm = make()
     program, operands = layer_program(comm)
     compiled = program.lower(*operands).compile()
@@ -222,7 +222,7 @@ def test_xla_has_nothing_to_check() -> None:
 
 
 def test_ranks_follow_the_mesh() -> None:
-    """The device order of a group is the mesh's, whatever the ids of the devices are."""
+    """The device order of a group is the mesh's, independent of device ids."""
     devices = np.array(jax.devices())[::-1].reshape(MESH.devices.shape)
     mesh = jax.sharding.Mesh(devices, ("data", "expert"))
     comm = ep.Communicator(mesh, "expert", **SIZES)
@@ -233,8 +233,8 @@ def test_ranks_follow_the_mesh() -> None:
     assert LAYER.max_tokens == SIZES["max_tokens"]
 
 
-def assert_refused(devices: np.ndarray) -> None:
-    """Check that ops are not compiled for another mesh of `devices`, before anything waits for anything."""
+def assert_rejected(devices: np.ndarray) -> None:
+    """Check that ops are not compiled for another mesh of `devices`, before any wait."""
     comm = make(implementation="native")
     other = jax.sharding.Mesh(devices, MESH.axis_names)
     program = jax.jit(per_device(lambda *operands: moe(comm, *operands), other, "expert"))
@@ -246,20 +246,20 @@ def assert_refused(devices: np.ndarray) -> None:
     comm.check()
 
 
-def test_a_program_in_which_devices_are_other_ranks_is_refused() -> None:
-    assert_refused(MESH.devices[:, ::-1])
+def test_a_program_in_which_devices_are_other_ranks_is_an_error() -> None:
+    assert_rejected(MESH.devices[:, ::-1])
 
 
 @pytest.mark.skipif(len(MESH.devices) == 1, reason="needs two groups of two devices")
-def test_a_program_in_which_groups_are_of_other_devices_is_refused() -> None:
+def test_a_program_in_which_groups_are_of_other_devices_is_an_error() -> None:
     """Every device keeps its rank."""
     devices = MESH.devices.copy()
     devices[:, 1] = devices[::-1, 1]
-    assert_refused(devices)
+    assert_rejected(devices)
 
 
 def test_groups_in_another_order_are_the_same() -> None:
-    """The first axis reversed: every group and every rank in it stay what they are."""
+    """The first axis reversed: every group and every rank stay the same."""
     comm = make()
     other = jax.sharding.Mesh(MESH.devices[::-1], MESH.axis_names)
     program = jax.jit(per_device(lambda *operands: moe(comm, *operands), other, "expert"))

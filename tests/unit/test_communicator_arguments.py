@@ -1,4 +1,4 @@
-"""Errors of the communicator's arguments: each names the argument, what was expected and what came."""
+"""Errors of the communicator's arguments: name of the argument, expected and given value."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ ARGUMENTS = {
     "axis_name": "expert", "num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8
 }  # fmt: skip
 
-# Arguments that differ from the good ones, the error, and words of it in order.
+# Invalid arguments, the error, and a pattern of its text.
 CASES = [
     ({"mesh": "expert"}, TypeError, r"mesh: expected a jax\.sharding\.Mesh.*, got str"),
     ({"axis_name": 3}, TypeError, r"axis_name: expected a mesh axis or a tuple.*, got 3"),
@@ -90,7 +90,7 @@ def test_a_wrong_argument(wrong: dict, error: type[Exception], words: str) -> No
 
 
 def test_integers_of_numpy_are_integers() -> None:
-    """So that all processes agree, and no limit of a kernel is passed by."""
+    """So that all processes agree, and limits of kernels are checked."""
     sizes = {name: np.int32(value) for name, value in ARGUMENTS.items() if isinstance(value, int)}
     comm = ep.Communicator(MESH, **sizes, num_sms=np.int64(3), ranks_per_node=np.int8(SIZE))
     assert {name: getattr(comm, name) for name in sizes} == sizes
@@ -110,7 +110,7 @@ def test_sizes_are_named_never_positional() -> None:
 
 
 def test_a_wrong_argument_leaves_nothing_behind() -> None:
-    """The next communicator works: no number of the order of creation is lost to one process alone."""
+    """The next communicator works: the count of creations stays the same in all processes."""
     mesh = mesh_named("one device")
     with pytest.raises(ValueError, match="num_experts"):
         ep.Communicator(mesh, **{**ARGUMENTS, "num_experts": -4})
@@ -125,8 +125,8 @@ def config_of(implementation: str) -> CommunicatorConfig:
     return ep.Communicator(MESH, **ARGUMENTS, implementation=implementation).config
 
 
-def test_with_a_reason_against_native_ops_auto_is_xla_and_native_is_refused() -> None:
-    """Without another word to the other processes: they have agreed on the reason."""
+def test_with_an_unsupported_reason_auto_is_xla_and_native_is_an_error() -> None:
+    """Without further messages to the other processes: they have agreed on the reason."""
 
     def chosen(implementation: str) -> tuple[str, str, object]:
         backend = choose(config_of(implementation), "group 3 spans hosts", exchange=None)
@@ -140,7 +140,7 @@ def test_with_a_reason_against_native_ops_auto_is_xla_and_native_is_refused() ->
         chosen("native")
 
 
-def test_what_was_chosen_and_why_stands_beside_what_was_asked_for() -> None:
+def test_the_choice_and_its_reason_are_beside_the_arguments() -> None:
     made = {
         name: ep.Communicator(MESH, **ARGUMENTS, implementation=name) for name in ("auto", "native", "xla")
     }
@@ -168,14 +168,14 @@ def test_the_configuration_has_the_arguments_of_the_communicator() -> None:
 
 
 def test_processes_with_wrong_arguments_have_ranks_for_the_errors_of_others() -> None:
-    """Those of the groups that were meant, while `axis_name` is right."""
+    """Those of the intended groups, while `axis_name` is valid."""
     wrong = {"mesh": MESH, **ARGUMENTS, "num_experts": 7}
     assert groups_of(wrong).has_groups_of(config_of("xla").topology)
     assert groups_of({**wrong, "axis_name": "exprt"}).groups.shape == (1, MESH.size)
 
 
 def test_nodes_are_consecutive_ranks() -> None:
-    """Known to the topology already; a communicator takes groups of one node alone."""
+    """Supported by the topology; communicators are limited to one node per group."""
     topology = Topology.of(mesh_named("expert"), ("expert",), ranks_per_node=2)
     assert topology.num_nodes == topology.num_ranks // 2
     assert topology.ranks_per_node == 2

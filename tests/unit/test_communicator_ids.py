@@ -1,4 +1,4 @@
-"""The ids of communicators, by which programs know them: one is never used twice."""
+"""The ids of communicators, stored in programs: never used twice."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ NUM_THREADS, NUM_MADE = 4, 12
 
 
 @pytest.mark.parametrize("implementation", ["native", "xla"])
-def test_threads_that_make_communicators_get_ids_of_their_own(
+def test_threads_that_make_communicators_get_different_ids(
     implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mesh = mesh_named("one device")
@@ -40,10 +40,10 @@ def test_threads_that_make_communicators_get_ids_of_their_own(
     assert len({comm.id for comm in made}) == len(made)
 
 
-def test_the_registry_refuses_an_id_that_was_used() -> None:
+def test_the_registry_rejects_a_used_id() -> None:
     comm = ep.Communicator(mesh_named("one device"), **SIZES, implementation="native")
     again = native.arguments_of(comm.config, comm.id)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"#{again['id']}: expected an id that is new"):
             native_module.load("cpu").Communicator(**again)
-        comm = None  # the first one has no owner any more
+        comm = None  # the first one is freed

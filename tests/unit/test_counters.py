@@ -131,8 +131,8 @@ def test_num_invalid_of_each_device(implementation: str, entries: list[int], exp
     np.testing.assert_array_equal(num_invalid, [0] * (len(num_invalid) - 1) + [2 * expected])
 
 
-def test_check_raises_for_invalid_entries_and_goes_on_raising() -> None:
-    """Natively; the communicator still works, and others do not know of it."""
+def test_check_raises_for_invalid_entries_every_time() -> None:
+    """Natively; the communicator still works, and others are not affected."""
     problem = COUNTED[0]
     comm, other = problem.communicator("native"), problem.communicator("native")
     good = inputs_of(problem).topk_idx

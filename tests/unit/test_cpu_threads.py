@@ -1,4 +1,4 @@
-"""NPROC is set for the devices that a process has, on few cores, and never against the user."""
+"""NPROC is set for the devices of a process on few cores, and never overrides the user."""
 
 import os
 import sys
@@ -35,7 +35,9 @@ def test_devices_of_jax_are_counted_whether_it_is_imported_or_not(monkeypatch: p
     monkeypatch.delitem(sys.modules, "jax")
     cpu_threads.reserve_cpu_threads()
     assert os.environ["NPROC"] == "6"
-    config = SimpleNamespace(jax_num_cpu_devices=4)  # JAX has read the variable, or was told otherwise since
+    config = SimpleNamespace(
+        jax_num_cpu_devices=4
+    )  # JAX has read the variable, or was configured otherwise since
     monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(config=config))
     cpu_threads.reserve_cpu_threads()
     assert os.environ["NPROC"] == "8"

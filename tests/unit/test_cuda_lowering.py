@@ -1,4 +1,4 @@
-"""Programs for GPUs are lowered on a machine without one: JAX accepts our calls and Triton's kernels."""
+"""Programs for GPUs are lowered on a machine without one: JAX accepts custom calls and Triton's kernels."""
 
 import re
 from collections import Counter
@@ -24,8 +24,8 @@ SIZES = {"num_experts": 32, "num_experts_per_tok": 4, "max_tokens": 16, "hidden_
 
 @pytest.fixture
 def comm(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> ep.Communicator:
-    """A communicator of CPU devices that pass for H100s once it is made."""
-    # A mesh that no other test has: JAX remembers what it has derived from those that it has met.
+    """A communicator of CPU devices that look like H100s once it is made."""
+    # A mesh that no other test has: JAX caches what it derives from meshes.
     mesh = Mesh(mesh_named("expert").devices[::-1], ("expert",))
     comm = ep.Communicator(mesh, **SIZES, implementation="native", mode=getattr(request, "param", "auto"))
     gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")

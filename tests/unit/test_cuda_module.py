@@ -1,4 +1,4 @@
-"""The module for GPUs on machines that have none: it is built where possible, imported, and unsupported."""
+"""The module for GPUs on machines that have none: built where possible, and with unsupported reasons."""
 
 import os
 import pathlib
@@ -62,7 +62,7 @@ def test_ops_on_cpu_work_with_it_loaded(module: ModuleType) -> None:
     ids=["ranks", "experts per token"],
 )
 def test_sizes_that_kernels_do_not_support(module: ModuleType, sizes: dict, words: str) -> None:
-    """Reported before any device is queried, and again by the communicator."""
+    """Reported before any device is used, and again by the communicator."""
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, **sizes}
     limits = {"max_tokens": 1, "mode": "throughput"}
     assert re.search(words, module.unsupported_reason(**sizes, **limits, device=(0, 0), limit_bytes=1))
@@ -86,7 +86,7 @@ def test_a_mode_without_kernels(module: ModuleType) -> None:
 @pytest.mark.skipif(
     any(device.platform == "gpu" for device in jax.devices()), reason="is about machines without a GPU"
 )
-def test_no_driver_is_unsupported(module: ModuleType) -> None:
+def test_no_driver_is_an_unsupported_reason(module: ModuleType) -> None:
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
     text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
     assert text.startswith("GPU 0 cannot be queried")

@@ -1,4 +1,4 @@
-"""Open files from process to process: who gets them, and what goes wrong."""
+"""Passing open files between processes: who receives them, and errors."""
 
 import os
 import socket
@@ -47,20 +47,20 @@ def test_peers_get_the_files_and_their_child_processes_do_not(server: Descriptor
 
 
 @pytest.mark.parametrize("secret", [b"", b"0" * 32, b"0" * 1000])
-def test_who_does_not_know_the_secret_gets_nothing(server: DescriptorServer, secret: bytes) -> None:
+def test_a_peer_without_the_secret_gets_nothing(server: DescriptorServer, secret: bytes) -> None:
     with connected_to(server.offer) as connection:
         connection.sendall(secret)
         connection.shutdown(socket.SHUT_WR)
         try:
             answer, received, _, _ = socket.recv_fds(connection, 100, 2)
-        except ConnectionResetError:  # it left what it had no use for
+        except ConnectionResetError:  # it leaves unexpected bytes unread
             answer, received = b"", []
         assert (answer, received) == (b"", [])
     assert_serves(server)
 
 
-def test_others_are_served_beside_one_that_is_silent_and_one_that_has_gone(server: DescriptorServer) -> None:
-    """A send that fails concerns that peer alone."""
+def test_others_are_served_beside_a_silent_and_a_closed_connection(server: DescriptorServer) -> None:
+    """A failed send affects that peer alone."""
     with connected_to(server.offer):
         gone = connected_to(server.offer)
         gone.sendall(server.offer["secret"].encode())
@@ -69,7 +69,7 @@ def test_others_are_served_beside_one_that_is_silent_and_one_that_has_gone(serve
         assert_serves(server)
 
 
-def test_a_send_that_fails_is_told_to_the_peer(
+def test_a_send_that_fails_is_reported_to_the_peer(
     server: DescriptorServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def send_fds(*arguments: object) -> None:
@@ -102,6 +102,6 @@ def test_a_peer_that_does_not_answer() -> None:
 
 def test_fewer_files_than_were_sent(server: DescriptorServer) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(CommunicatorError, match=r"rank 1 sent 3 open files, and 2 came; .*ulimit -n"):
+    with pytest.raises(CommunicatorError, match=r"rank 1 sent 3 open files, and 2 arrived; .*ulimit -n"):
         receive({**server.offer, "count": 3}, "rank 1", 60.0)
     assert len(os.listdir("/proc/self/fd")) <= before + 1  # the server may still have the connection

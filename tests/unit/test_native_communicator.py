@@ -1,4 +1,4 @@
-"""The native half of a communicator with something in its way: stand-ins for GPUs and their driver."""
+"""Failures of the native half of a communicator, with mocks of GPUs and their driver."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_si
 
 
 class Gpu:
-    """A device, as far as the search for a reason against native ops looks at it."""
+    """A device, with the attributes that the search for unsupported reasons uses."""
 
     platform = "gpu"
     local_hardware_id = 0
@@ -45,7 +45,7 @@ def config_on(device: Gpu, implementation: str = "auto") -> Any:
 
 @pytest.fixture
 def cuda_module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A module that finds nothing in the way, and an address in a pool without a GPU."""
+    """A module without an unsupported reason, and an address in a pool without a GPU."""
     module = SimpleNamespace(unsupported_reason=lambda *arguments: "")
     monkeypatch.setattr(native_module, "unsupported_reason", lambda platform: "")
     monkeypatch.setattr(native_module, "load", lambda platform: module)
@@ -72,7 +72,7 @@ def test_an_unknown_limit_of_the_pool_is_a_reason(cuda_module: SimpleNamespace, 
 
 
 def test_what_fails_in_the_search_is_a_reason(cuda_module: SimpleNamespace) -> None:
-    """Not an error of this process alone, for which the others would wait."""
+    """Not an error of this process alone: the others would wait."""
     text = backend.unsupported_reason_here(config_on(Gpu(NotImplementedError("no stats"))))
     assert text == "looking for native ops failed: NotImplementedError: no stats"
 
@@ -85,7 +85,7 @@ def test_xla_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Exchange:
-    """One that fails in the phase of a name. The other process, number 1, offers what this one does."""
+    """One that fails in a named phase. The other process, number 1, offers the same as this one."""
 
     process = 0
     id = 7
@@ -114,7 +114,7 @@ class Exchange:
 
 
 class NativeOnGpu:
-    """Two devices of this process, a memory each of which is a file here."""
+    """Two devices of this process, with a file for each memory."""
 
     def __init__(self) -> None:
         self.descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
@@ -146,7 +146,7 @@ def is_open(descriptor: int) -> bool:
 
 
 class HalfOnGpu(native.CudaHalf):
-    """With a stand-in for the native communicator."""
+    """With a mock of the native communicator."""
 
     def __init__(self, config: Any, id: int) -> None:
         self.native = config.stand_in
@@ -179,7 +179,7 @@ def test_no_descriptor_is_left_open(on_gpus: SimpleNamespace, fails_at: str) -> 
 def test_ranks_on_a_gpu_are_counted_by_host_and_address(
     on_gpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the whole mesh on this host, in whatever group; elsewhere the same address is another GPU."""
+    """Those of the whole mesh on this host, in any group; on another host the same address is another GPU."""
     on_gpu = on_gpus.stand_in
     on_gpu.fails = False
     names = [native.name_of_gpu(gpu) for gpu in ("00", "01")]
@@ -223,6 +223,6 @@ def test_only_a_missing_peer_is_a_timeout(native: BrokenNative, error: type, wor
     assert type(raised.value) is error
 
 
-def test_the_native_communicator_is_what_type_checkers_take_it_for() -> None:
+def test_the_native_communicator_matches_its_protocol() -> None:
     comm = ep.Communicator(mesh_named("data × expert"), **SIZES, implementation="native")
     assert isinstance(comm._native, CpuCommunicator)

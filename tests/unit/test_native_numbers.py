@@ -1,4 +1,4 @@
-"""Sizes that Python has to know without a native module are those that the native modules have."""
+"""Sizes that Python computes without a native module match those of the native modules."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_groups(layout: str) -> None:
 
 @pytest.mark.parametrize("hidden_size", [1, 7, 8, 128])
 def test_the_longest_rows_of_integers(hidden_size: int) -> None:
-    """Those that `dispatch` takes fill, in whole words, what the native side takes, and not more."""
+    """Padded to whole words, the longest rows of `dispatch` are exactly the native limit."""
     numbers = native_module.numbers()
     filled = capacity.round_up(checks.widest_integers(hidden_size, 1), numbers.payload_alignment)
     assert filled == numbers.max_row_bytes(hidden_size=hidden_size)

@@ -1,4 +1,4 @@
-"""Where dispatch and combine can be called, what may be done with them there, and errors that say so."""
+"""Where dispatch and combine can be called, which transformations they support, and errors."""
 
 import functools
 import re
@@ -116,7 +116,7 @@ def test_gradients_of_gradients(comm) -> None:
     layer, x = differentiable(comm), jnp.ones((MESH.size, 5, 8))
 
     def gradient(x):
-        out, backward = jax.vjp(layer, x)  # of ½ |layer(x)|², in which all is linear
+        out, backward = jax.vjp(layer, x)  # of ½ |layer(x)|², with a linear layer
         return backward(out)[0]
 
     def second(x):
@@ -151,7 +151,7 @@ def test_a_communicator_made_while_tracing() -> None:
 
 
 def test_a_handle_leaves_a_shard_map_and_enters_another(comm) -> None:
-    """As its docstring says: with an axis of devices."""
+    """As documented: with a leading device axis."""
     x, idx = jnp.arange(MESH.size * 40.0).reshape(-1, 5, 8), jnp.arange(15, dtype=jnp.int32).reshape(5, 3) % 8
     axes = device_axis(MESH, "expert")
     options = {"topk_idx": idx, "topk_weights": jnp.full((5, 3), 0.5)}

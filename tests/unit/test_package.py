@@ -1,4 +1,4 @@
-"""The package itself: what it shows, and that it takes JAX only when it is needed."""
+"""The package itself: its names, and that it imports JAX only when needed."""
 
 import ast
 import inspect
@@ -9,7 +9,7 @@ import pytest
 
 import jax_deepep as ep
 
-# In a process of its own, which has not imported JAX.
+# In a separate process, which has not imported JAX.
 WITHOUT_JAX = """
 import os, sys, warnings
 os.sched_getaffinity = lambda pid: {0}
@@ -30,7 +30,7 @@ assert ep.flax.MoE
 """
 
 
-def test_the_launcher_takes_no_jax_and_names_are_loaded_when_used() -> None:
+def test_the_launcher_imports_no_jax_and_names_are_loaded_when_used() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_JAX], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
 

@@ -1,7 +1,7 @@
 """How processes agree: thousands of them, one after the other in one thread, over a store in memory.
 
-In every phase all reports come from the last process to the first, then all verdicts from the first to the
-last: in this order nobody waits.
+In every phase all reports go from the last process to the first, then all verdicts from the first to the
+last: in this order no process waits.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Job:
         return Exchange(self.processes, process, 0, self.store.client(process), 7.0, "process {}".format)
 
     def do(self, process: int, step: Callable[[Exchange], None]) -> None:
-        """Do a step of a process that has not failed; keep its error."""
+        """Run a step of a process that has not failed; keep its error."""
         if process in self.errors:
             return
         try:
@@ -69,10 +69,10 @@ class Job:
         absent: tuple[int, ...] = (),
         silent: tuple[int, ...] = (),
     ) -> None:
-        """Have all processes agree but those that are absent, and silent ones, which take no verdict."""
+        """Have all processes agree except for absent ones, and silent ones, which read no verdict."""
         present = [process for process in self.processes if process not in absent]
         for process in present:
-            self.exchanges[process].come_to("arguments")
+            self.exchanges[process].begin_phase("arguments")
             self.exchanges[process].publish("host", host_of(process))
         for process in reversed(present):
             self.report(process, arguments_of(process), host_of(process))
@@ -82,7 +82,7 @@ class Job:
 
     def agree(self, phase: str) -> None:
         for process in self.processes:
-            self.exchanges[process].come_to(phase)
+            self.exchanges[process].begin_phase(phase)
         for process in reversed(self.processes):
             self.exchanges[process].report(Summary())
         for process in self.processes:
@@ -108,7 +108,7 @@ def most_of_any_process(num_processes: int) -> tuple[int, int]:
 
 
 def test_ten_thousand_processes_cost_each_one_no_more_than_ten_do() -> None:
-    """But for the one above it that a process with eight below has there, its host, and longer numbers."""
+    """Except for the parent that a process with eight children has, its host, and longer numbers."""
     messages, size = most_of_any_process(10_000)
     messages_of_ten, size_of_ten = most_of_any_process(10)
     assert messages <= messages_of_ten + 3 * 3 + 1
@@ -118,7 +118,7 @@ def test_ten_thousand_processes_cost_each_one_no_more_than_ten_do() -> None:
 
 
 @pytest.mark.parametrize("different", [0, 1, 7, 8, 9, 72, 99])
-def test_a_difference_is_told_to_all_wherever_it_is(different: int) -> None:
+def test_a_difference_is_reported_to_all_wherever_it_is(different: int) -> None:
     job = Job(100)
     job.agree_on_arguments(
         lambda process: {**ARGUMENTS, "num_experts": "64"} if process == different else ARGUMENTS
@@ -135,7 +135,7 @@ def test_a_difference_is_told_to_all_wherever_it_is(different: int) -> None:
     assert job.store.values == {}
 
 
-def test_of_many_differences_the_first_argument_is_told() -> None:
+def test_of_many_differences_the_first_argument_is_reported() -> None:
     job = Job(100)
     job.agree_on_arguments(
         lambda process: {"mesh": "one" if process < 80 else "other", "num_experts": str(process)}
@@ -147,7 +147,7 @@ def test_of_many_differences_the_first_argument_is_told() -> None:
     }
 
 
-def test_what_some_processes_do_not_have_is_compared_between_the_others() -> None:
+def test_texts_that_some_processes_lack_are_compared_between_the_others() -> None:
     job = Job(10)
     job.agree_on_arguments(lambda process: {} if process == 4 else {"build of native ops": "one"})
     assert job.errors == {}
@@ -169,7 +169,7 @@ def test_a_group_that_spans_hosts_is_named() -> None:
 
 
 @pytest.mark.parametrize("absent", [(0,), (1,), (8,), (9,), (73,), (99,), (3, 30, 31)], ids=str)
-def test_everybody_learns_who_is_absent(absent: tuple[int, ...]) -> None:
+def test_all_processes_are_notified_of_absent_ones(absent: tuple[int, ...]) -> None:
     job = Job(100)
     job.agree_on_arguments(absent=absent)
     assert set(job.errors) == set(job.processes) - set(absent)
@@ -188,18 +188,18 @@ def test_of_many_absent_processes_some_are_named_at_little_cost() -> None:
     assert max(job.store.num_messages.values()) < 150
 
 
-def test_who_comes_late_is_told_at_once() -> None:
+def test_a_late_process_is_notified_at_once() -> None:
     job = Job(100)
     job.agree_on_arguments(absent=(1,))
-    job.exchanges[1].come_to("arguments")
+    job.exchanges[1].begin_phase("arguments")
     job.exchanges[1].publish("host", "host 0")
     job.report(1, ARGUMENTS, "host 0")
     job.take_verdict(1)
     assert "in the exchange of arguments for process 1. Every" in job.errors[1]
 
 
-def test_who_keeps_a_verdict_to_itself_is_named() -> None:
-    """Those above it are through and have gone, and were not absent."""
+def test_a_process_that_does_not_forward_a_verdict_is_named() -> None:
+    """Its ancestors have finished and are gone, and were not absent."""
     job = Job(100)
     job.agree_on_arguments(silent=(1, *range(9, 17), *range(73, 100)))
     assert job.errors == {}
@@ -211,8 +211,8 @@ def test_who_keeps_a_verdict_to_itself_is_named() -> None:
         assert "in the exchange of arguments for process 1. Every" in job.errors[process]
 
 
-def test_who_gave_up_too_early_fails_the_next_phase() -> None:
-    """It missed the verdict by a moment: the others have it, and must not wait for this process again."""
+def test_a_process_that_aborts_too_early_fails_the_next_phase() -> None:
+    """It just missed the verdict: the others have it, and must not wait for this process again."""
     job = Job(10)
     job.agree_on_arguments(silent=(9,))
     for key in [key for key in job.store.values if "/down/" in key]:
@@ -220,7 +220,7 @@ def test_who_gave_up_too_early_fails_the_next_phase() -> None:
     job.take_verdict(9)
     assert "process 9 waited 7 s" in job.errors[9]
     for process in range(9):
-        job.exchanges[process].come_to("creation")
+        job.exchanges[process].begin_phase("creation")
     for process in reversed(range(9)):
         job.do(process, lambda exchange: exchange.report(Summary()))
     for process in range(9):

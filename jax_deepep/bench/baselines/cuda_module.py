@@ -1,4 +1,4 @@
-"""Loads jax_deepep._cuda_bench, the kernels that ops are compared with, and registers its custom calls."""
+"""Loads jax_deepep._cuda_bench, the baseline kernels, and registers its custom calls."""
 
 import functools
 import importlib
@@ -11,13 +11,13 @@ from jax_deepep.communicator import native_module
 
 @functools.cache
 def load() -> ModuleType:
-    """Return the module, whose custom calls XLA knows from then on.
+    """Return the module, after registering its custom calls.
 
     Raises:
         ImportError: it was not built, or not together with the module of the ops.
     """
     ops = native_module.load("cuda")
-    remedy = "install jax_deepep anew, on a machine with a CUDA toolkit of 12.3 or newer"
+    remedy = "reinstall jax_deepep on a machine with a CUDA toolkit of 12.3 or newer"
     try:
         module = importlib.import_module("jax_deepep._cuda_bench")
     except ImportError as error:

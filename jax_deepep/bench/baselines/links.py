@@ -1,8 +1,8 @@
 """The limits of the links between GPUs: rows pushed to peers, or pulled from them, and nothing else.
 
-Slots are known beforehand and memory is the bench's own: nothing is routed, counted, grouped or allocated. A
-step of a chain is captured in a CUDA graph, and its time is the slope between two lengths. It takes one
-process per GPU; see `xla_ffi/bench/links.h`.
+Slots are known in advance and the bench owns the memory: nothing is routed, counted, grouped or allocated.
+Chains are captured in a CUDA graph, and the time of a step is the slope between two lengths. One process per
+GPU is required; see `xla_ffi/bench/links.h`.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ ROUND_TRIPS = 2000
 
 
 class Links:
-    """The memory of this rank for such measurements, and that of its peers. Collective, as all methods are.
+    """The memory of this rank and its peers for such measurements. Collective, as are all methods.
 
     Args:
         mesh: one GPU per process, none of them shared: see `unsupported_reason`.
         hidden: of the widest rows, in bfloat16.
-        rows: the most that a rank sends, if the kernels take so many.
+        rows: the most that a rank sends, bounded by what the kernels support.
     """
 
     def __init__(self, mesh: Mesh, hidden: int, rows: int) -> None:
@@ -55,7 +55,7 @@ class Links:
         self._known: dict[tuple[Any, int], Spread] = {}
 
     def per_step(self, step: str, rows: int) -> Spread:
-        """Return seconds of one step of a chain, a name of `ChainStep`, of the slowest rank."""
+        """Return seconds of one step of a chain (a name of `ChainStep`) on the slowest rank."""
         if (step, rows) not in self._known:
             lengths = [length // 4 if rows > LONG_ROWS else length for length in CHAIN]
             kind = getattr(self._module.ChainStep, step)
@@ -64,13 +64,13 @@ class Links:
         return self._known[step, rows]
 
     def limits_of_op(self, rows: int) -> dict[str, Spread]:
-        """Return seconds in which `rows` rows of each rank cross the links once; nothing for too many."""
+        """Return seconds in which `rows` rows of each rank cross the links once; empty for too many rows."""
         if rows > self._rows:
             return {}
         return {"link: push": self.per_step("PUSH", rows), "link: pull": self.per_step("PULL", rows)}
 
     def limits_of_pair(self, rows: int) -> dict[str, Spread]:
-        """Return the same for the way there and back, with a sum at the end."""
+        """Return the same for a round trip with a sum at the end."""
         if rows > self._rows:
             return {}
         return {
@@ -79,7 +79,7 @@ class Links:
         }
 
     def results(self, problem: Problem) -> Iterator[Result]:
-        """Measure what links do whatever the op is."""
+        """Measure links, independent of the ops."""
 
         def result(case: str, seconds: Any, bytes_moved: int = 0) -> Result:
             return Result(problem, PART, case, {"device": Spread.of(seconds)}, bytes_moved=bytes_moved)
@@ -121,5 +121,5 @@ def unsupported_reason(mesh: Mesh) -> str:
     if len(all_gpus) < 2:
         return "links: expected several ranks, got one; start more with the launcher"
     if len(set(all_gpus)) < len(all_gpus):
-        return "links: expected a GPU for each rank, got one that ranks share, where rows cross no link"
+        return "links: expected a GPU for each rank, got one that ranks share; rows cross no link there"
     return ""

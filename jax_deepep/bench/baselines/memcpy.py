@@ -1,4 +1,4 @@
-"""A plain copy of as many bytes by as many threads as this process may use."""
+"""A plain copy of the same number of bytes with all threads that this process may use."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,7 @@
-"""What a JAX user has without us: argsort, gather and `jax.lax.ragged_all_to_all`, and the way back.
+"""Without this library: argsort, gather and `jax.lax.ragged_all_to_all`, and back.
 
-One row travels per (token, expert). Rows arrive by source and are then gathered into expert-major order, the
-same as our dispatch's, so that a grouped matmul can take them.
+One row is sent per (token, expert). Rows arrive by source and are then gathered into expert-major order, the
+same as that of our dispatch, for a grouped matmul.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ def _before(sizes: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def send(problem: Problem, after: None, x: jax.Array, topk_idx: jax.Array) -> tuple[jax.Array, ...]:
-    """Dispatch; return the rows by local expert, and what the way back takes."""
+    """Dispatch; return the rows by local expert, and the operands of `bring_back`."""
     ranks, capacity = problem.devices, problem.capacity_rows
     local_experts = problem.experts // ranks
     me = lax.axis_index(AXIS)
@@ -41,7 +41,7 @@ def send(problem: Problem, after: None, x: jax.Array, topk_idx: jax.Array) -> tu
         recv_sizes=sizes[:, me],
         axis_name=AXIS,
     )
-    # The experts of the rows as they came; what is not a row sorts behind them.
+    # The experts of the rows in order of arrival; unused rows sort behind them.
     experts = jnp.tile(jnp.arange(local_experts, dtype=jnp.int32), ranks)
     experts = jnp.repeat(experts, everyones[:, me].reshape(-1), total_repeat_length=capacity)
     live = jnp.arange(capacity) < jnp.sum(sizes[:, me])
@@ -74,7 +74,7 @@ def bring_back(
 
 
 def measure(stopwatch: Stopwatch, inputs: Inputs, trials: int) -> list[Result]:
-    """Measure both ways on the host; a way that fails has no times but why."""
+    """Measure both on the host; after a failure, results have its reason in place of times."""
     problem, failure = inputs.problem, ""
     there = Case(partial(send, problem), (inputs.x, inputs.topk_idx))
     try:
@@ -85,8 +85,8 @@ def measure(stopwatch: Stopwatch, inputs: Inputs, trials: int) -> list[Result]:
         for shard, wanted in zip(returned.addressable_shards, inputs.x.addressable_shards, strict=True):
             error = np.abs(np.asarray(shard.data, np.float32) - np.asarray(wanted.data, np.float32))
             if not error.max() < 2**-4:
-                failure = f"it returns other rows than were sent, by {error.max():g}"
-    except jax.errors.JaxRuntimeError as error:  # of NCCL, for instance, that refuses ranks on one GPU
+                failure = f"it returns other rows than were sent: a difference of {error.max():g}"
+    except jax.errors.JaxRuntimeError as error:  # NCCL, for example, rejects ranks on one GPU
         failure = str(error).strip().splitlines()[0]
     failures = [facts["failure"] for facts in exchange_with_all("failure", {"failure": failure}).values()]
     if text := next(filter(None, failures), ""):

@@ -1,7 +1,7 @@
 """Plain kernels that move, or sum, the rows of an op between the same ranks with the same SMs.
 
-They are given where every row goes: nothing is counted, and there is one barrier before and one after. Ops
-may be faster: what the hardware allows is in `links`. The kernels are in `xla_ffi/bench/`.
+They are given the destination of every row: nothing is counted, and there is one barrier before and one
+after. Ops may be faster: `links` measures what the hardware allows. The kernels are in `xla_ffi/bench/`.
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from jax_deepep.bench.trials import Case, after_start
 from jax_deepep.communicator import native_module
 from jax_deepep.ops.handle import Routes, RouteShape
 
-# Warps, and rows that each has in flight through shared memory; 0: 16-byte loads and stores.
+# Warps, and rows in flight per warp through shared memory; 0: 16-byte loads and stores.
 GATHERS = ((16, 0), (16, 1), (8, 2), (6, 2), (5, 3), (4, 4), (3, 4))
 BLOCK_BYTES = 227 * 1024 - 2560  # of shared memory on SM90, less what kernels declare
-MAX_TOPK = 8  # that the kernels take
+MAX_TOPK = 8  # supported by the kernels
 
 DTYPE = jnp.bfloat16  # of their rows
 GATHER, ADD, SUM = "gather_rows", "add_rows", "sum_rows"
@@ -49,9 +49,9 @@ def _call(name: str, shape: RouteShape, results: Any, after: Any, *operands: Any
 
 
 def pair_table(shape: RouteShape, routes: Routes) -> jax.Array:
-    """Return the table of this device's pairs, those of later ranks first, so that ranks read different ones.
+    """Return the table of this device's pairs, later ranks first, so that ranks read from different peers.
 
-    A line holds a source and its rows; the first line, how many there are.
+    The first line holds the number of pairs, each other line a source and its rows.
     """
     if shape.layout == "expert":
         assert routes.pairs is not None
@@ -70,7 +70,7 @@ def pair_table(shape: RouteShape, routes: Routes) -> jax.Array:
 
 
 def sum_inputs(shape: RouteShape, routes: Routes) -> jax.Array:
-    """Return what every token of this device adds up: [T, K] codes as `SumInput` reads them, then −1."""
+    """Return the rows that every token of this device sums: [T, K] codes for `SumInput`, then −1."""
     max_rows = shape.comm.size * shape.comm.max_tokens
     destination = routes.destination
     somewhere = destination >= 0
@@ -87,7 +87,7 @@ def sum_inputs(shape: RouteShape, routes: Routes) -> jax.Array:
 
 
 def unsupported_reason(inputs: Inputs) -> str:
-    """Return why the kernels do not take a problem, or an empty string."""
+    """Return why the kernels do not support a problem, or an empty string."""
     problem = inputs.problem
     if problem.dtype == "bfloat16" and problem.topk <= MAX_TOPK and problem.hidden % 8 == 0:
         return ""
@@ -136,14 +136,14 @@ def row_baselines(mesh: Mesh, shape: RouteShape, inputs: Inputs, dispatched: Dis
 def check_row_baselines(
     mesh: Mesh, baselines: dict[str, Case], dispatched: Dispatched, dispatch_gradient: jax.Array
 ) -> None:
-    """Raise unless every baseline has moved the right rows on this process: a wrong copy has no speed.
+    """Raise unless every baseline has moved the right rows on this process.
 
     Args:
         mesh, baselines, dispatched: as above.
-        dispatch_gradient: what our gradient of dispatch makes of the dispatched rows, which is their sum.
+        dispatch_gradient: the gradient of dispatch for the dispatched rows, which is their sum.
 
     Raises:
-        RuntimeError: it has not.
+        RuntimeError: a baseline has moved wrong rows.
     """
 
     def agree(source, tokens, gradient, rows, kind):

@@ -1,1 +1,1 @@
-"""Launchers of several hosts: which one this is, and how they meet and decide together."""
+"""Launchers of several hosts: which one this is, their rendezvous, and their messages."""

@@ -1,7 +1,7 @@
-"""What a pod of an Indexed Kubernetes Job cannot read from its variables: how many pods, and their name.
+"""What a pod of an Indexed Kubernetes Job cannot read from its variables: the number of pods and their name.
 
-`JOB_COMPLETION_INDEX` says which pod this is; the Job object says the rest. One GET with the pod's own
-service account, through the standard library: the `kubernetes` package that JAX asks for is not needed.
+`JOB_COMPLETION_INDEX` is the pod's index; the Job object has the rest. One GET with the pod's service
+account, through the standard library: the `kubernetes` package that JAX requires is not needed.
 """
 
 import json
@@ -33,7 +33,7 @@ class KubernetesJob:
 def read_job(
     environ: Mapping[str, str], fetch: Callable[[Mapping[str, str], str], dict[str, Any]] | None = None
 ) -> KubernetesJob:
-    """Ask the cluster about the Job of this pod.
+    """Read the Job of this pod from the cluster.
 
     Args:
         environ: the pod's variables.

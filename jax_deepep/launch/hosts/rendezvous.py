@@ -1,10 +1,10 @@
-"""Launchers of one job meet, agree on a port for JAX's coordinator, and tell each other of failures.
+"""Rendezvous of the launchers of one job: a port for JAX's coordinator, and messages about failures.
 
-Launcher 0 listens; the others connect and stay connected. So no port has to be chosen by hand and
-guessed to be free, hosts may start different numbers of ranks, and a rank that dies on one host ends
-the ranks of all hosts within seconds: JAX alone would notice after its heartbeat timeout of 100 s.
+Launcher 0 listens; the others connect and stay connected. So no free port has to be chosen by hand,
+hosts may start different numbers of ranks, and a rank that dies on one host ends the ranks of all hosts
+within seconds: JAX alone would notice after its heartbeat timeout of 100 s.
 
-Messages are JSON, one a line; `job_watch` says which.
+Messages are lines of JSON; see `job_watch`.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jax_deepep.launch.hosts.cluster_environment import LauncherPlace, PlaceError
-from jax_deepep.launch.rank_environment import JobPlace
+from jax_deepep.launch.hosts.cluster_environment import LauncherPosition, PositionError
+from jax_deepep.launch.rank_environment import JobPosition
 
 _FIRST_PORT, _NUM_PORTS, _CANDIDATES = 20000, 12000, 8  # below the ports that the kernel hands out
 Message = dict[str, Any]
@@ -37,7 +37,7 @@ class Peer:
         return self._connection.fileno()
 
     def receive(self, timeout_s: float = 0.0, limit: int = 65536) -> list[Message] | None:
-        """Return the messages that come within this time, if any; None if the connection is closed."""
+        """Return the messages that arrive within this time, if any; None if the connection is closed."""
         self._connection.settimeout(timeout_s)
         try:
             data = self._connection.recv(limit)
@@ -49,13 +49,13 @@ class Peer:
         return [json.loads(line) for line in lines] if data else None
 
     def send(self, message: Message) -> None:
-        """Send; that the other launcher is gone is noticed when reading."""
+        """Send; a closed connection is noticed when reading."""
         self._connection.settimeout(10)
         with contextlib.suppress(OSError):
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._connection.close()
 
 
@@ -63,10 +63,10 @@ class Peer:
 class HostLink:
     """The connections of this launcher: to all others for launcher 0, to launcher 0 for the others."""
 
-    job: JobPlace
+    job: JobPosition
     peers: list[Peer]
     reserved: socket.socket | None = (
-        None  # holds the coordinator's port for rank 0, which may bind it beside us
+        None  # keeps the coordinator's port free for rank 0, which can bind it too
     )
 
     @property
@@ -80,45 +80,49 @@ class HostLink:
             peer.send(message)
 
 
-def meet(place: LauncherPlace, num_local: int, timeout_s: float, cancelled: Callable[[], bool]) -> HostLink:
+def rendezvous(
+    position: LauncherPosition, num_local: int, timeout_s: float, cancelled: Callable[[], bool]
+) -> HostLink:
     """Find the other launchers of the job.
 
     Args:
-        place: this launcher among the others.
+        position: this launcher among the others.
         num_local: how many ranks it starts.
         timeout_s: the longest to wait for the others.
-        cancelled: asked now and then; true ends the wait with `InterruptedError`.
+        cancelled: polled; true ends the wait with `InterruptedError`.
     """
     deadline = time.monotonic() + timeout_s
-    if place.index == 0:
-        return _welcome_others(place, num_local, deadline, cancelled)
-    return _join_first(place, num_local, deadline, cancelled)
+    if position.index == 0:
+        return _accept_others(position, num_local, deadline, cancelled)
+    return _join_first(position, num_local, deadline, cancelled)
 
 
-def _bind_address(place: LauncherPlace) -> str:
+def _bind_address(position: LauncherPosition) -> str:
     """Where launcher 0 and JAX's coordinator listen: the named address and nothing else."""
     try:
-        address = socket.getaddrinfo(place.coordinator, None, type=socket.SOCK_STREAM)[0][4][0]
+        address = socket.getaddrinfo(position.coordinator, None, type=socket.SOCK_STREAM)[0][4][0]
     except OSError as error:
-        raise PlaceError(f"--coordinator: {place.coordinator!r} is not a known host ({error})") from error
-    named_loopback = place.coordinator == "localhost" or place.coordinator.startswith(("127.", "::1"))
+        raise PositionError(
+            f"--coordinator: {position.coordinator!r} is not a known host ({error})"
+        ) from error
+    named_loopback = position.coordinator == "localhost" or position.coordinator.startswith(("127.", "::1"))
     if str(address).startswith("127.") and not named_loopback:
-        # Many a /etc/hosts maps the machine's own name to 127.0.1.1, where no other host can reach it.
+        # Often /etc/hosts maps the machine's name to 127.0.1.1, which other hosts cannot reach.
         return "0.0.0.0"
     return str(address)
 
 
 def reserve_port(address: str, port: int) -> socket.socket:
-    """Return what keeps a port, 0 for any, free for JAX's coordinator until it is closed."""
-    # With SO_REUSEPORT, JAX's coordinator (gRPC sets it too) can bind the port while we hold it, and
-    # nobody else gets it in between. A socket that does not listen takes no connections.
+    """Return a socket that reserves a port, 0 for any, for JAX's coordinator until it is closed."""
+    # With SO_REUSEPORT, JAX's coordinator (gRPC sets it too) can bind the port while this socket holds it,
+    # and no other process can take it in between. A socket that does not listen accepts no connections.
     holder = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         holder.bind((address, port))
     except OSError as error:
         holder.close()
-        raise PlaceError(
+        raise PositionError(
             f"--coordinator: cannot listen on {address}:{port or 'any port'} ({error.strerror}); it must "
             "be an address of the first host, with a port that is free there or with none"
         ) from error
@@ -129,54 +133,54 @@ def _in_url(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _ports(place: LauncherPlace) -> list[int]:
-    if place.port is not None:
-        return [place.port]
-    start = int(_fingerprint(place)[:8], 16)
+def _ports(position: LauncherPosition) -> list[int]:
+    if position.port is not None:
+        return [position.port]
+    start = int(_fingerprint(position)[:8], 16)
     return [_FIRST_PORT + (start + step * 37) % _NUM_PORTS for step in range(_CANDIDATES)]
 
 
-def _fingerprint(place: LauncherPlace) -> str:
-    who = f"{place.coordinator} {place.port} {place.count} {place.job} {os.getuid()}"
+def _fingerprint(position: LauncherPosition) -> str:
+    who = f"{position.coordinator} {position.port} {position.count} {position.job} {os.getuid()}"
     return hashlib.sha256(who.encode()).hexdigest()
 
 
-def _welcome_others(
-    place: LauncherPlace, num_local: int, deadline: float, cancelled: Callable[[], bool]
+def _accept_others(
+    position: LauncherPosition, num_local: int, deadline: float, cancelled: Callable[[], bool]
 ) -> HostLink:
-    address = _bind_address(place)
-    met: dict[int, tuple[Peer, int]] = {}
-    if place.count > 1:
-        with _listen(place, address) as listener:
-            while len(met) < place.count - 1:
-                missing = sorted(set(range(1, place.count)) - set(met))
-                _check_wait(deadline, cancelled, f"launchers {missing} of {place.count} did not come")
+    address = _bind_address(position)
+    arrived: dict[int, tuple[Peer, int]] = {}
+    if position.count > 1:
+        with _listen(position, address) as listener:
+            while len(arrived) < position.count - 1:
+                missing = sorted(set(range(1, position.count)) - set(arrived))
+                _check_wait(deadline, cancelled, f"launchers {missing} of {position.count} did not arrive")
                 try:
                     peer = Peer(listener.accept()[0])
                 except TimeoutError:
                     continue
                 hello = _next_message(peer, 5.0) or {}
-                if hello.get("job") != _fingerprint(place) or hello["index"] not in missing:
+                if hello.get("job") != _fingerprint(position) or hello["index"] not in missing:
                     peer.close()
                     continue
                 peer.send({"welcome": True})
                 peer.index = hello["index"]
-                met[peer.index] = (peer, hello["num_local"])
-    reserved = reserve_port(address, place.port or 0 if place.count == 1 else 0)
+                arrived[peer.index] = (peer, hello["num_local"])
+    reserved = reserve_port(address, position.port or 0 if position.count == 1 else 0)
     port = reserved.getsockname()[1]
-    counts = [num_local, *(met[index][1] for index in sorted(met))]
-    coordinator = _in_url(place.coordinator, port)
-    for index, (peer, _) in met.items():
+    counts = [num_local, *(arrived[index][1] for index in sorted(arrived))]
+    coordinator = _in_url(position.coordinator, port)
+    for index, (peer, _) in arrived.items():
         peer.send({"coordinator": coordinator, "num_ranks": sum(counts), "first_rank": sum(counts[:index])})
-    job = JobPlace(
-        0, num_local, sum(counts), coordinator, _in_url(address, port), place.local_index * num_local
+    job = JobPosition(
+        0, num_local, sum(counts), coordinator, _in_url(address, port), position.local_index * num_local
     )
-    return HostLink(job, [peer for peer, _ in met.values()], reserved)
+    return HostLink(job, [peer for peer, _ in arrived.values()], reserved)
 
 
-def _listen(place: LauncherPlace, address: str) -> socket.socket:
+def _listen(position: LauncherPosition, address: str) -> socket.socket:
     tried: list[int] = []
-    for port in _ports(place):
+    for port in _ports(position):
         try:
             listener = socket.create_server(
                 (address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -186,49 +190,51 @@ def _listen(place: LauncherPlace, address: str) -> socket.socket:
             continue
         listener.settimeout(0.2)
         return listener
-    raise PlaceError(
+    raise PositionError(
         f"--coordinator: cannot listen on {address}, port {' or '.join(map(str, tried))}; it must be an "
         "address of the first host (--node-rank 0), with a port that is free there: --coordinator HOST:PORT"
     )
 
 
 def _join_first(
-    place: LauncherPlace, num_local: int, deadline: float, cancelled: Callable[[], bool]
+    position: LauncherPosition, num_local: int, deadline: float, cancelled: Callable[[], bool]
 ) -> HostLink:
-    hello = {"job": _fingerprint(place), "index": place.index, "num_local": num_local}
+    hello = {"job": _fingerprint(position), "index": position.index, "num_local": num_local}
     while True:
-        for port in _ports(place):
+        for port in _ports(position):
             _check_wait(
-                deadline, cancelled, f"launcher 0 was not found at {place.coordinator}, ports {_ports(place)}"
+                deadline,
+                cancelled,
+                f"launcher 0 was not found at {position.coordinator}, ports {_ports(position)}",
             )
             try:
-                peer = Peer(socket.create_connection((place.coordinator, port), timeout=2))
+                peer = Peer(socket.create_connection((position.coordinator, port), timeout=2))
             except OSError:
                 continue
             peer.send(hello)
             if not (_next_message(peer, 5.0) or {}).get("welcome"):
-                peer.close()  # somebody else's port
+                peer.close()  # the port of another program
                 continue
             agreed: Message | None = {}
             while agreed == {}:
-                _check_wait(deadline, cancelled, "some other launchers did not come")
+                _check_wait(deadline, cancelled, "some other launchers did not arrive")
                 agreed = _next_message(peer, 0.2)
             if agreed is None:
-                raise PlaceError("launcher 0 went away while the others were still coming; see its output")
-            job = JobPlace(
+                raise PositionError("launcher 0 ended before all others had arrived; see its output")
+            job = JobPosition(
                 agreed["first_rank"], num_local, agreed["num_ranks"], agreed["coordinator"],
-                agreed["coordinator"], place.local_index * num_local,
+                agreed["coordinator"], position.local_index * num_local,
             )  # fmt: skip
             return HostLink(job, [peer])
         time.sleep(0.2)
 
 
 def _next_message(peer: Peer, seconds: float) -> Message | None:
-    """Return one message, {} if none comes in time, None if the other end hangs up or is no launcher."""
+    """Return one message, {} on timeout, None if the other end closes the connection or is no launcher."""
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0:
         try:
-            messages = peer.receive(left, limit=1)  # byte by byte: what follows the message stays there
+            messages = peer.receive(left, limit=1)  # byte by byte, to leave what follows the message unread
         except ValueError:
             return None
         if messages is None or messages:
@@ -240,7 +246,7 @@ def _check_wait(deadline: float, cancelled: Callable[[], bool], what: str) -> No
     if cancelled():
         raise InterruptedError
     if time.monotonic() > deadline:
-        raise PlaceError(
+        raise PositionError(
             f"--start-timeout: {what} in time; start the same line on every host, and see that --hosts, "
             "--coordinator and the number of hosts are the same everywhere"
         )

@@ -1,1 +1,1 @@
-"""What runs in the ranks; everything beside this folder starts and watches them."""
+"""What runs in the ranks; the rest of the launcher starts and watches them."""

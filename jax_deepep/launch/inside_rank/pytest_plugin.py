@@ -1,8 +1,8 @@
-"""pytest under the launcher: every rank runs the same tests, and one report is made of them.
+"""pytest under the launcher: every rank runs the same tests, and the launcher makes one report of them.
 
 The launcher activates this plugin through `PYTEST_PLUGINS`; in a pytest that no launcher started it
-does nothing. It joins the job before any test touches a backend, puts a deadline on every test, and writes
-down what happens, for the launcher to read (`pytest_report`).
+does nothing. It joins the job before any test touches a backend, puts a deadline on every test, and records
+events for the launcher (`pytest_report`).
 """
 
 import contextlib
@@ -41,19 +41,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Join the job, before conftest files and plugins can start a backend."""
-    place = launched_rank()
+    identity = launched_rank()
     plugins = [name for name in os.environ.get("PYTEST_PLUGINS", "").split(",") if name]
-    if place is None or __name__ not in plugins:
+    if identity is None or __name__ not in plugins:
         return
     # A pytest that a test starts is no rank: it must not join the job a second time.
     plugins.remove(__name__)
     os.environ["PYTEST_PLUGINS"] = ",".join(plugins)
-    _refuse_conflicts(config)
-    _keep_files_apart(config, place)
-    config.pluginmanager.register(_RankSession(config, place), "jax_deepep_launch_rank")
+    _reject_conflicts(config)
+    _keep_files_apart(config, identity)
+    config.pluginmanager.register(_RankSession(config, identity), "jax_deepep_launch_rank")
 
 
-def _refuse_conflicts(config: pytest.Config) -> None:
+def _reject_conflicts(config: pytest.Config) -> None:
     if config.getoption("numprocesses", default=None):
         raise pytest.UsageError(
             "-n/--numprocesses (pytest-xdist): the launcher's ranks are the processes; leave it out"
@@ -66,15 +66,17 @@ def _refuse_conflicts(config: pytest.Config) -> None:
             )
 
 
-def _keep_files_apart(config: pytest.Config, place: LaunchedRank) -> None:
-    """Let no two ranks write the same file. Rank 0 keeps the names that were asked for."""
-    if place.rank == 0:
+def _keep_files_apart(config: pytest.Config, identity: LaunchedRank) -> None:
+    """Give each rank its own files. Rank 0 keeps the given names."""
+    if identity.rank == 0:
         return
     for option in ("xmlpath", "basetemp"):
         path = config.getoption(option, default=None)
         if path:
             path = Path(str(path))
-            setattr(config.option, option, str(path.with_name(f"{path.stem}.rank{place.rank}{path.suffix}")))
+            setattr(
+                config.option, option, str(path.with_name(f"{path.stem}.rank{identity.rank}{path.suffix}"))
+            )
     cache = getattr(config, "cache", None)
     if cache is not None:
         cache.set = lambda key, value: None
@@ -83,33 +85,33 @@ def _keep_files_apart(config: pytest.Config, place: LaunchedRank) -> None:
 class _RankSession:
     """The hooks of one rank's session."""
 
-    def __init__(self, config: pytest.Config, place: LaunchedRank) -> None:
-        self._place = place
+    def __init__(self, config: pytest.Config, identity: LaunchedRank) -> None:
+        self._identity = identity
         self._timeout_s = _timeout(config)
         self._deadline = 0.0
         self._num_tests = 0
         self._orderly = False
         self._status = 0
-        self._events = place.state_file("pytest").open("a", buffering=1)
-        self._stacks = place.stacks_file.open("a", buffering=1)
-        if not place.state_file("dumps").exists():  # pytest was started by a shell script, say
-            python_program.dump_stacks_on_request(str(place.state))
+        self._events = identity.state_file("pytest").open("a", buffering=1)
+        self._stacks = identity.stacks_file.open("a", buffering=1)
+        if not identity.state_file("dumps").exists():  # pytest was started by a shell script, say
+            python_program.dump_stacks_on_request(str(identity.state))
         self._arm()
         if not jax.distributed.is_initialized():
             jax.distributed.initialize()
 
     def _arm(self) -> None:
-        # A thread of C, not of Python: it fires also when a native call that hangs holds the GIL. It does not
-        # end the process: its connections would break, and the other ranks would run on before their stacks
-        # are taken. The launcher sees the dump, asks the others for theirs, and then ends all.
+        # A C thread, not a Python one: it fires also when a native call hangs with the GIL held. It does not
+        # end the process: its connections would break, and the other ranks would continue before their stacks
+        # are dumped. The launcher sees the dump, requests those of the others, and then ends all.
         self._deadline = time.monotonic() + self._timeout_s
         faulthandler.dump_traceback_later(self._timeout_s, file=self._stacks)
 
     @pytest.hookimpl(trylast=True)
     def pytest_exception_interact(self) -> None:
-        """Set the alarm again: pytest's own faulthandler plugin has just switched it off.
+        """Restart the timer: pytest's own faulthandler plugin has just cancelled it.
 
-        It does so whenever a test fails, and what follows, such as the end of a fixture, may hang as well.
+        It does so whenever a test fails, and what follows, such as a fixture's teardown, may hang as well.
         """
         faulthandler.dump_traceback_later(max(self._deadline - time.monotonic(), 0.001), file=self._stacks)
 
@@ -118,8 +120,8 @@ class _RankSession:
 
     def pytest_report_header(self) -> str:
         return (
-            f"jax_deepep.launch: rank {self._place.rank} of {self._place.num_ranks}, "
-            f"{self._timeout_s:g} s per test, logs of all ranks in {self._place.log_dir}"
+            f"jax_deepep.launch: rank {self._identity.rank} of {self._identity.num_ranks}, "
+            f"{self._timeout_s:g} s per test, logs of all ranks in {self._identity.log_dir}"
         )
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -131,19 +133,19 @@ class _RankSession:
         self._write({"started": item.nodeid})
         result = yield
         if not (item.session.shouldstop or item.session.shouldfail):
-            self._meet()
+            self._wait_for_all()
         self._write({"finished": item.nodeid})
-        self._arm()  # between tests, and for what follows the last one
+        self._arm()  # for the time between tests and after the last one
         return result
 
-    def _meet(self) -> None:
-        """Wait for all ranks to be through with a test, outside of any program.
+    def _wait_for_all(self) -> None:
+        """Wait until all ranks have finished a test, outside of any program.
 
-        Else a collective of the next test, on a rank whose test failed early, would meet one of this test
-        on the others, and one failure would become many.
+        Otherwise a collective of the next test, on a rank whose test failed early, would be matched with one
+        of this test on the others, and one failure would become many.
         """
         self._num_tests += 1
-        milliseconds = int(2000 * self._timeout_s)  # no deadline of its own: that of the test comes first
+        milliseconds = int(2000 * self._timeout_s)  # longer than the deadline of the test
         jax_compat.coordination_client().wait_at_barrier(f"{PREFIX}test/{self._num_tests}", milliseconds)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -175,14 +177,14 @@ class _RankSession:
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
-        """Leave the job together with the others; alone, if the others may still be in their tests."""
+        """Leave the job together with the others, or report a failure if they may still run tests."""
         if self._orderly:
             self._arm()
             jax.distributed.shutdown()  # type: ignore[no-untyped-call]
         elif self._status != 0:
             # Stopped early (-x, an internal error, a collection error): the other ranks may wait for this one
             # in a collective. The launcher ends them when it reads this.
-            python_program.report_failure(str(self._place.state), self._status)
+            python_program.report_failure(str(self._identity.state), self._status)
         faulthandler.cancel_dump_traceback_later()
 
 

@@ -1,12 +1,12 @@
-"""Run a Python program inside a rank, and tell the launcher at once when it fails.
+"""Run a Python program inside a rank, and report a failure to the launcher at once.
 
-Run as a script, with the standard library alone, between the interpreter and the program:
+It runs as a script, with the standard library alone, between the interpreter and the program:
 `python -u python_program.py train.py …`, also with `-m module` or `-c code`.
 
 Why: when a rank raises after `jax.distributed.initialize()`, Python prints the traceback and then
 runs JAX's exit handler, which waits up to five minutes for the other ranks, while they wait for this one in
-a collective. Seen from outside, nobody has died. So the failure is reported here, before the exit
-handlers run. The launcher then ends the job, and this rank's handlers still get its grace period.
+a collective. Seen from outside, no process has died. So the failure is reported here, before the exit
+handlers run. The launcher then ends the job, with its grace period for this rank's handlers.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def main() -> None:
             report_failure(state, error.code & 0xFF if isinstance(error.code, int) else 1)
         raise
     except KeyboardInterrupt:
-        raise  # Python itself then dies by SIGINT, as callers expect
+        raise  # Python itself then dies from SIGINT, as callers expect
     except BaseException as error:
         _print_without_this_file(error)
         report_failure(state, 1)
@@ -42,8 +42,8 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> None:
     kind, rest = arguments[0], arguments[1:]
-    # This file's own folder must not be importable; what replaces it depends on how the program is named.
-    # With -P or -I Python had not added it in the first place.
+    # This file's folder must not be importable; what replaces it depends on how the program is given.
+    # With -P or -I, Python has not added it.
     own_path = not sys.flags.safe_path
     if kind == "-m":
         if own_path:
@@ -79,13 +79,13 @@ def _print_without_this_file(error: BaseException) -> None:
 
 
 def state_path() -> str | None:
-    """Return what files for the launcher are named, without their suffix; None outside of ranks."""
+    """Return the path of files for the launcher, without their suffix; None outside of ranks."""
     folder, rank = os.environ.get("JAX_DEEPEP_LAUNCH_LOG_DIR"), os.environ.get("JAX_DEEPEP_LAUNCH_RANK")
     return None if folder is None or rank is None else os.path.join(folder, ".launch", f"rank{rank}")
 
 
 def report_failure(state: str | None, status: int) -> None:
-    """Tell the launcher of a failure before this process is gone."""
+    """Report a failure to the launcher before this process ends."""
     if state is None:
         return
     with contextlib.suppress(OSError), open(state + ".failed.new", "w") as file:
@@ -95,13 +95,13 @@ def report_failure(state: str | None, status: int) -> None:
 
 
 def dump_stacks_on_request(state: str) -> None:
-    """On SIGUSR1 write the stack of every thread where the launcher will look for it."""
+    """On SIGUSR1, write the stack of every thread to a file that the launcher reads."""
     folder, name = os.path.split(state)
     with contextlib.suppress(OSError):
         stacks = os.open(
             os.path.join(os.path.dirname(folder), name + ".stacks"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
         )
-        # Python takes its handler away while it ends: a request that comes then must not kill.
+        # Python removes its handler at exit: a request that arrives then must not kill the process.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         with open(state + ".dumps", "w") as file:

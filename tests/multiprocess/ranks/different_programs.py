@@ -1,4 +1,4 @@
-"""Programs that differ between processes, or seem to, one after the other, each on a communicator of its own.
+"""Programs that differ between processes, or seem to, one after the other, each on a separate communicator.
 
 Arguments: the rank that differs, and the cases. Every process has one device and is one rank. No wait may
 last: timeout_s is beyond what the test waits for.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
+from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, barrier, error_of, join, report
 
 import jax_deepep as ep
 from jax_deepep.communicator import native_module
@@ -56,7 +56,7 @@ def two_layers(comm: ep.Communicator, x: jax.Array, *alignments: int) -> jax.Arr
     return x
 
 
-# What all run, and what the one that differs runs in its place; and its tokens.
+# What all run, and what the one that differs runs instead; and its tokens.
 DIFFERENT_PROGRAMS: dict[str, tuple[Callable, Callable, int]] = {
     "num_tokens": (layer, layer, 16),
     "capacity": (layer, lambda comm, x: layer(comm, x, capacity=32), 8),
@@ -72,7 +72,7 @@ DIFFERENT_PROGRAMS: dict[str, tuple[Callable, Callable, int]] = {
 
 
 def different(name: str) -> None:
-    """All run the usual program before, so that it is no stranger to the rank that differs."""
+    """All run the usual program before, so that the rank that differs has compiled it, too."""
     usual, other, num_tokens = DIFFERENT_PROGRAMS[name]
     comm = make()
     usual_program = compiled(comm, lambda x: usual(comm, x))
@@ -81,17 +81,17 @@ def different(name: str) -> None:
     program = compiled(comm, lambda x: other(comm, x), num_tokens) if DIFFERENT else usual_program
     out = program()
     error = error_of(comm.check)
-    report(name, error=error, abandoned=bool(np.isnan(out.addressable_data(0)).all()))
+    report(name, error=error, aborted=bool(np.isnan(out.addressable_data(0)).all()))
     comm.close()
 
 
 def two_threads(name: str) -> None:
-    """Right programs that look like different ones: every other rank comes to the second one first."""
+    """Right programs that look like different ones: every other rank arrives at the second one first."""
     comm = make()
 
     def program_of(scale: int, late: bool) -> Callable[[], jax.Array]:
         def come() -> np.float32:
-            time.sleep(0.5 * late)  # long enough for the other program to get to its op
+            time.sleep(0.5 * late)  # long enough for the other program to reach its op
             return np.float32(0)
 
         def body(x: jax.Array) -> jax.Array:
@@ -104,7 +104,7 @@ def two_threads(name: str) -> None:
 
     def run(scale: int, late: bool) -> None:
         program = program_of(scale, late)
-        meet(f"program {scale} is compiled")
+        barrier(f"program {scale} is compiled")
         results[scale] = float(program().addressable_data(0).mean())
 
     thread = threading.Thread(target=run, args=(2, RANK % 2 == 0))
@@ -117,7 +117,7 @@ def two_threads(name: str) -> None:
 
 
 def cleared_listeners(name: str) -> None:
-    """The one that differs has compiled other programs while nobody could tell us of it."""
+    """The one that differs has compiled other programs while the listeners were not registered."""
     comm = make()
     compiled_without_a_word, done = threading.Event(), threading.Event()
 
@@ -125,9 +125,9 @@ def cleared_listeners(name: str) -> None:
         for alignment in (2, 4):
             compiled(comm, lambda x, alignment=alignment: layer(comm, x, alignment=alignment))
         jax.monitoring.clear_event_listeners()
-        jax.jit(lambda x: 2 * x).lower(jnp.ones(3)).compile()  # it begins, and its end is not told
+        jax.jit(lambda x: 2 * x).lower(jnp.ones(3)).compile()  # it begins, and the event of its end is lost
         compiled_without_a_word.set()
-        done.wait(60)  # lives on, so that it might be compiling still
+        done.wait(60)  # stays alive, so that it might still be compiling
 
     thread = threading.Thread(target=compile_others)
     if DIFFERENT:
@@ -154,7 +154,7 @@ def close_before_the_others(name: str) -> None:
     out = program()
     jax.block_until_ready(out)
     held = comm.buffer_bytes
-    meet("before the close")
+    barrier("before the close")
     if DIFFERENT:
         comm.close()
         comm.close()
@@ -162,12 +162,12 @@ def close_before_the_others(name: str) -> None:
     else:
         later = program()
         error = error_of(comm.check)
-        report(name, error=error, abandoned=bool(np.isnan(later.addressable_data(0)).all()),
+        report(name, error=error, aborted=bool(np.isnan(later.addressable_data(0)).all()),
                rows=int(comm.stats().rows_sent.sum()))  # fmt: skip
         comm.close()
     assert comm.buffer_bytes == 0
     report("all closed", rows=int(comm.stats().rows_sent.sum()))
-    meet("all have closed")
+    barrier("all have closed")
     report("nothing is mapped", maps=Path("/proc/self/maps").read_text().count("memfd:jax_deepep"))
     del program
 
@@ -181,4 +181,4 @@ OTHER_CASES = {
 join()
 for case in CASES:
     OTHER_CASES.get(case, different)(case)
-    meet(f"after {case}")
+    barrier(f"after {case}")

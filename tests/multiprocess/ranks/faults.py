@@ -1,7 +1,7 @@
 """Faults, one after the other: what the victim does, and what the others find.
 
 Arguments: one "FAULT:VICTIM", or "FAULT:VICTIM:SEED", for each. Every process has one device and is a rank of
-the only group, as long as it lives: after a fault that ends its victim, the others go on without.
+the only group, as long as it lives: after a fault that ends its victim, the others continue without it.
 """
 
 import os
@@ -18,15 +18,15 @@ from jax.sharding import PartitionSpec as P
 from live_group import (
     LIVE,
     Step,
+    barrier,
     fault,
     first_step,
-    is_abandoned,
+    is_aborted,
     is_same,
-    meet,
     report,
-    report_abandoned,
+    report_aborted,
 )
-from rank_side import ARGUMENTS, MEETING_S, RANK, error_of, join, leave_without_the_dead
+from rank_side import ARGUMENTS, BARRIER_S, RANK, error_of, join, leave_without_the_dead
 
 import jax_deepep as ep
 from jax_deepep.communicator import native_module
@@ -36,20 +36,20 @@ def dies_before_the_op() -> None:
     step, _ = first_step()
     if fault.is_here:
         os.kill(os.getpid(), signal.SIGKILL)
-    report_abandoned(step, step.run())
+    report_aborted(step, step.run())
 
 
 def raises_before_the_op() -> None:
     step, _ = first_step()
     if fault.is_here:
         raise ValueError("the data loader of this rank failed")
-    report_abandoned(step, step.run())
+    report_aborted(step, step.run())
 
 
 def raises_during_an_op() -> None:
-    """The last rank does not come, so that the op of the victim would last."""
+    """The last rank does not arrive, so that the op of the victim would keep waiting."""
     step = Step.of(8, 16, timeout_s=300.0)
-    meet("programs are compiled")
+    barrier("programs are compiled")
     if fault.is_here:
         threading.Thread(target=step.run, daemon=True).start()
         while step.comm._native.num_running_ops == 0:
@@ -58,8 +58,8 @@ def raises_during_an_op() -> None:
     if LIVE[-1] == RANK:
         while error_of(step.comm.check) == "no error":
             time.sleep(0.01)
-    abandoned = is_abandoned(step.run())
-    report("left", abandoned=abandoned, error=error_of(step.comm.check))
+    aborted = is_aborted(step.run())
+    report("left", aborted=aborted, error=error_of(step.comm.check))
 
 
 def cannot_launch() -> None:
@@ -75,7 +75,7 @@ def cannot_launch() -> None:
         program, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
     )
     compiled = jax.jit(mapped).lower(*step.operands).compile()
-    meet("the victim's program is compiled")
+    barrier("the victim's program is compiled")
 
     def run() -> None:
         for _ in range(3):  # the first run of a program captures nothing
@@ -83,8 +83,8 @@ def cannot_launch() -> None:
 
     launch_error = error_of(run)
     error = error_of(step.comm.check)
-    report("told", launch_error=launch_error, error=error, abandoned=is_abandoned(step.run()))
-    meet("the end")
+    report("notified", launch_error=launch_error, error=error, aborted=is_aborted(step.run()))
+    barrier("the end")
 
 
 def dies_after_the_op() -> None:
@@ -98,7 +98,7 @@ def dies_after_the_op() -> None:
 
 
 def dies_in_a_loop() -> None:
-    """The victim dies in the fifth iteration of one program: the ops of the others have come before."""
+    """The victim dies in the fifth iteration of one program: the others have run the same op before."""
     step, _ = first_step()
 
     def die(number, rank):
@@ -119,7 +119,7 @@ def dies_in_a_loop() -> None:
         program, mesh=step.comm.mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
     )
     jax.block_until_ready(jax.jit(mapped)(*step.operands))
-    report_abandoned(step, step.run())
+    report_aborted(step, step.run())
 
 
 def compiles_beside() -> None:
@@ -139,17 +139,17 @@ def compiles_beside() -> None:
         step = Step.of(8, 16)
     finally:
         done.set()
-    meet("programs are compiled")
+    barrier("programs are compiled")
     results = step.run()
     step.comm.check()
-    report("unharmed", abandoned=is_abandoned(results))
+    report("unharmed", aborted=is_aborted(results))
     if fault.is_here:
         thread.join()
-    meet("the end")
+    barrier("the end")
 
 
 def calls_share_a_number() -> None:
-    """Calls of one program, none of which waits for another, are taken for one."""
+    """Calls of one program, none of which waits for another, are treated as one."""
     comm = Step.of(8, 16).comm
     x = jax.make_array_from_callback(
         (8 * len(LIVE), 16), NamedSharding(comm.mesh, P("expert")), lambda _: np.ones((8, 16), np.float32)
@@ -182,17 +182,17 @@ def calls_share_a_number() -> None:
             thread.join()
 
     error, number = "no error", 0
-    while error == "no error":  # a busy machine may let no restart come between two calls
+    while error == "no error":  # on a busy machine, no restart may fall between two calls
         compiled = compiled_with_restarts_of_the_count(number)
-        meet(f"program {number} is compiled")
+        barrier(f"program {number} is compiled")
         sent = np.asarray(compiled(x).addressable_data(0))
         error, number = error_of(comm.check), number + 1
-    report("told", error=error, abandoned=bool(np.isnan(sent).all()))
+    report("notified", error=error, aborted=bool(np.isnan(sent).all()))
     comm.close()
-    meet("the end")
+    barrier("the end")
 
 
-def _run_until_abandoned(step: Step, first: dict[str, np.ndarray], sent: int) -> dict[str, np.ndarray]:
+def _run_until_aborted(step: Step, first: dict[str, np.ndarray], sent: int) -> dict[str, np.ndarray]:
     """Send the victim a signal at some moment; return the first results that are not right."""
     for number in range(100_000):
         results = step.run()
@@ -216,56 +216,56 @@ def _signal_after_a_moment(number: int) -> None:
 
 def dies_during_ops() -> None:
     step, first = first_step(num_tokens=256, hidden_size=1024)
-    results = _run_until_abandoned(step, first, signal.SIGKILL)
-    _report_partly_abandoned(step, results)
+    results = _run_until_aborted(step, first, signal.SIGKILL)
+    _report_partly_aborted(step, results)
 
 
-def _report_partly_abandoned(step: Step, results: dict[str, np.ndarray]) -> None:
-    """The step that broke may have got through its first ops: what follows them is NaN all the same."""
+def _report_partly_aborted(step: Step, results: dict[str, np.ndarray]) -> None:
+    """The broken step may have completed its first ops: the following ones are NaN nevertheless."""
     error = error_of(step.comm.check)
-    last = is_abandoned({name: results[name] for name in ("gradient of x", "gradient of topk_weights")})
+    last = is_aborted({name: results[name] for name in ("gradient of x", "gradient of topk_weights")})
     report("broke in a step", error=error, gradients=last)
-    report_abandoned(step, step.run())
+    report_aborted(step, step.run())
 
 
 def stalls_before_the_op() -> None:
     step, first = first_step()
     other = Step.of(8, 16)
-    meet("other program is compiled")
+    barrier("other program is compiled")
     other_first = other.run()
-    meet("other first step")
+    barrier("other first step")
     continued = threading.Event()
     signal.signal(signal.SIGCONT, lambda *_: continued.set())
     report("ready")
     if fault.is_here:  # the test stops this process now, and continues it later
-        deadline = time.monotonic() + MEETING_S
+        deadline = time.monotonic() + BARRIER_S
         while not continued.is_set() and time.monotonic() < deadline:
-            time.sleep(0.01)  # not in `wait`, which a signal that another thread takes does not end
+            time.sleep(0.01)  # not in `wait`, which a signal handled by another thread does not interrupt
     results = step.run()
-    report_abandoned(step, results)
+    report_aborted(step, results)
     _go_on_with_others(step, first, other, other_first)
 
 
 def stalls_during_ops() -> None:
     step, first = first_step(num_tokens=256, hidden_size=1024)
     other = Step.of(8, 16)
-    meet("other program is compiled")
+    barrier("other program is compiled")
     other_first = other.run()
-    meet("other first step")
-    results = _run_until_abandoned(step, first, signal.SIGSTOP)
-    _report_partly_abandoned(step, results)
+    barrier("other first step")
+    results = _run_until_aborted(step, first, signal.SIGSTOP)
+    _report_partly_aborted(step, results)
     _go_on_with_others(step, first, other, other_first)
 
 
 def _go_on_with_others(
     step: Step, first: dict[str, np.ndarray], other: Step, other_first: dict[str, np.ndarray]
 ) -> None:
-    """The late one is back: nothing else was hurt, and a new communicator takes over."""
+    """The late rank is back: nothing else is affected, and a new communicator works."""
     before = {name: array.copy() for name, array in first.items()}
-    meet("all are back")
+    barrier("all are back")
     num_tokens, hidden_size = step.operands[0].shape
     new = Step.of(num_tokens // len(LIVE), hidden_size)
-    meet("new program is compiled")
+    barrier("new program is compiled")
     other_again, new_results = other.run(), new.run()
     other.comm.check()
     new.comm.check()
@@ -276,7 +276,7 @@ def _go_on_with_others(
         earlier=is_same(first, before),
         still_broken=error_of(step.comm.check),
     )
-    meet("done")
+    barrier("done")
 
 
 def process_0_dies() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import oracle
 from meshes import run_per_device
 from problems import Problem, inputs_of
-from rank_side import NUM_PROCESSES, RANK, error_of, join, meet, report
+from rank_side import NUM_PROCESSES, RANK, barrier, error_of, join, report
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
@@ -36,9 +36,9 @@ def is_right(comm: ep.Communicator, problem: Problem) -> bool:
     tokens, out = run_per_device(program, comm.mesh, comm.axis_name, *arrays)
     x, y = inputs.by_group(inputs.x), inputs.by_group(inputs.y)
     written = np.concatenate([routes.written for routes in inputs.routes])
-    carried = inputs.from_oracle(lambda routes, group: oracle.carry(routes, x[group]))
+    copied = inputs.from_oracle(lambda routes, group: oracle.copy_rows(routes, x[group]))
     combined = inputs.from_oracle(lambda routes, group: oracle.combine(routes, y[group], weighted=True))
-    return np.array_equal(tokens[written], carried[written]) and np.array_equal(out, combined)
+    return np.array_equal(tokens[written], copied[written]) and np.array_equal(out, combined)
 
 
 join()
@@ -53,7 +53,7 @@ for mesh_name in MESHES:
         right=is_right(comm, problem) if native else None,
         error="" if native else error_of(lambda problem=problem: problem.communicator("native")),
     )
-    meet(f"after {mesh_name}")
+    barrier(f"after {mesh_name}")
 if jax.local_device_count() == 2:
     # Processes 1 and 2 have devices in both groups, and lay out their memory for both: process 0, which has
     # none in the second group, must know of it to find the first group's part.
@@ -66,7 +66,7 @@ if jax.local_device_count() == 2:
         max_tokens=problem.max_tokens, hidden_size=problem.hidden_size, timeout_s=60.0,
     )  # fmt: skip
     report("groups that share processes", implementation=comm.implementation, right=is_right(comm, problem))
-    meet("after groups that share processes")
+    barrier("after groups that share processes")
 left = jax_compat.coordination_client().key_value_dir_get_bytes("jax_deepep")
 report("keys", left=[key for key, _ in left])
-meet("the end")
+barrier("the end")

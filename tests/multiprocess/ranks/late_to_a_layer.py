@@ -1,4 +1,4 @@
-"""The victim comes to a MoE layer only after the others were told that it is missing.
+"""The victim arrives at a MoE layer only after the others were notified that it is missing.
 
 Every process has one device and is one rank of the only group, so that rank and process are the same.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from rank_side import ARGUMENTS, MEETING_S, NUM_PROCESSES, RANK, error_of, join, meet, report
+from rank_side import ARGUMENTS, BARRIER_S, NUM_PROCESSES, RANK, barrier, error_of, join, report
 
 import jax_deepep as ep
 from jax_deepep.moe import build_config, init_parameters, moe
@@ -45,7 +45,7 @@ def compiled_layer() -> tuple[ep.Communicator, jax.stages.Compiled, tuple[Any, .
     return comm, jax.jit(results).lower(parameters, x).compile(), (parameters, x)
 
 
-def is_abandoned(results: tuple[jax.Array, ...]) -> bool:
+def is_aborted(results: tuple[jax.Array, ...]) -> bool:
     """Return whether this rank's part of all results is NaN."""
     return all(np.isnan(np.asarray(array.addressable_data(0))).all() for array in results)
 
@@ -53,29 +53,29 @@ def is_abandoned(results: tuple[jax.Array, ...]) -> bool:
 def main() -> None:
     """Run twice; the victim is late to the second run."""
     comm, program, operands = compiled_layer()
-    meet("programs are compiled")
-    first = is_abandoned(program(*operands))
+    barrier("programs are compiled")
+    first = is_aborted(program(*operands))
     comm.check()
-    report("first step", abandoned=first)
-    meet("first step")
+    report("first step", aborted=first)
+    barrier("first step")
 
     def wait_for_the_error() -> None:
         begin = time.monotonic()
-        while not (error := comm._broken_message()) and time.monotonic() - begin < MEETING_S / 2:
+        while not (error := comm._broken_message()) and time.monotonic() - begin < BARRIER_S / 2:
             time.sleep(0.05)
-        report("told", error=error, seconds=time.monotonic() - begin)
-        meet("the others were told")
+        report("notified", error=error, seconds=time.monotonic() - begin)
+        barrier("the others were notified")
 
     thread = threading.Thread(target=wait_for_the_error)
     if RANK == VICTIM:
-        meet("the others were told")
+        barrier("the others were notified")
     else:
         thread.start()
-    abandoned = is_abandoned(program(*operands))  # when the victim has come to the collectives of XLA, too
+    aborted = is_aborted(program(*operands))  # when the victim has reached the collectives of XLA, too
     if RANK != VICTIM:
         thread.join()
-    report("ended", abandoned=abandoned, error=error_of(comm.check))
-    meet("the end")
+    report("ended", aborted=aborted, error=error_of(comm.check))
+    barrier("the end")
 
 
 join()

@@ -1,7 +1,7 @@
 """The same programs, whichever processes hold the eight devices: reports a digest of every result.
 
-Process 0 does more than the others: it compiles programs that they do not have, prints one, runs programs
-of its own, and makes a communicator of its own.
+Process 0 does more than the others: it compiles programs that they do not have, prints one, runs
+further programs, and makes a further communicator.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from meshes import device_axis, expert_axes, mesh_named, per_device, put_on_mesh
 from problems import Problem, inputs_of
-from rank_side import RANK, join, meet, report
+from rank_side import RANK, barrier, join, report
 
 import jax_deepep as ep
 
@@ -50,7 +50,7 @@ def forward_and_backward(comm: ep.Communicator, problem: Problem, inputs) -> dic
 
 
 def independent_ops(comm: ep.Communicator, problem: Problem, inputs) -> dict[str, jax.Array]:
-    """Run ops that wait for nothing but their peers: every device may come to them in another order."""
+    """Run ops that wait for nothing but their peers: every device may reach them in another order."""
     x, x2, topk_idx, topk_weights, _, bias = inputs
     results = {}
     for number in range(6):
@@ -164,4 +164,4 @@ def run(name: str) -> None:
 join()
 for case in CASES:
     run(case)
-    meet(f"after {case}")
+    barrier(f"after {case}")

@@ -36,9 +36,9 @@ class Fault:
 fault = Fault()
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Wait for the other processes that live; a name is used once in a fault."""
-    rank_side.meet(f"{fault.label}: {name}", LIVE)
+    rank_side.barrier(f"{fault.label}: {name}", LIVE)
 
 
 def report(name: str, **findings: Any) -> None:
@@ -68,7 +68,7 @@ class Step:
         def results(x, topk_idx, topk_weights):
             dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
             out = ep.combine(3 * dispatched.tokens, handle, comm=comm)
-            # Rows after the last group are not written, unless the op was abandoned.
+            # Rows after the last group are not written, unless the op was aborted.
             written = dispatched.mask | (handle.num_received == 0)
             return out, {
                 "tokens": jnp.where(written[:, None], dispatched.tokens, 0),
@@ -105,7 +105,7 @@ class Step:
         return {name: np.asarray(array.addressable_data(0)) for name, array in results.items()}
 
 
-def is_abandoned(results: dict[str, np.ndarray]) -> bool:
+def is_aborted(results: dict[str, np.ndarray]) -> bool:
     """Return whether all results are what an op leaves that met no peer: NaN, 0 and False."""
     floats = [array for array in results.values() if array.dtype == np.float32]
     others = [array for array in results.values() if array.dtype != np.float32]
@@ -116,17 +116,17 @@ def is_same(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
     return all(np.array_equal(results[name], expected[name], equal_nan=True) for name in expected)
 
 
-def report_abandoned(step: Step, results: dict[str, np.ndarray]) -> None:
+def report_aborted(step: Step, results: dict[str, np.ndarray]) -> None:
     """Report what the contract says about an op that a peer did not come to."""
     first, again = error_of(step.comm.check), error_of(step.comm.check)
     begin = time.monotonic()
     later = step.run()
     report(
-        "abandoned",
-        results=is_abandoned(results),
+        "aborted",
+        results=is_aborted(results),
         error=first,
         sticky=first == again,
-        later_results=is_abandoned(later),
+        later_results=is_aborted(later),
         later_seconds=time.monotonic() - begin,
         trace_error=error_of(lambda: _trace(step)),
         device_works=float(jnp.arange(4.0).sum()) == 6.0,
@@ -145,10 +145,10 @@ def _trace(step: Step) -> None:
 def first_step(num_tokens: int = 8, hidden_size: int = 16) -> tuple[Step, dict[str, np.ndarray]]:
     """Run a first step that all ranks come to; three times, so that a CUDA graph of it is replayed after."""
     step = Step.of(num_tokens, hidden_size)
-    meet("programs are compiled")
+    barrier("programs are compiled")
     for _ in range(3):
         results = step.run()
     step.comm.check()
-    report("first step", abandoned=is_abandoned(results))
-    meet("first step")
+    report("first step", aborted=is_aborted(results))
+    barrier("first step")
     return step, results

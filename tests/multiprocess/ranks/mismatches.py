@@ -8,7 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, error_of, join, meet, report
+from rank_side import ARGUMENTS, NUM_PROCESSES, RANK, barrier, error_of, join, report
 
 import jax_deepep as ep
 from jax_deepep.communicator import build_identity
@@ -24,7 +24,7 @@ OTHERS = {
     "mode": "throughput",
     "ranks_per_node": NUM_PROCESSES,
 }
-# Wrong by themselves, which nobody may find out before all have been told.
+# Invalid in one process, which must not raise before all are notified.
 WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt", "ranks_per_node": 1}
 
 
@@ -61,10 +61,10 @@ def norm_of_dispatched(comm: ep.Communicator) -> float:
 join()
 for kind, arguments in (("", OTHERS), ("wrong ", WRONG)):
     for name, value in arguments.items():
-        meet(f"before {kind}{name}")
+        barrier(f"before {kind}{name}")
         report(f"{kind}{name}", error=error_of(lambda n=name, v=value: make(**({n: v} if DIFFERENT else {}))))
 
-meet("before another build")
+barrier("before another build")
 for name in ("_python_sources", "_native_sources"):
     function = getattr(build_identity, name)
     if DIFFERENT:
@@ -72,7 +72,7 @@ for name in ("_python_sources", "_native_sources"):
     report(name, error=error_of(make))
     setattr(build_identity, name, function)
 
-meet("before all are wrong")
+barrier("before all are wrong")
 errors = [error_of(lambda n=name, v=value: make(**{n: v})) for name, value in WRONG.items()]
 report("all wrong", errors=errors)
 
@@ -80,12 +80,12 @@ others = [device for device in jax.devices() if device.process_index != RANK]
 mesh_of_others = jax.sharding.Mesh(others, "expert")
 report("mesh of others", error=error_of(lambda: make(mesh=mesh_of_others, num_experts=len(others))))
 
-meet("before the equal ones")
+barrier("before the equal ones")
 comm = make(timeout_s=60.0)
 report("equal arguments", mean=norm_of_dispatched(comm))
 
-meet("before the absence")
+barrier("before the absence")
 begin = time.monotonic()
 if not DIFFERENT:
     report("absence", error=error_of(make), seconds=time.monotonic() - begin)
-meet("the end")
+barrier("the end")

@@ -21,7 +21,7 @@ NUM_PROCESSES = int(sys.argv[3])
 ARGUMENTS = sys.argv[4:]
 
 REPORT = "REPORT "  # begins a line of findings, for ../rank_processes.py
-MEETING_S = 60
+BARRIER_S = 60
 
 
 def join() -> None:
@@ -38,20 +38,20 @@ def join() -> None:
     )
 
 
-def meet(name: str, processes: Sequence[int] | None = None) -> None:
+def barrier(name: str, processes: Sequence[int] | None = None) -> None:
     """Wait for the other processes outside of any program; a name is used once."""
-    jax_compat.coordination_client().wait_at_barrier(name, 1000 * MEETING_S, process_ids=processes)
+    jax_compat.coordination_client().wait_at_barrier(name, 1000 * BARRIER_S, process_ids=processes)
 
 
 def report(name: str, **findings: Any) -> None:
-    """Tell the test what was found, in JSON values, and which shared memory this process holds."""
+    """Report findings to the test, as JSON values, with the shared memory that this process holds."""
     line = json.dumps({"name": name, "segments": sorted(shared_segments()), **findings})
-    sys.stdout.write(f"{REPORT}{line}\n")  # at once, so that a kill cannot part the line from its end
+    sys.stdout.write(f"{REPORT}{line}\n")  # in one write, so that a kill cannot split the line
     sys.stdout.flush()
 
 
 def leave_without_the_dead() -> NoReturn:
-    """End the process without JAX's own goodbye, which waits for all processes, the dead ones too."""
+    """End the process without JAX's shutdown barrier, which waits for all processes, dead ones too."""
     sys.stdout.flush()
     if RANK == 0:
         sys.stdin.buffer.read()  # until all others have ended

@@ -1,7 +1,7 @@
 """Many steps with random routing and random stalls, every row of which is checked.
 
-Arguments: the number of steps. Rows hold whole numbers that tell device, token and step, and weights are
-powers of two, so that every result is exact and a row of another token or step cannot pass for the right one.
+Arguments: the number of steps. Rows hold whole numbers that encode device, token and step, and weights are
+powers of two, so that every result is exact and a row of another token or step is detected.
 """
 
 import os
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from leftovers import shared_segments
 from meshes import device_axis, per_device, put_on_mesh
-from rank_side import ARGUMENTS, RANK, join, meet, report
+from rank_side import ARGUMENTS, RANK, barrier, join, report
 
 import jax_deepep as ep
 
@@ -156,7 +156,7 @@ while in_flight:
     check(*in_flight.pop(0))
 comm.check()
 seconds = time.monotonic() - begin
-meet("all steps are done")  # a row counts as sent when its receiver has it
+barrier("all steps are done")  # a row counts as sent when its receiver has it
 stats = comm.stats()
 own = [rank for rank, device in enumerate(mesh.devices.flat) if device.process_index == RANK]
 report(
@@ -168,5 +168,5 @@ report(
     rows_sent=int(stats.rows_sent[0, own].sum()),
     seconds_waited=round(float(stats.seconds_waited.max()), 2),
 )
-meet("the end")
+barrier("the end")
 comm.close()

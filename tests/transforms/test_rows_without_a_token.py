@@ -1,4 +1,4 @@
-"""Whatever stands in rows of no token reaches no result and no gradient."""
+"""Rows without a token reach no result and no gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_garbage_reaches_nothing(problem: Problem, implementation: str) -> None:
         def layer(x, topk_weights, matrices, bias):
             dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
             tokens = plant(garbage, dispatched.tokens, dispatched.mask)
-            # The experts themselves honour the mask; what is around them is ours.
+            # The experts themselves honour the mask; the rest is the ops' task.
             live = jnp.where(dispatched.mask[:, None], tokens, 0)
             y = jax.lax.ragged_dot(live, matrices, dispatched.group_sizes)
             return ep.combine(plant(garbage, y, dispatched.mask), handle, comm=comm, bias=bias)
@@ -54,7 +54,7 @@ def test_garbage_reaches_nothing(problem: Problem, implementation: str) -> None:
 
 @cases("problem", LAYERS, in_xla=lambda problem: problem.alignment > 1)
 def test_a_grouped_matmul_needs_no_mask(problem: Problem, implementation: str) -> None:
-    """ragged_dot honours group_sizes: garbage after the last group stays out, forward and backward."""
+    """ragged_dot honours group_sizes: garbage after the last group has no effect, forward and backward."""
     comm = communicator(implementation, problem)
     inputs = layer_inputs(problem)
 
