@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from jax_deepep.bench.problem import AXIS, DTYPES, FITTING, Inputs, Problem, dra
 from jax_deepep.bench.processes import TIMEOUT_S, end_jax, start_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
 from jax_deepep.bench.trials import Case, Stopwatch, interleaved, slopes
+from jax_deepep.communicator import Mode
 from jax_deepep.launch import launched_rank
 
 SMALL_TOKENS = [1, 8, 32, 128]
@@ -67,6 +69,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--implementations", nargs="+", choices=("native", "xla"),
                         help="(both; on GPUs native)")  # fmt: skip
+    parser.add_argument("--modes", nargs="+", choices=("auto", "throughput", "low_latency"), default=["auto"],
+                        help="of the native ops, one after the other (auto)")  # fmt: skip
     parser.add_argument("--num-sms", type=_numbers_of_sms, default=[8, 16, None], metavar="S,…",
                         help="GPUs: SMs of each rank; auto: chosen by the op (8,16,auto)")  # fmt: skip
     parser.add_argument("--chain", type=positive_ints, metavar="N,M",
@@ -108,12 +112,14 @@ def measure(
     stopwatch: Stopwatch,
     inputs: Inputs,
     options: argparse.Namespace,
+    mode: Mode,
     num_sms: int | None,
     limits: links.Links | None,
 ) -> Iterator[Result]:
     """Measure every op and the chain on one problem.
 
     Args:
+        mode: of the native ops.
         num_sms: of each rank on GPUs, None = chosen by the op.
         limits: of the links, or None.
 
@@ -123,12 +129,13 @@ def measure(
     problem, mesh = inputs.problem, stopwatch.mesh
     interleave = partial(interleaved, trials=options.trials, limit_s=options.limit_s)
     table = f", {num_sms or 'auto'} SMs" if stopwatch.on_gpus else ""
+    table += "" if mode == "auto" else f", {mode}"
     crossing = max(inputs.remote_tokens, 1)
     with contextlib.ExitStack() as stack:
         tested: dict[str, OpCases] = {}
         for name in options.implementations:
-            sms = num_sms if name == "native" else None
-            comm = problem.communicator(mesh, name, num_sms=sms, timeout_s=TIMEOUT_S)
+            of_native = {"num_sms": num_sms, "mode": mode} if name == "native" else {}
+            comm = problem.communicator(mesh, name, timeout_s=TIMEOUT_S, **of_native)
             tested[name] = OpCases.of(stack.enter_context(comm), stopwatch, inputs)
         first = tested.get("native") or next(iter(tested.values()))
         for other in tested.values():
@@ -136,7 +143,9 @@ def measure(
                 check_agreement(first, other)
         on_device = stopwatch.on_gpus and "native" in tested
         comm = first.shape.comm
-        row_cases = _row_cases(stopwatch, first, inputs) if on_device else {}
+        # They follow a handle of throughput mode.
+        by_rows = on_device and comm.mode == "throughput"
+        row_cases = _row_cases(stopwatch, first, inputs) if by_rows else {}
         memcpy = None
         if not stopwatch.on_gpus and jax.process_count() == 1:
             memcpy = Memcpy(inputs.bytes_moved * max(PASSES.values()))
@@ -235,8 +244,8 @@ def main(arguments: Sequence[str]) -> int:
         report.add(limits.results(problems[0]))
     for problem in problems:
         inputs = draw_inputs(problem, mesh)
-        for num_sms in options.num_sms if on_gpus else [None]:
-            report.add(measure(stopwatch, inputs, options, num_sms, limits))
+        for mode, num_sms in itertools.product(options.modes, options.num_sms if on_gpus else [None]):
+            report.add(measure(stopwatch, inputs, options, mode, num_sms, limits))
     if options.ragged_all_to_all:
         # Last, because a collective that fails may hang.
         for problem in problems:

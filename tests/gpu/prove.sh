@@ -11,6 +11,8 @@
 #     links-N    the same, N ranks with a GPU each
 #     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
+#     layers-N   tests/flax, N ranks with a GPU each
+#     chain-N    bench ops for few tokens in both modes, captured, N ranks with a GPU each
 #     unit       all of tests/unit with two ranks
 #     example    the training example with 8 ranks
 #     bench-N    python -m jax_deepep.bench, tables and JSON into OUT_FOLDER
@@ -50,6 +52,10 @@ part() {
     graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" share "$ranks" bash -c "$suite" ;;
     links-*) spread "$ranks" bash -c "$suite" ;;
     alone-*) spread "$ranks" bash -c "CUDA_VISIBLE_DEVICES=\$JAX_LOCAL_DEVICE_IDS JAX_LOCAL_DEVICE_IDS=0 $suite" ;;
+    layers-*) spread "$ranks" python3 -m pytest -q tests/flax ;;
+    chain-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" spread "$ranks" \
+      python3 -m jax_deepep.bench ops --tokens 1,8,32,128 --hidden 7168 --experts 256 --capacity worst --modes throughput low_latency \
+      --num-sms auto --json "$out/chain$ranks.json" --markdown "$out/chain$ranks.md" ;;
     unit) share 2 python3 -m pytest -q tests/unit -m "not collectives" ;;
     faults) JAX_PLATFORMS=cuda python3 -m pytest -q tests/multiprocess/test_faults.py -k cuda ;;
     example) share 8 python3 examples/train_moe.py --steps 30 ;;

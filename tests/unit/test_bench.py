@@ -57,12 +57,14 @@ def test_ops_of_two_processes(tmp_path) -> None:
     path = tmp_path / "a.json"
     launch = ["-m", "jax_deepep.launch", "-n", "2", "--platform", "cpu", "--log-dir", str(tmp_path / "logs")]
     bench = ["-m", "jax_deepep.bench", "ops", *SHAPE.split(), "--trials", "2", "--chain", "1,2"]
-    command = [*launch, "--", sys.executable, *bench, "--implementations", "native", "--json", str(path)]
+    bench += ["--implementations", "native", "--modes", "throughput", "low_latency"]
+    command = [*launch, "--", sys.executable, *bench, "--json", str(path)]
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout + run.stderr
     environment, results = report.read_json(path)
     assert environment["processes"] == 2
-    assert [result.case for result in results] == [*PASSES, f"native {PAIR}"]
+    assert [result.case for result in results] == [*PASSES, f"native {PAIR}"] * 2
+    assert {result.part.partition(", ")[2] for result in results} == {"throughput", "low_latency"}
     assert {result.primary.trials for result in results if result.primary} == {2}
     assert {result.problem.devices for result in results} == {2}
 
