@@ -86,6 +86,9 @@ foreach(CANDIDATE ${NVCC_CANDIDATES})
   if(NVCC_VERSION VERSION_GREATER_EQUAL 12.8)
     set(NVCC_ARCHITECTURES 80-real 90-real 100)
   endif()
+  if(NOT "$ENV{CUDAARCHS}" STREQUAL "")  # as CMake itself takes it
+    set(NVCC_ARCHITECTURES $ENV{CUDAARCHS})
+  endif()
   try_nvcc(${NVCC_EXECUTABLE} "${NVCC_ARCHITECTURES}")
   if(NOT NVCC_STATUS EQUAL 0)
     message(STATUS "CUDA module: not by ${NVCC_EXECUTABLE} ${NVCC_VERSION}, which does not build a small "

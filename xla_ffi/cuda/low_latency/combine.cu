@@ -29,7 +29,7 @@ struct LowLatencyCombine {
 };
 
 // Step 1.
-template <typename Type, bool kWhole, bool kWeighted>
+template <typename Type, bool kWhole>
 __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, Term* terms) {
   const CombineParams& params = op.params;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = op.frame.shape.num_topk;
@@ -60,10 +60,12 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
         if (row != kNone) {
           inputs.position = __popc(live & ((1u << lane) - 1));
           inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes + elements.begin;
-          if constexpr (kWeighted) inputs.weight = params.weights[row];
+          // Without weights it is 1, which changes no bit: kernels of their own would gain nothing
+          // here.
+          if (params.weights != nullptr) inputs.weight = params.weights[row];
         }
-        AddUp<Type, kWhole, kWeighted, SumOfProducts>(inputs, to.row() + elements.begin,
-                                                      elements.shape, terms);
+        AddUp<Type, kWhole, true, SumOfProducts>(inputs, to.row() + elements.begin, elements.shape,
+                                                 terms);
       }
     }
     group.Send(lane == 0, to, part, live != 0);
@@ -123,7 +125,7 @@ __device__ void SumTokens(const LowLatencyCombine& op, SignalledOp& group, int32
   }
 }
 
-template <typename Type, bool kWhole, bool kWeighted>
+template <typename Type, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine op) {
   __shared__ RankOp::Shared shared;
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
   if (group.Begin()) {
-    PushSums<Type, kWhole, kWeighted>(op, group, terms);
+    PushSums<Type, kWhole>(op, group, terms);
     group.Announce();
     SumTokens<Type, kWhole>(op, group, taken, terms);
     group.CountTaken(taken);
@@ -153,24 +155,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 using Kernel = void (*)(LowLatencyCombine);
 
-template <bool kWhole, bool kWeighted>
+template <bool kWhole>
 Kernel KernelFor(RowType type) {
   switch (type) {
     case RowType::kFloat32:
-      return LowLatencyCombineKernel<Float32, kWhole, kWeighted>;
+      return LowLatencyCombineKernel<Float32, kWhole>;
     case RowType::kFloat16:
-      return LowLatencyCombineKernel<Float16, kWhole, kWeighted>;
+      return LowLatencyCombineKernel<Float16, kWhole>;
     case RowType::kBFloat16:
-      return LowLatencyCombineKernel<BFloat16, kWhole, kWeighted>;
+      return LowLatencyCombineKernel<BFloat16, kWhole>;
     case RowType::kInt32:
       return nullptr;
   }
   return nullptr;
 }
 
-Kernel KernelFor(RowType type, bool whole, bool weighted) {
-  if (whole) return weighted ? KernelFor<true, true>(type) : KernelFor<true, false>(type);
-  return weighted ? KernelFor<false, true>(type) : KernelFor<false, false>(type);
+Kernel KernelFor(RowType type, bool whole) {
+  return whole ? KernelFor<true>(type) : KernelFor<false>(type);
 }
 
 }  // namespace
@@ -200,9 +201,7 @@ template <>
 const char* VerbKernels<LowLatency, CombineParams>::Load(int /*max_shared_bytes*/) {
   for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
     for (const bool whole : {false, true}) {
-      for (const bool weighted : {false, true}) {
-        if (const char* error = LoadKernel(KernelFor(type, whole, weighted), 0)) return error;
-      }
+      if (const char* error = LoadKernel(KernelFor(type, whole), 0)) return error;
     }
   }
   return nullptr;
