@@ -90,7 +90,7 @@ def measure(
             run = partial(compiled, *operands)
             jax.block_until_ready(run())
         except (ValueError, jax.errors.JaxRuntimeError) as error:
-            return Result(problem, part, case, failure=str(error).splitlines()[0][:80])
+            return Result(problem, part, case, failure=str(error).partition(";")[0].splitlines()[0][:120])
         timers[name] = partial(wall_clock, run)
         timers[f"{name}, queued"] = queued(run, calls)
         memory = compiled.memory_analysis()
