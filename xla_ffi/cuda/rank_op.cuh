@@ -30,10 +30,12 @@ class RankOp {
   // block.
   __device__ bool Begin() {
     if (threadIdx.x == 0) {
-      shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
-      bool lost = own_.failed != 0 || *static_cast<volatile uint64_t*>(&own_.broken) != 0;
-      const bool mistaken = *frame_.expected_rank != frame_.rank;
+      // First: from then on no other op of this rank ends, so that the step is this op's alone.
       const uint64_t active = CompareAndSwap(&own_.active, 0, frame_.launch);
+      shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
+      const bool lost = (*static_cast<volatile uint32_t*>(&own_.failed) |
+                         *static_cast<volatile uint64_t*>(&own_.broken)) != 0;
+      const bool mistaken = *frame_.expected_rank != frame_.rank;
       shared_.began_ns = NanosecondClock();
       shared_.refused = active != 0 && active != frame_.launch;
       if (shared_.refused) Fail(Failure::kTwoAtOnce, 0);

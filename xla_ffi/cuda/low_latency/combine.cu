@@ -191,8 +191,7 @@ const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
                        row_bytes,
                        Divisor(num_slots),
                        Divisor(num_parts)};
-  const Kernel kernel =
-      KernelFor(params.route.row_type, IsWhole(params.route.row_size), params.weights != nullptr);
+  const Kernel kernel = KernelFor(params.route.row_type, IsWhole(params.route.row_size));
   if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
