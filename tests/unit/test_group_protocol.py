@@ -18,22 +18,29 @@ from protocol_throughput import (
 )
 from protocol_world import World
 
+LOW_LATENCY = LowLatency().protocol()
+THROUGHPUT_RUNS = [(2, 1, True), (2, 2, True), (2, 4, False), (3, 1, False)]
+THROUGHPUT_NIGHTLY = [(2, 3, True), (3, 1, True), (3, 2, False)]
+LOW_LATENCY_RUNS = [(2, 4, True), (3, 1, False)]
+LOW_LATENCY_NIGHTLY = [(2, 6, True), (3, 1, True), (3, 3, False)]
+
 
 @pytest.mark.parametrize(
-    ("num_ranks", "num_ops", "concurrent"),
+    ("protocol", "num_ranks", "num_ops", "concurrent"),
     [
-        (2, 1, True),
-        (2, 2, True),
-        (2, 4, False),
-        (3, 1, False),
-        pytest.param(2, 3, True, marks=pytest.mark.nightly),
-        pytest.param(3, 1, True, marks=pytest.mark.nightly),
-        pytest.param(3, 2, False, marks=pytest.mark.nightly),
+        pytest.param(protocol, *run, marks=marks, id="-".join([mode, *map(str, run)]))
+        for mode, protocol, runs, marks in (
+            ("throughput", PROTOCOL, THROUGHPUT_RUNS, ()),
+            ("throughput", PROTOCOL, THROUGHPUT_NIGHTLY, pytest.mark.nightly),
+            ("low_latency", LOW_LATENCY, LOW_LATENCY_RUNS, ()),
+            ("low_latency", LOW_LATENCY, LOW_LATENCY_NIGHTLY, pytest.mark.nightly),
+        )
+        for run in runs
     ],
 )
-def test_promises_are_kept(num_ranks: int, num_ops: int, concurrent: bool) -> None:
+def test_promises_are_kept(protocol: Protocol, num_ranks: int, num_ops: int, concurrent: bool) -> None:
     """With `concurrent`, also if two ops of the communicator run at once on a rank."""
-    result = find_violation(PROTOCOL, num_ranks, num_ops, concurrent=concurrent)
+    result = find_violation(protocol, num_ranks, num_ops, concurrent=concurrent)
     assert result.broken_promise is None, "\n".join(result.run)
     assert result.num_states > 100 * num_ranks
 
@@ -157,25 +164,6 @@ def test_every_part_is_needed(mutation: Mutation) -> None:
         mutation.protocol, mutation.num_ranks, mutation.num_ops, concurrent=mutation.concurrent
     )
     assert result.broken_promise == mutation.promise, "\n".join(result.run)
-
-
-LOW_LATENCY = LowLatency().protocol()
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "num_ops", "concurrent"),
-    [
-        (2, 4, True),
-        (3, 1, False),
-        pytest.param(2, 6, True, marks=pytest.mark.nightly),
-        pytest.param(3, 1, True, marks=pytest.mark.nightly),
-        pytest.param(3, 3, False, marks=pytest.mark.nightly),
-    ],
-)
-def test_low_latency_mode_keeps_them(num_ranks: int, num_ops: int, concurrent: bool) -> None:
-    result = find_violation(LOW_LATENCY, num_ranks, num_ops, concurrent=concurrent)
-    assert result.broken_promise is None, "\n".join(result.run)
-    assert result.num_states > 100 * num_ranks
 
 
 LOW_LATENCY_MUTATIONS = [

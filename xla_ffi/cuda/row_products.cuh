@@ -134,6 +134,13 @@ __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape&
   }
 }
 
+// The results of a cached dispatch that failed. By one block.
+__device__ inline void WriteFailure(const CachedDispatchParams& params) {
+  const int64_t capacity = params.route.capacity;
+  FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
+  if (params.products != nullptr) FillAsFailed(RowType::kFloat32, params.products, capacity);
+}
+
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_CUDA_ROW_PRODUCTS_CUH_

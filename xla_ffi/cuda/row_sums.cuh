@@ -6,6 +6,7 @@
 
 #include "cuda/device_control.h"
 #include "cuda/row_values.cuh"
+#include "interface/combine.h"
 
 namespace jax_deepep {
 
@@ -155,6 +156,15 @@ __device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<k
     AddPieces<Type, kWeighted, Sum>(inputs, to, shape, terms);
   } else {
     AddOneByOne<Type, kWeighted, Sum>(inputs, to, shape, terms);
+  }
+}
+
+// The results of a combine that failed. By one block.
+__device__ inline void WriteFailure(const CombineParams& params, const GroupShape& shape) {
+  const int64_t num_tokens = params.route.num_tokens;
+  FillAsFailed(params.route.row_type, params.out, num_tokens * params.route.row_size);
+  if (params.gradients != nullptr) {
+    FillAsFailed(RowType::kFloat32, params.gradients, num_tokens * shape.num_topk);
   }
 }
 

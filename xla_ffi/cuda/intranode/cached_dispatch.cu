@@ -146,14 +146,7 @@ __device__ void Run(const CachedDispatch& op, Work work) {
       group.CountTaken(taken);
     }
   }
-  group.Finish([] {},
-               [&] {
-                 const int64_t capacity = params.route.capacity;
-                 FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
-                 if (params.products != nullptr) {
-                   FillAsFailed(RowType::kFloat32, params.products, capacity);
-                 }
-               });
+  group.Finish([] {}, [&] { WriteFailure(params); });
 }
 
 template <bool kWhole>

@@ -158,15 +158,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
       group.CountTaken(taken);
     }
   }
-  group.Finish(
-      [] {},
-      [&] {
-        const int64_t num_tokens = params.route.num_tokens;
-        FillAsFailed(params.route.row_type, params.out, num_tokens * params.route.row_size);
-        if (params.gradients != nullptr) {
-          FillAsFailed(RowType::kFloat32, params.gradients, num_tokens * op.frame.shape.num_topk);
-        }
-      });
+  group.Finish([] {}, [&] { WriteFailure(params, op.frame.shape); });
 }
 
 using Kernel = void (*)(Combine);

@@ -79,14 +79,7 @@ __device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
     WriteZeros<kWhole>(params, op.frame.shape, op.row_bytes);
     group.CountTaken(taken);
   }
-  group.Finish([] {},
-               [&] {
-                 const int64_t capacity = params.route.capacity;
-                 FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
-                 if (params.products != nullptr) {
-                   FillAsFailed(RowType::kFloat32, params.products, capacity);
-                 }
-               });
+  group.Finish([] {}, [&] { WriteFailure(params); });
 }
 
 template <bool kWhole>
