@@ -37,7 +37,8 @@ class CommunicatorStats:
 
     Attributes:
         rows_sent: int64, rows that rank sent to peer, itself included: one per (token, device) and op,
-            however many experts of the device the token goes to.
+            however many experts of the device the token goes to. A row that peer drops for lack of capacity
+            counts in low-latency mode, where it travels, and not in throughput mode.
         rows_received: int64, rows that rank received from peer.
         seconds_waited: float64, how long ops of rank waited until peer arrived.
     """

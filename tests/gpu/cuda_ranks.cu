@@ -321,7 +321,7 @@ void CheckLargest() {
   for (const Problem& problem : {
            MakeProblem("2048 experts", 4, 2048, 8, 200, 64, RowType::kBFloat16, kExpert),
            // Counters fit for only a few of a block's warps.
-           MakeProblem("8192 experts", 2, 8192, 8, 200, 64, RowType::kBFloat16, kExpert),
+           MakeProblem("8192 experts", 2, 8192, 8, 40, 64, RowType::kBFloat16, kExpert),
            MakeProblem("64 ranks", 64, 2048, 8, 40, 128, RowType::kBFloat16, kExpert, 4),
            MakeProblem("64 ranks, 32 choices", 64, 64, 32, 20, 72, RowType::kFloat32, kExpert),
            MakeProblem("64 ranks, by token", 64, 128, 32, 20, 128, RowType::kFloat16, kToken),

@@ -284,12 +284,13 @@ Traffic CudaCommunicator::TakeTraffic() {
     const size_t first = (rank->location.group * num_ranks + rank->location.rank) * num_ranks;
     for (size_t peer = 0; peer < num_ranks; ++peer) {
       uint64_t* before = &rank->taken_before[3 * peer];
-      traffic.rows_sent[first + peer] = static_cast<int64_t>(control.rows_taken[peer] - before[0]);
+      const uint64_t sent = control.rows_taken[peer] + control.rows_pushed[peer];
+      traffic.rows_sent[first + peer] = static_cast<int64_t>(sent - before[0]);
       traffic.rows_received[first + peer] =
           static_cast<int64_t>(control.rows_received[peer] - before[1]);
       traffic.seconds_waited[first + peer] =
           1e-9 * static_cast<double>(control.waited_ns[peer] - before[2]);
-      before[0] = control.rows_taken[peer];
+      before[0] = sent;
       before[1] = control.rows_received[peer];
       before[2] = control.waited_ns[peer];
     }

@@ -78,6 +78,8 @@ struct DeviceControl {
   uint32_t num_ready;     // blocks whose writes peers may read
   uint32_t num_finished;  // blocks whose reads are done
   uint32_t num_invalid;   // entries of topk_idx that this op ignored
+  uint64_t ended;         // blocks, lost blocks and invalid entries: see SignalledOp::Finish
+  uint64_t rows_pushed[kMaxRanks];  // rows that this rank has pushed to each peer, in total
   uint64_t rows_received[kMaxRanks];
   uint64_t waited_ns[kMaxRanks];
   uint64_t last_op_ns;  // from the first instruction of the last op to its end

@@ -88,8 +88,7 @@ __device__ inline void WriteFailure(const Dispatch& op) {
   }
 }
 
-__device__ inline void ReportInvalid(const Dispatch& op, const RankOp& rank_op) {
-  const uint32_t count = rank_op.own().num_invalid;
+__device__ inline void ReportInvalid(const Dispatch& op, const RankOp& rank_op, uint32_t count) {
   *op.params.num_invalid = static_cast<int32_t>(count);
   HostStatus& status = *op.frame.status;
   if (count == 0 || *static_cast<volatile uint64_t*>(&status.invalid_step) != 0) return;

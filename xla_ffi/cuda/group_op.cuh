@@ -113,7 +113,7 @@ class GroupOp : public RankOp {
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
     // overwrote after aborting, then it sees here that the peer has aborted.
     FenceSystem();
-    End(succeed, fail);
+    End(Stopped(), succeed, fail);
   }
 
  private:

@@ -36,6 +36,15 @@ __device__ __forceinline__ uint32_t AddAcquireRelease(uint32_t* address, uint32_
   return old;
 }
 
+__device__ __forceinline__ uint64_t AddAcquireRelease(uint64_t* address, uint64_t value) {
+  uint64_t old;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
+}
+
 __device__ __forceinline__ void StoreReleaseDevice(uint64_t* address, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }

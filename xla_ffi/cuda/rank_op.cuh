@@ -18,6 +18,8 @@ class RankOp {
     uint64_t began_ns;
     int flag;
     bool refused;  // another op of the communicator is running on this rank
+    uint32_t num_invalid;  // entries of topk_idx that this block has ignored
+    uint64_t ended;
     const char* operands[kMaxOperands][kMaxRanks];
   };
 
@@ -29,7 +31,14 @@ class RankOp {
   // still be in the failed op, so this rank must not write what the peer reads from its control
   // block.
   __device__ bool Begin() {
-    if (threadIdx.x == 0) {
+    Enter();
+    return Entered();
+  }
+
+  // The two halves of Begin: one thread, of the warp with the fewest items, takes the rank while
+  // others load their operands; then all learn the result.
+  __device__ void Enter() {
+    if (threadIdx.x == blockDim.x - 1) {
       // First: from then on no other op of this rank ends, so that the step is this op's alone.
       const uint64_t active = CompareAndSwap(&own_.active, 0, frame_.launch);
       shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
@@ -41,9 +50,10 @@ class RankOp {
       if (shared_.refused) Fail(Failure::kTwoAtOnce, 0);
       if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank, 0);
       shared_.flag = !(lost || mistaken || shared_.refused);
+      shared_.num_invalid = 0;
     }
-    return SharedFlag();
   }
+  __device__ bool Entered() { return SharedFlag(); }
 
   __device__ uint64_t step() const { return shared_.step; }
   __device__ DeviceControl& own() const { return own_; }
@@ -66,8 +76,8 @@ class RankOp {
  protected:
   // On the last block, after all reads of this rank: call succeed(), or fail() if the op is lost.
   template <typename Succeed, typename Fill>
-  __device__ void End(Succeed succeed, Fill fail) {
-    if (Stopped()) {
+  __device__ void End(bool lost, Succeed succeed, Fill fail) {
+    if (lost) {
       if (threadIdx.x == 0) Fail(Failure::kNone, 0);
       fail();
     } else {

@@ -141,32 +141,47 @@ struct Float16 {
 // Words of 16 bytes that a lane has in flight.
 inline constexpr int kWordsInFlight = 14;
 
+// What a warp has in flight of a row of 16-bit words, from group `base` on.
+template <bool kWhole>
+struct RowChunk {
+  static constexpr int kGroups = 32 * kWordsInFlight;  // of the warp
+  Packed<uint16_t> groups[kWordsInFlight];
+
+  __device__ __forceinline__ void Load(const char* row, RowShape<kWhole> shape, int base) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWordsInFlight; ++i) {
+      const int group = base + i * 32 + lane;
+      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(row, group, shape);
+    }
+  }
+  __device__ __forceinline__ void Store(char* row, RowShape<kWhole> shape, int base) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kWordsInFlight; ++i) {
+      const int group = base + i * 32 + lane;
+      if (group < shape.num_groups()) StoreGroup(row, group, shape, groups[i]);
+    }
+  }
+};
+
 // Copy a row to the rows of `rows` whose indices lanes of this warp have, or -1. `destination()`,
 // the lane's index, is called once the first loads are in flight. The row is 16-bit words.
 template <bool kWhole, typename Destination>
 __device__ void CopyRowToLanes(const char* from, char* rows, RowShape<kWhole> shape,
                                Destination destination) {
-  const int lane = threadIdx.x % 32;
   int64_t mine = -1;
   uint32_t all = 0;
-  for (int base = 0; base < shape.num_groups(); base += 32 * kWordsInFlight) {
-    Packed<uint16_t> groups[kWordsInFlight];
-#pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
-      const int group = base + i * 32 + lane;
-      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(from, group, shape);
-    }
+  for (int base = 0; base < shape.num_groups(); base += RowChunk<kWhole>::kGroups) {
+    RowChunk<kWhole> chunk;
+    chunk.Load(from, shape, base);
     if (base == 0) {
       mine = destination();
       all = __ballot_sync(~0u, mine >= 0);
     }
     for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
       char* to = rows + __shfl_sync(~0u, mine, __ffs(lanes) - 1) * shape.size * sizeof(uint16_t);
-#pragma unroll
-      for (int i = 0; i < kWordsInFlight; ++i) {
-        const int group = base + i * 32 + lane;
-        if (group < shape.num_groups()) StoreGroup(to, group, shape, groups[i]);
-      }
+      chunk.Store(to, shape, base);
     }
   }
 }

@@ -150,6 +150,10 @@ template <typename T, typename Value>
 T atomicAdd(T* address, Value value) {
   return __atomic_fetch_add(address, static_cast<T>(value), __ATOMIC_RELAXED);
 }
+template <typename T>
+T atomicOr(T* address, T value) {
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
 template <typename T, typename Value>
 T atomicCAS(T* address, Value compare, Value value) {
   T expected = static_cast<T>(compare);

@@ -28,23 +28,24 @@ struct LowLatencyCachedDispatch {
 template <bool kWhole>
 __device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& group) {
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
-  const int num_tokens = op.params.route.num_tokens;
   for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
        item += NumWarps()) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
-    const bool inside = token < num_tokens && lane < num_topk;
+    RowToPush<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
+                          op.row_bytes, part, op.signalled.num_parts);
+    const bool exists = token < op.params.route.num_tokens;
+    if (exists) row.Load();
+    const bool inside = exists && lane < num_topk;
     const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
     const uint32_t same = __match_any_sync(~0u, rank != kNone ? rank : -1 - lane);
     const bool leads = rank != kNone && __ffs(same) - 1 == lane;
-    group.PushRow<kWhole>(static_cast<const char*>(op.params.x) + token * op.row_bytes,
-                          op.row_bytes, token, part, rank, leads);
+    group.PushRow<kWhole>(row, token, part, rank, leads);
   }
 }
 
-// Call use(slot, row of the lane or kNone, part) for all received slots.
+// Call use(slot, row of the lane or kNone, part) for all received slots. False if the op is lost.
 template <bool kWhole, typename Use>
-__device__ void ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group, int32_t* taken,
-                         Use use) {
+__device__ bool ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group, Use use) {
   const int lane = threadIdx.x % 32;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
   const PairTable table(op.frame.shape, op.params.route);
@@ -56,30 +57,28 @@ __device__ void ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group,
     const int32_t row = exists ? line[1 + lane] : kNone;
     const Slot at = group.SlotOf(op.frame.rank, source, op.num_slots.Remainder(slot));
     bool has_row;
-    if (!group.Wait(true, at, part, source, &has_row)) return;
+    if (!group.Wait(true, at, part, source, &has_row)) return false;
+    if (has_row && part == 0 && lane == 0) group.CountReceived(source);
     if (!__any_sync(~0u, has_row && row != kNone)) continue;
-    if (part == 0 && lane == 0) atomicAdd(&taken[source], 1);
     use(at, row, part);
   }
+  return true;
 }
 
 // `work` is called as in ForSlots.
 template <bool kWhole, typename Work>
 __device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
   __shared__ RankOp::Shared shared;
-  __shared__ int32_t taken[kMaxRanks];
   const CachedDispatchParams& params = op.params;
   SignalledOp group(op.frame, op.signalled, &shared);
-  for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
-
-  if (group.Begin()) {
+  bool lost = !group.Begin();
+  if (!lost) {
     PushRows<kWhole>(op, group);
     group.Announce();
-    ForSlots<kWhole>(op, group, taken, work);
+    lost = !ForSlots<kWhole>(op, group, work);
     WriteZeros<kWhole>(params, op.frame.shape, op.row_bytes);
-    group.CountTaken(taken);
   }
-  group.Finish([] {}, [&] { WriteFailure(params); });
+  group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params); });
 }
 
 template <bool kWhole>

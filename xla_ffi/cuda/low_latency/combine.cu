@@ -26,11 +26,32 @@ struct LowLatencyCombine {
   SignalledFrame signalled;
   int64_t row_bytes;
   Divisor num_slots, num_parts;
+
+  // Those that may have rows.
+  __device__ int NumSlots() const { return frame.shape.num_ranks * params.route.num_tokens; }
 };
 
-// Step 1.
+// The rows of a slot of the dispatch, a lane each, and their weights.
+struct RowsOfSlot {
+  int32_t row = kNone;
+  float weight = 1.0f;
+
+  __device__ RowsOfSlot(const LowLatencyCombine& op, int item) {
+    const PairTable table(op.frame.shape, op.params.route);
+    const int lane = threadIdx.x % 32, slot = op.num_parts.Quotient(item);
+    if (slot >= op.NumSlots() || lane >= table.max_rows) return;
+    row = op.params.pairs[int64_t{1 + slot} * table.line_ints() + 1 + lane];
+    // Without weights they are 1, which changes no bit: kernels of their own would gain nothing.
+    // After a failed dispatch, a row may be any number.
+    const bool exists = static_cast<uint32_t>(row) < static_cast<uint32_t>(op.params.route.capacity);
+    if (exists && op.params.weights != nullptr) weight = op.params.weights[row];
+  }
+};
+
+// Step 1. `rows` are those of this warp's first slot.
 template <typename Type, bool kWhole>
-__device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, Term* terms) {
+__device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, RowsOfSlot rows,
+                         Term* terms) {
   const CombineParams& params = op.params;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = op.frame.shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
@@ -38,10 +59,10 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
   const PairTable table(op.frame.shape, params.route);
   for (int item = FirstItem(); item < num_items; item += NumWarps()) {
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
-    const Slot to = group.SlotOf(op.num_slots.Quotient(slot), self, op.num_slots.Remainder(slot));
-    const int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
-    const bool exists = params.route.num_tokens > 0 && lane < table.max_rows;
-    const int32_t row = exists ? line[1 + lane] : kNone;
+    const int owner = op.num_slots.Quotient(slot);
+    const Slot to = group.SlotOf(owner, self, op.num_slots.Remainder(slot));
+    if (item != FirstItem()) rows = RowsOfSlot(op, item);
+    const int32_t row = rows.row;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
     const RowPart<kWhole> elements(params.route.row_size, sizeof(typename Type::Element), part,
                                    op.signalled.num_parts);
@@ -60,22 +81,20 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
         if (row != kNone) {
           inputs.position = __popc(live & ((1u << lane) - 1));
           inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes + elements.begin;
-          // Without weights it is 1, which changes no bit: kernels of their own would gain nothing
-          // here.
-          if (params.weights != nullptr) inputs.weight = params.weights[row];
+          inputs.weight = rows.weight;
         }
         AddUp<Type, kWhole, true, SumOfProducts>(inputs, to.row() + elements.begin, elements.shape,
                                                  terms);
       }
     }
     group.Send(lane == 0, to, part, live != 0);
+    if (live != 0 && part == 0 && lane == 0) group.CountPushed(owner);
   }
 }
 
-// Step 2.
+// Step 2. False if the op is lost.
 template <typename Type, bool kWhole>
-__device__ void SumTokens(const LowLatencyCombine& op, SignalledOp& group, int32_t* taken,
-                          Term* terms) {
+__device__ bool SumTokens(const LowLatencyCombine& op, SignalledOp& group, Term* terms) {
   const CombineParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = shape.num_topk;
@@ -92,7 +111,8 @@ __device__ void SumTokens(const LowLatencyCombine& op, SignalledOp& group, int32
       inputs.count = 1;
     }
     const int64_t entry = int64_t{token} * num_topk + lane;
-    const int32_t owner = exists && lane < num_topk ? params.destination[entry] : kNone;
+    const bool has_gradient = params.gradients != nullptr && part == 0 && exists && lane < num_topk;
+    const int32_t owner = has_gradient ? params.destination[entry] : kNone;
     const uint32_t same = __match_any_sync(~0u, owner);
     const int nth = __popc(same & ((1u << lane) - 1));  // of the entries of its rank
     float gradient = 0.0f;
@@ -102,47 +122,45 @@ __device__ void SumTokens(const LowLatencyCombine& op, SignalledOp& group, int32
       const bool waits = rank < shape.num_ranks;
       const Slot at = group.SlotOf(self, waits ? rank : self, token);
       bool has_row;
-      if (!group.Wait(waits, at, part, waits ? rank : self, &has_row)) return;
+      if (!group.Wait(waits, at, part, waits ? rank : self, &has_row)) return false;
       const uint32_t present = __ballot_sync(~0u, has_row);
       if (has_row) {
         terms[inputs.count + __popc(present & ((1u << lane) - 1))] = {at.row() + elements.begin,
                                                                       1.0f};
-        if (part == 0) atomicAdd(&taken[rank], 1);
+        if (part == 0) group.CountReceived(rank);
       }
       inputs.count += __popc(present);
-      if (params.gradients != nullptr && part == 0 && owner >= base && owner < base + 32 &&
-          (present >> (owner - base) & 1) != 0) {
+      if (owner >= base && owner < base + 32 && (present >> (owner - base) & 1) != 0) {
         gradient = group.SlotOf(self, owner, token).entries()[expert_major ? nth : lane].value;
       }
     }
     if (!exists) continue;
-    if (params.gradients != nullptr && part == 0 && lane < num_topk)
-      params.gradients[entry] = gradient;
+    if (has_gradient) params.gradients[entry] = gradient;
     if (elements.shape.size > 0) {
       char* to = static_cast<char*>(params.out) + token * op.row_bytes + elements.begin;
       AddUp<Type, kWhole, false, SumOfRows>(inputs, to, elements.shape, terms);
     }
   }
+  return true;
 }
 
 template <typename Type, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine op) {
   __shared__ RankOp::Shared shared;
-  __shared__ int32_t taken[kMaxRanks];
   __shared__ Term of_warps[kWarps][kMaxTerms];
   Term* terms = of_warps[threadIdx.x / 32];
   const CombineParams& params = op.params;
   SignalledOp group(op.frame, op.signalled, &shared);
-  for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
-
-  if (group.Begin()) {
-    PushSums<Type, kWhole>(op, group, terms);
+  group.Enter();
+  const RowsOfSlot rows(op, FirstItem());
+  bool lost = !group.Entered();
+  if (!lost) {
+    PushSums<Type, kWhole>(op, group, rows, terms);
     group.Announce();
-    SumTokens<Type, kWhole>(op, group, taken, terms);
-    group.CountTaken(taken);
+    lost = !SumTokens<Type, kWhole>(op, group, terms);
   }
-  group.Finish([] {}, [&] { WriteFailure(params, op.frame.shape); });
+  group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params, op.frame.shape); });
 }
 
 using Kernel = void (*)(LowLatencyCombine);

@@ -22,6 +22,7 @@
 #include "cuda/op_frame.h"
 #include "cuda/rank_op.cuh"
 #include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
 
@@ -64,48 +65,57 @@ struct RowPart {
   }
 };
 
+// Store a chunk of a row to the addresses of all lanes of this warp that are not null.
+template <bool kWhole>
+__device__ void StoreToLanes(const RowChunk<kWhole>& chunk, RowShape<kWhole> shape, int base,
+                             char* to) {
+  for (uint32_t lanes = __ballot_sync(~0u, to != nullptr); lanes != 0; lanes &= lanes - 1) {
+    const auto address = reinterpret_cast<uint64_t>(to);
+    chunk.Store(reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1)), shape, base);
+  }
+}
+
 // Copy a row to the addresses of all lanes of this warp that are not null.
 template <bool kWhole>
 __device__ void CopyRow(const char* from, RowShape<kWhole> shape, char* to) {
-  const int lane = threadIdx.x % 32;
-  const uint32_t all = __ballot_sync(~0u, to != nullptr);
-  if (all == 0) return;
-  for (int base = 0; base < shape.num_groups(); base += 32 * kWordsInFlight) {
-    Packed<uint16_t> groups[kWordsInFlight];
-#pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
-      const int group = base + i * 32 + lane;
-      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(from, group, shape);
-    }
-    for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
-      const auto address = reinterpret_cast<uint64_t>(to);
-      char* of_lane = reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1));
-#pragma unroll
-      for (int i = 0; i < kWordsInFlight; ++i) {
-        const int group = base + i * 32 + lane;
-        if (group < shape.num_groups()) StoreGroup(of_lane, group, shape, groups[i]);
-      }
-    }
+  if (!__any_sync(~0u, to != nullptr)) return;
+  for (int base = 0; base < shape.num_groups(); base += RowChunk<kWhole>::kGroups) {
+    RowChunk<kWhole> chunk;
+    chunk.Load(from, shape, base);
+    StoreToLanes<kWhole>(chunk, shape, base, to);
   }
 }
+
+// What a warp needs to push a part of a token's row, loaded before it may.
+template <bool kWhole>
+struct RowToPush {
+  const char* row;
+  RowPart<kWhole> words;
+  RowChunk<kWhole> chunk;  // the first
+
+  __device__ RowToPush(const char* row, int64_t row_bytes, int part, int num_parts)
+      : row(row), words(static_cast<int>(row_bytes / 2), 2, part, num_parts) {}
+  __device__ void Load() { chunk.Load(row + words.begin, words.shape, 0); }
+};
 
 class SignalledOp : public RankOp {
  public:
   __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
       : RankOp(frame, shared), signalled_(signalled) {}
 
-  // Announce this op to all peers. By the first block, after Begin.
+  // Announce this op to all peers. By every warp once it has pushed: the one with the fewest
+  // items does it, so that no other waits for these stores.
   __device__ void Announce() {
-    if (blockIdx.x != 0) return;
+    if (FirstItem() != NumWarps() - 1) return;
     const int lane = threadIdx.x % 32;
-    for (int peer = threadIdx.x / 32; peer < num_ranks(); peer += blockDim.x / 32) {
-      DeviceControl& control = *frame_.control[peer];
-      if (lane < Publication::kWords) {
-        reinterpret_cast<uint64_t*>(&control.published[frame_.rank])[lane] = WordToPublish(lane);
-      }
-      __syncwarp();
+    for (int peer = 0; peer < num_ranks(); ++peer) {
+      auto* words = reinterpret_cast<uint64_t*>(&frame_.control[peer]->published[frame_.rank]);
+      if (lane < Publication::kWords) words[lane] = WordToPublish(lane);
+    }
+    __syncwarp();
+    for (int peer = lane; peer < num_ranks(); peer += 32) {
       // Pairs with the acquire loads in WaitForAll of group_op.cuh and in HasOtherOp, on the peer.
-      if (lane == 0) StoreReleaseSystem(&control.arrived[frame_.rank], step());
+      StoreReleaseSystem(&frame_.control[peer]->arrived[frame_.rank], step());
     }
   }
 
@@ -120,22 +130,25 @@ class SignalledOp : public RankOp {
   // slot.
   __device__ void Send(bool sends, const Slot& slot, int part, bool has_row) const {
     __syncwarp();
-    if (!sends) return;
-    Signal* signal = slot.signals() + part;
-    signal->op_hash = SignalHash(has_row);
-    StoreReleaseSystem(&signal->step, step());  // pairs with the acquire load in Wait, on the owner
+    // Pairs with the acquire load in Wait, on the owner.
+    if (sends) StoreReleaseSystem(slot.signals() + part, SignalOf(frame_.op_hash, step(), has_row));
   }
 
+  // Count a row that this rank has pushed, or received. By one lane per row.
+  __device__ void CountPushed(int peer) const { Count(&own_.rows_pushed[peer]); }
+  __device__ void CountReceived(int peer) const { Count(&own_.rows_received[peer]); }
+
   // Push a part of the row of a token to the ranks of the lanes with `leads`, and send the signal
-  // to all ranks.
+  // to all ranks. `from` has been loaded.
   template <bool kWhole>
-  __device__ void PushRow(const char* row, int64_t row_bytes, int token, int part, int32_t rank,
+  __device__ void PushRow(RowToPush<kWhole>& from, int token, int part, int32_t rank,
                           bool leads) const {
     const int lane = threadIdx.x % 32, self = frame_.rank;
-    const RowPart<kWhole> words(static_cast<int>(row_bytes / 2), 2, part, signalled_.num_parts);
-    if (words.shape.size > 0) {
-      char* to = leads ? SlotOf(rank, self, token).row() + words.begin : nullptr;
-      CopyRow<kWhole>(row + words.begin, words.shape, to);
+    const RowShape<kWhole> shape = from.words.shape;
+    char* to = leads ? SlotOf(rank, self, token).row() + from.words.begin : nullptr;
+    for (int base = 0; base < shape.num_groups(); base += RowChunk<kWhole>::kGroups) {
+      if (base > 0) from.chunk.Load(from.row + from.words.begin, shape, base);
+      StoreToLanes<kWhole>(from.chunk, shape, base, to);
     }
     // A lane for each peer; the lanes of entries know which peers have a row of the token.
     for (int base = 0; base < num_ranks(); base += 32) {
@@ -147,31 +160,34 @@ class SignalledOp : public RankOp {
       const bool sends = peer < num_ranks();
       Send(sends, SlotOf(sends ? peer : self, self, token), part, has_row);
     }
+    if (leads && part == 0) CountPushed(rank);
   }
 
   // Wait until a part of the slot of every lane with `waits` has arrived from its source. Returns
   // false for all lanes if the op is lost; sets `has_row` to whether the lane's slot has a row.
   __device__ bool Wait(bool waits, const Slot& slot, int part, int source, bool* has_row) {
     const Signal* signal = slot.signals() + part;
+    const Signal expected = SignalOf(frame_.op_hash, step(), true);
     const uint64_t began_ns = NanosecondClock();
     constexpr int kLoadsBetweenChecks = 32;  // a check takes longer than a peer's store
     bool here = !waits, differs = false, late = false, stopped = false;
     *has_row = false;
+    const auto look = [&] {
+      const Signal found = LoadAcquireSystem(signal);
+      if ((found | 1) != expected) return false;
+      *has_row = (found & 1) != 0;
+      return true;
+    };
     for (int i = 1;; ++i) {
-      if (!here && LoadAcquireSystem(&signal->step) == step()) {
-        here = true;
-        const uint64_t hash = *static_cast<const volatile uint64_t*>(&signal->op_hash);
-        *has_row = (hash & 1) != 0;
-        differs = (hash | 1) != (frame_.op_hash | 1);
-      }
-      if (__all_sync(~0u, here) || __any_sync(~0u, differs)) break;
+      if (!here) here = look();
+      if (__all_sync(~0u, here)) break;
       if (i % kLoadsBetweenChecks != 0) continue;
       if (!here) {
         stopped = IsBroken();
         late = NanosecondClock() - began_ns > frame_.timeout_ns;
-        // Load the step again after the announcement: a peer that is already in a later op has sent
-        // this signal before.
-        differs = HasOtherOp(source) && LoadAcquireSystem(&signal->step) != step();
+        // Look again after the announcement: a peer that is already in a later op has sent this
+        // signal before.
+        if (HasOtherOp(source)) differs = !(here = look());
       }
       if (__any_sync(~0u, stopped || late || differs)) break;
     }
@@ -188,24 +204,34 @@ class SignalledOp : public RankOp {
     return false;
   }
 
-  // End the op: the last block calls succeed() or fail().
+  // End the op: the last block calls succeed(number of invalid entries) or fail(). All data that
+  // this rank has waited for is of this op, whatever happens to its peers, so only its own blocks
+  // matter, `lost` on any thread.
   template <typename Succeed, typename Fill>
-  __device__ void Finish(Succeed succeed, Fill fail) {
-    if (shared_.refused) {  // the counters belong to the other op
+  __device__ void Finish(bool lost, Succeed succeed, Fill fail) {
+    if (shared_.refused) {  // the counter belongs to the other op
       fail();
       return;
     }
-    if (!IsLastBlock(&own_.num_finished)) return;
-    for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
-      frame_.control[peer]->rows_taken[frame_.rank] =
-          *static_cast<volatile uint64_t*>(&own_.rows_received[peer]);
+    lost = !__syncthreads_and(!lost);
+    if (threadIdx.x == 0) {
+      const uint64_t added = uint64_t{shared_.num_invalid} << 32 | (lost ? 1u << 16 : 0u) | 1;
+      // Releases this block's results: they come before those that fail() writes.
+      shared_.ended = AddAcquireRelease(&own_.ended, added) + added;
     }
-    End(succeed, fail);
+    __syncthreads();
+    const uint64_t ended = shared_.ended;
+    if ((ended & 0xffff) != gridDim.x) return;
+    own_.ended = 0;
+    End((ended >> 16 & 0xffff) != 0, [&] { succeed(static_cast<uint32_t>(ended >> 32)); }, fail);
   }
 
+  // Count entries of topk_idx that the op ignores.
+  __device__ void CountInvalid(int count) { atomicAdd(&shared_.num_invalid, count); }
+
  private:
-  __device__ uint64_t SignalHash(bool has_row) const {
-    return (frame_.op_hash & ~uint64_t{1}) | (has_row ? 1 : 0);
+  __device__ static void Count(uint64_t* counter) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
   }
 
   // Whether a peer has announced another op at this step.

@@ -25,11 +25,13 @@ inline constexpr int kMaxParts = 8;
 // Bytes of a row in a slot per element of H: rows of float32 need throughput mode.
 inline constexpr int kSlotBytesPerElement = 2;
 
-// Says that a part of a slot has arrived, and for which op. Written by the source after the part.
-struct alignas(16) Signal {
-  uint64_t step;
-  uint64_t op_hash;  // the lowest bit: whether there is a row
-};
+// Says that a part of a slot has arrived, and for which op: the op's hash and step, and in the
+// lowest bit whether there is a row. Written by the source after the part.
+using Signal = uint64_t;
+
+JAX_DEEPEP_HOST_DEVICE constexpr Signal SignalOf(uint64_t op_hash, uint64_t step, bool has_row) {
+  return ((op_hash ^ step << 1) & ~Signal{1}) | (has_row ? 1 : 0);
+}
 
 // Of a dispatch, an entry of the token in its own column: the local expert, or kNone, and the
 // router weight. Of a combine, the gradient of an entry's weight: expert-major, of the n-th entry

@@ -31,6 +31,9 @@ inline void StoreReleaseDevice(uint64_t* address, uint64_t value) {
 inline uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
+inline uint64_t AddAcquireRelease(uint64_t* address, uint64_t value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
 inline uint64_t CompareAndSwap(uint64_t* address, uint64_t expected, uint64_t value) {
   __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   return expected;
