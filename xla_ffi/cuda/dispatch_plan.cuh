@@ -9,6 +9,13 @@
 
 namespace jax_deepep {
 
+// Of the rows of this rank.
+struct PlanTotals {
+  int64_t end;       // of the row groups, with padding
+  int32_t received;  // rows sent to it, before dropping
+  int32_t kept;      // and after
+};
+
 // The positions of all rows of the EP group, in shared memory. Row groups are numbered over all
 // ranks: rank * groups_per_rank + group on that rank.
 struct Plan {
@@ -18,18 +25,18 @@ struct Plan {
   int32_t* first_here;    // [R][groups_per_rank] the same for each source, in this rank's groups
   int32_t* pairs_before;  // [R + 1] pairs of earlier sources for this rank
   int32_t* taken;         // [R] pairs that this block has read from each source
-  int64_t* received;      // rows sent to this rank, before dropping
+  PlanTotals* totals;
 
   __host__ __device__ static int64_t Ints(const GroupShape& shape) {
     return int64_t{4} *
                (shape.num_experts > shape.num_ranks ? shape.num_experts : shape.num_ranks) +
-           2 * shape.num_ranks + 6;
+           2 * shape.num_ranks + 4 + sizeof(PlanTotals) / sizeof(int32_t);
   }
   __device__ static Plan At(int32_t* memory, const GroupShape& shape) {
     const int groups = max(shape.num_experts, shape.num_ranks);
     Plan plan;
-    plan.received = reinterpret_cast<int64_t*>(memory);
-    plan.offset = memory + 2;
+    plan.totals = reinterpret_cast<PlanTotals*>(memory);
+    plan.offset = memory + sizeof(PlanTotals) / sizeof(int32_t);
     plan.kept = plan.offset + groups;
     plan.first_of_own = plan.kept + groups;
     plan.first_here = plan.first_of_own + groups;
@@ -57,25 +64,34 @@ __device__ inline void LayOutGroups(const Dispatch& op, const Plan& plan, int ow
   const int per_rank = route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
   // Rows beyond the capacity are dropped in any case.
   const int64_t limit = route.expert_capacity == kNoLimit ? route.capacity : route.expert_capacity;
-  int64_t end = 0, received = 0;
-  for (int base = 0; base < per_rank; base += 32) {
-    const int group = owner * per_rank + base + lane;
-    const bool inside = base + lane < per_rank;
-    const int32_t sent = inside ? plan.kept[group] : 0;
-    received += sent;
-    const int32_t wanted = static_cast<int32_t>(min(int64_t{sent}, limit));
-    const int64_t padded = op.alignment.RoundUp(wanted);
-    const int64_t until = end + InclusiveScan(padded);
-    if (inside) {
-      const int64_t offset = min(until - padded, int64_t{route.capacity});
-      plan.offset[group] = static_cast<int32_t>(offset);
-      plan.kept[group] = static_cast<int32_t>(min(int64_t{wanted}, route.capacity - offset));
-    }
-    end = __shfl_sync(~0u, until, 31);
+  const auto wanted_of = [&](int32_t sent) {
+    return static_cast<int32_t>(min(int64_t{sent}, limit));
+  };
+  // A lane has consecutive groups.
+  const int per_lane = (per_rank + 31) / 32;
+  int32_t* const kept = plan.kept + owner * per_rank;
+  const int first = min(lane * per_lane, per_rank), last = min(first + per_lane, per_rank);
+  int64_t padded = 0;
+  int32_t received = 0, all_kept = 0;
+  for (int group = first; group < last; ++group) {
+    received += kept[group];
+    padded += op.alignment.RoundUp(wanted_of(kept[group]));
+  }
+  const int64_t until = InclusiveScan(padded);
+  int64_t offset = until - padded;
+  for (int group = first; group < last; ++group) {
+    const int32_t wanted = wanted_of(kept[group]);
+    const int64_t begin = min(offset, int64_t{route.capacity});
+    plan.offset[owner * per_rank + group] = static_cast<int32_t>(begin);
+    kept[group] = static_cast<int32_t>(min(int64_t{wanted}, route.capacity - begin));
+    all_kept += kept[group];
+    offset += op.alignment.RoundUp(wanted);
   }
   if (owner == op.frame.rank) {
-    received = __shfl_sync(~0u, InclusiveScan(received), 31);
-    if (lane == 0) *plan.received = received;
+    received = __reduce_add_sync(~0u, received);
+    all_kept = __reduce_add_sync(~0u, all_kept);
+    const int64_t end = __shfl_sync(~0u, until, 31);
+    if (lane == 0) *plan.totals = {end, received, all_kept};
   }
 }
 

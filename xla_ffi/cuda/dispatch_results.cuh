@@ -31,22 +31,19 @@ template <bool kWhole>
 __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
   const DispatchParams& params = op.params;
   const int groups = params.route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, own = op.frame.rank * groups;
   const int warp = FirstItem();
-  int64_t kept = 0, end = 0;
-  for (int base = 0; base < groups; base += 32) {
+  const bool counts = warp == NumWarps() - 1;  // the one with the fewest other items
+  for (int base = 0; base < groups && (counts || params.route.alignment > 1); base += 32) {
     const int group = base + lane;
     const bool inside = group < groups;
-    const int at = op.frame.rank * groups + group;
-    const int32_t rows = inside ? plan.kept[at] : 0;
+    const int32_t rows = inside ? plan.kept[own + group] : 0;
     const auto padded = static_cast<int32_t>(op.alignment.RoundUp(rows));
-    const int32_t rest = inside ? plan.offset[at] + rows : 0;  // its first padding row
-    if (warp == 0 && inside) {
+    const int32_t rest = inside ? plan.offset[own + group] + rows : 0;  // its first padding row
+    if (counts && inside) {
       params.num_rows[group] = rows;
       params.group_sizes[group] = padded;
     }
-    kept += __reduce_add_sync(~0u, rows);
-    end += __reduce_add_sync(~0u, padded);
     for (uint32_t lanes = __ballot_sync(~0u, padded > rows); lanes != 0; lanes &= lanes - 1) {
       const int of_lane = __ffs(lanes) - 1;
       const int64_t first = __shfl_sync(~0u, rest, of_lane);
@@ -58,13 +55,15 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
       }
     }
   }
+  // Dropped groups are empty: the rest begins behind what is kept.
+  const int64_t end = min(plan.totals->end, int64_t{params.route.capacity});
   for (int64_t row = end + blockIdx.x * kThreads + threadIdx.x; row < params.route.capacity;
        row += gridDim.x * kThreads) {
     MarkEmpty(op, row);
   }
-  if (warp == 0 && lane == 0) {
-    *params.num_received = static_cast<int32_t>(*plan.received);
-    *params.num_dropped = static_cast<int32_t>(*plan.received - kept);
+  if (counts && lane == 0) {
+    *params.num_received = plan.totals->received;
+    *params.num_dropped = plan.totals->received - plan.totals->kept;
     if (params.pairs != nullptr) params.pairs[0] = plan.pairs_before[op.frame.shape.num_ranks];
   }
 }

@@ -62,6 +62,30 @@ __device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t e
 
 __device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// 16 bytes that are stored, and arrive on a peer, at once.
+struct alignas(16) Packet {
+  uint64_t value, tag;
+};
+
+__device__ __forceinline__ void StorePacket(Packet* address, Packet packet) {
+  asm volatile(
+      "{\n.reg .b128 whole;\nmov.b128 whole, {%1, %2};\n"
+      "st.relaxed.sys.global.b128 [%0], whole;\n}" ::"l"(address),
+      "l"(packet.value), "l"(packet.tag)
+      : "memory");
+}
+
+__device__ __forceinline__ Packet LoadPacket(const Packet* address) {
+  Packet packet;
+  asm volatile(
+      "{\n.reg .b128 whole;\nld.relaxed.sys.global.b128 whole, [%2];\n"
+      "mov.b128 {%0, %1}, whole;\n}"
+      : "=l"(packet.value), "=l"(packet.tag)
+      : "l"(address)
+      : "memory");
+  return packet;
+}
+
 // Loads of data that a peer wrote during this op, by threads other than the one that acquired it.
 __device__ __forceinline__ int32_t LoadFresh(const int32_t* address) {
   int32_t value;

@@ -142,15 +142,15 @@ struct Float16 {
 inline constexpr int kWordsInFlight = 14;
 
 // What a warp has in flight of a row of 16-bit words, from group `base` on.
-template <bool kWhole>
+template <bool kWhole, int kWords = kWordsInFlight>
 struct RowChunk {
-  static constexpr int kGroups = 32 * kWordsInFlight;  // of the warp
-  Packed<uint16_t> groups[kWordsInFlight];
+  static constexpr int kGroups = 32 * kWords;  // of the warp
+  Packed<uint16_t> groups[kWords];
 
   __device__ __forceinline__ void Load(const char* row, RowShape<kWhole> shape, int base) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       const int group = base + i * 32 + lane;
       if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(row, group, shape);
     }
@@ -158,7 +158,7 @@ struct RowChunk {
   __device__ __forceinline__ void Store(char* row, RowShape<kWhole> shape, int base) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < kWordsInFlight; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       const int group = base + i * 32 + lane;
       if (group < shape.num_groups()) StoreGroup(row, group, shape, groups[i]);
     }

@@ -31,15 +31,13 @@ __device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& 
   for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
        item += NumWarps()) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
-    RowToPush<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
+    LoadedPart<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
                           op.row_bytes, part, op.signalled.num_parts);
     const bool exists = token < op.params.route.num_tokens;
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;
     const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
-    const uint32_t same = __match_any_sync(~0u, rank != kNone ? rank : -1 - lane);
-    const bool leads = rank != kNone && __ffs(same) - 1 == lane;
-    group.PushRow<kWhole>(row, token, part, rank, leads);
+    group.PushRow<kWhole>(row, token, part, RanksOfLanes(rank), true);
   }
 }
 
@@ -85,11 +83,13 @@ template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
   Run<kWhole>(op, [&](const Slot& at, int32_t row, int part) {
-    const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
-                                op.signalled.num_parts);
-    char* to = row == kNone ? nullptr
-                            : static_cast<char*>(op.params.rows) + row * op.row_bytes + words.begin;
-    if (words.shape.size > 0) CopyRow<kWhole>(at.row() + words.begin, words.shape, to);
+    LoadedPart<kWhole> words(at.row(), op.row_bytes, part, op.signalled.num_parts);
+    words.Load();
+    words.CopyTo([&](auto store) {
+      ForBits(__ballot_sync(~0u, row != kNone), [&](int lane) {
+        store(static_cast<char*>(op.params.rows) + __shfl_sync(~0u, row, lane) * op.row_bytes);
+      });
+    });
   });
 }
 

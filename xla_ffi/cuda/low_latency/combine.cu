@@ -70,9 +70,9 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
       if (params.row_gradients != nullptr && part == 0) {
         const int64_t of_token = __shfl_sync(~0u, row, 0);
         if (expert_major && lane < table.max_rows) {
-          to.entries()[lane].value = row != kNone ? params.row_gradients[row] : 0.0f;
+          to.value(lane) = row != kNone ? params.row_gradients[row] : 0.0f;
         } else if (!expert_major && lane < num_topk) {
-          to.entries()[lane].value = params.row_gradients[of_token * num_topk + lane];
+          to.value(lane) = params.row_gradients[of_token * num_topk + lane];
         }
       }
       if (elements.shape.size > 0) {
@@ -131,7 +131,7 @@ __device__ bool SumTokens(const LowLatencyCombine& op, SignalledOp& group, Term*
       }
       inputs.count += __popc(present);
       if (owner >= base && owner < base + 32 && (present >> (owner - base) & 1) != 0) {
-        gradient = group.SlotOf(self, owner, token).entries()[expert_major ? nth : lane].value;
+        gradient = group.SlotOf(self, owner, token).value(expert_major ? nth : lane);
       }
     }
     if (!exists) continue;

@@ -1,14 +1,14 @@
 // dispatch in low-latency mode: every rank pushes its tokens, with their experts, into slots of the
 // windows of its peers; each peer then assigns rows to what it has received, and copies it there.
 //
-// 1. Push: a warp for each part of a token's row, to all ranks that have its experts; the first
-//    part's warp also pushes the entries. Every slot of every peer gets its signals.
-// 2. Collect, in every block: a lane for each slot of this rank's window waits for its first part
-//    and marks the row groups of its entries, in a word of 32 slots for each group.
+// 1. Push: a warp for each part of a token's row, to all ranks that have its experts. Before that,
+//    the first part's warp pushes a packet for each entry to every rank.
+// 2. Collect, in every block: a thread for each entry of this rank's window waits for its packet,
+//    and marks the slot in a word of 32 slots of the entry's row group.
 // 3. Plan, in every block: rows are numbered in the order of the slots, which is (source, token):
 //    an entry's position in its group is the number of marks of earlier slots.
 // 4. Copy: a warp for each part of a slot, to all the rows of its token on this rank; the first
-//    part's warp also writes their routes.
+//    part's warp also writes their routes. A warp loads its first part before steps 2 and 3.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -34,6 +34,10 @@ struct LowLatencyDispatch {
   // Row groups of this rank.
   __device__ int NumGroups() const { return expert_major() ? op.local_experts.divisor() : 1; }
   __device__ int NumSlots() const { return op.frame.shape.num_ranks * signalled.num_slots; }
+  // Parts of slots that may have a row.
+  __device__ int NumItems() const {
+    return op.frame.shape.num_ranks * op.params.route.num_tokens * signalled.num_parts;
+  }
 };
 
 // The marks of 32 slots in a row group.
@@ -51,7 +55,8 @@ struct SlotPlan {
 // The size of everything that SlotPlan points to.
 int64_t SharedBytes(const GroupShape& shape, int groups, int num_slots) {
   const int64_t words = (int64_t{shape.num_ranks} * num_slots + 31) / 32;
-  return (2 + 2 * int64_t{groups}) * static_cast<int64_t>(sizeof(int32_t)) +
+  return static_cast<int64_t>(sizeof(PlanTotals)) +
+         2 * groups * static_cast<int64_t>(sizeof(int32_t)) +
          words * groups * static_cast<int64_t>(sizeof(Marks));
 }
 
@@ -59,14 +64,14 @@ int64_t SharedBytes(const GroupShape& shape, int groups, int num_slots) {
 template <bool kWhole>
 struct PartOfToken {
   int token, part;
-  bool inside;  // whether the lane has an entry
-  int32_t expert = kNone, rank = kNone;
+  bool inside;                         // whether the lane has an entry
+  int32_t expert = kNone, rank = kNone;  // of a valid entry
   float weight = 0.0f;
-  bool leads;  // the first entry of its rank
+  uint64_t ranks;  // of all lanes
   int num_invalid;
-  RowToPush<kWhole> row;
+  LoadedPart<kWhole> row;
 
-  __device__ PartOfToken(const LowLatencyDispatch& dispatch, int item)
+  __device__ __forceinline__ PartOfToken(const LowLatencyDispatch& dispatch, int item)
       : token(dispatch.num_parts.Quotient(item)),
         part(dispatch.num_parts.Remainder(item)),
         row(static_cast<const char*>(dispatch.op.params.x) + token * dispatch.op.row_bytes,
@@ -77,80 +82,121 @@ struct PartOfToken {
     const bool exists = token < op.params.route.num_tokens;
     inside = exists && lane < shape.num_topk;
     const int64_t entry = int64_t{token} * shape.num_topk + lane;
+    int32_t named = kNone;
     if (inside) {
-      expert = op.params.topk_idx[entry];
+      named = op.params.topk_idx[entry];
       weight = op.params.topk_weights[entry];
     }
     if (exists) row.Load();
-    const bool named = expert >= 0 && expert < shape.num_experts;
-    const uint32_t same = __match_any_sync(~0u, named ? expert : -1 - lane);
-    const bool valid = named && __ffs(same) - 1 == lane;
-    num_invalid = __popc(__ballot_sync(~0u, inside && expert != kNone && !valid));
-    if (valid) rank = op.RankOf(expert);
-    const uint32_t of_rank = __match_any_sync(~0u, valid ? rank : -1 - lane);
-    leads = valid && __ffs(of_rank) - 1 == lane;
+    const bool known = named >= 0 && named < shape.num_experts;
+    const uint32_t same = __match_any_sync(~0u, known ? named : kNone);
+    if (known && __ffs(same) - 1 == lane) {
+      expert = named;
+      rank = op.RankOf(named);
+    }
+    num_invalid = __popc(__ballot_sync(~0u, named != kNone && expert == kNone));
+    ranks = RanksOfLanes(rank);
   }
 };
 
 // Step 1. `pushed` is this warp's first part.
 template <bool kWhole>
-__device__ void PushTokens(const LowLatencyDispatch& dispatch, SignalledOp& group,
-                           PartOfToken<kWhole>& pushed) {
+__device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, SignalledOp& group,
+                                           PartOfToken<kWhole>& pushed) {
   const Dispatch& op = dispatch.op;
+  const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank;
   const int num_items = dispatch.signalled.num_slots * dispatch.signalled.num_parts;
   for (int item = FirstItem(); item < num_items; item += NumWarps()) {
     if (item != FirstItem()) pushed = PartOfToken<kWhole>(dispatch, item);
-    if (pushed.part == 0) {
-      // The entries that accompany the row, to each rank in turn.
-      for (uint32_t lanes = __ballot_sync(~0u, pushed.leads); lanes != 0; lanes &= lanes - 1) {
-        const int to = __shfl_sync(~0u, pushed.rank, __ffs(lanes) - 1);
-        if (!pushed.inside) continue;
-        const int32_t first = to * op.local_experts.divisor();
-        group.SlotOf(to, self, pushed.token).entries()[lane] = {
-            pushed.rank == to ? pushed.expert - first : kNone, pushed.weight};
+    if (pushed.part == 0 && lane < shape.num_topk) {
+      const int64_t offset =
+          dispatch.signalled.window.SlotOffset(group.step(), self, pushed.token);
+      const int32_t local = pushed.expert - pushed.rank * op.local_experts.divisor();
+      for (int peer = 0; peer < shape.num_ranks; ++peer) {
+        const SlotEntry entry = {peer == pushed.rank ? local : kNone, pushed.weight};
+        group.PushEntry(peer, offset, lane, entry);
       }
     }
-    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, pushed.rank, pushed.leads);
+    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, pushed.ranks, false);
     if (pushed.part == 0) {
       if (pushed.inside) {
-        op.params.destination[int64_t{pushed.token} * op.frame.shape.num_topk + lane] = pushed.rank;
+        op.params.destination[int64_t{pushed.token} * shape.num_topk + lane] = pushed.rank;
       }
       if (lane == 0 && pushed.num_invalid > 0) group.CountInvalid(pushed.num_invalid);
     }
   }
 }
 
-// Step 2. Marks have been cleared. False, on all threads, if the op is lost.
-__device__ bool Collect(const LowLatencyDispatch& dispatch, SignalledOp& group, Marks* marks) {
-  const int lane = threadIdx.x % 32, self = dispatch.op.frame.rank;
-  const int num_topk = dispatch.op.frame.shape.num_topk;
-  bool all = true;
-  for (int base = threadIdx.x - lane; base < dispatch.NumSlots() && all; base += kThreads) {
-    const int at = base + lane;
-    const bool waits = at < dispatch.NumSlots();
-    const int source = waits ? dispatch.num_slots.Quotient(at) : self;
-    const Slot slot =
-        group.SlotOf(self, source, waits ? dispatch.num_slots.Remainder(at) : 0);
-    bool has_row;
-    all = group.Wait(waits, slot, 0, source, &has_row);
-    Marks* groups = marks + base / 32 * dispatch.NumGroups();
-    if (!dispatch.expert_major()) {
-      const uint32_t slots = __ballot_sync(~0u, has_row);
-      if (lane == 0) groups->slots = slots;
-    } else if (has_row && all) {
-      const auto* pairs = reinterpret_cast<const uint4*>(slot.entries());  // of entries
-#pragma unroll 4
-      for (int k = 0; k < num_topk; k += 2) {
-        const uint4 pair = pairs[k / 2];
-        if (static_cast<int32_t>(pair.x) != kNone) atomicOr(&groups[pair.x].slots, 1u << lane);
-        if (k + 1 < num_topk && static_cast<int32_t>(pair.z) != kNone) {
-          atomicOr(&groups[pair.z].slots, 1u << lane);
-        }
-      }
-    }
+// A part of a slot, as the warp that copies it has it in registers: each lane has an entry.
+template <bool kWhole>
+struct PartOfSlot {
+  int slot, part, source;
+  SlotEntry entry = {kNone, 0.0f};  // kNone also if there is no row for it here
+  bool has_row = false;
+  bool lost = false;
+  LoadedPart<kWhole> row;
+
+  // Waits for the part.
+  __device__ __forceinline__ PartOfSlot(const LowLatencyDispatch& dispatch, SignalledOp& group,
+                                        int item)
+      : slot(dispatch.num_parts.Quotient(item)),
+        part(dispatch.num_parts.Remainder(item)),
+        source(dispatch.num_slots.Quotient(slot)),
+        row(nullptr, dispatch.op.row_bytes, part, dispatch.signalled.num_parts) {
+    if (item >= dispatch.NumItems()) return;
+    const int lane = threadIdx.x % 32;
+    const Slot at = group.SlotOf(dispatch.op.frame.rank, source, dispatch.num_slots.Remainder(slot));
+    const bool waits = lane < dispatch.op.frame.shape.num_topk;
+    lost = !group.WaitUntil([&] {
+      return !waits || group.HasEntry(at, lane, &entry) ? kNone : source;
+    });
+    has_row = __any_sync(~0u, entry.expert != kNone);
+    if (!has_row || lost) return;
+    // Also for a row that is dropped: it must not arrive in a later op.
+    bool arrived;
+    lost = !group.Wait(true, at, part, source, &arrived);
+    row.row = at.row();
+    row.Load();
   }
-  return __syncthreads_and(all);
+};
+
+// Step 2. Marks have been cleared. False if the op is lost.
+__device__ bool Collect(const LowLatencyDispatch& dispatch, SignalledOp& group, Marks* marks) {
+  constexpr int kInFlight = 4;  // loads of a thread
+  const Dispatch& op = dispatch.op;
+  const int groups = dispatch.NumGroups();
+  const int num_entries = dispatch.NumSlots() * op.frame.shape.num_topk;
+  bool all = true;
+  // The last warps first: the others may be waiting for parts.
+  for (int first = kThreads - 1 - threadIdx.x; __any_sync(~0u, first < num_entries) && all;
+       first += kInFlight * kThreads) {
+    all = group.WaitUntil([&] {
+      SlotEntry entries[kInFlight];
+      int slots[kInFlight];
+      int missing = kNone;
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int at = first + i * kThreads;
+        entries[i].expert = kNone;
+        if (at >= num_entries) continue;
+        slots[i] = op.topk.Quotient(at);
+        const int source = dispatch.num_slots.Quotient(slots[i]);
+        const Slot slot =
+            group.SlotOf(op.frame.rank, source, dispatch.num_slots.Remainder(slots[i]));
+        if (!group.HasEntry(slot, op.topk.Remainder(at), &entries[i])) missing = source;
+      }
+      if (missing != kNone) return missing;
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (entries[i].expert == kNone) continue;
+        const int index = dispatch.expert_major() ? entries[i].expert : 0;
+        atomicOr(&marks[slots[i] / 32 * groups + index].slots, 1u << slots[i] % 32);
+      }
+      return kNone;
+    });
+  }
+  return all;
 }
 
 // Step 3.
@@ -168,89 +214,64 @@ __device__ void PlanRows(const LowLatencyDispatch& dispatch, const SlotPlan& slo
     slots.plan.kept[own + i] = before;
   }
   __syncthreads();
-  if (threadIdx.x < 32) LayOutGroups(dispatch.op, slots.plan, dispatch.op.frame.rank);
+  if (threadIdx.x / 32 == kWarps - 1) LayOutGroups(dispatch.op, slots.plan, dispatch.op.frame.rank);
   __syncthreads();
 }
 
-// The rows of a slot: each lane has an entry of its token, or kNone.
-struct RowsOfSlot {
-  SlotEntry entry = {kNone, 0.0f};
-  bool here = false;    // whether the entry has a row unless it is dropped; token-major, lane 0
-  int32_t row = kNone;  // or dropped
-
-  __device__ RowsOfSlot(const LowLatencyDispatch& dispatch, const SlotPlan& slots, const Slot& at,
-                        int slot) {
-    const int lane = threadIdx.x % 32, groups = dispatch.NumGroups();
-    const uint32_t bit = 1u << slot % 32;
-    const Marks* marks = slots.marks + slot / 32 * groups;
-    const bool has_row = (*at.signals() & 1) != 0;
-    if (lane < dispatch.op.frame.shape.num_topk) entry = at.entries()[lane];
-    if (!has_row) entry.expert = kNone;  // of an earlier op
-    const int32_t index = dispatch.expert_major() ? entry.expert : 0;
-    here = dispatch.expert_major() ? index != kNone : has_row && lane == 0;
-    if (here) {
-      const int32_t position = marks[index].before + __popc(marks[index].slots & (bit - 1));
-      row = RowOf(slots.plan, dispatch.op.frame.rank * groups + index, 0, position);
-    }
-  }
-};
-
-// By the warp of the first part of a slot.
-__device__ void WriteRoutes(const LowLatencyDispatch& dispatch, const RowsOfSlot& rows, int slot,
-                            int source) {
-  const DispatchParams& params = dispatch.op.params;
-  const GroupShape& shape = dispatch.op.frame.shape;
-  const int lane = threadIdx.x % 32, num_topk = shape.num_topk;
-  const PairTable table(shape, params.route);
-  const int32_t code =
-      source * shape.max_tokens + static_cast<int32_t>(dispatch.num_slots.Remainder(slot));
-  const uint32_t here = __ballot_sync(~0u, rows.here);
-  const uint32_t live = __ballot_sync(~0u, rows.row != kNone);
-  // An entry keeps its position among those of its token on this rank, dropped or not.
-  int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
-  if (lane == 0) line[0] = live != 0 ? code : kNone;
-  if (rows.here) line[1 + __popc(here & ((1u << lane) - 1))] = rows.row;
-  if (lane >= __popc(here) && lane < table.max_rows) line[1 + lane] = kNone;
-  if (dispatch.expert_major()) {
-    if (rows.row != kNone) {
-      params.source[rows.row] = code;
-      params.weights[rows.row] = rows.entry.value;
-    }
-  } else if (const int32_t of_token = __shfl_sync(~0u, rows.row, 0); of_token != kNone) {
-    if (lane == 0) params.source[of_token] = code;
-    if (lane < num_topk) {
-      const int64_t column = int64_t{of_token} * num_topk + lane;
-      params.weights[column] = rows.entry.expert != kNone ? rows.entry.value : 0.0f;
-      params.local_experts[column] = rows.entry.expert;
-    }
-  }
+// The row of the lane's entry, or kNone: dropped, or not `here`.
+__device__ int32_t RowOfEntry(const LowLatencyDispatch& dispatch, const SlotPlan& slots, int slot,
+                              int32_t expert, bool here) {
+  if (!here) return kNone;
+  const int groups = dispatch.NumGroups(), index = dispatch.expert_major() ? expert : 0;
+  const Marks& marks = slots.marks[slot / 32 * groups + index];
+  const int32_t position = marks.before + __popc(marks.slots & ((1u << slot % 32) - 1));
+  return RowOf(slots.plan, dispatch.op.frame.rank * groups + index, 0, position);
 }
 
-// Step 4. False if the op is lost.
+// Step 4. False if the op is lost. `copied` is this warp's first part.
 template <bool kWhole>
-__device__ bool CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group,
-                         const SlotPlan& slots) {
+__device__ __forceinline__ bool CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group,
+                                         const SlotPlan& slots, PartOfSlot<kWhole>& copied) {
   const Dispatch& op = dispatch.op;
-  const int lane = threadIdx.x % 32, self = op.frame.rank;
-  if (op.params.route.num_tokens == 0) return true;  // a dummy slot of each source
-  const int num_items = dispatch.NumSlots() * dispatch.signalled.num_parts;
-  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
-    const int slot = dispatch.num_parts.Quotient(item), part = dispatch.num_parts.Remainder(item);
-    const int source = dispatch.num_slots.Quotient(slot);
-    const Slot at = group.SlotOf(self, source, dispatch.num_slots.Remainder(slot));
-    const RowsOfSlot rows(dispatch, slots, at, slot);
-    bool has_row;
-    if (!group.Wait(true, at, part, source, &has_row)) return false;
-    if (part == 0) {
-      WriteRoutes(dispatch, rows, slot, source);
-      if (has_row && lane == 0) group.CountReceived(source);
+  const DispatchParams& params = op.params;
+  const GroupShape& shape = op.frame.shape;
+  const int lane = threadIdx.x % 32, num_topk = shape.num_topk;
+  const PairTable table(shape, params.route);
+  for (int item = FirstItem(); item < dispatch.NumItems(); item += NumWarps()) {
+    if (item != FirstItem()) copied = PartOfSlot<kWhole>(dispatch, group, item);
+    if (copied.lost) return false;
+    // Expert-major, each entry has a row; token-major, the token.
+    const bool is_here =
+        dispatch.expert_major() ? copied.entry.expert != kNone : copied.has_row && lane == 0;
+    const int32_t row = RowOfEntry(dispatch, slots, copied.slot, copied.entry.expert, is_here);
+    const uint32_t here = __ballot_sync(~0u, is_here), live = __ballot_sync(~0u, row != kNone);
+    if (live != 0) {
+      copied.row.CopyTo([&](auto store) {
+        ForBits(live, [&](int of_lane) {
+          store(static_cast<char*>(params.tokens) + __shfl_sync(~0u, row, of_lane) * op.row_bytes);
+        });
+      });
     }
-    const RowPart<kWhole> words(static_cast<int>(op.row_bytes / 2), 2, part,
-                                dispatch.signalled.num_parts);
-    char* to = rows.row == kNone
-                   ? nullptr
-                   : static_cast<char*>(op.params.tokens) + rows.row * op.row_bytes + words.begin;
-    CopyRow<kWhole>(at.row() + words.begin, words.shape, to);
+    if (copied.part != 0) continue;
+    // Routes: an entry keeps its position among those of its token on this rank, dropped or not.
+    const int32_t code = copied.source * shape.max_tokens +
+                         static_cast<int32_t>(dispatch.num_slots.Remainder(copied.slot));
+    int32_t* line = params.pairs + int64_t{1 + copied.slot} * table.line_ints();
+    if (lane == 0) line[0] = live != 0 ? code : kNone;
+    if (is_here) line[1 + __popc(here & ((1u << lane) - 1))] = row;
+    if (lane >= __popc(here) && lane < table.max_rows) line[1 + lane] = kNone;
+    if (lane == 0 && copied.has_row) group.CountReceived(copied.source);
+    if (row != kNone) params.source[row] = code;
+    if (dispatch.expert_major()) {
+      if (row != kNone) params.weights[row] = copied.entry.value;
+    } else if (const int32_t of_token = __shfl_sync(~0u, row, 0); of_token != kNone) {
+      if (lane < num_topk) {
+        const int64_t column = int64_t{of_token} * num_topk + lane;
+        const int32_t expert = copied.entry.expert;
+        params.weights[column] = expert != kNone ? copied.entry.value : 0.0f;
+        params.local_experts[column] = expert;
+      }
+    }
   }
   return true;
 }
@@ -265,13 +286,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const GroupShape& shape = op.frame.shape;
   SignalledOp group(op.frame, dispatch.signalled, &shared);
   const int groups = dispatch.NumGroups(), words = (dispatch.NumSlots() + 31) / 32;
-  auto* ints = reinterpret_cast<int32_t*>(memory);
+  auto* ints = reinterpret_cast<int32_t*>(memory + sizeof(PlanTotals));
   SlotPlan slots;
-  slots.plan.received = reinterpret_cast<int64_t*>(ints);
-  slots.plan.offset = ints + 2 - op.frame.rank * groups;
+  slots.plan.totals = reinterpret_cast<PlanTotals*>(memory);
+  slots.plan.offset = ints - op.frame.rank * groups;
   slots.plan.kept = slots.plan.offset + groups;
   slots.plan.pairs_before = &num_pairs - shape.num_ranks;  // their number is not needed
-  slots.marks = reinterpret_cast<Marks*>(ints + 2 + 2 * groups);
+  slots.marks = reinterpret_cast<Marks*>(ints + 2 * groups);
 
   group.Enter();
   PartOfToken<kWhole> pushed(dispatch, FirstItem());
@@ -281,12 +302,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!lost) {
     PushTokens<kWhole>(dispatch, group, pushed);
     group.Announce();
-    lost = !Collect(dispatch, group, slots.marks);
-  }
-  if (!lost) {
-    PlanRows(dispatch, slots);
-    lost = !CopyRows<kWhole>(dispatch, group, slots);
-    WriteRest<kWhole>(op, slots.plan);
+    PartOfSlot<kWhole> copied(dispatch, group, FirstItem());
+    lost = !__syncthreads_and(!copied.lost && Collect(dispatch, group, slots.marks));
+    if (!lost) {
+      PlanRows(dispatch, slots);
+      lost = !CopyRows<kWhole>(dispatch, group, slots, copied);
+      WriteRest<kWhole>(op, slots.plan);
+    }
   }
   group.Finish(
       lost,

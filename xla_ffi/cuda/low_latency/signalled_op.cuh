@@ -16,6 +16,7 @@
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_SIGNALLED_OP_CUH_
 
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/low_latency/window.h"
 #include "cuda/memory_order.cuh"
@@ -33,14 +34,23 @@ struct SignalledFrame {
   int32_t num_slots = 1;  // of a source, in this op: T, and at least 1
 };
 
+static_assert(sizeof(Packet) == kPacketBytes && sizeof(SlotEntry) == sizeof(Packet::value));
+
+// Words of 16 bytes of a row that a lane has in flight: there are many warps with a part each.
+inline constexpr int kWordsOfPart = 4;
+
 // A slot of a window, on this rank or on a peer.
 class Slot {
  public:
   __device__ Slot(char* memory, int32_t row_offset) : memory_(memory), row_offset_(row_offset) {}
 
   __device__ Signal* signals() const { return reinterpret_cast<Signal*>(memory_); }
-  __device__ SlotEntry* entries() const {
-    return reinterpret_cast<SlotEntry*>(memory_ + kMaxParts * sizeof(Signal));
+  __device__ Packet* packets() const {
+    return reinterpret_cast<Packet*>(memory_ + kMaxParts * sizeof(Signal));
+  }
+  // The value of a packet without regard to its tag.
+  __device__ float& value(int index) const {
+    return reinterpret_cast<SlotEntry*>(packets() + index)->value;
   }
   __device__ char* row() const { return memory_ + row_offset_; }
 
@@ -65,38 +75,43 @@ struct RowPart {
   }
 };
 
-// Store a chunk of a row to the addresses of all lanes of this warp that are not null.
 template <bool kWhole>
-__device__ void StoreToLanes(const RowChunk<kWhole>& chunk, RowShape<kWhole> shape, int base,
-                             char* to) {
-  for (uint32_t lanes = __ballot_sync(~0u, to != nullptr); lanes != 0; lanes &= lanes - 1) {
-    const auto address = reinterpret_cast<uint64_t>(to);
-    chunk.Store(reinterpret_cast<char*>(__shfl_sync(~0u, address, __ffs(lanes) - 1)), shape, base);
-  }
-}
+using PartChunk = RowChunk<kWhole, kWordsOfPart>;
 
-// Copy a row to the addresses of all lanes of this warp that are not null.
+// A part of a row, whose first chunk a warp loads early.
 template <bool kWhole>
-__device__ void CopyRow(const char* from, RowShape<kWhole> shape, char* to) {
-  if (!__any_sync(~0u, to != nullptr)) return;
-  for (int base = 0; base < shape.num_groups(); base += RowChunk<kWhole>::kGroups) {
-    RowChunk<kWhole> chunk;
-    chunk.Load(from, shape, base);
-    StoreToLanes<kWhole>(chunk, shape, base, to);
-  }
-}
-
-// What a warp needs to push a part of a token's row, loaded before it may.
-template <bool kWhole>
-struct RowToPush {
+struct LoadedPart {
   const char* row;
   RowPart<kWhole> words;
-  RowChunk<kWhole> chunk;  // the first
+  PartChunk<kWhole> chunk;
 
-  __device__ RowToPush(const char* row, int64_t row_bytes, int part, int num_parts)
+  __device__ LoadedPart(const char* row, int64_t row_bytes, int part, int num_parts)
       : row(row), words(static_cast<int>(row_bytes / 2), 2, part, num_parts) {}
   __device__ void Load() { chunk.Load(row + words.begin, words.shape, 0); }
+
+  // Call to(store) once per chunk: store(row) stores it in another row.
+  template <typename To>
+  __device__ void CopyTo(To to) {
+    const RowShape<kWhole> shape = words.shape;
+    for (int base = 0; base < shape.num_groups(); base += PartChunk<kWhole>::kGroups) {
+      if (base > 0) chunk.Load(row + words.begin, shape, base);
+      to([&](char* other) { chunk.Store(other + words.begin, shape, base); });
+    }
+  }
 };
+
+// Call use(bit) for the bits of a mask, in ascending order.
+template <typename Mask, typename Use>
+__device__ __forceinline__ void ForBits(Mask mask, Use use) {
+  for (; mask != 0; mask &= mask - 1) use(__ffsll(static_cast<long long>(mask)) - 1);
+}
+
+// The ranks of all lanes, as a mask; a lane may have none.
+__device__ inline uint64_t RanksOfLanes(int32_t rank) {
+  const uint32_t low = __reduce_or_sync(~0u, rank >= 0 && rank < 32 ? 1u << rank : 0u);
+  const uint32_t high = __reduce_or_sync(~0u, rank >= 32 ? 1u << (rank - 32) : 0u);
+  return uint64_t{high} << 32 | low;
+}
 
 class SignalledOp : public RankOp {
  public:
@@ -121,10 +136,13 @@ class SignalledOp : public RankOp {
 
   // The slot to which `source` pushes the data of one of its own tokens, or of one of the owner's.
   __device__ Slot SlotOf(int owner, int source, int token) const {
-    char* control = reinterpret_cast<char*>(frame_.control[owner]);
-    return {control + signalled_.window.SlotOffset(step(), source, token),
-            signalled_.window.row_offset};
+    return SlotAt(owner, signalled_.window.SlotOffset(step(), source, token));
   }
+  __device__ Slot SlotAt(int owner, int64_t offset) const {
+    return {reinterpret_cast<char*>(frame_.control[owner]) + offset, signalled_.window.row_offset};
+  }
+  // What packets of this op have as tag, and signals if there is a row.
+  __device__ Signal Tag() const { return SignalOf(frame_.op_hash, step(), true); }
 
   // Signal to the owner of a slot that this warp has written a part of it; every lane may have a
   // slot.
@@ -134,74 +152,85 @@ class SignalledOp : public RankOp {
     if (sends) StoreReleaseSystem(slot.signals() + part, SignalOf(frame_.op_hash, step(), has_row));
   }
 
+  // Push an entry that accompanies a row. Every op that does so pushes all of a slot, to all ranks.
+  __device__ void PushEntry(int peer, int64_t slot_offset, int index, SlotEntry entry) const {
+    Packet packet;
+    memcpy(&packet.value, &entry, sizeof(entry));
+    packet.tag = Tag();
+    StorePacket(SlotAt(peer, slot_offset).packets() + index, packet);
+  }
+  // Whether it has arrived.
+  __device__ bool HasEntry(const Slot& slot, int index, SlotEntry* entry) const {
+    const Packet packet = LoadPacket(slot.packets() + index);
+    memcpy(entry, &packet.value, sizeof(*entry));
+    return packet.tag == Tag();
+  }
+
   // Count a row that this rank has pushed, or received. By one lane per row.
   __device__ void CountPushed(int peer) const { Count(&own_.rows_pushed[peer]); }
   __device__ void CountReceived(int peer) const { Count(&own_.rows_received[peer]); }
 
-  // Push a part of the row of a token to the ranks of the lanes with `leads`, and send the signal
-  // to all ranks. `from` has been loaded.
+  // Push a part of the row of a token to `ranks`, and a signal to each. `to_all`: a signal to the
+  // others as well.
   template <bool kWhole>
-  __device__ void PushRow(RowToPush<kWhole>& from, int token, int part, int32_t rank,
-                          bool leads) const {
-    const int lane = threadIdx.x % 32, self = frame_.rank;
-    const RowShape<kWhole> shape = from.words.shape;
-    char* to = leads ? SlotOf(rank, self, token).row() + from.words.begin : nullptr;
-    for (int base = 0; base < shape.num_groups(); base += RowChunk<kWhole>::kGroups) {
-      if (base > 0) from.chunk.Load(from.row + from.words.begin, shape, base);
-      StoreToLanes<kWhole>(from.chunk, shape, base, to);
+  __device__ void PushRow(LoadedPart<kWhole>& from, int token, int part, uint64_t ranks,
+                          bool to_all) const {
+    const int64_t offset = signalled_.window.SlotOffset(step(), frame_.rank, token);
+    if (ranks != 0) {
+      from.CopyTo([&](auto store) {
+        ForBits(ranks, [&](int rank) { store(SlotAt(rank, offset).row()); });
+      });
     }
-    // A lane for each peer; the lanes of entries know which peers have a row of the token.
-    for (int base = 0; base < num_ranks(); base += 32) {
-      const int peer = base + lane;
-      bool has_row = false;
-      for (uint32_t lanes = __ballot_sync(~0u, leads); lanes != 0; lanes &= lanes - 1) {
-        has_row |= __shfl_sync(~0u, rank, __ffs(lanes) - 1) == peer;
+    for (int peer = threadIdx.x % 32; peer < (num_ranks() + 31) / 32 * 32; peer += 32) {
+      const bool has_row = (ranks >> peer & 1) != 0, sends = peer < num_ranks() && (has_row || to_all);
+      Send(sends, SlotAt(sends ? peer : frame_.rank, offset), part, has_row);
+      if (has_row && part == 0) CountPushed(peer);
+    }
+  }
+
+  // Wait until look() of every lane returns kNone instead of the rank that it waits for. Returns
+  // false for all lanes if the op is lost.
+  template <typename Look>
+  __device__ __forceinline__ bool WaitUntil(Look look) {
+    int source = look();
+    if (__all_sync(~0u, source == kNone)) return true;
+    const uint64_t began_ns = NanosecondClock();
+    constexpr int kLooksBetweenChecks = 32;  // a check takes longer than a peer's store
+    bool differs = false, late = false, stopped = false;
+    for (int i = 1;; ++i) {
+      if (source != kNone) source = look();
+      if (__all_sync(~0u, source == kNone)) return true;
+      if (i % kLooksBetweenChecks != 0) continue;
+      if (source != kNone) {
+        stopped = IsBroken();
+        late = NanosecondClock() - began_ns > frame_.timeout_ns;
+        // Look again after the announcement: a peer that is already in a later op has sent this
+        // before.
+        const int other = source;
+        if (HasOtherOp(other)) {
+          source = look();
+          differs = source == other;
+        }
       }
-      const bool sends = peer < num_ranks();
-      Send(sends, SlotOf(sends ? peer : self, self, token), part, has_row);
+      if (__any_sync(~0u, stopped || late || differs)) break;
     }
-    if (leads && part == 0) CountPushed(rank);
+    return EndWait(source, stopped, late, differs);
   }
 
   // Wait until a part of the slot of every lane with `waits` has arrived from its source. Returns
   // false for all lanes if the op is lost; sets `has_row` to whether the lane's slot has a row.
-  __device__ bool Wait(bool waits, const Slot& slot, int part, int source, bool* has_row) {
+  __device__ __forceinline__ bool Wait(bool waits, const Slot& slot, int part, int source,
+                                       bool* has_row) {
     const Signal* signal = slot.signals() + part;
-    const Signal expected = SignalOf(frame_.op_hash, step(), true);
-    const uint64_t began_ns = NanosecondClock();
-    constexpr int kLoadsBetweenChecks = 32;  // a check takes longer than a peer's store
-    bool here = !waits, differs = false, late = false, stopped = false;
+    const Signal expected = Tag();
     *has_row = false;
-    const auto look = [&] {
+    return WaitUntil([&] {
+      if (!waits) return kNone;
       const Signal found = LoadAcquireSystem(signal);
-      if ((found | 1) != expected) return false;
+      if ((found | 1) != expected) return source;
       *has_row = (found & 1) != 0;
-      return true;
-    };
-    for (int i = 1;; ++i) {
-      if (!here) here = look();
-      if (__all_sync(~0u, here)) break;
-      if (i % kLoadsBetweenChecks != 0) continue;
-      if (!here) {
-        stopped = IsBroken();
-        late = NanosecondClock() - began_ns > frame_.timeout_ns;
-        // Look again after the announcement: a peer that is already in a later op has sent this
-        // signal before.
-        if (HasOtherOp(source)) differs = !(here = look());
-      }
-      if (__any_sync(~0u, stopped || late || differs)) break;
-    }
-    if (__any_sync(~0u, stopped)) return false;
-    if (const uint32_t lanes = __ballot_sync(~0u, differs); lanes != 0) {
-      const int other = __shfl_sync(~0u, source, __ffs(lanes) - 1);
-      if (threadIdx.x % 32 == 0) FailWithOtherOp(other);
-      return false;
-    }
-    if (!__any_sync(~0u, late)) return true;
-    const uint32_t low = __reduce_or_sync(~0u, !here && source < 32 ? 1u << source : 0u);
-    const uint32_t high = __reduce_or_sync(~0u, !here && source >= 32 ? 1u << (source - 32) : 0u);
-    if (threadIdx.x % 32 == 0) Fail(Failure::kNotArrived, uint64_t{high} << 32 | low);
-    return false;
+      return kNone;
+    });
   }
 
   // End the op: the last block calls succeed(number of invalid entries) or fail(). All data that
@@ -232,6 +261,20 @@ class SignalledOp : public RankOp {
  private:
   __device__ static void Count(uint64_t* counter) {
     atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
+  }
+
+  // The end of a wait that has failed, of a lane for `source`.
+  __device__ __noinline__ bool EndWait(int source, bool stopped, bool late, bool differs) {
+    if (__any_sync(~0u, stopped)) return false;
+    if (const uint32_t lanes = __ballot_sync(~0u, differs); lanes != 0) {
+      const int other = __shfl_sync(~0u, source, __ffs(lanes) - 1);
+      if (threadIdx.x % 32 == 0) FailWithOtherOp(other);
+      return false;
+    }
+    if (!__any_sync(~0u, late && source != kNone)) return true;
+    const uint64_t missing = RanksOfLanes(source);
+    if (threadIdx.x % 32 == 0) Fail(Failure::kNotArrived, missing);
+    return false;
   }
 
   // Whether a peer has announced another op at this step.

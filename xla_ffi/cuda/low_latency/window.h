@@ -4,7 +4,7 @@
 // A bank has a slot for each (source, token):
 //
 //     signals [kMaxParts]  one for each part of the row, which one warp pushes
-//     entries [K]          what accompanies the row: see SlotEntry
+//     packets [K]          what accompanies the row: see SlotEntry
 //     row                  of at most 2 * H bytes
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
@@ -33,13 +33,14 @@ JAX_DEEPEP_HOST_DEVICE constexpr Signal SignalOf(uint64_t op_hash, uint64_t step
   return ((op_hash ^ step << 1) & ~Signal{1}) | (has_row ? 1 : 0);
 }
 
-// Of a dispatch, an entry of the token in its own column: the local expert, or kNone, and the
-// router weight. Of a combine, the gradient of an entry's weight: expert-major, of the n-th entry
-// of the token on that rank; token-major, of column k.
+// The value of a slot's packet. Of a dispatch, an entry of the token in its own column: the local
+// expert, or kNone, and the router weight. Of a combine, the gradient of an entry's weight:
+// expert-major, of the n-th entry of the token on that rank; token-major, of column k.
 struct alignas(8) SlotEntry {
   int32_t expert;
   float value;
 };
+inline constexpr int kPacketBytes = 16;  // with a tag, which is the signal of the op
 
 struct WindowLayout {
   int64_t offset = 0;      // from the beginning of the control block
@@ -54,7 +55,7 @@ struct WindowLayout {
         num_ranks(shape.num_ranks),
         num_slots(max_tokens > 0 ? max_tokens : 1),
         row_offset(static_cast<int32_t>(
-            RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * sizeof(SlotEntry), 16))),
+            RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * kPacketBytes, 16))),
         slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(MostRowBytes(shape), 16))) {}
 
   // As slot_row_bytes in jax_deepep/capacity.py. Any slot holds at least a router weight: that is
@@ -80,7 +81,7 @@ struct WindowLayout {
 // The number of parts of each row of an op: the same on all ranks. `row_bytes` is the bytes sent
 // per row.
 inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, int64_t row_bytes) {
-  constexpr int64_t kWarpsWanted = 512, kLeastBytes = 1024;
+  constexpr int64_t kWarpsWanted = 2048, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);
   int32_t parts = 1;
   while (2 * parts <= kMaxParts && 2 * parts * slots <= kWarpsWanted &&

@@ -34,6 +34,20 @@ inline uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
 inline uint64_t AddAcquireRelease(uint64_t* address, uint64_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
+struct alignas(16) Packet {
+  uint64_t value, tag;
+};
+inline void StorePacket(Packet* address, Packet packet) {
+  __atomic_store_n(&address->value, packet.value, __ATOMIC_RELAXED);
+  __atomic_store_n(&address->tag, packet.tag, __ATOMIC_RELEASE);
+}
+inline Packet LoadPacket(const Packet* address) {
+  Packet packet;
+  cuda_on_cpu::GiveWay();
+  packet.tag = __atomic_load_n(&address->tag, __ATOMIC_ACQUIRE);
+  packet.value = __atomic_load_n(&address->value, __ATOMIC_RELAXED);
+  return packet;
+}
 inline uint64_t CompareAndSwap(uint64_t* address, uint64_t expected, uint64_t value) {
   __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   return expected;
