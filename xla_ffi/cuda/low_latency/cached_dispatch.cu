@@ -26,10 +26,9 @@ struct LowLatencyCachedDispatch {
 };
 
 template <bool kWhole>
-__device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& group) {
+__device__ void PushRows(const LowLatencyCachedDispatch& op, SignalledOp& group) {
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
-  for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
-       item += NumWarps()) {
+  group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     LoadedPart<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
                           op.row_bytes, part, op.signalled.num_parts);
@@ -37,8 +36,8 @@ __device__ void PushRows(const LowLatencyCachedDispatch& op, const SignalledOp& 
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;
     const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
-    group.PushRow<kWhole>(row, token, part, RanksOfLanes(rank), true);
-  }
+    return group.PushRow<kWhole>(row, token, part, RanksOfLanes(rank), group.AllRanks());
+  });
 }
 
 // Call use(slot, row of the lane or kNone, part) for all received slots. False if the op is lost.
@@ -66,7 +65,7 @@ __device__ bool ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group,
 // `work` is called as in ForSlots.
 template <bool kWhole, typename Work>
 __device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
-  __shared__ RankOp::Shared shared;
+  __shared__ SignalledOp::Shared shared;
   const CachedDispatchParams& params = op.params;
   SignalledOp group(op.frame, op.signalled, &shared);
   bool lost = !group.Begin();

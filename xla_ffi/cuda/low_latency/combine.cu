@@ -50,17 +50,19 @@ struct RowsOfSlot {
 
 // Step 1. `rows` are those of this warp's first slot.
 template <typename Type, bool kWhole>
-__device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, RowsOfSlot rows,
+__device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOfSlot rows,
                          Term* terms) {
   const CombineParams& params = op.params;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = op.frame.shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
   const PairTable table(op.frame.shape, params.route);
-  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
+  group.PushItems(num_items, [&](int item) {
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const int owner = op.num_slots.Quotient(slot);
-    const Slot to = group.SlotOf(owner, self, op.num_slots.Remainder(slot));
+    const int64_t offset =
+        op.signalled.window.SlotOffset(group.step(), self, op.num_slots.Remainder(slot));
+    const Slot to = group.SlotAt(owner, offset);
     if (item != FirstItem()) rows = RowsOfSlot(op, item);
     const int32_t row = rows.row;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
@@ -87,9 +89,8 @@ __device__ void PushSums(const LowLatencyCombine& op, const SignalledOp& group, 
                                                  terms);
       }
     }
-    group.Send(lane == 0, to, part, live != 0);
-    if (live != 0 && part == 0 && lane == 0) group.CountPushed(owner);
-  }
+    return Sent{offset, uint64_t{1} << owner, uint64_t{live != 0} << owner, part};
+  });
 }
 
 // Step 2. False if the op is lost.
@@ -147,7 +148,7 @@ __device__ bool SumTokens(const LowLatencyCombine& op, SignalledOp& group, Term*
 template <typename Type, bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine op) {
-  __shared__ RankOp::Shared shared;
+  __shared__ SignalledOp::Shared shared;
   __shared__ Term of_warps[kWarps][kMaxTerms];
   Term* terms = of_warps[threadIdx.x / 32];
   const CombineParams& params = op.params;

@@ -107,25 +107,24 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank;
   const int num_items = dispatch.signalled.num_slots * dispatch.signalled.num_parts;
-  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
+  group.PushItems(num_items, [&](int item) {
     if (item != FirstItem()) pushed = PartOfToken<kWhole>(dispatch, item);
-    if (pushed.part == 0 && lane < shape.num_topk) {
+    if (pushed.part == 0) {
       const int64_t offset =
           dispatch.signalled.window.SlotOffset(group.step(), self, pushed.token);
       const int32_t local = pushed.expert - pushed.rank * op.local_experts.divisor();
-      for (int peer = 0; peer < shape.num_ranks; ++peer) {
+      for (int peer = 0; peer < shape.num_ranks && lane < shape.num_topk; ++peer) {
         const SlotEntry entry = {peer == pushed.rank ? local : kNone, pushed.weight};
         group.PushEntry(peer, offset, lane, entry);
       }
-    }
-    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, pushed.ranks, false);
-    if (pushed.part == 0) {
       if (pushed.inside) {
         op.params.destination[int64_t{pushed.token} * shape.num_topk + lane] = pushed.rank;
       }
       if (lane == 0 && pushed.num_invalid > 0) group.CountInvalid(pushed.num_invalid);
     }
-  }
+    return group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, pushed.ranks,
+                                 pushed.ranks);
+  });
 }
 
 // A part of a slot, as the warp that copies it has it in registers: each lane has an entry.
@@ -280,7 +279,7 @@ template <bool kWhole>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch dispatch) {
   extern __shared__ __align__(16) char memory[];
-  __shared__ RankOp::Shared shared;
+  __shared__ SignalledOp::Shared shared;
   __shared__ int32_t num_pairs;
   const Dispatch& op = dispatch.op;
   const GroupShape& shape = op.frame.shape;

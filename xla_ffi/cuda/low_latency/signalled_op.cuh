@@ -37,7 +37,10 @@ struct SignalledFrame {
 static_assert(sizeof(Packet) == kPacketBytes && sizeof(SlotEntry) == sizeof(Packet::value));
 
 // Words of 16 bytes of a row that a lane has in flight: there are many warps with a part each.
-inline constexpr int kWordsOfPart = 4;
+#ifndef KWORDS
+#define KWORDS 4
+#endif
+inline constexpr int kWordsOfPart = KWORDS;
 
 // A slot of a window, on this rank or on a peer.
 class Slot {
@@ -113,10 +116,23 @@ __device__ inline uint64_t RanksOfLanes(int32_t rank) {
   return uint64_t{high} << 32 | low;
 }
 
+// A part of a slot that a warp has written, the same slot on several ranks.
+struct Sent {
+  int64_t offset;    // of the slot
+  uint64_t to;       // the ranks that get a signal
+  uint64_t has_row;  // those whose slot has a row
+  int32_t part;
+};
+
 class SignalledOp : public RankOp {
  public:
+  struct Shared {
+    RankOp::Shared of_rank;
+    Sent sent[kWarps];
+  };
+
   __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
-      : RankOp(frame, shared), signalled_(signalled) {}
+      : RankOp(frame, &shared->of_rank), signalled_(signalled), sent_(shared->sent) {}
 
   // Announce this op to all peers. By every warp once it has pushed: the one with the fewest
   // items does it, so that no other waits for these stores.
@@ -144,12 +160,28 @@ class SignalledOp : public RankOp {
   // What packets of this op have as tag, and signals if there is a row.
   __device__ Signal Tag() const { return SignalOf(frame_.op_hash, step(), true); }
 
-  // Signal to the owner of a slot that this warp has written a part of it; every lane may have a
-  // slot.
-  __device__ void Send(bool sends, const Slot& slot, int part, bool has_row) const {
-    __syncwarp();
-    // Pairs with the acquire load in Wait, on the owner.
-    if (sends) StoreReleaseSystem(slot.signals() + part, SignalOf(frame_.op_hash, step(), has_row));
+  // Call push(item) for the items of all warps, one of each warp in a round. It writes a part of a
+  // slot on peers and says which. After every round, the block sends the signals: a release store
+  // waits for all stores of the SM, so that one of each warp would take longer.
+  template <typename Push>
+  __device__ __forceinline__ void PushItems(int num_items, Push push) {
+    for (int base = 0; base + static_cast<int>(blockIdx.x) < num_items; base += NumWarps()) {
+      if (base > 0) __syncthreads();
+      const int item = base + FirstItem();
+      const Sent sent = item < num_items ? push(item) : Sent{};
+      if (threadIdx.x % 32 == 0) sent_[threadIdx.x / 32] = sent;
+      __syncthreads();
+      for (int i = threadIdx.x; i < kWarps * num_ranks(); i += kThreads) {
+        const Sent& of_warp = sent_[i % kWarps];
+        const int peer = i / kWarps;
+        if ((of_warp.to >> peer & 1) == 0) continue;
+        const bool has_row = (of_warp.has_row >> peer & 1) != 0;
+        // Pairs with the acquire load in Wait, on the owner.
+        StoreReleaseSystem(SlotAt(peer, of_warp.offset).signals() + of_warp.part,
+                           SignalOf(frame_.op_hash, step(), has_row));
+        if (has_row && of_warp.part == 0) Count(&own_.rows_pushed[peer]);
+      }
+    }
   }
 
   // Push an entry that accompanies a row. Every op that does so pushes all of a slot, to all ranks.
@@ -166,55 +198,44 @@ class SignalledOp : public RankOp {
     return packet.tag == Tag();
   }
 
-  // Count a row that this rank has pushed, or received. By one lane per row.
-  __device__ void CountPushed(int peer) const { Count(&own_.rows_pushed[peer]); }
-  __device__ void CountReceived(int peer) const { Count(&own_.rows_received[peer]); }
-
-  // Push a part of the row of a token to `ranks`, and a signal to each. `to_all`: a signal to the
-  // others as well.
+  // Push a part of the row of a token to `ranks`. The signals go to `to`.
   template <bool kWhole>
-  __device__ void PushRow(LoadedPart<kWhole>& from, int token, int part, uint64_t ranks,
-                          bool to_all) const {
+  __device__ __forceinline__ Sent PushRow(LoadedPart<kWhole>& from, int token, int part,
+                                          uint64_t ranks, uint64_t to) const {
     const int64_t offset = signalled_.window.SlotOffset(step(), frame_.rank, token);
     if (ranks != 0) {
       from.CopyTo([&](auto store) {
         ForBits(ranks, [&](int rank) { store(SlotAt(rank, offset).row()); });
       });
     }
-    for (int peer = threadIdx.x % 32; peer < (num_ranks() + 31) / 32 * 32; peer += 32) {
-      const bool has_row = (ranks >> peer & 1) != 0, sends = peer < num_ranks() && (has_row || to_all);
-      Send(sends, SlotAt(sends ? peer : frame_.rank, offset), part, has_row);
-      if (has_row && part == 0) CountPushed(peer);
-    }
+    return {offset, to, ranks, part};
   }
+  __device__ uint64_t AllRanks() const { return ~uint64_t{0} >> (64 - num_ranks()); }
+
+  // Count a row that this rank has received. By one lane.
+  __device__ void CountReceived(int peer) const { Count(&own_.rows_received[peer]); }
 
   // Wait until look() of every lane returns kNone instead of the rank that it waits for. Returns
   // false for all lanes if the op is lost.
   template <typename Look>
   __device__ __forceinline__ bool WaitUntil(Look look) {
-    int source = look();
-    if (__all_sync(~0u, source == kNone)) return true;
-    const uint64_t began_ns = NanosecondClock();
     constexpr int kLooksBetweenChecks = 32;  // a check takes longer than a peer's store
-    bool differs = false, late = false, stopped = false;
-    for (int i = 1;; ++i) {
+    constexpr int kUnknown = -2;
+    int source = kUnknown, suspect = kNone;
+    uint64_t began_ns = 0;
+    for (int i = 0;; ++i) {
       if (source != kNone) source = look();
       if (__all_sync(~0u, source == kNone)) return true;
-      if (i % kLooksBetweenChecks != 0) continue;
-      if (source != kNone) {
-        stopped = IsBroken();
-        late = NanosecondClock() - began_ns > frame_.timeout_ns;
-        // Look again after the announcement: a peer that is already in a later op has sent this
-        // before.
-        const int other = source;
-        if (HasOtherOp(other)) {
-          source = look();
-          differs = source == other;
-        }
+      if (i == 0) began_ns = NanosecondClock();
+      // The suspect may have been in a later op: then it had sent this before.
+      Trouble trouble = source != kNone && source == suspect ? Trouble::kOtherOp : Trouble::kNone;
+      suspect = kNone;
+      if (trouble == Trouble::kNone && source != kNone &&
+          i % kLooksBetweenChecks == kLooksBetweenChecks - 1) {
+        trouble = Check(source, began_ns, &suspect);
       }
-      if (__any_sync(~0u, stopped || late || differs)) break;
+      if (__any_sync(~0u, trouble != Trouble::kNone)) return EndWait(source, trouble);
     }
-    return EndWait(source, stopped, late, differs);
   }
 
   // Wait until a part of the slot of every lane with `waits` has arrived from its source. Returns
@@ -263,17 +284,27 @@ class SignalledOp : public RankOp {
     atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
   }
 
-  // The end of a wait that has failed, of a lane for `source`.
-  __device__ __noinline__ bool EndWait(int source, bool stopped, bool late, bool differs) {
-    if (__any_sync(~0u, stopped)) return false;
-    if (const uint32_t lanes = __ballot_sync(~0u, differs); lanes != 0) {
+  enum class Trouble : int { kNone, kStopped, kLate, kOtherOp };
+
+  // Whether the wait of a lane for a rank must end; sets `suspect` if that rank has announced
+  // another op.
+  __device__ __noinline__ Trouble Check(int source, uint64_t began_ns, int* suspect) const {
+    if (IsBroken()) return Trouble::kStopped;
+    if (HasOtherOp(source)) *suspect = source;
+    return NanosecondClock() - began_ns > frame_.timeout_ns ? Trouble::kLate : Trouble::kNone;
+  }
+
+  // The end of a wait of all lanes, for `source` each or kNone. False: the op is lost.
+  __device__ __noinline__ bool EndWait(int source, Trouble trouble) {
+    const int lane = threadIdx.x % 32;
+    if (__any_sync(~0u, trouble == Trouble::kStopped)) return false;
+    if (const uint32_t lanes = __ballot_sync(~0u, trouble == Trouble::kOtherOp); lanes != 0) {
       const int other = __shfl_sync(~0u, source, __ffs(lanes) - 1);
-      if (threadIdx.x % 32 == 0) FailWithOtherOp(other);
+      if (lane == 0) FailWithOtherOp(other);
       return false;
     }
-    if (!__any_sync(~0u, late && source != kNone)) return true;
     const uint64_t missing = RanksOfLanes(source);
-    if (threadIdx.x % 32 == 0) Fail(Failure::kNotArrived, missing);
+    if (lane == 0) Fail(Failure::kNotArrived, missing);
     return false;
   }
 
@@ -293,7 +324,10 @@ class SignalledOp : public RankOp {
   }
 
   const SignalledFrame& signalled_;
+  Sent* sent_;
 };
+
+static_assert(sizeof(SignalledOp::Shared) <= kStaticSharedBytes);
 
 }  // namespace jax_deepep
 
