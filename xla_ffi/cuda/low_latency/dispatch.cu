@@ -1,14 +1,14 @@
 // dispatch in low-latency mode: every rank pushes its tokens, with their experts, into slots of the
 // windows of its peers; each peer then assigns rows to what it has received, and copies it there.
 //
-// 1. Push: a warp for each part of a token's row, to all ranks that have its experts. Before that,
+// 1. Push: a warp for each part of a token's row, to all peers that have its experts. Before that,
 //    the first part's warp pushes a packet for each entry to every rank.
 // 2. Collect, in every block: a thread for each entry of this rank's window waits for its packet,
 //    and marks the slot in a word of 32 slots of the entry's row group.
 // 3. Plan, in every block: rows are numbered in the order of the slots, which is (source, token):
 //    an entry's position in its group is the number of marks of earlier slots.
-// 4. Copy: a warp for each part of a slot, to all the rows of its token on this rank; the first
-//    part's warp also writes their routes. A warp loads its first part before steps 2 and 3.
+// 4. Copy: a warp for each part of a slot waits for it and copies it to all the rows of its token on
+//    this rank; the first part's warp also writes their routes. This rank's own tokens come from x.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -34,10 +34,6 @@ struct LowLatencyDispatch {
   // Row groups of this rank.
   __device__ int NumGroups() const { return expert_major() ? op.local_experts.divisor() : 1; }
   __device__ int NumSlots() const { return op.frame.shape.num_ranks * signalled.num_slots; }
-  // Parts of slots that may have a row.
-  __device__ int NumItems() const {
-    return op.frame.shape.num_ranks * op.params.route.num_tokens * signalled.num_parts;
-  }
 };
 
 // The marks of 32 slots in a row group.
@@ -122,43 +118,11 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
       }
       if (lane == 0 && pushed.num_invalid > 0) group.CountInvalid(pushed.num_invalid);
     }
-    return group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, pushed.ranks,
-                                 pushed.ranks);
+    if (lane == 0 && pushed.part == 0 && (pushed.ranks >> self & 1) != 0) group.CountPushed(self);
+    const uint64_t peers = pushed.ranks & ~(uint64_t{1} << self);
+    return group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, peers, peers);
   });
 }
-
-// A part of a slot, as the warp that copies it has it in registers: each lane has an entry.
-template <bool kWhole>
-struct PartOfSlot {
-  int slot, part, source;
-  SlotEntry entry = {kNone, 0.0f};  // kNone also if there is no row for it here
-  bool has_row = false;
-  bool lost = false;
-  LoadedPart<kWhole> row;
-
-  // Waits for the part.
-  __device__ __forceinline__ PartOfSlot(const LowLatencyDispatch& dispatch, SignalledOp& group,
-                                        int item)
-      : slot(dispatch.num_parts.Quotient(item)),
-        part(dispatch.num_parts.Remainder(item)),
-        source(dispatch.num_slots.Quotient(slot)),
-        row(nullptr, dispatch.op.row_bytes, part, dispatch.signalled.num_parts) {
-    if (item >= dispatch.NumItems()) return;
-    const int lane = threadIdx.x % 32;
-    const Slot at = group.SlotOf(dispatch.op.frame.rank, source, dispatch.num_slots.Remainder(slot));
-    const bool waits = lane < dispatch.op.frame.shape.num_topk;
-    lost = !group.WaitUntil([&] {
-      return !waits || group.HasEntry(at, lane, &entry) ? kNone : source;
-    });
-    has_row = __any_sync(~0u, entry.expert != kNone);
-    if (!has_row || lost) return;
-    // Also for a row that is dropped: it must not arrive in a later op.
-    bool arrived;
-    lost = !group.Wait(true, at, part, source, &arrived);
-    row.row = at.row();
-    row.Load();
-  }
-};
 
 // Step 2. Marks have been cleared. False if the op is lost.
 __device__ bool Collect(const LowLatencyDispatch& dispatch, SignalledOp& group, Marks* marks) {
@@ -167,7 +131,7 @@ __device__ bool Collect(const LowLatencyDispatch& dispatch, SignalledOp& group, 
   const int groups = dispatch.NumGroups();
   const int num_entries = dispatch.NumSlots() * op.frame.shape.num_topk;
   bool all = true;
-  // The last warps first: the others may be waiting for parts.
+  // The last warps first: they have pushed less.
   for (int first = kThreads - 1 - threadIdx.x; __any_sync(~0u, first < num_entries) && all;
        first += kInFlight * kThreads) {
     all = group.WaitUntil([&] {
@@ -227,48 +191,62 @@ __device__ int32_t RowOfEntry(const LowLatencyDispatch& dispatch, const SlotPlan
   return RowOf(slots.plan, dispatch.op.frame.rank * groups + index, 0, position);
 }
 
-// Step 4. False if the op is lost. `copied` is this warp's first part.
+// Step 4. False if the op is lost.
 template <bool kWhole>
 __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group,
-                                         const SlotPlan& slots, PartOfSlot<kWhole>& copied) {
+                                         const SlotPlan& slots) {
   const Dispatch& op = dispatch.op;
   const DispatchParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
-  const int lane = threadIdx.x % 32, num_topk = shape.num_topk;
+  const int lane = threadIdx.x % 32, num_topk = shape.num_topk, self = op.frame.rank;
+  const int num_items = shape.num_ranks * params.route.num_tokens * dispatch.signalled.num_parts;
   const PairTable table(shape, params.route);
-  for (int item = FirstItem(); item < dispatch.NumItems(); item += NumWarps()) {
-    if (item != FirstItem()) copied = PartOfSlot<kWhole>(dispatch, group, item);
-    if (copied.lost) return false;
+  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
+    const int slot = dispatch.num_parts.Quotient(item), part = dispatch.num_parts.Remainder(item);
+    const int source = dispatch.num_slots.Quotient(slot);
+    const int token = dispatch.num_slots.Remainder(slot);
+    const Slot at = group.SlotOf(self, source, token);
+    SlotEntry entry = {kNone, 0.0f};
+    if (lane < num_topk) group.HasEntry(at, lane, &entry);  // Collect has waited for it
+    const bool has_row = __any_sync(~0u, entry.expert != kNone);
+    const bool is_own = source == self;
+    LoadedPart<kWhole> words(
+        is_own ? static_cast<const char*>(params.x) + token * op.row_bytes : at.row(),
+        op.row_bytes, part, dispatch.signalled.num_parts);
+    if (has_row) {
+      // Also for a row that is dropped: it must not arrive in a later op.
+      bool arrived;
+      if (!is_own && !group.Wait(true, at, part, source, &arrived)) return false;
+      words.Load();
+    }
     // Expert-major, each entry has a row; token-major, the token.
     const bool is_here =
-        dispatch.expert_major() ? copied.entry.expert != kNone : copied.has_row && lane == 0;
-    const int32_t row = RowOfEntry(dispatch, slots, copied.slot, copied.entry.expert, is_here);
+        dispatch.expert_major() ? entry.expert != kNone : has_row && lane == 0;
+    const int32_t row = RowOfEntry(dispatch, slots, slot, entry.expert, is_here);
     const uint32_t here = __ballot_sync(~0u, is_here), live = __ballot_sync(~0u, row != kNone);
     if (live != 0) {
-      copied.row.CopyTo([&](auto store) {
+      words.CopyTo([&](auto store) {
         ForBits(live, [&](int of_lane) {
           store(static_cast<char*>(params.tokens) + __shfl_sync(~0u, row, of_lane) * op.row_bytes);
         });
       });
     }
-    if (copied.part != 0) continue;
+    if (part != 0) continue;
     // Routes: an entry keeps its position among those of its token on this rank, dropped or not.
-    const int32_t code = copied.source * shape.max_tokens +
-                         static_cast<int32_t>(dispatch.num_slots.Remainder(copied.slot));
-    int32_t* line = params.pairs + int64_t{1 + copied.slot} * table.line_ints();
+    const int32_t code = source * shape.max_tokens + token;
+    int32_t* line = params.pairs + int64_t{1 + slot} * table.line_ints();
     if (lane == 0) line[0] = live != 0 ? code : kNone;
     if (is_here) line[1 + __popc(here & ((1u << lane) - 1))] = row;
     if (lane >= __popc(here) && lane < table.max_rows) line[1 + lane] = kNone;
-    if (lane == 0 && copied.has_row) group.CountReceived(copied.source);
+    if (lane == 0 && has_row) group.CountReceived(source);
     if (row != kNone) params.source[row] = code;
     if (dispatch.expert_major()) {
-      if (row != kNone) params.weights[row] = copied.entry.value;
+      if (row != kNone) params.weights[row] = entry.value;
     } else if (const int32_t of_token = __shfl_sync(~0u, row, 0); of_token != kNone) {
       if (lane < num_topk) {
         const int64_t column = int64_t{of_token} * num_topk + lane;
-        const int32_t expert = copied.entry.expert;
-        params.weights[column] = expert != kNone ? copied.entry.value : 0.0f;
-        params.local_experts[column] = expert;
+        params.weights[column] = entry.expert != kNone ? entry.value : 0.0f;
+        params.local_experts[column] = entry.expert;
       }
     }
   }
@@ -301,11 +279,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (!lost) {
     PushTokens<kWhole>(dispatch, group, pushed);
     group.Announce();
-    PartOfSlot<kWhole> copied(dispatch, group, FirstItem());
-    lost = !__syncthreads_and(!copied.lost && Collect(dispatch, group, slots.marks));
+    lost = !__syncthreads_and(Collect(dispatch, group, slots.marks));
     if (!lost) {
       PlanRows(dispatch, slots);
-      lost = !CopyRows<kWhole>(dispatch, group, slots, copied);
+      lost = !CopyRows<kWhole>(dispatch, group, slots);
       WriteRest<kWhole>(op, slots.plan);
     }
   }

@@ -37,10 +37,7 @@ struct SignalledFrame {
 static_assert(sizeof(Packet) == kPacketBytes && sizeof(SlotEntry) == sizeof(Packet::value));
 
 // Words of 16 bytes of a row that a lane has in flight: there are many warps with a part each.
-#ifndef KWORDS
-#define KWORDS 4
-#endif
-inline constexpr int kWordsOfPart = KWORDS;
+inline constexpr int kWordsOfPart = 4;
 
 // A slot of a window, on this rank or on a peer.
 class Slot {
@@ -179,7 +176,7 @@ class SignalledOp : public RankOp {
         // Pairs with the acquire load in Wait, on the owner.
         StoreReleaseSystem(SlotAt(peer, of_warp.offset).signals() + of_warp.part,
                            SignalOf(frame_.op_hash, step(), has_row));
-        if (has_row && of_warp.part == 0) Count(&own_.rows_pushed[peer]);
+        if (has_row && of_warp.part == 0) CountPushed(peer);
       }
     }
   }
@@ -212,7 +209,8 @@ class SignalledOp : public RankOp {
   }
   __device__ uint64_t AllRanks() const { return ~uint64_t{0} >> (64 - num_ranks()); }
 
-  // Count a row that this rank has received. By one lane.
+  // Count a row that this rank has pushed, where PushItems does not, or received. By one lane.
+  __device__ void CountPushed(int peer) const { Count(&own_.rows_pushed[peer]); }
   __device__ void CountReceived(int peer) const { Count(&own_.rows_received[peer]); }
 
   // Wait until look() of every lane returns kNone instead of the rank that it waits for. Returns

@@ -80,11 +80,8 @@ struct WindowLayout {
 
 // The number of parts of each row of an op: the same on all ranks. `row_bytes` is the bytes sent
 // per row.
-#ifndef KWANTED
-#define KWANTED 1024
-#endif
 inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, int64_t row_bytes) {
-  constexpr int64_t kWarpsWanted = KWANTED, kLeastBytes = 1024;
+  constexpr int64_t kWarpsWanted = 1024, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);
   int32_t parts = 1;
   while (2 * parts <= kMaxParts && 2 * parts * slots <= kWarpsWanted &&
