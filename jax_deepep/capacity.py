@@ -72,11 +72,6 @@ def fewest_chunks(
     return max(1, min(wanted, live // (num_local_experts * LEAST_ROWS_PER_EXPERT)))
 
 
-def slot_row_bytes(hidden_size: int) -> int:
-    """Return the bytes of the widest row in low-latency mode: H elements of 2 bytes, and at least 16."""
-    return max(2 * hidden_size, 16)
-
-
 def num_groups(layout: Layout, num_local_experts: int) -> int:
     """Return the number of row groups of one device: one per local expert, or a single one."""
     return num_local_experts if layout == "expert" else 1

@@ -67,6 +67,8 @@ class Problem:
     def communicator(self, implementation: str, **options) -> ep.Communicator:
         if implementation == LOW_LATENCY:
             implementation, options = "native", {"mode": "low_latency", **options}
+        elif implementation == "native":
+            options = {"mode": "throughput", **options}
         return ep.Communicator(
             self.mesh,
             self.axis_name,

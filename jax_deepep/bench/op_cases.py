@@ -51,7 +51,8 @@ class OpCases:
     def of(cls, comm: Communicator, stopwatch: Stopwatch, inputs: Inputs) -> "OpCases":
         """Compile and run a dispatch, and make the cases that depend on it."""
         problem = inputs.problem
-        shape = RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None)
+        mode = comm.config.mode_of(problem.tokens)
+        shape = RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None, mode)
         ops = implementation_of(shape)
         weighted = shape.layout == "expert"
 

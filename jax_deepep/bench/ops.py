@@ -142,9 +142,8 @@ def measure(
             if other is not first:
                 check_agreement(first, other)
         on_device = stopwatch.on_gpus and "native" in tested
-        comm = first.shape.comm
         # They follow a handle of throughput mode.
-        by_rows = on_device and comm.mode == "throughput"
+        by_rows = on_device and first.shape.mode == "throughput"
         row_cases = _row_cases(stopwatch, first, inputs) if by_rows else {}
         memcpy = None
         if not stopwatch.on_gpus and jax.process_count() == 1:

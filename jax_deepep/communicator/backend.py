@@ -9,7 +9,7 @@ import jax
 from jax_deepep.communicator import native_module
 from jax_deepep.communicator.build_identity import texts_of_build
 from jax_deepep.communicator.config import CommunicatorConfig, is_timeout, texts_of
-from jax_deepep.communicator.native import NativeHalf, address_in_pool, make_native_half
+from jax_deepep.communicator.native import NativeHalf, address_in_pool, make_native_half, window_of
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.process_exchange import Exchange, Summary
 from jax_deepep.communicator.topology import Topology, host_identity
@@ -153,7 +153,7 @@ def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
             config.max_tokens,
             address_in_pool(device),
             limit,
-            config.chosen_mode,
+            window_of(config),
         ):
             return text
     return ""

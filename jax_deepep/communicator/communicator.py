@@ -83,8 +83,9 @@ class Communicator:
             host, however many hosts the mesh has. The attribute holds the choice.
         mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
-            float16, narrow integers); "throughput" for everything else. "auto" is "throughput". Results
-            are the same bits in both. The attribute holds the choice.
+            float16, narrow integers); "throughput" for everything else. "auto" chooses for every dispatch
+            from its tokens per device when it is traced (`handle.mode`; `describe()` tells the rule).
+            Results are the same bits in both.
         num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
@@ -146,7 +147,6 @@ class Communicator:
         self._set("topology", topology)
         self._set("id", exchange.id)
         self._set("implementation", backend.implementation)
-        self._set("mode", config.chosen_mode)
         self._set("_backend", backend)
         if backend.native is not None:
             native_module.close_at_exit(self, backend.native)
@@ -215,13 +215,21 @@ class Communicator:
             ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),
             ("implementation", f"{self.implementation} ({self._backend.reason})"),
             ("transport", self._backend.transport()),
-            ("mode", f"{self.mode} (mode={self.config.mode!r})"),
+            ("mode", self._describe_mode()),
             ("buffers", f"{self.buffer_bytes / 2**20:.1f} MiB held between ops"),
             ("timeout", f"{self.timeout_s:g} s"),
             ("state", state),
         ]  # fmt: skip
         lines = [f"Communicator #{self.id}", *(f"  {name:<15} {text}" for name, text in rows)]
         return "\n".join(lines)
+
+    def _describe_mode(self) -> str:
+        if self.mode != "auto":
+            return f"{self.mode}, as asked"
+        tokens = self.config.most_low_latency_tokens
+        if tokens == 0:
+            return f"throughput (auto: a group of {self.size} is too large for low_latency)"
+        return f"auto: low_latency for dispatches of up to {tokens} tokens per device, throughput for others"
 
     def stats(self) -> CommunicatorStats:
         """Return rows sent and received and time waited per peer, since the last call.

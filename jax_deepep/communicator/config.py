@@ -17,9 +17,15 @@ from jax_deepep.communicator.topology import Topology
 
 Implementation = Literal["auto", "native", "xla"]
 Mode = Literal["auto", "throughput", "low_latency"]
+OpMode = Literal["throughput", "low_latency"]
 
 INTEGERS = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms", "ranks_per_node")
 OPTIONAL_INTEGERS = ("num_sms", "ranks_per_node")
+
+# With mode="auto", ops of up to so many tokens per device, and so many of all devices of a group, take
+# low-latency mode: it was measured to be faster there (bench/RESULTS.md), and its memory stays small.
+AUTO_LOW_LATENCY_TOKENS = 128
+AUTO_LOW_LATENCY_SLOTS = 1024
 
 # Longer arguments are cut where processes compare them, and distinguished by a digest.
 MOST_CHARACTERS = 120
@@ -111,9 +117,23 @@ class CommunicatorConfig:
         return math.prod(self.mesh.shape[name] for name in self.axis_names)
 
     @property
-    def chosen_mode(self) -> Literal["throughput", "low_latency"]:
-        """The mode of all ops. "auto" is throughput: where low latency is faster has not been measured."""
-        return "throughput" if self.mode == "auto" else self.mode
+    def most_low_latency_tokens(self) -> int:
+        """The most tokens per device of an op in low-latency mode; 0 if no op takes it."""
+        if self.mode == "auto":
+            return min(self.max_tokens, AUTO_LOW_LATENCY_TOKENS, AUTO_LOW_LATENCY_SLOTS // self.size)
+        return self.max_tokens if self.mode == "low_latency" else 0
+
+    @property
+    def low_latency_row_bytes(self) -> int:
+        """The bytes of the widest row of an op in low-latency mode.
+
+        With "auto" any row, so that what a dispatch has chosen holds for its combine, whatever its dtype.
+        """
+        return max((4 if self.mode == "auto" else 2) * self.hidden_size, 16)
+
+    def mode_of(self, num_tokens: int) -> OpMode:
+        """Return the mode of a dispatch of `num_tokens` per device, and of what follows its handle."""
+        return "low_latency" if num_tokens <= self.most_low_latency_tokens else "throughput"
 
     @functools.cached_property
     def topology(self) -> Topology:
@@ -124,7 +144,7 @@ class CommunicatorConfig:
     def fingerprint(self) -> int:
         """63 bits that differ when the arguments do; stored in compiled programs."""
         facts = (self.size, self.mesh.size // self.size, self.axis_names, self.num_experts,
-                 self.num_experts_per_tok, self.max_tokens, self.hidden_size, self.chosen_mode)  # fmt: skip
+                 self.num_experts_per_tok, self.max_tokens, self.hidden_size, self.mode)  # fmt: skip
         digest = hashlib.sha256(repr(facts).encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 

@@ -75,6 +75,11 @@ class CpuHalf(NativeHalf):
         return "process memory: peers' arrays are read in place"  # every group is inside one process
 
 
+def window_of(config: CommunicatorConfig) -> tuple[int, int]:
+    """Return the tokens of each source, and the bytes of a row, that ops in low-latency mode may push."""
+    return config.most_low_latency_tokens, config.low_latency_row_bytes
+
+
 class CudaHalf(NativeHalf):
     """On GPUs, every process lets its peers map its control blocks, and XLA's memory pools for reading."""
 
@@ -83,12 +88,12 @@ class CudaHalf(NativeHalf):
     def __init__(self, config: CommunicatorConfig, id: int) -> None:
         devices = config.topology.local_devices(jax.process_index())
         self._num_sms = config.num_sms
-        self._mode = config.chosen_mode
+        self._config = config
         self.native = native_module.load("cuda").Communicator(
             **arguments_of(config, id),
             devices=[address_in_pool(device) for device in devices],
             num_sms=config.num_sms or 0,
-            mode=config.chosen_mode,
+            window=window_of(config),
         )
 
     def exports(self, open_here: contextlib.ExitStack) -> list[Export]:
@@ -113,12 +118,12 @@ class CudaHalf(NativeHalf):
 
     def transport(self) -> str:
         sms = f"{'up to ' if self._num_sms is None else ''}{self.native.most_blocks} SMs per op"
-        how = (
-            "peers' arrays are read in place"
-            if self._mode == "throughput"
-            else "rows are pushed to peers' windows"
-        )
-        return f"{how}, over NVLink or in one GPU; {sms}"
+        ways = {
+            "throughput": "peers' arrays are read in place",
+            "low_latency": "rows are pushed to peers' windows",
+            "auto": "peers' arrays are read in place, or rows are pushed to peers' windows",
+        }
+        return f"{ways[self._config.mode]}, over NVLink or in one GPU; {sms}"
 
 
 HALVES: dict[str, type[NativeHalf]] = {"cpu": CpuHalf, "cuda": CudaHalf}

@@ -88,6 +88,7 @@ class NativeModule(Protocol):
 
     # Numbers and sizes that are the same on all platforms.
     layouts: dict[str, int]  # names and codes
+    modes: dict[str, int]  # likewise
     no_limit: int
     payload_alignment: int  # rows of integers are a multiple of these
 
@@ -131,7 +132,7 @@ class CudaModule(NativeModule, Protocol):
         max_tokens: int,
         device: AddressInPool,
         limit_bytes: int,
-        mode: str,
+        window: tuple[int, int],
     ) -> str: ...
 
     @property

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jax_deepep import jax_compat
-from jax_deepep.capacity import slot_row_bytes
 from jax_deepep.checks import ROW_DTYPES, check_array, check_is_array, nearest_row_dtype
 from jax_deepep.communicator import Communicator
 from jax_deepep.communicator.topology import Topology
@@ -51,7 +50,7 @@ def check_sent_rows(name: str, value: Any, hidden_size: int) -> None:
 
 def check_fits_mode(name: str, rows: Any, comm: Communicator) -> None:
     """Raise unless the mode of `comm` sends rows as wide as these."""
-    widest, width = slot_row_bytes(comm.hidden_size), rows.shape[1] * rows.dtype.itemsize
+    widest, width = comm.config.low_latency_row_bytes, rows.shape[1] * rows.dtype.itemsize
     if comm.mode == "low_latency" and width > widest:
         raise ValueError(
             f'{name}: expected rows of at most {widest} bytes with mode="low_latency" and hidden_size='

@@ -9,6 +9,7 @@ from jax import lax
 
 from jax_deepep.capacity import Layout
 from jax_deepep.communicator import Communicator
+from jax_deepep.communicator.config import OpMode
 
 # What a dispatch returned with a handle, and what a dispatch along it returns.
 Received = TypeVar("Received", bound="ExpertMajor | TokenMajor")
@@ -29,6 +30,7 @@ class RouteShape:
         capacity: C, rows of the received arrays.
         alignment: rows of a group are padded to a multiple of this.
         expert_capacity: most rows of each expert, or None.
+        mode: "throughput" or "low_latency".
     """
 
     comm: Communicator
@@ -37,6 +39,7 @@ class RouteShape:
     capacity: int
     alignment: int
     expert_capacity: int | None
+    mode: OpMode = "throughput"
 
     def rank(self) -> jax.Array:
         """Return this device's rank in its group, int32 []."""
@@ -119,9 +122,9 @@ class Handle(Generic[Received]):
         return self.route_shape.capacity
 
     @property
-    def mode(self) -> str:
+    def mode(self) -> OpMode:
         """The mode of the dispatch, in which its combine and its backward run too."""
-        return self.comm.mode
+        return self.route_shape.mode
 
     @property
     def routes(self) -> Routes:

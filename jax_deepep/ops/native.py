@@ -73,6 +73,7 @@ def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
     attributes = {
         "comm": shape.comm.id,
         "fingerprint": shape.comm.fingerprint,
+        "mode": native_module.numbers().modes[shape.mode],
         "layout": native_module.numbers().layouts[shape.layout],
     }
     if with_limits:
@@ -96,11 +97,11 @@ def _sizes(shape: RouteShape) -> dict[str, int]:
 def _keeps_pairs(shape: RouteShape) -> bool:
     """Return whether the ops of this platform and mode need the table of pairs."""
     comm = shape.comm
-    return comm.platform == "cuda" and (shape.layout == "expert" or comm.mode == "low_latency")
+    return comm.platform == "cuda" and (shape.layout == "expert" or shape.mode == "low_latency")
 
 
 def _has_scratch(shape: RouteShape) -> bool:
-    return shape.comm.platform == "cuda" and shape.comm.mode == "throughput"
+    return shape.comm.platform == "cuda" and shape.mode == "throughput"
 
 
 def _has_sums(shape: RouteShape) -> bool:

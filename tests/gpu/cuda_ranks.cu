@@ -58,12 +58,15 @@ class Group {
  public:
   // With windows for all tokens, so that ops may take either mode.
   Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false)
-      : num_blocks_(num_blocks), low_latency_(low_latency), window_(shape, shape.max_tokens) {
-    const int64_t control_bytes = window_.offset + window_.bytes();
+      : num_blocks_(num_blocks), low_latency_(low_latency) {
+    // Rows of float32 as well.
+    const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 16)};
+    const WindowLayout window(shape, size);
+    const int64_t control_bytes = window.offset + window.bytes();
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
     device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadRankKernels, KernelsOf("throughput").load, KernelsOf("low_latency").load}) {
+    for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load, KernelsOf(Mode::kLowLatency).load}) {
       const char* error = load(device_.shared_bytes);
       Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
     }
@@ -82,6 +85,7 @@ class Group {
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       OpFrame frame;
       frame.shape = shape;
+      frame.window = size;
       frame.rank = rank;
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
       frame.expected_rank = operands_[rank]->device<int32_t>();
@@ -102,7 +106,7 @@ class Group {
   void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
     OpFrame frame = FrameOf(rank);
     frame.op = SignatureOf(params, stream != nullptr);  // an op on another stream is another call
-    const KernelSet& kernels = KernelsOf(low_latency_ ? "low_latency" : "throughput");
+    const KernelSet& kernels = KernelsOf(low_latency_ ? Mode::kLowLatency : Mode::kThroughput);
     frame.op.flags |= kernels.flags;
     frame.op_hash = frame.op.Hash();
     const auto launch = kernels.LaunchOf<Params>();
@@ -137,7 +141,6 @@ class Group {
  private:
   int num_blocks_;
   bool low_latency_;
-  WindowLayout window_;
   uint64_t num_launches_ = 0;
   DeviceFacts device_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
@@ -207,8 +210,6 @@ void CheckDestination(const Problem& problem, Rank& rank, const std::string& wha
 
 void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency = false) {
   problem.low_latency = low_latency;
-  const int64_t most_row_bytes = WindowLayout::MostRowBytes(problem.shape);
-  if (low_latency && problem.route.rows().bytes() > most_row_bytes) problem.shape.hidden_size *= 2;
   const int num_ranks = problem.shape.num_ranks;
   std::mt19937 random(7);
   std::vector<std::unique_ptr<Rank>> ranks;

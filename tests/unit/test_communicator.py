@@ -40,7 +40,7 @@ def test_arguments_are_attributes(implementation: str) -> None:
     for name, value in SIZES.items():
         assert getattr(comm, name) == value
     assert comm.implementation == implementation
-    assert comm.mode == "throughput"
+    assert comm.mode == "auto"
     assert comm.num_sms == 20
     assert comm.timeout_s == 7.5
     assert comm.size == MESH.shape["expert"]

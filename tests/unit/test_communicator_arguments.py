@@ -151,7 +151,7 @@ def test_the_choice_and_its_reason_are_beside_the_arguments() -> None:
     assert "native (as asked)" in made["native"].describe()
     assert "xla (as asked)" in made["xla"].describe()
     for name, comm in made.items():
-        assert comm.mode == "throughput"
+        assert comm.mode == "auto"
         asked = {"mode": "auto", "implementation": name, "num_sms": None, "ranks_per_node": None, **ARGUMENTS}
         assert {argument: getattr(comm.config, argument) for argument in asked} == asked
         with pytest.raises(dataclasses.FrozenInstanceError):

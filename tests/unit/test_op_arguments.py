@@ -78,7 +78,7 @@ def test_rows_that_low_latency_mode_does_not_send(implementation: str) -> None:
         trace(lambda: combine(comm, narrow, y=jnp.zeros((48, 8))))
     trace(lambda: combine(comm, narrow))
     assert comm.mode == "low_latency"
-    assert "low_latency (mode='low_latency')" in comm.describe()
+    assert "low_latency, as asked" in comm.describe()
 
 
 def test_integers_of_numpy(comm) -> None:

@@ -172,6 +172,6 @@ def test_a_handle_leaves_a_shard_map_and_enters_another(comm) -> None:
     dispatched, handle = first(x_on_mesh)
     assert isinstance(handle, ep.Handle)
     assert handle.comm is comm
-    assert (handle.layout, handle.capacity, handle.mode) == ("expert", handle.source.shape[1], "throughput")
+    assert (handle.layout, handle.capacity, handle.mode) == ("expert", handle.source.shape[1], "low_latency")
     assert handle.num_dropped.shape == (MESH.size,)
     np.testing.assert_array_equal(fetch(second(dispatched, handle)), 1.5 * x)

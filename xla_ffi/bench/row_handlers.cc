@@ -69,7 +69,7 @@ ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& ran
 
 ffi::Error GatherRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
                       ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows, int64_t layout,
-                      int64_t warps, int64_t depth, int64_t, int64_t, int64_t) {
+                      int64_t warps, int64_t depth, int64_t, int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = x.element_count() / shape.hidden_size;
   const int64_t capacity = rows->element_count() / shape.hidden_size;
@@ -88,7 +88,7 @@ ffi::Error GatherRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
 
 ffi::Error AddRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
                    ffi::AnyBuffer y, ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
-                   int64_t layout, int64_t, int64_t, int64_t) {
+                   int64_t layout, int64_t, int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = x.element_count() / shape.hidden_size;
   const int64_t capacity = rows->element_count() / shape.hidden_size;
@@ -107,7 +107,7 @@ ffi::Error AddRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, f
 ffi::Error SumRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
                    ffi::AnyBuffer pairs, ffi::AnyBuffer inputs, ffi::Result<ffi::AnyBuffer> out,
                    ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool with_sums, int64_t,
-                   int64_t, int64_t) {
+                   int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = out->element_count() / shape.hidden_size;
   const int64_t capacity = y.element_count() / shape.hidden_size;
@@ -146,6 +146,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherRowsHandler, GatherRows,
                                   .Attr<int64_t>("depth")
                                   .Attr<int64_t>("comm")
                                   .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("mode")
                                   .Attr<int64_t>("call"),
                               kTraits);
 
@@ -161,6 +162,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AddRowsHandler, AddRows,
                                   .Attr<int64_t>("layout")
                                   .Attr<int64_t>("comm")
                                   .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("mode")
                                   .Attr<int64_t>("call"),
                               kTraits);
 
@@ -178,6 +180,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SumRowsHandler, SumRows,
                                   .Attr<bool>("with_sums")
                                   .Attr<int64_t>("comm")
                                   .Attr<int64_t>("fingerprint")
+                                  .Attr<int64_t>("mode")
                                   .Attr<int64_t>("call"),
                               kTraits);
 

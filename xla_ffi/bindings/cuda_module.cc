@@ -45,18 +45,21 @@ void Destroy(CudaCommunicator* comm) {
   delete comm;
 }
 
+// Tokens and row bytes of WindowSize.
+using WindowTuple = std::pair<int32_t, int32_t>;
+
 std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint,
                                        const LocationTuples& locations, int32_t process,
                                        int32_t num_ranks, int32_t num_groups, int32_t num_experts,
                                        int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
                                        double timeout_s, const std::vector<DeviceTuple>& devices,
-                                       int num_sms, const std::string& mode) {
+                                       int num_sms, const WindowTuple& window) {
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
       new CudaCommunicator(MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups,
                                       num_experts, num_topk, max_tokens, hidden_size, timeout_s),
-                           KernelsOf(mode), local_devices, num_sms),
+                           WindowSize{window.first, window.second}, local_devices, num_sms),
       &Destroy);
   Register(comm);
   return comm;
@@ -64,14 +67,14 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint,
 
 std::string UnsupportedReason(int32_t num_ranks, int32_t num_experts, int32_t num_topk,
                               int32_t max_tokens, const DeviceTuple& device, size_t limit_bytes,
-                              const std::string& mode) {
+                              const WindowTuple& window) {
   GroupShape shape;
   shape.num_ranks = num_ranks;
   shape.num_experts = num_experts;
   shape.num_topk = num_topk;
   shape.max_tokens = max_tokens;
   std::string error = UnsupportedReasonOfLimits(shape);
-  if (error.empty()) error = UnsupportedReasonOfDevice(device.first, shape, KernelsOf(mode));
+  if (error.empty()) error = UnsupportedReasonOfDevice(device.first, shape, {window.first, window.second});
   if (error.empty()) error = UnsupportedReasonOfPool(DeviceOf(device), limit_bytes);
   return error;
 }
@@ -115,12 +118,12 @@ NB_MODULE(_cuda, module) {
   module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
   module.def("unsupported_reason", &UnsupportedReason, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),
-             nb::arg("mode"), WithoutGil());
+             nb::arg("window"), WithoutGil());
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("locations"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
            nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
-           nb::arg("devices"), nb::arg("num_sms"), nb::arg("mode"), WithoutGil())
+           nb::arg("devices"), nb::arg("num_sms"), nb::arg("window"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())

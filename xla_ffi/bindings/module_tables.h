@@ -60,6 +60,9 @@ inline void DefineNumbers(nb::module_& module) {
   nb::dict layouts;  // from names to codes
   for (int32_t code = 0; code < 2; ++code) layouts[kLayoutNames[code]] = code;
   module.attr("layouts") = layouts;
+  nb::dict modes;  // likewise
+  for (int32_t code = 0; code < kNumModes; ++code) modes[kModeNames[code]] = code;
+  module.attr("modes") = modes;
   module.attr("no_limit") = kNoLimit;
   module.attr("payload_alignment") = kPayloadAlignment;
   module.def(

@@ -44,9 +44,9 @@ T ReadVolatile(const T& value) {
 
 }  // namespace
 
-CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const KernelSet& kernels,
+CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& window,
                                    const std::vector<LocalDevice>& devices, int num_sms)
-    : config_(std::move(config)), kernels_(kernels), requested_sms_(num_sms) {
+    : config_(std::move(config)), window_(window), requested_sms_(num_sms) {
   Check(UnsupportedReasonOfLimits(shape()));
   size_t next_device = 0;
   for (const Location& location : config_.locations) {
@@ -56,14 +56,17 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const KernelSet& k
     rank->location = location;
     rank->ordinal = device.ordinal;
     OnDevice current(device.ordinal);
-    Check(UnsupportedReasonOfDevice(device.ordinal, shape(), kernels_));
+    Check(UnsupportedReasonOfDevice(device.ordinal, shape(), window));
     rank->facts.shared_bytes = DynamicSharedBytes(device.ordinal);
     rank->facts.bulk_copies = Attribute(cudaDevAttrComputeCapabilityMajor, device.ordinal) >= 9;
     Check(rank->pool.Find(device.in_pool));
     rank->facts.pool = rank->pool.data();
     rank->facts.pool_bytes = rank->pool.bytes();
-    Check(rank->control.Create(device.ordinal,
-                               ControlBytes(shape()) + kernels_.window_bytes(shape())));
+    int64_t bytes = static_cast<int64_t>(ControlBytes(shape()));
+    for (const KernelSet* kernels : KernelsFor(window)) {
+      bytes += kernels->window_bytes(shape(), window);
+    }
+    Check(rank->control.Create(device.ordinal, bytes));
     void* status = nullptr;
     Check(cudaHostAlloc(&status, sizeof(HostStatus), cudaHostAllocMapped | cudaHostAllocPortable),
           "cudaHostAlloc");
@@ -135,6 +138,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     OnDevice current(rank->ordinal);
     OpFrame& frame = rank->frame;
     frame.shape = shape();
+    frame.window = window_;
     frame.rank = rank->location.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
     void* status = nullptr;
@@ -153,7 +157,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     frame.pool[frame.rank] = rank->facts.pool;
   }
   Load(LoadRankKernels);
-  Load(kernels_.load);
+  for (const KernelSet* kernels : KernelsFor(window_)) Load(kernels->load);
   TestPeers();
   WatchForFailure(this);
 }

@@ -39,10 +39,10 @@ struct OpLaunch {
 
 class CudaCommunicator {
  public:
-  // `kernels` are those of its mode, and `devices` those of this process, in the order of
-  // config.locations. Then call AttachPeer for every process that shares a group with this one,
+  // Ops may take low-latency mode if the window has tokens. `devices` are those of this process, in
+  // the order of config.locations. Then call AttachPeer for every process that shares a group with this one,
   // itself included, and Start. Throws std::runtime_error.
-  CudaCommunicator(CommunicatorConfig config, const KernelSet& kernels,
+  CudaCommunicator(CommunicatorConfig config, const WindowSize& window,
                    const std::vector<LocalDevice>& devices, int num_sms);
   ~CudaCommunicator();
 
@@ -64,14 +64,15 @@ class CudaCommunicator {
 
   // Enqueue a rank's part of an op. Returns an error, of which peers are notified, or empty.
   template <typename Params>
-  std::string Launch(Params params, const OpLaunch& launch) {
+  std::string Launch(Params params, Mode mode, const OpLaunch& launch) {
+    const KernelSet& kernels = KernelsOf(mode);
     std::vector<PeerArray> read_by_peers;
-    if (kernels_.reads_peers) read_by_peers = VerbTraits<Params>::ReadByPeers(shape(), &params);
+    if (kernels.reads_peers) read_by_peers = VerbTraits<Params>::ReadByPeers(shape(), &params);
     OpSignature op = SignatureOf(params, launch.call);
-    op.flags |= kernels_.flags;
+    op.flags |= kernels.flags;
     return LaunchOp(op, BytesOf(shape(), params), read_by_peers, launch,
                     [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-                      const auto enqueue = kernels_.LaunchOf<Params>();
+                      const auto enqueue = kernels.LaunchOf<Params>();
                       return enqueue(frame, params, num_blocks, facts, launch.stream);
                     });
   }
@@ -162,7 +163,7 @@ class CudaCommunicator {
   const LocalRank* FailedRank() const;
 
   const CommunicatorConfig config_;
-  const KernelSet& kernels_;
+  const WindowSize window_;
   const int requested_sms_;
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank

@@ -1,28 +1,22 @@
 #include "cuda/kernels.h"
 
-#include <stdexcept>
-
 #include "cuda/intranode/throughput.h"
 #include "cuda/low_latency/low_latency.h"
 
 namespace jax_deepep {
 
-const std::vector<KernelSet>& KernelSets() {
-  static const std::vector<KernelSet> sets = {
+const KernelSet& KernelsOf(Mode mode) {
+  static const KernelSet sets[kNumModes] = {
       KernelSet::Of<Throughput>(),
       KernelSet::Of<LowLatency>(),
   };
-  return sets;
+  return sets[static_cast<int>(mode)];
 }
 
-const KernelSet& KernelsOf(const std::string& mode) {
-  std::string modes;
-  for (const KernelSet& set : KernelSets()) {
-    if (mode == set.mode) return set;
-    modes += (modes.empty() ? "" : ", ") + std::string(set.mode);
-  }
-  throw std::invalid_argument("mode: expected one that has kernels (" + modes + "), got " + mode +
-                              "; use one of those");
+std::vector<const KernelSet*> KernelsFor(const WindowSize& window) {
+  std::vector<const KernelSet*> sets = {&KernelsOf(Mode::kThroughput)};
+  if (window.num_tokens > 0) sets.push_back(&KernelsOf(Mode::kLowLatency));
+  return sets;
 }
 
 }  // namespace jax_deepep

@@ -6,7 +6,6 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -23,7 +22,7 @@ using LaunchFunction = const char* (*)(const OpFrame& frame, const Params& param
                                        const DeviceFacts& device, cudaStream_t stream);
 
 // The kernels of a verb in a mode, defined in a file of the mode's folder.
-template <typename Mode, typename Params>
+template <typename Kernels, typename Params>
 struct VerbKernels {
   // As LaunchFunction.
   static const char* Launch(const OpFrame& frame, const Params& params, int num_blocks,
@@ -34,15 +33,15 @@ struct VerbKernels {
 };
 
 struct KernelSet {
-  const char* mode = nullptr;
+  Mode mode = Mode::kThroughput;
   int64_t flags = 0;         // of OpSignature
   bool reads_peers = false;  // whether peers read operands in place, in XLA's pool
   // Bytes of each rank's memory, behind its control block, that peers may write.
-  int64_t (*window_bytes)(const GroupShape& shape) = nullptr;
+  int64_t (*window_bytes)(const GroupShape& shape, const WindowSize& size) = nullptr;
   // Load the kernels of all verbs, likewise.
   const char* (*load)(int max_shared_bytes) = nullptr;
   // The minimum of shared memory per block.
-  int64_t (*least_shared_bytes)(const GroupShape& shape) = nullptr;
+  int64_t (*least_shared_bytes)(const GroupShape& shape, const WindowSize& size) = nullptr;
   // The blocks of an op, at most `most`.
   int (*num_blocks)(const OpBytes& bytes, int most) = nullptr;
   Verbs::Table<LaunchFunction> launch;
@@ -52,37 +51,36 @@ struct KernelSet {
     return std::get<LaunchFunction<Params>>(launch);
   }
 
-  // `Mode` has kName, kFlags, kReadsPeers, WindowBytes, LeastSharedBytes and NumBlocks, as above.
-  template <typename Mode>
+  // `Kernels` has kMode, kFlags, kReadsPeers, WindowBytes, LeastSharedBytes and NumBlocks, as above.
+  template <typename Kernels>
   static KernelSet Of() {
     KernelSet set;
-    set.mode = Mode::kName;
-    set.flags = Mode::kFlags;
-    set.reads_peers = Mode::kReadsPeers;
-    set.window_bytes = &Mode::WindowBytes;
+    set.mode = Kernels::kMode;
+    set.flags = Kernels::kFlags;
+    set.reads_peers = Kernels::kReadsPeers;
+    set.window_bytes = &Kernels::WindowBytes;
     set.load = [](int max_shared_bytes) {
       const char* error = nullptr;
       Verbs::ForEach([&](auto type) {
         using Params = typename decltype(type)::type;
-        if (error == nullptr) error = VerbKernels<Mode, Params>::Load(max_shared_bytes);
+        if (error == nullptr) error = VerbKernels<Kernels, Params>::Load(max_shared_bytes);
       });
       return error;
     };
-    set.least_shared_bytes = &Mode::LeastSharedBytes;
-    set.num_blocks = &Mode::NumBlocks;
+    set.least_shared_bytes = &Kernels::LeastSharedBytes;
+    set.num_blocks = &Kernels::NumBlocks;
     Verbs::ForEach([&](auto type) {
       using Params = typename decltype(type)::type;
-      std::get<LaunchFunction<Params>>(set.launch) = &VerbKernels<Mode, Params>::Launch;
+      std::get<LaunchFunction<Params>>(set.launch) = &VerbKernels<Kernels, Params>::Launch;
     });
     return set;
   }
 };
 
-// All modes, the default first.
-const std::vector<KernelSet>& KernelSets();
+const KernelSet& KernelsOf(Mode mode);
 
-// The kernels of a mode. Throws std::invalid_argument if there is no such mode.
-const KernelSet& KernelsOf(const std::string& mode);
+// Those that ops of a communicator may take.
+std::vector<const KernelSet*> KernelsFor(const WindowSize& window);
 
 }  // namespace jax_deepep
 

@@ -11,8 +11,15 @@
 
 namespace jax_deepep {
 
+// What low-latency ops of a communicator may push: each rank has memory for it.
+struct WindowSize {
+  int32_t num_tokens = 0;  // of each source; 0: none
+  int32_t row_bytes = 0;
+};
+
 struct OpFrame {
   GroupShape shape;
+  WindowSize window;
   int32_t rank = 0;
   OpSignature op;  // what must be the same on all ranks
   uint64_t op_hash = 0;

@@ -113,8 +113,10 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   }
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
   if (error.empty()) {
+    const bool low_latency = (op.flags & OpSignature::kLowLatency) != 0;
+    const KernelSet& kernels = KernelsOf(low_latency ? Mode::kLowLatency : Mode::kThroughput);
     const int blocks =
-        requested_sms_ > 0 ? rank->most_blocks : kernels_.num_blocks(bytes, rank->most_blocks);
+        requested_sms_ > 0 ? rank->most_blocks : kernels.num_blocks(bytes, rank->most_blocks);
     const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
     if (failed != nullptr) error = failed;
   }

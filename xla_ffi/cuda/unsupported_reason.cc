@@ -25,7 +25,7 @@ std::string UnsupportedReasonOfLimits(const GroupShape& shape) {
 }
 
 std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
-                                      const KernelSet& kernels) {
+                                      const WindowSize& window) {
   const std::string gpu = "GPU " + std::to_string(ordinal);
   int major = 0;
   if (const cudaError_t error =
@@ -34,14 +34,16 @@ std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
     return gpu + " cannot be queried: " + cudaGetErrorString(error);
   }
   if (major < 8) return gpu + " is older than compute capability 8.0, which native ops need";
-  const int64_t needed = kernels.least_shared_bytes(shape);
   const int64_t available = DynamicSharedBytes(ordinal);
-  if (needed > available) {
-    return "num_experts is " + std::to_string(shape.num_experts) +
-           (kernels.reads_peers ? std::string()
-                                : " and max_tokens " + std::to_string(shape.max_tokens)) +
-           ", for which native ops in mode " + kernels.mode + " need " + std::to_string(needed) +
-           " bytes of shared memory per block, and " + gpu + " has " + std::to_string(available);
+  for (const KernelSet* kernels : KernelsFor(window)) {
+    const int64_t needed = kernels->least_shared_bytes(shape, window);
+    if (needed <= available) continue;
+    const std::string tokens =
+        kernels->reads_peers ? "" : ", max_tokens " + std::to_string(window.num_tokens);
+    return "num_experts is " + std::to_string(shape.num_experts) + tokens +
+           ", for which native ops in mode " + kModeNames[static_cast<int>(kernels->mode)] +
+           " need " + std::to_string(needed) + " bytes of shared memory per block, and " + gpu +
+           " has " + std::to_string(available);
   }
   return "";
 }

@@ -23,7 +23,7 @@ std::string UnsupportedReasonOfLimits(const GroupShape& shape);
 
 // A device that is too old, or has too little shared memory for the sizes.
 std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
-                                      const KernelSet& kernels);
+                                      const WindowSize& window);
 
 // A pool that peers cannot map. `limit_bytes` is the most that XLA may allocate: a smaller pool
 // may grow.

@@ -59,8 +59,11 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
   const ffi::ErrorOr<int64_t> call = attributes.get<int64_t>("call");
   if (!fingerprint.has_value()) return ffi::Unexpected(fingerprint.error());
   if (!call.has_value()) return ffi::Unexpected(call.error());
+  const ffi::ErrorOr<int64_t> mode = attributes.get<int64_t>("mode");
+  if (!mode.has_value()) return ffi::Unexpected(mode.error());
   auto site = std::make_unique<CallSite>();
   site->call = *call;
+  site->mode = static_cast<Mode>(*mode);
   {
     std::lock_guard<std::mutex> lock(program_mutex);
     site->number = program->count++;

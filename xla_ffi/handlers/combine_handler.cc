@@ -11,7 +11,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
                      ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool weighted,
                      bool with_bias, bool with_gradients, bool with_pairs, bool with_sums, int64_t,
-                     int64_t, int64_t) {
+                     int64_t, int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -81,6 +81,7 @@ XLA_FFI_Error* Execute<CombineParams>(XLA_FFI_CallFrame* frame) {
                              .Attr<bool>("with_sums")
                              .Attr<int64_t>("comm")
                              .Attr<int64_t>("fingerprint")
+                             .Attr<int64_t>("mode")
                              .Attr<int64_t>("call"),
                          kTraits);
   return (*handler)(frame);

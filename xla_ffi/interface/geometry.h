@@ -12,6 +12,11 @@ namespace jax_deepep {
 enum class Layout : int32_t { kExpertMajor = 0, kTokenMajor = 1 };
 inline constexpr const char* kLayoutNames[] = {"expert", "token"};  // in their order
 
+// How an op communicates on GPUs.
+enum class Mode : int32_t { kThroughput, kLowLatency };
+inline constexpr const char* kModeNames[] = {"throughput", "low_latency"};  // in their order
+inline constexpr int kNumModes = 2;
+
 // kInt32 is an opaque payload: integers of any width as words of 32 bits, which are only copied.
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 

@@ -43,6 +43,7 @@ def _call(name: str, shape: RouteShape, results: Any, after: Any, *operands: Any
         layout=np.int64(native_module.numbers().layouts[shape.layout]),
         comm=np.int64(shape.comm.id),
         fingerprint=np.int64(shape.comm.fingerprint),
+        mode=np.int64(0),  # throughput
         call=np.int64(0),
         **attributes,
     )

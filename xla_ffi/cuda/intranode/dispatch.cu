@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
 
 }  // namespace
 
-int64_t Throughput::LeastSharedBytes(const GroupShape& shape) {
+int64_t Throughput::LeastSharedBytes(const GroupShape& shape, const WindowSize&) {
   // More than the counters of one warp, which share this memory.
   return Plan::Ints(shape) * static_cast<int64_t>(sizeof(int32_t));
 }
@@ -201,7 +201,7 @@ const char* VerbKernels<Throughput, DispatchParams>::Launch(const OpFrame& frame
   const int warp_bytes =
       NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
   op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
-  const int plan_bytes = static_cast<int>(Throughput::LeastSharedBytes(shape));
+  const int plan_bytes = static_cast<int>(Throughput::LeastSharedBytes(shape, {}));
   const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
   const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
   return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks,

@@ -10,11 +10,11 @@ namespace jax_deepep {
 
 // See KernelSet. The kernels of a verb are in <verb>.cu.
 struct Throughput {
-  static constexpr char kName[] = "throughput";
+  static constexpr Mode kMode = Mode::kThroughput;
   static constexpr int64_t kFlags = 0;
   static constexpr bool kReadsPeers = true;
-  static int64_t WindowBytes(const GroupShape&) { return 0; }
-  static int64_t LeastSharedBytes(const GroupShape& shape);
+  static int64_t WindowBytes(const GroupShape&, const WindowSize&) { return 0; }
+  static int64_t LeastSharedBytes(const GroupShape& shape, const WindowSize&);
   static int NumBlocks(const OpBytes& bytes, int most) { return BlocksFor(bytes, most); }
 };
 

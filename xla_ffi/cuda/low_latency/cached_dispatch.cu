@@ -132,7 +132,7 @@ template <>
 const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
     const OpFrame& frame, const CachedDispatchParams& params, int num_blocks, const DeviceFacts&,
     cudaStream_t stream) {
-  const WindowLayout window = LowLatency::WindowOf(frame.shape);
+  const WindowLayout window(frame.shape, frame.window);
   const RowType type = params.route.row_type;
   const int num_tokens = params.route.num_tokens;
   const int64_t row_bytes = params.route.rows().bytes();

@@ -192,7 +192,7 @@ const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
                                                            const CombineParams& params,
                                                            int num_blocks, const DeviceFacts&,
                                                            cudaStream_t stream) {
-  const WindowLayout window = LowLatency::WindowOf(frame.shape);
+  const WindowLayout window(frame.shape, frame.window);
   const int num_slots = std::max(params.route.num_tokens, 1);
   const int64_t row_bytes = params.route.rows().bytes();
   const int num_parts = NumParts(frame.shape, params.route.num_tokens, row_bytes);

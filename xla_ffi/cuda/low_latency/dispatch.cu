@@ -296,8 +296,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
-int64_t LowLatency::LeastSharedBytes(const GroupShape& shape) {
-  return SharedBytes(shape, shape.num_local_experts(), std::max(shape.max_tokens, 1));
+int64_t LowLatency::LeastSharedBytes(const GroupShape& shape, const WindowSize& size) {
+  return SharedBytes(shape, shape.num_local_experts(), size.num_tokens);
 }
 
 template <>
@@ -312,7 +312,7 @@ const char* VerbKernels<LowLatency, DispatchParams>::Launch(const OpFrame& frame
   LowLatencyDispatch dispatch{{frame, params, row_bytes, Divisor(shape.num_local_experts()),
                                Divisor(shape.num_topk), Divisor(params.route.alignment),
                                Divisor(num_blocks * kWarps), kWarps},
-                              {LowLatency::WindowOf(shape), num_parts, num_slots},
+                              {WindowLayout(shape, frame.window), num_parts, num_slots},
                               Divisor(num_slots),
                               Divisor(num_parts)};
   const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;

@@ -16,17 +16,16 @@ namespace jax_deepep {
 
 // See KernelSet. The kernels of a verb are in <verb>.cu.
 struct LowLatency {
-  static constexpr char kName[] = "low_latency";
+  static constexpr Mode kMode = Mode::kLowLatency;
   static constexpr int64_t kFlags = OpSignature::kLowLatency;
   static constexpr bool kReadsPeers = false;
-  static WindowLayout WindowOf(const GroupShape& shape) { return {shape, shape.max_tokens}; }
-  static int64_t WindowBytes(const GroupShape& shape) {
-    const WindowLayout window = WindowOf(shape);
+  static int64_t WindowBytes(const GroupShape& shape, const WindowSize& size) {
+    const WindowLayout window(shape, size);
     return window.offset - static_cast<int64_t>(ControlBytes(shape)) + window.bytes();
   }
-  static int64_t LeastSharedBytes(const GroupShape& shape);
-  // Enough for NumParts.
-  static int NumBlocks(const OpBytes&, int most) { return std::min(most, 64); }
+  static int64_t LeastSharedBytes(const GroupShape& shape, const WindowSize& size);
+  // More gain nothing, and take longer to end.
+  static int NumBlocks(const OpBytes&, int most) { return std::min(most, 96); }
 };
 
 }  // namespace jax_deepep

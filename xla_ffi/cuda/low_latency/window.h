@@ -5,7 +5,7 @@
 //
 //     signals [kMaxParts]  one for each part of the row, which one warp pushes
 //     packets [K]          what accompanies the row: see SlotEntry
-//     row                  of at most 2 * H bytes
+//     row                  of at most WindowSize::row_bytes
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_WINDOW_H_
 
@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "cuda/device_control.h"
+#include "cuda/op_frame.h"
 #include "interface/geometry.h"
 #include "interface/host_device.h"
 
@@ -21,9 +22,6 @@ namespace jax_deepep {
 
 // Most parts of a row. If there are few rows, several warps push each, so that all SMs take part.
 inline constexpr int kMaxParts = 8;
-
-// Bytes of a row in a slot per element of H: rows of float32 need throughput mode.
-inline constexpr int kSlotBytesPerElement = 2;
 
 // Says that a part of a slot has arrived, and for which op: the op's hash and step, and in the
 // lowest bit whether there is a row. Written by the source after the part.
@@ -45,24 +43,19 @@ inline constexpr int kPacketBytes = 16;  // with a tag, which is the signal of t
 struct WindowLayout {
   int64_t offset = 0;      // from the beginning of the control block
   int32_t num_ranks = 0;   // R
-  int32_t num_slots = 0;   // of a source: most tokens of an op, and at least 1
+  int32_t num_slots = 0;   // of a source: most tokens of an op
   int32_t row_offset = 0;  // in a slot
   int32_t slot_bytes = 0;
 
   WindowLayout() = default;
-  WindowLayout(const GroupShape& shape, int32_t max_tokens)
+  WindowLayout(const GroupShape& shape, const WindowSize& size)
       : offset(RoundUpTo(ControlBytes(shape), 256)),
         num_ranks(shape.num_ranks),
-        num_slots(max_tokens > 0 ? max_tokens : 1),
+        num_slots(size.num_tokens),
         row_offset(static_cast<int32_t>(
             RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * kPacketBytes, 16))),
-        slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(MostRowBytes(shape), 16))) {}
+        slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(size.row_bytes, 16))) {}
 
-  // As slot_row_bytes in jax_deepep/capacity.py. Any slot holds at least a router weight: that is
-  // the row if only weights have a gradient.
-  static int64_t MostRowBytes(const GroupShape& shape) {
-    return std::max(int64_t{kSlotBytesPerElement} * shape.hidden_size, int64_t{16});
-  }
   // Of one rank, behind its control block, both banks.
   int64_t bytes() const { return int64_t{2} * num_ranks * num_slots * slot_bytes; }
 
