@@ -22,10 +22,9 @@ OpMode = Literal["throughput", "low_latency"]
 INTEGERS = ("num_experts", "num_experts_per_tok", "max_tokens", "hidden_size", "num_sms", "ranks_per_node")
 OPTIONAL_INTEGERS = ("num_sms", "ranks_per_node")
 
-# With mode="auto", ops of up to so many tokens per device, and so many of all devices of a group, take
-# low-latency mode: it was measured to be faster there (bench/RESULTS.md), and its memory stays small.
-AUTO_LOW_LATENCY_TOKENS = 128
-AUTO_LOW_LATENCY_SLOTS = 1024
+# With mode="auto", ops of up to so many tokens of all devices of a group take low-latency mode: on two GPUs
+# it is faster there (bench/RESULTS.md), and its memory stays small. A group of one counts as two.
+AUTO_LOW_LATENCY_TOKENS = 1024
 
 # Longer arguments are cut where processes compare them, and distinguished by a digest.
 MOST_CHARACTERS = 120
@@ -120,7 +119,7 @@ class CommunicatorConfig:
     def most_low_latency_tokens(self) -> int:
         """The most tokens per device of an op in low-latency mode; 0 if no op takes it."""
         if self.mode == "auto":
-            return min(self.max_tokens, AUTO_LOW_LATENCY_TOKENS, AUTO_LOW_LATENCY_SLOTS // self.size)
+            return min(self.max_tokens, AUTO_LOW_LATENCY_TOKENS // max(self.size, 2))
         return self.max_tokens if self.mode == "low_latency" else 0
 
     @property

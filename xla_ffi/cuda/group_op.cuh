@@ -31,7 +31,13 @@ namespace jax_deepep {
 
 class GroupOp : public RankOp {
  public:
-  using RankOp::RankOp;
+  struct Shared {
+    RankOp::Shared of_rank;
+    const char* operands[kMaxOperands][kMaxRanks];
+  };
+
+  __device__ GroupOp(const OpFrame& frame, Shared* shared)
+      : RankOp(frame, &shared->of_rank), operands_(shared->operands) {}
 
   // Wait for all blocks of this rank; their earlier writes are visible afterwards.
   __device__ bool SyncGrid() {
@@ -80,7 +86,7 @@ class GroupOp : public RankOp {
     if (!WaitForAll<true>(own_.arrived)) return false;
     for (int i = threadIdx.x; i < num_ranks() * kMaxOperands; i += blockDim.x) {
       const int rank = i / kMaxOperands, index = i % kMaxOperands;
-      shared_.operands[index][rank] = frame_.pool[rank] + own_.published[rank].offsets[index];
+      operands_[index][rank] = frame_.pool[rank] + own_.published[rank].offsets[index];
     }
     __syncthreads();
     return true;
@@ -89,7 +95,7 @@ class GroupOp : public RankOp {
   // The operand `index` of a rank. Only after WaitForArrivals.
   template <typename T>
   __device__ const T* Operand(int rank, int index) const {
-    return reinterpret_cast<const T*>(shared_.operands[index][rank]);
+    return reinterpret_cast<const T*>(operands_[index][rank]);
   }
 
   // End the op: the last block, after all reads of this rank, calls succeed() or fail().
@@ -168,7 +174,11 @@ class GroupOp : public RankOp {
     }
     return SharedFlag();
   }
+
+  const char* (*operands_)[kMaxRanks];
 };
+
+static_assert(sizeof(GroupOp::Shared) <= kStaticSharedBytes);
 
 }  // namespace jax_deepep
 

@@ -47,7 +47,7 @@ inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
 // Static shared memory that a kernel with dynamic shared memory may use.
-inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) + 1024;
+inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) + 512;
 
 }  // namespace jax_deepep
 

@@ -20,7 +20,6 @@ class RankOp {
     bool refused;  // another op of the communicator is running on this rank
     uint32_t num_invalid;  // entries of topk_idx that this block has ignored
     uint64_t ended;
-    const char* operands[kMaxOperands][kMaxRanks];
   };
 
   __device__ RankOp(const OpFrame& frame, Shared* shared)
@@ -191,8 +190,6 @@ class RankOp {
   DeviceControl& own_;
   Shared& shared_;
 };
-
-static_assert(sizeof(RankOp::Shared) <= kStaticSharedBytes);
 
 }  // namespace jax_deepep
 
