@@ -108,7 +108,8 @@ def rank_environ(
     env.setdefault("PYTHONUNBUFFERED", "1")
     env.setdefault("PYTHONFAULTHANDLER", "1")
     if settings.platform is not None:
-        env["JAX_PLATFORMS"] = settings.platform
+        # JAX runs callbacks on a CPU device, also those of programs on GPUs.
+        env["JAX_PLATFORMS"] = settings.platform if settings.platform == "cpu" else f"{settings.platform},cpu"
     _set_cpu_devices(env, settings)
     if settings.share_gpu:
         # Preallocation stays at JAX's default (on): only a preallocated pool can be mapped by peers.

@@ -102,7 +102,9 @@ def _times(block: int, rows: Any, matrices: Any, group_sizes: Any, *, transposed
     dot = jax_compat.pallas_triton().dot
     num_blocks = len(rows) // block
     ends = jnp.cumsum(group_sizes) // block
-    expert_of_block = jnp.sum(jnp.arange(num_blocks)[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+    expert_of_block = jnp.sum(
+        jnp.arange(num_blocks, dtype=jnp.int32)[:, None] >= ends[None, :], axis=1, dtype=jnp.int32
+    )
 
     def kernel(experts, rows, matrices, out):
         across, down = pl.program_id(0), pl.program_id(1)

@@ -5,6 +5,7 @@
 #     tests/gpu/prove.sh OUT_FOLDER PART...
 #
 #     harness    several ranks in one process against the CPU's bits, faults, sanitizers (builds cuda_ranks.cu)
+#     op-chain   dispatch and combine back to back on two GPUs, without XLA, in both modes
 #     soak       20,000 steps of eight ranks with random routing and delays
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
@@ -37,9 +38,9 @@ spread() {
 
 suite="python3 -m pytest -q tests/conformance tests/transforms -m 'not collectives'"
 
-build_harness() {
-  [ -x "$out/cuda_ranks" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
-    -o "$out/cuda_ranks" tests/gpu/cuda_ranks.cu xla_ffi/cuda/{block_count,kernels}.cc xla_ffi/cuda/rank_kernels.cu xla_ffi/cuda/*/*.cu xla_ffi/cpu/*.cc \
+build() {
+  [ -x "$out/$1" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
+    -o "$out/$1" "tests/gpu/$1.cu" xla_ffi/cuda/{block_count,kernels}.cc xla_ffi/cuda/rank_kernels.cu xla_ffi/cuda/*/*.cu xla_ffi/cpu/*.cc \
     xla_ffi/transport/shared_memory.cc -lpthread
 }
 
@@ -47,7 +48,8 @@ part() {
   local ranks=${1##*-}
   case $1 in
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
-    soak) build_harness && "$out/cuda_ranks" soak 20000 ;;
+    op-chain) build op_chain && for mode in throughput low_latency; do "$out/op_chain" $mode 1 8 32 128 256 512 1024; done ;;
+    soak) build cuda_ranks && "$out/cuda_ranks" soak 20000 ;;
     suite-*) share "$ranks" bash -c "$suite" ;;
     graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" share "$ranks" bash -c "$suite" ;;
     links-*) spread "$ranks" bash -c "$suite" ;;
@@ -64,7 +66,7 @@ part() {
   esac
 }
 
-export -f share spread build_harness part
+export -f share spread build part
 export out suite
 for name in "$@"; do
   echo "== $name"

@@ -179,6 +179,7 @@ def test_what_the_user_has_set_stays() -> None:
     assert environ_of(0, RankSettings("cpu", 8), {"NPROC": "3"})["NPROC"] == "3"
     assert "NPROC" not in environ_of(0, RankSettings("cuda"))
     assert "JAX_PLATFORMS" not in environ_of(0, RankSettings())
+    assert environ_of(0, RankSettings("cuda"))["JAX_PLATFORMS"] == "cuda,cpu"
     assert environ_of(0, RankSettings(), {"PYTEST_PLUGINS": "mine"})["PYTEST_PLUGINS"].startswith("mine,")
 
 

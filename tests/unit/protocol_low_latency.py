@@ -4,6 +4,9 @@ A rank pushes its rows into slots of its peers' windows, then a header {step, si
 peer, whether it has rows for it or not, and waits for every peer's. Windows are memory of the communicator
 in two banks, which the ops of a channel use alternately; headers are in banks as well.
 
+Dispatch sends its header first, in packets that arrive whole and in any order, so that the receiver plans
+while rows travel; a signal then follows the rows, to the ranks that get some (`header_first`).
+
 Why that is enough: a rank that begins op n has received a header of all peers in op n - 1. Each of them sent
 it after it had ended op n - 2, and with it all its loads from the bank that op n writes. And a peer
 that fails sends no header from then on, so that no later op succeeds on any rank.
@@ -34,7 +37,9 @@ class LowLatency:
             for an op only after it has sent the next one's headers.
         sends_to_all: an op sends its header to all peers and waits for all of theirs; otherwise only to
             ranks that get rows, which here is in every other op.
-        releases: a header is a release store.
+        header_first: as dispatch, see above. Ranks get rows in every other op.
+        releases: what follows the rows is a release store.
+        waits_for_rows: a rank waits for the signals.
         looks: an op begins with a check whether the communicator is broken.
         bounded: a wait ends after timeout_s.
     """
@@ -42,7 +47,9 @@ class LowLatency:
     num_banks: int = 2
     num_in_flight: int = 1
     sends_to_all: bool = True
+    header_first: bool = False
     releases: bool = True
+    waits_for_rows: bool = True
     looks: bool = True
     bounded: bool = True
 
@@ -60,14 +67,21 @@ class LowLatency:
 
     def push_rows(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
-        for peer in self._peers(world, rank, op):
+        for peer in self._row_peers(world, rank, op):
             world.store(rank, world.at.slots(op % self.num_banks, peer, rank), op)
+        yield world
+
+    def send_signals(self, world: World, rank: int) -> Iterator[World]:
+        op = world.ranks[rank].op
+        for peer in self._row_peers(world, rank, op):
+            world.store(rank, world.at.signal(op % self.num_banks, peer, rank), op, release=self.releases)
         yield world
 
     def send_headers(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
         for peer in self._peers(world, rank, op):
-            world.store(rank, world.at.header(op % self.num_banks, peer, rank), op, release=self.releases)
+            release = self.releases and not self.header_first
+            world.store(rank, world.at.header(op % self.num_banks, peer, rank), op, release=release)
         yield world
 
     def wait_for_headers(self, world: World, rank: int) -> Iterator[World]:
@@ -75,9 +89,21 @@ class LowLatency:
         bank = op % self.num_banks
         headers = {peer: world.at.header(bank, rank, peer) for peer in self._peers(world, rank, op)}
         yield from find_different_op(world, rank, headers, op, back=FINISH)
-        for waited, answer in wait(world, rank, headers, op):
+        yield from self._wait(world, rank, headers, op, loads=not self.header_first)
+
+    def wait_for_signals(self, world: World, rank: int) -> Iterator[World]:
+        op = self._op_to_end(world, rank)
+        peers = self._row_peers(world, rank, op) if self.waits_for_rows else []
+        signals = {peer: world.at.signal(op % self.num_banks, rank, peer) for peer in peers}
+        yield from self._wait(world, rank, signals, op, loads=True)
+
+    def _wait(
+        self, world: World, rank: int, flags: dict[int, int], op: int, *, loads: bool
+    ) -> Iterator[World]:
+        for waited, answer in wait(world, rank, flags, op):
             if answer == "all":
-                waited.begin_loads(rank)
+                if loads:
+                    waited.begin_loads(rank)
             elif answer == "stopped":
                 waited.change(rank, lost=True)
                 waited.go_to(rank, FINISH)
@@ -95,7 +121,7 @@ class LowLatency:
         """Any word may have been overwritten by its writer since; one wrong word is enough."""
         op = self._op_to_end(world, rank)
         world.end_loads(rank)
-        for peer in self._peers(world, rank, op):
+        for peer in self._row_peers(world, rank, op):
             for i in world.unseen(peer, world.at.slots(op % self.num_banks, rank, peer)):
                 later = world.copy()
                 later.see(peer, i)
@@ -127,20 +153,37 @@ class LowLatency:
         """The ranks that exchange headers with the rank in an op. Here, no rank has rows in even ops."""
         return world.peers(rank) if op > 0 and (self.sends_to_all or op % 2) else []
 
+    def _row_peers(self, world: World, rank: int, op: int) -> list[int]:
+        """The ranks that exchange rows with the rank in an op."""
+        return self._peers(world, rank, op) if op % 2 or not self.header_first else []
+
     def _check_loads(self, world: World, rank: int) -> None:
         op = self._op_to_end(world, rank)
-        for peer in self._peers(world, rank, op):
+        for peer in self._row_peers(world, rank, op):
             if world.seen[world.at.slots(op % self.num_banks, rank, peer)] != op:
                 raise Violation("data")
+
+    def _pushes(self) -> list[Step]:
+        rows = [Step("Push rows", self.push_rows, LOCAL), Step("Push: IsLastBlock", fence, LOCAL)]
+        if self.header_first:
+            return [
+                Step("Push: StorePacket(header)", self.send_headers, LOCAL),
+                *rows,
+                Step("Push: StoreReleaseSystem(signal)", self.send_signals, LOCAL),
+                Step("WaitForHeaders", self.wait_for_headers, LOAD),
+                Step("WaitForSignals", self.wait_for_signals, LOAD),
+            ]
+        return [
+            *rows,
+            Step("Push: StoreReleaseSystem(header)", self.send_headers, LOCAL),
+            Step("WaitForHeaders", self.wait_for_headers, LOAD),
+        ]
 
     def protocol(self) -> Protocol:
         return Protocol(
             [
                 Step("Begin", self.begin, LOOK),
-                Step("Push rows", self.push_rows, LOCAL),
-                Step("Push: IsLastBlock", fence, LOCAL),
-                Step("Push: StoreReleaseSystem(header)", self.send_headers, LOCAL),
-                Step("WaitForHeaders", self.wait_for_headers, LOAD),
+                *self._pushes(),
                 Step("First loads", self.first_loads, LOCAL),
                 Step("Last loads", self.last_loads, LOAD),
                 Step(FINISH, self.succeed_or_fail, LOCAL),

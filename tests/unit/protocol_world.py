@@ -41,7 +41,7 @@ class Words:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self.count = 16 * num_ranks * num_ranks
+        self.count = 20 * num_ranks * num_ranks
 
     def _at(self, table: int, home: int, writer: int) -> int:
         return (table * self.num_ranks + home) * self.num_ranks + writer
@@ -74,6 +74,9 @@ class Words:
     def slots(self, bank: int, home: int, writer: int) -> int:
         """Rows and their counts, from which addresses are computed."""
         return self._at(12 + bank, home, writer)
+
+    def signal(self, bank: int, home: int, writer: int) -> int:
+        return self._at(16 + bank, home, writer)
 
     def operand(self, rank: int) -> int:
         """2 n: of op n; 2 n + 1: reused after it. In XLA's memory; peers only load it."""

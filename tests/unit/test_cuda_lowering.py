@@ -91,3 +91,10 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     assert calls["jax_deepep_combine"] == 2
     # Three products forward; of each, the gradients of rows and of matrices.
     assert calls["__gpu$xla.gpu.triton"] == (9 if matmul == "triton" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
+@pytest.mark.parametrize("matmul", ["triton", "ragged_dot"])
+def test_a_layer_under_x64_and_strict_promotion(comm: ep.Communicator, matmul: str) -> None:
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        test_a_layer_and_its_gradient(comm, matmul)

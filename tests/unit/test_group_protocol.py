@@ -19,6 +19,7 @@ from protocol_throughput import (
 from protocol_world import World
 
 LOW_LATENCY = LowLatency().protocol()
+HEADER_FIRST = LowLatency(header_first=True).protocol()  # dispatch
 THROUGHPUT_RUNS = [(2, 1, True), (2, 2, True), (2, 4, False), (3, 1, False)]
 THROUGHPUT_NIGHTLY = [(2, 3, True), (3, 1, True), (3, 2, False)]
 LOW_LATENCY_RUNS = [(2, 4, True), (3, 1, False)]
@@ -33,7 +34,9 @@ LOW_LATENCY_NIGHTLY = [(2, 6, True), (3, 1, True), (3, 3, False)]
             ("throughput", PROTOCOL, THROUGHPUT_RUNS, ()),
             ("throughput", PROTOCOL, THROUGHPUT_NIGHTLY, pytest.mark.nightly),
             ("low_latency", LOW_LATENCY, LOW_LATENCY_RUNS, ()),
+            ("low_latency dispatch", HEADER_FIRST, LOW_LATENCY_RUNS, ()),
             ("low_latency", LOW_LATENCY, LOW_LATENCY_NIGHTLY, pytest.mark.nightly),
+            ("low_latency dispatch", HEADER_FIRST, LOW_LATENCY_NIGHTLY, pytest.mark.nightly),
         )
         for run in runs
     ],
@@ -195,6 +198,22 @@ LOW_LATENCY_MUTATIONS = [
         "an op begins on a broken communicator", LowLatency(looks=False).protocol(), "stays broken", num_ops=2
     ),
     Mutation("waits are unbounded", LowLatency(bounded=False).protocol(), "progress"),
+    Mutation(
+        "rows are loaded without their signals",
+        LowLatency(header_first=True, waits_for_rows=False).protocol(),
+        "data",
+    ),
+    Mutation(
+        "a signal is no release store, and no fence precedes it",
+        LowLatency(header_first=True, releases=False).protocol().without("Push: IsLastBlock"),
+        "data",
+    ),
+    Mutation(
+        "a header only goes to peers with rows",
+        LowLatency(header_first=True, sends_to_all=False).protocol(),
+        "stays broken",
+        num_ops=2,
+    ),
     Mutation(
         "broken is no release store",
         LOW_LATENCY.replaced(BROKEN, partial(notify_peers, release=False)),

@@ -74,7 +74,8 @@ std::string UnsupportedReason(int32_t num_ranks, int32_t num_experts, int32_t nu
   shape.num_topk = num_topk;
   shape.max_tokens = max_tokens;
   std::string error = UnsupportedReasonOfLimits(shape);
-  if (error.empty()) error = UnsupportedReasonOfDevice(device.first, shape, {window.first, window.second});
+  if (error.empty())
+    error = UnsupportedReasonOfDevice(device.first, shape, {window.first, window.second});
   if (error.empty()) error = UnsupportedReasonOfPool(DeviceOf(device), limit_bytes);
   return error;
 }

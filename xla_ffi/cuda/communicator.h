@@ -40,8 +40,8 @@ struct OpLaunch {
 class CudaCommunicator {
  public:
   // Ops may take low-latency mode if the window has tokens. `devices` are those of this process, in
-  // the order of config.locations. Then call AttachPeer for every process that shares a group with this one,
-  // itself included, and Start. Throws std::runtime_error.
+  // the order of config.locations. Then call AttachPeer for every process that shares a group with
+  // this one, itself included, and Start. Throws std::runtime_error.
   CudaCommunicator(CommunicatorConfig config, const WindowSize& window,
                    const std::vector<LocalDevice>& devices, int num_sms);
   ~CudaCommunicator();

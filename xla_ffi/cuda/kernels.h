@@ -51,7 +51,8 @@ struct KernelSet {
     return std::get<LaunchFunction<Params>>(launch);
   }
 
-  // `Kernels` has kMode, kFlags, kReadsPeers, WindowBytes, LeastSharedBytes and NumBlocks, as above.
+  // `Kernels` has kMode, kFlags, kReadsPeers, WindowBytes, LeastSharedBytes and NumBlocks, as
+  // above.
   template <typename Kernels>
   static KernelSet Of() {
     KernelSet set;

@@ -17,7 +17,7 @@ class RankOp {
     uint64_t step;
     uint64_t began_ns;
     int flag;
-    bool refused;  // another op of the communicator is running on this rank
+    bool refused;          // another op of the communicator is running on this rank
     uint32_t num_invalid;  // entries of topk_idx that this block has ignored
     uint64_t ended;
   };

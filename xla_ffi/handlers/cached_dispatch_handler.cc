@@ -10,7 +10,8 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
                             ffi::AnyBuffer group_sizes, ffi::AnyBuffer weights, ffi::AnyBuffer y,
                             ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
                             ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
-                            bool weighted, bool with_products, bool with_pairs, int64_t, int64_t, int64_t, int64_t) {
+                            bool weighted, bool with_products, bool with_pairs, int64_t, int64_t,
+                            int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;

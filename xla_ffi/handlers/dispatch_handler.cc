@@ -15,7 +15,8 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
                       ffi::Result<ffi::AnyBuffer> num_dropped,
                       ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
                       ffi::Result<ffi::AnyBuffer> scratch, int64_t layout, int64_t alignment,
-                      int64_t expert_capacity, bool with_pairs, bool with_scratch, int64_t, int64_t, int64_t, int64_t) {
+                      int64_t expert_capacity, bool with_pairs, bool with_scratch, int64_t, int64_t,
+                      int64_t, int64_t) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;

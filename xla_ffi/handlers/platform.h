@@ -72,7 +72,7 @@ struct CallSite {
   static const XLA_FFI_TypeInfo info;
 
   std::shared_ptr<PlatformCommunicator> comm;
-  int64_t call = 0;  // as in OpSignature
+  int64_t call = 0;               // as in OpSignature
   Mode mode = Mode::kThroughput;  // on GPUs; on CPUs there is one way to communicate
   // Index of this instruction among those of our calls in its program, in the order in which XLA
   // instantiates them: calls that share `call`, because their function was lowered once, have each
@@ -95,7 +95,8 @@ LaunchResult Launch(CallSite* site, LaunchContext& context, const ffi::AnyBuffer
                     const std::string& error, const Params& params) {
   const OpLaunch launch = context.op_launch(site, rank);
   if (!error.empty()) site->comm->NotifyNotLaunched(SignatureOf(params, site->call), launch);
-  const std::string failure = error.empty() ? site->comm->Launch(params, site->mode, launch) : error;
+  const std::string failure =
+      error.empty() ? site->comm->Launch(params, site->mode, launch) : error;
   if (failure.empty()) return ffi::Error::Success();
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                     std::string("jax_deepep ") + VerbTraits<Params>::kName + ": " + failure);

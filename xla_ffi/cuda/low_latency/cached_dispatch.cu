@@ -31,7 +31,7 @@ __device__ void PushRows(const LowLatencyCachedDispatch& op, SignalledOp& group)
   group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     LoadedPart<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
-                          op.row_bytes, part, op.signalled.num_parts);
+                           op.row_bytes, part, op.signalled.num_parts);
     const bool exists = token < op.params.route.num_tokens;
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;

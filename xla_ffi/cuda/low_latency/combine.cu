@@ -43,7 +43,8 @@ struct RowsOfSlot {
     row = op.params.pairs[int64_t{1 + slot} * table.line_ints() + 1 + lane];
     // Without weights they are 1, which changes no bit: kernels of their own would gain nothing.
     // After a failed dispatch, a row may be any number.
-    const bool exists = static_cast<uint32_t>(row) < static_cast<uint32_t>(op.params.route.capacity);
+    const bool exists =
+        static_cast<uint32_t>(row) < static_cast<uint32_t>(op.params.route.capacity);
     if (exists && op.params.weights != nullptr) weight = op.params.weights[row];
   }
 };

@@ -7,7 +7,8 @@
 //    and marks the slot in a word of 32 slots of the entry's row group.
 // 3. Plan, in every block: rows are numbered in the order of the slots, which is (source, token):
 //    an entry's position in its group is the number of marks of earlier slots.
-// 4. Copy: a warp for each part of a slot waits for it and copies it to all the rows of its token on
+// 4. Copy: a warp for each part of a slot waits for it and copies it to all the rows of its token
+// on
 //    this rank; the first part's warp also writes their routes. This rank's own tokens come from x.
 #include <cuda_runtime.h>
 
@@ -60,7 +61,7 @@ int64_t SharedBytes(const GroupShape& shape, int groups, int num_slots) {
 template <bool kWhole>
 struct PartOfToken {
   int token, part;
-  bool inside;                         // whether the lane has an entry
+  bool inside;                           // whether the lane has an entry
   int32_t expert = kNone, rank = kNone;  // of a valid entry
   float weight = 0.0f;
   uint64_t ranks;  // of all lanes
@@ -106,8 +107,7 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
   group.PushItems(num_items, [&](int item) {
     if (item != FirstItem()) pushed = PartOfToken<kWhole>(dispatch, item);
     if (pushed.part == 0) {
-      const int64_t offset =
-          dispatch.signalled.window.SlotOffset(group.step(), self, pushed.token);
+      const int64_t offset = dispatch.signalled.window.SlotOffset(group.step(), self, pushed.token);
       const int32_t local = pushed.expert - pushed.rank * op.local_experts.divisor();
       for (int peer = 0; peer < shape.num_ranks && lane < shape.num_topk; ++peer) {
         const SlotEntry entry = {peer == pushed.rank ? local : kNone, pushed.weight};
@@ -211,17 +211,16 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch& dispatch, Sig
     const bool has_row = __any_sync(~0u, entry.expert != kNone);
     const bool is_own = source == self;
     LoadedPart<kWhole> words(
-        is_own ? static_cast<const char*>(params.x) + token * op.row_bytes : at.row(),
-        op.row_bytes, part, dispatch.signalled.num_parts);
+        is_own ? static_cast<const char*>(params.x) + token * op.row_bytes : at.row(), op.row_bytes,
+        part, dispatch.signalled.num_parts);
     if (has_row) {
-      // Also for a row that is dropped: it must not arrive in a later op.
+      // Dropped or not, as in every op.
       bool arrived;
       if (!is_own && !group.Wait(true, at, part, source, &arrived)) return false;
       words.Load();
     }
     // Expert-major, each entry has a row; token-major, the token.
-    const bool is_here =
-        dispatch.expert_major() ? entry.expert != kNone : has_row && lane == 0;
+    const bool is_here = dispatch.expert_major() ? entry.expert != kNone : has_row && lane == 0;
     const int32_t row = RowOfEntry(dispatch, slots, slot, entry.expert, is_here);
     const uint32_t here = __ballot_sync(~0u, is_here), live = __ballot_sync(~0u, row != kNone);
     if (live != 0) {
@@ -309,12 +308,12 @@ const char* VerbKernels<LowLatency, DispatchParams>::Launch(const OpFrame& frame
   const int num_slots = std::max(params.route.num_tokens, 1);
   const int64_t row_bytes = params.route.rows().bytes();
   const int num_parts = NumParts(shape, params.route.num_tokens, row_bytes);
-  LowLatencyDispatch dispatch{{frame, params, row_bytes, Divisor(shape.num_local_experts()),
-                               Divisor(shape.num_topk), Divisor(params.route.alignment),
-                               Divisor(num_blocks * kWarps), kWarps},
-                              {WindowLayout(shape, frame.window), num_parts, num_slots},
-                              Divisor(num_slots),
-                              Divisor(num_parts)};
+  LowLatencyDispatch dispatch{
+      {frame, params, row_bytes, Divisor(shape.num_local_experts()), Divisor(shape.num_topk),
+       Divisor(params.route.alignment), Divisor(num_blocks * kWarps), kWarps},
+      {WindowLayout(shape, frame.window), num_parts, num_slots},
+      Divisor(num_slots),
+      Divisor(num_parts)};
   const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
   const int64_t bytes = SharedBytes(shape, groups, num_slots);
   const bool whole = IsWhole(static_cast<int>(dispatch.op.row_bytes / sizeof(uint16_t)));
