@@ -52,12 +52,22 @@ class Request:
 class Server:
     """A model, and its cache of the texts in the slots."""
 
-    def __init__(self, path: Path, slots: int, prompt_bytes: int, temperature: float, seed: int):
+    def __init__(
+        self,
+        path: Path,
+        slots: int,
+        prompt_bytes: int,
+        temperature: float,
+        seed: int,
+        implementation: str,
+        mode: str,
+    ):
         mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
         self.slots = -(-slots // mesh.size) * mesh.size  # as many on every device
         # No row is dropped here: a text must not depend on the others in its batch.
         self.config: Config = dataclasses.replace(load_config(path), capacity_factor=None)
-        self.comm = self.config.communicator(mesh, self.slots // mesh.size * self.config.context)
+        most_tokens = self.slots // mesh.size * self.config.context
+        self.comm = self.config.communicator(mesh, most_tokens, implementation, mode)
         self.graph, self.weights = load(path, self.config, self.comm)
         self.split, self.everywhere = NamedSharding(mesh, P("expert")), NamedSharding(mesh, P())
         make_cache = jax.jit(lambda: empty_cache(self.config, self.slots), out_shardings=self.split)
@@ -160,6 +170,16 @@ def main() -> int:
         "--temperature", type=float, default=0.5, help="0: the most likely byte (default: 0.5)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument(
+        "--implementation",
+        choices=("auto", "native", "xla"),
+        default="auto",
+        help="of the ops (default: auto)",
+    )
+    parser.add_argument(
+        "--mode", choices=("auto", "throughput"), default="auto",
+        help="of the ops on GPUs; auto is low_latency for few tokens (default: auto)",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="compare with a forward pass without a cache")
     options = parser.parse_args()
     if LAUNCHED:
@@ -167,7 +187,10 @@ def main() -> int:
     requests = [Request(prompt.encode()) for prompt in options.prompts]
     prompt_bytes = max(len(request.prompt) for request in requests)
 
-    server = Server(options.model, options.slots, prompt_bytes, options.temperature, options.seed)
+    server = Server(
+        options.model, options.slots, prompt_bytes, options.temperature, options.seed,
+        options.implementation, options.mode,
+    )  # fmt: skip
     if not 0 < min(map(len, options.prompts)) <= prompt_bytes < server.config.context:
         parser.error(f"--prompts: expected 1 to {server.config.context - 1} bytes each, got others")
     with server.comm:

@@ -38,12 +38,12 @@ class Config:
     sequences_per_device: int = 4
 
     def communicator(
-        self, mesh: jax.sharding.Mesh, max_tokens: int, implementation: str = "auto"
+        self, mesh: jax.sharding.Mesh, max_tokens: int, implementation: str = "auto", mode: str = "auto"
     ) -> ep.Communicator:
         """Return a communicator for the devices of `mesh`, for up to `max_tokens` of each at once."""
         return ep.Communicator(
             mesh, num_experts=self.experts, num_experts_per_tok=self.experts_per_token,
-            max_tokens=max_tokens, hidden_size=self.hidden, implementation=implementation,
+            max_tokens=max_tokens, hidden_size=self.hidden, implementation=implementation, mode=mode,
         )  # fmt: skip
 
 

@@ -81,6 +81,26 @@ def test_rows_that_low_latency_mode_does_not_send(implementation: str) -> None:
     assert "low_latency, as asked" in comm.describe()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_auto_takes_low_latency_mode_for_few_tokens(implementation: str) -> None:
+    comm = ep.Communicator(MESH, **{**SIZES, "max_tokens": 4096}, implementation=implementation)
+    most = 1024 // max(comm.size, 2)
+    assert f"auto: low_latency for dispatches of up to {most} tokens per device" in comm.describe()
+    assert comm.mode == "auto"
+    for num_tokens, mode in ((most, "low_latency"), (most + 1, "throughput")):
+
+        def run(num_tokens: int = num_tokens, mode: str = mode) -> jax.Array:
+            x = jnp.zeros((num_tokens, 8), jnp.bfloat16)
+            idx = jnp.zeros((num_tokens, comm.num_experts_per_tok), jnp.int32)
+            weights = jnp.zeros(idx.shape)
+            received, handle = ep.dispatch(x, idx, weights, comm=comm)
+            assert handle.mode == mode
+            # Wider than what was sent, which low_latency alone would reject.
+            return ep.combine(received.tokens.astype(jnp.float32), handle)
+
+        trace(run)
+
+
 def test_integers_of_numpy(comm) -> None:
     options = {"capacity": 16, "alignment": 4, "expert_capacity": 2}
     of_numpy = {name: np.int16(value) for name, value in options.items()}
