@@ -38,7 +38,7 @@ constexpr bool kOnGpu = true;
 #else
 constexpr bool kOnGpu = false;
 #endif
-constexpr int kLonger = kOnGpu ? 1 : 20;        // factor for time limits
+constexpr int kLonger = kOnGpu ? 1 : 10;        // factor for time limits
 constexpr int kOpsTakeLonger = kOnGpu ? 1 : 500;
 
 __global__ void Delay(uint64_t nanoseconds) {

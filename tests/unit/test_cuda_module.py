@@ -64,7 +64,7 @@ def test_ops_on_cpu_work_with_it_loaded(module: ModuleType) -> None:
 def test_sizes_that_kernels_do_not_support(module: ModuleType, sizes: dict, words: str) -> None:
     """Reported before any device is used, and again by the communicator."""
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, **sizes}
-    limits = {"max_tokens": 1, "mode": "throughput"}
+    limits = {"max_tokens": 1, "window": (0, 0)}
     assert re.search(words, module.unsupported_reason(**sizes, **limits, device=(0, 0), limit_bytes=1))
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
@@ -73,20 +73,10 @@ def test_sizes_that_kernels_do_not_support(module: ModuleType, sizes: dict, word
         )  # fmt: skip
 
 
-def test_a_mode_without_kernels(module: ModuleType) -> None:
-    with pytest.raises(
-        ValueError, match=r"mode: expected one that has kernels \(throughput, low_latency\), got soon"
-    ):
-        module.Communicator(
-            id=-1, fingerprint=0, locations=[], process=0, num_groups=1, max_tokens=1, hidden_size=1,
-            num_ranks=1, num_experts=1, num_topk=1, timeout_s=1.0, devices=[], num_sms=0, mode="soon",
-        )  # fmt: skip
-
-
 @pytest.mark.skipif(
     any(device.platform == "gpu" for device in jax.devices()), reason="is about machines without a GPU"
 )
 def test_no_driver_is_an_unsupported_reason(module: ModuleType) -> None:
     sizes = {"num_ranks": 2, "num_experts": 8, "num_topk": 2, "max_tokens": 1}
-    text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, mode="low_latency")
+    text = module.unsupported_reason(**sizes, device=(0, 0), limit_bytes=1, window=(1, 16))
     assert text.startswith("GPU 0 cannot be queried")

@@ -1,3 +1,4 @@
+#include <chrono>
 #include "block_threads.h"
 
 #include <sys/mman.h>
@@ -152,6 +153,11 @@ class Block {
     ready_.push_back(IndexOf(*current));
     LeaveTurn();
     if (ready_.empty()) std::this_thread::yield();  // for other blocks
+    // Threads that wait for a peer, perhaps until a time limit, leave the cores to others.
+    constexpr int kTurnsBetweenPauses = 256;
+    if (++num_turns_ % kTurnsBetweenPauses == 0) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
   }
 
   void Wait(Barrier* barrier) {
@@ -203,6 +209,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Barrier all_;
+  int num_turns_ = 0;  // that threads have given to others
   bool votes_[2] = {true, true};
   std::vector<int> ready_;
   int num_ended_ = 0;
