@@ -228,7 +228,7 @@ class Communicator:
             return f"{self.mode}, as asked"
         tokens = self.config.most_low_latency_tokens
         if tokens == 0:
-            return f"throughput (auto: a group of {self.size} is too large for low_latency)"
+            return f"throughput (auto: {self.num_experts} experts are too many for low_latency)"
         return f"auto: low_latency for dispatches of up to {tokens} tokens per device, throughput for others"
 
     def stats(self) -> CommunicatorStats:

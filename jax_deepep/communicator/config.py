@@ -26,6 +26,10 @@ OPTIONAL_INTEGERS = ("num_sms", "ranks_per_node")
 # it is faster there (bench/RESULTS.md), and its memory stays small. A group of one counts as two.
 AUTO_LOW_LATENCY_TOKENS = 1024
 
+# And so that all experts fit: its kernels mark each expert's tokens in shared memory, T · E / 4 bytes, where
+# throughput mode has room for any supported number of experts.
+AUTO_LOW_LATENCY_MARKS = 2**18
+
 # Longer arguments are cut where processes compare them, and distinguished by a digest.
 MOST_CHARACTERS = 120
 
@@ -119,7 +123,8 @@ class CommunicatorConfig:
     def most_low_latency_tokens(self) -> int:
         """The most tokens per device of an op in low-latency mode; 0 if no op takes it."""
         if self.mode == "auto":
-            return min(self.max_tokens, AUTO_LOW_LATENCY_TOKENS // max(self.size, 2))
+            of_group = AUTO_LOW_LATENCY_TOKENS // max(self.size, 2)
+            return min(self.max_tokens, of_group, AUTO_LOW_LATENCY_MARKS // self.num_experts)
         return self.max_tokens if self.mode == "low_latency" else 0
 
     @property
@@ -132,7 +137,8 @@ class CommunicatorConfig:
 
     def mode_of(self, num_tokens: int) -> OpMode:
         """Return the mode of a dispatch of `num_tokens` per device, and of what follows its handle."""
-        return "low_latency" if num_tokens <= self.most_low_latency_tokens else "throughput"
+        most = self.most_low_latency_tokens
+        return "low_latency" if most > 0 and num_tokens <= most else "throughput"
 
     @functools.cached_property
     def topology(self) -> Topology:

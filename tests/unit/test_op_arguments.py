@@ -101,6 +101,17 @@ def test_auto_takes_low_latency_mode_for_few_tokens(implementation: str) -> None
         trace(run)
 
 
+@pytest.mark.parametrize(("num_experts", "most"), [(512, 512), (8192, 32), (2**19, 0)])
+def test_auto_keeps_low_latency_mode_within_shared_memory(num_experts: int, most: int) -> None:
+    mesh = jax.make_mesh((1,), ("expert",), devices=jax.devices()[:1])
+    sizes = {"num_experts": num_experts, "num_experts_per_tok": 1, "max_tokens": 4096, "hidden_size": 8}
+    comm = ep.Communicator(mesh, "expert", **sizes, implementation="xla")
+    assert comm.config.most_low_latency_tokens == most
+    assert comm.config.mode_of(most + 1) == "throughput"
+    assert comm.config.mode_of(0) == ("low_latency" if most else "throughput")
+    assert ("are too many for low_latency" in comm.describe()) == (most == 0)
+
+
 def test_integers_of_numpy(comm) -> None:
     options = {"capacity": 16, "alignment": 4, "expert_capacity": 2}
     of_numpy = {name: np.int16(value) for name, value in options.items()}

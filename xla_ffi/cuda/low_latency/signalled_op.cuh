@@ -1,12 +1,12 @@
 // How the ranks of an EP group synchronise in low-latency mode: one one-way message per peer.
 //
-//     Begin | push parts of rows, each with its Signal | Wait for everyone's | read own window |
-//     Finish
+//     Begin | push rows, then their Signals | Wait for everyone's | read own window | Finish
 //
-// Every op pushes a Signal for each slot of every peer, whether it has a row for it or not, and
-// waits for all slots of its own window. So a rank that begins op n has received signals of all
-// peers in op n - 1; each of them had then ended op n - 2, and with it its reads of the bank that
-// op n writes. No peer reads this rank's arrays, so there is no wait at the end.
+// In every op a rank hears of each slot from its source, whether it has a row or not: by packets in
+// dispatch, whose rows alone then have a Signal, and by a Signal otherwise. It waits for all slots
+// of its own window. So a rank that begins op n has heard from all peers in op n - 1; each of them
+// had then ended op n - 2, and with it its reads of the bank that op n writes. No peer reads this
+// rank's arrays, so there is no wait at the end.
 //
 // The rank also announces the op to its peers (Announce): a peer that waits in another op, of
 // either mode, detects it.
