@@ -1,0 +1,273 @@
+// The ranks of cuda_ranks.cu: launches of their ops, and the comparison of a problem's results with the CPU's bits.
+#ifndef JAX_DEEPEP_TESTS_GPU_RANK_GROUP_CUH_
+#define JAX_DEEPEP_TESTS_GPU_RANK_GROUP_CUH_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/communicator.h"
+#include "cpu/op.h"
+#include "cuda/kernel_launch.h"
+#include "cuda/kernels.h"
+#include "cuda/low_latency/window.h"
+#include "cuda/memory_order.cuh"
+#include "cuda/rank_kernels.h"
+#include "interface/op_signature.h"
+#include "routing/group_rows.h"
+#include "rank_arrays.cuh"
+
+namespace jax_deepep {
+namespace {
+
+// Kernels may run on CPUs instead, where everything is slower: see tests/native/cuda_on_cpu.
+#ifdef __CUDACC__
+constexpr bool kOnGpu = true;
+#else
+constexpr bool kOnGpu = false;
+#endif
+constexpr int kLonger = kOnGpu ? 1 : 10;        // factor for time limits
+constexpr int kOpsTakeLonger = kOnGpu ? 1 : 500;
+
+__global__ void Delay(uint64_t nanoseconds) {
+  const uint64_t start = NanosecondClock();
+  while (NanosecondClock() - start < nanoseconds) {
+  }
+}
+
+// With shared memory, to keep other blocks off the SM.
+void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, int shared_bytes = 0) {
+  const char* error = LaunchKernel(Delay, nanoseconds, num_blocks, 1, shared_bytes, stream);
+  Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+}
+
+// All ranks of one EP group on one device.
+class Group {
+ public:
+  // With windows for all tokens, so that ops may take either mode.
+  Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false)
+      : num_blocks_(num_blocks), low_latency_(low_latency) {
+    // Rows of float32 as well.
+    const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 16)};
+    const WindowLayout window(shape, size);
+    const int64_t control_bytes = window.offset + window.bytes();
+    int shared_bytes = 0;
+    CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+    device_.shared_bytes = shared_bytes - kStaticSharedBytes;
+    for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load, KernelsOf(Mode::kLowLatency).load}) {
+      const char* error = load(device_.shared_bytes);
+      Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
+    }
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      controls_.push_back(std::make_unique<Array>(control_bytes));
+      CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, control_bytes), "cudaMemset");
+      operands_.push_back(std::make_unique<Array>(4));
+      *operands_.back()->host<int32_t>() = rank;
+      operands_.back()->ToDevice();
+      streams_.emplace_back();
+      CheckCuda(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
+      statuses_.emplace_back();
+      CheckCuda(cudaHostAlloc(reinterpret_cast<void**>(&statuses_.back()), sizeof(HostStatus), 0), "host");
+      *statuses_.back() = HostStatus{};
+    }
+    for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      OpFrame frame;
+      frame.shape = shape;
+      frame.window = size;
+      frame.rank = rank;
+      frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+      frame.expected_rank = operands_[rank]->device<int32_t>();
+      frame.status = statuses_[rank];
+      for (int peer = 0; peer < shape.num_ranks; ++peer) frame.control[peer] = controls_[peer]->device<DeviceControl>();
+      frames_.push_back(frame);
+    }
+    // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
+    LaunchDelay(0, nullptr);
+    CheckCuda(cudaDeviceSynchronize(), "set-up");
+  }
+  ~Group() {
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+    for (HostStatus* status : statuses_) cudaFreeHost(status);
+  }
+
+  template <typename Params>
+  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
+    OpFrame frame = FrameOf(rank);
+    frame.op = SignatureOf(params, stream != nullptr);  // an op on another stream is another call
+    const KernelSet& kernels = KernelsOf(low_latency_ ? Mode::kLowLatency : Mode::kThroughput);
+    frame.op.flags |= kernels.flags;
+    frame.op_hash = frame.op.Hash();
+    const auto launch = kernels.LaunchOf<Params>();
+    const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
+    Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+  }
+  void Abort(int rank) {
+    const char* error = LaunchAbort(frames_[rank], Failure::kNotLaunched, streams_[rank]);
+    Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+  }
+  void DelayRank(int rank, uint64_t nanoseconds) { LaunchDelay(nanoseconds, streams_[rank]); }
+
+  // Run later ops in this mode.
+  void Take(bool low_latency) { low_latency_ = low_latency; }
+
+  // Let the program run a rank as another one.
+  void TakeFor(int rank, int32_t expected) {
+    *operands_[rank]->host<int32_t>() = expected;
+    operands_[rank]->ToDevice();
+  }
+
+  OpFrame FrameOf(int rank) {
+    OpFrame frame = frames_[rank];
+    frame.launch = ++num_launches_;
+    return frame;
+  }
+  cudaStream_t stream(int rank) const { return streams_[rank]; }
+
+  void Wait() { CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks"); }
+  HostStatus& status(int rank) { return *statuses_[rank]; }
+
+ private:
+  int num_blocks_;
+  bool low_latency_;
+  uint64_t num_launches_ = 0;
+  DeviceFacts device_;
+  std::vector<std::unique_ptr<Array>> controls_, operands_;
+  std::vector<cudaStream_t> streams_;
+  std::vector<HostStatus*> statuses_;
+  std::vector<OpFrame> frames_;
+};
+
+// Run one verb of all ranks on the CPU.
+template <typename Params>
+void RunOnCpu(Communicator& comm, int64_t run, const std::vector<Params>& params) {
+  std::atomic<int> done{0};
+  static const char instruction = 0;
+  for (size_t rank = 0; rank < params.size(); ++rank) {
+    auto op = std::make_unique<VerbOp<Params>>(params[rank], 0);
+    op->done = [&done] { ++done; };
+    op->fail = [](const std::string& why) { Check(false, why); };
+    OpCall call{&instruction, {}, 1, true};
+    call.op.run = run;
+    comm.Join(call, *comm.FindLocation(rank), std::move(op));
+  }
+  while (done < static_cast<int>(params.size())) std::this_thread::yield();
+  comm.WaitForOps();
+}
+
+std::shared_ptr<Communicator> CpuCommunicator(const GroupShape& shape) {
+  CommunicatorConfig config;
+  config.shape = shape;
+  config.num_groups = 1;
+  config.timeout_s = 60;
+  for (int rank = 0; rank < shape.num_ranks; ++rank) config.locations.push_back({rank, 0, rank, 0});
+  return std::make_shared<Communicator>(config);
+}
+
+void CheckSame(Array& array, size_t bytes, const std::string& what) {
+  const std::vector<char> got = array.FromDevice();
+  const char* expected = array.host<char>();
+  for (size_t i = 0; i < bytes; ++i) {
+    if (got[i] == expected[i]) continue;
+    Check(false, what + ": byte " + std::to_string(i) + " of " + std::to_string(bytes));
+    return;
+  }
+}
+
+// Rows of tokens and padding; the contents of the others are unspecified.
+void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, const std::string& what) {
+  int64_t end = 0;
+  for (int group = 0; group < NumRowGroups(problem.shape, problem.route); ++group) {
+    end += rank.group_sizes.host<int32_t>()[group];
+  }
+  if (all) end = problem.route.capacity;
+  CheckSame(array, Rank::Rows(problem, end), what);
+}
+
+// In low-latency mode, only the rank of each expert matters.
+void CheckDestination(const Problem& problem, Rank& rank, const std::string& what) {
+  if (!problem.low_latency) return CheckSame(rank.destination, rank.destination.bytes(), what);
+  const std::vector<char> got = rank.destination.FromDevice();
+  const int num_topk = problem.shape.num_topk;
+  for (int64_t i = 0; i < int64_t{problem.route.num_tokens} * num_topk; ++i) {
+    const int32_t* experts = rank.topk_idx.host<int32_t>() + i / num_topk * num_topk;
+    const bool valid = IsValidEntry(experts, i % num_topk, problem.shape.num_experts);
+    const int32_t expected = valid ? experts[i % num_topk] / problem.shape.num_local_experts() : kNone;
+    if (reinterpret_cast<const int32_t*>(got.data())[i] != expected) return Check(false, what);
+  }
+}
+
+void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency = false) {
+  problem.low_latency = low_latency;
+  const int num_ranks = problem.shape.num_ranks;
+  std::mt19937 random(7);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  const auto comm = CpuCommunicator(problem.shape);
+  Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
+  const bool expert_major = problem.route.layout == Layout::kExpertMajor;
+  int64_t run = 0;
+  auto each = [&](auto make, auto check, const char* verb) {
+    using Params = decltype(make(std::true_type(), *ranks[0]));
+    std::vector<Params> on_cpu;
+    for (int rank = 0; rank < num_ranks; ++rank) on_cpu.push_back(make(std::false_type(), *ranks[rank]));
+    const auto check_where = std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
+    RunOnCpu(*comm, run++, on_cpu);
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, make(std::true_type(), *ranks[rank]));
+    }
+    group.Wait();
+    for (int rank = 0; rank < num_ranks; ++rank) {
+      Check(group.status(rank).failed == 0, check_where + ": ended as it should");
+      check(*ranks[rank], check_where + ", rank " + std::to_string(rank) + ": ");
+    }
+  };
+  each([&](auto device, Rank& rank) { return DispatchOf<device.value>(problem, rank); },
+       [&](Rank& rank, const std::string& where) {
+         CheckSame(rank.source, rank.source.bytes(), where + "source");
+         CheckDestination(problem, rank, where + "destination");
+         CheckSame(rank.weights, rank.weights.bytes(), where + "weights");
+         if (!expert_major) CheckSame(rank.local_experts, rank.local_experts.bytes(), where + "local_experts");
+         CheckSame(rank.group_sizes, rank.group_sizes.bytes(), where + "group_sizes");
+         CheckSame(rank.num_rows, rank.num_rows.bytes(), where + "num_rows");
+         CheckSame(rank.counts, rank.counts.bytes(), where + "counts");
+         CheckSameRows(problem, rank.tokens, rank, false, where + "tokens");
+       },
+       "dispatch");
+  if (failures > 0) return;
+  for (const bool zero_rest : {false, true}) {
+    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, false, zero_rest); },
+         [&](Rank& rank, const std::string& where) {
+           CheckSameRows(problem, rank.rows, rank, zero_rest, where + "rows");
+         },
+         "cached_dispatch");
+  }
+  if (problem.route.row_type == RowType::kInt32) return;  // integers are only dispatched
+  if (expert_major) {
+    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },
+         [&](Rank& rank, const std::string& where) {
+           CheckSameRows(problem, rank.rows, rank, true, where + "scaled rows");
+           CheckSame(rank.products, rank.products.bytes(), where + "products");
+         },
+         "scaling cached_dispatch");
+  }
+  for (const bool weighted : {false, true}) {
+    if (weighted && !expert_major) continue;
+    each([&](auto device, Rank& rank) { return CombineOf<device.value>(problem, rank, weighted, weighted, !weighted); },
+         [&](Rank& rank, const std::string& where) {
+           CheckSame(rank.out, rank.out.bytes(), where + "out");
+           if (!weighted) CheckSame(rank.gradients, rank.gradients.bytes(), where + "gradients");
+         },
+         weighted ? "weighted combine" : "combine");
+  }
+}
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_TESTS_GPU_RANK_GROUP_CUH_
