@@ -106,6 +106,15 @@ def index_in_program(ctx: Any, kind: str) -> int:
     return next(counters.setdefault(("calls of", kind), itertools.count()))
 
 
+def last_in_block(ctx: Any, key: Any) -> dict[str, Any]:
+    """Return what lowering rules keep under `key` for the MLIR block in which they insert operations."""
+    block = mlir.ir.InsertionPoint.current.block
+    kept: dict[str, Any] = ctx.module_context.cached_primitive_lowerings.setdefault(
+        ("last in block", block, key), {}
+    )
+    return kept
+
+
 def varying_axes(value: Any) -> frozenset[str]:
     """Return the manual axes along which `value` may differ between devices."""
     return frozenset(jax.typeof(value).manual_axis_type.varying)

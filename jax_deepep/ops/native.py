@@ -2,6 +2,10 @@
 
 A primitive defines shapes and attributes only; the kernels are in `xla_ffi/`. An optional operand or
 result that is absent is passed as one element, with a flag.
+
+Every custom call takes an operand `after` and returns `ended`, which is never written nor read: on GPUs, each
+op takes that of the previous one on its channel. Without this dependence XLA could run independent ops in
+different orders on different ranks, or at once, as branches of a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jax_deepep import jax_compat
@@ -30,14 +35,24 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
     primitive.def_impl(partial(jax_compat.apply_primitive, primitive))
     primitive.def_abstract_eval(output_types)
 
-    def lower(ctx: Any, *operands: Any, shape: RouteShape, **flags: Any) -> Any:
+    def lower(ctx: Any, rank: Any, *operands: Any, shape: RouteShape, channel: int, **flags: Any) -> Any:
         check_platform(shape.comm, jax_compat.platforms_of_lowering(ctx))
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
             check_groups(shape.comm, mesh)
         native_module.watch_compilations()
-        attributes = _attributes(shape, with_limits=verb == "dispatch")
-        attributes["call"] = jax_compat.index_in_program(ctx, "jax_deepep")
-        return jax.ffi.ffi_lowering(f"jax_deepep_{verb}")(ctx, *operands, **attributes, **flags)
+        call = jax_compat.index_in_program(ctx, "jax_deepep")
+        attributes = _attributes(shape, call, channel, with_limits=verb == "dispatch")
+        chain = jax_compat.last_in_block(ctx, (shape.comm.id, channel))
+        rank_type, *types = ctx.avals_in
+        ctx = ctx.replace(
+            avals_in=[rank_type, rank_type, *types],
+            avals_out=[*ctx.avals_out, jax_compat.array_like(rank_type, (), jnp.int32)],
+        )
+        call_op = jax.ffi.ffi_lowering(f"jax_deepep_{verb}")
+        *results, ended = call_op(ctx, rank, chain.get("ended", rank), *operands, **attributes, **flags)
+        if shape.comm.platform == "cuda":
+            chain["ended"] = ended
+        return results
 
     # Not cacheable: every call has its own index in its program.
     mlir.register_lowering(primitive, lower, cacheable=False)
@@ -69,11 +84,15 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
     return primitive
 
 
-def _attributes(shape: RouteShape, *, with_limits: bool) -> dict[str, int]:
+def site_attribute(shape: RouteShape, call: int, channel: int) -> np.ndarray:
+    """Return what every custom call has in common: `SiteAttribute` in `xla_ffi/handlers/platform.h`."""
+    mode = native_module.numbers().modes[shape.mode]
+    return np.array([shape.comm.id, shape.comm.fingerprint, call, mode, channel], np.int64)
+
+
+def _attributes(shape: RouteShape, call: int, channel: int, *, with_limits: bool) -> dict[str, Any]:
     attributes = {
-        "comm": shape.comm.id,
-        "fingerprint": shape.comm.fingerprint,
-        "mode": native_module.numbers().modes[shape.mode],
+        "site": site_attribute(shape, call, channel),
         "layout": native_module.numbers().layouts[shape.layout],
     }
     if with_limits:
@@ -130,6 +149,7 @@ def _dispatch_types(
     topk_weights: ShapedArray,
     *,
     shape: RouteShape,
+    channel: int,
     with_pairs: bool,
     with_scratch: bool,
 ) -> list[ShapedArray]:
@@ -167,6 +187,7 @@ def dispatch(
         topk_idx,
         topk_weights,
         shape=shape,
+        channel=0,
         with_pairs=_keeps_pairs(shape),
         with_scratch=_has_scratch(shape),
     )
@@ -198,6 +219,7 @@ def _cached_dispatch_types(
     pairs: ShapedArray,
     *,
     shape: RouteShape,
+    channel: int,
     zero_rest: bool,
     weighted: bool,
     with_products: bool,
@@ -233,6 +255,7 @@ def cached_dispatch(
         _or_placeholder(y, x.dtype),
         _or_placeholder(routes.pairs, jnp.int32),
         shape=shape,
+        channel=0,
         zero_rest=zero_rest,
         weighted=weights is not None,
         with_products=y is not None,
@@ -251,6 +274,7 @@ def _combine_types(
     pairs: ShapedArray,
     *,
     shape: RouteShape,
+    channel: int,
     weighted: bool,
     with_bias: bool,
     with_gradients: bool,
@@ -289,6 +313,7 @@ def combine(
         _or_placeholder(row_gradients, jnp.float32),
         _or_placeholder(routes.pairs, jnp.int32),
         shape=shape,
+        channel=0,
         weighted=weights is not None,
         with_bias=bias is not None,
         with_gradients=row_gradients is not None,

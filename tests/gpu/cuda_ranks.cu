@@ -1,7 +1,7 @@
 // Several ranks in one process on one GPU, a stream each: every verb against the CPU's bits, ranks that
 // arrive late or never, and many steps with random delays. No Python, so that compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [faults] [soak STEPS]
+//     cuda_ranks [conformance] [faults] [channels] [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -68,10 +68,71 @@ void CheckLargest() {
            MakeProblem("64 ranks", 64, 2048, 8, 40, 128, RowType::kBFloat16, kExpert, 4),
            MakeProblem("64 ranks, 32 choices", 64, 64, 32, 20, 72, RowType::kFloat32, kExpert),
            MakeProblem("64 ranks, by token", 64, 128, 32, 20, 128, RowType::kFloat16, kToken),
+           MakeProblem("128 ranks", 128, 256, 16, 12, 64, RowType::kBFloat16, kExpert),
+           MakeProblem("100 ranks, by token", 100, 200, 32, 6, 72, RowType::kFloat32, kToken),
            MakeProblem("33 ranks, odd rows", 33, 66, 9, 15, 37, RowType::kBFloat16, kExpert),
        }) {
     for (const bool low_latency : {false, true}) CheckProblem(problem, 1, 2, low_latency);
   }
+}
+
+// Ops on the two channels, in either order on each rank and at all distances: they never touch each other.
+void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool second_low_latency) {
+  constexpr int kNumRanks = 3;
+  std::mt19937 random(23);
+  std::vector<Problem> problems = {
+      MakeProblem("channel 0", kNumRanks, 6, 3, 20, 128, RowType::kBFloat16, Layout::kExpertMajor, 4),
+      MakeProblem("channel 1", kNumRanks, 6, 3, 16, 128, RowType::kFloat32, Layout::kTokenMajor)};
+  problems[0].low_latency = first_low_latency;
+  problems[1].low_latency = second_low_latency;
+  problems[1].shape = problems[0].shape;
+  const auto comm = CpuCommunicator(problems[0].shape);
+  std::vector<std::unique_ptr<Rank>> ranks[kNumChannels];
+  for (int channel = 0; channel < kNumChannels; ++channel) {
+    std::vector<DispatchParams> dispatches;
+    std::vector<CombineParams> combines;
+    for (int rank = 0; rank < kNumRanks; ++rank) {
+      ranks[channel].push_back(std::make_unique<Rank>(problems[channel], random));
+      dispatches.push_back(DispatchOf<false>(problems[channel], *ranks[channel].back()));
+      combines.push_back(CombineOf<false>(problems[channel], *ranks[channel].back(), channel == 0, true, false));
+    }
+    RunOnCpu(*comm, 2 * channel, dispatches);
+    RunOnCpu(*comm, 2 * channel + 1, combines);
+  }
+  cudaStream_t others[kNumRanks];
+  for (cudaStream_t& stream : others) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  Group group(problems[0].shape, num_blocks, 5.0 * kLonger);
+  for (int i = 0; i < tries && failures == 0; ++i) {
+    for (int op = 0; op < 2; ++op) {
+      for (int rank = 0; rank < kNumRanks; ++rank) {
+        const int first = random() % 2;
+        for (const int channel : {first, 1 - first}) {
+          const cudaStream_t stream = channel == 0 ? group.stream(rank) : others[rank];
+          LaunchDelay(random() % 30'000 * kOpsTakeLonger, stream);
+          group.Take(problems[channel].low_latency);
+          Rank& own = *ranks[channel][rank];
+          if (op == 0) {
+            group.Launch(rank, DispatchOf<true>(problems[channel], own), stream, channel);
+          } else {
+            group.Launch(rank, CombineOf<true>(problems[channel], own, channel == 0, true, false), stream, channel);
+          }
+        }
+      }
+    }
+    group.Wait();
+    for (int channel = 0; channel < kNumChannels; ++channel) {
+      for (int rank = 0; rank < kNumRanks; ++rank) {
+        Rank& own = *ranks[channel][rank];
+        const std::string where = "channel " + std::to_string(channel) + ", try " + std::to_string(i);
+        Check(group.status(rank).failed == 0, where + " ended as it should");
+        CheckSameRows(problems[channel], own.tokens, own, false, where + ", tokens");
+        CheckSame(own.out, own.out.bytes(), where + ", out");
+        CheckCuda(cudaMemset(own.tokens.device<void>(), 0x55, own.tokens.bytes()), "cudaMemset");
+        CheckCuda(cudaMemset(own.out.device<void>(), 0x55, own.out.bytes()), "cudaMemset");
+      }
+    }
+  }
+  for (cudaStream_t stream : others) cudaStreamDestroy(stream);
 }
 
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
@@ -86,6 +147,7 @@ void CheckSoak(int num_blocks, int steps) {
   for (int step = 0; step < steps && failures == 0; ++step) {
     problem.low_latency = random() % 2 == 0;  // each mode follows either
     group.Take(problem.low_latency);
+    const int channel = random() % kNumChannels;
     std::vector<DispatchParams> dispatches;
     std::vector<CombineParams> combines;
     for (auto& rank : ranks) {
@@ -101,11 +163,11 @@ void CheckSoak(int num_blocks, int steps) {
     // first, would hold up the first of another rank.
     for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000 * kOpsTakeLonger);
-      group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+      group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]), nullptr, channel);
     }
     for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000 * kOpsTakeLonger);
-      group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
+      group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false), nullptr, channel);
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -134,13 +196,17 @@ int main(int argc, char** argv) {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {
           CheckFaults(3, 2, late, low_latency);
-          CheckFaults(kOnGpu ? 40 : 8, 1, late, low_latency);
+          CheckFaults(kOnGpu ? 100 : 8, 1, late, low_latency);
         }
       }
       if (kOnGpu) CheckNoRoom();
       for (const bool low_latency : {false, true}) {
         CheckMistakes(2, low_latency);
         CheckTwoAtOnce(3, kOnGpu ? 200 : 10, low_latency);
+      }
+    } else if (what == "channels") {
+      for (const bool first : {false, true}) {
+        for (const bool second : {false, true}) CheckChannels(2, kOnGpu ? 200 : 5, first, second);
       }
     } else if (what == "soak" && i + 1 < argc) {
       CheckSoak(3, std::atoi(argv[++i]));

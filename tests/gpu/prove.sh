@@ -5,7 +5,7 @@
 #     tests/gpu/prove.sh OUT_FOLDER PART...
 #
 #     harness    several ranks in one process against the CPU's bits, faults, sanitizers (builds cuda_ranks.cu)
-#     op-chain   dispatch and combine back to back on two GPUs, without XLA, in both modes
+#     op-chain-N dispatch and combine back to back on N GPUs, without XLA, in both modes
 #     soak       20,000 steps of eight ranks with random routing and delays
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
@@ -48,7 +48,7 @@ part() {
   local ranks=${1##*-}
   case $1 in
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
-    op-chain) build op_chain && for mode in throughput low_latency; do "$out/op_chain" $mode 1 8 32 128 256 512 1024; done ;;
+    op-chain-*) build op_chain && for mode in throughput low_latency; do "$out/op_chain" $mode "$ranks" 1 8 32 128 256; done ;;
     soak) build cuda_ranks && "$out/cuda_ranks" soak 20000 ;;
     suite-*) share "$ranks" bash -c "$suite" ;;
     graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" share "$ranks" bash -c "$suite" ;;

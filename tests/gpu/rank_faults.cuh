@@ -66,7 +66,7 @@ void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
     const HostStatus& status = group.status(rank);
     Check(status.failed == 1, name + "the op fails");
     Check(status.report.failure == Failure::kNotArrived, name + "because a rank did not arrive");
-    Check(status.report.missing == uint64_t{1} << last, name + "the last rank is missing");
+    Check(status.report.missing.Has(last) && !status.report.missing.Has(0), name + "the last rank is missing");
     Check(status.report.step == 2 && status.report.seen[last] == 1, name + "steps");
     Check(static_cast<int>(status.reporter) < last, name + "a rank that waited reports");
     Check(AllFailed(problem, ranks[rank]->out), name + "results are NaN");

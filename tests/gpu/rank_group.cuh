@@ -14,6 +14,7 @@
 
 #include "cpu/communicator.h"
 #include "cpu/op.h"
+#include "cuda/block_count.h"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
 #include "cuda/low_latency/window.h"
@@ -34,6 +35,7 @@ constexpr bool kOnGpu = false;
 #endif
 constexpr int kLonger = kOnGpu ? 1 : 10;        // factor for time limits
 constexpr int kOpsTakeLonger = kOnGpu ? 1 : 500;
+constexpr int kMostSms = 130;  // of an op that has a GPU
 
 __global__ void Delay(uint64_t nanoseconds) {
   const uint64_t start = NanosecondClock();
@@ -47,24 +49,28 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, 
   Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
 
-// All ranks of one EP group on one device.
+// All ranks of one EP group: on one device, or on a device each.
 class Group {
  public:
-  // With windows for all tokens, so that ops may take either mode.
-  Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false)
-      : num_blocks_(num_blocks), low_latency_(low_latency) {
+  // With windows for all tokens, so that ops may take either mode. num_blocks 0: chosen per op, as if it had the GPU.
+  Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false,
+        bool device_each = false)
+      : num_blocks_(num_blocks), low_latency_(low_latency), device_each_(device_each) {
     // Rows of float32 as well.
     const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 16)};
     const WindowLayout window(shape, size);
     const int64_t control_bytes = window.offset + window.bytes();
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
-    device_.shared_bytes = shared_bytes - kStaticSharedBytes;
-    for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load, KernelsOf(Mode::kLowLatency).load}) {
-      const char* error = load(device_.shared_bytes);
-      Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
-    }
+    facts_.shared_bytes = shared_bytes - kStaticSharedBytes;
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
+      OnDeviceOf(rank);
+      if (device_each || rank == 0) {
+        for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load, KernelsOf(Mode::kLowLatency).load}) {
+          const char* error = load(facts_.shared_bytes);
+          Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
+        }
+      }
       controls_.push_back(std::make_unique<Array>(control_bytes));
       CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, control_bytes), "cudaMemset");
       operands_.push_back(std::make_unique<Array>(4));
@@ -73,7 +79,8 @@ class Group {
       streams_.emplace_back();
       CheckCuda(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
       statuses_.emplace_back();
-      CheckCuda(cudaHostAlloc(reinterpret_cast<void**>(&statuses_.back()), sizeof(HostStatus), 0), "host");
+      CheckCuda(cudaHostAlloc(reinterpret_cast<void**>(&statuses_.back()), sizeof(HostStatus), cudaHostAllocPortable),
+                "host");
       *statuses_.back() = HostStatus{};
     }
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
@@ -88,8 +95,8 @@ class Group {
       frames_.push_back(frame);
     }
     // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
-    LaunchDelay(0, nullptr);
-    CheckCuda(cudaDeviceSynchronize(), "set-up");
+    for (int rank = 0; rank < shape.num_ranks; ++rank) DelayRank(rank, 0);
+    Wait();
   }
   ~Group() {
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
@@ -97,21 +104,33 @@ class Group {
   }
 
   template <typename Params>
-  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr) {
+  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr, int channel = 0) {
     OpFrame frame = FrameOf(rank);
+    frame.channel = channel;
     frame.op = SignatureOf(params, stream != nullptr);  // an op on another stream is another call
     const KernelSet& kernels = KernelsOf(low_latency_ ? Mode::kLowLatency : Mode::kThroughput);
     frame.op.flags |= kernels.flags;
     frame.op_hash = frame.op.Hash();
     const auto launch = kernels.LaunchOf<Params>();
-    const char* error = launch(frame, params, num_blocks_, device_, stream ? stream : streams_[rank]);
+    const int num_blocks =
+        num_blocks_ > 0 ? num_blocks_ : kernels.num_blocks(BytesOf(frame.shape, params), kMostSms);
+    OnDeviceOf(rank);
+    const char* error = launch(frame, params, num_blocks, facts_, stream ? stream : streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void Abort(int rank) {
     const char* error = LaunchAbort(frames_[rank], Failure::kNotLaunched, streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
-  void DelayRank(int rank, uint64_t nanoseconds) { LaunchDelay(nanoseconds, streams_[rank]); }
+  void DelayRank(int rank, uint64_t nanoseconds) {
+    OnDeviceOf(rank);
+    LaunchDelay(nanoseconds, streams_[rank]);
+  }
+
+  // Make its device the current one.
+  void OnDeviceOf(int rank) const {
+    if (device_each_) CheckCuda(cudaSetDevice(rank), "cudaSetDevice");
+  }
 
   // Run later ops in this mode.
   void Take(bool low_latency) { low_latency_ = low_latency; }
@@ -129,14 +148,20 @@ class Group {
   }
   cudaStream_t stream(int rank) const { return streams_[rank]; }
 
-  void Wait() { CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks"); }
+  void Wait() {
+    for (int rank = 0; rank < static_cast<int>(streams_.size()); ++rank) {
+      OnDeviceOf(rank);
+      if (device_each_ || rank == 0) CheckCuda(cudaDeviceSynchronize(), "the ops of all ranks");
+    }
+  }
   HostStatus& status(int rank) { return *statuses_[rank]; }
 
  private:
   int num_blocks_;
   bool low_latency_;
+  bool device_each_;
   uint64_t num_launches_ = 0;
-  DeviceFacts device_;
+  DeviceFacts facts_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
   std::vector<cudaStream_t> streams_;
   std::vector<HostStatus*> statuses_;

@@ -61,6 +61,10 @@ def test_ranks_that_arrive_late_or_never_or_at_another_op(program: pathlib.Path)
     run(str(program), "faults")
 
 
+def test_ops_on_two_channels_at_once(program: pathlib.Path) -> None:
+    run(str(program), "channels")
+
+
 def test_many_steps_with_random_delays(program: pathlib.Path) -> None:
     run(str(program), "soak", "3000")
 

@@ -70,6 +70,22 @@ def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     assert (f"tensor<{result}xi32>" in text) == needed
 
 
+def test_independent_ops_run_in_the_order_in_which_they_are_lowered(comm: ep.Communicator) -> None:
+    def body(x, y, topk_idx, topk_weights):
+        (a, _), (b, _) = (ep.dispatch(rows, topk_idx, topk_weights, comm=comm) for rows in (x, y))
+        return a.tokens, b.tokens
+
+    x = global_array(comm, (comm.mesh.size * 16, 128), jnp.bfloat16)
+    topk = [global_array(comm, (x.shape[0], 4), dtype) for dtype in (jnp.int32, jnp.float32)]
+    sharded = jax.shard_map(body, mesh=comm.mesh, in_specs=EXPERT, out_specs=EXPERT)
+    _, text = calls_of(sharded, x, x, *topk)
+    (first, count, first_after), (_, _, second_after) = re.findall(
+        r"(%\w+):(\d+) = stablehlo.custom_call @jax_deepep_dispatch\(%\w+, (%[\w#]+),", text
+    )
+    assert second_after == f"{first}#{int(count) - 1}"  # the last result of the first
+    assert first_after != second_after
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
 @pytest.mark.parametrize("matmul", ["triton", "ragged_dot"])
 def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:

@@ -69,7 +69,7 @@ ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& ran
 
 ffi::Error GatherRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
                       ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows, int64_t layout,
-                      int64_t warps, int64_t depth, int64_t, int64_t, int64_t, int64_t) {
+                      int64_t warps, int64_t depth, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = x.element_count() / shape.hidden_size;
   const int64_t capacity = rows->element_count() / shape.hidden_size;
@@ -88,7 +88,7 @@ ffi::Error GatherRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
 
 ffi::Error AddRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
                    ffi::AnyBuffer y, ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
-                   int64_t layout, int64_t, int64_t, int64_t, int64_t) {
+                   int64_t layout, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = x.element_count() / shape.hidden_size;
   const int64_t capacity = rows->element_count() / shape.hidden_size;
@@ -106,8 +106,8 @@ ffi::Error AddRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, f
 
 ffi::Error SumRows(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
                    ffi::AnyBuffer pairs, ffi::AnyBuffer inputs, ffi::Result<ffi::AnyBuffer> out,
-                   ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool with_sums, int64_t,
-                   int64_t, int64_t, int64_t) {
+                   ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool with_sums,
+                   SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   const int64_t num_tokens = out->element_count() / shape.hidden_size;
   const int64_t capacity = y.element_count() / shape.hidden_size;
@@ -144,10 +144,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(GatherRowsHandler, GatherRows,
                                   .Attr<int64_t>("layout")
                                   .Attr<int64_t>("warps")
                                   .Attr<int64_t>("depth")
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint")
-                                  .Attr<int64_t>("mode")
-                                  .Attr<int64_t>("call"),
+                                  .Attr<SiteAttribute>("site"),
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AddRowsHandler, AddRows,
@@ -160,10 +157,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AddRowsHandler, AddRows,
                                   .Arg<ffi::AnyBuffer>()  // pairs
                                   .Ret<ffi::AnyBuffer>()  // rows
                                   .Attr<int64_t>("layout")
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint")
-                                  .Attr<int64_t>("mode")
-                                  .Attr<int64_t>("call"),
+                                  .Attr<SiteAttribute>("site"),
                               kTraits);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SumRowsHandler, SumRows,
@@ -178,10 +172,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SumRowsHandler, SumRows,
                                   .Ret<ffi::AnyBuffer>()  // sums, if with_sums
                                   .Attr<int64_t>("layout")
                                   .Attr<bool>("with_sums")
-                                  .Attr<int64_t>("comm")
-                                  .Attr<int64_t>("fingerprint")
-                                  .Attr<int64_t>("mode")
-                                  .Attr<int64_t>("call"),
+                                  .Attr<SiteAttribute>("site"),
                               kTraits);
 
 }  // namespace jax_deepep

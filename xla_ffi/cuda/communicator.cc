@@ -282,21 +282,26 @@ Traffic CudaCommunicator::TakeTraffic() {
                   std::vector<double>(size)};
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
-    DeviceControl control;
-    Check(cudaMemcpy(&control, rank->control.data(), sizeof(control), cudaMemcpyDeviceToHost),
+    const auto* control = reinterpret_cast<const DeviceControl*>(rank->control.data());
+    std::vector<Channel> channels(kNumChannels);
+    Check(cudaMemcpy(channels.data(), control->channels, sizeof(control->channels),
+                     cudaMemcpyDeviceToHost),
           "cudaMemcpy");
     const size_t first = (rank->location.group * num_ranks + rank->location.rank) * num_ranks;
     for (size_t peer = 0; peer < num_ranks; ++peer) {
+      uint64_t sent = 0, received = 0, waited_ns = 0;
+      for (const Channel& channel : channels) {
+        sent += channel.rows_taken[peer] + channel.rows_pushed[peer];
+        received += channel.rows_received[peer];
+        waited_ns += channel.waited_ns[peer];
+      }
       uint64_t* before = &rank->taken_before[3 * peer];
-      const uint64_t sent = control.rows_taken[peer] + control.rows_pushed[peer];
       traffic.rows_sent[first + peer] = static_cast<int64_t>(sent - before[0]);
-      traffic.rows_received[first + peer] =
-          static_cast<int64_t>(control.rows_received[peer] - before[1]);
-      traffic.seconds_waited[first + peer] =
-          1e-9 * static_cast<double>(control.waited_ns[peer] - before[2]);
+      traffic.rows_received[first + peer] = static_cast<int64_t>(received - before[1]);
+      traffic.seconds_waited[first + peer] = 1e-9 * static_cast<double>(waited_ns - before[2]);
       before[0] = sent;
-      before[1] = control.rows_received[peer];
-      before[2] = control.waited_ns[peer];
+      before[1] = received;
+      before[2] = waited_ns;
     }
   }
   return traffic;

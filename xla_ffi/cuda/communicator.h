@@ -32,6 +32,7 @@ struct OpLaunch {
   int64_t device = 0;  // CUDA's ordinal
   cudaStream_t stream = nullptr;
   int64_t call = 0;                        // as in OpSignature
+  int32_t channel = 0;                     // as in OpFrame
   const int32_t* expected_rank = nullptr;  // as in OpFrame
   // Returns memory of XLA's pool, which XLA reuses after the op, or null.
   std::function<void*(size_t bytes)> allocate;

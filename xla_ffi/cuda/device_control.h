@@ -15,7 +15,8 @@
 
 namespace jax_deepep {
 
-inline constexpr int kMaxRanks = 64;    // of one EP group: a bit each in a word
+inline constexpr int kMaxRanks = 128;   // of one EP group
+inline constexpr int kNumChannels = 2;  // ops of a communicator that may run at once
 inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp each
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
@@ -34,12 +35,21 @@ enum class Failure : uint32_t {
   kNoRoom,        // not all blocks of the op found an SM in time
 };
 
-// The report of a rank that aborted an op. Ranks are bits of `missing`.
+// Ranks of an EP group, a bit each. Warps find 32 at a time.
+struct RankSet {
+  uint32_t words[kMaxRanks / 32];
+
+  JAX_DEEPEP_HOST_DEVICE bool Has(int rank) const {
+    return (words[rank / 32] >> rank % 32 & 1) != 0;
+  }
+};
+
+// The report of a rank that aborted an op.
 struct FailureReport {
   Failure failure = Failure::kNone;
   int32_t other_rank = kNone;  // one that arrived at another op
-  uint64_t step = 0;           // of the communicator: counts its ops, from 1
-  uint64_t missing = 0;
+  uint64_t step = 0;           // of the channel: counts its ops, from 1
+  RankSet missing = {};
   OpSignature op;
   OpSignature other_op;           // of other_rank
   uint64_t seen[kMaxRanks] = {};  // the last step of each rank that was seen
@@ -59,20 +69,18 @@ static_assert(Publication::kWords <= 32);
 inline constexpr uint32_t kFailing = 1;
 inline constexpr uint32_t kFailed = 2;
 
-struct DeviceControl {
-  // Written by peers: entry s by rank s alone, except reports, which others forward.
+// The state of the ops of a channel, of which one runs at a time on a rank. Ops of different
+// channels may run at once: they share nothing but failures.
+struct Channel {
+  // Written by peers: entry s by rank s alone.
   uint64_t arrived[kMaxRanks];  // the last op for which the operands of s are ready
   uint64_t left[kMaxRanks];     // the last op in which s has completed its reads
   Publication published[kMaxRanks];
-  FailureReport reports[kMaxRanks];
   uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has read in total; set before left
-  uint64_t tests[kMaxRanks];       // of peer access, when the communicator starts
-  uint64_t broken;                 // 1 + the rank whose report has the reason; set after the report
 
   // Written by this rank.
   uint64_t step;          // ops that this rank has completed
   uint64_t active;        // OpFrame::launch of the op that is running, or 0
-  uint32_t failed;        // kFailing while peers and host are notified, then kFailed
   uint32_t num_waiting;   // blocks that wait in a grid barrier
   uint32_t generation;    // grid barriers completed
   uint32_t num_ready;     // blocks whose writes peers may read
@@ -82,8 +90,20 @@ struct DeviceControl {
   uint64_t rows_pushed[kMaxRanks];  // rows that this rank has pushed to each peer, in total
   uint64_t rows_received[kMaxRanks];
   uint64_t waited_ns[kMaxRanks];
-  uint64_t last_op_ns;  // from the first instruction of the last op to its end
+};
+
+struct DeviceControl {
+  // Written by peers, which forward the reports of others.
+  FailureReport reports[kMaxRanks];
+  uint64_t tests[kMaxRanks];  // of peer access, when the communicator starts
+  uint64_t broken;            // 1 + the rank whose report has the reason; set after the report
+
+  // Written by this rank.
+  uint32_t failed;      // kFailing while peers and host are notified, then kFailed
+  uint64_t last_op_ns;  // from the first instruction of the op that ended last, to its end
   uint64_t last_op_blocks;
+
+  Channel channels[kNumChannels];
 };
 
 // What a device reports to its host, in pinned memory that the host may read at any time.
@@ -101,11 +121,15 @@ JAX_DEEPEP_HOST_DEVICE constexpr int NumCountColumns(int num_experts, int num_ra
   return num_experts + num_ranks;
 }
 
-// Behind the block: counts [R][columns], entry s written by rank s; then this rank's own
-// [kMaxBlocks][columns].
-inline size_t ControlBytes(const GroupShape& shape) {
+// Behind the block, for each channel: counts [R][columns], entry s written by rank s; then this
+// rank's own [kMaxBlocks][columns].
+JAX_DEEPEP_HOST_DEVICE constexpr size_t NumCounts(const GroupShape& shape) {
   const size_t columns = NumCountColumns(shape.num_experts, shape.num_ranks);
-  return sizeof(DeviceControl) + (shape.num_ranks + kMaxBlocks) * columns * sizeof(int32_t);
+  return (shape.num_ranks + kMaxBlocks) * columns;
+}
+
+inline size_t ControlBytes(const GroupShape& shape) {
+  return sizeof(DeviceControl) + kNumChannels * NumCounts(shape) * sizeof(int32_t);
 }
 
 }  // namespace jax_deepep

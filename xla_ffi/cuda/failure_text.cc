@@ -12,7 +12,7 @@ std::string Describe(const FailureReport& report, int reporter, int group,
   const std::string on_rank = " on rank " + std::to_string(reporter);
   std::vector<MissingRank> missing;
   for (int peer = 0; peer < config.shape.num_ranks; ++peer) {
-    if ((report.missing >> peer & 1) == 0) continue;
+    if (!report.missing.Has(peer)) continue;
     missing.push_back({peer, static_cast<int64_t>(report.step),
                        static_cast<int64_t>(report.seen[peer]),
                        report.failure == Failure::kNotLeft});

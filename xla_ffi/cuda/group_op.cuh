@@ -9,7 +9,7 @@
 // 3. Finish: the last block notifies every peer that this rank has completed its reads, and waits
 //    until all peers have completed theirs: only then may XLA reuse what they read.
 //
-// A step is an op of the communicator, counted in device memory: a replayed graph is as good as a
+// A step is an op of the channel, counted in device memory: a replayed graph is as good as a
 // fresh launch. Flags only grow, so that nothing is ever reset. A rank that waits longer than the
 // timeout aborts: it reports to all peers and its host, and leaves. A peer that still reads then
 // may read what XLA has reused; it checks for a report after its last load, in Finish, and fails
@@ -44,17 +44,17 @@ class GroupOp : public RankOp {
     __syncthreads();
     if (threadIdx.x == 0) {
       shared_.flag = true;
-      const uint32_t generation = LoadAcquireDevice(&own_.generation);
-      if (AddAcquireRelease(&own_.num_waiting, 1) == gridDim.x - 1) {
-        own_.num_waiting = 0;
-        StoreReleaseDevice(&own_.generation, generation + 1);  // pairs with the load below
+      const uint32_t generation = LoadAcquireDevice(&channel_.generation);
+      if (AddAcquireRelease(&channel_.num_waiting, 1) == gridDim.x - 1) {
+        channel_.num_waiting = 0;
+        StoreReleaseDevice(&channel_.generation, generation + 1);  // pairs with the load below
       } else {
         const uint64_t began_ns = NanosecondClock();
         // Checking whether the op is lost takes longer than the other blocks do.
         constexpr int kLoadsBetweenChecks = 256;
-        for (int i = 1; LoadAcquireDevice(&own_.generation) == generation; ++i) {
+        for (int i = 1; LoadAcquireDevice(&channel_.generation) == generation; ++i) {
           if (i % kLoadsBetweenChecks != 0) continue;
-          if (NanosecondClock() - began_ns > frame_.timeout_ns) Fail(Failure::kNoRoom, 0);
+          if (NanosecondClock() - began_ns > frame_.timeout_ns) Fail(Failure::kNoRoom);
           if (IsBroken()) {
             shared_.flag = false;
             break;
@@ -67,26 +67,26 @@ class GroupOp : public RankOp {
 
   // Let peers read what this rank's blocks have written so far with ordinary stores.
   __device__ void Publish() {
-    if (!IsLastBlock(&own_.num_ready)) return;
+    if (!IsLastBlock(&channel_.num_ready)) return;
     const int lane = threadIdx.x % 32;
     for (int peer = threadIdx.x / 32; peer < num_ranks(); peer += blockDim.x / 32) {
-      DeviceControl& control = *frame_.control[peer];
+      Channel& channel = frame_.ChannelOf(peer);
       if (lane < Publication::kWords) {
-        reinterpret_cast<uint64_t*>(&control.published[frame_.rank])[lane] = WordToPublish(lane);
+        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] = WordToPublish(lane);
       }
       __syncwarp();
       // Pairs with the acquire load in WaitForAll, on the peer. IsLastBlock orders the other
       // blocks' writes before it.
-      if (lane == 0) StoreReleaseSystem(&control.arrived[frame_.rank], step());
+      if (lane == 0) StoreReleaseSystem(&channel.arrived[frame_.rank], step());
     }
   }
 
   // Wait until all ranks have published the same op. False: peers must not be read.
   __device__ bool WaitForArrivals() {
-    if (!WaitForAll<true>(own_.arrived)) return false;
+    if (!WaitForAll<true>(channel_.arrived)) return false;
     for (int i = threadIdx.x; i < num_ranks() * kMaxOperands; i += blockDim.x) {
       const int rank = i / kMaxOperands, index = i % kMaxOperands;
-      operands_[index][rank] = frame_.pool[rank] + own_.published[rank].offsets[index];
+      operands_[index][rank] = frame_.pool[rank] + channel_.published[rank].offsets[index];
     }
     __syncthreads();
     return true;
@@ -105,16 +105,16 @@ class GroupOp : public RankOp {
       fail();
       return;
     }
-    if (!IsLastBlock(&own_.num_finished)) return;
+    if (!IsLastBlock(&channel_.num_finished)) return;
     if (!Stopped()) {
       for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
-        DeviceControl& control = *frame_.control[peer];
-        control.rows_taken[frame_.rank] =
-            *static_cast<volatile uint64_t*>(&own_.rows_received[peer]);
+        Channel& channel = frame_.ChannelOf(peer);
+        channel.rows_taken[frame_.rank] =
+            *static_cast<volatile uint64_t*>(&channel_.rows_received[peer]);
         // Pairs with the acquire load in WaitForAll, on the peer: this rank's reads come before.
-        StoreReleaseSystem(&control.left[frame_.rank], step());
+        StoreReleaseSystem(&channel.left[frame_.rank], step());
       }
-      WaitForAll<false>(own_.left);
+      WaitForAll<false>(channel_.left);
     }
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
     // overwrote after aborting, then it sees here that the peer has aborted.
@@ -128,12 +128,10 @@ class GroupOp : public RankOp {
   template <bool kArrivals>
   __device__ bool WaitForAll(const uint64_t* flags) {
     if (threadIdx.x < 32) {
-      // If an op ended while this one began, some blocks have used its step as theirs.
-      const uint64_t last_step = *static_cast<volatile uint64_t*>(&own_.step);
       const uint64_t began_ns = NanosecondClock();
-      uint64_t missing = 0;
+      RankSet missing = {};  // of lane 0
       int different = kNone;
-      bool stopped = false;
+      bool stopped = false, any_missing = false;
       for (int base = 0; base < num_ranks() && !stopped; base += 32) {
         const int rank = base + threadIdx.x;
         bool here = rank >= num_ranks(), differs = false, late = false;
@@ -142,8 +140,8 @@ class GroupOp : public RankOp {
           if (!here && LoadAcquireSystem(&flags[rank]) >= step()) {
             here = true;
             if (kArrivals) {
-              differs = own_.published[rank].op_hash != frame_.op_hash;
-              if (blockIdx.x == 0) own_.waited_ns[rank] += NanosecondClock() - began_ns;
+              differs = channel_.published[rank].op_hash != frame_.op_hash;
+              if (blockIdx.x == 0) channel_.waited_ns[rank] += NanosecondClock() - began_ns;
             }
           }
           if (__all_sync(~0u, here) || __any_sync(~0u, differs)) break;
@@ -158,18 +156,19 @@ class GroupOp : public RankOp {
           different = base + __ffs(lanes) - 1;
           break;
         }
-        missing |= static_cast<uint64_t>(__ballot_sync(~0u, !here && late)) << base;
+        const uint32_t lanes = __ballot_sync(~0u, !here && late);
+        if (lanes != 0 && !stopped) {
+          missing.words[base / 32] = lanes;
+          any_missing = true;
+        }
       }
       if (threadIdx.x == 0) {
-        const bool alone = last_step + 1 == step();
-        if (!alone) {
-          Fail(Failure::kTwoAtOnce, 0);
-        } else if (different != kNone) {
-          Fail(Failure::kDifferentOps, 0, different);
-        } else if (missing != 0 && !stopped) {
+        if (different != kNone) {
+          Fail(Failure::kDifferentOps, {}, different);
+        } else if (any_missing) {
           Fail(kArrivals ? Failure::kNotArrived : Failure::kNotLeft, missing);
         }
-        shared_.flag = alone && different == kNone && missing == 0 && !stopped;
+        shared_.flag = different == kNone && !any_missing && !stopped;
       }
     }
     return SharedFlag();

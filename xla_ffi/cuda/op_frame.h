@@ -21,6 +21,7 @@ struct OpFrame {
   GroupShape shape;
   WindowSize window;
   int32_t rank = 0;
+  int32_t channel = 0;
   OpSignature op;  // what must be the same on all ranks
   uint64_t op_hash = 0;
   uint64_t launch = 0;                     // unique per launch, never 0
@@ -31,9 +32,13 @@ struct OpFrame {
   DeviceControl* control[kMaxRanks] = {};  // of every rank, this one included
   const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, read-only
 
+  // What the op uses of a rank's control block.
+  JAX_DEEPEP_HOST_DEVICE Channel& ChannelOf(int owner) const {
+    return control[owner]->channels[channel];
+  }
   // The counts behind this rank's control block, and behind a peer's.
   JAX_DEEPEP_HOST_DEVICE int32_t* Counts(int owner, int source) const {
-    return reinterpret_cast<int32_t*>(control[owner] + 1) +
+    return reinterpret_cast<int32_t*>(control[owner] + 1) + channel * NumCounts(shape) +
            static_cast<size_t>(source) * NumCountColumns(shape.num_experts, shape.num_ranks);
   }
   JAX_DEEPEP_HOST_DEVICE int32_t* BlockCounts(int block) const {

@@ -62,6 +62,7 @@ const CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) cons
 OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
                                   const OpLaunch& launch) {
   OpFrame frame = rank.frame;
+  frame.channel = launch.channel;
   frame.op = op;
   frame.op_hash = op.Hash();
   frame.launch = ++num_launches_;

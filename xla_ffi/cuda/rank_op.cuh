@@ -17,13 +17,16 @@ class RankOp {
     uint64_t step;
     uint64_t began_ns;
     int flag;
-    bool refused;          // another op of the communicator is running on this rank
+    bool refused;          // another op of the channel is running on this rank
     uint32_t num_invalid;  // entries of topk_idx that this block has ignored
     uint64_t ended;
   };
 
   __device__ RankOp(const OpFrame& frame, Shared* shared)
-      : frame_(frame), own_(*frame.control[frame.rank]), shared_(*shared) {}
+      : frame_(frame),
+        own_(*frame.control[frame.rank]),
+        channel_(frame.ChannelOf(frame.rank)),
+        shared_(*shared) {}
 
   // False if the communicator was broken before this op: an earlier one has failed on this rank or
   // a peer, or the communicator is closed and peers' pools are no longer mapped. A late peer may
@@ -38,16 +41,16 @@ class RankOp {
   // others load their operands; then all learn the result.
   __device__ void Enter() {
     if (threadIdx.x == blockDim.x - 1) {
-      // First: from then on no other op of this rank ends, so that the step is this op's alone.
-      const uint64_t active = CompareAndSwap(&own_.active, 0, frame_.launch);
-      shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
+      // First: from then on no other op of this channel ends, so that the step is this op's alone.
+      const uint64_t active = CompareAndSwap(&channel_.active, 0, frame_.launch);
+      shared_.step = *static_cast<volatile uint64_t*>(&channel_.step) + 1;
       const bool lost = (*static_cast<volatile uint32_t*>(&own_.failed) |
                          *static_cast<volatile uint64_t*>(&own_.broken)) != 0;
       const bool mistaken = *frame_.expected_rank != frame_.rank;
       shared_.began_ns = NanosecondClock();
       shared_.refused = active != 0 && active != frame_.launch;
-      if (shared_.refused) Fail(Failure::kTwoAtOnce, 0);
-      if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank, 0);
+      if (shared_.refused) Fail(Failure::kTwoAtOnce);
+      if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank);
       shared_.flag = !(lost || mistaken || shared_.refused);
       shared_.num_invalid = 0;
     }
@@ -55,21 +58,22 @@ class RankOp {
   __device__ bool Entered() { return SharedFlag(); }
 
   __device__ uint64_t step() const { return shared_.step; }
-  __device__ DeviceControl& own() const { return own_; }
+  // Of this rank.
+  __device__ Channel& channel() const { return channel_; }
 
   // Count the pairs that this block has read from each rank, in shared memory [R].
   __device__ void CountTaken(const int32_t* taken) {
     __syncthreads();
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(&own_.rows_received[rank]),
+      atomicAdd(reinterpret_cast<unsigned long long*>(&channel_.rows_received[rank]),
                 static_cast<unsigned long long>(taken[rank]));
     }
   }
 
   // In a separate kernel that the host launches in place of an op: the rank cannot continue.
   __device__ void Abort(Failure failure) {
-    shared_.step = *static_cast<volatile uint64_t*>(&own_.step) + 1;
-    Fail(failure, 0);
+    shared_.step = *static_cast<volatile uint64_t*>(&channel_.step) + 1;
+    Fail(failure);
   }
 
  protected:
@@ -77,19 +81,19 @@ class RankOp {
   template <typename Succeed, typename Fill>
   __device__ void End(bool lost, Succeed succeed, Fill fail) {
     if (lost) {
-      if (threadIdx.x == 0) Fail(Failure::kNone, 0);
+      if (threadIdx.x == 0) Fail(Failure::kNone);
       fail();
     } else {
       succeed();
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-      own_.num_invalid = 0;
+      channel_.num_invalid = 0;
       own_.last_op_ns = NanosecondClock() - shared_.began_ns;
       own_.last_op_blocks = gridDim.x;
-      own_.step = step();
+      channel_.step = step();
       // Pairs with the compare-and-swap in Begin, of an op that runs at once with this one.
-      StoreReleaseDevice(&own_.active, 0);
+      StoreReleaseDevice(&channel_.active, 0);
     }
   }
 
@@ -137,7 +141,8 @@ class RankOp {
   // rank that was notified by a peer forwards that report, to its peers as well: the reporter may
   // not have notified them yet, and they could read this rank's operands after it has left, and
   // succeed.
-  __device__ __noinline__ void Fail(Failure failure, uint64_t missing, int32_t other_rank = kNone) {
+  __device__ __noinline__ void Fail(Failure failure, const RankSet& missing = {},
+                                    int32_t other_rank = kNone) {
     if (atomicCAS(&own_.failed, 0u, kFailing) != 0u) {
       // Pairs with the release store below: once this op ends, XLA reuses its operands, and peers
       // that still read them must have been notified. The notifying thread waits for nothing.
@@ -155,10 +160,10 @@ class RankOp {
       report.missing = missing;
       report.op = frame_.op;
       report.other_rank = other_rank;
-      if (other_rank != kNone) report.other_op = own_.published[other_rank].op;
+      if (other_rank != kNone) report.other_op = channel_.published[other_rank].op;
 #pragma unroll 1
       for (int rank = 0; rank < num_ranks(); ++rank) {
-        report.seen[rank] = LoadAcquireSystem(&own_.arrived[rank]);
+        report.seen[rank] = LoadAcquireSystem(&channel_.arrived[rank]);
       }
     }
     CopyReport(&status.report, report);
@@ -188,6 +193,7 @@ class RankOp {
 
   const OpFrame& frame_;
   DeviceControl& own_;
+  Channel& channel_;  // of own_
   Shared& shared_;
 };
 

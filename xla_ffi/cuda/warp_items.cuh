@@ -2,6 +2,8 @@
 #ifndef JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
 #define JAX_DEEPEP_CUDA_WARP_ITEMS_CUH_
 
+#include <cstdint>
+
 namespace jax_deepep {
 
 // Of all blocks.
@@ -9,6 +11,11 @@ __device__ inline int NumWarps() { return gridDim.x * (blockDim.x / 32); }
 
 // A warp's items are this one and every NumWarps()-th after it.
 __device__ inline int FirstItem() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+
+// The ranks of all lanes that are in [base, base + 32), as bits. A lane may have none.
+__device__ __forceinline__ uint32_t RanksOfLanes(int32_t rank, int base) {
+  return __reduce_or_sync(~0u, rank >= base && rank < base + 32 ? 1u << (rank - base) : 0u);
+}
 
 // Call use(item, prepared) for this warp's items of `count`, in order. `prepared` is what
 // prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,

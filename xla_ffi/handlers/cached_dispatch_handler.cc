@@ -6,12 +6,12 @@ namespace jax_deepep {
 namespace {
 
 LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                            ffi::AnyBuffer x, ffi::AnyBuffer source, ffi::AnyBuffer destination,
-                            ffi::AnyBuffer group_sizes, ffi::AnyBuffer weights, ffi::AnyBuffer y,
-                            ffi::AnyBuffer pairs, ffi::Result<ffi::AnyBuffer> rows,
-                            ffi::Result<ffi::AnyBuffer> products, int64_t layout, bool zero_rest,
-                            bool weighted, bool with_products, bool with_pairs, int64_t, int64_t,
-                            int64_t, int64_t) {
+                            ffi::AnyBuffer, ffi::AnyBuffer x, ffi::AnyBuffer source,
+                            ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
+                            ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
+                            ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> products,
+                            ffi::Result<ffi::AnyBuffer>, int64_t layout, bool zero_rest,
+                            bool weighted, bool with_products, bool with_pairs, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;
@@ -62,6 +62,7 @@ XLA_FFI_Error* Execute<CachedDispatchParams>(XLA_FFI_CallFrame* frame) {
                              .Ctx<ffi::State<CallSite>>()
                              .Ctx<LaunchContext>()
                              .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // after
                              .Arg<ffi::AnyBuffer>()  // x
                              .Arg<ffi::AnyBuffer>()  // source
                              .Arg<ffi::AnyBuffer>()  // destination
@@ -71,15 +72,13 @@ XLA_FFI_Error* Execute<CachedDispatchParams>(XLA_FFI_CallFrame* frame) {
                              .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
                              .Ret<ffi::AnyBuffer>()  // rows
                              .Ret<ffi::AnyBuffer>()  // products, if with_products
+                             .Ret<ffi::AnyBuffer>()  // ended
                              .Attr<int64_t>("layout")
                              .Attr<bool>("zero_rest")
                              .Attr<bool>("weighted")
                              .Attr<bool>("with_products")
                              .Attr<bool>("with_pairs")
-                             .Attr<int64_t>("comm")
-                             .Attr<int64_t>("fingerprint")
-                             .Attr<int64_t>("mode")
-                             .Attr<int64_t>("call"),
+                             .Attr<SiteAttribute>("site"),
                          kTraits);
   return (*handler)(frame);
 }

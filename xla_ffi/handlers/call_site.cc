@@ -53,24 +53,24 @@ namespace {
 // The instantiate stage of every verb.
 ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, ffi::RemainingRets,
                                                             ffi::Dictionary attributes) {
-  const ffi::ErrorOr<int64_t> comm_id = attributes.get<int64_t>("comm");
-  const ffi::ErrorOr<int64_t> fingerprint = attributes.get<int64_t>("fingerprint");
-  if (!comm_id.has_value()) return ffi::Unexpected(comm_id.error());
-  const ffi::ErrorOr<int64_t> call = attributes.get<int64_t>("call");
-  if (!fingerprint.has_value()) return ffi::Unexpected(fingerprint.error());
-  if (!call.has_value()) return ffi::Unexpected(call.error());
-  const ffi::ErrorOr<int64_t> mode = attributes.get<int64_t>("mode");
-  if (!mode.has_value()) return ffi::Unexpected(mode.error());
+  const ffi::ErrorOr<SiteAttribute> attribute = attributes.get<SiteAttribute>("site");
+  if (!attribute.has_value()) return ffi::Unexpected(attribute.error());
+  if (attribute->size() != 5) {
+    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                                      "jax_deepep: expected 5 integers in the attribute \"site\""));
+  }
+  const int64_t *values = attribute->begin(), comm_id = values[0], fingerprint = values[1];
   auto site = std::make_unique<CallSite>();
-  site->call = *call;
-  site->mode = static_cast<Mode>(*mode);
+  site->call = values[2];
+  site->mode = static_cast<Mode>(values[3]);
+  site->channel = static_cast<int32_t>(values[4]);
   {
     std::lock_guard<std::mutex> lock(program_mutex);
     site->number = program->count++;
     site->program = program;
   }
   std::string unsupported_reason;
-  site->comm = FindCommunicator<PlatformCommunicator>(*comm_id, *fingerprint, &unsupported_reason);
+  site->comm = FindCommunicator<PlatformCommunicator>(comm_id, fingerprint, &unsupported_reason);
   if (site->comm == nullptr) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kFailedPrecondition, "jax_deepep: " + unsupported_reason));

@@ -5,13 +5,13 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer y,
-                     ffi::AnyBuffer destination, ffi::AnyBuffer weights, ffi::AnyBuffer bias,
-                     ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
+LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
+                     ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
+                     ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
-                     ffi::Result<ffi::AnyBuffer> sums, int64_t layout, bool weighted,
-                     bool with_bias, bool with_gradients, bool with_pairs, bool with_sums, int64_t,
-                     int64_t, int64_t, int64_t) {
+                     ffi::Result<ffi::AnyBuffer> sums, ffi::Result<ffi::AnyBuffer>, int64_t layout,
+                     bool weighted, bool with_bias, bool with_gradients, bool with_pairs,
+                     bool with_sums, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -64,6 +64,7 @@ XLA_FFI_Error* Execute<CombineParams>(XLA_FFI_CallFrame* frame) {
                              .Ctx<ffi::State<CallSite>>()
                              .Ctx<LaunchContext>()
                              .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // after
                              .Arg<ffi::AnyBuffer>()  // y
                              .Arg<ffi::AnyBuffer>()  // destination
                              .Arg<ffi::AnyBuffer>()  // weights, if weighted
@@ -73,16 +74,14 @@ XLA_FFI_Error* Execute<CombineParams>(XLA_FFI_CallFrame* frame) {
                              .Ret<ffi::AnyBuffer>()  // out
                              .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
                              .Ret<ffi::AnyBuffer>()  // sums, if with_sums
+                             .Ret<ffi::AnyBuffer>()  // ended
                              .Attr<int64_t>("layout")
                              .Attr<bool>("weighted")
                              .Attr<bool>("with_bias")
                              .Attr<bool>("with_gradients")
                              .Attr<bool>("with_pairs")
                              .Attr<bool>("with_sums")
-                             .Attr<int64_t>("comm")
-                             .Attr<int64_t>("fingerprint")
-                             .Attr<int64_t>("mode")
-                             .Attr<int64_t>("call"),
+                             .Attr<SiteAttribute>("site"),
                          kTraits);
   return (*handler)(frame);
 }

@@ -5,8 +5,8 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer x,
-                      ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
+LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
+                      ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
                       ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> source,
                       ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
                       ffi::Result<ffi::AnyBuffer> local_experts,
@@ -14,9 +14,9 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
                       ffi::Result<ffi::AnyBuffer> num_received,
                       ffi::Result<ffi::AnyBuffer> num_dropped,
                       ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
-                      ffi::Result<ffi::AnyBuffer> scratch, int64_t layout, int64_t alignment,
-                      int64_t expert_capacity, bool with_pairs, bool with_scratch, int64_t, int64_t,
-                      int64_t, int64_t) {
+                      ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<ffi::AnyBuffer>,
+                      int64_t layout, int64_t alignment, int64_t expert_capacity, bool with_pairs,
+                      bool with_scratch, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;
@@ -77,6 +77,7 @@ XLA_FFI_Error* Execute<DispatchParams>(XLA_FFI_CallFrame* frame) {
                              .Ctx<ffi::State<CallSite>>()
                              .Ctx<LaunchContext>()
                              .Arg<ffi::AnyBuffer>()  // rank
+                             .Arg<ffi::AnyBuffer>()  // after
                              .Arg<ffi::AnyBuffer>()  // x
                              .Arg<ffi::AnyBuffer>()  // topk_idx
                              .Arg<ffi::AnyBuffer>()  // topk_weights
@@ -92,15 +93,13 @@ XLA_FFI_Error* Execute<DispatchParams>(XLA_FFI_CallFrame* frame) {
                              .Ret<ffi::AnyBuffer>()  // num_invalid
                              .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
                              .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
+                             .Ret<ffi::AnyBuffer>()  // ended
                              .Attr<int64_t>("layout")
                              .Attr<int64_t>("alignment")
                              .Attr<int64_t>("expert_capacity")
                              .Attr<bool>("with_pairs")
                              .Attr<bool>("with_scratch")
-                             .Attr<int64_t>("comm")
-                             .Attr<int64_t>("fingerprint")
-                             .Attr<int64_t>("mode")
-                             .Attr<int64_t>("call"),
+                             .Attr<SiteAttribute>("site"),
                          kTraits);
   return (*handler)(frame);
 }

@@ -18,10 +18,10 @@ from jax_deepep.bench.problem import AXIS, Inputs, per_device
 from jax_deepep.bench.trials import Case, after_start
 from jax_deepep.communicator import native_module
 from jax_deepep.ops.handle import Routes, RouteShape
+from jax_deepep.ops.native import site_attribute
 
 # Warps, and rows in flight per warp through shared memory; 0: 16-byte loads and stores.
 GATHERS = ((16, 0), (16, 1), (8, 2), (6, 2), (5, 3), (4, 4), (3, 4))
-BLOCK_BYTES = 227 * 1024 - 2560  # of shared memory on SM90, less what kernels declare
 MAX_TOPK = 8  # supported by the kernels
 
 DTYPE = jnp.bfloat16  # of their rows
@@ -41,10 +41,7 @@ def _call(name: str, shape: RouteShape, results: Any, after: Any, *operands: Any
         rank,
         *operands,
         layout=np.int64(native_module.numbers().layouts[shape.layout]),
-        comm=np.int64(shape.comm.id),
-        fingerprint=np.int64(shape.comm.fingerprint),
-        mode=np.int64(0),  # throughput
-        call=np.int64(0),
+        site=site_attribute(shape, call=0, channel=0),
         **attributes,
     )
 
@@ -101,7 +98,8 @@ def unsupported_reason(inputs: Inputs) -> str:
 def row_baselines(mesh: Mesh, shape: RouteShape, inputs: Inputs, dispatched: Dispatched) -> dict[str, Case]:
     """Return the baselines by name, on the routes of a dispatch."""
     comm, hidden = shape.comm, shape.comm.hidden_size
-    cuda_module.load().load([device.local_hardware_id for device in mesh.local_devices])
+    module = cuda_module.load()
+    module.load([device.local_hardware_id for device in mesh.local_devices])
     lists = per_device(mesh, lambda routes: (pair_table(shape, routes), sum_inputs(shape, routes)))
     table, codes = lists(dispatched.routes)
     rows = jax.ShapeDtypeStruct((shape.capacity, hidden), DTYPE)
@@ -126,7 +124,7 @@ def row_baselines(mesh: Mesh, shape: RouteShape, inputs: Inputs, dispatched: Dis
     baselines = {
         f"{GATHER}: " + (f"bulk {warps}×{depth}" if depth else "loads"): gather_with(warps, depth)
         for warps, depth in GATHERS
-        if warps * depth * (row_bytes + 8) <= BLOCK_BYTES
+        if warps * depth * (row_bytes + 8) <= module.in_flight_bytes
     }
     if shape.layout == "expert":
         baselines[f"{ADD}: loads"] = Case(add, (inputs.x, dispatched.tokens, table))

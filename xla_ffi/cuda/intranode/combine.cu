@@ -93,16 +93,19 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
     const int64_t at = expert_major ? row : row * shape.num_topk + lane;
     inputs.gradient = group.Operand<float>(rank, kGradients)[at];
   }
-  // The ranks that have rows of the token, as bits.
-  const uint32_t low = __reduce_or_sync(~0u, leads && rank < 32 ? 1u << rank : 0u);
-  const uint32_t high = __reduce_or_sync(~0u, leads && rank >= 32 ? 1u << (rank - 32) : 0u);
-  const uint64_t ranks = uint64_t{high} << 32 | low;
   if (params.bias != nullptr && token < params.route.num_tokens) {
     inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes;
     inputs.count = 1;
   }
+  int position = inputs.count;
+  for (int base = 0; base < shape.num_ranks; base += 32) {
+    const uint32_t ranks = RanksOfLanes(somewhere ? rank : kNone, base);  // that have rows
+    const uint32_t below = rank >= base + 32 ? ~0u : rank > base ? (1u << (rank - base)) - 1 : 0u;
+    position += __popc(ranks & below);
+    inputs.count += __popc(ranks);
+  }
   if (leads) {
-    inputs.position = inputs.count + __popcll(ranks & ((uint64_t{1} << rank) - 1));
+    inputs.position = position;
     atomicAdd(&taken[rank], 1);
     if (expert_major && __popc(same) > 1) {  // summed in step 1
       inputs.row = group.Operand<char>(rank, kSums) + SumOffset(op, op.frame.rank, token);
@@ -111,7 +114,6 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
       if (params.weights != nullptr) inputs.weight = group.Operand<float>(rank, kWeights)[row];
     }
   }
-  inputs.count += __popcll(ranks);
   return inputs;
 }
 

@@ -120,7 +120,7 @@ __device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t*
     }
     index = next_index, inside = next_inside, expert = next_expert, weight = next_weight;
   }
-  if (lane == 0 && wrong > 0) atomicAdd(&group.own().num_invalid, wrong);
+  if (lane == 0 && wrong > 0) atomicAdd(&group.channel().num_invalid, wrong);
   __syncthreads();
   // Counters become the counts of the warps before, and the block publishes its counts to the
   // others.

@@ -28,7 +28,7 @@ struct LowLatencyCachedDispatch {
 template <bool kWhole>
 __device__ void PushRows(const LowLatencyCachedDispatch& op, SignalledOp& group) {
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
-  group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item) {
+  group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item, Sent* sent) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     LoadedPart<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
                            op.row_bytes, part, op.signalled.num_parts);
@@ -36,7 +36,8 @@ __device__ void PushRows(const LowLatencyCachedDispatch& op, SignalledOp& group)
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;
     const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
-    return group.PushRow<kWhole>(row, token, part, RanksOfLanes(rank), group.AllRanks());
+    group.PushRow<kWhole>(row, token, part, rank, sent);
+    group.SetAllRanks(&sent->to);
   });
 }
 

@@ -58,11 +58,10 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
   const PairTable table(op.frame.shape, params.route);
-  group.PushItems(num_items, [&](int item) {
+  group.PushItems(num_items, [&](int item, Sent* sent) {
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const int owner = op.num_slots.Quotient(slot);
-    const int64_t offset =
-        op.signalled.window.SlotOffset(group.step(), self, op.num_slots.Remainder(slot));
+    const int64_t offset = group.SlotOffset(self, op.num_slots.Remainder(slot));
     const Slot to = group.SlotAt(owner, offset);
     if (item != FirstItem()) rows = RowsOfSlot(op, item);
     const int32_t row = rows.row;
@@ -90,7 +89,12 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
                                                  terms);
       }
     }
-    return Sent{offset, uint64_t{1} << owner, uint64_t{live != 0} << owner, part};
+    if (lane == 0) {
+      sent->offset = offset;
+      sent->part = part;
+    }
+    group.SetRanks(&sent->to, owner);
+    group.SetRanks(&sent->has_row, live != 0 ? owner : kNone);
   });
 }
 

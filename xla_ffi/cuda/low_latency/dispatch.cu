@@ -64,7 +64,6 @@ struct PartOfToken {
   bool inside;                           // whether the lane has an entry
   int32_t expert = kNone, rank = kNone;  // of a valid entry
   float weight = 0.0f;
-  uint64_t ranks;  // of all lanes
   int num_invalid;
   LoadedPart<kWhole> row;
 
@@ -92,7 +91,6 @@ struct PartOfToken {
       rank = op.RankOf(named);
     }
     num_invalid = __popc(__ballot_sync(~0u, named != kNone && expert == kNone));
-    ranks = RanksOfLanes(rank);
   }
 };
 
@@ -104,10 +102,10 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank;
   const int num_items = dispatch.signalled.num_slots * dispatch.signalled.num_parts;
-  group.PushItems(num_items, [&](int item) {
+  group.PushItems(num_items, [&](int item, Sent* sent) {
     if (item != FirstItem()) pushed = PartOfToken<kWhole>(dispatch, item);
     if (pushed.part == 0) {
-      const int64_t offset = dispatch.signalled.window.SlotOffset(group.step(), self, pushed.token);
+      const int64_t offset = group.SlotOffset(self, pushed.token);
       const int32_t local = pushed.expert - pushed.rank * op.local_experts.divisor();
       for (int peer = 0; peer < shape.num_ranks && lane < shape.num_topk; ++peer) {
         const SlotEntry entry = {peer == pushed.rank ? local : kNone, pushed.weight};
@@ -118,9 +116,11 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
       }
       if (lane == 0 && pushed.num_invalid > 0) group.CountInvalid(pushed.num_invalid);
     }
-    if (lane == 0 && pushed.part == 0 && (pushed.ranks >> self & 1) != 0) group.CountPushed(self);
-    const uint64_t peers = pushed.ranks & ~(uint64_t{1} << self);
-    return group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, peers, peers);
+    const bool has_own = __any_sync(~0u, pushed.rank == self);
+    if (lane == 0 && pushed.part == 0 && has_own) group.CountPushed(self);
+    const int32_t peer = pushed.rank == self ? kNone : pushed.rank;
+    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, peer, sent);
+    group.SetRanks(&sent->to, peer);
   });
 }
 

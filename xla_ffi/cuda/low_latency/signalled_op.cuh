@@ -101,24 +101,17 @@ struct LoadedPart {
 };
 
 // Call use(bit) for the bits of a mask, in ascending order.
-template <typename Mask, typename Use>
-__device__ __forceinline__ void ForBits(Mask mask, Use use) {
-  for (; mask != 0; mask &= mask - 1) use(__ffsll(static_cast<long long>(mask)) - 1);
-}
-
-// The ranks of all lanes, as a mask; a lane may have none.
-__device__ inline uint64_t RanksOfLanes(int32_t rank) {
-  const uint32_t low = __reduce_or_sync(~0u, rank >= 0 && rank < 32 ? 1u << rank : 0u);
-  const uint32_t high = __reduce_or_sync(~0u, rank >= 32 ? 1u << (rank - 32) : 0u);
-  return uint64_t{high} << 32 | low;
+template <typename Use>
+__device__ __forceinline__ void ForBits(uint32_t mask, Use use) {
+  for (; mask != 0; mask &= mask - 1) use(__ffs(mask) - 1);
 }
 
 // A part of a slot that a warp has written, the same slot on several ranks.
 struct Sent {
-  int64_t offset;    // of the slot
-  uint64_t to;       // the ranks that get a signal
-  uint64_t has_row;  // those whose slot has a row
+  int64_t offset;  // of the slot
   int32_t part;
+  RankSet to;       // the ranks that get a signal
+  RankSet has_row;  // those whose slot has a row
 };
 
 class SignalledOp : public RankOp {
@@ -137,19 +130,23 @@ class SignalledOp : public RankOp {
     if (FirstItem() != NumWarps() - 1) return;
     const int lane = threadIdx.x % 32;
     for (int peer = 0; peer < num_ranks(); ++peer) {
-      auto* words = reinterpret_cast<uint64_t*>(&frame_.control[peer]->published[frame_.rank]);
+      auto* words = reinterpret_cast<uint64_t*>(&frame_.ChannelOf(peer).published[frame_.rank]);
       if (lane < Publication::kWords) words[lane] = WordToPublish(lane);
     }
     __syncwarp();
     for (int peer = lane; peer < num_ranks(); peer += 32) {
       // Pairs with the acquire loads in WaitForAll of group_op.cuh and in HasOtherOp, on the peer.
-      StoreReleaseSystem(&frame_.control[peer]->arrived[frame_.rank], step());
+      StoreReleaseSystem(&frame_.ChannelOf(peer).arrived[frame_.rank], step());
     }
   }
 
   // The slot to which `source` pushes the data of one of its own tokens, or of one of the owner's.
   __device__ Slot SlotOf(int owner, int source, int token) const {
-    return SlotAt(owner, signalled_.window.SlotOffset(step(), source, token));
+    return SlotAt(owner, SlotOffset(source, token));
+  }
+  // The same slot on any owner.
+  __device__ int64_t SlotOffset(int source, int token) const {
+    return signalled_.window.SlotOffset(frame_.channel, step(), source, token);
   }
   __device__ Slot SlotAt(int owner, int64_t offset) const {
     return {reinterpret_cast<char*>(frame_.control[owner]) + offset, signalled_.window.row_offset};
@@ -157,22 +154,27 @@ class SignalledOp : public RankOp {
   // What packets of this op have as tag, and signals if there is a row.
   __device__ Signal Tag() const { return SignalOf(frame_.op_hash, step(), true); }
 
-  // Call push(item) for the items of all warps, one of each warp in a round. It writes a part of a
-  // slot on peers and says which. After every round, the block sends the signals: a release store
-  // waits for all stores of the SM, so that one of each warp would take longer.
+  // Call push(item, sent) for the items of all warps, one of each warp in a round. It writes a part
+  // of a slot on peers and says which, in shared memory. After every round, the block sends the
+  // signals: a release store waits for all stores of the SM, so that one of each warp would take
+  // longer.
   template <typename Push>
   __device__ __forceinline__ void PushItems(int num_items, Push push) {
     for (int base = 0; base + static_cast<int>(blockIdx.x) < num_items; base += NumWarps()) {
       if (base > 0) __syncthreads();
       const int item = base + FirstItem();
-      const Sent sent = item < num_items ? push(item) : Sent{};
-      if (threadIdx.x % 32 == 0) sent_[threadIdx.x / 32] = sent;
+      Sent& sent = sent_[threadIdx.x / 32];
+      if (item < num_items) {
+        push(item, &sent);
+      } else {
+        SetRanks(&sent.to, kNone);
+      }
       __syncthreads();
       for (int i = threadIdx.x; i < kWarps * num_ranks(); i += kThreads) {
         const Sent& of_warp = sent_[i % kWarps];
         const int peer = i / kWarps;
-        if ((of_warp.to >> peer & 1) == 0) continue;
-        const bool has_row = (of_warp.has_row >> peer & 1) != 0;
+        if (!of_warp.to.Has(peer)) continue;
+        const bool has_row = of_warp.has_row.Has(peer);
         // Pairs with the acquire load in Wait, on the owner.
         StoreReleaseSystem(SlotAt(peer, of_warp.offset).signals() + of_warp.part,
                            SignalOf(frame_.op_hash, step(), has_row));
@@ -195,23 +197,41 @@ class SignalledOp : public RankOp {
     return packet.tag == Tag();
   }
 
-  // Push a part of the row of a token to `ranks`. The signals go to `to`.
+  // Push a part of the row of a token to the ranks of all lanes. `sent` lacks whom to signal.
   template <bool kWhole>
-  __device__ __forceinline__ Sent PushRow(LoadedPart<kWhole>& from, int token, int part,
-                                          uint64_t ranks, uint64_t to) const {
-    const int64_t offset = signalled_.window.SlotOffset(step(), frame_.rank, token);
-    if (ranks != 0) {
+  __device__ __forceinline__ void PushRow(LoadedPart<kWhole>& from, int token, int part,
+                                          int32_t rank, Sent* sent) const {
+    const int64_t offset = SlotOffset(frame_.rank, token);
+    if (__any_sync(~0u, rank != kNone)) {
       from.CopyTo([&](auto store) {
-        ForBits(ranks, [&](int rank) { store(SlotAt(rank, offset).row()); });
+        for (int base = 0; base < num_ranks(); base += 32) {
+          ForBits(RanksOfLanes(rank, base),
+                  [&](int bit) { store(SlotAt(base + bit, offset).row()); });
+        }
       });
     }
-    return {offset, to, ranks, part};
+    if (threadIdx.x % 32 == 0) {
+      sent->offset = offset;
+      sent->part = part;
+    }
+    SetRanks(&sent->has_row, rank);
   }
-  __device__ uint64_t AllRanks() const { return ~uint64_t{0} >> (64 - num_ranks()); }
+
+  // Set the ranks of all lanes, each of which may be kNone, or all ranks.
+  __device__ void SetRanks(RankSet* ranks, int32_t rank) const {
+    for (int base = 0; base < num_ranks(); base += 32) {
+      const uint32_t bits = RanksOfLanes(rank, base);
+      if (threadIdx.x % 32 == 0) ranks->words[base / 32] = bits;
+    }
+  }
+  __device__ void SetAllRanks(RankSet* ranks) const {
+    const int lane = threadIdx.x % 32;
+    if (lane < kMaxRanks / 32) ranks->words[lane] = ~0u;
+  }
 
   // Count a row that this rank has pushed, where PushItems does not, or received. By one lane.
-  __device__ void CountPushed(int peer) const { Count(&own_.rows_pushed[peer]); }
-  __device__ void CountReceived(int peer) const { Count(&own_.rows_received[peer]); }
+  __device__ void CountPushed(int peer) const { Count(&channel_.rows_pushed[peer]); }
+  __device__ void CountReceived(int peer) const { Count(&channel_.rows_received[peer]); }
 
   // Wait until look() of every lane returns kNone instead of the rank that it waits for. Returns
   // false for all lanes if the op is lost.
@@ -265,12 +285,12 @@ class SignalledOp : public RankOp {
     if (threadIdx.x == 0) {
       const uint64_t added = uint64_t{shared_.num_invalid} << 32 | (lost ? 1u << 16 : 0u) | 1;
       // Releases this block's results: they come before those that fail() writes.
-      shared_.ended = AddAcquireRelease(&own_.ended, added) + added;
+      shared_.ended = AddAcquireRelease(&channel_.ended, added) + added;
     }
     __syncthreads();
     const uint64_t ended = shared_.ended;
     if ((ended & 0xffff) != gridDim.x) return;
-    own_.ended = 0;
+    channel_.ended = 0;
     End((ended >> 16 & 0xffff) != 0, [&] { succeed(static_cast<uint32_t>(ended >> 32)); }, fail);
   }
 
@@ -301,24 +321,25 @@ class SignalledOp : public RankOp {
       if (lane == 0) FailWithOtherOp(other);
       return false;
     }
-    const uint64_t missing = RanksOfLanes(source);
+    RankSet missing;
+    for (int i = 0; i < kMaxRanks / 32; ++i) missing.words[i] = RanksOfLanes(source, 32 * i);
     if (lane == 0) Fail(Failure::kNotArrived, missing);
     return false;
   }
 
   // Whether a peer has announced another op at this step.
   __device__ bool HasOtherOp(int peer) const {
-    if (LoadAcquireSystem(&own_.arrived[peer]) < step()) return false;
-    return LoadAcquireSystem(&own_.published[peer].op_hash) != frame_.op_hash;
+    if (LoadAcquireSystem(&channel_.arrived[peer]) < step()) return false;
+    return LoadAcquireSystem(&channel_.published[peer].op_hash) != frame_.op_hash;
   }
 
   // The peer has announced its op, or will.
   __device__ void FailWithOtherOp(int peer) {
     const uint64_t began_ns = NanosecondClock();
-    while (LoadAcquireSystem(&own_.arrived[peer]) < step() &&
+    while (LoadAcquireSystem(&channel_.arrived[peer]) < step() &&
            NanosecondClock() - began_ns < frame_.timeout_ns) {
     }
-    Fail(Failure::kDifferentOps, 0, peer);
+    Fail(Failure::kDifferentOps, {}, peer);
   }
 
   const SignalledFrame& signalled_;

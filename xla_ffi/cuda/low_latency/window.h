@@ -1,5 +1,5 @@
-// Windows: memory of a rank's communicator into which its peers push rows, in two banks that the
-// ops of a channel take in turn. It is behind the rank's control block, and is never cleared.
+// Windows: memory of a rank's communicator into which its peers push rows, for each channel two
+// banks that its ops take in turn. It is behind the rank's control block, and is never cleared.
 //
 // A bank has a slot for each (source, token):
 //
@@ -56,13 +56,14 @@ struct WindowLayout {
             RoundUpTo(kMaxParts * sizeof(Signal) + shape.num_topk * kPacketBytes, 16))),
         slot_bytes(row_offset + static_cast<int32_t>(RoundUpTo(size.row_bytes, 16))) {}
 
-  // Of one rank, behind its control block, both banks.
-  int64_t bytes() const { return int64_t{2} * num_ranks * num_slots * slot_bytes; }
+  // Of one rank, behind its control block, the banks of all channels.
+  int64_t bytes() const { return int64_t{2} * kNumChannels * num_ranks * num_slots * slot_bytes; }
 
   // From the beginning of the control block of the rank whose window it is.
-  JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(uint64_t step, int32_t source, int32_t token) const {
-    const int64_t bank = static_cast<int64_t>(step % 2) * num_ranks;
-    return offset + ((bank + source) * num_slots + token) * slot_bytes;
+  JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(int32_t channel, uint64_t step, int32_t source,
+                                            int32_t token) const {
+    const int64_t bank = 2 * channel + static_cast<int64_t>(step % 2);
+    return offset + ((bank * num_ranks + source) * num_slots + token) * slot_bytes;
   }
 
  private:
