@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from jax_deepep.ops.handle import ExpertMajor as ExpertMajor
     from jax_deepep.ops.handle import Handle as Handle
     from jax_deepep.ops.handle import TokenMajor as TokenMajor
+    from jax_deepep.ops.overlap import InFlight as InFlight
+    from jax_deepep.ops.overlap import combine_done as combine_done
+    from jax_deepep.ops.overlap import combine_start as combine_start
+    from jax_deepep.ops.overlap import dispatch_done as dispatch_done
+    from jax_deepep.ops.overlap import dispatch_start as dispatch_start
 
     __version__: str
 else:  # with this function, type checkers would accept any name
@@ -52,22 +57,22 @@ _MODULE_OF = {
     "CommunicatorStats": "communicator",
     "ExpertMajor": "ops.handle",
     "Handle": "ops.handle",
+    "InFlight": "ops.overlap",
     "InvalidRoutingError": "errors",
     "PeerTimeoutError": "errors",
     "TokenMajor": "ops.handle",
     "combine": "ops.combine",
+    "combine_done": "ops.overlap",
+    "combine_start": "ops.overlap",
     "dispatch": "ops.dispatch",
+    "dispatch_done": "ops.overlap",
+    "dispatch_start": "ops.overlap",
     "group_limited_topk": "gating",
 }
 
 _OF_LATER_VERSIONS = (
     "BlockScaled",
-    "InFlight",
     "Wire",
-    "combine_done",
-    "combine_start",
-    "dispatch_done",
-    "dispatch_start",
     "quantize",
     "quantize_dequantize",
 )
@@ -80,12 +85,17 @@ __all__ = [
     "CommunicatorStats",
     "ExpertMajor",
     "Handle",
+    "InFlight",
     "InvalidRoutingError",
     "PeerTimeoutError",
     "TokenMajor",
     "balancing",
     "combine",
+    "combine_done",
+    "combine_start",
     "dispatch",
+    "dispatch_done",
+    "dispatch_start",
     "gating",
     "group_limited_topk",
     "moe",

@@ -89,6 +89,7 @@ class NativeModule(Protocol):
     # Numbers and sizes that are the same on all platforms.
     layouts: dict[str, int]  # names and codes
     modes: dict[str, int]  # likewise
+    parts: dict[str, int]  # likewise
     no_limit: int
     payload_alignment: int  # rows of integers are a multiple of these
 

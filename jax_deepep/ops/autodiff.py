@@ -49,15 +49,20 @@ def _dispatch_backward(
     shape: RouteShape, routes: Routes, gradients: tuple[jax.Array, Handle[Any]]
 ) -> tuple[jax.Array | None, None, jax.Array | None]:
     tokens, handle = gradients
-    integers = tokens.dtype == float0
-    if integers:
-        # combine returns the weights' gradients beside sums of float rows: here of the narrowest, unused.
-        tokens = handle.weights[:, None] if shape.layout == "expert" else handle.weights[:, :1]
-    x, topk_weights = implementation_of(shape).combine(shape, tokens, routes, row_gradients=handle.weights)
-    return None if integers else x, None, topk_weights
+    rows = received_gradients(shape, tokens, handle.weights)
+    x, topk_weights = implementation_of(shape).combine(shape, rows, routes, row_gradients=handle.weights)
+    return None if tokens.dtype == float0 else x, None, topk_weights
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def received_gradients(shape: RouteShape, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Return the rows that the gradient of a dispatch sums, from the gradients of its results."""
+    if jnp.issubdtype(tokens.dtype, jnp.floating):
+        return tokens
+    # combine returns the weights' gradients beside sums of float rows: here of the narrowest, unused.
+    return weights[:, None] if shape.layout == "expert" else weights[:, :1]
 
 
 def without_integer_tangents(results: Results) -> Results:

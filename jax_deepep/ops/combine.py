@@ -47,7 +47,24 @@ def combine(
         ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
-    comm = communicator_of(handle, comm, "combine")
+    operands = checked_operands("combine", y, handle, comm, weighted, bias)
+    return autodiff.combine(handle.route_shape, *operands)
+
+
+def checked_operands(
+    op: str,
+    y: jax.Array,
+    handle: Handle[Any],
+    comm: Communicator | None,
+    weighted: bool | None,
+    bias: jax.Array | None,
+) -> Any:
+    """Check the arguments of a combine and return the operands of `autodiff.combine`.
+
+    Raises:
+        ValueError, TypeError, CommunicatorError: as `combine`.
+    """
+    comm = communicator_of(handle, comm, op)
     check_rows_dtype("y", y)
     shape = handle.route_shape
     check_array("y", y, (shape.capacity, comm.hidden_size), names="[capacity, hidden_size]")
@@ -65,7 +82,7 @@ def combine(
     if bias is not None:
         sizes = (shape.num_tokens, comm.hidden_size)
         check_array("bias", bias, sizes, dtype=y.dtype, names="[T, hidden_size]")
-    axes = check_call_site(comm, "combine")
+    axes = check_call_site(comm, op)
     weights = handle.weights if weighted else None
     operands = vary_together(axes, y, weights, bias, handle.routes)
-    return autodiff.combine(shape, *only_in_reverse("combine", operands))
+    return only_in_reverse(op, operands)

@@ -1,6 +1,6 @@
 """dispatch: send every token to the devices of its experts."""
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -117,9 +117,45 @@ def dispatch(
         ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
+    options = {
+        "layout": layout,
+        "capacity": capacity,
+        "expert_capacity": expert_capacity,
+        "alignment": alignment,
+    }
+    request = checked_request("dispatch", x, topk_idx, topk_weights, comm, options, wire, handle)
     if handle is not None:
-        comm = communicator_of(handle, comm, "dispatch")
-    check_comm(comm, "dispatch")
+        tokens = autodiff.cached_dispatch(request.shape, *request.operands)
+        return received(tokens, handle), handle
+    tokens, handle = autodiff.without_integer_tangents(autodiff.dispatch(request.shape, *request.operands))
+    return received(tokens, handle), handle
+
+
+class Request(NamedTuple):
+    """A dispatch whose arguments have been checked."""
+
+    shape: RouteShape
+    operands: Any  # of `autodiff.cached_dispatch` with a handle, of `autodiff.dispatch` without
+
+
+def checked_request(
+    op: str,
+    x: jax.Array,
+    topk_idx: jax.Array | None,
+    topk_weights: jax.Array | None,
+    comm: Communicator | None,
+    options: dict[str, Any],
+    wire: Any,
+    handle: Handle[Any] | None,
+) -> Request:
+    """Check the arguments of a dispatch, with `options` layout, capacity, expert_capacity and alignment.
+
+    Raises:
+        ValueError, TypeError, CommunicatorError: as `dispatch`.
+    """
+    if handle is not None:
+        comm = communicator_of(handle, comm, op)
+    check_comm(comm, op)
     assert comm is not None
     check_sent_rows("x", x, comm.hidden_size)
     check_fits_mode("x", x, comm)
@@ -128,15 +164,11 @@ def dispatch(
             f"wire: expected None, got {wire!r}; leave it out: this version has no quantised wire formats, "
             "and sends rows in the dtype of x."
         )
-    axes = check_call_site(comm, "dispatch")
+    axes = check_call_site(comm, op)
     if handle is not None:
-        options = {
-            "layout": layout,
-            "capacity": capacity,
-            "expert_capacity": expert_capacity,
-            "alignment": alignment,
-        }
-        return _dispatch_along(handle, x, topk_idx, topk_weights, options, axes)
+        _check_along(handle, x, topk_idx, topk_weights, options)
+        operands = only_in_reverse(op, vary_together(axes, x, handle.routes))
+        return Request(handle.route_shape, operands)
     if topk_idx is None or topk_weights is None:
         raise TypeError(
             "topk_idx, topk_weights: expected arrays, got None; pass both, or handle= of an earlier "
@@ -151,18 +183,15 @@ def dispatch(
     routing = {"names": "[T, num_experts_per_tok]"}
     check_array("topk_idx", topk_idx, (num_tokens, num_topk), dtype=jnp.int32, **routing)
     check_array("topk_weights", topk_weights, (num_tokens, num_topk), dtype=jnp.float32, **routing)
-
-    shape = _route_shape(comm, layout, num_tokens, capacity, expert_capacity, alignment)
-    operands = only_in_reverse("dispatch", vary_together(axes, x, topk_idx, topk_weights))
-    tokens, handle = autodiff.dispatch(shape, *operands)
-    tokens, handle = autodiff.without_integer_tangents((tokens, handle))
-    return _received(tokens, handle), handle
+    shape = _route_shape(comm, num_tokens=num_tokens, **options)
+    return Request(shape, only_in_reverse(op, vary_together(axes, x, topk_idx, topk_weights)))
 
 
 def _route_shape(
     comm: Communicator,
-    layout: Any,
+    *,
     num_tokens: int,
+    layout: Any,
     capacity: int | None,
     expert_capacity: int | None,
     alignment: int,
@@ -201,14 +230,14 @@ def _route_shape(
     return RouteShape(comm, layout, num_tokens, capacity, alignment, expert_capacity, mode)
 
 
-def _dispatch_along(
+def _check_along(
     handle: Handle[Any],
     x: jax.Array,
     topk_idx: jax.Array | None,
     topk_weights: jax.Array | None,
     options: dict[str, Any],
-    axes: frozenset[str],
-) -> tuple[ExpertMajor | TokenMajor, Handle[Any]]:
+) -> None:
+    """Raise unless the arguments agree with the handle."""
     shape = handle.route_shape
     for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if value is not None:
@@ -228,12 +257,9 @@ def _dispatch_along(
             f"x: expected as many tokens as in the dispatch that made the handle, {shape.num_tokens}, got "
             f"{x.shape[0]}."
         )
-    operands = only_in_reverse("dispatch", vary_together(axes, x, handle.routes))
-    tokens = autodiff.cached_dispatch(shape, *operands)
-    return _received(tokens, handle), handle
 
 
-def _received(tokens: jax.Array, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
+def received(tokens: jax.Array, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
     """Return received rows in the type of their layout."""
     mask = handle.source >= 0
     if handle.route_shape.layout == "expert":

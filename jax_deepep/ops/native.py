@@ -9,8 +9,9 @@ different orders on different ranks, or at once, as branches of a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -25,34 +26,117 @@ from jax_deepep.ops.checks import check_groups, check_platform
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 
-def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]]) -> jax_compat.Primitive:
-    """Make the primitive of a verb from `output_types(*operand types, **parameters)`.
+class Site(NamedTuple):
+    """Static: on which channel a custom call runs, and what it does of an op there."""
+
+    channel: int = 0
+    part: Literal["whole", "start", "done"] = "whole"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Call:
+    """A verb and its operands, as its primitive takes them after the rank."""
+
+    operands: tuple[jax.Array, ...]
+    primitive: jax_compat.Primitive = field(metadata={"static": True})
+    shape: RouteShape = field(metadata={"static": True})
+    flags: tuple[tuple[str, bool], ...] = field(metadata={"static": True})
+
+    def bind(self, site: Site, *operands: jax.Array) -> list[jax.Array]:
+        """Bind the primitive; `operands` are all but the rank."""
+        results: list[jax.Array] = self.primitive.bind(
+            self.shape.rank(), *operands, shape=self.shape, site=site, **dict(self.flags)
+        )
+        return results
+
+    def run(self) -> list[jax.Array]:
+        """Do all of the op, and return its results."""
+        return self.bind(Site(), *self.operands)
+
+    def start(self, channel: int) -> tuple[list[jax.Array], jax.Array]:
+        """Begin the op; return its results, which are not valid yet, and a token.
+
+        What comes after the token in the program runs while the op does. Only `done` may use the results, so
+        that XLA never copies them before they are valid.
+        """
+        *results, token = self.bind(Site(channel, "start"), *self.operands)
+        return results, token
+
+    def done(self, channel: int, results: Sequence[jax.Array], token: jax.Array) -> list[jax.Array]:
+        """End the op, after the token; return the results in the same memory.
+
+        The operands are those of start, so that XLA does not reuse their memory before.
+        """
+        return self.bind(Site(channel, "done"), token, *self.operands, *results)
+
+
+def _define_primitive(
+    verb: str, output_types: Callable[..., list[ShapedArray]], num_results: int
+) -> jax_compat.Primitive:
+    """Make the primitive of a verb from `output_types(*operand types, shape=, **flags)`.
 
     All parameters become attributes of the custom call, with `shape` spelled out.
     """
     primitive = jax_compat.Primitive(f"jax_deepep_{verb}")
     primitive.multiple_results = True
     primitive.def_impl(partial(jax_compat.apply_primitive, primitive))
-    primitive.def_abstract_eval(output_types)
 
-    def lower(ctx: Any, rank: Any, *operands: Any, shape: RouteShape, channel: int, **flags: Any) -> Any:
+    def types(rank: ShapedArray, *operands: ShapedArray, site: Site, **parameters: Any) -> list[ShapedArray]:
+        if site.part == "done":
+            return list(operands[-num_results:])
+        results = output_types(rank, *operands, **parameters)
+        token = jax_compat.array_like(operands[0], (), jnp.float32)
+        return results if site.part == "whole" else [*results, token]
+
+    primitive.def_abstract_eval(types)
+
+    def lower(ctx: Any, rank: Any, *operands: Any, shape: RouteShape, site: Site, **flags: Any) -> Any:
         check_platform(shape.comm, jax_compat.platforms_of_lowering(ctx))
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
             check_groups(shape.comm, mesh)
         native_module.watch_compilations()
-        call = jax_compat.index_in_program(ctx, "jax_deepep")
-        attributes = _attributes(shape, call, channel, with_limits=verb == "dispatch")
-        chain = jax_compat.last_in_block(ctx, (shape.comm.id, channel))
-        rank_type, *types = ctx.avals_in
-        ctx = ctx.replace(
-            avals_in=[rank_type, rank_type, *types],
-            avals_out=[*ctx.avals_out, jax_compat.array_like(rank_type, (), jnp.int32)],
+        on_gpus = shape.comm.platform == "cuda"
+        if site.part == "done" and not on_gpus:
+            return operands[-num_results:]  # of a future: XLA waits for it
+        chain = jax_compat.last_in_block(ctx, (shape.comm.id, site.channel))
+        if site.part == "done":
+            if (call := chain.pop("started", None)) is None:
+                raise ValueError(f"{verb}_done: expected to be lowered in the same computation as its start.")
+            after, *operands = operands
+            after_type, *types = ctx.avals_in[1:]
+        else:
+            if "started" in chain:
+                raise ValueError(
+                    f"{verb}: expected a channel without an op in flight, got channel {site.channel}, whose "
+                    "op the same computation ends later; call done first."
+                )
+            call = jax_compat.index_in_program(ctx, "jax_deepep")
+            after, after_type = chain.get("ended", (rank, ctx.avals_in[0]))
+            types = ctx.avals_in[1:]
+        ended_type = jax_compat.array_like(ctx.avals_in[0], (), jnp.float32)
+        returned = list(ctx.avals_out) if site.part == "start" else [*ctx.avals_out, ended_type]
+        aliases = {}
+        if site.part == "done":
+            first = 2 + len(types) - num_results
+            aliases = {first + i: i for i in range(num_results)}
+        captured = site.part == "whole" or shape.mode == "low_latency"
+        call_op = jax.ffi.ffi_lowering(
+            f"jax_deepep_{verb}" + ("" if captured else "_uncaptured"), operand_output_aliases=aliases
         )
-        call_op = jax.ffi.ffi_lowering(f"jax_deepep_{verb}")
-        *results, ended = call_op(ctx, rank, chain.get("ended", rank), *operands, **attributes, **flags)
-        if shape.comm.platform == "cuda":
-            chain["ended"] = ended
-        return results
+        results = call_op(
+            ctx.replace(avals_in=[ctx.avals_in[0], after_type, *types], avals_out=returned),
+            rank,
+            after,
+            *operands,
+            **_attributes(shape, call, site if on_gpus else Site(), with_limits=verb == "dispatch"),
+            **flags,
+        )
+        if on_gpus:
+            chain["ended"] = (results[-1], ended_type)
+            if site.part == "start":
+                chain["started"] = call
+        return results[: len(ctx.avals_out)]
 
     # Not cacheable: every call has its own index in its program.
     mlir.register_lowering(primitive, lower, cacheable=False)
@@ -65,34 +149,41 @@ def _define_primitive(verb: str, output_types: Callable[..., list[ShapedArray]])
 
     ad.primitive_jvps[primitive] = differentiate
 
-    def batch(operands: Sequence[Any], dims: Sequence[Any], **parameters: Any) -> tuple[list[Any], list[int]]:
-        # One op after the other: each of them is a rendezvous of the ranks of a group anyway.
+    def batch(
+        operands: Sequence[Any], dims: Sequence[Any], *, site: Site, **parameters: Any
+    ) -> tuple[list[Any], list[Any]]:
+        # One op after the other: each of them is a rendezvous of the ranks of a group anyway. Nothing is in
+        # flight then: `start` does the whole op.
+        if site.part == "done":
+            return list(operands[-num_results:]), list(dims[-num_results:])
         mapped = [i for i, dim in enumerate(dims) if dim is not None]
 
         def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
             values = list(operands)
             for i, value in zip(mapped, slices, strict=True):
                 values[i] = value
-            results: list[jax.Array] = primitive.bind(*values, **parameters)
+            results: list[jax.Array] = primitive.bind(*values, site=Site(), **parameters)
             return results
 
         stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
         results = lax.map(one, stacked)
+        if site.part == "start":
+            results.append(jnp.zeros_like(results[0], jnp.float32, shape=results[0].shape[:1]))
         return results, [0] * len(results)
 
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-def site_attribute(shape: RouteShape, call: int, channel: int) -> np.ndarray:
+def site_attribute(shape: RouteShape, call: int, site: Site) -> np.ndarray:
     """Return what every custom call has in common: `SiteAttribute` in `xla_ffi/handlers/platform.h`."""
-    mode = native_module.numbers().modes[shape.mode]
-    return np.array([shape.comm.id, shape.comm.fingerprint, call, mode, channel], np.int64)
+    mode, part = native_module.numbers().modes[shape.mode], native_module.numbers().parts[site.part]
+    return np.array([shape.comm.id, shape.comm.fingerprint, call, mode, site.channel, part], np.int64)
 
 
-def _attributes(shape: RouteShape, call: int, channel: int, *, with_limits: bool) -> dict[str, Any]:
+def _attributes(shape: RouteShape, call: int, site: Site, *, with_limits: bool) -> dict[str, Any]:
     attributes = {
-        "site": site_attribute(shape, call, channel),
+        "site": site_attribute(shape, call, site),
         "layout": native_module.numbers().layouts[shape.layout],
     }
     if with_limits:
@@ -149,7 +240,6 @@ def _dispatch_types(
     topk_weights: ShapedArray,
     *,
     shape: RouteShape,
-    channel: int,
     with_pairs: bool,
     with_scratch: bool,
 ) -> list[ShapedArray]:
@@ -174,26 +264,21 @@ def _dispatch_types(
     ]
 
 
-dispatch_p = _define_primitive("dispatch", _dispatch_types)
+dispatch_p = _define_primitive("dispatch", _dispatch_types, num_results=12)
 
 
-def dispatch(
-    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle[Any]]:
-    """Implement `implementations.dispatch`."""
-    tokens, *leaves = dispatch_p.bind(
-        shape.rank(),
-        _whole_words(x),
-        topk_idx,
-        topk_weights,
-        shape=shape,
-        channel=0,
-        with_pairs=_keeps_pairs(shape),
-        with_scratch=_has_scratch(shape),
-    )
+def dispatch_call(shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> Call:
+    """Return the custom call of `dispatch`."""
+    flags = {"with_pairs": _keeps_pairs(shape), "with_scratch": _has_scratch(shape)}
+    return Call((_whole_words(x), topk_idx, topk_weights), dispatch_p, shape, tuple(flags.items()))
+
+
+def dispatched(shape: RouteShape, width: int, results: Sequence[jax.Array]) -> tuple[jax.Array, Handle[Any]]:
+    """Return the results of a dispatch of rows of `width` elements as `dispatch` does."""
+    tokens, *leaves = results
     source, destination, weights, local_experts, group_sizes, num_rows, *counts, pairs, _ = leaves
     num_received, num_dropped, num_invalid = counts
-    return tokens[:, : x.shape[1]], Handle(
+    return tokens[:, :width], Handle(
         source=source,
         destination=destination,
         weights=weights,
@@ -208,6 +293,13 @@ def dispatch(
     )
 
 
+def dispatch(
+    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+) -> tuple[jax.Array, Handle[Any]]:
+    """Implement `implementations.dispatch`."""
+    return dispatched(shape, x.shape[1], dispatch_call(shape, x, topk_idx, topk_weights).run())
+
+
 def _cached_dispatch_types(
     rank: ShapedArray,
     x: ShapedArray,
@@ -219,7 +311,6 @@ def _cached_dispatch_types(
     pairs: ShapedArray,
     *,
     shape: RouteShape,
-    channel: int,
     zero_rest: bool,
     weighted: bool,
     with_products: bool,
@@ -232,7 +323,35 @@ def _cached_dispatch_types(
     ]
 
 
-cached_dispatch_p = _define_primitive("cached_dispatch", _cached_dispatch_types)
+cached_dispatch_p = _define_primitive("cached_dispatch", _cached_dispatch_types, num_results=2)
+
+
+def cached_dispatch_call(
+    shape: RouteShape,
+    x: jax.Array,
+    routes: Routes,
+    *,
+    weights: jax.Array | None = None,
+    y: jax.Array | None = None,
+    zero_rest: bool = False,
+) -> Call:
+    """Return the custom call of `cached_dispatch`."""
+    operands = (
+        _whole_words(x),
+        routes.source,
+        routes.destination,
+        routes.group_sizes,
+        _or_placeholder(weights, jnp.float32),
+        _or_placeholder(y, x.dtype),
+        _or_placeholder(routes.pairs, jnp.int32),
+    )
+    flags = {
+        "zero_rest": zero_rest,
+        "weighted": weights is not None,
+        "with_products": y is not None,
+        "with_pairs": routes.pairs is not None,
+    }
+    return Call(operands, cached_dispatch_p, shape, tuple(flags.items()))
 
 
 def cached_dispatch(
@@ -245,22 +364,8 @@ def cached_dispatch(
     zero_rest: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.cached_dispatch`."""
-    rows, products = cached_dispatch_p.bind(
-        shape.rank(),
-        _whole_words(x),
-        routes.source,
-        routes.destination,
-        routes.group_sizes,
-        _or_placeholder(weights, jnp.float32),
-        _or_placeholder(y, x.dtype),
-        _or_placeholder(routes.pairs, jnp.int32),
-        shape=shape,
-        channel=0,
-        zero_rest=zero_rest,
-        weighted=weights is not None,
-        with_products=y is not None,
-        with_pairs=routes.pairs is not None,
-    )
+    call = cached_dispatch_call(shape, x, routes, weights=weights, y=y, zero_rest=zero_rest)
+    rows, products = call.run()
     return rows[:, : x.shape[1]], products if y is not None else None
 
 
@@ -274,7 +379,6 @@ def _combine_types(
     pairs: ShapedArray,
     *,
     shape: RouteShape,
-    channel: int,
     weighted: bool,
     with_bias: bool,
     with_gradients: bool,
@@ -291,7 +395,35 @@ def _combine_types(
     ]
 
 
-combine_p = _define_primitive("combine", _combine_types)
+combine_p = _define_primitive("combine", _combine_types, num_results=3)
+
+
+def combine_call(
+    shape: RouteShape,
+    y: jax.Array,
+    routes: Routes,
+    *,
+    weights: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    row_gradients: jax.Array | None = None,
+) -> Call:
+    """Return the custom call of `combine`."""
+    operands = (
+        y,
+        routes.destination,
+        _or_placeholder(weights, jnp.float32),
+        _or_placeholder(bias, y.dtype),
+        _or_placeholder(row_gradients, jnp.float32),
+        _or_placeholder(routes.pairs, jnp.int32),
+    )
+    flags = {
+        "weighted": weights is not None,
+        "with_bias": bias is not None,
+        "with_gradients": row_gradients is not None,
+        "with_pairs": routes.pairs is not None,
+        "with_sums": _has_sums(shape),
+    }
+    return Call(operands, combine_p, shape, tuple(flags.items()))
 
 
 def combine(
@@ -304,20 +436,6 @@ def combine(
     row_gradients: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.combine`."""
-    out, gradients, _ = combine_p.bind(
-        shape.rank(),
-        y,
-        routes.destination,
-        _or_placeholder(weights, jnp.float32),
-        _or_placeholder(bias, y.dtype),
-        _or_placeholder(row_gradients, jnp.float32),
-        _or_placeholder(routes.pairs, jnp.int32),
-        shape=shape,
-        channel=0,
-        weighted=weights is not None,
-        with_bias=bias is not None,
-        with_gradients=row_gradients is not None,
-        with_pairs=routes.pairs is not None,
-        with_sums=_has_sums(shape),
-    )
+    call = combine_call(shape, y, routes, weights=weights, bias=bias, row_gradients=row_gradients)
+    out, gradients, _ = call.run()
     return out, gradients if row_gradients is not None else None

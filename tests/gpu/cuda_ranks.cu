@@ -76,7 +76,8 @@ void CheckLargest() {
   }
 }
 
-// Ops on the two channels, in either order on each rank and at all distances: they never touch each other.
+// Ops on the two channels, whole or in two parts, in either order on each rank and at all distances: they never touch
+// each other.
 void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool second_low_latency) {
   constexpr int kNumRanks = 3;
   std::mt19937 random(23);
@@ -111,10 +112,20 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
           LaunchDelay(random() % 30'000 * kOpsTakeLonger, stream);
           group.Take(problems[channel].low_latency);
           Rank& own = *ranks[channel][rank];
-          if (op == 0) {
-            group.Launch(rank, DispatchOf<true>(problems[channel], own), stream, channel);
+          const auto launch = [&](Part part) {
+            if (op == 0) {
+              group.Launch(rank, DispatchOf<true>(problems[channel], own), stream, channel, part);
+            } else {
+              const CombineParams combine = CombineOf<true>(problems[channel], own, channel == 0, true, false);
+              group.Launch(rank, combine, stream, channel, part);
+            }
+          };
+          if (problems[channel].low_latency && random() % 2 == 0) {
+            launch(Part::kStart);
+            LaunchDelay(random() % 30'000 * kOpsTakeLonger, stream);
+            launch(Part::kDone);
           } else {
-            group.Launch(rank, CombineOf<true>(problems[channel], own, channel == 0, true, false), stream, channel);
+            launch(Part::kWhole);
           }
         }
       }

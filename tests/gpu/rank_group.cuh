@@ -104,9 +104,11 @@ class Group {
   }
 
   template <typename Params>
-  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr, int channel = 0) {
+  void Launch(int rank, const Params& params, cudaStream_t stream = nullptr, int channel = 0,
+              Part part = Part::kWhole) {
     OpFrame frame = FrameOf(rank);
     frame.channel = channel;
+    frame.part = part;
     frame.op = SignatureOf(params, stream != nullptr);  // an op on another stream is another call
     const KernelSet& kernels = KernelsOf(low_latency_ ? Mode::kLowLatency : Mode::kThroughput);
     frame.op.flags |= kernels.flags;

@@ -208,7 +208,7 @@ constexpr int kMaxDepth = 4;
 }  // namespace
 
 const char* LaunchGatherRows(const OpFrame& frame, const BaselineParams& params, int num_blocks,
-                             const DeviceFacts& device, cudaStream_t stream) {
+                             const DeviceFacts& device, const KernelStream& stream) {
   BaselineOp op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   const Kernel kernel = KernelOfDepth(params.depth);
@@ -226,7 +226,7 @@ const char* LaunchGatherRows(const OpFrame& frame, const BaselineParams& params,
 }
 
 const char* LaunchAddRows(const OpFrame& frame, const BaselineParams& params, int num_blocks,
-                          const DeviceFacts& device, cudaStream_t stream) {
+                          const DeviceFacts& device, const KernelStream& stream) {
   BaselineOp op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.x);
   return LaunchKernel(GatherRowsKernel<0, true>, op, num_blocks, kThreads, 0, stream);

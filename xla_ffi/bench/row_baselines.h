@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "cuda/kernel_launch.h"
+#include "cuda/kernel_stream.h"
 #include "cuda/op_frame.h"
 #include "interface/geometry.h"
 
@@ -55,13 +56,13 @@ struct SumInput {
 //
 // out[row] = x of the pair, in every row of every pair.
 const char* LaunchGatherRows(const OpFrame& frame, const BaselineParams& params, int num_blocks,
-                             const DeviceFacts& device, cudaStream_t stream);
+                             const DeviceFacts& device, const KernelStream& stream);
 // out[row] = x of the pair + y[row].
 const char* LaunchAddRows(const OpFrame& frame, const BaselineParams& params, int num_blocks,
-                          const DeviceFacts& device, cudaStream_t stream);
+                          const DeviceFacts& device, const KernelStream& stream);
 // out[token] = sum of its inputs, after every pair with several rows was summed where it is.
 const char* LaunchSumRows(const OpFrame& frame, const BaselineParams& params, int num_blocks,
-                          const DeviceFacts& device, cudaStream_t stream);
+                          const DeviceFacts& device, const KernelStream& stream);
 
 // Load the kernels into the current device.
 const char* LoadGatherRows(int max_shared_bytes);

@@ -16,7 +16,7 @@ namespace {
 enum class Baseline : uint64_t { kGather = 1, kAdd = 2, kSum = 3 };
 
 using LaunchBaseline = const char* (*)(const OpFrame&, const BaselineParams&, int,
-                                       const DeviceFacts&, cudaStream_t);
+                                       const DeviceFacts&, const KernelStream&);
 
 // The common parameters: rows, and the table of pairs.
 BaselineParams ParamsOf(const GroupShape& shape, int64_t layout, int64_t num_tokens,
@@ -59,8 +59,9 @@ ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& ran
   if (error.empty()) {
     error = launch_op(*site->comm, op, BytesOf(site->comm->shape(), kind, params), read_by_peers,
                       context.op_launch(site, rank),
-                      [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
-                        return launch(frame, params, num_blocks, facts, context.stream);
+                      [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts,
+                          const KernelStream& stream) {
+                        return launch(frame, params, num_blocks, facts, stream);
                       });
   }
   if (error.empty()) return ffi::Error::Success();

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 const char* LaunchSumRows(const OpFrame& frame, const BaselineParams& params, int num_blocks,
-                          const DeviceFacts& device, cudaStream_t stream) {
+                          const DeviceFacts& device, const KernelStream& stream) {
   BaselineOp op{frame, params, static_cast<int64_t>(frame.shape.hidden_size) * 2};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);

@@ -50,7 +50,8 @@ inline nb::dict Targets() {
   Verbs::ForEach([&](auto type) {
     using Params = typename decltype(type)::type;
     const std::string name = std::string("jax_deepep_") + VerbTraits<Params>::kName;
-    targets[name.c_str()] = Stages(Execute<Params>);
+    targets[name.c_str()] = Stages(Execute<Params, true>);
+    targets[(name + "_uncaptured").c_str()] = Stages(Execute<Params, false>);
   });
   return targets;
 }
@@ -63,6 +64,9 @@ inline void DefineNumbers(nb::module_& module) {
   nb::dict modes;  // likewise
   for (int32_t code = 0; code < kNumModes; ++code) modes[kModeNames[code]] = code;
   module.attr("modes") = modes;
+  nb::dict parts;  // likewise
+  for (int32_t code = 0; code < kNumParts; ++code) parts[kPartNames[code]] = code;
+  module.attr("parts") = parts;
   module.attr("no_limit") = kNoLimit;
   module.attr("payload_alignment") = kPayloadAlignment;
   module.def(

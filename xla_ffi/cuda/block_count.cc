@@ -49,6 +49,10 @@ int MostBlocks(int num_sms, int num_ranks_on_gpu) {
   return std::clamp((num_sms - 2) / std::max(1, num_ranks_on_gpu), 1, kMaxBlocks);
 }
 
+int MostInFlight(int most) { return std::max(1, std::min(kBlocksForLink, most * 3 / 16)); }
+
+int MostBeside(int most) { return std::max(1, most / 2); }
+
 int BlocksFor(const OpBytes& bytes, int most) {
   const int64_t worth = std::max(bytes.local, bytes.link) / kBytesPerBlock + 1;
   // Enough for local bytes to take kPartOfLinkTime of the link's time; without a link, all.

@@ -30,6 +30,12 @@ OpBytes BytesOf(const GroupShape& shape, const Params& params) {
 // must run at once, one per SM. Two SMs stay free for kernels that a late rank must run first.
 int MostBlocks(int num_sms, int num_ranks_on_gpu);
 
+// Of a rank that may have `most`, the most blocks of an op in flight in throughput mode, and of an
+// op beside one: together with another in flight and XLA's collectives, all have an SM. With a
+// third of the SMs, ops still run at more than 0.9 of the link's rate.
+int MostInFlight(int most);
+int MostBeside(int most);
+
 // The blocks of an op, at most `most`.
 int BlocksFor(const OpBytes& bytes, int most);
 

@@ -72,6 +72,17 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& 
           "cudaHostAlloc");
     rank->status = {new (status) HostStatus{}, FreePinned{device.ordinal}};
     Check(cudaStreamCreateWithFlags(&rank->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    // Of the highest priority: its blocks take the SMs that others leave.
+    int lowest = 0, highest = 0;
+    Check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+    for (int channel = 0; channel < kNumChannels; ++channel) {
+      Check(
+          cudaStreamCreateWithPriority(&rank->op_streams[channel], cudaStreamNonBlocking, highest),
+          "cudaStreamCreate");
+      for (cudaEvent_t* event : {&rank->begun[channel], &rank->ended[channel]}) {
+        Check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "cudaEventCreate");
+      }
+    }
     rank->taken_before.assign(3 * shape().num_ranks, 0);
     ranks_.push_back(std::move(rank));
   }
@@ -82,6 +93,12 @@ CudaCommunicator::~CudaCommunicator() {
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     cudaStreamDestroy(rank->stream);
+    for (int channel = 0; channel < kNumChannels; ++channel) {
+      cudaStreamDestroy(rank->op_streams[channel]);
+      for (cudaEvent_t event : {rank->begun[channel], rank->ended[channel]}) {
+        cudaEventDestroy(event);
+      }
+    }
   }
 }
 

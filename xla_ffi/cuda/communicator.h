@@ -31,8 +31,9 @@ namespace jax_deepep {
 struct OpLaunch {
   int64_t device = 0;  // CUDA's ordinal
   cudaStream_t stream = nullptr;
-  int64_t call = 0;                        // as in OpSignature
-  int32_t channel = 0;                     // as in OpFrame
+  int64_t call = 0;     // as in OpSignature
+  int32_t channel = 0;  // as in OpFrame
+  Part part = Part::kWhole;
   const int32_t* expected_rank = nullptr;  // as in OpFrame
   // Returns memory of XLA's pool, which XLA reuses after the op, or null.
   std::function<void*(size_t bytes)> allocate;
@@ -72,15 +73,17 @@ class CudaCommunicator {
     OpSignature op = SignatureOf(params, launch.call);
     op.flags |= kernels.flags;
     return LaunchOp(op, BytesOf(shape(), params), read_by_peers, launch,
-                    [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts) {
+                    [&](const OpFrame& frame, int num_blocks, const DeviceFacts& facts,
+                        const KernelStream& stream) {
                       const auto enqueue = kernels.LaunchOf<Params>();
-                      return enqueue(frame, params, num_blocks, facts, launch.stream);
+                      return enqueue(frame, params, num_blocks, facts, stream);
                     });
   }
 
   // The same for any op: `enqueue` gets the op's frame once all arrays that peers read are in the
   // pool. The signature identifies the op on all ranks.
-  using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&)>;
+  using Enqueue = std::function<const char*(const OpFrame&, int num_blocks, const DeviceFacts&,
+                                            const KernelStream&)>;
   std::string LaunchOp(const OpSignature& op, const OpBytes& bytes,
                        const std::vector<PeerArray>& read_by_peers, const OpLaunch& launch,
                        const Enqueue& enqueue);
@@ -140,10 +143,15 @@ class CudaCommunicator {
     DeviceMemory control;
     DeviceMemory pool;
     std::unique_ptr<HostStatus, FreePinned> status;
-    OpFrame frame;                       // without what an op adds
-    int most_blocks = 1;                 // of an op; num_sms if given
-    cudaStream_t stream = nullptr;       // for kernels that must not wait for XLA's streams
-    std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
+    OpFrame frame;                  // without what an op adds
+    int most_blocks = 1;            // of an op; num_sms if given
+    cudaStream_t stream = nullptr;  // for kernels that must not wait for XLA's streams
+    // Of the op in flight on each channel.
+    cudaStream_t op_streams[kNumChannels] = {};
+    cudaEvent_t begun[kNumChannels] = {};
+    cudaEvent_t ended[kNumChannels] = {};
+    std::atomic<bool> in_flight[kNumChannels] = {};  // by launches, in the order of the program
+    std::vector<uint64_t> taken_before;              // counters at the last TakeTraffic
   };
 
   // The memory of a rank of a local group, of this process or another one.
@@ -152,7 +160,10 @@ class CudaCommunicator {
     std::shared_ptr<DeviceMemory> pool;  // shared by communicators
   };
 
-  const LocalRank* RankOn(int64_t device) const;
+  LocalRank* RankOn(int64_t device) const;
+  int NumBlocks(const LocalRank& rank, const KernelSet& kernels, const OpBytes& bytes,
+                const OpLaunch& launch) const;
+  static bool AreInPool(const LocalRank& rank, const std::vector<PeerArray>& read_by_peers);
   std::string CopyOperandsToPool(const LocalRank& rank, const std::vector<PeerArray>& read_by_peers,
                                  const OpLaunch& launch) const;
   OpFrame FrameOf(const LocalRank& rank, const OpSignature& op, const OpLaunch& launch);

@@ -66,6 +66,9 @@ struct Publication {
 static_assert(sizeof(Publication) == Publication::kWords * sizeof(uint64_t));
 static_assert(Publication::kWords <= 32);
 
+// Of Channel::active: an op has been started, and waits for the call that ends it.
+inline constexpr uint64_t kInFlight = ~uint64_t{0};
+
 inline constexpr uint32_t kFailing = 1;
 inline constexpr uint32_t kFailed = 2;
 
@@ -80,7 +83,7 @@ struct Channel {
 
   // Written by this rank.
   uint64_t step;          // ops that this rank has completed
-  uint64_t active;        // OpFrame::launch of the op that is running, or 0
+  uint64_t active;        // OpFrame::launch of the op that is running, kInFlight, or 0
   uint32_t num_waiting;   // blocks that wait in a grid barrier
   uint32_t generation;    // grid barriers completed
   uint32_t num_ready;     // blocks whose writes peers may read

@@ -11,6 +11,7 @@
 
 #include "cuda/block_count.h"
 #include "cuda/device_facts.h"
+#include "cuda/kernel_stream.h"
 #include "cuda/op_frame.h"
 #include "interface/verbs.h"
 
@@ -19,14 +20,14 @@ namespace jax_deepep {
 // Enqueues one kernel and returns an error or null.
 template <typename Params>
 using LaunchFunction = const char* (*)(const OpFrame& frame, const Params& params, int num_blocks,
-                                       const DeviceFacts& device, cudaStream_t stream);
+                                       const DeviceFacts& device, const KernelStream& stream);
 
 // The kernels of a verb in a mode, defined in a file of the mode's folder.
 template <typename Kernels, typename Params>
 struct VerbKernels {
   // As LaunchFunction.
   static const char* Launch(const OpFrame& frame, const Params& params, int num_blocks,
-                            const DeviceFacts& device, cudaStream_t stream);
+                            const DeviceFacts& device, const KernelStream& stream);
   // Load them into the current device: lazy loading can wait for a running kernel that itself waits
   // for a peer. Returns an error or null.
   static const char* Load(int max_shared_bytes);

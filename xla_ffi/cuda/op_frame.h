@@ -22,7 +22,8 @@ struct OpFrame {
   WindowSize window;
   int32_t rank = 0;
   int32_t channel = 0;
-  OpSignature op;  // what must be the same on all ranks
+  Part part = Part::kWhole;  // in throughput mode always
+  OpSignature op;            // what must be the same on all ranks
   uint64_t op_hash = 0;
   uint64_t launch = 0;                     // unique per launch, never 0
   uint64_t timeout_ns = 0;                 // the longest wait

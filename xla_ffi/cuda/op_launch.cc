@@ -44,6 +44,10 @@ std::string CopyToPool(const PeerArray& array, const DeviceFacts& facts, const O
   return error == cudaSuccess ? "" : outside + "copying it failed: " + cudaGetErrorString(error);
 }
 
+std::string CudaError(cudaError_t error, const char* what) {
+  return error == cudaSuccess ? "" : std::string(what) + " failed: " + cudaGetErrorString(error);
+}
+
 }  // namespace
 
 int CudaCommunicator::most_blocks() const {
@@ -52,7 +56,7 @@ int CudaCommunicator::most_blocks() const {
   return most;
 }
 
-const CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) const {
+CudaCommunicator::LocalRank* CudaCommunicator::RankOn(int64_t device) const {
   for (const auto& rank : ranks_) {
     if (rank->ordinal == device) return rank.get();
   }
@@ -63,6 +67,7 @@ OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
                                   const OpLaunch& launch) {
   OpFrame frame = rank.frame;
   frame.channel = launch.channel;
+  if ((op.flags & OpSignature::kLowLatency) != 0) frame.part = launch.part;
   frame.op = op;
   frame.op_hash = op.Hash();
   frame.launch = ++num_launches_;
@@ -88,6 +93,13 @@ void CudaCommunicator::NotifyNotLaunched(const OpSignature& op, const OpLaunch& 
   }
 }
 
+bool CudaCommunicator::AreInPool(const LocalRank& rank,
+                                 const std::vector<PeerArray>& read_by_peers) {
+  return std::all_of(read_by_peers.begin(), read_by_peers.end(), [&](const PeerArray& array) {
+    return array.data == nullptr || rank.facts.Holds(array.data);
+  });
+}
+
 std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
                                                  const std::vector<PeerArray>& read_by_peers,
                                                  const OpLaunch& launch) const {
@@ -98,28 +110,61 @@ std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
   return "";
 }
 
+int CudaCommunicator::NumBlocks(const LocalRank& rank, const KernelSet& kernels,
+                                const OpBytes& bytes, const OpLaunch& launch) const {
+  int most = rank.most_blocks;
+  if (requested_sms_ > 0) return most;
+  if (launch.part != Part::kWhole && kernels.reads_peers) most = MostInFlight(most);
+  if (rank.in_flight[1 - launch.channel]) most = std::min(most, MostBeside(rank.most_blocks));
+  return kernels.num_blocks(bytes, most);
+}
+
 std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& bytes,
                                        const std::vector<PeerArray>& read_by_peers,
                                        const OpLaunch& launch, const Enqueue& enqueue) {
   const auto name = [this] { return "communicator #" + std::to_string(config_.id); };
   // Close waits for this lock: an op is enqueued before the communicator is closed, or not at all.
   std::shared_lock<std::shared_mutex> lock(launch_mutex_);
-  const LocalRank* rank = RankOn(launch.device);
+  LocalRank* rank = RankOn(launch.device);
   if (rank == nullptr) {
     return "device " + std::to_string(launch.device) + " is not in the mesh of " + name();
+  }
+  const bool low_latency = (op.flags & OpSignature::kLowLatency) != 0;
+  const cudaEvent_t begun = rank->begun[launch.channel], ended = rank->ended[launch.channel];
+  rank->in_flight[launch.channel] = launch.part == Part::kStart;
+  if (launch.part == Part::kDone && !low_latency) {
+    return CudaError(cudaStreamWaitEvent(launch.stream, ended), "waiting for an op in flight");
   }
   if (closed_) {
     Abort(*rank, Failure::kClosed, op, launch);
     return name() + " is closed; make a new Communicator and compile again";
   }
+  const bool starts = launch.part == Part::kStart && !low_latency;
+  // XLA reuses the memory of copies in the order of its own stream: with copies, the op runs there.
+  const bool on_own_stream = starts && AreInPool(*rank, read_by_peers);
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
   if (error.empty()) {
-    const bool low_latency = (op.flags & OpSignature::kLowLatency) != 0;
     const KernelSet& kernels = KernelsOf(low_latency ? Mode::kLowLatency : Mode::kThroughput);
-    const int blocks =
-        requested_sms_ > 0 ? rank->most_blocks : kernels.num_blocks(bytes, rank->most_blocks);
-    const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts);
-    if (failed != nullptr) error = failed;
+    const int blocks = NumBlocks(*rank, kernels, bytes, launch);
+    KernelStream stream(launch.stream);
+    if (on_own_stream) {
+      stream = KernelStream(rank->op_streams[launch.channel], begun);
+      error = CudaError(cudaEventRecord(ended, launch.stream), "starting an op");
+      if (error.empty()) {
+        error = CudaError(cudaStreamWaitEvent(stream.stream, ended), "starting an op");
+      }
+    }
+    if (error.empty()) {
+      const char* failed = enqueue(FrameOf(*rank, op, launch), blocks, rank->facts, stream);
+      if (failed != nullptr) error = failed;
+    }
+    if (error.empty() && starts) {
+      error = CudaError(cudaEventRecord(ended, stream.stream), "starting an op");
+    }
+    // What follows on XLA's stream may take all SMs, and wait for peers that wait for this op.
+    if (error.empty() && on_own_stream) {
+      error = CudaError(cudaStreamWaitEvent(launch.stream, begun), "starting an op");
+    }
   }
   if (!error.empty()) Abort(*rank, Failure::kNotLaunched, op, launch);
   return error;

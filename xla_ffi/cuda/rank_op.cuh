@@ -42,14 +42,15 @@ class RankOp {
   __device__ void Enter() {
     if (threadIdx.x == blockDim.x - 1) {
       // First: from then on no other op of this channel ends, so that the step is this op's alone.
-      const uint64_t active = CompareAndSwap(&channel_.active, 0, frame_.launch);
+      const uint64_t idle = frame_.part == Part::kDone ? kInFlight : 0;
+      const uint64_t active = CompareAndSwap(&channel_.active, idle, frame_.launch);
       shared_.step = *static_cast<volatile uint64_t*>(&channel_.step) + 1;
       const bool lost = (*static_cast<volatile uint32_t*>(&own_.failed) |
                          *static_cast<volatile uint64_t*>(&own_.broken)) != 0;
       const bool mistaken = *frame_.expected_rank != frame_.rank;
       shared_.began_ns = NanosecondClock();
-      shared_.refused = active != 0 && active != frame_.launch;
-      if (shared_.refused) Fail(Failure::kTwoAtOnce);
+      shared_.refused = active != idle && active != frame_.launch;
+      if (shared_.refused && !lost) Fail(Failure::kTwoAtOnce);
       if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank);
       shared_.flag = !(lost || mistaken || shared_.refused);
       shared_.num_invalid = 0;
@@ -78,6 +79,7 @@ class RankOp {
 
  protected:
   // On the last block, after all reads of this rank: call succeed(), or fail() if the op is lost.
+  // A started op goes on, unless it is lost.
   template <typename Succeed, typename Fill>
   __device__ void End(bool lost, Succeed succeed, Fill fail) {
     if (lost) {
@@ -88,12 +90,13 @@ class RankOp {
     }
     __syncthreads();
     if (threadIdx.x == 0) {
+      const bool goes_on = frame_.part == Part::kStart && !lost;
       channel_.num_invalid = 0;
       own_.last_op_ns = NanosecondClock() - shared_.began_ns;
       own_.last_op_blocks = gridDim.x;
-      channel_.step = step();
+      if (!goes_on) channel_.step = step();
       // Pairs with the compare-and-swap in Begin, of an op that runs at once with this one.
-      StoreReleaseDevice(&channel_.active, 0);
+      StoreReleaseDevice(&channel_.active, goes_on ? kInFlight : 0);
     }
   }
 

@@ -9,9 +9,10 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
                             ffi::AnyBuffer, ffi::AnyBuffer x, ffi::AnyBuffer source,
                             ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
                             ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
-                            ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> products,
-                            ffi::Result<ffi::AnyBuffer>, int64_t layout, bool zero_rest,
-                            bool weighted, bool with_products, bool with_pairs, SiteAttribute) {
+                            ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> rows,
+                            ffi::Result<ffi::AnyBuffer> products, ffi::Result<ffi::AnyBuffer>,
+                            int64_t layout, bool zero_rest, bool weighted, bool with_products,
+                            bool with_pairs, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;
@@ -56,31 +57,31 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
 }  // namespace
 
 template <>
-XLA_FFI_Error* Execute<CachedDispatchParams>(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_DEFINE_HANDLER(handler, CachedDispatch,
-                         ffi::Ffi::Bind()
-                             .Ctx<ffi::State<CallSite>>()
-                             .Ctx<LaunchContext>()
-                             .Arg<ffi::AnyBuffer>()  // rank
-                             .Arg<ffi::AnyBuffer>()  // after
-                             .Arg<ffi::AnyBuffer>()  // x
-                             .Arg<ffi::AnyBuffer>()  // source
-                             .Arg<ffi::AnyBuffer>()  // destination
-                             .Arg<ffi::AnyBuffer>()  // group_sizes
-                             .Arg<ffi::AnyBuffer>()  // weights, if weighted
-                             .Arg<ffi::AnyBuffer>()  // y, if with_products
-                             .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
-                             .Ret<ffi::AnyBuffer>()  // rows
-                             .Ret<ffi::AnyBuffer>()  // products, if with_products
-                             .Ret<ffi::AnyBuffer>()  // ended
-                             .Attr<int64_t>("layout")
-                             .Attr<bool>("zero_rest")
-                             .Attr<bool>("weighted")
-                             .Attr<bool>("with_products")
-                             .Attr<bool>("with_pairs")
-                             .Attr<SiteAttribute>("site"),
-                         kTraits);
-  return (*handler)(frame);
+std::unique_ptr<ffi::Ffi> MakeHandler<CachedDispatchParams>(
+    std::initializer_list<ffi::Traits> traits) {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<CallSite>>()
+      .Ctx<LaunchContext>()
+      .Arg<ffi::AnyBuffer>()  // rank
+      .Arg<ffi::AnyBuffer>()  // after
+      .Arg<ffi::AnyBuffer>()  // x
+      .Arg<ffi::AnyBuffer>()  // source
+      .Arg<ffi::AnyBuffer>()  // destination
+      .Arg<ffi::AnyBuffer>()  // group_sizes
+      .Arg<ffi::AnyBuffer>()  // weights, if weighted
+      .Arg<ffi::AnyBuffer>()  // y, if with_products
+      .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
+      .RemainingArgs()        // arrays in flight, if Part::kDone
+      .Ret<ffi::AnyBuffer>()  // rows
+      .Ret<ffi::AnyBuffer>()  // products, if with_products
+      .Ret<ffi::AnyBuffer>()  // ended
+      .Attr<int64_t>("layout")
+      .Attr<bool>("zero_rest")
+      .Attr<bool>("weighted")
+      .Attr<bool>("with_products")
+      .Attr<bool>("with_pairs")
+      .Attr<SiteAttribute>("site")
+      .To(CachedDispatch, traits);
 }
 
 }  // namespace jax_deepep

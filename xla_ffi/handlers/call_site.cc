@@ -55,15 +55,16 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
                                                             ffi::Dictionary attributes) {
   const ffi::ErrorOr<SiteAttribute> attribute = attributes.get<SiteAttribute>("site");
   if (!attribute.has_value()) return ffi::Unexpected(attribute.error());
-  if (attribute->size() != 5) {
+  if (attribute->size() != 6) {
     return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                                      "jax_deepep: expected 5 integers in the attribute \"site\""));
+                                      "jax_deepep: expected 6 integers in the attribute \"site\""));
   }
   const int64_t *values = attribute->begin(), comm_id = values[0], fingerprint = values[1];
   auto site = std::make_unique<CallSite>();
   site->call = values[2];
   site->mode = static_cast<Mode>(values[3]);
   site->channel = static_cast<int32_t>(values[4]);
+  site->part = static_cast<Part>(values[5]);
   {
     std::lock_guard<std::mutex> lock(program_mutex);
     site->number = program->count++;

@@ -8,10 +8,10 @@ namespace {
 LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
                      ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
                      ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
-                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
-                     ffi::Result<ffi::AnyBuffer> sums, ffi::Result<ffi::AnyBuffer>, int64_t layout,
-                     bool weighted, bool with_bias, bool with_gradients, bool with_pairs,
-                     bool with_sums, SiteAttribute) {
+                     ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> out,
+                     ffi::Result<ffi::AnyBuffer> gradients, ffi::Result<ffi::AnyBuffer> sums,
+                     ffi::Result<ffi::AnyBuffer>, int64_t layout, bool weighted, bool with_bias,
+                     bool with_gradients, bool with_pairs, bool with_sums, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -58,32 +58,31 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
 }  // namespace
 
 template <>
-XLA_FFI_Error* Execute<CombineParams>(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_DEFINE_HANDLER(handler, Combine,
-                         ffi::Ffi::Bind()
-                             .Ctx<ffi::State<CallSite>>()
-                             .Ctx<LaunchContext>()
-                             .Arg<ffi::AnyBuffer>()  // rank
-                             .Arg<ffi::AnyBuffer>()  // after
-                             .Arg<ffi::AnyBuffer>()  // y
-                             .Arg<ffi::AnyBuffer>()  // destination
-                             .Arg<ffi::AnyBuffer>()  // weights, if weighted
-                             .Arg<ffi::AnyBuffer>()  // bias, if with_bias
-                             .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
-                             .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
-                             .Ret<ffi::AnyBuffer>()  // out
-                             .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
-                             .Ret<ffi::AnyBuffer>()  // sums, if with_sums
-                             .Ret<ffi::AnyBuffer>()  // ended
-                             .Attr<int64_t>("layout")
-                             .Attr<bool>("weighted")
-                             .Attr<bool>("with_bias")
-                             .Attr<bool>("with_gradients")
-                             .Attr<bool>("with_pairs")
-                             .Attr<bool>("with_sums")
-                             .Attr<SiteAttribute>("site"),
-                         kTraits);
-  return (*handler)(frame);
+std::unique_ptr<ffi::Ffi> MakeHandler<CombineParams>(std::initializer_list<ffi::Traits> traits) {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<CallSite>>()
+      .Ctx<LaunchContext>()
+      .Arg<ffi::AnyBuffer>()  // rank
+      .Arg<ffi::AnyBuffer>()  // after
+      .Arg<ffi::AnyBuffer>()  // y
+      .Arg<ffi::AnyBuffer>()  // destination
+      .Arg<ffi::AnyBuffer>()  // weights, if weighted
+      .Arg<ffi::AnyBuffer>()  // bias, if with_bias
+      .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
+      .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
+      .RemainingArgs()        // arrays in flight, if Part::kDone
+      .Ret<ffi::AnyBuffer>()  // out
+      .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
+      .Ret<ffi::AnyBuffer>()  // sums, if with_sums
+      .Ret<ffi::AnyBuffer>()  // ended
+      .Attr<int64_t>("layout")
+      .Attr<bool>("weighted")
+      .Attr<bool>("with_bias")
+      .Attr<bool>("with_gradients")
+      .Attr<bool>("with_pairs")
+      .Attr<bool>("with_sums")
+      .Attr<SiteAttribute>("site")
+      .To(Combine, traits);
 }
 
 }  // namespace jax_deepep

@@ -7,8 +7,9 @@ namespace {
 
 LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
                       ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
-                      ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> source,
-                      ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
+                      ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> tokens,
+                      ffi::Result<ffi::AnyBuffer> source, ffi::Result<ffi::AnyBuffer> destination,
+                      ffi::Result<ffi::AnyBuffer> weights,
                       ffi::Result<ffi::AnyBuffer> local_experts,
                       ffi::Result<ffi::AnyBuffer> group_sizes, ffi::Result<ffi::AnyBuffer> num_rows,
                       ffi::Result<ffi::AnyBuffer> num_received,
@@ -71,37 +72,36 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
 }  // namespace
 
 template <>
-XLA_FFI_Error* Execute<DispatchParams>(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_DEFINE_HANDLER(handler, Dispatch,
-                         ffi::Ffi::Bind()
-                             .Ctx<ffi::State<CallSite>>()
-                             .Ctx<LaunchContext>()
-                             .Arg<ffi::AnyBuffer>()  // rank
-                             .Arg<ffi::AnyBuffer>()  // after
-                             .Arg<ffi::AnyBuffer>()  // x
-                             .Arg<ffi::AnyBuffer>()  // topk_idx
-                             .Arg<ffi::AnyBuffer>()  // topk_weights
-                             .Ret<ffi::AnyBuffer>()  // tokens
-                             .Ret<ffi::AnyBuffer>()  // source
-                             .Ret<ffi::AnyBuffer>()  // destination
-                             .Ret<ffi::AnyBuffer>()  // weights
-                             .Ret<ffi::AnyBuffer>()  // local_experts, if token-major
-                             .Ret<ffi::AnyBuffer>()  // group_sizes
-                             .Ret<ffi::AnyBuffer>()  // num_rows
-                             .Ret<ffi::AnyBuffer>()  // num_received
-                             .Ret<ffi::AnyBuffer>()  // num_dropped
-                             .Ret<ffi::AnyBuffer>()  // num_invalid
-                             .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
-                             .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
-                             .Ret<ffi::AnyBuffer>()  // ended
-                             .Attr<int64_t>("layout")
-                             .Attr<int64_t>("alignment")
-                             .Attr<int64_t>("expert_capacity")
-                             .Attr<bool>("with_pairs")
-                             .Attr<bool>("with_scratch")
-                             .Attr<SiteAttribute>("site"),
-                         kTraits);
-  return (*handler)(frame);
+std::unique_ptr<ffi::Ffi> MakeHandler<DispatchParams>(std::initializer_list<ffi::Traits> traits) {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::State<CallSite>>()
+      .Ctx<LaunchContext>()
+      .Arg<ffi::AnyBuffer>()  // rank
+      .Arg<ffi::AnyBuffer>()  // after
+      .Arg<ffi::AnyBuffer>()  // x
+      .Arg<ffi::AnyBuffer>()  // topk_idx
+      .Arg<ffi::AnyBuffer>()  // topk_weights
+      .RemainingArgs()        // arrays in flight, if Part::kDone
+      .Ret<ffi::AnyBuffer>()  // tokens
+      .Ret<ffi::AnyBuffer>()  // source
+      .Ret<ffi::AnyBuffer>()  // destination
+      .Ret<ffi::AnyBuffer>()  // weights
+      .Ret<ffi::AnyBuffer>()  // local_experts, if token-major
+      .Ret<ffi::AnyBuffer>()  // group_sizes
+      .Ret<ffi::AnyBuffer>()  // num_rows
+      .Ret<ffi::AnyBuffer>()  // num_received
+      .Ret<ffi::AnyBuffer>()  // num_dropped
+      .Ret<ffi::AnyBuffer>()  // num_invalid
+      .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
+      .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
+      .Ret<ffi::AnyBuffer>()  // ended
+      .Attr<int64_t>("layout")
+      .Attr<int64_t>("alignment")
+      .Attr<int64_t>("expert_capacity")
+      .Attr<bool>("with_pairs")
+      .Attr<bool>("with_scratch")
+      .Attr<SiteAttribute>("site")
+      .To(Dispatch, traits);
 }
 
 }  // namespace jax_deepep

@@ -64,8 +64,8 @@ struct ProgramCalls {
   explicit ProgramCalls(bool on_main_thread) : on_main_thread(on_main_thread) {}
 };
 
-// Attribute "site" of every custom call: the communicator's id and fingerprint, then `call`, `mode`
-// and `channel` of CallSite.
+// Attribute "site" of every custom call: the communicator's id and fingerprint, then `call`,
+// `mode`, `channel` and `part` of CallSite.
 using SiteAttribute = ffi::Span<const int64_t>;
 
 // One custom call in one loaded program; pins the communicator for as long as the program lives.
@@ -76,8 +76,9 @@ struct CallSite {
   static const XLA_FFI_TypeInfo info;
 
   std::shared_ptr<PlatformCommunicator> comm;
-  int64_t call = 0;               // as in OpSignature
-  int32_t channel = 0;            // as in OpFrame
+  int64_t call = 0;     // as in OpSignature
+  int32_t channel = 0;  // as in OpFrame
+  Part part = Part::kWhole;
   Mode mode = Mode::kThroughput;  // on GPUs; on CPUs there is one way to communicate
   // Index of this instruction among those of our calls in its program, in the order in which XLA
   // instantiates them: calls that share `call`, because their function was lowered once, have each
@@ -90,7 +91,12 @@ struct CallSite {
 // what the program believes this device's rank to be.
 #ifdef JAX_DEEPEP_CUDA
 inline OpLaunch LaunchContext::op_launch(const CallSite* site, const ffi::AnyBuffer& rank) {
-  return {device, stream, site->call, site->channel, static_cast<const int32_t*>(rank.untyped_data()),
+  return {device,
+          stream,
+          site->call,
+          site->channel,
+          site->part,
+          static_cast<const int32_t*>(rank.untyped_data()),
           [this](size_t bytes) -> void* { return scratch.Allocate(bytes).value_or(nullptr); }};
 }
 

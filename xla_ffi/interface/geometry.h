@@ -17,6 +17,13 @@ enum class Mode : int32_t { kThroughput, kLowLatency };
 inline constexpr const char* kModeNames[] = {"throughput", "low_latency"};  // in their order
 inline constexpr int kNumModes = 2;
 
+// What a call does of an op: all of it; or begin it, so that other work can run until another call
+// ends it. In low-latency mode these are two kernels, which send and receive; in throughput mode
+// the kernel of the whole op runs on a stream of the communicator.
+enum class Part : int32_t { kWhole, kStart, kDone };
+inline constexpr const char* kPartNames[] = {"whole", "start", "done"};  // in their order
+inline constexpr int kNumParts = 3;
+
 // kInt32 is an opaque payload: integers of any width as words of 32 bits, which are only copied.
 enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
 

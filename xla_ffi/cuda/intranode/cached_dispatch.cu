@@ -187,7 +187,7 @@ Kernel ScaleKernelFor(RowType type) {
 template <>
 const char* VerbKernels<Throughput, CachedDispatchParams>::Launch(
     const OpFrame& frame, const CachedDispatchParams& params, int num_blocks,
-    const DeviceFacts& device, cudaStream_t stream) {
+    const DeviceFacts& device, const KernelStream& stream) {
   const RowType type = params.route.row_type;
   CachedDispatch op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
                     Divisor(num_blocks * kWarps)};

@@ -192,7 +192,7 @@ const char* VerbKernels<Throughput, CombineParams>::Launch(const OpFrame& frame,
                                                            const CombineParams& params,
                                                            int num_blocks,
                                                            const DeviceFacts& device,
-                                                           cudaStream_t stream) {
+                                                           const KernelStream& stream) {
   Combine op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
              Divisor(params.route.capacity)};
   op.frame.offsets[kRows] = device.OffsetOf(params.y);

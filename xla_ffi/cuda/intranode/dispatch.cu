@@ -184,7 +184,7 @@ const char* VerbKernels<Throughput, DispatchParams>::Launch(const OpFrame& frame
                                                             const DispatchParams& params,
                                                             int num_blocks,
                                                             const DeviceFacts& device,
-                                                            cudaStream_t stream) {
+                                                            const KernelStream& stream) {
   const GroupShape& shape = frame.shape;
   Dispatch op{frame,
               params,

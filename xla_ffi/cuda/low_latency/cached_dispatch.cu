@@ -70,9 +70,11 @@ __device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
   const CachedDispatchParams& params = op.params;
   SignalledOp group(op.frame, op.signalled, &shared);
   bool lost = !group.Begin();
-  if (!lost) {
+  if (!lost && group.sends()) {
     PushRows<kWhole>(op, group);
     group.Announce();
+  }
+  if (!lost && group.receives()) {
     lost = !ForSlots<kWhole>(op, group, work);
     WriteZeros<kWhole>(params, op.frame.shape, op.row_bytes);
   }
@@ -132,7 +134,7 @@ Kernel ScaleKernelFor(RowType type) {
 template <>
 const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
     const OpFrame& frame, const CachedDispatchParams& params, int num_blocks, const DeviceFacts&,
-    cudaStream_t stream) {
+    const KernelStream& stream) {
   const WindowLayout window(frame.shape, frame.window);
   const RowType type = params.route.row_type;
   const int num_tokens = params.route.num_tokens;

@@ -161,9 +161,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   group.Enter();
   const RowsOfSlot rows(op, FirstItem());
   bool lost = !group.Entered();
-  if (!lost) {
+  if (!lost && group.sends()) {
     PushSums<Type, kWhole>(op, group, rows, terms);
     group.Announce();
+  }
+  if (!lost && group.receives()) {
     lost = !SumTokens<Type, kWhole>(op, group, terms);
   }
   group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params, op.frame.shape); });
@@ -196,7 +198,7 @@ template <>
 const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
                                                            const CombineParams& params,
                                                            int num_blocks, const DeviceFacts&,
-                                                           cudaStream_t stream) {
+                                                           const KernelStream& stream) {
   const WindowLayout window(frame.shape, frame.window);
   const int num_slots = std::max(params.route.num_tokens, 1);
   const int64_t row_bytes = params.route.rows().bytes();

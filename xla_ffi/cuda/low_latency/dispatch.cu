@@ -275,9 +275,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   num_pairs = 0;
   for (int i = threadIdx.x; i < words * groups; i += kThreads) slots.marks[i].slots = 0;
   bool lost = !group.Entered();
-  if (!lost) {
+  if (!lost && group.sends()) {
     PushTokens<kWhole>(dispatch, group, pushed);
     group.Announce();
+  }
+  if (!lost && group.receives()) {
     lost = !__syncthreads_and(Collect(dispatch, group, slots.marks));
     if (!lost) {
       PlanRows(dispatch, slots);
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   group.Finish(
       lost,
       [&](uint32_t num_invalid) {
-        if (threadIdx.x == 0) ReportInvalid(op, group, num_invalid);
+        if (threadIdx.x == 0 && group.sends()) ReportInvalid(op, group, num_invalid);
       },
       [&] { WriteFailure(op); });
 }
@@ -303,7 +305,7 @@ template <>
 const char* VerbKernels<LowLatency, DispatchParams>::Launch(const OpFrame& frame,
                                                             const DispatchParams& params,
                                                             int num_blocks, const DeviceFacts&,
-                                                            cudaStream_t stream) {
+                                                            const KernelStream& stream) {
   const GroupShape& shape = frame.shape;
   const int num_slots = std::max(params.route.num_tokens, 1);
   const int64_t row_bytes = params.route.rows().bytes();

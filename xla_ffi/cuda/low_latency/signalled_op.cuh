@@ -8,6 +8,9 @@
 // had then ended op n - 2, and with it its reads of the bank that op n writes. No peer reads this
 // rank's arrays, so there is no wait at the end.
 //
+// A started op ends after its pushes (OpFrame::part); the call that ends it begins with Wait. Both
+// have one step and one signature.
+//
 // The rank also announces the op to its peers (Announce): a peer that waits in another op, of
 // either mode, detects it.
 //
@@ -123,6 +126,10 @@ class SignalledOp : public RankOp {
 
   __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
       : RankOp(frame, &shared->of_rank), signalled_(signalled), sent_(shared->sent) {}
+
+  // Which halves of the op this kernel does.
+  __device__ bool sends() const { return frame_.part != Part::kDone; }
+  __device__ bool receives() const { return frame_.part != Part::kStart; }
 
   // Announce this op to all peers. By every warp once it has pushed: the one with the fewest
   // items does it, so that no other waits for these stores.

@@ -3,6 +3,7 @@
 #define JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_
 
 #include "cuda/device_facts.h"
+#include "cuda/kernel_stream.h"
 #include "cuda_runtime.h"
 
 namespace jax_deepep {
@@ -14,8 +15,8 @@ const char* LoadKernel(void (*)(Op), int /*max_shared_bytes*/) {
 
 template <typename Op>
 const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
-                         int /*shared_bytes*/, cudaStream_t stream) {
-  cuda_on_cpu::Enqueue(stream, [=] {
+                         int /*shared_bytes*/, const KernelStream& on) {
+  cuda_on_cpu::Enqueue(on.stream, [=] {
     cuda_on_cpu::RunGrid(num_blocks, num_threads, [&] { kernel(op); });
   });
   return nullptr;
