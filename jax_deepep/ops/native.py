@@ -27,10 +27,13 @@ from jax_deepep.ops.handle import Handle, Routes, RouteShape
 
 
 class Site(NamedTuple):
-    """Static: on which channel a custom call runs, and what it does of an op there."""
+    """Static: on which channel a custom call runs, and what it does of an op there.
+
+    "none" is what remains of a start whose done is not used: its token, without a custom call.
+    """
 
     channel: int = 0
-    part: Literal["whole", "start", "done"] = "whole"
+    part: Literal["whole", "start", "done", "none"] = "whole"
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +88,10 @@ def _define_primitive(
     def types(rank: ShapedArray, *operands: ShapedArray, site: Site, **parameters: Any) -> list[ShapedArray]:
         if site.part == "done":
             return list(operands[-num_results:])
-        results = output_types(rank, *operands, **parameters)
         token = jax_compat.array_like(operands[0], (), jnp.float32)
+        if site.part == "none":
+            return [token]
+        results = output_types(rank, *operands, **parameters)
         return results if site.part == "whole" else [*results, token]
 
     primitive.def_abstract_eval(types)
@@ -97,6 +102,8 @@ def _define_primitive(
             check_groups(shape.comm, mesh)
         native_module.watch_compilations()
         on_gpus = shape.comm.platform == "cuda"
+        if site.part == "none":
+            return mlir.lower_fun(lambda *_: [jnp.zeros((), jnp.float32)])(ctx, rank, *operands)
         if site.part == "done" and not on_gpus:
             return operands[-num_results:]  # of a future: XLA waits for it
         chain = jax_compat.last_in_block(ctx, (shape.comm.id, site.channel))
@@ -120,9 +127,11 @@ def _define_primitive(
         if site.part == "done":
             first = 2 + len(types) - num_results
             aliases = {first + i: i for i in range(num_results)}
-        captured = site.part == "whole" or shape.mode == "low_latency"
+        captured = site.part == "whole" or shape.mode == "low_latency" or not on_gpus
         call_op = jax.ffi.ffi_lowering(
-            f"jax_deepep_{verb}" + ("" if captured else "_uncaptured"), operand_output_aliases=aliases
+            f"jax_deepep_{verb}" + ("" if captured else "_uncaptured"),
+            operand_output_aliases=aliases,
+            has_side_effect=on_gpus and site.part != "whole",  # XLA removes both parts or neither
         )
         results = call_op(
             ctx.replace(avals_in=[ctx.avals_in[0], after_type, *types], avals_out=returned),
@@ -156,6 +165,12 @@ def _define_primitive(
         # flight then: `start` does the whole op.
         if site.part == "done":
             return list(operands[-num_results:]), list(dims[-num_results:])
+        if site.part == "none":
+            first = [
+                x if dim is None else lax.index_in_dim(x, 0, dim, keepdims=False)
+                for x, dim in zip(operands, dims, strict=True)
+            ]
+            return primitive.bind(*first, site=site, **parameters), [None]
         mapped = [i for i, dim in enumerate(dims) if dim is not None]
 
         def one(slices: Sequence[jax.Array]) -> list[jax.Array]:
@@ -172,6 +187,18 @@ def _define_primitive(
         return results, [0] * len(results)
 
     batching.primitive_batchers[primitive] = batch
+
+    def without_unused(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+        site, num_operands = equation.params["site"], len(equation.invars)
+        if not any(used):
+            return [False] * num_operands, None
+        if site.part != "start" or any(used[:-1]):
+            return [True] * num_operands, equation
+        none = {**equation.params, "site": Site(site.channel, "none")}
+        alone = equation.replace(invars=equation.invars[:2], outvars=equation.outvars[-1:], params=none)
+        return [i < 2 for i in range(num_operands)], alone
+
+    jax_compat.register_dce_rule(primitive, without_unused)
     return primitive
 
 

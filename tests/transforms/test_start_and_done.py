@@ -1,6 +1,8 @@
 """Ops in two parts give the bits of whole ops, forward and backward, and cannot be used wrongly."""
 
 import functools
+import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -280,5 +282,22 @@ def test_an_op_that_is_never_ended_is_not_run() -> None:
         return done(start(*operands))
 
     arrays = (inputs.x, inputs.topk_idx, inputs.topk_weights)
-    text = jax.jit(per_device(program, LAYER.mesh, LAYER.axis_name)).lower(*arrays).as_text()
-    assert text.count("custom_call @jax_deepep_dispatch") == 1
+    assert calls_of(program, *arrays) == calls_of(lambda *operands: done(start(*operands)), *arrays)
+
+
+def calls_of(function, *arrays) -> Counter:
+    """Return how often a program of per-device values has each custom call."""
+    text = jax.jit(per_device(function, LAYER.mesh, LAYER.axis_name)).lower(*arrays).as_text()
+    return Counter(re.findall(r"custom_call @(jax_deepep_\w+)", text))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere start and done are two calls")
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+def test_as_many_ops_as_whole_ones(remat: bool) -> None:
+    """A start that is recomputed for its token alone is no op."""
+    comm = communicator("native")
+    whole_calls, calls = (
+        calls_of(gradients_of(layer, comm, LAYER, remat=remat), *operands_of("native"))
+        for layer in (whole, in_parts)
+    )
+    assert calls == whole_calls

@@ -70,6 +70,47 @@ def test_ops_and_their_gradients(comm: ep.Communicator, layout: str) -> None:
     assert (f"tensor<{result}xi32>" in text) == needed
 
 
+@pytest.mark.parametrize("comm", ["throughput", "low_latency"], indirect=True)
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+def test_ops_in_two_parts(comm: ep.Communicator, remat: bool) -> None:
+    """Every start has its done, with the same number in the program and its results in the same memory."""
+
+    def body(x, topk_idx, topk_weights):
+        sent = ep.dispatch_start(x, topk_idx, topk_weights, comm=comm)
+        shared = sent.meanwhile(jnp.tanh, x)
+        dispatched, handle = ep.dispatch_done(sent)
+        returned = ep.combine_start(jnp.tanh(dispatched.tokens), handle, bias=shared)
+        beside = returned.meanwhile(jnp.sin, shared)
+        return ep.combine_done(returned) + beside
+
+    def loss(*operands):
+        layer = jax.checkpoint(body) if remat else body
+        out = jax.shard_map(layer, mesh=comm.mesh, in_specs=EXPERT, out_specs=EXPERT)(*operands)
+        return jnp.sum(out**2)
+
+    tokens = comm.mesh.size * 16
+    x = global_array(comm, (tokens, 128), jnp.bfloat16)
+    topk = [global_array(comm, (tokens, 4), dtype) for dtype in (jnp.int32, jnp.float32)]
+    calls, text = calls_of(jax.grad(loss, argnums=(0, 2)), x, *topk)
+    suffix = "_uncaptured" if comm.mode == "throughput" else ""
+    dispatches = 2 if remat else 1
+    expected = {"dispatch": dispatches, "cached_dispatch": 1, "combine": 2}  # their gradients as well
+    assert calls == {f"jax_deepep_{verb}{suffix}": 2 * count for verb, count in expected.items()}
+    sites = []
+    for line in text.splitlines():
+        if found := re.search(r"custom_call @jax_deepep_(\w+)\(.*site = dense<\[(.*?)\]>", line):
+            verb, site = found.groups()
+            sites.append((verb, [int(word) for word in site.split(",")], "output_operand_alias<" in line))
+    names = {code: name for name, code in native_module.numbers().parts.items()}
+    numbers = {
+        part: sorted((verb, site[2]) for verb, site, _ in sites if names[site[5]] == part)
+        for part in ("start", "done")
+    }
+    assert numbers["start"] == numbers["done"]
+    assert len(numbers["start"]) == sum(expected.values())
+    assert all(aliases == (names[site[5]] == "done") for _, site, aliases in sites)
+
+
 def test_independent_ops_run_in_the_order_in_which_they_are_lowered(comm: ep.Communicator) -> None:
     def body(x, y, topk_idx, topk_weights):
         (a, _), (b, _) = (ep.dispatch(rows, topk_idx, topk_weights, comm=comm) for rows in (x, y))

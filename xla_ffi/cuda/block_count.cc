@@ -49,9 +49,11 @@ int MostBlocks(int num_sms, int num_ranks_on_gpu) {
   return std::clamp((num_sms - 2) / std::max(1, num_ranks_on_gpu), 1, kMaxBlocks);
 }
 
-int MostInFlight(int most) { return std::max(1, std::min(kBlocksForLink, most * 3 / 16)); }
+int MostWhole(int most, bool beside_op_in_flight) {
+  return std::max(1, beside_op_in_flight ? most / 2 : most * 3 / 4);
+}
 
-int MostBeside(int most) { return std::max(1, most / 2); }
+int MostInFlight(int most) { return std::max(1, std::min(kBlocksForLink, most * 3 / 16)); }
 
 int BlocksFor(const OpBytes& bytes, int most) {
   const int64_t worth = std::max(bytes.local, bytes.link) / kBytesPerBlock + 1;

@@ -30,11 +30,13 @@ OpBytes BytesOf(const GroupShape& shape, const Params& params) {
 // must run at once, one per SM. Two SMs stay free for kernels that a late rank must run first.
 int MostBlocks(int num_sms, int num_ranks_on_gpu);
 
-// Of a rank that may have `most`, the most blocks of an op in flight in throughput mode, and of an
-// op beside one: together with another in flight and XLA's collectives, all have an SM. With a
-// third of the SMs, ops still run at more than 0.9 of the link's rate.
-int MostInFlight(int most);
-int MostBeside(int most);
+// What an op may take by default of a rank's blocks, if others need SMs as well: every kernel that
+// waits for peers must find room for all of its blocks beside the others, or ranks could hold the
+// SMs that each other's kernels need. There are at most two ops, an op in flight or a whole one,
+// and up to a quarter of the SMs is for XLA's collectives (NCCL).
+// tests/unit/protocol_overlap.py searches for such deadlocks.
+int MostWhole(int most, bool beside_op_in_flight);
+int MostInFlight(int most);  // in throughput mode; enough to saturate the link
 
 // The blocks of an op, at most `most`.
 int BlocksFor(const OpBytes& bytes, int most);

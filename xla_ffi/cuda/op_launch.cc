@@ -112,10 +112,11 @@ std::string CudaCommunicator::CopyOperandsToPool(const LocalRank& rank,
 
 int CudaCommunicator::NumBlocks(const LocalRank& rank, const KernelSet& kernels,
                                 const OpBytes& bytes, const OpLaunch& launch) const {
-  int most = rank.most_blocks;
-  if (requested_sms_ > 0) return most;
-  if (launch.part != Part::kWhole && kernels.reads_peers) most = MostInFlight(most);
-  if (rank.in_flight[1 - launch.channel]) most = std::min(most, MostBeside(rank.most_blocks));
+  if (requested_sms_ > 0) return rank.most_blocks;
+  const bool on_own_stream = launch.part != Part::kWhole && kernels.reads_peers;
+  const bool beside_op_in_flight = rank.in_flight[1 - launch.channel];
+  const int most = on_own_stream ? MostInFlight(rank.most_blocks)
+                                 : MostWhole(rank.most_blocks, beside_op_in_flight);
   return kernels.num_blocks(bytes, most);
 }
 
