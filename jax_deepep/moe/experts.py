@@ -72,12 +72,12 @@ def routed_experts(
     return times(hidden.astype(rows.dtype), "wo", "moe_expert_out")
 
 
-def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array | None:
-    """Return the output of the shared experts, which apply to every token, [T, H]; None without any."""
+def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array:
+    """Return the output of the shared experts, which apply to every token, [T, H]."""
     own = {
         name.removeprefix("shared_"): value for name, value in weights.items() if name.startswith("shared")
     }
-    return _network(activation, x, own) if own else None
+    return _network(activation, x, own)
 
 
 def _network(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:

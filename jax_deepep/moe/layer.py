@@ -32,6 +32,7 @@ from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
 from jax_deepep.ops.combine import combine
 from jax_deepep.ops.dispatch import dispatch
 from jax_deepep.ops.handle import ExpertMajor
+from jax_deepep.ops.overlap import dispatch_done, dispatch_start
 
 Parameters = Mapping[str, jax.Array]
 Router = Callable[[jax.Array], jax.Array | tuple[jax.Array, jax.Array]]
@@ -334,15 +335,21 @@ def _chunk(
     x, topk_weights = (jax_compat.as_varying(value, all_axes) for value in (x, routing.topk_weights))
     x = x.astype(call.dtype)
     weights = {name: value.astype(call.dtype) for name, value in parameters.items() if name not in ROUTER}
-    dispatched, handle = dispatch(
-        x,
-        topk_idx,
-        topk_weights,
-        comm=config.comm,
-        capacity=capacity,
-        expert_capacity=config.expert_capacity,
-        alignment=alignment,
-    )
+    options = {
+        "comm": config.comm,
+        "capacity": capacity,
+        "expert_capacity": config.expert_capacity,
+        "alignment": alignment,
+    }
+    if config.shared_intermediate_size:
+        # Their gradients, likewise, are computed while the gradient of dispatch is in flight.
+        shared = functools.partial(shared_experts, activation=config.activation)
+        sent = dispatch_start(x, topk_idx, topk_weights, **options)
+        bias = sent.meanwhile(shared, x, weights)
+        dispatched, handle = dispatch_done(sent)
+    else:
+        bias = None
+        dispatched, handle = dispatch(x, topk_idx, topk_weights, **options)
     assert isinstance(dispatched, ExpertMajor)
     y = routed_experts(
         dispatched.tokens,
@@ -352,7 +359,6 @@ def _chunk(
         choice=config.experts_by,
         alignment=alignment,
     )
-    bias = shared_experts(x, weights, activation=config.activation)
     out = combine(y, handle, comm=config.comm, bias=bias)
     if given.mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(given.mask[:, None], out, jnp.zeros((), out.dtype))

@@ -301,3 +301,36 @@ def test_as_many_ops_as_whole_ones(remat: bool) -> None:
         for layer in (whole, in_parts)
     )
     assert calls == whole_calls
+
+
+@pytest.mark.collectives
+@pytest.mark.parametrize("implementation", [native, LOW_LATENCY])
+def test_beside_collectives_of_xla(implementation: str) -> None:
+    """Both need peers and, on GPUs, SMs."""
+    comm = communicator(implementation)
+    axis, size = LAYER.axis_name, comm.size
+
+    def program(exchanged: bool, x, topk_weights, bias, topk_idx, g):
+        layer = in_parts if exchanged else whole
+
+        def body(x, _):
+            first = ep.dispatch_start(x, topk_idx, topk_weights, comm=comm) if exchanged else None
+            total = lax.psum(jnp.max(jnp.abs(x)), axis)
+            blocks = lax.all_to_all(jnp.stack([x] * size), axis, 0, 0)
+            if first is None:
+                dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm)
+            else:
+                dispatched, handle = ep.dispatch_done(first)
+            out, beside = layer(comm, LAYER, x, topk_weights, bias, topk_idx)
+            back = ep.combine(experts(dispatched), handle)
+            return jnp.maximum(out, back), (total, jnp.max(blocks, axis=0), beside)
+
+        return lax.scan(body, x, None, length=5)
+
+    results = [
+        run_per_device(
+            functools.partial(program, exchanged), LAYER.mesh, LAYER.axis_name, *operands_of(implementation)
+        )
+        for exchanged in (False, True)
+    ]
+    jax.tree.map(assert_same_bits, *results)

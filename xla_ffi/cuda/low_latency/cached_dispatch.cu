@@ -36,8 +36,7 @@ __device__ void PushRows(const LowLatencyCachedDispatch& op, SignalledOp& group)
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;
     const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
-    group.PushRow<kWhole>(row, token, part, rank, sent);
-    group.SetAllRanks(&sent->to);
+    group.PushRow<kWhole>(row, token, part, rank, /*to_all=*/true, sent);
   });
 }
 

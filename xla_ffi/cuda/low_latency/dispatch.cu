@@ -119,8 +119,7 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
     const bool has_own = __any_sync(~0u, pushed.rank == self);
     if (lane == 0 && pushed.part == 0 && has_own) group.CountPushed(self);
     const int32_t peer = pushed.rank == self ? kNone : pushed.rank;
-    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, peer, sent);
-    group.SetRanks(&sent->to, peer);
+    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, peer, /*to_all=*/false, sent);
   });
 }
 

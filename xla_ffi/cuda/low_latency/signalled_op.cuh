@@ -204,36 +204,36 @@ class SignalledOp : public RankOp {
     return packet.tag == Tag();
   }
 
-  // Push a part of the row of a token to the ranks of all lanes. `sent` lacks whom to signal.
+  // Push a part of the row of a token to the ranks of all lanes. They get its signals, or all do.
   template <bool kWhole>
   __device__ __forceinline__ void PushRow(LoadedPart<kWhole>& from, int token, int part,
-                                          int32_t rank, Sent* sent) const {
+                                          int32_t rank, bool to_all, Sent* sent) const {
+    const int lane = threadIdx.x % 32;
     const int64_t offset = SlotOffset(frame_.rank, token);
-    if (__any_sync(~0u, rank != kNone)) {
-      from.CopyTo([&](auto store) {
-        for (int base = 0; base < num_ranks(); base += 32) {
-          ForBits(RanksOfLanes(rank, base),
-                  [&](int bit) { store(SlotAt(base + bit, offset).row()); });
-        }
-      });
-    }
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0) {
       sent->offset = offset;
       sent->part = part;
     }
-    SetRanks(&sent->has_row, rank);
+    for (int base = 0; base < num_ranks(); base += 32) {
+      const uint32_t ranks = RanksOfLanes(rank, base);
+      if (ranks != 0) {
+        if (base > 0) from.Load();  // the first chunk may be another by now
+        from.CopyTo(
+            [&](auto store) { ForBits(ranks, [&](int i) { store(SlotAt(base + i, offset).row()); }); });
+      }
+      if (lane == 0) {
+        sent->has_row.words[base / 32] = ranks;
+        sent->to.words[base / 32] = to_all ? ~0u : ranks;
+      }
+    }
   }
 
-  // Set the ranks of all lanes, each of which may be kNone, or all ranks.
+  // Set the ranks of all lanes, each of which may be kNone.
   __device__ void SetRanks(RankSet* ranks, int32_t rank) const {
     for (int base = 0; base < num_ranks(); base += 32) {
       const uint32_t bits = RanksOfLanes(rank, base);
       if (threadIdx.x % 32 == 0) ranks->words[base / 32] = bits;
     }
-  }
-  __device__ void SetAllRanks(RankSet* ranks) const {
-    const int lane = threadIdx.x % 32;
-    if (lane < kMaxRanks / 32) ranks->words[lane] = ~0u;
   }
 
   // Count a row that this rank has pushed, where PushItems does not, or received. By one lane.
