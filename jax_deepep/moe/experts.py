@@ -1,6 +1,6 @@
 """The experts' networks, on expert-major rows and on all tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.blocks import apply_to_blocks
-from jax_deepep.moe.grouped_matmul import grouped_matmul
+from jax_deepep.moe.grouped_matmul import GroupedMatmul, grouped_matmul
 
 Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
+
+HIDDEN = "moe_hidden"  # the name of products with wi_0 and wi_1 in policies of jax.checkpoint
 
 
 def check_activation(activation: Any) -> None:
@@ -57,19 +59,34 @@ def routed_experts(
     Returns:
         [C, H]; arbitrary after the last group.
     """
-    weights = {name: weights[name] for name in ("wi_0", "wi_1", "wo") if name in weights}
     if choice == "blocks":
+        weights = {name: weights[name] for name in ("wi_0", "wi_1", "wo") if name in weights}
         return apply_to_blocks(partial(_network, activation), alignment, rows, weights, group_sizes)
-
     multiply = grouped_matmul(choice, alignment)
+    products = [
+        checkpoint_name(multiply(rows, matrix, group_sizes), HIDDEN) for matrix in input_matrices(weights)
+    ]
+    return after_products(products, group_sizes, weights["wo"], activation=activation, multiply=multiply)
 
-    def times(rows: jax.Array, name: str, kept_as: str) -> jax.Array:
-        return checkpoint_name(multiply(rows, weights[name], group_sizes), kept_as)
 
-    hidden = activation(times(rows, "wi_0", "moe_hidden"))
-    if "wi_1" in weights:
-        hidden *= times(rows, "wi_1", "moe_hidden")
-    return times(hidden.astype(rows.dtype), "wo", "moe_expert_out")
+def input_matrices(weights: Weights) -> list[jax.Array]:
+    """Return `wi_0` and, where there is one, `wi_1`."""
+    return [weights[name] for name in ("wi_0", "wi_1") if name in weights]
+
+
+def after_products(
+    products: Sequence[jax.Array],
+    group_sizes: jax.Array,
+    wo: jax.Array,
+    *,
+    activation: Activation,
+    multiply: GroupedMatmul,
+) -> jax.Array:
+    """Do the rest of `routed_experts`, without blocks, from products with `input_matrices`, [C, F] each."""
+    hidden = activation(products[0])
+    for product in products[1:]:
+        hidden *= product
+    return checkpoint_name(multiply(hidden.astype(products[0].dtype), wo, group_sizes), "moe_expert_out")
 
 
 def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array:

@@ -26,13 +26,10 @@ from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.deprecation import renamed_arguments
 from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.experts import routed_experts, shared_experts
 from jax_deepep.moe.fair_drops import omit_excess
+from jax_deepep.moe.overlapped import dispatch_to_experts
 from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
 from jax_deepep.ops.combine import combine
-from jax_deepep.ops.dispatch import dispatch
-from jax_deepep.ops.handle import ExpertMajor
-from jax_deepep.ops.overlap import dispatch_done, dispatch_start
 
 Parameters = Mapping[str, jax.Array]
 Router = Callable[[jax.Array], jax.Array | tuple[jax.Array, jax.Array]]
@@ -336,29 +333,12 @@ def _chunk(
     x = x.astype(call.dtype)
     weights = {name: value.astype(call.dtype) for name, value in parameters.items() if name not in ROUTER}
     options = {
-        "comm": config.comm,
+        "layout": "expert",
         "capacity": capacity,
         "expert_capacity": config.expert_capacity,
         "alignment": alignment,
     }
-    if config.shared_intermediate_size:
-        # Their gradients, likewise, are computed while the gradient of dispatch is in flight.
-        shared = functools.partial(shared_experts, activation=config.activation)
-        sent = dispatch_start(x, topk_idx, topk_weights, **options)
-        bias = sent.meanwhile(shared, x, weights)
-        dispatched, handle = dispatch_done(sent)
-    else:
-        bias = None
-        dispatched, handle = dispatch(x, topk_idx, topk_weights, **options)
-    assert isinstance(dispatched, ExpertMajor)
-    y = routed_experts(
-        dispatched.tokens,
-        dispatched.group_sizes,
-        weights,
-        activation=config.activation,
-        choice=config.experts_by,
-        alignment=alignment,
-    )
+    y, handle, bias = dispatch_to_experts(config, weights, x, topk_idx, topk_weights, options)
     out = combine(y, handle, comm=config.comm, bias=bias)
     if given.mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(given.mask[:, None], out, jnp.zeros((), out.dtype))

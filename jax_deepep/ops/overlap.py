@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep import jax_compat
@@ -53,7 +52,7 @@ class InFlight(Generic[Result]):
         self._is_pair = implementation_of(shape, known_routes=known_routes) is native
         if self._is_pair:
             self._channel = self._take_channel()
-            self._flight = pairs.start(verb, shape, self._channel, operands)
+            self._flight = pairs.start(verb, shape, pairs.Way(self._channel), operands)
             self._pending.add(self)
         else:
             self._outputs = run(shape, *operands)
@@ -88,9 +87,9 @@ class InFlight(Generic[Result]):
         self._check_usable("meanwhile")
         if self._flight is None:
             return function(*operands)
-        token, operands = _order(self._flight.token, operands)
+        token, operands = pairs.order(self._flight.token, operands)
         results = function(*operands)
-        token, results = _order(token, results)
+        token, results = pairs.order(token, results)
         self._flight = self._flight._replace(token=token)
         return results
 
@@ -102,7 +101,7 @@ class InFlight(Generic[Result]):
         self._is_done = True
         self._pending.discard(self)
         if self._flight is not None:
-            self._outputs = pairs.done(self._verb, self._shape, self._channel, self._flight)
+            self._outputs = pairs.done(self._verb, self._shape, pairs.Way(self._channel), self._flight)
             self._flight = None
         outputs, self._outputs = self._outputs, None
         return self._finish(outputs)
@@ -118,21 +117,6 @@ class InFlight(Generic[Result]):
 
     def __repr__(self) -> str:
         return f"InFlight({self._op}, {'ended' if self._is_done else 'in flight'})"
-
-
-def _order(token: jax.Array, values: Any) -> tuple[jax.Array, Any]:
-    """Return the same values, which depend on the token, and a token that depends on them."""
-    leaves, structure = jax.tree.flatten(values)
-    axes = jax_compat.varying_axes(token)
-    ordered = [
-        i
-        for i, leaf in enumerate(leaves)
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jax_compat.varying_axes(leaf) == axes
-    ]
-    token, *together = lax.optimization_barrier((token, *(leaves[i] for i in ordered)))
-    for i, leaf in zip(ordered, together, strict=True):
-        leaves[i] = leaf
-    return token, jax.tree.unflatten(structure, leaves)
 
 
 def _after(x: jax.Array, after: Any) -> jax.Array:
@@ -219,7 +203,8 @@ def dispatch_done(in_flight: InFlight[tuple[Any, Handle[Any]]]) -> tuple[Any, Ha
     Raises:
         ValueError, TypeError: it has ended, is from another function, or not from `dispatch_start`.
     """
-    return _checked(in_flight, "dispatch").done("dispatch")
+    dispatched: tuple[Any, Handle[Any]] = _checked(in_flight, "dispatch").done("dispatch")
+    return dispatched
 
 
 def combine_start(
@@ -264,7 +249,8 @@ def combine_done(in_flight: InFlight[jax.Array]) -> jax.Array:
     Raises:
         ValueError, TypeError: it has ended, is from another function, or not from `combine_start`.
     """
-    return _checked(in_flight, "combine").done("combine")
+    out: jax.Array = _checked(in_flight, "combine").done("combine")
+    return out
 
 
 def _checked(in_flight: Any, op: str) -> InFlight[Any]:

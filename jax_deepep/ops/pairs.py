@@ -24,8 +24,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_deepep import jax_compat
 from jax_deepep.ops import native
 from jax_deepep.ops.autodiff import DISPATCHED, received_gradients
+from jax_deepep.ops.custom_call import Call
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
-from jax_deepep.ops.native import Call
 
 
 class Flight(NamedTuple):
@@ -88,7 +88,7 @@ class _Transposed:
         )
         return cls(types[0], tuple(types[1]))
 
-    def types(self) -> list[jax.ShapeDtypeStruct]:
+    def types(self) -> list[Any]:
         return [*self.call.operands, *self.results]
 
 
@@ -100,12 +100,42 @@ def _as_type(value: jax.Array, dtype: Any) -> jax.Array:
     return value if value.dtype == dtype else lax.bitcast_convert_type(value, dtype)
 
 
+def order(token: jax.Array, values: Any) -> tuple[jax.Array, Any]:
+    """Return the values, which depend on the token, and a token that depends on them; cotangents likewise.
+
+    Only floats that vary over the devices as the token does have this dependence.
+    """
+    leaves, structure = jax.tree.flatten(values)
+    axes = jax_compat.varying_axes(token)
+    ordered = [
+        i
+        for i, leaf in enumerate(leaves)
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and jax_compat.varying_axes(leaf) == axes
+    ]
+    token, *together = lax.optimization_barrier((token, *(leaves[i] for i in ordered)))
+    for i, leaf in zip(ordered, together, strict=True):
+        leaves[i] = leaf
+    return token, jax.tree.unflatten(structure, leaves)
+
+
+class Way(NamedTuple):
+    """Static: on which channel a pair runs, and whether forward too; otherwise, start does all of the op."""
+
+    channel: int
+    forward: bool = True
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def start(verb: Verb, shape: RouteShape, channel: int, operands: Any) -> Flight:
+def start(verb: Verb, shape: RouteShape, way: Way, operands: Any) -> Flight:
     """Begin an op."""
     call = verb.call(shape, *operands)
-    results, token = call.start(channel)
-    axes = jax_compat.varying_axes(token)
+    if way.forward:
+        results, token = call.start(way.channel)
+        axes = jax_compat.varying_axes(token)
+    else:
+        results = call.run()
+        axes = jax_compat.varying_axes(results[0])
+        token = jax_compat.as_varying(jnp.zeros((), jnp.float32), axes)
     transposed = [
         jax_compat.as_varying(jnp.zeros(of.shape, _float_type(of.dtype)), axes)
         for of in _Transposed.of(verb, shape, operands).types()
@@ -113,19 +143,19 @@ def start(verb: Verb, shape: RouteShape, channel: int, operands: Any) -> Flight:
     return Flight(call, results, operands, transposed, token)
 
 
-def _start_forward(verb: Verb, shape: RouteShape, channel: int, operands: Any) -> tuple[Flight, _Transposed]:
-    return start(verb, shape, channel, operands), _Transposed.of(verb, shape, operands)
+def _start_forward(verb: Verb, shape: RouteShape, way: Way, operands: Any) -> tuple[Flight, _Transposed]:
+    return start(verb, shape, way, operands), _Transposed.of(verb, shape, operands)
 
 
 def _start_backward(
-    verb: Verb, shape: RouteShape, channel: int, transposed: _Transposed, flight: Flight
+    verb: Verb, shape: RouteShape, way: Way, transposed: _Transposed, flight: Flight
 ) -> tuple[Any]:
     arrays = [
         _as_type(value, of.dtype) for value, of in zip(flight.transposed, transposed.types(), strict=True)
     ]
     num_operands = len(transposed.call.operands)
     call = dataclasses.replace(transposed.call, operands=tuple(arrays[:num_operands]))
-    results = call.done(channel, arrays[num_operands:], flight.token)
+    results = call.done(way.channel, arrays[num_operands:], flight.token)
     return (verb.gradients(flight.operands, call.operands, results),)
 
 
@@ -133,32 +163,40 @@ start.defvjp(_start_forward, _start_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def done(verb: Verb, shape: RouteShape, channel: int, flight: Flight) -> Any:
+def done(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> Any:
     """End an op and return its outputs."""
-    results = flight.call.done(channel, flight.results, flight.token)
+    results = flight.results
+    if way.forward:
+        results = flight.call.done(way.channel, results, flight.token)
     return verb.outputs(shape, flight.operands, results)
 
 
-def _done_forward(verb: Verb, shape: RouteShape, channel: int, flight: Flight) -> tuple[Any, Any]:
-    outputs = done(verb, shape, channel, flight)
+def done_forward(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> tuple[Any, Any]:
+    """Return the outputs, and what `start_transposed` needs."""
+    outputs = done(verb, shape, way, flight)
     if verb.name is not None:
         outputs = checkpoint_name(outputs, verb.name)
     return outputs, verb.saved(flight.operands, outputs)
 
 
-def _done_backward(verb: Verb, shape: RouteShape, channel: int, saved: Any, cotangents: Any) -> tuple[Flight]:
+def _done_backward(verb: Verb, shape: RouteShape, way: Way, saved: Any, cotangents: Any) -> tuple[Flight]:
+    return (start_transposed(verb, shape, way, saved, cotangents),)
+
+
+def start_transposed(verb: Verb, shape: RouteShape, way: Way, saved: Any, cotangents: Any) -> Flight:
+    """Begin the transposed op; return the cotangent of the flight."""
     call = verb.transpose(shape, saved, cotangents)
-    results, token = call.start(channel)
+    results, token = call.start(way.channel)
     axes = jax_compat.varying_axes(token)
     arrays = [
         jax_compat.as_varying(_as_type(value, _float_type(value.dtype)), axes)
         for value in (*call.operands, *results)
     ]
     zero: Any = None
-    return (Flight(zero, zero, zero, arrays, token),)
+    return Flight(zero, zero, zero, arrays, token)
 
 
-done.defvjp(_done_forward, _done_backward)
+done.defvjp(done_forward, _done_backward)
 
 
 def _transpose_dispatch(shape: RouteShape, routes: Routes, outputs: tuple[Any, Handle[Any]]) -> Call:

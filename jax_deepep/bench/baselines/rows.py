@@ -17,8 +17,8 @@ from jax_deepep.bench.op_cases import Dispatched
 from jax_deepep.bench.problem import AXIS, Inputs, per_device
 from jax_deepep.bench.trials import Case, after_start
 from jax_deepep.communicator import native_module
+from jax_deepep.ops.custom_call import Site, site_attribute
 from jax_deepep.ops.handle import Routes, RouteShape
-from jax_deepep.ops.native import Site, site_attribute
 
 # Warps, and rows in flight per warp through shared memory; 0: 16-byte loads and stores.
 GATHERS = ((16, 0), (16, 1), (8, 2), (6, 2), (5, 3), (4, 4), (3, 4))

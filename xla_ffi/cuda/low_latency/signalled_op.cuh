@@ -127,6 +127,17 @@ class SignalledOp : public RankOp {
   __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
       : RankOp(frame, &shared->of_rank), signalled_(signalled), sent_(shared->sent) {}
 
+  // As in RankOp.
+  __device__ bool Begin() {
+    Enter();
+    return Entered();
+  }
+  __device__ bool Entered() {
+    const bool entered = RankOp::Entered();
+    bank_offset_ = signalled_.window.BankOffset(frame_.channel, step());
+    return entered;
+  }
+
   // Which halves of the op this kernel does.
   __device__ bool sends() const { return frame_.part != Part::kDone; }
   __device__ bool receives() const { return frame_.part != Part::kStart; }
@@ -153,7 +164,7 @@ class SignalledOp : public RankOp {
   }
   // The same slot on any owner.
   __device__ int64_t SlotOffset(int source, int token) const {
-    return signalled_.window.SlotOffset(frame_.channel, step(), source, token);
+    return bank_offset_ + signalled_.window.SlotOffset(source, token);
   }
   __device__ Slot SlotAt(int owner, int64_t offset) const {
     return {reinterpret_cast<char*>(frame_.control[owner]) + offset, signalled_.window.row_offset};
@@ -218,8 +229,9 @@ class SignalledOp : public RankOp {
       const uint32_t ranks = RanksOfLanes(rank, base);
       if (ranks != 0) {
         if (base > 0) from.Load();  // the first chunk may be another by now
-        from.CopyTo(
-            [&](auto store) { ForBits(ranks, [&](int i) { store(SlotAt(base + i, offset).row()); }); });
+        from.CopyTo([&](auto store) {
+          ForBits(ranks, [&](int i) { store(SlotAt(base + i, offset).row()); });
+        });
       }
       if (lane == 0) {
         sent->has_row.words[base / 32] = ranks;
@@ -351,6 +363,7 @@ class SignalledOp : public RankOp {
 
   const SignalledFrame& signalled_;
   Sent* sent_;
+  int64_t bank_offset_ = 0;  // of this op
 };
 
 static_assert(sizeof(SignalledOp::Shared) <= kStaticSharedBytes);

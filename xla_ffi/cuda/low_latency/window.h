@@ -60,10 +60,13 @@ struct WindowLayout {
   int64_t bytes() const { return int64_t{2} * kNumChannels * num_ranks * num_slots * slot_bytes; }
 
   // From the beginning of the control block of the rank whose window it is.
-  JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(int32_t channel, uint64_t step, int32_t source,
-                                            int32_t token) const {
+  JAX_DEEPEP_HOST_DEVICE int64_t BankOffset(int32_t channel, uint64_t step) const {
     const int64_t bank = 2 * channel + static_cast<int64_t>(step % 2);
-    return offset + ((bank * num_ranks + source) * num_slots + token) * slot_bytes;
+    return offset + bank * num_ranks * num_slots * slot_bytes;
+  }
+  // From the beginning of the bank.
+  JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(int32_t source, int32_t token) const {
+    return int64_t{source * num_slots + token} * slot_bytes;
   }
 
  private:
