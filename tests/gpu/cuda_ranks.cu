@@ -68,8 +68,8 @@ void CheckLargest() {
            MakeProblem("64 ranks", 64, 2048, 8, 40, 128, RowType::kBFloat16, kExpert, 4),
            MakeProblem("64 ranks, 32 choices", 64, 64, 32, 20, 72, RowType::kFloat32, kExpert),
            MakeProblem("64 ranks, by token", 64, 128, 32, 20, 128, RowType::kFloat16, kToken),
-           MakeProblem("128 ranks", 128, 256, 16, 12, 64, RowType::kBFloat16, kExpert),
-           MakeProblem("100 ranks, by token", 100, 200, 32, 6, 72, RowType::kFloat32, kToken),
+           MakeProblem("72 ranks", 72, 144, 16, 12, 64, RowType::kBFloat16, kExpert),
+           MakeProblem("70 ranks, by token", 70, 140, 32, 6, 72, RowType::kFloat32, kToken),
            MakeProblem("33 ranks, odd rows", 33, 66, 9, 15, 37, RowType::kBFloat16, kExpert),
        }) {
     for (const bool low_latency : {false, true}) CheckProblem(problem, 1, 2, low_latency);
@@ -207,7 +207,7 @@ int main(int argc, char** argv) {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {
           CheckFaults(3, 2, late, low_latency);
-          CheckFaults(kOnGpu ? 100 : 8, 1, late, low_latency);
+          CheckFaults(kOnGpu ? 70 : 8, 1, late, low_latency);
         }
       }
       if (kOnGpu) CheckNoRoom();

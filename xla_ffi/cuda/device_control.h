@@ -15,7 +15,7 @@
 
 namespace jax_deepep {
 
-inline constexpr int kMaxRanks = 128;   // of one EP group
+inline constexpr int kMaxRanks = 72;    // of one EP group: the largest NVLink domain
 inline constexpr int kNumChannels = 2;  // ops of a communicator that may run at once
 inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp each
 inline constexpr int kMaxBlocks = 256;  // of one op
@@ -37,7 +37,8 @@ enum class Failure : uint32_t {
 
 // Ranks of an EP group, a bit each. Warps find 32 at a time.
 struct RankSet {
-  uint32_t words[kMaxRanks / 32];
+  static constexpr int kWords = (kMaxRanks + 31) / 32;
+  uint32_t words[kWords];
 
   JAX_DEEPEP_HOST_DEVICE bool Has(int rank) const {
     return (words[rank / 32] >> rank % 32 & 1) != 0;

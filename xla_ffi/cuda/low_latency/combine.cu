@@ -93,8 +93,8 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
       sent->offset = offset;
       sent->part = part;
     }
-    group.SetRanks(&sent->to, owner);
-    group.SetRanks(&sent->has_row, live != 0 ? owner : kNone);
+    group.SetRank(&sent->to, owner);
+    group.SetRank(&sent->has_row, live != 0 ? owner : kNone);
   });
 }
 

@@ -185,7 +185,7 @@ class SignalledOp : public RankOp {
       if (item < num_items) {
         push(item, &sent);
       } else {
-        SetRanks(&sent.to, kNone);
+        SetRank(&sent.to, kNone);
       }
       __syncthreads();
       for (int i = threadIdx.x; i < kWarps * num_ranks(); i += kThreads) {
@@ -240,12 +240,11 @@ class SignalledOp : public RankOp {
     }
   }
 
-  // Set the ranks of all lanes, each of which may be kNone.
-  __device__ void SetRanks(RankSet* ranks, int32_t rank) const {
-    for (int base = 0; base < num_ranks(); base += 32) {
-      const uint32_t bits = RanksOfLanes(rank, base);
-      if (threadIdx.x % 32 == 0) ranks->words[base / 32] = bits;
-    }
+  // Set to one rank, which may be kNone.
+  __device__ static void SetRank(RankSet* ranks, int32_t rank) {
+    const int lane = threadIdx.x % 32;
+    if (lane < RankSet::kWords)
+      ranks->words[lane] = rank / 32 == lane && rank >= 0 ? 1u << rank % 32 : 0u;
   }
 
   // Count a row that this rank has pushed, where PushItems does not, or received. By one lane.
@@ -341,7 +340,7 @@ class SignalledOp : public RankOp {
       return false;
     }
     RankSet missing;
-    for (int i = 0; i < kMaxRanks / 32; ++i) missing.words[i] = RanksOfLanes(source, 32 * i);
+    for (int i = 0; i < RankSet::kWords; ++i) missing.words[i] = RanksOfLanes(source, 32 * i);
     if (lane == 0) Fail(Failure::kNotArrived, missing);
     return false;
   }
