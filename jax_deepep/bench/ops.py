@@ -203,7 +203,9 @@ def _chain_result(
     baselines: dict[str, Spread],
 ) -> Result:
     lengths = options.chain or ([8, 48] if stopwatch.on_gpus else [1, 3])
-    timers = {str(length): stopwatch.host(chain(ops.shape, inputs, length)) for length in lengths}
+    timers = {
+        str(length): stopwatch.host(chain(ops.shape, inputs, length), flushed=False) for length in lengths
+    }
     programs = interleaved(timers, options.trials, options.limit_s)
     per_pair = Spread.of(slopes(lengths, list(programs.values())))
     values = {

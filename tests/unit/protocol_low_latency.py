@@ -20,7 +20,7 @@ words that peers write.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from protocol_failure import FAIL_STEPS, fence, find_different_op, look, wait
+from protocol_failure import FAIL_STEPS, fence, find_different_op, look, see_flag, wait
 from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
 from protocol_world import Violation, World
 
@@ -40,6 +40,8 @@ class LowLatency:
         header_first: as dispatch, see above. Ranks get rows in every other op.
         releases: what follows the rows is a release store.
         waits_for_rows: a rank waits for the signals.
+        announces_at_once: the step and the signature of an op are stored at once; otherwise the signature
+            first, in `published`, and then the step, in `arrived`, by a release store.
         looks: an op begins with a check whether the communicator is broken.
         bounded: a wait ends after timeout_s.
     """
@@ -50,6 +52,7 @@ class LowLatency:
     header_first: bool = False
     releases: bool = True
     waits_for_rows: bool = True
+    announces_at_once: bool = True
     looks: bool = True
     bounded: bool = True
 
@@ -84,10 +87,36 @@ class LowLatency:
             world.store(rank, world.at.header(op % self.num_banks, peer, rank), op, release=release)
         yield world
 
+    def announce(self, world: World, rank: int) -> Iterator[World]:
+        """By one warp: nothing orders its stores with those of others."""
+        op, warp = world.ranks[rank].op, len(world.ranks) + rank
+        for peer in world.peers(rank):
+            world.store(warp, world.at.published(peer, rank), op)
+            world.store(warp, world.at.arrived(peer, rank), op, release=True)
+        yield world
+
+    def _check_announcements(self, world: World, rank: int, op: int, headers: dict[int, int]) -> None:
+        """IsInOtherOp: here all ranks run the same ops, so that no peer may look as if it were in another.
+
+        With two words, its writer may have gone on between the loads, and what it stores in the next op may
+        be seen before its header of this one, so that another look at the header does not help.
+        """
+        if self.announces_at_once:
+            return  # a signature of this step is that of this op
+        for peer, header in headers.items():
+            warp = len(world.ranks) + peer
+            later, published = world.copy(), world.at.published(rank, peer)
+            has_arrived = see_flag(later, later.at.arrived(rank, peer), warp, op)
+            if unseen := later.unseen(warp, published):
+                later.see(warp, unseen[-1])
+            if has_arrived and later.seen[published] > op and later.seen[header] < op:
+                raise Violation("no false alarm")
+
     def wait_for_headers(self, world: World, rank: int) -> Iterator[World]:
         op = self._op_to_end(world, rank)
         bank = op % self.num_banks
         headers = {peer: world.at.header(bank, rank, peer) for peer in self._peers(world, rank, op)}
+        self._check_announcements(world, rank, op, headers)
         yield from find_different_op(world, rank, headers, op, back=FINISH)
         yield from self._wait(world, rank, headers, op, loads=not self.header_first)
 
@@ -164,18 +193,22 @@ class LowLatency:
                 raise Violation("data")
 
     def _pushes(self) -> list[Step]:
+        # Stored at once, it changes nothing that a rank decides, so that the search goes without it.
+        announcement = [] if self.announces_at_once else [Step("Announce", self.announce, LOCAL)]
         rows = [Step("Push rows", self.push_rows, LOCAL), Step("Push: IsLastBlock", fence, LOCAL)]
         if self.header_first:
             return [
                 Step("Push: StorePacket(header)", self.send_headers, LOCAL),
                 *rows,
                 Step("Push: StoreReleaseSystem(signal)", self.send_signals, LOCAL),
+                *announcement,
                 Step("WaitForHeaders", self.wait_for_headers, LOAD),
                 Step("WaitForSignals", self.wait_for_signals, LOAD),
             ]
         return [
             *rows,
             Step("Push: StoreReleaseSystem(header)", self.send_headers, LOCAL),
+            *announcement,
             Step("WaitForHeaders", self.wait_for_headers, LOAD),
         ]
 

@@ -215,6 +215,12 @@ LOW_LATENCY_MUTATIONS = [
         num_ops=2,
     ),
     Mutation(
+        "step and signature of an op are two words",
+        LowLatency(announces_at_once=False).protocol(),
+        "no false alarm",
+        num_ops=2,
+    ),
+    Mutation(
         "broken is no release store",
         LOW_LATENCY.replaced(BROKEN, partial(notify_peers, release=False)),
         "report",

@@ -73,10 +73,18 @@ inline constexpr uint64_t kInFlight = ~uint64_t{0};
 inline constexpr uint32_t kFailing = 1;
 inline constexpr uint32_t kFailed = 2;
 
+// Which op a rank has arrived at. Stored at once: a peer that has both words of one op knows that
+// the rank is in it, where one word of it and one of the next would look like another op.
+struct alignas(16) Announcement {
+  uint64_t op_hash;
+  uint64_t step;
+};
+
 // The state of the ops of a channel, of which one runs at a time on a rank. Ops of different
 // channels may run at once: they share nothing but failures.
 struct Channel {
   // Written by peers: entry s by rank s alone.
+  Announcement announced[kMaxRanks];
   uint64_t arrived[kMaxRanks];  // the last op for which the operands of s are ready
   uint64_t left[kMaxRanks];     // the last op in which s has completed its reads
   Publication published[kMaxRanks];

@@ -77,7 +77,10 @@ class GroupOp : public RankOp {
       __syncwarp();
       // Pairs with the acquire load in WaitForAll, on the peer. IsLastBlock orders the other
       // blocks' writes before it.
-      if (lane == 0) StoreReleaseSystem(&channel.arrived[frame_.rank], step());
+      if (lane == 0) {
+        StoreReleaseSystem(&channel.arrived[frame_.rank], step());
+        Announce(peer);
+      }
     }
   }
 

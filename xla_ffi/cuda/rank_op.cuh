@@ -50,7 +50,7 @@ class RankOp {
       const bool mistaken = *frame_.expected_rank != frame_.rank;
       shared_.began_ns = NanosecondClock();
       shared_.refused = active != idle && active != frame_.launch;
-      if (shared_.refused && !lost) Fail(Failure::kTwoAtOnce);
+      if (shared_.refused) Fail(Failure::kTwoAtOnce);
       if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank);
       shared_.flag = !(lost || mistaken || shared_.refused);
       shared_.num_invalid = 0;
@@ -114,6 +114,18 @@ class RankOp {
     const bool flag = shared_.flag != 0;
     __syncthreads();
     return flag;
+  }
+
+  // Let a peer that waits for this rank see whether it does so in the same op.
+  __device__ void Announce(int peer) const {
+    static_assert(sizeof(Announcement) == sizeof(Packet));
+    Announcement& to = frame_.ChannelOf(peer).announced[frame_.rank];
+    StorePacket(reinterpret_cast<Packet*>(&to), {frame_.op_hash, step()});
+  }
+  // Whether a peer is in another op at this step. A peer at a later step was in this op.
+  __device__ bool IsInOtherOp(int peer) const {
+    const Packet found = LoadPacket(reinterpret_cast<const Packet*>(&channel_.announced[peer]));
+    return found.tag == step() && found.value != frame_.op_hash;
   }
 
   __device__ uint64_t WordToPublish(int index) const {

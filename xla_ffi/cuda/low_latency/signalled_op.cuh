@@ -153,8 +153,10 @@ class SignalledOp : public RankOp {
     }
     __syncwarp();
     for (int peer = lane; peer < num_ranks(); peer += 32) {
-      // Pairs with the acquire loads in WaitForAll of group_op.cuh and in HasOtherOp, on the peer.
+      // Pairs with the acquire loads in WaitForAll of group_op.cuh and in FailWithOtherOp, on the
+      // peer.
       StoreReleaseSystem(&frame_.ChannelOf(peer).arrived[frame_.rank], step());
+      RankOp::Announce(peer);
     }
   }
 
@@ -257,18 +259,15 @@ class SignalledOp : public RankOp {
   __device__ __forceinline__ bool WaitUntil(Look look) {
     constexpr int kLooksBetweenChecks = 32;  // a check takes longer than a peer's store
     constexpr int kUnknown = -2;
-    int source = kUnknown, suspect = kNone;
+    int source = kUnknown;
     uint64_t began_ns = 0;
     for (int i = 0;; ++i) {
       if (source != kNone) source = look();
       if (__all_sync(~0u, source == kNone)) return true;
       if (i == 0) began_ns = NanosecondClock();
-      // The suspect may have been in a later op: then it had sent this before.
-      Trouble trouble = source != kNone && source == suspect ? Trouble::kOtherOp : Trouble::kNone;
-      suspect = kNone;
-      if (trouble == Trouble::kNone && source != kNone &&
-          i % kLooksBetweenChecks == kLooksBetweenChecks - 1) {
-        trouble = Check(source, began_ns, &suspect);
+      Trouble trouble = Trouble::kNone;
+      if (source != kNone && i % kLooksBetweenChecks == kLooksBetweenChecks - 1) {
+        trouble = Check(source, began_ns);
       }
       if (__any_sync(~0u, trouble != Trouble::kNone)) return EndWait(source, trouble);
     }
@@ -322,11 +321,10 @@ class SignalledOp : public RankOp {
 
   enum class Trouble : int { kNone, kStopped, kLate, kOtherOp };
 
-  // Whether the wait of a lane for a rank must end; sets `suspect` if that rank has announced
-  // another op.
-  __device__ __noinline__ Trouble Check(int source, uint64_t began_ns, int* suspect) const {
+  // Whether the wait of a lane for a rank must end.
+  __device__ __noinline__ Trouble Check(int source, uint64_t began_ns) const {
     if (IsBroken()) return Trouble::kStopped;
-    if (HasOtherOp(source)) *suspect = source;
+    if (IsInOtherOp(source)) return Trouble::kOtherOp;
     return NanosecondClock() - began_ns > frame_.timeout_ns ? Trouble::kLate : Trouble::kNone;
   }
 
@@ -345,13 +343,7 @@ class SignalledOp : public RankOp {
     return false;
   }
 
-  // Whether a peer has announced another op at this step.
-  __device__ bool HasOtherOp(int peer) const {
-    if (LoadAcquireSystem(&channel_.arrived[peer]) < step()) return false;
-    return LoadAcquireSystem(&channel_.published[peer].op_hash) != frame_.op_hash;
-  }
-
-  // The peer has announced its op, or will.
+  // The peer has published its op, or will.
   __device__ void FailWithOtherOp(int peer) {
     const uint64_t began_ns = NanosecondClock();
     while (LoadAcquireSystem(&channel_.arrived[peer]) < step() &&
