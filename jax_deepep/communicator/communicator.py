@@ -216,6 +216,7 @@ class Communicator:
             ("implementation", f"{self.implementation} ({self._backend.reason})"),
             ("transport", self._backend.transport()),
             ("mode", self._describe_mode()),
+            ("in flight", self._describe_overlap()),
             ("buffers", f"{self.buffer_bytes / 2**20:.1f} MiB held between ops"),
             ("timeout", f"{self.timeout_s:g} s"),
             ("state", state),
@@ -230,6 +231,17 @@ class Communicator:
         if tokens == 0:
             return f"throughput (auto: {self.num_experts} experts are too many for low_latency)"
         return f"auto: low_latency for dispatches of up to {tokens} tokens per device, throughput for others"
+
+    def _describe_overlap(self) -> str:
+        if self.implementation == "xla":
+            return "start does all of an op"
+        if self.platform == "cpu":
+            return "ops run on threads of their own"
+        sms = "24 SMs or less" if self.num_sms is None else f"{self.num_sms} SMs"
+        throughput = f"throughput: on a stream of its own, {sms}, not captured in CUDA graphs"
+        low_latency = "low_latency: start sends, done receives, no SM in between"
+        of_mode = {"throughput": throughput, "low_latency": low_latency}
+        return of_mode.get(self.mode, f"{throughput}; {low_latency}")
 
     def stats(self) -> CommunicatorStats:
         """Return rows sent and received and time waited per peer, since the last call.
