@@ -42,7 +42,7 @@ def test_every_piece_runs_as_pasted(tmp_path: Path) -> None:
 
 
 SNIPPETS = {
-    "readme_root_0", "readme_root_1", "readme_jax_deepep_0", "readme_jax_deepep_1",
+    "readme_root_0", "readme_root_1", "readme_jax_deepep_0", "readme_jax_deepep_1", "readme_jax_deepep_2",
     "readme_moe_0", "readme_moe_1", "readme_moe_2",
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ def functions_of(name: str, folder: Path, **known: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("slots", [3, 7])
 def test_the_masked_layout(slots: int, tmp_path: Path) -> None:
     """Rows and counts of every expert, also of one without rows; nothing of padding, and no NaN; and back."""
-    recipe = functions_of("readme_jax_deepep_1", tmp_path, jax=jax, jnp=jnp, ep=ep)
+    recipe = functions_of("readme_jax_deepep_2", tmp_path, jax=jax, jnp=jnp, ep=ep)
     num_rows, alignment, capacity = np.array([3, 0, 2, 3]), 4, 16
     group_sizes = -(-num_rows // alignment) * alignment
     tokens = np.full((capacity, 2), np.nan, np.float32)
