@@ -42,19 +42,14 @@ class InFlight(Generic[Result]):
         known_routes: bool,
     ) -> None:
         self._op, self._verb, self._shape, self._finish = op, verb, shape, finish
-        self._trace, self._outputs, self._flight, self._is_done = (
-            jax_compat.current_trace(),
-            None,
-            None,
-            False,
-        )
-        # Others have one way only: start does all of the op.
-        self._is_pair = implementation_of(shape, known_routes=known_routes) is native
-        if self._is_pair:
+        self._trace, self._is_done = jax_compat.current_trace(), False
+        self._flight: pairs.Flight | None = None
+        self._outputs: Any = None  # of an op that start has done
+        if implementation_of(shape, known_routes=known_routes) is native:
             self._channel = self._take_channel()
             self._flight = pairs.start(verb, shape, pairs.Way(self._channel), operands)
             self._pending.add(self)
-        else:
+        else:  # the others cannot be parted
             self._outputs = run(shape, *operands)
 
     def _take_channel(self) -> int:

@@ -146,8 +146,8 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     assert calls["jax_deepep_dispatch"] == 1
     assert calls["jax_deepep_cached_dispatch"] == 1
     assert calls["jax_deepep_combine"] == 3  # the gradient of dispatch is in two parts
-    # Three products forward; of each, the gradients of rows and of matrices. Those of the first two are computed
-    # on either side of a start: JAX 0.10 leaves it to XLA to remove the four that nothing uses.
+    # Three products forward; of each, the gradients of rows and of matrices. Those of the first two are on
+    # either side of a start: JAX 0.10 leaves it to XLA to remove the four that nothing uses.
     assert calls["__gpu$xla.gpu.triton"] in ((9, 9 + 4) if matmul == "triton" else (0,))
 
 
