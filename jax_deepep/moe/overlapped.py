@@ -105,11 +105,17 @@ def _dispatch_to_products(
     flight = pairs.start(pairs.DISPATCH, shape, way, operands)
     beside = None
     if meanwhile is not None:
-        token, x = pairs.order(flight.token, operands[0])
-        token, beside = pairs.order(token, meanwhile(x))
-        flight = flight._replace(token=token)
+        flight, beside = pairs.compute_beside(flight, meanwhile, operands[0])
     products, handle = _done(shape, way, multiply, name, flight, tuple(matrices))
     return products, without_integer_tangents(handle), beside
+
+
+def _gradient(
+    function: Callable[[jax.Array], jax.Array], operand: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+    _, transposed = jax.vjp(function, operand)
+    gradient: jax.Array = transposed(cotangent)[0]
+    return gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
@@ -151,22 +157,18 @@ def _done_backward(
     tokens, routes, matrices = residuals
     of_products, of_handle = cotangents
 
+    # Of one operand each: the two are on either side of the start.
     def of_rows(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-        _, transposed = jax.vjp(lambda rows: multiply(rows, matrix, routes.group_sizes), tokens)
-        of_operand: jax.Array = transposed(gradient)[0]
-        return of_operand
+        return _gradient(lambda rows: multiply(rows, matrix, routes.group_sizes), tokens, gradient)
 
     def of_matrix(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-        _, transposed = jax.vjp(lambda matrix: multiply(tokens, matrix, routes.group_sizes), matrix)
-        of_operand: jax.Array = transposed(gradient)[0]
-        return of_operand
+        return _gradient(lambda matrix: multiply(tokens, matrix, routes.group_sizes), matrix, gradient)
 
-    first, *others = [of_rows(*each) for each in zip(matrices, of_products, strict=True)]
+    first, *others = map(of_rows, matrices, of_products)
     flight = pairs.start_transposed(pairs.DISPATCH, shape, way, routes, (sum(others, first), of_handle))
-    token, of_products = pairs.order(flight.token, of_products)
-    of_matrices = tuple(of_matrix(*each) for each in zip(matrices, of_products, strict=True))
-    token, of_matrices = pairs.order(token, of_matrices)
-    return flight._replace(token=token), of_matrices
+    return pairs.compute_beside(
+        flight, lambda gradients: tuple(map(of_matrix, matrices, gradients)), of_products
+    )
 
 
 _done.defvjp(_done_forward, _done_backward)

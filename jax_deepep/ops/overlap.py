@@ -82,10 +82,7 @@ class InFlight(Generic[Result]):
         self._check_usable("meanwhile")
         if self._flight is None:
             return function(*operands)
-        token, operands = pairs.order(self._flight.token, operands)
-        results = function(*operands)
-        token, results = pairs.order(token, results)
-        self._flight = self._flight._replace(token=token)
+        self._flight, results = pairs.compute_beside(self._flight, function, *operands)
         return results
 
     def done(self, op: str) -> Result:

@@ -118,6 +118,13 @@ def order(token: jax.Array, values: Any) -> tuple[jax.Array, Any]:
     return token, jax.tree.unflatten(structure, leaves)
 
 
+def compute_beside(flight: Flight, function: Callable[..., Any], *operands: Any) -> tuple[Flight, Any]:
+    """Return the flight, and `function(*operands)`, computed between its start and its done."""
+    token, operands = order(flight.token, operands)
+    token, results = order(token, function(*operands))
+    return flight._replace(token=token), results
+
+
 class Way(NamedTuple):
     """Static: on which channel a pair runs, and whether forward too; otherwise, start does all of the op."""
 
