@@ -34,6 +34,9 @@ class Config:
     experts_per_token: int = 2
     capacity_factor: float | None = 2.0  # most rows of a device, in units of its fair share; None = all
     balance: float = 0.03  # weight of the load-balance loss
+    wire: str | None = None  # the format in which dispatch sends rows; None = as they are
+    combine_wire: str | None = None  # that of combine
+    combine_gradient_wire: str | None = None  # that of combine's gradient
     context: int = 128  # bytes
     sequences_per_device: int = 4
 
@@ -59,6 +62,8 @@ class Block(nnx.Module):
         self.moe = MoE(
             config.experts, config.experts_per_token, config.hidden, config.expert_hidden, comm=comm,
             capacity_factor=config.capacity_factor, gated=False, activation=jax.nn.gelu, rngs=rngs,
+            wire=config.wire,
+            combine_wire=ep.Wire(config.combine_wire, backward=config.combine_gradient_wire),
         )  # fmt: skip
         self.heads = config.heads
 

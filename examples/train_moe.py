@@ -6,6 +6,9 @@ needs `pip install -e '.[examples]'` in a clone. Without an accelerator it split
 runs the same program as on 8 GPUs: the batch and the experts are sharded over one mesh axis, and `jax_deepep`
 sends every token to the devices of its experts and back. The model is in `moe_language_model.py`;
 `decode_moe.py` generates text with the weights that `--save` writes.
+
+With `--wire fp8` tokens cross links to their experts in blocks of float8; with `--combine-gradient-wire fp8`
+besides, so do gradients to the experts, and results return as they are: DeepSeek-V3's recipe.
 """
 
 import argparse
@@ -33,6 +36,7 @@ jax.config.update("jax_default_matmul_precision", "float32")
 
 STEPS = 250
 EVALUATE_EVERY = 25  # steps
+WIRES = ("none", "fp8", "fp8_ue8m0", "mxfp8", "nvfp4")
 REQUIRED_BELOW_UNIGRAM = 0.2
 
 
@@ -161,17 +165,26 @@ def main() -> int | str:
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     parser.add_argument("--implementation", choices=("auto", "native", "xla"), default="auto",
                         help="of dispatch and combine (default: auto, native where available)")  # fmt: skip
+    parser.add_argument("--wire", choices=WIRES, default="none",
+                        help="format in which dispatch sends rows (default: none, as they are)")  # fmt: skip
+    parser.add_argument("--combine-wire", choices=WIRES[:-1], default="none",
+                        help="that of combine (default: none)")  # fmt: skip
+    parser.add_argument("--combine-gradient-wire", choices=WIRES, default="none",
+                        help="that of combine's gradient (default: none)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("train_moe.png"), help="plot (default: %(default)s)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the weights there, for decode_moe.py")
     parser.add_argument("--compare", action="store_true", help="compare the losses of native and xla")
     options = parser.parse_args()
+    names = ("wire", "combine_wire", "combine_gradient_wire")
+    formats = {name: getattr(options, name) for name in names}
+    config = Config(**{name: None if format == "none" else format for name, format in formats.items()})
     if LAUNCHED:
         jax.distributed.initialize()
     if options.compare:
-        return compare(options.steps or 50, options.seed, Config())
+        return compare(options.steps or 50, options.seed, config)
 
     steps = options.steps or STEPS
-    history, text = train(options.implementation, steps, options.seed, Config(), save_to=options.save)
+    history, text = train(options.implementation, steps, options.seed, config, save_to=options.save)
     held_out, unigram = list(history.held_out.values())[-1], text.unigram_loss()
     below = 1 - held_out / unigram
     if jax.process_index() == 0:

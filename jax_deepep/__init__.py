@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from jax_deepep.ops.overlap import combine_start as combine_start
     from jax_deepep.ops.overlap import dispatch_done as dispatch_done
     from jax_deepep.ops.overlap import dispatch_start as dispatch_start
+    from jax_deepep.ops.wire import Wire as Wire
+    from jax_deepep.quantization.block_scaled import BlockScaled as BlockScaled
+    from jax_deepep.quantization.block_scaled import quantize as quantize
+    from jax_deepep.quantization.block_scaled import quantize_dequantize as quantize_dequantize
 
     __version__: str
 else:  # with this function, type checkers would accept any name
@@ -44,14 +48,14 @@ else:  # with this function, type checkers would accept any name
         elif name in _MODULE_OF:
             value = getattr(importlib.import_module(f"jax_deepep.{_MODULE_OF[name]}"), name)
         else:
-            later = f": {_LATER}" if name in _OF_LATER_VERSIONS else ""
-            raise AttributeError(f"module 'jax_deepep' has no attribute {name!r}{later}")
+            raise AttributeError(f"module 'jax_deepep' has no attribute {name!r}")
         globals()[name] = value
         return value
 
 
 _SUBMODULES = ("balancing", "flax", "gating", "moe")
 _MODULE_OF = {
+    "BlockScaled": "quantization.block_scaled",
     "Communicator": "communicator",
     "CommunicatorError": "errors",
     "CommunicatorStats": "communicator",
@@ -61,6 +65,7 @@ _MODULE_OF = {
     "InvalidRoutingError": "errors",
     "PeerTimeoutError": "errors",
     "TokenMajor": "ops.handle",
+    "Wire": "ops.wire",
     "combine": "ops.combine",
     "combine_done": "ops.overlap",
     "combine_start": "ops.overlap",
@@ -68,18 +73,13 @@ _MODULE_OF = {
     "dispatch_done": "ops.overlap",
     "dispatch_start": "ops.overlap",
     "group_limited_topk": "gating",
+    "quantize": "quantization.block_scaled",
+    "quantize_dequantize": "quantization.block_scaled",
 }
-
-_OF_LATER_VERSIONS = (
-    "BlockScaled",
-    "Wire",
-    "quantize",
-    "quantize_dequantize",
-)
-_LATER = "it belongs to a later version, see Limits in README.md"
 
 # Without flax, which `from jax_deepep import *` would load.
 __all__ = [
+    "BlockScaled",
     "Communicator",
     "CommunicatorError",
     "CommunicatorStats",
@@ -89,6 +89,7 @@ __all__ = [
     "InvalidRoutingError",
     "PeerTimeoutError",
     "TokenMajor",
+    "Wire",
     "balancing",
     "combine",
     "combine_done",
@@ -99,6 +100,8 @@ __all__ = [
     "gating",
     "group_limited_topk",
     "moe",
+    "quantize",
+    "quantize_dequantize",
 ]
 
 

@@ -4,6 +4,7 @@ Written from the contract alone, to be read as the specification. Arrays have a 
 axis of the R devices of the group: x [R, T, H], topk_idx [R, T, K], topk_weights [R, T, K], y [R, C, H].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -203,8 +204,18 @@ def copy_rows(routes: Routes, x: np.ndarray) -> np.ndarray:
     return tokens
 
 
-def combine(routes: Routes, y: np.ndarray, *, weighted: bool, bias: np.ndarray | None = None) -> np.ndarray:
-    """Return out [R, T, H]: every token's rows summed, in exactly this order of roundings."""
+def combine(
+    routes: Routes,
+    y: np.ndarray,
+    *,
+    weighted: bool,
+    bias: np.ndarray | None = None,
+    quantize: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """Return out [R, T, H]: every token's rows summed, in exactly this order of roundings.
+
+    `quantize` maps the float32 sum of a device for a token of another one to what arrives, float32.
+    """
     num_devices, num_tokens, num_topk = routes.topk_idx.shape
     out = np.zeros((num_devices, num_tokens, y.shape[-1]), y.dtype)
     for token in np.ndindex(num_devices, num_tokens):
@@ -222,8 +233,12 @@ def combine(routes: Routes, y: np.ndarray, *, weighted: bool, bias: np.ndarray |
                 weight = routes.topk_weights[*token, k] if weighted else np.float32(1)
                 product = weight * y[device, row].astype(np.float32)
                 part = product if part is None else part + product
-            if part is not None:
+            if part is None:
+                continue
+            if quantize is None or device == token[0]:
                 total = total + part.astype(y.dtype).astype(np.float32)
+            else:
+                total = total + quantize(part)
         out[token] = np.asarray(total).astype(y.dtype)
     return out
 

@@ -1,10 +1,10 @@
-"""The commands: python -m jax_deepep.bench [ops | moe | routing]."""
+"""The commands: python -m jax_deepep.bench [ops | moe | routing | formats]."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("ops", "moe", "routing")
+COMMANDS = ("ops", "moe", "routing", "formats")
 
 
 def main(arguments: Sequence[str]) -> int:

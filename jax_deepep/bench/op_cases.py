@@ -14,6 +14,8 @@ from jax_deepep.ops.combine import combine as public_combine
 from jax_deepep.ops.dispatch import dispatch as public_dispatch
 from jax_deepep.ops.handle import Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
+from jax_deepep.ops.wire import OF_COMBINE
+from jax_deepep.quantization.formats import Format
 
 PAIR = "dispatch + combine"
 # How many times each op moves the received rows.
@@ -48,30 +50,35 @@ class OpCases:
     round_trip: jax.Array
 
     @classmethod
-    def of(cls, comm: Communicator, stopwatch: Stopwatch, inputs: Inputs) -> "OpCases":
-        """Compile and run a dispatch, and make the cases that depend on it."""
+    def of(
+        cls, comm: Communicator, stopwatch: Stopwatch, inputs: Inputs, wire: Format | None = None
+    ) -> "OpCases":
+        """Compile and run a dispatch, and make the cases that depend on it.
+
+        Rows cross links in the format `wire`, and sums as mxfp8 where combine does not take it.
+        """
         problem = inputs.problem
         mode = comm.config.mode_of(problem.tokens)
         shape = RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None, mode)
         ops = implementation_of(shape)
-        weighted = shape.layout == "expert"
+        weighted, of_sums = shape.layout == "expert", _format_of_sums(wire)
 
         def dispatch(after, x, topk_idx, topk_weights):
-            tokens, handle = ops.dispatch(shape, x, after_start(topk_idx, after), topk_weights)
+            tokens, handle = ops.dispatch(shape, x, after_start(topk_idx, after), topk_weights, wire=wire)
             return tokens, handle.routes, handle.weights
 
         def combine(after, y, routes, weights):
             routes = routes._replace(destination=after_start(routes.destination, after))
-            return ops.combine(shape, y, routes, weights=weights if weighted else None)[0]
+            return ops.combine(shape, y, routes, weights=weights if weighted else None, wire=of_sums)[0]
 
         def dispatch_backward(after, tokens, routes, weights):
             routes = routes._replace(destination=after_start(routes.destination, after))
-            return ops.combine(shape, tokens, routes, row_gradients=weights)
+            return ops.combine(shape, tokens, routes, row_gradients=weights, wire=of_sums)
 
         def combine_backward(after, out, y, routes, weights):
             routes = routes._replace(group_sizes=after_start(routes.group_sizes, after))
             scaled = {"weights": weights, "y": y} if weighted else {}
-            return ops.cached_dispatch(shape, out, routes, zero_rest=True, **scaled)
+            return ops.cached_dispatch(shape, out, routes, zero_rest=True, wire=wire, **scaled)
 
         sent = Case(dispatch, (inputs.x, inputs.topk_idx, inputs.topk_weights))
         programs = {"dispatch": stopwatch.program(sent)}
@@ -80,7 +87,7 @@ class OpCases:
         cases = {
             "dispatch": sent,
             "combine": Case(combine, received),
-            PAIR: chain(shape, inputs, 1),
+            PAIR: chain(shape, inputs, 1, wire),
             "dispatch backward": Case(dispatch_backward, received),
             "combine backward": Case(combine_backward, (inputs.x, *received)),
         }
@@ -88,16 +95,21 @@ class OpCases:
         return cls(shape, dispatched, cases, programs, programs[PAIR]())
 
 
-def chain(shape: RouteShape, inputs: Inputs, length: int) -> Case:
+def _format_of_sums(wire: Format | None) -> Format | None:
+    return wire if wire is None or wire in OF_COMBINE else "mxfp8"
+
+
+def chain(shape: RouteShape, inputs: Inputs, length: int, wire: Format | None) -> Case:
     """Return `length` pairs of dispatch and combine, each on the result of the previous one."""
 
     def run(after, x, topk_idx, topk_weights):
         topk_idx = after_start(topk_idx, after)
         for _ in range(length):
             received, handle = public_dispatch(
-                x, topk_idx, topk_weights, comm=shape.comm, layout=shape.layout, capacity=shape.capacity
-            )
-            x = public_combine(received.tokens, handle, comm=shape.comm)
+                x, topk_idx, topk_weights, comm=shape.comm, layout=shape.layout, capacity=shape.capacity,
+                wire=wire,
+            )  # fmt: skip
+            x = public_combine(received.tokens, handle, comm=shape.comm, wire=_format_of_sums(wire))
         return x
 
     return Case(run, (inputs.x, inputs.topk_idx, inputs.topk_weights))

@@ -23,6 +23,7 @@ from jax_deepep.bench.report import Report, Result, Spread, add_outputs
 from jax_deepep.bench.trials import Case, Stopwatch, interleaved, slopes
 from jax_deepep.communicator import Mode
 from jax_deepep.launch import launched_rank
+from jax_deepep.quantization.formats import Format, checked_format
 
 SMALL_TOKENS = [1, 8, 32, 128]
 CPU_PROBLEMS = (
@@ -71,6 +72,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="(both; on GPUs native)")  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=("auto", "throughput", "low_latency"), default=["auto"],
                         help="of the native ops, one after the other (auto)")  # fmt: skip
+    parser.add_argument("--wires", nargs="+", type=_format, default=[None], metavar="FORMAT",
+                        help="formats in which rows cross links: none, fp8, … (none)")  # fmt: skip
     parser.add_argument("--num-sms", type=_numbers_of_sms, default=[8, 16, None], metavar="S,…",
                         help="GPUs: SMs of each rank; auto: chosen by the op (8,16,auto)")  # fmt: skip
     parser.add_argument("--chain", type=positive_ints, metavar="N,M",
@@ -86,6 +89,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.chain and (len(options.chain) != 2 or options.chain[0] >= options.chain[1]):
         parser.error("argument --chain: expected two lengths, the shorter one first")
     return options
+
+
+def _format(text: str) -> Format | None:
+    try:
+        return None if text == "none" else checked_format("FORMAT", text).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _numbers_of_sms(text: str) -> list[int | None]:
@@ -114,6 +124,7 @@ def measure(
     options: argparse.Namespace,
     mode: Mode,
     num_sms: int | None,
+    wire: Format | None,
     limits: links.Links | None,
 ) -> Iterator[Result]:
     """Measure every op and the chain on one problem.
@@ -121,6 +132,7 @@ def measure(
     Args:
         mode: of the native ops.
         num_sms: of each rank on GPUs, None = chosen by the op.
+        wire: the format in which rows cross links, None = as they are.
         limits: of the links, or None.
 
     Raises:
@@ -130,20 +142,21 @@ def measure(
     interleave = partial(interleaved, trials=options.trials, limit_s=options.limit_s)
     table = f", {num_sms or 'auto'} SMs" if stopwatch.on_gpus else ""
     table += "" if mode == "auto" else f", {mode}"
+    table += "" if wire is None else f", {wire}"
     crossing = max(inputs.remote_tokens, 1)
     with contextlib.ExitStack() as stack:
         tested: dict[str, OpCases] = {}
         for name in options.implementations:
             of_native = {"num_sms": num_sms, "mode": mode} if name == "native" else {}
             comm = problem.communicator(mesh, name, timeout_s=TIMEOUT_S, **of_native)
-            tested[name] = OpCases.of(stack.enter_context(comm), stopwatch, inputs)
+            tested[name] = OpCases.of(stack.enter_context(comm), stopwatch, inputs, wire)
         first = tested.get("native") or next(iter(tested.values()))
         for other in tested.values():
             if other is not first:
                 check_agreement(first, other)
         on_device = stopwatch.on_gpus and "native" in tested
         # They follow a handle of throughput mode.
-        by_rows = on_device and first.shape.mode == "throughput"
+        by_rows = on_device and first.shape.mode == "throughput" and wire is None
         row_cases = _row_cases(stopwatch, first, inputs) if by_rows else {}
         memcpy = None
         if not stopwatch.on_gpus and jax.process_count() == 1:
@@ -180,7 +193,7 @@ def measure(
             yield Result(problem, f"ops{table}", op, spreads, baselines, passes * inputs.bytes_moved, values)
         if not options.no_chain:
             baselines = limits.limits_of_pair(crossing) if limits else {}
-            yield _chain_result(stopwatch, first, inputs, options, f"chain{table}", baselines)
+            yield _chain_result(stopwatch, first, inputs, options, wire, f"chain{table}", baselines)
         comm.check()
 
 
@@ -199,12 +212,14 @@ def _chain_result(
     ops: OpCases,
     inputs: Inputs,
     options: argparse.Namespace,
+    wire: Format | None,
     part: str,
     baselines: dict[str, Spread],
 ) -> Result:
     lengths = options.chain or ([8, 48] if stopwatch.on_gpus else [1, 3])
     timers = {
-        str(length): stopwatch.host(chain(ops.shape, inputs, length), flushed=False) for length in lengths
+        str(length): stopwatch.host(chain(ops.shape, inputs, length, wire), flushed=False)
+        for length in lengths
     }
     programs = interleaved(timers, options.trials, options.limit_s)
     per_pair = Spread.of(slopes(lengths, list(programs.values())))
@@ -245,8 +260,9 @@ def main(arguments: Sequence[str]) -> int:
         report.add(limits.results(problems[0]))
     for problem in problems:
         inputs = draw_inputs(problem, mesh)
-        for mode, num_sms in itertools.product(options.modes, options.num_sms if on_gpus else [None]):
-            report.add(measure(stopwatch, inputs, options, mode, num_sms, limits))
+        of_problem = itertools.product(options.modes, options.num_sms if on_gpus else [None], options.wires)
+        for mode, num_sms, wire in of_problem:
+            report.add(measure(stopwatch, inputs, options, mode, num_sms, wire, limits))
     if options.ragged_all_to_all:
         # Last, because a collective that fails may hang.
         for problem in problems:

@@ -90,6 +90,7 @@ class NativeModule(Protocol):
     layouts: dict[str, int]  # names and codes
     modes: dict[str, int]  # likewise
     parts: dict[str, int]  # likewise
+    wires: dict[str, int]  # likewise; "None" is a name too
     no_limit: int
     payload_alignment: int  # rows of integers are a multiple of these
 
@@ -105,9 +106,21 @@ class NativeModule(Protocol):
         self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
     ) -> int: ...
 
-    def combine_sum_rows(
-        self, *, num_ranks: int, num_experts: int, num_topk: int, num_tokens: int
-    ) -> int: ...
+    def wire_row_bytes(self, *, wire: int, size: int) -> int: ...
+
+    def combine_sums(
+        self,
+        *,
+        num_ranks: int,
+        num_experts: int,
+        num_topk: int,
+        num_tokens: int,
+        layout: int,
+        capacity: int,
+        row_size: int,
+        element_bytes: int,
+        wire: int,
+    ) -> tuple[int, int]: ...
 
     def state_types(self) -> dict[str, dict[str, Any]]: ...
 

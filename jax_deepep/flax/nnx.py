@@ -21,6 +21,8 @@ from jax_deepep.moe.grouped_matmul import Choice
 from jax_deepep.moe.layer import Router, moe, with_sharding
 from jax_deepep.moe.parameters import Initializer, initializer_of
 from jax_deepep.moe.replicas import physical_parameters
+from jax_deepep.ops.wire import Wire
+from jax_deepep.quantization.formats import Format
 
 
 class GateBias(nnx.Variable):
@@ -75,6 +77,8 @@ class MoE(nnx.Module):
         alignment: int | None = MoEConfig.alignment,
         grouped_matmul: Choice = MoEConfig.grouped_matmul,
         num_chunks: int | None = MoEConfig.num_chunks,
+        wire: Wire | Format | None = MoEConfig.wire,
+        combine_wire: Wire | Format | None = MoEConfig.combine_wire,
         dtype: Any = MoEConfig.dtype,
         num_physical_experts: int | None = MoEConfig.num_physical_experts,
         fsdp_axis: str | None = MoEConfig.fsdp_axis,
@@ -106,6 +110,8 @@ class MoE(nnx.Module):
             alignment=alignment,
             grouped_matmul=grouped_matmul,
             num_chunks=num_chunks,
+            wire=wire,
+            combine_wire=combine_wire,
             dtype=dtype,
             num_physical_experts=num_physical_experts,
             fsdp_axis=fsdp_axis,

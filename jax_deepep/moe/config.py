@@ -19,6 +19,8 @@ from jax_deepep.deprecation import renamed_function
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation, check_activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
+from jax_deepep.ops.wire import Wire, checked_wire
+from jax_deepep.quantization.formats import Format
 
 # The minimum of each integer field.
 LEAST = {
@@ -59,6 +61,10 @@ class MoEConfig:
             NVIDIA GPUs where it supports the sizes, and ragged_dot elsewhere.
         num_chunks: a device's tokens are processed in this many chunks, one after the other, each recomputed
             for its gradient: only one chunk's rows are in memory. None = chosen per call, see `chunks_of`.
+        wire: the format in which rows cross links in dispatch, as in `jax_deepep.dispatch`: experts compute
+            on quantised rows, in `dtype`. "fp8", for example, or a `Wire` without `keep_quantized`.
+        combine_wire: that of combine, as in `jax_deepep.combine`. With wire="fp8" and
+            combine_wire=Wire(None, backward="fp8"), rows cross links as in DeepSeek-V3.
         dtype: of the computation; None = the common dtype of x and the parameters. The router always computes
             in float32.
         num_physical_experts: P, physical experts on all devices, with replicas of some experts: see
@@ -87,6 +93,8 @@ class MoEConfig:
     alignment: int | None = None
     grouped_matmul: Choice = "auto"
     num_chunks: int | None = None
+    wire: Wire | Format | None = None
+    combine_wire: Wire | Format | None = None
     dtype: Any = None
     num_physical_experts: int | None = None
     fsdp_axis: str | None = "fsdp"
@@ -164,11 +172,24 @@ class MoEConfig:
             raise TypeError(
                 f"dtype: expected None, {', '.join(ROW_DTYPES)}, got {self.dtype!r}; pass one of them."
             )
+        self._check_wires()
         for name in ("fsdp_axis", "tensor_axis"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise TypeError(
                     f"{name}: expected the name of one mesh axis, or None, got {value!r}; pass a string."
                 )
+
+    def _check_wires(self) -> None:
+        rows = jax.ShapeDtypeStruct((1, self.hidden_size), jnp.float32)
+        if checked_wire("dispatch", self.wire, rows).keep_quantized:
+            raise ValueError(
+                "wire.keep_quantized: expected False in a layer, whose experts compute on rows of floats, "
+                "got True; leave it out."
+            )
+        try:
+            checked_wire("combine", self.combine_wire, rows)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"combine_{error}") from None
 
     def __copy__(self) -> "MoEConfig":
         return self

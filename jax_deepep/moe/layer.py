@@ -339,7 +339,7 @@ def _chunk(
         "alignment": alignment,
     }
     y, handle, bias = dispatch_to_experts(config, weights, x, topk_idx, topk_weights, options)
-    out = combine(y, handle, comm=config.comm, bias=bias)
+    out = combine(y, handle, comm=config.comm, bias=bias, wire=config.combine_wire)
     if given.mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(given.mask[:, None], out, jnp.zeros((), out.dtype))
     drops = None

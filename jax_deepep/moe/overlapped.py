@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import HIDDEN, after_products, input_matrices, routed_experts, shared_experts
 from jax_deepep.moe.grouped_matmul import GroupedMatmul, grouped_matmul
-from jax_deepep.ops import native, pairs
+from jax_deepep.ops import native, pairs, verbs
 from jax_deepep.ops.autodiff import without_integer_tangents
-from jax_deepep.ops.dispatch import checked_request, dispatch
+from jax_deepep.ops.dispatch import Request, checked_request, dispatch
 from jax_deepep.ops.handle import Handle, RouteShape
 from jax_deepep.ops.implementations import implementation_of
 from jax_deepep.ops.overlap import dispatch_done, dispatch_start
@@ -52,20 +52,22 @@ def dispatch_to_experts(
     shared = None
     if config.shared_intermediate_size:
         shared = partial(shared_experts, weights=weights, activation=config.activation)
-    request = checked_request("dispatch", x, topk_idx, topk_weights, config.comm, options, None, None)
+    request = checked_request("dispatch", x, topk_idx, topk_weights, config.comm, options, config.wire, None)
     if choice != "blocks" and implementation_of(request.shape, known_routes=False) is native:
         multiply = grouped_matmul(choice, alignment)
         products, handle, bias = _dispatch_to_products(
-            request.shape, request.operands, input_matrices(weights),
+            request, input_matrices(weights),
             multiply=multiply, name=HIDDEN, meanwhile=shared,
         )  # fmt: skip
         rest = partial(after_products, activation=config.activation, multiply=multiply)
         return rest(products, handle.group_sizes, weights["wo"]), handle, bias
     bias = None
     if shared is None:
-        dispatched, handle = dispatch(x, topk_idx, topk_weights, comm=config.comm, **options)
+        dispatched, handle = dispatch(
+            x, topk_idx, topk_weights, comm=config.comm, wire=config.wire, **options
+        )
     else:
-        sent = dispatch_start(x, topk_idx, topk_weights, comm=config.comm, **options)
+        sent = dispatch_start(x, topk_idx, topk_weights, comm=config.comm, wire=config.wire, **options)
         bias = sent.meanwhile(shared, x)
         dispatched, handle = dispatch_done(sent)
     y = routed_experts(
@@ -80,8 +82,7 @@ def dispatch_to_experts(
 
 
 def _dispatch_to_products(
-    shape: RouteShape,
-    operands: Any,
+    request: Request,
     matrices: Sequence[jax.Array],
     *,
     multiply: GroupedMatmul,
@@ -91,8 +92,7 @@ def _dispatch_to_products(
     """Dispatch expert-major rows and multiply them with several matrices.
 
     Args:
-        shape: of the dispatch.
-        operands: x, topk_idx and topk_weights, checked.
+        request: the dispatch, with x, topk_idx and topk_weights as operands.
         matrices: [L, H, F] each.
         multiply: the grouped matmul.
         name: of the products in policies of jax.checkpoint.
@@ -101,12 +101,12 @@ def _dispatch_to_products(
     Returns:
         (the products [C, F], the handle, the result of `meanwhile`).
     """
-    way = pairs.Way(CHANNEL, forward=meanwhile is not None)
-    flight = pairs.start(pairs.DISPATCH, shape, way, operands)
+    verb, way = verbs.dispatch(request.wire), pairs.Way(CHANNEL, forward=meanwhile is not None)
+    flight = pairs.start(verb, request.shape, way, request.operands)
     beside = None
     if meanwhile is not None:
-        flight, beside = pairs.compute_beside(flight, meanwhile, operands[0])
-    products, handle = _done(shape, way, multiply, name, flight, tuple(matrices))
+        flight, beside = pairs.compute_beside(flight, meanwhile, request.operands[0])
+    products, handle = _done(verb, request.shape, way, multiply, name, flight, tuple(matrices))
     return products, without_integer_tangents(handle), beside
 
 
@@ -118,8 +118,9 @@ def _gradient(
     return gradient
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _done(
+    verb: pairs.Verb,
     shape: RouteShape,
     way: pairs.Way,
     multiply: GroupedMatmul,
@@ -127,11 +128,12 @@ def _done(
     flight: pairs.Flight,
     matrices: tuple[jax.Array, ...],
 ) -> Products:
-    tokens, handle = pairs.done(pairs.DISPATCH, shape, way, flight)
+    tokens, handle = pairs.done(verb, shape, way, flight)
     return tuple(multiply(tokens, matrix, handle.group_sizes) for matrix in matrices), handle
 
 
 def _done_forward(
+    verb: pairs.Verb,
     shape: RouteShape,
     way: pairs.Way,
     multiply: GroupedMatmul,
@@ -139,14 +141,15 @@ def _done_forward(
     flight: pairs.Flight,
     matrices: tuple[jax.Array, ...],
 ) -> tuple[Products, Any]:
-    (tokens, handle), routes = pairs.done_forward(pairs.DISPATCH, shape, way, flight)
+    (tokens, handle), saved = pairs.done_forward(verb, shape, way, flight)
     products = tuple(
         checkpoint_name(multiply(tokens, matrix, handle.group_sizes), name) for matrix in matrices
     )
-    return (products, handle), (tokens, routes, matrices)
+    return (products, handle), (tokens, saved, matrices)
 
 
 def _done_backward(
+    verb: pairs.Verb,
     shape: RouteShape,
     way: pairs.Way,
     multiply: GroupedMatmul,
@@ -154,18 +157,19 @@ def _done_backward(
     residuals: Any,
     cotangents: Products,
 ) -> tuple[pairs.Flight, tuple[jax.Array, ...]]:
-    tokens, routes, matrices = residuals
+    tokens, saved, matrices = residuals
+    group_sizes = saved.of_verb.group_sizes
     of_products, of_handle = cotangents
 
     # Of one operand each: the two are on either side of the start.
     def of_rows(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-        return _gradient(lambda rows: multiply(rows, matrix, routes.group_sizes), tokens, gradient)
+        return _gradient(lambda rows: multiply(rows, matrix, group_sizes), tokens, gradient)
 
     def of_matrix(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-        return _gradient(lambda matrix: multiply(tokens, matrix, routes.group_sizes), matrix, gradient)
+        return _gradient(lambda matrix: multiply(tokens, matrix, group_sizes), matrix, gradient)
 
     first, *others = map(of_rows, matrices, of_products)
-    flight = pairs.start_transposed(pairs.DISPATCH, shape, way, routes, (sum(others, first), of_handle))
+    flight = pairs.start_transposed(verb, shape, way, saved, (sum(others, first), of_handle))
     return pairs.compute_beside(
         flight, lambda gradients: tuple(map(of_matrix, matrices, gradients)), of_products
     )

@@ -22,35 +22,39 @@ from jax.dtypes import float0
 
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
+from jax_deepep.ops.wire import Wire
 
 Results = TypeVar("Results")
 
 DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policies of jax.checkpoint
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dispatch(
-    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+    shape: RouteShape, wire: Wire, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[jax.Array, Handle[Any]]:
     """Compute the routes of `topk_idx` and copy `x` along them."""
-    return implementation_of(shape, known_routes=False).dispatch(shape, x, topk_idx, topk_weights)
+    implementation = implementation_of(shape, known_routes=False)
+    return implementation.dispatch(shape, x, topk_idx, topk_weights, wire=wire.format)
 
 
 def _dispatch_forward(
-    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+    shape: RouteShape, wire: Wire, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
 ) -> tuple[tuple[jax.Array, Handle[Any]], Routes]:
     # Named here, because a policy of jax.checkpoint saves residuals: it can keep the received rows, so that
     # the backward pass recomputes the rest without another exchange.
-    tokens, handle = checkpoint_name(dispatch(shape, x, topk_idx, topk_weights), DISPATCHED)
+    tokens, handle = checkpoint_name(dispatch(shape, wire, x, topk_idx, topk_weights), DISPATCHED)
     return (tokens, handle), handle.routes
 
 
 def _dispatch_backward(
-    shape: RouteShape, routes: Routes, gradients: tuple[jax.Array, Handle[Any]]
+    shape: RouteShape, wire: Wire, routes: Routes, gradients: tuple[jax.Array, Handle[Any]]
 ) -> tuple[jax.Array | None, None, jax.Array | None]:
     tokens, handle = gradients
     rows = received_gradients(shape, tokens, handle.weights)
-    x, topk_weights = implementation_of(shape).combine(shape, rows, routes, row_gradients=handle.weights)
+    x, topk_weights = implementation_of(shape).combine(
+        shape, rows, routes, row_gradients=handle.weights, wire=wire.backward
+    )
     return None if tokens.dtype == float0 else x, None, topk_weights
 
 
@@ -78,39 +82,42 @@ def without_integer_tangents(results: Results) -> Results:
     return cut
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def cached_dispatch(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def cached_dispatch(shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes) -> jax.Array:
     """Copy other data along known routes."""
-    tokens, _ = implementation_of(shape).cached_dispatch(shape, x, routes)
+    tokens, _ = implementation_of(shape).cached_dispatch(shape, x, routes, wire=wire.format)
     return tokens
 
 
-def _cached_dispatch_forward(shape: RouteShape, x: jax.Array, routes: Routes) -> tuple[jax.Array, Routes]:
-    return cached_dispatch(shape, x, routes), routes
+def _cached_dispatch_forward(
+    shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes
+) -> tuple[jax.Array, Routes]:
+    return cached_dispatch(shape, wire, x, routes), routes
 
 
 def _cached_dispatch_backward(
-    shape: RouteShape, routes: Routes, tokens: jax.Array
+    shape: RouteShape, wire: Wire, routes: Routes, tokens: jax.Array
 ) -> tuple[jax.Array | None, None]:
     if tokens.dtype == float0:
         return None, None
-    x, _ = implementation_of(shape).combine(shape, tokens, routes)
+    x, _ = implementation_of(shape).combine(shape, tokens, routes, wire=wire.backward)
     return x, None
 
 
 cached_dispatch.defvjp(_cached_dispatch_forward, _cached_dispatch_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def combine(
     shape: RouteShape,
+    wire: Wire,
     y: jax.Array,
     weights: jax.Array | None,
     bias: jax.Array | None,
     routes: Routes,
 ) -> jax.Array:
     """Return `y` to the tokens, weighted and summed."""
-    out, _ = implementation_of(shape).combine(shape, y, routes, weights=weights, bias=bias)
+    out, _ = implementation_of(shape).combine(shape, y, routes, weights=weights, bias=bias, wire=wire.format)
     return out
 
 
@@ -119,23 +126,24 @@ CombineResiduals = tuple[jax.Array | None, jax.Array | None, bool, Routes]  # y,
 
 def _combine_forward(
     shape: RouteShape,
+    wire: Wire,
     y: jax.Array,
     weights: jax.Array | None,
     bias: jax.Array | None,
     routes: Routes,
 ) -> tuple[jax.Array, CombineResiduals]:
-    out = combine(shape, y, weights, bias, routes)
+    out = combine(shape, wire, y, weights, bias, routes)
     # Only the weights' gradient needs y again; without it y can be freed.
     residual_y = None if weights is None else y
     return out, (residual_y, weights, bias is not None, routes)
 
 
 def _combine_backward(
-    shape: RouteShape, residuals: CombineResiduals, out: jax.Array
+    shape: RouteShape, wire: Wire, residuals: CombineResiduals, out: jax.Array
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, None]:
     y, weights, has_bias, routes = residuals
     y_gradient, weight_gradient = implementation_of(shape).cached_dispatch(
-        shape, out, routes, weights=weights, y=y, zero_rest=True
+        shape, out, routes, weights=weights, y=y, zero_rest=True, wire=wire.backward
     )
     bias_gradient = out if has_bias else None
     return y_gradient, weight_gradient, bias_gradient, None

@@ -10,6 +10,8 @@ from jax_deepep.ops import autodiff
 from jax_deepep.ops.checks import check_call_site, check_fits_mode, communicator_of, vary_together
 from jax_deepep.ops.handle import Handle
 from jax_deepep.ops.reverse_mode import only_in_reverse
+from jax_deepep.ops.wire import Wire, checked_wire
+from jax_deepep.quantization.formats import Format
 
 
 def combine(
@@ -19,6 +21,7 @@ def combine(
     comm: Communicator | None = None,
     weighted: bool | None = None,
     bias: jax.Array | None = None,
+    wire: Wire | Format | None = None,
 ) -> jax.Array:
     """Sum the rows of every token over its experts, on the device that the token came from.
 
@@ -39,6 +42,9 @@ def combine(
             for token-major rows, whose sums over local experts are the caller's.
         bias: [T, H] of `y.dtype` or None, added to the sum (a shared expert, a residual).
             Differentiable.
+        wire: the format in which a p_d of another device crosses the link: None, as above; "fp8",
+            "fp8_ue8m0" or "mxfp8": quantised from its float32 sum, as by `quantize`, and added as float32;
+            or `Wire`, with the format of the gradient, which is a dispatch.
 
     Returns:
         [T, H] of `y.dtype`. A token with no expert yields its bias, or 0.
@@ -47,8 +53,8 @@ def combine(
         ValueError, TypeError: an invalid argument; the message has the expected and the given value.
         CommunicatorError: the communicator is closed, or broken (`PeerTimeoutError`).
     """
-    operands = checked_operands("combine", y, handle, comm, weighted, bias)
-    return autodiff.combine(handle.route_shape, *operands)
+    formats, operands = checked_operands("combine", y, handle, comm, weighted, bias, wire)
+    return autodiff.combine(handle.route_shape, formats, *operands)
 
 
 def checked_operands(
@@ -58,8 +64,9 @@ def checked_operands(
     comm: Communicator | None,
     weighted: bool | None,
     bias: jax.Array | None,
-) -> Any:
-    """Check the arguments of a combine and return the operands of `autodiff.combine`.
+    wire: Any,
+) -> tuple[Wire, Any]:
+    """Check the arguments of a combine and return the formats and operands of `autodiff.combine`.
 
     Raises:
         ValueError, TypeError, CommunicatorError: as `combine`.
@@ -68,6 +75,7 @@ def checked_operands(
     check_rows_dtype("y", y)
     shape = handle.route_shape
     check_array("y", y, (shape.capacity, comm.hidden_size), names="[capacity, hidden_size]")
+    formats = checked_wire("combine", wire, y)
     check_fits_mode("y", y, comm)
     if weighted is None:
         weighted = shape.layout == "expert"
@@ -85,4 +93,4 @@ def checked_operands(
     axes = check_call_site(comm, op)
     weights = handle.weights if weighted else None
     operands = vary_together(axes, y, weights, bias, handle.routes)
-    return only_in_reverse(op, operands)
+    return formats, only_in_reverse(op, operands)

@@ -20,6 +20,7 @@ from jax_deepep.communicator import native_module
 from jax_deepep.jax_compat import ShapedArray, ad, batching, mlir
 from jax_deepep.ops.checks import check_groups, check_platform
 from jax_deepep.ops.handle import RouteShape
+from jax_deepep.quantization.formats import Format
 
 
 class Site(NamedTuple):
@@ -40,7 +41,7 @@ class Call:
     operands: tuple[jax.Array, ...]
     primitive: jax_compat.Primitive = field(metadata={"static": True})
     shape: RouteShape = field(metadata={"static": True})
-    flags: tuple[tuple[str, bool], ...] = field(metadata={"static": True})
+    flags: tuple[tuple[str, Any], ...] = field(metadata={"static": True})
 
     def bind(self, site: Site, *operands: jax.Array) -> list[jax.Array]:
         """Bind the primitive; `operands` are all but the rank."""
@@ -92,7 +93,9 @@ def define_primitive(
 
     primitive.def_abstract_eval(types)
 
-    def lower(ctx: Any, rank: Any, *operands: Any, shape: RouteShape, site: Site, **flags: Any) -> Any:
+    def lower(
+        ctx: Any, rank: Any, *operands: Any, shape: RouteShape, site: Site, wire: Any, **flags: Any
+    ) -> Any:
         check_platform(shape.comm, jax_compat.platforms_of_lowering(ctx))
         if (mesh := jax_compat.mesh_of_lowering(ctx)) is not None:
             check_groups(shape.comm, mesh)
@@ -135,6 +138,7 @@ def define_primitive(
             after,
             *operands,
             **_attributes(shape, call, site if on_gpus else Site(), with_limits=verb == "dispatch"),
+            wire=np.int64(code_of(wire)),
             **flags,
         )
         if on_gpus:
@@ -196,6 +200,11 @@ def define_primitive(
 
     jax_compat.register_dce_rule(primitive, without_unused)
     return primitive
+
+
+def code_of(wire: Format | None) -> int:
+    """Return a format, or None, as native modules have it."""
+    return native_module.numbers().wires["None" if wire is None else wire]
 
 
 def site_attribute(shape: RouteShape, call: int, site: Site) -> np.ndarray:

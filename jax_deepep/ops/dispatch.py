@@ -19,11 +19,15 @@ from jax_deepep.ops.checks import (
 )
 from jax_deepep.ops.handle import ExpertMajor, Handle, Received, RouteShape, TokenMajor
 from jax_deepep.ops.reverse_mode import only_in_reverse
+from jax_deepep.ops.wire import Wire, check_block_scaled, checked_wire
+from jax_deepep.quantization.block_scaled import BlockScaled, quantize
+from jax_deepep.quantization.formats import Format
+from jax_deepep.quantization.packed_rows import pack, unpack
 
 
 @overload
 def dispatch(
-    x: jax.Array,
+    x: jax.Array | BlockScaled,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
     *,
@@ -32,13 +36,13 @@ def dispatch(
     capacity: int | None = None,
     expert_capacity: int | None = None,
     alignment: int = 1,
-    wire: None = None,
+    wire: Wire | Format | None = None,
 ) -> tuple[ExpertMajor, Handle[ExpertMajor]]: ...
 
 
 @overload
 def dispatch(
-    x: jax.Array,
+    x: jax.Array | BlockScaled,
     topk_idx: jax.Array,
     topk_weights: jax.Array,
     *,
@@ -47,13 +51,13 @@ def dispatch(
     capacity: int | None = None,
     expert_capacity: None = None,
     alignment: int = 1,
-    wire: None = None,
+    wire: Wire | Format | None = None,
 ) -> tuple[TokenMajor, Handle[TokenMajor]]: ...
 
 
 @overload
 def dispatch(
-    x: jax.Array,
+    x: jax.Array | BlockScaled,
     *,
     handle: Handle[Received],
     comm: Communicator | None = None,
@@ -61,12 +65,12 @@ def dispatch(
     capacity: int | None = None,
     expert_capacity: int | None = None,
     alignment: int = 1,
-    wire: None = None,
+    wire: Wire | Format | None = None,
 ) -> tuple[Received, Handle[Received]]: ...
 
 
 def dispatch(
-    x: jax.Array,
+    x: jax.Array | BlockScaled,
     topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
@@ -75,7 +79,7 @@ def dispatch(
     capacity: int | None = None,
     expert_capacity: int | None = None,
     alignment: int = 1,
-    wire: Any = None,
+    wire: Wire | Format | None = None,
     handle: Handle[Any] | None = None,
 ) -> tuple[Any, Handle[Any]]:
     """Send every token to the devices of its experts, each row directly to its final position.
@@ -90,8 +94,8 @@ def dispatch(
     Args:
         x: [T, H] bfloat16, float16 or float32; T ≤ `comm.max_tokens`, H = `comm.hidden_size`.
             Differentiable. Or [T, W] int8, uint8, int16, uint16, int32 or uint32, any W ≥ 1 of at most
-            4 · H bytes: opaque payload (a quantised format, its scales, ids), copied bit for bit, without
-            a gradient.
+            4 · H bytes: opaque payload (ids, a format of your own), copied bit for bit, without a gradient.
+            Or `BlockScaled` [T, H], copied bit for bit.
         topk_idx: int32 [T, K], global expert ids, −1 = no expert.
         topk_weights: float32 [T, K], router weights. Differentiable, whatever the dtype of x.
         comm: the communicator, static; optional with `handle`, and then checked.
@@ -104,14 +108,17 @@ def dispatch(
         expert_capacity: most rows of each expert; those beyond it are dropped, last in its order first;
             layout "expert" only. None = no limit.
         alignment: rows of a group are padded with zero rows to a multiple of this.
-        wire: None; this version has no wire formats.
+        wire: the format in which rows cross links: None, as they are; "fp8", "fp8_ue8m0", "mxfp8" or "nvfp4":
+            tokens are `quantize_dequantize(x, wire)`, bit for bit, with the gradient of plain rows;
+            or `Wire`, with the format of the gradient, or to return `BlockScaled` tokens.
         handle: send other data along the routes of an earlier dispatch: no counting, no exchange
             of layout. `topk_idx` and `topk_weights` are left out then, and layout, capacity and
             alignment are those of the handle.
 
     Returns:
-        (`ExpertMajor` or `TokenMajor`, `Handle`); `tokens` has the dtype and the width of x. The handle
-        serves `combine`, and more dispatches of any dtype.
+        (`ExpertMajor` or `TokenMajor`, `Handle`); `tokens` has the dtype and the width of x, and is
+        `BlockScaled` if x is or with `keep_quantized`. The handle serves `combine`, and more dispatches of
+        any dtype.
 
     Raises:
         ValueError, TypeError: an invalid argument; the message has the expected and the given value.
@@ -125,22 +132,36 @@ def dispatch(
     }
     request = checked_request("dispatch", x, topk_idx, topk_weights, comm, options, wire, handle)
     if handle is not None:
-        tokens = autodiff.cached_dispatch(request.shape, *request.operands)
-        return received(tokens, handle), handle
-    tokens, handle = autodiff.without_integer_tangents(autodiff.dispatch(request.shape, *request.operands))
-    return received(tokens, handle), handle
+        tokens = autodiff.cached_dispatch(request.shape, request.wire, *request.operands)
+        return received(request.unpacked(tokens), handle), handle
+    results = autodiff.dispatch(request.shape, request.wire, *request.operands)
+    tokens, handle = autodiff.without_integer_tangents(results)
+    return received(request.unpacked(tokens), handle), handle
 
 
 class Request(NamedTuple):
-    """A dispatch whose arguments have been checked."""
+    """A dispatch whose arguments have been checked.
+
+    Attributes:
+        shape: of the routes.
+        wire: formats of the op and its gradient.
+        operands: of `autodiff.cached_dispatch` with a handle, of `autodiff.dispatch` without.
+        packed: the format of x, if it is block-scaled and goes as bytes.
+    """
 
     shape: RouteShape
-    operands: Any  # of `autodiff.cached_dispatch` with a handle, of `autodiff.dispatch` without
+    wire: Wire
+    operands: Any
+    packed: Format | None
+
+    def unpacked(self, tokens: jax.Array) -> jax.Array | BlockScaled:
+        """Return received rows as `dispatch` does."""
+        return tokens if self.packed is None else unpack(tokens, self.packed, self.shape.comm.hidden_size)
 
 
 def checked_request(
     op: str,
-    x: jax.Array,
+    x: jax.Array | BlockScaled,
     topk_idx: jax.Array | None,
     topk_weights: jax.Array | None,
     comm: Communicator | None,
@@ -157,18 +178,25 @@ def checked_request(
         comm = communicator_of(handle, comm, op)
     check_comm(comm, op)
     assert comm is not None
-    check_sent_rows("x", x, comm.hidden_size)
-    check_fits_mode("x", x, comm)
-    if wire is not None:
-        raise ValueError(
-            f"wire: expected None, got {wire!r}; leave it out: this version has no quantised wire formats, "
-            "and sends rows in the dtype of x."
-        )
+    if isinstance(x, BlockScaled):
+        check_block_scaled(x, comm.hidden_size)
+    else:
+        check_sent_rows("x", x, comm.hidden_size)
+    wire = checked_wire("dispatch", wire, x)
+    if wire.keep_quantized:
+        assert wire.format is not None
+        assert not isinstance(x, BlockScaled)
+        x, wire = quantize(x, wire.format), Wire(None)
+    packed = x.format if isinstance(x, BlockScaled) else None
+    if isinstance(x, BlockScaled):
+        x = pack(x)
+    else:
+        check_fits_mode("x", x, comm)
     axes = check_call_site(comm, op)
     if handle is not None:
         _check_along(handle, x, topk_idx, topk_weights, options)
         operands = only_in_reverse(op, vary_together(axes, x, handle.routes))
-        return Request(handle.route_shape, operands)
+        return Request(handle.route_shape, wire, operands, packed)
     if topk_idx is None or topk_weights is None:
         raise TypeError(
             "topk_idx, topk_weights: expected arrays, got None; pass both, or handle= of an earlier "
@@ -184,7 +212,8 @@ def checked_request(
     check_array("topk_idx", topk_idx, (num_tokens, num_topk), dtype=jnp.int32, **routing)
     check_array("topk_weights", topk_weights, (num_tokens, num_topk), dtype=jnp.float32, **routing)
     shape = _route_shape(comm, num_tokens=num_tokens, **options)
-    return Request(shape, only_in_reverse(op, vary_together(axes, x, topk_idx, topk_weights)))
+    operands = only_in_reverse(op, vary_together(axes, x, topk_idx, topk_weights))
+    return Request(shape, wire, operands, packed)
 
 
 def _route_shape(
@@ -259,7 +288,7 @@ def _check_along(
         )
 
 
-def received(tokens: jax.Array, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
+def received(tokens: jax.Array | BlockScaled, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
     """Return received rows in the type of their layout."""
     mask = handle.source >= 0
     if handle.route_shape.layout == "expert":

@@ -1,7 +1,7 @@
 """What passes between the ops: the routes of a dispatch, and the arrays that it returns."""
 
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -138,15 +138,16 @@ class ExpertMajor:
     """Received rows grouped by local expert; inside an expert by (source device, source token).
 
     Attributes:
-        tokens: [C, H], or [C, W] of integers, one row per (token, local expert). Rows that fill a group up to
-            `alignment` are zero; rows after the last group are not written and may hold NaN.
+        tokens: [C, H], [C, W] of integers, or `BlockScaled`, one row per (token, local expert).
+            Rows that fill a group up to `alignment` are zero; rows after the last group are not written and
+            may hold NaN.
         group_sizes: int32 [L], rows of each expert, rounded up to `alignment`.
         num_rows: int32 [L], the same without the padding.
         weights: float32 [C], the router weight of each row, 0 where there is none.
         mask: bool [C], true in rows of a token.
     """
 
-    tokens: jax.Array
+    tokens: Any
     group_sizes: jax.Array
     num_rows: jax.Array
     weights: jax.Array
@@ -159,14 +160,15 @@ class TokenMajor:
     """Received rows, one per (token, device), ordered by (source device, source token).
 
     Attributes:
-        tokens: [C, H], or [C, W] of integers; rows after the last one are not written and may hold NaN.
+        tokens: [C, H], [C, W] of integers, or `BlockScaled`; rows after the last one are not written and
+            may hold NaN.
         topk_idx: int32 [C, K], local expert or −1, every k in its own column.
         topk_weights: float32 [C, K], 0 where `topk_idx` is −1.
         num_tokens: int32 [], how many rows there are.
         mask: bool [C], true in rows of a token.
     """
 
-    tokens: jax.Array
+    tokens: Any
     topk_idx: jax.Array
     topk_weights: jax.Array
     num_tokens: jax.Array

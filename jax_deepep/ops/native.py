@@ -15,8 +15,9 @@ from jax_deepep import jax_compat
 from jax_deepep.capacity import num_groups
 from jax_deepep.communicator import native_module
 from jax_deepep.jax_compat import ShapedArray
-from jax_deepep.ops.custom_call import Call, define_primitive
+from jax_deepep.ops.custom_call import Call, code_of, define_primitive
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
+from jax_deepep.quantization.formats import Format
 
 
 def _sizes(shape: RouteShape) -> dict[str, int]:
@@ -40,11 +41,35 @@ def _has_scratch(shape: RouteShape) -> bool:
     return shape.comm.platform == "cuda" and shape.mode == "throughput"
 
 
-def _has_sums(shape: RouteShape) -> bool:
-    """Return whether a token can have several rows on a device whose ops sum them in scratch."""
-    if not _has_scratch(shape) or shape.layout == "token":
-        return False
-    return native_module.numbers().combine_sum_rows(**_sizes(shape)) > 0
+def _has_sums(shape: RouteShape, y: jax.Array, wire: Format | None) -> bool:
+    """Return whether a device sums or encodes rows in scratch, before peers read them."""
+    return _has_scratch(shape) and _sums_of(shape, y, wire)[0] > 0
+
+
+def _sums_of(shape: RouteShape, y: ShapedArray | jax.Array, wire: Format | None) -> tuple[int, int]:
+    """Return (rows, bytes) of the scratch for sums."""
+    numbers = native_module.numbers()
+    return numbers.combine_sums(
+        **_sizes(shape),
+        layout=numbers.layouts[shape.layout],
+        capacity=shape.capacity,
+        row_size=y.shape[1],
+        element_bytes=y.dtype.itemsize,
+        wire=code_of(wire),
+    )
+
+
+def _is_encoded(shape: RouteShape, wire: Format | None) -> bool:
+    """Return whether rows of x are encoded in scratch, from where peers read them."""
+    return wire is not None and _has_scratch(shape)
+
+
+def _encoded_rows(x: ShapedArray, wire: Format | None, with_encoded: bool) -> tuple[int, ...]:
+    """Return the shape of the scratch for them, int32."""
+    if not with_encoded:
+        return (1,)
+    size = native_module.numbers().wire_row_bytes(wire=code_of(wire), size=x.shape[1])
+    return (x.shape[0], size // 4)
 
 
 def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
@@ -66,8 +91,10 @@ def _dispatch_types(
     topk_weights: ShapedArray,
     *,
     shape: RouteShape,
+    wire: Format | None,
     with_pairs: bool,
     with_scratch: bool,
+    with_encoded: bool,
 ) -> list[ShapedArray]:
     capacity, num_topk = shape.capacity, shape.comm.num_experts_per_tok
     groups = num_groups(shape.layout, shape.comm.num_local_experts)
@@ -87,22 +114,35 @@ def _dispatch_types(
         array((), jnp.int32),  # num_invalid
         array(numbers.pair_table_shape(**sizes) if with_pairs else (1,), jnp.int32),  # pairs
         array((numbers.dispatch_scratch_ints(**sizes) if with_scratch else 1,), jnp.int32),  # scratch
+        array(_encoded_rows(x, wire, with_encoded), jnp.int32),  # encoded
     ]
 
 
-dispatch_p = define_primitive("dispatch", _dispatch_types, num_results=12)
+dispatch_p = define_primitive("dispatch", _dispatch_types, num_results=13)
 
 
-def dispatch_call(shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array) -> Call:
+def dispatch_call(
+    shape: RouteShape,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    wire: Format | None = None,
+) -> Call:
     """Return the custom call of `dispatch`."""
-    flags = {"with_pairs": _keeps_pairs(shape), "with_scratch": _has_scratch(shape)}
+    flags = {
+        "wire": wire,
+        "with_pairs": _keeps_pairs(shape),
+        "with_scratch": _has_scratch(shape),
+        "with_encoded": _is_encoded(shape, wire),
+    }
     return Call((_whole_words(x), topk_idx, topk_weights), dispatch_p, shape, tuple(flags.items()))
 
 
 def dispatched(shape: RouteShape, width: int, results: Sequence[jax.Array]) -> tuple[jax.Array, Handle[Any]]:
     """Return the results of a dispatch of rows of `width` elements as `dispatch` does."""
     tokens, *leaves = results
-    source, destination, weights, local_experts, group_sizes, num_rows, *counts, pairs, _ = leaves
+    source, destination, weights, local_experts, group_sizes, num_rows, *counts, pairs, _, _ = leaves
     num_received, num_dropped, num_invalid = counts
     return tokens[:, :width], Handle(
         source=source,
@@ -120,10 +160,15 @@ def dispatched(shape: RouteShape, width: int, results: Sequence[jax.Array]) -> t
 
 
 def dispatch(
-    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+    shape: RouteShape,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch`."""
-    return dispatched(shape, x.shape[1], dispatch_call(shape, x, topk_idx, topk_weights).run())
+    return dispatched(shape, x.shape[1], dispatch_call(shape, x, topk_idx, topk_weights, wire=wire).run())
 
 
 def _cached_dispatch_types(
@@ -137,19 +182,22 @@ def _cached_dispatch_types(
     pairs: ShapedArray,
     *,
     shape: RouteShape,
+    wire: Format | None,
     zero_rest: bool,
     weighted: bool,
     with_products: bool,
     with_pairs: bool,
+    with_encoded: bool,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, x)
     return [
         array((shape.capacity, x.shape[1]), x.dtype),  # rows
         array((shape.capacity if with_products else 1,), jnp.float32),  # products
+        array(_encoded_rows(x, wire, with_encoded), jnp.int32),  # encoded
     ]
 
 
-cached_dispatch_p = define_primitive("cached_dispatch", _cached_dispatch_types, num_results=2)
+cached_dispatch_p = define_primitive("cached_dispatch", _cached_dispatch_types, num_results=3)
 
 
 def cached_dispatch_call(
@@ -160,6 +208,7 @@ def cached_dispatch_call(
     weights: jax.Array | None = None,
     y: jax.Array | None = None,
     zero_rest: bool = False,
+    wire: Format | None = None,
 ) -> Call:
     """Return the custom call of `cached_dispatch`."""
     operands = (
@@ -172,10 +221,12 @@ def cached_dispatch_call(
         _or_placeholder(routes.pairs, jnp.int32),
     )
     flags = {
+        "wire": wire,
         "zero_rest": zero_rest,
         "weighted": weights is not None,
         "with_products": y is not None,
         "with_pairs": routes.pairs is not None,
+        "with_encoded": _is_encoded(shape, wire),
     }
     return Call(operands, cached_dispatch_p, shape, tuple(flags.items()))
 
@@ -188,10 +239,11 @@ def cached_dispatch(
     weights: jax.Array | None = None,
     y: jax.Array | None = None,
     zero_rest: bool = False,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.cached_dispatch`."""
-    call = cached_dispatch_call(shape, x, routes, weights=weights, y=y, zero_rest=zero_rest)
-    rows, products = call.run()
+    call = cached_dispatch_call(shape, x, routes, weights=weights, y=y, zero_rest=zero_rest, wire=wire)
+    rows, products, _ = call.run()
     return rows[:, : x.shape[1]], products if y is not None else None
 
 
@@ -203,8 +255,10 @@ def _combine_types(
     bias: ShapedArray,
     row_gradients: ShapedArray,
     pairs: ShapedArray,
+    group_sizes: ShapedArray,
     *,
     shape: RouteShape,
+    wire: Format | None,
     weighted: bool,
     with_bias: bool,
     with_gradients: bool,
@@ -213,11 +267,12 @@ def _combine_types(
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, y)
     entries = destination.shape if with_gradients else (1,)
-    sum_rows = native_module.numbers().combine_sum_rows(**_sizes(shape))
+    num_rows, num_bytes = _sums_of(shape, y, wire)
+    sums = array((num_rows, y.shape[1]), y.dtype) if wire is None else array((num_bytes // 4,), jnp.int32)
     return [
         array((shape.num_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients
-        array((sum_rows, y.shape[1]) if with_sums else (1,), y.dtype),  # sums
+        sums if with_sums else array((1,), y.dtype),  # sums
     ]
 
 
@@ -232,6 +287,7 @@ def combine_call(
     weights: jax.Array | None = None,
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
+    wire: Format | None = None,
 ) -> Call:
     """Return the custom call of `combine`."""
     operands = (
@@ -241,13 +297,15 @@ def combine_call(
         _or_placeholder(bias, y.dtype),
         _or_placeholder(row_gradients, jnp.float32),
         _or_placeholder(routes.pairs, jnp.int32),
+        routes.group_sizes,
     )
     flags = {
+        "wire": wire,
         "weighted": weights is not None,
         "with_bias": bias is not None,
         "with_gradients": row_gradients is not None,
         "with_pairs": routes.pairs is not None,
-        "with_sums": _has_sums(shape),
+        "with_sums": _has_sums(shape, y, wire),
     }
     return Call(operands, combine_p, shape, tuple(flags.items()))
 
@@ -260,8 +318,9 @@ def combine(
     weights: jax.Array | None = None,
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.combine`."""
-    call = combine_call(shape, y, routes, weights=weights, bias=bias, row_gradients=row_gradients)
+    call = combine_call(shape, y, routes, weights=weights, bias=bias, row_gradients=row_gradients, wire=wire)
     out, gradients, _ = call.run()
     return out, gradients if row_gradients is not None else None

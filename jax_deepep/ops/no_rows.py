@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax_deepep import jax_compat
 from jax_deepep.capacity import num_groups
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
+from jax_deepep.quantization.formats import Format
 
 
 def _full(value: int, shape: tuple[int, ...], dtype: Any, *, like: jax.Array) -> jax.Array:
@@ -22,7 +23,12 @@ def _full(value: int, shape: tuple[int, ...], dtype: Any, *, like: jax.Array) ->
 
 
 def dispatch(
-    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+    shape: RouteShape,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch` for T = 0; with tokens, dropped rows must be counted."""
     assert shape.num_tokens == 0
@@ -56,6 +62,7 @@ def cached_dispatch(
     weights: jax.Array | None = None,
     y: jax.Array | None = None,
     zero_rest: bool = False,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.cached_dispatch`; all rows are zero."""
     rows = _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x)
@@ -70,6 +77,7 @@ def combine(
     weights: jax.Array | None = None,
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.combine`; every token gets its bias alone."""
     if bias is None or shape.num_tokens == 0:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -10,11 +11,14 @@ from jax import lax
 from jax_deepep import jax_compat
 from jax_deepep.capacity import Layout
 from jax_deepep.communicator import Communicator
-from jax_deepep.ops import autodiff, native, pairs
+from jax_deepep.ops import autodiff, native, pairs, verbs
 from jax_deepep.ops.combine import checked_operands
 from jax_deepep.ops.dispatch import checked_request, received
 from jax_deepep.ops.handle import Handle, RouteShape
 from jax_deepep.ops.implementations import implementation_of
+from jax_deepep.ops.wire import Wire
+from jax_deepep.quantization.block_scaled import BlockScaled
+from jax_deepep.quantization.formats import Format
 
 Result = TypeVar("Result")
 
@@ -111,6 +115,10 @@ class InFlight(Generic[Result]):
         return f"InFlight({self._op}, {'ended' if self._is_done else 'in flight'})"
 
 
+def _run(op: Callable[..., Any], wire: Wire, shape: RouteShape, *operands: Any) -> Any:
+    return op(shape, wire, *operands)
+
+
 def _after(x: jax.Array, after: Any) -> jax.Array:
     """Return x, which depends on the arrays of `after`."""
     if not jax.tree.leaves(after):
@@ -121,7 +129,7 @@ def _after(x: jax.Array, after: Any) -> jax.Array:
 
 
 def dispatch_start(
-    x: jax.Array,
+    x: jax.Array | BlockScaled,
     topk_idx: jax.Array | None = None,
     topk_weights: jax.Array | None = None,
     *,
@@ -130,7 +138,7 @@ def dispatch_start(
     capacity: int | None = None,
     expert_capacity: int | None = None,
     alignment: int = 1,
-    wire: Any = None,
+    wire: Wire | Format | None = None,
     handle: Handle[Any] | None = None,
     after: Any = None,
 ) -> InFlight[tuple[Any, Handle[Any]]]:
@@ -172,15 +180,19 @@ def dispatch_start(
     if handle is not None:
         along = handle
         return InFlight(
-            "dispatch", request.shape, pairs.CACHED_DISPATCH, operands,
-            lambda tokens: (received(tokens, along), along), autodiff.cached_dispatch, True,
+            "dispatch", request.shape, verbs.cached_dispatch(request.wire), operands,
+            lambda tokens: (received(request.unpacked(tokens), along), along),
+            partial(_run, autodiff.cached_dispatch, request.wire), True,
         )  # fmt: skip
 
     def finish(outputs: Any) -> tuple[Any, Handle[Any]]:
         tokens, handle = autodiff.without_integer_tangents(outputs)
-        return received(tokens, handle), handle
+        return received(request.unpacked(tokens), handle), handle
 
-    return InFlight("dispatch", request.shape, pairs.DISPATCH, operands, finish, autodiff.dispatch, False)
+    return InFlight(
+        "dispatch", request.shape, verbs.dispatch(request.wire), operands, finish,
+        partial(_run, autodiff.dispatch, request.wire), False,
+    )  # fmt: skip
 
 
 def dispatch_done(in_flight: InFlight[tuple[Any, Handle[Any]]]) -> tuple[Any, Handle[Any]]:
@@ -206,6 +218,7 @@ def combine_start(
     comm: Communicator | None = None,
     weighted: bool | None = None,
     bias: jax.Array | None = None,
+    wire: Wire | Format | None = None,
     after: Any = None,
 ) -> InFlight[jax.Array]:
     """Begin a combine, and return at once; the program computes until `combine_done`.
@@ -213,7 +226,7 @@ def combine_start(
     See `dispatch_start` for what overlaps.
 
     Args:
-        y, handle, comm, weighted, bias: as `combine`.
+        y, handle, comm, weighted, bias, wire: as `combine`.
         after: a pytree of arrays; the op begins after they have been computed.
 
     Returns:
@@ -222,11 +235,12 @@ def combine_start(
     Raises:
         ValueError, TypeError, CommunicatorError: as `combine`; ValueError: two ops are in flight.
     """
-    first, *others = checked_operands("combine_start", y, handle, comm, weighted, bias)
+    formats, (first, *others) = checked_operands("combine_start", y, handle, comm, weighted, bias, wire)
     operands = (_after(first, after), *others)
     return InFlight(
-        "combine", handle.route_shape, pairs.COMBINE, operands, lambda out: out, autodiff.combine, True
-    )
+        "combine", handle.route_shape, verbs.combine(formats), operands, lambda out: out,
+        partial(_run, autodiff.combine, formats), True,
+    )  # fmt: skip
 
 
 def combine_done(in_flight: InFlight[jax.Array]) -> jax.Array:

@@ -12,8 +12,9 @@ Integers travel in them as the bits of float32.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep import jax_compat
-from jax_deepep.ops import native
-from jax_deepep.ops.autodiff import DISPATCHED, received_gradients
+from jax_deepep.ops.autodiff import without_integer_tangents
 from jax_deepep.ops.custom_call import Call
-from jax_deepep.ops.handle import Handle, Routes, RouteShape
+from jax_deepep.ops.handle import RouteShape
 
 
 class Flight(NamedTuple):
@@ -92,8 +92,12 @@ class _Transposed:
         return [*self.call.operands, *self.results]
 
 
-def _float_type(dtype: Any) -> Any:
-    return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
+def _is_float(value: Any) -> bool:
+    return jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _float_type(of: Any) -> Any:
+    return of.dtype if _is_float(of) else jnp.float32
 
 
 def _as_type(value: jax.Array, dtype: Any) -> jax.Array:
@@ -125,6 +129,18 @@ def compute_beside(flight: Flight, function: Callable[..., Any], *operands: Any)
     return flight._replace(token=token), results
 
 
+def _beside(values: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the others, which vmap maps, and which vary over devices, as soon as one of the values does.
+
+    A cotangent of something that vmap does not map would be summed over the mapped axis; under
+    vmap(spmd_axis_name=...) with check_vma=True, JAX would get its type wrong.
+    """
+    first = [value.ravel()[0] for value in values if value.size]
+    # XLA drops it, and reads none of them.
+    never = functools.reduce(operator.or_, [(one != one) & False for one in first])
+    return [jnp.where(never, jnp.zeros((), other.dtype), other) for other in others]
+
+
 class Way(NamedTuple):
     """Static: on which channel a pair runs, and whether forward too; otherwise, start does all of the op."""
 
@@ -132,44 +148,51 @@ class Way(NamedTuple):
     forward: bool = True
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def start(verb: Verb, shape: RouteShape, way: Way, operands: Any) -> Flight:
     """Begin an op."""
-    call = verb.call(shape, *operands)
+    # Only `_link` is differentiated: gradients pass through none of these.
+    call = verb.call(shape, *lax.stop_gradient(without_integer_tangents(operands)))
     if way.forward:
         results, token = call.start(way.channel)
-        axes = jax_compat.varying_axes(token)
     else:
         results = call.run()
-        axes = jax_compat.varying_axes(results[0])
-        token = jax_compat.as_varying(jnp.zeros((), jnp.float32), axes)
-    transposed = [
-        jax_compat.as_varying(jnp.zeros(of.shape, _float_type(of.dtype)), axes)
-        for of in _Transposed.of(verb, shape, operands).types()
-    ]
-    return Flight(call, results, operands, transposed, token)
+        (token,) = _beside(results, [jnp.zeros((), jnp.float32)])
+    operands, transposed, token = _link(verb, shape, way, operands, token)
+    return Flight(call, results, without_integer_tangents(operands), transposed, token)
 
 
-def _start_forward(verb: Verb, shape: RouteShape, way: Way, operands: Any) -> tuple[Flight, _Transposed]:
-    return start(verb, shape, way, operands), _Transposed.of(verb, shape, operands)
+Link = tuple[Any, list[jax.Array], jax.Array]
 
 
-def _start_backward(
-    verb: Verb, shape: RouteShape, way: Way, transposed: _Transposed, flight: Flight
-) -> tuple[Any]:
-    arrays = [
-        _as_type(value, of.dtype) for value, of in zip(flight.transposed, transposed.types(), strict=True)
-    ]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _link(verb: Verb, shape: RouteShape, way: Way, operands: Any, token: jax.Array) -> Link:
+    """Return what of a flight has cotangents: operands, `transposed` and token."""
+    types = _Transposed.of(verb, shape, operands).types()
+    transposed = [jnp.zeros(of.shape, _float_type(of)) for of in types]
+    return operands, _beside([token], transposed), token
+
+
+def _link_forward(
+    verb: Verb, shape: RouteShape, way: Way, operands: Any, token: jax.Array
+) -> tuple[Link, _Transposed]:
+    return _link(verb, shape, way, operands, token), _Transposed.of(verb, shape, operands)
+
+
+def _link_backward(
+    verb: Verb, shape: RouteShape, way: Way, transposed: _Transposed, cotangents: Link
+) -> tuple[Any, None]:
+    operands, values, token = cotangents
+    arrays = [_as_type(value, of.dtype) for value, of in zip(values, transposed.types(), strict=True)]
     num_operands = len(transposed.call.operands)
     call = dataclasses.replace(transposed.call, operands=tuple(arrays[:num_operands]))
-    results = call.done(way.channel, arrays[num_operands:], flight.token)
-    return (verb.gradients(flight.operands, call.operands, results),)
+    results = call.done(way.channel, arrays[num_operands:], token)
+    return verb.gradients(operands, call.operands, results), None
 
 
-start.defvjp(_start_forward, _start_backward)
+_link.defvjp(_link_forward, _link_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def done(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> Any:
     """End an op and return its outputs."""
     results = flight.results
@@ -178,91 +201,58 @@ def done(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> Any:
     return verb.outputs(shape, flight.operands, results)
 
 
-def done_forward(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> tuple[Any, Any]:
+class Saved(NamedTuple):
+    """What the gradient of an op needs.
+
+    Attributes:
+        of_verb: from `Verb.saved`.
+        types: of the op's operands.
+    """
+
+    of_verb: Any
+    types: "_Types"
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Types:
+    """Types of a tree of arrays."""
+
+    tree: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Types":
+        return cls(jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), tree))
+
+    def zeros(self, token: jax.Array) -> Any:
+        """Return zeros, and None for integers."""
+        zeros = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype) if _is_float(of) else None, self.tree)
+        leaves, structure = jax.tree.flatten(zeros)
+        return jax.tree.unflatten(structure, _beside([token], leaves))
+
+
+def done_forward(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> tuple[Any, Saved]:
     """Return the outputs, and what `start_transposed` needs."""
     outputs = done(verb, shape, way, flight)
     if verb.name is not None:
         outputs = checkpoint_name(outputs, verb.name)
-    return outputs, verb.saved(flight.operands, outputs)
+    return outputs, Saved(verb.saved(flight.operands, outputs), _Types.of(flight.operands))
 
 
-def _done_backward(verb: Verb, shape: RouteShape, way: Way, saved: Any, cotangents: Any) -> tuple[Flight]:
+def _done_backward(verb: Verb, shape: RouteShape, way: Way, saved: Saved, cotangents: Any) -> tuple[Flight]:
     return (start_transposed(verb, shape, way, saved, cotangents),)
 
 
-def start_transposed(verb: Verb, shape: RouteShape, way: Way, saved: Any, cotangents: Any) -> Flight:
+def start_transposed(verb: Verb, shape: RouteShape, way: Way, saved: Saved, cotangents: Any) -> Flight:
     """Begin the transposed op; return the cotangent of the flight."""
-    call = verb.transpose(shape, saved, cotangents)
+    call = verb.transpose(shape, saved.of_verb, cotangents)
+    # Before start, so that it has the operands of done.
+    call = dataclasses.replace(call, operands=tuple(_beside(call.operands, call.operands)))
     results, token = call.start(way.channel)
-    axes = jax_compat.varying_axes(token)
-    arrays = [
-        jax_compat.as_varying(_as_type(value, _float_type(value.dtype)), axes)
-        for value in (*call.operands, *results)
-    ]
+    arrays = [_as_type(value, _float_type(value)) for value in (*call.operands, *results)]
     zero: Any = None
-    return Flight(zero, zero, zero, arrays, token)
+    # `_link` does not use the cotangents of operands; None would get a wrong type, see `_beside`.
+    return Flight(zero, zero, saved.types.zeros(token), arrays, token)
 
 
 done.defvjp(done_forward, _done_backward)
-
-
-def _transpose_dispatch(shape: RouteShape, routes: Routes, outputs: tuple[Any, Handle[Any]]) -> Call:
-    tokens, handle = outputs
-    rows = received_gradients(shape, tokens, handle.weights)
-    return native.combine_call(shape, rows, routes, row_gradients=handle.weights)
-
-
-def _dispatch_gradients(operands: Any, _: Any, results: Sequence[jax.Array]) -> Any:
-    x, topk_weights, _sums = results
-    return x if jnp.issubdtype(operands[0].dtype, jnp.floating) else None, None, topk_weights
-
-
-DISPATCH = Verb(
-    call=native.dispatch_call,
-    outputs=lambda shape, operands, results: native.dispatched(shape, operands[0].shape[1], results),
-    saved=lambda operands, outputs: outputs[1].routes,
-    transpose=_transpose_dispatch,
-    gradients=_dispatch_gradients,
-    name=DISPATCHED,
-)
-
-CACHED_DISPATCH = Verb(
-    call=native.cached_dispatch_call,
-    outputs=lambda shape, operands, results: results[0][:, : operands[0].shape[1]],
-    saved=lambda operands, outputs: operands[1],
-    transpose=lambda shape, routes, tokens: native.combine_call(shape, tokens, routes),
-    gradients=lambda operands, of_call, results: (results[0], None),
-)
-
-
-def _combine_call(
-    shape: RouteShape, y: jax.Array, weights: jax.Array | None, bias: jax.Array | None, routes: Routes
-) -> Call:
-    return native.combine_call(shape, y, routes, weights=weights, bias=bias)
-
-
-def _save_combine(operands: Any, _: Any) -> Any:
-    y, weights, _, routes = operands
-    # Only the weights' gradient needs y again; without it y can be freed.
-    return None if weights is None else y, weights, routes
-
-
-def _transpose_combine(shape: RouteShape, saved: Any, out: jax.Array) -> Call:
-    y, weights, routes = saved
-    return native.cached_dispatch_call(shape, out, routes, weights=weights, y=y, zero_rest=True)
-
-
-def _combine_gradients(operands: Any, of_call: Sequence[jax.Array], results: Sequence[jax.Array]) -> Any:
-    _, weights, bias, _ = operands
-    y_gradient, weight_gradient = results
-    of_bias = None if bias is None else of_call[0]
-    return y_gradient, None if weights is None else weight_gradient, of_bias, None
-
-
-COMBINE = Verb(
-    call=_combine_call,
-    outputs=lambda shape, operands, results: results[0],
-    saved=_save_combine,
-    transpose=_transpose_combine,
-    gradients=_combine_gradients,
-)

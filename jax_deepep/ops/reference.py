@@ -12,6 +12,8 @@ from jax import lax
 
 from jax_deepep.capacity import num_groups, round_up
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
+from jax_deepep.quantization.block_scaled import quantize
+from jax_deepep.quantization.formats import Format
 
 NOT_A_ROW = -1
 
@@ -41,7 +43,12 @@ def _first_of_each_device(device: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def dispatch(
-    shape: RouteShape, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
+    shape: RouteShape,
+    x: jax.Array,
+    topk_idx: jax.Array,
+    topk_weights: jax.Array,
+    *,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     comm, capacity = shape.comm, shape.capacity
@@ -119,7 +126,7 @@ def dispatch(
         num_invalid=num_invalid,
         route_shape=shape,
     )
-    tokens, _ = cached_dispatch(shape, x, handle.routes)
+    tokens, _ = cached_dispatch(shape, x, handle.routes, wire=wire)
     return tokens, handle
 
 
@@ -131,11 +138,16 @@ def cached_dispatch(
     weights: jax.Array | None = None,
     y: jax.Array | None = None,
     zero_rest: bool = False,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.cached_dispatch`; here the rows after the groups are always zero."""
     del zero_rest
     source = routes.source
-    everyones_x = _gather(shape, x).reshape(-1, x.shape[1])
+    if wire is None:
+        everyones_x = _gather(shape, x).reshape(-1, x.shape[1])
+    else:
+        rows = jax.tree.map(lambda leaf: _gather(shape, leaf), quantize(x, wire))
+        everyones_x = rows.dequantize(x.dtype).reshape(-1, x.shape[1])
     device, token = jnp.divmod(source, shape.comm.max_tokens)
     live = (source >= 0)[:, None]
     rows = jnp.take(everyones_x, device * shape.num_tokens + token, axis=0, mode="clip")
@@ -157,6 +169,7 @@ def combine(
     weights: jax.Array | None = None,
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
+    wire: Format | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Implement `implementations.combine`."""
     comm, capacity = shape.comm, shape.capacity
@@ -186,8 +199,17 @@ def combine(
             term = term * jnp.take(weights, index, mode="fill", fill_value=0)[..., None]
         partial_sum = jnp.where(live, partial_sum + term, partial_sum)
     parts = partial_sum.astype(y.dtype)  # [R, T, H], rounded once per (token, device)
-    if comm.size > 1:
-        parts = lax.all_to_all(parts, comm.axis_names, 0, 0)
+
+    def exchange(value: jax.Array) -> jax.Array:
+        exchanged: jax.Array = lax.all_to_all(value, comm.axis_names, 0, 0)
+        return exchanged
+
+    if comm.size > 1 and wire is None:
+        parts = exchange(parts)
+    elif comm.size > 1 and wire is not None:
+        own = jnp.arange(num_ranks)[:, None, None] == shape.rank()
+        received = jax.tree.map(exchange, quantize(partial_sum, wire)).dequantize(jnp.float32)
+        parts = jnp.where(own, parts.astype(jnp.float32), received)
 
     total = jnp.zeros(parts.shape[1:], jnp.float32) if bias is None else bias.astype(jnp.float32)
     for device in range(num_ranks):

@@ -1,5 +1,6 @@
-// Several ranks in one process on one GPU, a stream each: every verb against the CPU's bits, ranks that
-// arrive late or never, and many steps with random delays. No Python, so that compute-sanitizer can watch.
+// Several ranks in one process on one GPU, a stream each: every verb against the CPU's bits, ranks
+// that arrive late or never, and many steps with random delays. No Python, so that
+// compute-sanitizer can watch.
 //
 //     cuda_ranks [conformance] [faults] [channels] [soak STEPS]
 #include <cstdio>
@@ -53,6 +54,22 @@ void CheckConformance(int num_blocks) {
     problems.push_back(MakeProblem("long integers", 3, 9, 4, 21, 37, kI32, layout));
     problems.back().route.row_size = 40;
   }
+  for (const WireFormat wire :
+       {WireFormat::kFp8, WireFormat::kFp8E8m0, WireFormat::kMxfp8, WireFormat::kNvfp4}) {
+    const auto add = [&](Problem problem) {
+      problem.route.wire = wire;
+      problem.name = kWireNames[static_cast<int>(wire)];
+      problems.push_back(problem);
+    };
+    add(MakeProblem("", 2, 8, 3, 40, 256, kBF16, kExpert));
+    add(MakeProblem("", 4, 16, 4, 37, 640, kF16, kExpert, 4, 64));
+    add(MakeProblem("", 4, 16, 4, 37, 648, kF32, kToken));
+    add(MakeProblem("", 3, 9, 4, 21, 38, kBF16, kToken));
+    add(MakeProblem("", 3, 9, 4, 21, 202, kF32, kExpert));
+    add(MakeProblem("", 2, 4, 2, 5, 2, kF16, kExpert));
+    add(MakeProblem("", 1, 4, 2, 9, 9000, kBF16, kExpert));
+    add(MakeProblem("", 2, 4, 1, 9, 4104, kBF16, kExpert));
+  }
   for (const Problem& problem : problems) {
     for (const bool low_latency : {false, true}) CheckProblem(problem, num_blocks, 2, low_latency);
   }
@@ -76,13 +93,14 @@ void CheckLargest() {
   }
 }
 
-// Ops on the two channels, whole or in two parts, in either order on each rank and at all distances: they never touch
-// each other.
+// Ops on the two channels, whole or in two parts, in either order on each rank and at all
+// distances: they never touch each other.
 void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool second_low_latency) {
   constexpr int kNumRanks = 3;
   std::mt19937 random(23);
   std::vector<Problem> problems = {
-      MakeProblem("channel 0", kNumRanks, 6, 3, 20, 128, RowType::kBFloat16, Layout::kExpertMajor, 4),
+      MakeProblem("channel 0", kNumRanks, 6, 3, 20, 128, RowType::kBFloat16, Layout::kExpertMajor,
+                  4),
       MakeProblem("channel 1", kNumRanks, 6, 3, 16, 128, RowType::kFloat32, Layout::kTokenMajor)};
   problems[0].low_latency = first_low_latency;
   problems[1].low_latency = second_low_latency;
@@ -95,13 +113,15 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
     for (int rank = 0; rank < kNumRanks; ++rank) {
       ranks[channel].push_back(std::make_unique<Rank>(problems[channel], random));
       dispatches.push_back(DispatchOf<false>(problems[channel], *ranks[channel].back()));
-      combines.push_back(CombineOf<false>(problems[channel], *ranks[channel].back(), channel == 0, true, false));
+      combines.push_back(
+          CombineOf<false>(problems[channel], *ranks[channel].back(), channel == 0, true, false));
     }
     RunOnCpu(*comm, 2 * channel, dispatches);
     RunOnCpu(*comm, 2 * channel + 1, combines);
   }
   cudaStream_t others[kNumRanks];
-  for (cudaStream_t& stream : others) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  for (cudaStream_t& stream : others)
+    CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   Group group(problems[0].shape, num_blocks, 5.0 * kLonger);
   for (int i = 0; i < tries && failures == 0; ++i) {
     for (int op = 0; op < 2; ++op) {
@@ -116,7 +136,8 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
             if (op == 0) {
               group.Launch(rank, DispatchOf<true>(problems[channel], own), stream, channel, part);
             } else {
-              const CombineParams combine = CombineOf<true>(problems[channel], own, channel == 0, true, false);
+              const CombineParams combine =
+                  CombineOf<true>(problems[channel], own, channel == 0, true, false);
               group.Launch(rank, combine, stream, channel, part);
             }
           };
@@ -134,7 +155,8 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
     for (int channel = 0; channel < kNumChannels; ++channel) {
       for (int rank = 0; rank < kNumRanks; ++rank) {
         Rank& own = *ranks[channel][rank];
-        const std::string where = "channel " + std::to_string(channel) + ", try " + std::to_string(i);
+        const std::string where =
+            "channel " + std::to_string(channel) + ", try " + std::to_string(i);
         Check(group.status(rank).failed == 0, where + " ended as it should");
         CheckSameRows(problems[channel], own.tokens, own, false, where + ", tokens");
         CheckSame(own.out, own.out.bytes(), where + ", out");
@@ -149,10 +171,12 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
 void CheckSoak(int num_blocks, int steps) {
   constexpr int num_ranks = 8;
-  Problem problem = MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
+  Problem problem =
+      MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
   std::mt19937 random(11);
   std::vector<std::unique_ptr<Rank>> ranks;
-  for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  for (int rank = 0; rank < num_ranks; ++rank)
+    ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
   Group group(problem.shape, num_blocks, 5.0 * kLonger);
   for (int step = 0; step < steps && failures == 0; ++step) {
@@ -170,19 +194,21 @@ void CheckSoak(int num_blocks, int steps) {
     }
     RunOnCpu(*comm, 2 * step, dispatches);
     RunOnCpu(*comm, 2 * step + 1, combines);
-    // One op of all ranks after the other: streams share queues of the GPU, and a rank's second op, which waits for its
-    // first, would hold up the first of another rank.
+    // One op of all ranks after the other: streams share queues of the GPU, and a rank's second op,
+    // which waits for its first, would hold up the first of another rank.
     for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000 * kOpsTakeLonger);
       group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]), nullptr, channel);
     }
     for (int rank = 0; rank < num_ranks; ++rank) {
       if (random() % 4 == 0) group.DelayRank(rank, random() % 200'000 * kOpsTakeLonger);
-      group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false), nullptr, channel);
+      group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false), nullptr,
+                   channel);
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {
-      const std::string where = "soak, step " + std::to_string(step) + ", rank " + std::to_string(rank);
+      const std::string where =
+          "soak, step " + std::to_string(step) + ", rank " + std::to_string(rank);
       Check(group.status(rank).failed == 0, where + " ended as it should");
       CheckSameRows(problem, ranks[rank]->tokens, *ranks[rank], false, where + ", tokens");
       CheckSame(ranks[rank]->out, ranks[rank]->out.bytes(), where + ", out");

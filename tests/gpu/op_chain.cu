@@ -1,6 +1,7 @@
-// How long ops take back to back on several GPUs, without XLA: a chain captured in a CUDA graph of each GPU, in one
-// process. Prints us per dispatch + combine, dispatch, and combine, of the slowest GPU: the slope between chains of
-// 8 and 108, median of 15. Results are not checked: cuda_ranks.cu does that.
+// How long ops take back to back on several GPUs, without XLA: a chain captured in a CUDA graph of
+// each GPU, in one process. Prints us per dispatch + combine, dispatch, and combine, of the slowest
+// GPU: the slope between chains of 8 and 108, median of 15. Results are not checked: cuda_ranks.cu
+// does that.
 //
 //     op_chain throughput|low_latency NUM_GPUS TOKENS...
 #include <cuda_runtime.h>
@@ -24,12 +25,14 @@ enum { kDispatch = 1, kCombine = 2 };
 class Chain {
  public:
   explicit Chain(const Problem& problem)
-      : problem_(problem), group_(problem.shape, 0, 3.0, problem.low_latency, /*device_each=*/true) {
+      : problem_(problem),
+        group_(problem.shape, 0, 3.0, problem.low_latency, /*device_each=*/true) {
     std::mt19937 random(7);
     for (int rank = 0; rank < num_ranks(); ++rank) {
       group_.OnDeviceOf(rank);
       ranks_.push_back(std::make_unique<Rank>(problem, random));
-      for (auto* events : {&begin_, &end_}) CheckCuda(cudaEventCreate(&events->emplace_back()), "event");
+      for (auto* events : {&begin_, &end_})
+        CheckCuda(cudaEventCreate(&events->emplace_back()), "event");
     }
     group_.Wait();
   }
@@ -45,7 +48,8 @@ class Chain {
     std::vector<double> times[2];
     std::vector<cudaGraphExec_t> graphs[2];
     for (int i = 0; i < 2; ++i) {
-      for (int rank = 0; rank < num_ranks(); ++rank) graphs[i].push_back(Capture(rank, ops, kLengths[i]));
+      for (int rank = 0; rank < num_ranks(); ++rank)
+        graphs[i].push_back(Capture(rank, ops, kLengths[i]));
     }
     for (int trial = 0; trial < 17; ++trial) {
       for (int i = 0; i < 2; ++i) {
@@ -56,7 +60,8 @@ class Chain {
     for (auto& of_length : graphs) {
       for (cudaGraphExec_t graph : of_length) cudaGraphExecDestroy(graph);
     }
-    for (auto& of_length : times) std::nth_element(of_length.begin(), of_length.begin() + 7, of_length.end());
+    for (auto& of_length : times)
+      std::nth_element(of_length.begin(), of_length.begin() + 7, of_length.end());
     return (times[1][7] - times[0][7]) / (kLengths[1] - kLengths[0]);
   }
 
@@ -82,8 +87,8 @@ class Chain {
     return executable;
   }
 
-  // Us on the slowest GPU. Nothing but launches, until all ranks have been launched: other calls may wait for the
-  // first rank's ops, which wait for those of the others.
+  // Us on the slowest GPU. Nothing but launches, until all ranks have been launched: other calls
+  // may wait for the first rank's ops, which wait for those of the others.
   double Run(const std::vector<cudaGraphExec_t>& graphs) {
     for (int rank = 0; rank < num_ranks(); ++rank) {
       group_.OnDeviceOf(rank);
@@ -127,17 +132,19 @@ int main(int argc, char** argv) {
     }
   }
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  std::printf("us per dispatch + combine, dispatch, combine: H=7168, top-8 of 256, bfloat16, %d GPUs, %s\n", num_gpus,
-              mode.c_str());
+  std::printf(
+      "us per dispatch + combine, dispatch, combine: H=7168, top-8 of 256, bfloat16, %d GPUs, %s\n",
+      num_gpus, mode.c_str());
   for (const Layout layout : {Layout::kTokenMajor, Layout::kExpertMajor}) {
     for (int i = 3; i < argc; ++i) {
-      Problem problem =
-          MakeProblem("chain", num_gpus, 256, 8, std::atoi(argv[i]), 7168, RowType::kBFloat16, layout);
+      Problem problem = MakeProblem("chain", num_gpus, 256, 8, std::atoi(argv[i]), 7168,
+                                    RowType::kBFloat16, layout);
       problem.none = 0;
       problem.low_latency = mode == "low_latency";
       Chain chain(problem);
-      std::printf("%s-major, T = %s: %.1f %.1f %.1f\n", kLayoutNames[static_cast<int>(layout)], argv[i],
-                  chain.Slope(kDispatch | kCombine), chain.Slope(kDispatch), chain.Slope(kCombine));
+      std::printf("%s-major, T = %s: %.1f %.1f %.1f\n", kLayoutNames[static_cast<int>(layout)],
+                  argv[i], chain.Slope(kDispatch | kCombine), chain.Slope(kDispatch),
+                  chain.Slope(kCombine));
     }
   }
   return failures == 0 ? 0 : 1;

@@ -1,4 +1,5 @@
-// The arrays of a rank of cuda_ranks.cu, on host and device, and the parameters of every verb on either.
+// The arrays of a rank of cuda_ranks.cu, on host and device, and the parameters of every verb on
+// either.
 #ifndef JAX_DEEPEP_TESTS_GPU_RANK_ARRAYS_CUH_
 #define JAX_DEEPEP_TESTS_GPU_RANK_ARRAYS_CUH_
 
@@ -45,7 +46,8 @@ class Array {
   Array(const Array&) = delete;
 
   void ToDevice() {
-    CheckCuda(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), "cudaMemcpy");
+    CheckCuda(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice),
+              "cudaMemcpy");
   }
   std::vector<char> FromDevice() const {
     std::vector<char> copy(host_.size());
@@ -75,10 +77,14 @@ struct Problem {
   bool invalid = false;  // some entries are out of range or repeated
   bool skewed = false;   // most entries go to the first rank
   bool low_latency = false;
+
+  // Whether rows are encoded in scratch before peers read them.
+  bool encodes() const { return route.rows().is_quantized() && !low_latency; }
 };
 
-Problem MakeProblem(const char* name, int ranks, int experts, int topk, int tokens, int hidden, RowType type,
-                    Layout layout, int alignment = 1, int capacity = -1, int64_t expert_capacity = kNoLimit) {
+Problem MakeProblem(const char* name, int ranks, int experts, int topk, int tokens, int hidden,
+                    RowType type, Layout layout, int alignment = 1, int capacity = -1,
+                    int64_t expert_capacity = kNoLimit) {
   Problem problem{name, {}, {}};
   problem.shape = {ranks, experts, topk, tokens + 3, hidden};
   const int local = experts / ranks;
@@ -86,8 +92,10 @@ Problem MakeProblem(const char* name, int ranks, int experts, int topk, int toke
                                                : int64_t{ranks} * tokens * std::min(topk, local) +
                                                      int64_t{local} * (alignment - 1);
   rows = (rows + alignment - 1) / alignment * alignment;
-  problem.route = {layout, type, hidden, tokens, capacity < 0 ? static_cast<int>(rows) : capacity, alignment,
-                   expert_capacity};
+  problem.route = {layout,    type,
+                   hidden,    WireFormat::kNone,
+                   tokens,    capacity < 0 ? static_cast<int>(rows) : capacity,
+                   alignment, expert_capacity};
   return problem;
 }
 
@@ -119,6 +127,15 @@ void FillRandom(RowType type, void* rows, size_t count, std::mt19937& random) {
   }
 }
 
+// Sums are not sent as nvfp4.
+RouteShape RouteOfCombine(const Problem& problem) {
+  RouteShape route = problem.route;
+  route.alignment = 1;
+  route.expert_capacity = kNoLimit;
+  if (route.wire == WireFormat::kNvfp4) route.wire = WireFormat::kMxfp8;
+  return route;
+}
+
 // The operands and results of all verbs on one rank.
 struct Rank {
   Rank(const Problem& problem, std::mt19937& random)
@@ -140,7 +157,8 @@ struct Rank {
         out(Rows(problem, problem.route.num_tokens)),
         row_gradients(PerRow(problem)),
         gradients(Entries(problem)),
-        sums(Rows(problem, int64_t{problem.shape.num_ranks} * problem.route.num_tokens)),
+        sums(CombineSums(problem.shape, RouteOfCombine(problem)).bytes()),
+        encoded(problem.route.num_tokens * problem.route.rows().wire_bytes()),
         rows(Rows(problem, problem.route.capacity)),
         products(problem.route.capacity * 4),
         rank_operand(4) {
@@ -151,7 +169,8 @@ struct Rank {
     FillRandom(type, bias.host<void>(), problem.route.num_tokens * size, random);
     FillRandom(RowType::kFloat32, row_gradients.host<void>(), row_gradients.bytes() / 4, random);
     Route(problem, random);
-    for (Array* array : {&x, &topk_idx, &topk_weights, &y, &bias, &row_gradients}) array->ToDevice();
+    for (Array* array : {&x, &topk_idx, &topk_weights, &y, &bias, &row_gradients})
+      array->ToDevice();
   }
 
   void Route(const Problem& problem, std::mt19937& random) {
@@ -169,27 +188,28 @@ struct Rank {
         int32_t expert = used < experts ? order[used++] : kNone;
         if (uniform(random) < problem.none) expert = kNone;
         if (problem.invalid && uniform(random) < 0.2f) expert = experts + k;
-        if (problem.invalid && k > 0 && uniform(random) < 0.2f) expert = topk_idx.host<int32_t>()[token * topk];
+        if (problem.invalid && k > 0 && uniform(random) < 0.2f)
+          expert = topk_idx.host<int32_t>()[token * topk];
         topk_idx.host<int32_t>()[token * topk + k] = expert;
         topk_weights.host<float>()[token * topk + k] = uniform(random);
       }
     }
   }
 
-  static size_t Rows(const Problem& p, int64_t count) {
-    return count * p.route.rows().bytes();
-  }
+  static size_t Rows(const Problem& p, int64_t count) { return count * p.route.rows().bytes(); }
   static size_t Entries(const Problem& p) {
     return size_t{4} * p.route.num_tokens * p.shape.num_topk;
   }
   static size_t PerRow(const Problem& p) {
-    return size_t{4} * p.route.capacity * (p.route.layout == Layout::kExpertMajor ? 1 : p.shape.num_topk);
+    return size_t{4} * p.route.capacity *
+           (p.route.layout == Layout::kExpertMajor ? 1 : p.shape.num_topk);
   }
   static size_t Groups(const Problem& p) { return size_t{4} * NumRowGroups(p.shape, p.route); }
 
   Array x, topk_idx, topk_weights;
-  Array tokens, source, destination, weights, local_experts, group_sizes, num_rows, counts, pairs, scratch;
-  Array y, bias, out, row_gradients, gradients, sums, rows, products, rank_operand;
+  Array tokens, source, destination, weights, local_experts, group_sizes, num_rows, counts, pairs,
+      scratch;
+  Array y, bias, out, row_gradients, gradients, sums, encoded, rows, products, rank_operand;
 };
 
 // Parameters of the verbs on host or device arrays.
@@ -220,17 +240,18 @@ DispatchParams DispatchOf(const Problem& problem, Rank& rank) {
   if (kDevice) {
     params.pairs = expert_major || problem.low_latency ? rank.pairs.device<int32_t>() : nullptr;
     params.scratch = rank.scratch.device<int32_t>();
+    if (problem.encodes()) params.encoded = rank.encoded.device<void>();
   }
   return params;
 }
 
 template <bool kDevice>
-CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool with_bias, bool with_gradients) {
+CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool with_bias,
+                        bool with_gradients) {
   CombineParams params;
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
-  params.route = problem.route;
-  params.route.alignment = 1;
-  params.route.expert_capacity = kNoLimit;
+  params.route = RouteOfCombine(problem);
+  params.group_sizes = Data<kDevice, int32_t>(rank.group_sizes);
   params.y = Data<kDevice, void>(rank.y);
   params.weights = weighted ? Data<kDevice, float>(rank.weights) : nullptr;
   params.row_gradients = with_gradients ? Data<kDevice, float>(rank.row_gradients) : nullptr;
@@ -240,15 +261,17 @@ CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool 
   params.gradients = with_gradients ? Data<kDevice, float>(rank.gradients) : nullptr;
   if (kDevice && problem.low_latency) {
     params.pairs = rank.pairs.device<int32_t>();
-  } else if (kDevice && expert_major) {
-    params.pairs = rank.pairs.device<int32_t>();
-    params.sums = PairTable(problem.shape, problem.route).max_rows > 1 ? rank.sums.device<void>() : nullptr;
+  } else if (kDevice) {
+    if (expert_major) params.pairs = rank.pairs.device<int32_t>();
+    const bool has_sums = CombineSums(problem.shape, params.route).num_rows > 0;
+    params.sums = has_sums ? rank.sums.device<void>() : nullptr;
   }
   return params;
 }
 
 template <bool kDevice>
-CachedDispatchParams CachedDispatchOf(const Problem& problem, Rank& rank, bool scaled, bool zero_rest) {
+CachedDispatchParams CachedDispatchOf(const Problem& problem, Rank& rank, bool scaled,
+                                      bool zero_rest) {
   CachedDispatchParams params;
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
   params.route = problem.route;
@@ -264,6 +287,7 @@ CachedDispatchParams CachedDispatchOf(const Problem& problem, Rank& rank, bool s
   params.products = scaled ? Data<kDevice, float>(rank.products) : nullptr;
   if (kDevice && (expert_major || problem.low_latency)) params.pairs = rank.pairs.device<int32_t>();
   if (kDevice) params.destination = rank.destination.device<int32_t>();
+  if (kDevice && problem.encodes()) params.encoded = rank.encoded.device<void>();
   return params;
 }
 

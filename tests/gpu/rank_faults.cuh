@@ -41,63 +41,75 @@ bool AllFailed(const Problem& problem, Array& array) {
   return true;
 }
 
-// The last rank does not arrive, or arrives late; every op ends and reports it, and so do later ops.
+// The last rank does not arrive, or arrives late; every op ends and reports it, and so do later
+// ops.
 void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
-  const std::string name = std::to_string(num_ranks) + (low_latency ? " ranks, low latency, " : " ranks, ") +
+  const std::string name = std::to_string(num_ranks) +
+                           (low_latency ? " ranks, low latency, " : " ranks, ") +
                            (late ? "one rank is late: " : "one rank is missing: ");
   Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
-                                      Layout::kExpertMajor);
+                                Layout::kExpertMajor);
   problem.low_latency = low_latency;
   const int last = num_ranks - 1;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
-  for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  for (int rank = 0; rank < num_ranks; ++rank)
+    ranks.push_back(std::make_unique<Rank>(problem, random));
   Group group(problem.shape, num_blocks, 0.3 * kLonger, low_latency);
-  for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  for (int rank = 0; rank < num_ranks; ++rank)
+    group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
   group.Wait();
-  for (int rank = 0; rank < num_ranks; ++rank) Check(group.status(rank).failed == 0, name + "the first op succeeds");
+  for (int rank = 0; rank < num_ranks; ++rank)
+    Check(group.status(rank).failed == 0, name + "the first op succeeds");
   if (late) {
     group.DelayRank(last, uint64_t{500'000'000} * kLonger);
     group.Launch(last, CombineOf<true>(problem, *ranks[last], true, true, false));
   }
-  for (int rank = 0; rank < last; ++rank) group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
+  for (int rank = 0; rank < last; ++rank)
+    group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
   group.Wait();
   for (int rank = 0; rank < (late ? num_ranks : last); ++rank) {
     const HostStatus& status = group.status(rank);
     Check(status.failed == 1, name + "the op fails");
     Check(status.report.failure == Failure::kNotArrived, name + "because a rank did not arrive");
-    Check(status.report.missing.Has(last) && !status.report.missing.Has(0), name + "the last rank is missing");
+    Check(status.report.missing.Has(last) && !status.report.missing.Has(0),
+          name + "the last rank is missing");
     Check(status.report.step == 2 && status.report.seen[last] == 1, name + "steps");
     Check(static_cast<int>(status.reporter) < last, name + "a rank that waited reports");
     Check(AllFailed(problem, ranks[rank]->out), name + "results are NaN");
   }
   // Later ops end at once, whichever ranks arrive.
   const auto before = std::chrono::steady_clock::now();
-  for (int rank = 0; rank < last; ++rank) group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  for (int rank = 0; rank < last; ++rank)
+    group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
   group.Wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
   Check(took.count() < 0.25 * kLonger, name + "later ops end at once");
   for (int rank = 0; rank < last; ++rank) {
     Check(AllFailed(problem, ranks[rank]->tokens), name + "their results are NaN");
-    Check(*reinterpret_cast<const int32_t*>(ranks[rank]->counts.FromDevice().data()) == 0, name + "their counts are 0");
+    Check(*reinterpret_cast<const int32_t*>(ranks[rank]->counts.FromDevice().data()) == 0,
+          name + "their counts are 0");
   }
   // So do those with integers, into the same bytes.
   Problem integers = problem;
   integers.route.row_type = RowType::kInt32;
   integers.route.row_size = problem.route.row_size / 2;
-  for (int rank = 0; rank < last; ++rank) group.Launch(rank, DispatchOf<true>(integers, *ranks[rank]));
+  for (int rank = 0; rank < last; ++rank)
+    group.Launch(rank, DispatchOf<true>(integers, *ranks[rank]));
   group.Wait();
   for (int rank = 0; rank < last; ++rank) {
     Check(AllFailed(integers, ranks[rank]->tokens), name + "integers have all bits set");
   }
   // The device still works.
-  CheckProblem(MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor), num_blocks, 1,
-               low_latency);
+  CheckProblem(
+      MakeProblem("after a fault", 2, 8, 3, 40, 256, RowType::kBFloat16, Layout::kExpertMajor),
+      num_blocks, 1, low_latency);
 }
 
 // How an op that cannot succeed ends: soon, and on all ranks that arrived.
-void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr<Rank>>& ranks, int num_arrived,
-               Failure failure, int reporter, double seconds, const std::string& name) {
+void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr<Rank>>& ranks,
+               int num_arrived, Failure failure, int reporter, double seconds,
+               const std::string& name) {
   const auto before = std::chrono::steady_clock::now();
   group.Wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - before;
@@ -105,15 +117,18 @@ void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr
   for (int rank = 0; rank < num_arrived; ++rank) {
     Check(group.status(rank).failed == 1, name + ": fails");
     Check(group.status(rank).report.failure == failure, name + ": has its own failure code");
-    Check(reporter == kNone || static_cast<int>(group.status(rank).reporter) == reporter, name + ": is reported by one rank");
+    Check(reporter == kNone || static_cast<int>(group.status(rank).reporter) == reporter,
+          name + ": is reported by one rank");
     Check(AllFailed(problem, ranks[rank]->tokens), name + ": results are NaN");
   }
 }
 
-// Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never arrives.
+// Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never
+// arrives.
 void CheckMistakes(int num_blocks, bool low_latency) {
   constexpr double kTimeout = 60 * kLonger, kAtOnce = 5 * kLonger;
-  Problem problem = MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  Problem problem =
+      MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
   problem.low_latency = low_latency;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
@@ -130,8 +145,10 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     group.Wait();
     for (int rank = 0; rank < 2; ++rank) {
       const FailureReport& report = group.status(rank).report;
-      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different ops are detected");
-      Check(report.other_rank == 1 - static_cast<int>(group.status(rank).reporter), "and whose they are");
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps,
+            "different ops are detected");
+      Check(report.other_rank == 1 - static_cast<int>(group.status(rank).reporter),
+            "and whose they are");
       const int64_t difference = report.op.capacity - report.other_op.capacity;
       Check(difference == (report.other_rank == 1 ? 8 : -8), "and where they differ");
     }
@@ -144,7 +161,8 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     group.Wait();
     for (int rank = 0; rank < 2; ++rank) {
       const FailureReport& report = group.status(rank).report;
-      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps, "different modes are detected");
+      Check(group.status(rank).failed == 1 && report.failure == Failure::kDifferentOps,
+            "different modes are detected");
       const int64_t difference = report.op.flags ^ report.other_op.flags;
       Check(difference == OpSignature::kLowLatency, "and reported");
     }
@@ -153,16 +171,19 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     group.TakeFor(1, 0);
     for (int rank = 0; rank < 3; ++rank) dispatch(group, rank);
-    CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce, "a device run as another rank");
+    CheckEnds(group, problem, ranks, 3, Failure::kWrongRank, 1, kAtOnce,
+              "a device run as another rank");
   }
   {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     dispatch(group, 1);
     group.Abort(2);
-    CheckEnds(group, problem, ranks, 2, Failure::kNotLaunched, 2, kAtOnce, "an op that is not launched");
+    CheckEnds(group, problem, ranks, 2, Failure::kNotLaunched, 2, kAtOnce,
+              "an op that is not launched");
     dispatch(group, 2);
-    CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce, "the op after one that is not launched");
+    CheckEnds(group, problem, ranks, 3, Failure::kNotLaunched, 2, kAtOnce,
+              "the op after one that is not launched");
   }
   {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
@@ -173,7 +194,8 @@ void CheckMistakes(int num_blocks, bool low_latency) {
     dispatch(group, 0, concurrent);
     CheckEnds(group, problem, ranks, 2, Failure::kTwoAtOnce, 0, kAtOnce, "two ops at once");
     dispatch(group, 2);
-    CheckEnds(group, problem, ranks, 3, Failure::kTwoAtOnce, 0, kAtOnce, "a rank that arrives after two ops at once");
+    CheckEnds(group, problem, ranks, 3, Failure::kTwoAtOnce, 0, kAtOnce,
+              "a rank that arrives after two ops at once");
     cudaStreamDestroy(concurrent);
   }
 }
@@ -184,7 +206,8 @@ __global__ void MeetKernel(const __grid_constant__ OpFrame frame) {
   if (group.Begin()) group.SyncGrid();
 }
 
-// Blocks that do not all find an SM. Cooperative launches prevent that; the wait of blocks for each other ends even so.
+// Blocks that do not all find an SM. Cooperative launches prevent that; the wait of blocks for each
+// other ends even so.
 void CheckNoRoom() {
   GroupShape shape;
   shape.num_ranks = 1;
@@ -196,26 +219,33 @@ void CheckNoRoom() {
   cudaStream_t concurrent;
   CheckCuda(cudaStreamCreateWithFlags(&concurrent, cudaStreamNonBlocking), "stream");
   int almost_an_sm = 0;  // of shared memory
-  CheckCuda(cudaDeviceGetAttribute(&almost_an_sm, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+  CheckCuda(cudaDeviceGetAttribute(&almost_an_sm, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+            "attribute");
   almost_an_sm -= kStaticSharedBytes;
-  for (auto* kernel : {reinterpret_cast<const void*>(Delay), reinterpret_cast<const void*>(MeetKernel)}) {
-    CheckCuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, almost_an_sm), "attribute");
+  for (auto* kernel :
+       {reinterpret_cast<const void*>(Delay), reinterpret_cast<const void*>(MeetKernel)}) {
+    CheckCuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, almost_an_sm),
+        "attribute");
   }
   LaunchDelay(1'500'000'000, concurrent, num_sms - 1, almost_an_sm);
   // Not as a cooperative launch, which would be rejected.
   OpFrame frame = group.FrameOf(0);
   void* arguments[] = {&frame};
-  CheckCuda(cudaLaunchKernel(reinterpret_cast<const void*>(MeetKernel), dim3(2), dim3(32), arguments, almost_an_sm,
-                             group.stream(0)),
+  CheckCuda(cudaLaunchKernel(reinterpret_cast<const void*>(MeetKernel), dim3(2), dim3(32),
+                             arguments, almost_an_sm, group.stream(0)),
             "launch");
   group.Wait();
-  Check(group.status(0).failed == 1 && group.status(0).report.failure == Failure::kNoRoom, "no SM for a block");
+  Check(group.status(0).failed == 1 && group.status(0).report.failure == Failure::kNoRoom,
+        "no SM for a block");
   cudaStreamDestroy(concurrent);
 }
 
-// Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other, or fails.
+// Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other,
+// or fails.
 void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
-  Problem problem = MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  Problem problem =
+      MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
   problem.low_latency = low_latency;
   std::mt19937 random(5);
   std::vector<std::unique_ptr<Rank>> ranks, others;
@@ -228,14 +258,16 @@ void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
     RunOnCpu(*comm, each == &ranks ? 0 : 1, on_cpu);
   }
   cudaStream_t concurrent[2];
-  for (cudaStream_t& stream : concurrent) CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  for (cudaStream_t& stream : concurrent)
+    CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   int num_failed = 0;
   for (int i = 0; i < tries; ++i) {
     Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
     const uint64_t delay = random() % 60'000 * kOpsTakeLonger;
     for (auto* each : {&ranks, &others}) {
       for (auto& rank : *each) {
-        CheckCuda(cudaMemset(rank->tokens.device<void>(), 0x55, rank->tokens.bytes()), "cudaMemset");
+        CheckCuda(cudaMemset(rank->tokens.device<void>(), 0x55, rank->tokens.bytes()),
+                  "cudaMemset");
       }
     }
     for (int rank = 0; rank < 2; ++rank) {

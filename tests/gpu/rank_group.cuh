@@ -1,4 +1,5 @@
-// The ranks of cuda_ranks.cu: launches of their ops, and the comparison of a problem's results with the CPU's bits.
+// The ranks of cuda_ranks.cu: launches of their ops, and the comparison of a problem's results with
+// the CPU's bits.
 #ifndef JAX_DEEPEP_TESTS_GPU_RANK_GROUP_CUH_
 #define JAX_DEEPEP_TESTS_GPU_RANK_GROUP_CUH_
 
@@ -21,8 +22,8 @@
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
 #include "interface/op_signature.h"
-#include "routing/group_rows.h"
 #include "rank_arrays.cuh"
+#include "routing/group_rows.h"
 
 namespace jax_deepep {
 namespace {
@@ -33,7 +34,7 @@ constexpr bool kOnGpu = true;
 #else
 constexpr bool kOnGpu = false;
 #endif
-constexpr int kLonger = kOnGpu ? 1 : 10;        // factor for time limits
+constexpr int kLonger = kOnGpu ? 1 : 10;  // factor for time limits
 constexpr int kOpsTakeLonger = kOnGpu ? 1 : 500;
 constexpr int kMostSms = 130;  // of an op that has a GPU
 
@@ -44,7 +45,8 @@ __global__ void Delay(uint64_t nanoseconds) {
 }
 
 // With shared memory, to keep other blocks off the SM.
-void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, int shared_bytes = 0) {
+void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1,
+                 int shared_bytes = 0) {
   const char* error = LaunchKernel(Delay, nanoseconds, num_blocks, 1, shared_bytes, stream);
   Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
@@ -52,21 +54,24 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1, 
 // All ranks of one EP group: on one device, or on a device each.
 class Group {
  public:
-  // With windows for all tokens, so that ops may take either mode. num_blocks 0: chosen per op, as if it had the GPU.
+  // With windows for all tokens, so that ops may take either mode. num_blocks 0: chosen per op, as
+  // if it had the GPU.
   Group(const GroupShape& shape, int num_blocks, double timeout_s, bool low_latency = false,
         bool device_each = false)
       : num_blocks_(num_blocks), low_latency_(low_latency), device_each_(device_each) {
     // Rows of float32 as well.
-    const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 16)};
+    const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 48)};
     const WindowLayout window(shape, size);
     const int64_t control_bytes = window.offset + window.bytes();
     int shared_bytes = 0;
-    CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "attribute");
+    CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+              "attribute");
     facts_.shared_bytes = shared_bytes - kStaticSharedBytes;
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       OnDeviceOf(rank);
       if (device_each || rank == 0) {
-        for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load, KernelsOf(Mode::kLowLatency).load}) {
+        for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load,
+                           KernelsOf(Mode::kLowLatency).load}) {
           const char* error = load(facts_.shared_bytes);
           Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
         }
@@ -79,7 +84,8 @@ class Group {
       streams_.emplace_back();
       CheckCuda(cudaStreamCreateWithFlags(&streams_.back(), cudaStreamNonBlocking), "stream");
       statuses_.emplace_back();
-      CheckCuda(cudaHostAlloc(reinterpret_cast<void**>(&statuses_.back()), sizeof(HostStatus), cudaHostAllocPortable),
+      CheckCuda(cudaHostAlloc(reinterpret_cast<void**>(&statuses_.back()), sizeof(HostStatus),
+                              cudaHostAllocPortable),
                 "host");
       *statuses_.back() = HostStatus{};
     }
@@ -91,7 +97,8 @@ class Group {
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
       frame.expected_rank = operands_[rank]->device<int32_t>();
       frame.status = statuses_[rank];
-      for (int peer = 0; peer < shape.num_ranks; ++peer) frame.control[peer] = controls_[peer]->device<DeviceControl>();
+      for (int peer = 0; peer < shape.num_ranks; ++peer)
+        frame.control[peer] = controls_[peer]->device<DeviceControl>();
       frames_.push_back(frame);
     }
     // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
@@ -207,7 +214,8 @@ void CheckSame(Array& array, size_t bytes, const std::string& what) {
 }
 
 // Rows of tokens and padding; the contents of the others are unspecified.
-void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all, const std::string& what) {
+void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all,
+                   const std::string& what) {
   int64_t end = 0;
   for (int group = 0; group < NumRowGroups(problem.shape, problem.route); ++group) {
     end += rank.group_sizes.host<int32_t>()[group];
@@ -224,7 +232,8 @@ void CheckDestination(const Problem& problem, Rank& rank, const std::string& wha
   for (int64_t i = 0; i < int64_t{problem.route.num_tokens} * num_topk; ++i) {
     const int32_t* experts = rank.topk_idx.host<int32_t>() + i / num_topk * num_topk;
     const bool valid = IsValidEntry(experts, i % num_topk, problem.shape.num_experts);
-    const int32_t expected = valid ? experts[i % num_topk] / problem.shape.num_local_experts() : kNone;
+    const int32_t expected =
+        valid ? experts[i % num_topk] / problem.shape.num_local_experts() : kNone;
     if (reinterpret_cast<const int32_t*>(got.data())[i] != expected) return Check(false, what);
   }
 }
@@ -234,7 +243,8 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
   const int num_ranks = problem.shape.num_ranks;
   std::mt19937 random(7);
   std::vector<std::unique_ptr<Rank>> ranks;
-  for (int rank = 0; rank < num_ranks; ++rank) ranks.push_back(std::make_unique<Rank>(problem, random));
+  for (int rank = 0; rank < num_ranks; ++rank)
+    ranks.push_back(std::make_unique<Rank>(problem, random));
   const auto comm = CpuCommunicator(problem.shape);
   Group group(problem.shape, num_blocks, 5.0 * kLonger, low_latency);
   const bool expert_major = problem.route.layout == Layout::kExpertMajor;
@@ -242,11 +252,14 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
   auto each = [&](auto make, auto check, const char* verb) {
     using Params = decltype(make(std::true_type(), *ranks[0]));
     std::vector<Params> on_cpu;
-    for (int rank = 0; rank < num_ranks; ++rank) on_cpu.push_back(make(std::false_type(), *ranks[rank]));
-    const auto check_where = std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
+    for (int rank = 0; rank < num_ranks; ++rank)
+      on_cpu.push_back(make(std::false_type(), *ranks[rank]));
+    const auto check_where =
+        std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
     RunOnCpu(*comm, run++, on_cpu);
     for (int repeat = 0; repeat < repeats; ++repeat) {
-      for (int rank = 0; rank < num_ranks; ++rank) group.Launch(rank, make(std::true_type(), *ranks[rank]));
+      for (int rank = 0; rank < num_ranks; ++rank)
+        group.Launch(rank, make(std::true_type(), *ranks[rank]));
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -259,7 +272,8 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
          CheckSame(rank.source, rank.source.bytes(), where + "source");
          CheckDestination(problem, rank, where + "destination");
          CheckSame(rank.weights, rank.weights.bytes(), where + "weights");
-         if (!expert_major) CheckSame(rank.local_experts, rank.local_experts.bytes(), where + "local_experts");
+         if (!expert_major)
+           CheckSame(rank.local_experts, rank.local_experts.bytes(), where + "local_experts");
          CheckSame(rank.group_sizes, rank.group_sizes.bytes(), where + "group_sizes");
          CheckSame(rank.num_rows, rank.num_rows.bytes(), where + "num_rows");
          CheckSame(rank.counts, rank.counts.bytes(), where + "counts");
@@ -268,15 +282,19 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
        "dispatch");
   if (failures > 0) return;
   for (const bool zero_rest : {false, true}) {
-    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, false, zero_rest); },
-         [&](Rank& rank, const std::string& where) {
-           CheckSameRows(problem, rank.rows, rank, zero_rest, where + "rows");
-         },
-         "cached_dispatch");
+    each(
+        [&](auto device, Rank& rank) {
+          return CachedDispatchOf<device.value>(problem, rank, false, zero_rest);
+        },
+        [&](Rank& rank, const std::string& where) {
+          CheckSameRows(problem, rank.rows, rank, zero_rest, where + "rows");
+        },
+        "cached_dispatch");
   }
   if (problem.route.row_type == RowType::kInt32) return;  // integers are only dispatched
   if (expert_major) {
-    each([&](auto device, Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },
+    each([&](auto device,
+             Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },
          [&](Rank& rank, const std::string& where) {
            CheckSameRows(problem, rank.rows, rank, true, where + "scaled rows");
            CheckSame(rank.products, rank.products.bytes(), where + "products");
@@ -285,12 +303,15 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
   }
   for (const bool weighted : {false, true}) {
     if (weighted && !expert_major) continue;
-    each([&](auto device, Rank& rank) { return CombineOf<device.value>(problem, rank, weighted, weighted, !weighted); },
-         [&](Rank& rank, const std::string& where) {
-           CheckSame(rank.out, rank.out.bytes(), where + "out");
-           if (!weighted) CheckSame(rank.gradients, rank.gradients.bytes(), where + "gradients");
-         },
-         weighted ? "weighted combine" : "combine");
+    each(
+        [&](auto device, Rank& rank) {
+          return CombineOf<device.value>(problem, rank, weighted, weighted, !weighted);
+        },
+        [&](Rank& rank, const std::string& where) {
+          CheckSame(rank.out, rank.out.bytes(), where + "out");
+          if (!weighted) CheckSame(rank.gradients, rank.gradients.bytes(), where + "gradients");
+        },
+        weighted ? "weighted combine" : "combine");
   }
 }
 

@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cmath>
@@ -22,9 +23,11 @@
 #include "cpu/group_exchange.h"
 #include "cpu/row_math.h"
 #include "cpu/threads.h"
+#include "cpu/wire_rows.h"
 #include "cuda/block_count.h"
 #include "cuda/device_control.h"
 #include "cuda/divisor.h"
+#include "interface/number_formats.h"
 #include "interface/op_signature.h"
 #include "interface/verbs.h"
 #include "routing/group_rows.h"
@@ -47,12 +50,6 @@ void Check(bool holds, const char* what, long detail = 0) {
   if (holds) return;
   ++failures;
   std::printf("FAILED: %s (%ld)\n", what, detail);
-}
-
-float FloatOf(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
 }
 
 // The value of a 16-bit pattern, by the definition of the format: exponent bits, mantissa bits.
@@ -169,6 +166,143 @@ void CheckSums() {
   const Term apart[] = {{&big, 1.0f, 0}, {&one, 1.0f, 1}, {&minus, 1.0f, 2}};
   SumTerms(RowType::kBFloat16, &result, nullptr, apart, 3, 1);
   Check(Load(RowType::kBFloat16, result) == 1.0f, "sums of several ranks stay in float32");
+}
+
+// Sums that are not rounded to the row type, and sums that a rank adds as they are.
+void CheckSumsInFloat32() {
+  const uint16_t big = Store(RowType::kBFloat16, 256.0f), one = Store(RowType::kBFloat16, 1.0f);
+  const Term both[] = {{&big, 1.0f, 0}, {&one, 0.5f, 0}};
+  float sum;
+  SumTermsInFloat32(RowType::kBFloat16, &sum, both, 2, 1);
+  Check(sum == 256.5f, "the sum of one rank in float32");
+  const uint16_t minus_zero = 0x8000;
+  const Term zero[] = {{&minus_zero, 1.0f, 0}};
+  SumTermsInFloat32(RowType::kBFloat16, &sum, zero, 1, 1);
+  Check(sum == 0.0f && std::signbit(sum), "with the sign of zero");
+
+  constexpr int kSize = 100;  // more than one block
+  std::vector<uint16_t> row(kSize, Store(RowType::kBFloat16, 2.0f)), out(kSize);
+  std::vector<float> crossed(kSize);
+  for (int i = 0; i < kSize; ++i) crossed[i] = 256.5f + static_cast<float>(i);
+  const uint16_t minus = Store(RowType::kBFloat16, -256.0f);
+  const std::vector<uint16_t> bias(kSize, minus);
+  const Term terms[] = {{row.data(), 0.5f, 0}, {crossed.data(), 1.0f, 1, true}, {row.data(), 0.25f, 2}};
+  SumTerms(RowType::kBFloat16, out.data(), bias.data(), terms, 3, kSize);
+  for (int i = 0; i < kSize; ++i) {
+    const uint16_t want = Store(RowType::kBFloat16, 2.0f + static_cast<float>(i));
+    Check(out[i] == want, "a sum is added as it is, between rows", i);
+  }
+}
+
+// Codes of a format with `bits` bits behind the sign, against their values by definition.
+template <typename Encode, typename Decode>
+void CheckCodes(int bits, int mantissa_bits, int num_finite, Encode encode, Decode decode) {
+  const int exponent_bits = bits - mantissa_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const auto value_of = [&](int code) {
+    const int exponent = code >> mantissa_bits, mantissa = code & ((1 << mantissa_bits) - 1);
+    const int significand = exponent > 0 ? mantissa + (1 << mantissa_bits) : mantissa;
+    return static_cast<float>(std::ldexp(significand, std::max(exponent, 1) - bias - mantissa_bits));
+  };
+  const auto check = [&](float value, uint32_t code, const char* what) {
+    Check(encode(value) == code, what, code);
+    Check(encode(-value) == (code | 1u << bits), "and with a sign", code);
+  };
+  for (int code = 0; code < num_finite; ++code) {
+    const float value = value_of(code);
+    check(value, code, "a value has its own code");
+    Check(decode(code) == value && decode(code | 1u << bits) == -value, "a code decodes as its value", code);
+    Check(std::signbit(decode(code | 1u << bits)), "with its sign", code);
+    if (code + 1 == num_finite) continue;
+    const float middle = (value + value_of(code + 1)) / 2;  // exact
+    check(middle, code & 1 ? code + 1 : code, "a tie goes to the even code");
+    check(std::nextafter(middle, 0.0f), code, "below the tie goes down");
+    check(std::nextafter(middle, 1e9f), code + 1, "above the tie goes up");
+  }
+  check(1e30f, num_finite - 1, "too large a value saturates");
+  check(std::numeric_limits<float>::min(), 0, "too small a value is zero");
+}
+
+void CheckNumberFormats() {
+  CheckCodes(7, 3, 127, E4m3Of, FromE4m3);
+  CheckCodes(3, 1, 8, E2m1Of, FromE2m1);
+  Check(std::isnan(FromE4m3(0x7f)) && std::isnan(FromE4m3(0xff)), "the code of all ones is NaN");
+  Check(FromE8m0(0) == 0.0f && FromE8m0(127) == 1.0f && FromE8m0(1) == std::ldexp(1.0f, -126), "powers of two");
+  Check(FromE8m0(254) == std::ldexp(1.0f, 127) && std::isnan(FromE8m0(255)), "the last ones");
+}
+
+// A row of float32 against the scalar arithmetic, in blocks; and nothing is written beyond it.
+void CheckWireRow(WireFormat format, int size, float special) {
+  constexpr char kBeyond = 0x5a;
+  const WireRow wire{format, size};
+  const bool has_row_scale = format == WireFormat::kNvfp4;
+  std::vector<float> x(size), decoded(size + 1, 7.0f);
+  for (int i = 0; i < size; ++i) x[i] = std::ldexp(std::sin(static_cast<float>(i * i)), i % 23 - 11);
+  x[size / 2] = special;
+  std::vector<char> encoded(wire.bytes() + 1, kBeyond);
+  EncodeRow(RowType::kFloat32, wire, x.data(), encoded.data());
+  DecodeRow(RowType::kFloat32, wire, encoded.data(), decoded.data());
+  Check(encoded.back() == kBeyond && decoded.back() == 7.0f, "nothing beyond a row is written", size);
+
+  const auto largest = [&](int begin, int end) {
+    uint32_t bits = 0;
+    for (int i = begin; i < end; ++i) bits = std::max(bits, Magnitude(x[i]));
+    return bits;
+  };
+  const RowScale row = RowScaleOf(largest(0, size));
+  for (int begin = 0; begin < size; begin += BlockOf(format)) {
+    const int end = std::min(begin + BlockOf(format), size);
+    const uint32_t bits = largest(begin, end);
+    const BlockScale scale = has_row_scale ? ScaleOf(row, bits) : ScaleOf(format, bits);
+    const bool finite = has_row_scale ? row.finite : bits < kInfinityBits;
+    const float factor = format == WireFormat::kFp8 ? FloatOf(scale.stored)
+                         : has_row_scale            ? FromE4m3(scale.stored)
+                                                    : FromE8m0(scale.stored);
+    for (int i = begin; i < end; ++i) {
+      const float scaled = Scaled(x[i], scale.factor, finite);
+      const float value = has_row_scale ? FromE2m1(E2m1Of(scaled)) : FromE4m3(E4m3Of(scaled));
+      const float want = has_row_scale ? value * factor * row.scale : value * factor;
+      const float largest_float = std::numeric_limits<float>::max();
+      const float saturated = std::min(std::max(want, -largest_float), largest_float);
+      const bool is_nan = std::isnan(want) && std::isnan(decoded[i]);
+      Check(is_nan || BitsOf(decoded[i]) == BitsOf(saturated), "a row from the wire", size);
+    }
+  }
+}
+
+void CheckWireRows() {
+  for (int format = 1; format < kNumWireFormats; ++format) {
+    for (const int size : {2, 8, 16, 18, 32, 100, 128, 130, 200, 256, 1000}) {
+      for (const float special : {0.0f, 3.4e38f, std::numeric_limits<float>::infinity(),
+                                  std::numeric_limits<float>::quiet_NaN()}) {
+        CheckWireRow(static_cast<WireFormat>(format), size, special);
+      }
+    }
+    const auto of = static_cast<WireFormat>(format);
+    if (of != WireFormat::kNvfp4) CheckWireRow(of, 37, -0.0f);
+  }
+}
+
+// A slot of a window is as long as the longest row on the wire, which padding makes longer than
+// float32 where rows are short.
+void CheckWindows() {
+  std::vector<char> memory;
+  for (const int hidden : {1, 2, 8, 37, 128, 7168}) {
+    GroupShape shape;
+    shape.num_ranks = 3;
+    shape.num_topk = 2;
+    shape.max_tokens = 64;
+    shape.hidden_size = hidden;
+    memory.resize(RankWindow::Bytes(shape));
+    const RankWindow window = RankWindow::At(memory.data(), shape);
+    const char* after_x = reinterpret_cast<const char*>(window.entries);
+    const char* after_sums = reinterpret_cast<const char*>(window.entry_gradients);
+    Check(after_x - window.x >= 64 * shape.max_row_bytes(), "the window of rows of integers", hidden);
+    for (int format = 0; format < kNumWireFormats; ++format) {
+      const int64_t bytes = RowFormat{RowType::kFloat32, hidden, static_cast<WireFormat>(format)}.wire_bytes();
+      Check(after_x - window.x >= 64 * bytes, "the window of rows", hidden);
+      Check(after_sums - window.sums >= 3 * 64 * bytes, "the window of sums", hidden);
+    }
+  }
 }
 
 void CheckFailed() {
@@ -469,6 +603,10 @@ int main() {
   CheckConversions(RowType::kBFloat16, 8, 7);
   CheckTinyFloats();
   CheckSums();
+  CheckSumsInFloat32();
+  CheckNumberFormats();
+  CheckWireRows();
+  CheckWindows();
   CheckFailed();
   CheckRings();
   CheckDifferentOps();

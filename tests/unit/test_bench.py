@@ -127,12 +127,13 @@ def test_wrong_arguments(capsys) -> None:
     assert main(["ops", "--capacity", "0"]) == 2
     assert 'capacity: expected "worst", "fitting", rows' in capsys.readouterr().err
     assert main(["opps", "--tokens", "1"]) == 2
-    assert "command: expected ops, moe or routing, got 'opps'" in capsys.readouterr().err
+    assert "command: expected ops, moe, routing or formats, got 'opps'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "line", ["--tokens 0", "ops --tokens 8,0", "moe --tokens 0", "routing --tokens 0", "--repeats -1",
-             "moe --devices 0", "moe --chunks 1 0", "routing --copies 0", "moe --hidden many"],
+             "moe --devices 0", "moe --chunks 1 0", "routing --copies 0", "moe --hidden many",
+             "formats --rows 0"],
 )  # fmt: skip
 def test_numbers_that_are_not_positive(line: str, capsys) -> None:
     *_, option, number = line.replace(" 1 0", " 0").replace("8,0", "0").split()

@@ -5,6 +5,7 @@ import pytest
 from jax_deepep import capacity
 from jax_deepep.communicator import native_module
 from jax_deepep.ops import checks
+from jax_deepep.quantization.formats import FORMATS
 
 
 @pytest.mark.parametrize("layout", ["expert", "token"])
@@ -29,18 +30,30 @@ def test_all_modules_have_the_same() -> None:
     built = [platform for platform in ("cpu", "cuda") if not native_module.unsupported_reason(platform)]
     modules = [native_module.load(platform) for platform in built]
     sizes = {"num_ranks": 4, "num_experts": 32, "num_topk": 6, "num_tokens": 10}
+    of_rows = {"layout": 0, "capacity": 33, "row_size": 128, "element_bytes": 2, "wire": 0}
     seen = [
         (module.layouts, module.no_limit, module.payload_alignment, module.pair_table_shape(**sizes),
-         module.dispatch_scratch_ints(**sizes), module.combine_sum_rows(**sizes))
+         module.dispatch_scratch_ints(**sizes), module.wires, module.combine_sums(**sizes, **of_rows),
+         [module.wire_row_bytes(wire=wire, size=200) for wire in range(1, 5)])
         for module in modules
     ]  # fmt: skip
     assert seen == [seen[0]] * len(modules)
-    layouts, no_limit, _, table, scratch, sum_rows = seen[0]
+    layouts, no_limit, _, table, scratch, wires, sums, row_bytes = seen[0]
     assert set(layouts) == {"expert", "token"}
     assert no_limit < 0
     # A line for the count and each of R · T pairs: its source and up to min(K, L) rows, in whole 16 bytes.
     assert table == (1 + 40, 8)
     assert scratch == 10 * (4 * 6 + 4)  # a record for each entry, a list for each rank
-    assert sum_rows == 40
+    assert sums == (40, 40 * 256)
+    # Elements, scales of blocks and nvfp4's row scale, each rounded up to 16 bytes.
+    assert row_bytes == [208 + 16, 208 + 16, 208 + 16, 112 + 16 + 16]
+    assert wires == {"None": 0, **{name: code for code, name in enumerate(FORMATS, 1)}}
     one_each = {**sizes, "num_topk": 1}
-    assert modules[0].combine_sum_rows(**one_each) == 0  # no token has several rows on a device
+    numbers = modules[0]
+    assert numbers.combine_sums(**one_each, **of_rows) == (0, 0)  # no token has several rows on a device
+    of_rows["wire"] = wires["mxfp8"]
+    encoded = 128 + 16
+    assert numbers.combine_sums(**one_each, **of_rows) == (40, 40 * encoded)
+    assert numbers.combine_sums(**sizes, **of_rows) == (40, 40 * encoded + 10 * 256)  # and the own ones
+    of_rows["layout"] = layouts["token"]
+    assert numbers.combine_sums(**sizes, **of_rows) == (33, 33 * encoded)  # by received row

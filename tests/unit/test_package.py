@@ -5,8 +5,6 @@ import inspect
 import subprocess
 import sys
 
-import pytest
-
 import jax_deepep as ep
 
 # In a separate process, which has not imported JAX.
@@ -43,11 +41,3 @@ def test_type_checkers_and_programs_see_the_same_names() -> None:
     for name, (module, original) in declared.items():
         assert getattr(ep, name) is getattr(sys.modules[str(module)], original)
     assert not hasattr(ep, "no_such_name")
-
-
-@pytest.mark.parametrize("name", ["quantize", "Wire"])
-def test_names_of_later_versions_point_to_the_limits(name: str) -> None:
-    with pytest.raises(
-        AttributeError, match=rf"no attribute '{name}': it belongs to a later version, see Limits"
-    ):
-        getattr(ep, name)

@@ -25,10 +25,10 @@ __device__ void GatherByLoads(const BaselineOp& op, const GroupOp& group) {
     next = PairLine::Read(op.params, pair + stride, count);
     const int num_rows = line.CountRows();
     const auto* from = reinterpret_cast<const uint4*>(RowAt(op, group, kRows, line.source));
-    for (int base = 0; base < words; base += 32 * kWordsInFlight) {
-      uint4 run[kWordsInFlight];
+    for (int base = 0; base < words; base += 32 * kGroupsInFlight) {
+      uint4 run[kGroupsInFlight];
 #pragma unroll
-      for (int i = 0; i < kWordsInFlight; ++i) {
+      for (int i = 0; i < kGroupsInFlight; ++i) {
         const int at = base + i * 32 + lane;
         if (at < words) run[i] = from[at];
       }
@@ -36,7 +36,7 @@ __device__ void GatherByLoads(const BaselineOp& op, const GroupOp& group) {
         const int64_t row = __shfl_sync(~0u, line.row, number);
         auto* to = reinterpret_cast<uint4*>(static_cast<char*>(op.params.out) + row * op.row_bytes);
 #pragma unroll
-        for (int i = 0; i < kWordsInFlight; ++i) {
+        for (int i = 0; i < kGroupsInFlight; ++i) {
           const int at = base + i * 32 + lane;
           if (at < words) to[at] = run[i];
         }

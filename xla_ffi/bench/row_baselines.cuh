@@ -10,7 +10,7 @@
 #include "bench/row_baselines.h"
 #include "cuda/group_op.cuh"
 #include "cuda/op_frame.h"
-#include "cuda/row_values.cuh"
+#include "cuda/row_copies.cuh"
 
 namespace jax_deepep {
 
@@ -43,7 +43,7 @@ struct PairLine {
 
 // How many words of each row a lane has in flight when a warp works on several rows at once.
 __host__ __device__ constexpr int WordsInFlight(int num_rows) {
-  return num_rows == 1   ? kWordsInFlight
+  return num_rows == 1   ? kGroupsInFlight
          : num_rows == 2 ? 7
          : num_rows <= 4 ? 4
          : num_rows <= 7 ? 2

@@ -67,6 +67,9 @@ inline void DefineNumbers(nb::module_& module) {
   nb::dict parts;  // likewise
   for (int32_t code = 0; code < kNumParts; ++code) parts[kPartNames[code]] = code;
   module.attr("parts") = parts;
+  nb::dict wires;  // likewise
+  for (int32_t code = 0; code < kNumWireFormats; ++code) wires[kWireNames[code]] = code;
+  module.attr("wires") = wires;
   module.attr("no_limit") = kNoLimit;
   module.attr("payload_alignment") = kPayloadAlignment;
   module.def(
@@ -108,7 +111,33 @@ inline void DefineNumbers(nb::module_& module) {
     return nb::make_tuple(1 + table.max_pairs, table.line_ints());
   });
   define("dispatch_scratch_ints", DispatchScratchInts);
-  define("combine_sum_rows", CombineSumRows);
+  module.def(
+      "wire_row_bytes",
+      [](int32_t wire, int32_t size) {
+        return WireRow{static_cast<WireFormat>(wire), size}.bytes();
+      },
+      nb::arg("wire"), nb::arg("size"));
+  // Rows of scratch, and with a wire format its bytes.
+  module.def(
+      "combine_sums",
+      [](int32_t num_ranks, int32_t num_experts, int32_t num_topk, int32_t num_tokens,
+         int32_t layout, int32_t capacity, int32_t row_size, int32_t element_bytes, int32_t wire) {
+        GroupShape shape;
+        shape.num_ranks = num_ranks;
+        shape.num_experts = num_experts;
+        shape.num_topk = num_topk;
+        RouteShape route;
+        route.layout = static_cast<Layout>(layout);
+        route.num_tokens = num_tokens;
+        route.capacity = capacity;
+        route.SetRows({element_bytes == 4 ? RowType::kFloat32 : RowType::kBFloat16, row_size,
+                       static_cast<WireFormat>(wire)});
+        const CombineSums sums(shape, route);
+        return nb::make_tuple(sums.num_rows, sums.bytes());
+      },
+      nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("num_topk"), nb::arg("num_tokens"),
+      nb::arg("layout"), nb::arg("capacity"), nb::arg("row_size"), nb::arg("element_bytes"),
+      nb::arg("wire"));
 }
 
 // Effectively unbounded, without overflow of clocks that count nanoseconds in 64 bits.

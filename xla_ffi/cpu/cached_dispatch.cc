@@ -14,17 +14,11 @@ namespace jax_deepep {
 template <>
 bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
   const std::vector<const CachedDispatchParams*> here = Collect(run);
-  std::vector<const void*> sources;
-  for (size_t rank = 0; rank < here.size(); ++rank) {
-    if (here[rank] == nullptr) {
-      sources.push_back(run.windows[rank].x);
-      continue;
-    }
-    sources.push_back(here[rank]->x);
-    if (run.spans_processes()) {
-      PublishRows(params_.route.rows(), params_.route.num_tokens, here[rank]->x, run.windows[rank]);
-    }
+  std::vector<const void*> x;
+  for (const CachedDispatchParams* params : here) {
+    x.push_back(params == nullptr ? nullptr : params->x);
   }
+  const SentRows sent(run, params_.route, x);
   if (run.spans_processes() && !run.barrier()) return false;
 
   std::vector<RowMove> moves;
@@ -45,7 +39,7 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
     }
     moves.push_back(move);
   }
-  MoveRows(run, params_.route, sources, moves);
+  MoveRows(run, params_.route, sent, moves);
   return true;
 }
 

@@ -11,6 +11,7 @@
 #include "cpu/op.h"
 #include "cpu/row_math.h"
 #include "cpu/threads.h"
+#include "cpu/wire_rows.h"
 
 namespace jax_deepep {
 namespace {
@@ -26,7 +27,7 @@ struct Entry {
 
 // A combine of one EP group. Where the group spans processes, a rank's sums p_d for tokens of other
 // processes go through its window, one row per (token, rank), however many of the token's
-// experts the rank has.
+// experts the rank has. With a wire format, every p_d that crosses ranks is encoded, from float32.
 class GroupCombine {
  public:
   GroupCombine(const GroupShape& shape, const RouteShape& route,
@@ -37,6 +38,7 @@ class GroupCombine {
         windows_(windows),
         expert_major_(route.layout == Layout::kExpertMajor),
         format_(route.rows()),
+        wire_{format_.wire, format_.size},
         row_bytes_(format_.bytes()) {}
 
   void PublishDestinations() const {
@@ -52,12 +54,10 @@ class GroupCombine {
     ForEachToken([this](int source) { return !IsHere(source); },
                  [this](int source, int64_t token, Scratch& scratch) {
                    const int count = CollectEntries(source, token, &scratch);
-                   for (int i = 0; i < count;) {
+                   for (int i = 0, end = 0; i < count; i = end) {
+                     end = EndOfRank(scratch, i, count);
                      const int32_t rank = scratch.entries[i].rank;
-                     int end = i + 1;
-                     while (end < count && scratch.entries[end].rank == rank) ++end;
                      if (IsHere(rank)) PublishSum(source, token, rank, i, end, &scratch);
-                     i = end;
                    }
                  });
   }
@@ -73,8 +73,7 @@ class GroupCombine {
                  [this, &sums_from](int source, int64_t token, Scratch& scratch) {
                    const int count = CollectEntries(source, token, &scratch);
                    SumToken(source, token, count, &scratch);
-                   for (int i = 0; i < count; ++i) {
-                     if (!FirstOnRank(scratch, i)) continue;
+                   for (int i = 0; i < count; i = EndOfRank(scratch, i, count)) {
                      sums_from[source * ranks_.size() + scratch.entries[i].rank].fetch_add(
                          1, std::memory_order_relaxed);
                    }
@@ -93,12 +92,19 @@ class GroupCombine {
   struct Scratch {
     std::vector<Entry> entries;
     std::vector<Term> terms;
+    // With a wire format: one p_d, before and in it, and those of a token after it.
+    std::vector<float> sum;
+    std::vector<char> encoded;
+    std::vector<float> decoded;
   };
 
   bool IsHere(size_t rank) const { return ranks_[rank] != nullptr; }
 
-  static bool FirstOnRank(const Scratch& scratch, int i) {
-    return i == 0 || scratch.entries[i - 1].rank != scratch.entries[i].rank;
+  // The end of the entries of one rank, which begin at i.
+  static int EndOfRank(const Scratch& scratch, int i, int count) {
+    const int32_t rank = scratch.entries[i].rank;
+    while (i < count && scratch.entries[i].rank == rank) ++i;
+    return i;
   }
 
   template <typename Select, typename Visit>
@@ -113,6 +119,11 @@ class GroupCombine {
       Scratch scratch;
       scratch.entries.resize(shape_.num_topk);
       scratch.terms.resize(shape_.num_topk);
+      if (format_.is_quantized()) {
+        scratch.sum.resize(format_.size);
+        scratch.encoded.resize(wire_.bytes());
+        scratch.decoded.resize(size_t{1} * shape_.num_topk * format_.size);
+      }
       for (int64_t index = begin; index < end; ++index) {
         visit(sources[index / route_.num_tokens], index % route_.num_tokens, scratch);
       }
@@ -138,7 +149,8 @@ class GroupCombine {
 
   // Where a rank's sum for a token of another process is.
   char* SumOf(int rank, int source, int64_t token) const {
-    return windows_[rank].sums + (int64_t{source} * shape_.max_tokens + token) * row_bytes_;
+    return windows_[rank].sums +
+           (int64_t{source} * shape_.max_tokens + token) * format_.wire_bytes();
   }
   float* GradientsOf(int rank, int source, int64_t token) const {
     return windows_[rank].entry_gradients +
@@ -156,14 +168,29 @@ class GroupCombine {
     return ranks_[entry.rank]->row_gradients[expert_major_ ? row : row * shape_.num_topk + entry.k];
   }
 
+  // Collect the terms of a rank's entries; return how many there are.
+  int CollectTerms(const Scratch& scratch, int begin, int end, Term* terms) const {
+    // Token-major, all entries of a token on a rank share one row.
+    if (!expert_major_) end = begin + 1;
+    for (int i = begin; i < end; ++i) *terms++ = RowTerm(scratch.entries[i]);
+    return end - begin;
+  }
+
+  // p_d in the wire format.
+  void EncodeSum(const Term* terms, int num_terms, char* to, Scratch* scratch) const {
+    SumTermsInFloat32(format_.type, scratch->sum.data(), terms, num_terms, format_.size);
+    EncodeRow(RowType::kFloat32, wire_, scratch->sum.data(), to);
+  }
+
   void PublishSum(int source, int64_t token, int rank, int begin, int end, Scratch* scratch) const {
-    int num_terms = 0;
-    for (int i = begin; i < end; ++i) {
-      // Token-major, all entries of a token on a rank share one row.
-      if (i == begin || expert_major_) scratch->terms[num_terms++] = RowTerm(scratch->entries[i]);
+    Term* terms = scratch->terms.data();
+    const int num_terms = CollectTerms(*scratch, begin, end, terms);
+    char* to = SumOf(rank, source, token);
+    if (format_.is_quantized()) {
+      EncodeSum(terms, num_terms, to, scratch);
+    } else {
+      SumTermsOfRank(format_.type, to, terms, num_terms, format_.size);
     }
-    SumTermsOfRank(format_.type, SumOf(rank, source, token), scratch->terms.data(), num_terms,
-                   format_.size);
     if (ranks_[rank]->row_gradients == nullptr) return;
     for (int i = begin; i < end; ++i) {
       GradientsOf(rank, source, token)[scratch->entries[i].k] = GradientOf(scratch->entries[i]);
@@ -173,14 +200,28 @@ class GroupCombine {
   void SumToken(int source, int64_t token, int count, Scratch* scratch) const {
     const CombineParams& own = *ranks_[source];
     int num_terms = 0;
-    for (int i = 0; i < count; ++i) {
-      const Entry& entry = scratch->entries[i];
-      const bool first_on_rank = FirstOnRank(*scratch, i);
-      if (!IsHere(entry.rank)) {
-        if (!first_on_rank) continue;
-        scratch->terms[num_terms++] = {SumOf(entry.rank, source, token), 1.0f, entry.rank};
-      } else if (first_on_rank || expert_major_) {
-        scratch->terms[num_terms++] = RowTerm(entry);
+    float* decoded = scratch->decoded.data();
+    for (int i = 0, end = 0; i < count; i = end) {
+      end = EndOfRank(*scratch, i, count);
+      const int32_t rank = scratch->entries[i].rank;
+      Term* terms = scratch->terms.data() + num_terms;
+      if (format_.is_quantized() && rank != source) {
+        const char* encoded = scratch->encoded.data();
+        if (IsHere(rank)) {
+          const int num_terms_there = CollectTerms(*scratch, i, end, terms);
+          EncodeSum(terms, num_terms_there, scratch->encoded.data(), scratch);
+        } else {
+          encoded = SumOf(rank, source, token);
+        }
+        DecodeRow(RowType::kFloat32, wire_, encoded, decoded);
+        *terms = {decoded, 1.0f, rank, /*is_sum=*/true};
+        ++num_terms;
+        decoded += format_.size;
+      } else if (!IsHere(rank)) {
+        *terms = {SumOf(rank, source, token), 1.0f, rank};
+        ++num_terms;
+      } else {
+        num_terms += CollectTerms(*scratch, i, end, terms);
       }
     }
     const void* bias =
@@ -203,6 +244,7 @@ class GroupCombine {
   const std::vector<RankWindow>& windows_;
   const bool expert_major_;
   const RowFormat format_;
+  const WireRow wire_;
   const int64_t row_bytes_;
 };
 

@@ -192,31 +192,30 @@ bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
   const GroupShape& shape = run.comm.shape();
   const RouteShape& route = params_.route;
   const std::vector<const DispatchParams*> here = Collect(run);
+  std::vector<const void*> x;
+  for (const DispatchParams* params : here) x.push_back(params == nullptr ? nullptr : params->x);
+  const SentRows sent(run, route, x);
   if (run.spans_processes()) {
     for (size_t rank = 0; rank < here.size(); ++rank) {
       if (here[rank] == nullptr) continue;
       const RankWindow& window = run.windows[rank];
       const size_t entries = static_cast<size_t>(route.num_tokens) * shape.num_topk;
-      PublishRows(route.rows(), route.num_tokens, here[rank]->x, window);
       std::copy_n(here[rank]->topk_idx, entries, window.entries);
       std::copy_n(here[rank]->topk_weights, entries, window.entry_weights);
     }
     if (!run.barrier()) return false;
   }
   std::vector<DispatchParams> ranks;
-  std::vector<const void*> sources;
   for (size_t rank = 0; rank < here.size(); ++rank) {
     DispatchParams params;
     if (here[rank] != nullptr) {
       params = *here[rank];
     } else {
       params.route = route;
-      params.x = run.windows[rank].x;
       params.topk_idx = run.windows[rank].entries;
       params.topk_weights = run.windows[rank].entry_weights;
     }
     ranks.push_back(params);
-    sources.push_back(params.x);
   }
 
   Router(shape, ranks).Route();
@@ -237,7 +236,7 @@ bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
     move.rows = params.tokens;
     moves.push_back(move);
   }
-  MoveRows(run, route, sources, moves);
+  MoveRows(run, route, sent, moves);
   return true;
 }
 

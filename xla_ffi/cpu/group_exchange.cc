@@ -11,13 +11,24 @@ namespace {
 // The cost of a lost wake-up, which is not expected.
 constexpr std::chrono::milliseconds kLongestSleep(500);
 
+// Of the longest row on the wire: short ones may be longer in a wire format, with padding.
+int64_t MaxWireBytes(const GroupShape& shape) {
+  int64_t bytes = shape.max_row_bytes();
+  for (int format = 1; format < kNumWireFormats; ++format) {
+    const WireRow row{static_cast<WireFormat>(format), shape.hidden_size};
+    bytes = std::max<int64_t>(bytes, row.bytes());
+  }
+  return bytes;
+}
+
 struct WindowSizes {
   explicit WindowSizes(const GroupShape& shape) {
     const auto tokens = static_cast<size_t>(shape.max_tokens);
     const auto ranks = static_cast<size_t>(shape.num_ranks);
-    x = Aligned(tokens * shape.max_row_bytes());
+    const auto row_bytes = static_cast<size_t>(MaxWireBytes(shape));
+    x = Aligned(tokens * row_bytes);
     entries = Aligned(tokens * shape.num_topk * sizeof(int32_t));
-    sums = Aligned(ranks * tokens * shape.hidden_size * sizeof(float));
+    sums = Aligned(ranks * tokens * row_bytes);
     gradients = Aligned(ranks * tokens * shape.num_topk * sizeof(float));
   }
   size_t x, entries, sums, gradients;

@@ -52,10 +52,10 @@ inline size_t Aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // The memory of one rank that other processes read. All of it is written by the rank's own process.
 struct RankWindow {
-  char* x = nullptr;                 // [max_tokens] rows of up to max_row_bytes
+  char* x = nullptr;                 // [max_tokens] rows on the wire
   int32_t* entries = nullptr;        // [max_tokens, K] topk_idx, or destination
   float* entry_weights = nullptr;    // [max_tokens, K]
-  char* sums = nullptr;              // [R, max_tokens, H] p_d of every rank's tokens
+  char* sums = nullptr;              // [R, max_tokens] likewise, p_d of every rank's tokens
   float* entry_gradients = nullptr;  // [R, max_tokens, K]
 
   static size_t Bytes(const GroupShape& shape);

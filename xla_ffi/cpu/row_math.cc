@@ -4,98 +4,14 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <limits>
 
-// The compiler makes one version of a function per instruction set and picks one when loading, so
-// that a wheel built anywhere is fast everywhere. Contraction is off (see CMakeLists.txt): every
-// version gives the same bits.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define JAX_DEEPEP_ALL_ISAS \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define JAX_DEEPEP_ALL_ISAS \
-  __attribute__((target_clones("avx2", "default")))  // no architecture levels
-#else
-#define JAX_DEEPEP_ALL_ISAS
-#endif
-#define JAX_DEEPEP_INLINE inline __attribute__((always_inline))
+#include "cpu/row_types.h"
 
 namespace jax_deepep {
 namespace {
 
 constexpr size_t kCacheLine = 64;  // of most processors; only speed depends on it
-
-JAX_DEEPEP_INLINE uint32_t BitsOf(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-
-JAX_DEEPEP_INLINE float FloatOf(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// A row type converts to float32, rounds a float32 to its precision (to nearest, ties to even),
-// and converts back. Without branches, so that loops over them are vectorised.
-struct Float32 {
-  using Storage = float;
-  static JAX_DEEPEP_INLINE float Load(float value) { return value; }
-  static JAX_DEEPEP_INLINE float Round(float value) { return value; }
-  static JAX_DEEPEP_INLINE float Store(float value) { return value; }
-};
-
-struct BFloat16 {
-  using Storage = uint16_t;
-  static JAX_DEEPEP_INLINE float Load(uint16_t bits) {
-    return FloatOf(static_cast<uint32_t>(bits) << 16);
-  }
-  // The rounded value, in the upper half of the word.
-  static JAX_DEEPEP_INLINE uint32_t RoundedBits(float value) {
-    const uint32_t bits = BitsOf(value);
-    const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return value != value ? bits | 0x400000u : rounded;
-  }
-  static JAX_DEEPEP_INLINE float Round(float value) {
-    return FloatOf(RoundedBits(value) & 0xffff0000u);
-  }
-  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
-    return static_cast<uint16_t>(RoundedBits(value) >> 16);
-  }
-};
-
-struct Float16 {
-  using Storage = uint16_t;
-  // Multiplying by powers of two rebiases the exponent and normalises subnormals exactly.
-  static JAX_DEEPEP_INLINE float FromBits(uint32_t half) {
-    const uint32_t sign = (half & 0x8000u) << 16;
-    const uint32_t magnitude = (half & 0x7fffu) << 13;
-    const uint32_t finite = BitsOf(FloatOf(magnitude) * 0x1p112f);
-    const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
-    return FloatOf((magnitude >= 0x0f800000u ? special : finite) | sign);
-  }
-  static JAX_DEEPEP_INLINE uint32_t ToBits(float value) {
-    const uint32_t bits = BitsOf(value);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    // Normal results: round to nearest even on the 13 bits that are dropped.
-    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    // Subnormal results: adding 0.5 leaves the wanted bits at the end of the mantissa, rounded by
-    // the addition itself.
-    const uint32_t subnormal = BitsOf(FloatOf(magnitude) + 0.5f) - BitsOf(0.5f);
-    uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-    result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and more round up to infinity
-    result = magnitude > 0x7f800000u ? 0x7e00u : result;
-    return result | ((bits >> 16) & 0x8000u);
-  }
-  static JAX_DEEPEP_INLINE float Load(uint16_t bits) { return FromBits(bits); }
-  static JAX_DEEPEP_INLINE float Round(float value) { return FromBits(ToBits(value)); }
-  static JAX_DEEPEP_INLINE uint16_t Store(float value) {
-    return static_cast<uint16_t>(ToBits(value));
-  }
-};
 
 template <typename Type>
 JAX_DEEPEP_INLINE void Scale(void* to, const void* from, float scale, int64_t size) {
@@ -149,23 +65,28 @@ JAX_DEEPEP_INLINE void FetchAhead(const void* columns, size_t bytes) {
   }
 }
 
-// `count` columns of the sum over terms; inlined with a constant count for the bulk of a row.
-// Without a bias, it begins at `zero`.
-template <typename Type>
-JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Type::Storage* bias,
+// `count` columns of the sum over terms; inlined with a constant count for the bulk of a row. Sums
+// of a rank are rounded to `Sum`. Without a bias, it begins at `zero`.
+template <typename Type, typename Sum>
+JAX_DEEPEP_INLINE void SumColumns(typename Sum::Storage* out, const typename Sum::Storage* bias,
                                   float zero, const Term* terms, int num_terms, int64_t begin,
                                   int64_t count) {
   using Storage = typename Type::Storage;
   float total[kBlock];
   float part[kBlock];
-  for (int64_t i = 0; i < count; ++i) total[i] = bias == nullptr ? zero : Type::Load(bias[i]);
+  for (int64_t i = 0; i < count; ++i) total[i] = bias == nullptr ? zero : Sum::Load(bias[i]);
   for (int term = 0; term < num_terms;) {
+    if (terms[term].is_sum) {
+      const float* sum = static_cast<const float*>(terms[term++].row) + begin;
+      for (int64_t i = 0; i < count; ++i) total[i] += sum[i];
+      continue;
+    }
     const int32_t rank = terms[term].rank;
     const auto* row = static_cast<const Storage*>(terms[term].row) + begin;
     const float weight = terms[term].weight;
     FetchAhead(row, count * sizeof(Storage));
     if (++term == num_terms || terms[term].rank != rank) {
-      for (int64_t i = 0; i < count; ++i) total[i] += Type::Round(Type::Load(row[i]) * weight);
+      for (int64_t i = 0; i < count; ++i) total[i] += Sum::Round(Type::Load(row[i]) * weight);
       continue;
     }
     for (int64_t i = 0; i < count; ++i) part[i] = Type::Load(row[i]) * weight;
@@ -175,22 +96,22 @@ JAX_DEEPEP_INLINE void SumColumns(typename Type::Storage* out, const typename Ty
       FetchAhead(next, count * sizeof(Storage));
       for (int64_t i = 0; i < count; ++i) part[i] += Type::Load(next[i]) * next_weight;
     }
-    for (int64_t i = 0; i < count; ++i) total[i] += Type::Round(part[i]);
+    for (int64_t i = 0; i < count; ++i) total[i] += Sum::Round(part[i]);
   }
-  for (int64_t i = 0; i < count; ++i) out[i] = Type::Store(total[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = Sum::Store(total[i]);
 }
 
-template <typename Type>
-JAX_DEEPEP_INLINE void Sum(void* out, const void* bias, float zero, const Term* terms,
-                           int num_terms, int64_t size) {
-  using Storage = typename Type::Storage;
+template <typename Type, typename Sum = Type>
+JAX_DEEPEP_INLINE void SumRows(void* out, const void* bias, float zero, const Term* terms,
+                               int num_terms, int64_t size) {
+  using Storage = typename Sum::Storage;
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     auto* to = static_cast<Storage*>(out) + begin;
     const auto* from = bias == nullptr ? nullptr : static_cast<const Storage*>(bias) + begin;
     if (size - begin >= kBlock) {
-      SumColumns<Type>(to, from, zero, terms, num_terms, begin, kBlock);
+      SumColumns<Type, Sum>(to, from, zero, terms, num_terms, begin, kBlock);
     } else {
-      SumColumns<Type>(to, from, zero, terms, num_terms, begin, size - begin);
+      SumColumns<Type, Sum>(to, from, zero, terms, num_terms, begin, size - begin);
     }
   }
 }
@@ -215,15 +136,23 @@ JAX_DEEPEP_ALL_ISAS float DotBFloat16(const void* a, const void* b, int64_t size
 }
 JAX_DEEPEP_ALL_ISAS void SumFloat32(void* out, const void* bias, float zero, const Term* terms,
                                     int num_terms, int64_t size) {
-  Sum<Float32>(out, bias, zero, terms, num_terms, size);
+  SumRows<Float32>(out, bias, zero, terms, num_terms, size);
 }
 JAX_DEEPEP_ALL_ISAS void SumFloat16(void* out, const void* bias, float zero, const Term* terms,
                                     int num_terms, int64_t size) {
-  Sum<Float16>(out, bias, zero, terms, num_terms, size);
+  SumRows<Float16>(out, bias, zero, terms, num_terms, size);
 }
 JAX_DEEPEP_ALL_ISAS void SumBFloat16(void* out, const void* bias, float zero, const Term* terms,
                                      int num_terms, int64_t size) {
-  Sum<BFloat16>(out, bias, zero, terms, num_terms, size);
+  SumRows<BFloat16>(out, bias, zero, terms, num_terms, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumFloat16InFloat32(float* out, float zero, const Term* terms,
+                                             int num_terms, int64_t size) {
+  SumRows<Float16, Float32>(out, nullptr, zero, terms, num_terms, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumBFloat16InFloat32(float* out, float zero, const Term* terms,
+                                              int num_terms, int64_t size) {
+  SumRows<BFloat16, Float32>(out, nullptr, zero, terms, num_terms, size);
 }
 
 void SumFrom(RowType type, void* out, const void* bias, float zero, const Term* terms,
@@ -280,8 +209,23 @@ void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int 
   SumFrom(type, out, bias, 0.0f, terms, num_terms, size);
 }
 
+constexpr float kBeforeFirst = -0.0f;  // -0 + p is p, for zeros too
+
 void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size) {
-  SumFrom(type, out, nullptr, -0.0f, terms, num_terms, size);  // -0 + p is p, for zeros too
+  SumFrom(type, out, nullptr, kBeforeFirst, terms, num_terms, size);
+}
+
+void SumTermsInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return SumFloat32(out, nullptr, kBeforeFirst, terms, num_terms, size);
+    case RowType::kFloat16:
+      return SumFloat16InFloat32(out, kBeforeFirst, terms, num_terms, size);
+    case RowType::kBFloat16:
+      return SumBFloat16InFloat32(out, kBeforeFirst, terms, num_terms, size);
+    case RowType::kInt32:
+      return;
+  }
 }
 
 void FillAsFailed(RowType type, void* values, int64_t count) {

@@ -22,7 +22,8 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size);
 struct Term {
   const void* row;
   float weight;
-  int32_t rank;  // terms of one rank are contiguous
+  int32_t rank;         // terms of one rank are contiguous
+  bool is_sum = false;  // the row is all of p_d in float32, added as it is
 };
 
 // out = bias + p_0 + p_1 + ..., where p_d is the sum over the terms of one rank, rounded to `type`;
@@ -33,6 +34,9 @@ void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int 
 // out = p_d alone, for terms of one rank, at least one. Keeps the sign of a zero, which SumTerms
 // loses without a bias.
 void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size);
+
+// Likewise, but not rounded to `type`.
+void SumTermsInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size);
 
 // Fill the results of a failed op: floats with NaN, integers with all bits set, which is -1, and
 // NaN in the 8-bit floats e4m3 and E8M0.

@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "cpu/communicator.h"
 #include "cpu/row_math.h"
 #include "cpu/threads.h"
+#include "cpu/wire_rows.h"
 
 namespace jax_deepep {
 namespace {
@@ -23,11 +25,55 @@ int64_t RowsPerRange(int64_t num_rows, int64_t row_bytes) {
 
 }  // namespace
 
-void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
+SentRows::SentRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& x)
+    : are_encoded_(run.spans_processes() && route.rows().is_quantized()),
+      row_bytes_(are_encoded_ ? route.rows().wire_bytes() : route.rows().bytes()) {
+  const RowFormat format = route.rows();
+  const WireRow wire{format.wire, format.size};
+  const int64_t num_tokens = route.num_tokens;
+  if (!run.spans_processes() && format.is_quantized()) {
+    const size_t bytes = x.size() * num_tokens * row_bytes_;
+    decoded_.reset(new char[bytes]);  // not cleared
+    PreferLargePages(decoded_.get(), bytes);
+  }
+  // The arrays whose rows are written elsewhere, and where.
+  std::vector<std::pair<const char*, char*>> written;
+  for (size_t rank = 0; rank < x.size(); ++rank) {
+    const auto* here = static_cast<const char*>(x[rank]);
+    char* to = nullptr;
+    if (run.spans_processes()) to = run.windows[rank].x;
+    if (decoded_ != nullptr) to = decoded_.get() + rank * num_tokens * row_bytes_;
+    if (here != nullptr && to != nullptr) written.emplace_back(here, to);
+    // Ranks of one process read plain rows where they are.
+    sources_.push_back(here != nullptr && !format.is_quantized() ? here : to);
+  }
+
+  const int64_t num_rows = static_cast<int64_t>(written.size()) * num_tokens;
+  const int64_t bytes = format.bytes() + row_bytes_;
+  ParallelFor(num_rows, RowsPerRange(num_rows, bytes), bytes, [&](int64_t begin, int64_t end) {
+    std::vector<char> encoded(decoded_ != nullptr ? wire.bytes() : 0);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t token = index % num_tokens;
+      const char* from = written[index / num_tokens].first + token * format.bytes();
+      char* to = written[index / num_tokens].second + token * row_bytes_;
+      if (are_encoded_) {
+        EncodeRow(format.type, wire, from, to);
+      } else if (format.is_quantized()) {
+        EncodeRow(format.type, wire, from, encoded.data());
+        DecodeRow(format.type, wire, encoded.data(), to);
+      } else {
+        std::memcpy(to, from, row_bytes_);
+      }
+    }
+  });
+}
+
+void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent,
               const std::vector<RowMove>& moves) {
   const GroupShape& shape = run.comm.shape();
   const int num_groups = NumRowGroups(shape, route);
   const RowFormat format = route.rows();
+  const WireRow wire{format.wire, format.size};
   const size_t row_bytes = format.bytes();
 
   // One index over the rows of all ranks, so that a rank with many rows gets many threads.
@@ -42,12 +88,12 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
   }
   const int64_t num_rows = first_row.back();
   const auto row_of = [&](int32_t code) {
-    return static_cast<const char*>(sources[code / shape.max_tokens]) +
-           static_cast<int64_t>(code % shape.max_tokens) * row_bytes;
+    return sent.RowOf(code / shape.max_tokens, code % shape.max_tokens);
   };
 
   ParallelFor(
       num_rows, RowsPerRange(num_rows, row_bytes), 2 * row_bytes, [&](int64_t begin, int64_t end) {
+        std::vector<char> decoded(sent.are_encoded() ? row_bytes : 0);
         size_t i =
             std::upper_bound(first_row.begin(), first_row.end(), begin) - first_row.begin() - 1;
         for (int64_t index = begin; index < end; ++index) {
@@ -58,7 +104,7 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
           char* to = static_cast<char*>(move.rows) + offset;
           // The next row is elsewhere: the hardware prefetcher would be too late.
           if (row + 1 < end_of_groups[i] && move.source[row + 1] != kNone) {
-            FetchRow(row_of(move.source[row + 1]), row_bytes);
+            FetchRow(row_of(move.source[row + 1]), sent.row_bytes());
           }
           const int32_t code = row < end_of_groups[i] ? move.source[row] : kNone;
           if (code == kNone) {
@@ -67,12 +113,17 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
             continue;
           }
           const char* from = row_of(code);
-          if (move.weights == nullptr) {
+          if (sent.are_encoded()) {
+            char* row_decoded = move.weights == nullptr ? to : decoded.data();
+            DecodeRow(format.type, wire, from, row_decoded);
+            from = row_decoded;
+          }
+          if (move.weights != nullptr) {
+            ScaleRow(format.type, to, from, move.weights[row], format.size);
+          } else if (from != to) {
             // No non-temporal stores: the cache still holds the page that the kernel has just
             // cleared.
             std::memcpy(to, from, row_bytes);
-          } else {
-            ScaleRow(format.type, to, from, move.weights[row], format.size);
           }
           if (move.products != nullptr) {
             move.products[row] =
@@ -83,27 +134,18 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<co
 
   // A token crosses to a rank once, however many rows it has there.
   for (size_t i = 0; i < moves.size(); ++i) {
-    std::vector<int64_t> from_source(sources.size(), 0);
-    std::vector<bool> crossed(sources.size() * shape.max_tokens, false);
+    std::vector<int64_t> from_source(sent.num_ranks(), 0);
+    std::vector<bool> crossed(sent.num_ranks() * shape.max_tokens, false);
     for (int64_t row = 0; row < end_of_groups[i]; ++row) {
       const int32_t code = moves[i].source[row];
       if (code == kNone || crossed[code]) continue;
       crossed[code] = true;
       ++from_source[code / shape.max_tokens];
     }
-    for (size_t source = 0; source < sources.size(); ++source) {
+    for (size_t source = 0; source < sent.num_ranks(); ++source) {
       run.comm.CountRows(run.group, static_cast<int>(source), moves[i].rank, from_source[source]);
     }
   }
-}
-
-void PublishRows(const RowFormat& format, int64_t num_tokens, const void* x,
-                 const RankWindow& window) {
-  const size_t row_bytes = format.bytes();
-  ParallelFor(num_tokens, kRowsPerRange, 2 * row_bytes, [&](int64_t begin, int64_t end) {
-    std::memcpy(window.x + begin * row_bytes, static_cast<const char*>(x) + begin * row_bytes,
-                (end - begin) * row_bytes);
-  });
 }
 
 }  // namespace jax_deepep

@@ -3,6 +3,7 @@
 #define JAX_DEEPEP_CPU_ROW_MOVES_H_
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cpu/op.h"
@@ -10,8 +11,8 @@
 
 namespace jax_deepep {
 
-// What one rank pulls: rows = weights * x[source], products = <x[source], y>. Null: not
-// needed.
+// What one rank pulls: rows = weights * x[source], products = <x[source], y>, of x as it arrives.
+// Null: not needed.
 struct RowMove {
   int rank = 0;
   const int32_t* source = nullptr;
@@ -23,13 +24,32 @@ struct RowMove {
   bool zero_rest = false;
 };
 
-// Let ranks of this process pull their rows from `sources`, [T, W] of every rank of the EP group.
-void MoveRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& sources,
-              const std::vector<RowMove>& moves);
+// The rows of all ranks where they are pulled from: in their arrays or, if the group spans
+// processes, in windows. With a wire format windows have encoded rows, which every reader decodes;
+// in one process each row is encoded and decoded once, however many ranks pull it.
+class SentRows {
+ public:
+  // `x` [T, W] of every rank, null for ranks of other processes, which can read the rows of this
+  // one after a barrier.
+  SentRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& x);
 
-// Copy a rank's rows x [num_tokens, W] to where other processes can read them.
-void PublishRows(const RowFormat& format, int64_t num_tokens, const void* x,
-                 const RankWindow& window);
+  bool are_encoded() const { return are_encoded_; }
+  int64_t row_bytes() const { return row_bytes_; }
+  const char* RowOf(int32_t rank, int64_t token) const {
+    return sources_[rank] + token * row_bytes_;
+  }
+  size_t num_ranks() const { return sources_.size(); }
+
+ private:
+  const bool are_encoded_;
+  const int64_t row_bytes_;
+  std::unique_ptr<char[]> decoded_;
+  std::vector<const char*> sources_;
+};
+
+// Let ranks of this process pull their rows.
+void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent,
+              const std::vector<RowMove>& moves);
 
 }  // namespace jax_deepep
 

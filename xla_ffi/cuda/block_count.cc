@@ -41,7 +41,8 @@ OpBytes BytesOf(const GroupShape& shape, const RouteShape& route, double local_r
   const double row_bytes = static_cast<double>(route.rows().bytes());
   const double pairs = ExpectedRowsOf(shape, route).pairs;
   const double from_peers = pairs * (shape.num_ranks - 1) / shape.num_ranks;
-  return {static_cast<int64_t>(from_peers * row_bytes),
+  const auto wire_bytes = static_cast<double>(route.rows().wire_bytes());
+  return {static_cast<int64_t>(from_peers * wire_bytes),
           static_cast<int64_t>(local_rows * row_bytes)};
 }
 

@@ -25,6 +25,7 @@ struct Dispatch {
   OpFrame frame;
   DispatchParams params;
   int64_t row_bytes;
+  WireRow wire;
   Divisor local_experts, topk, alignment, num_warps;
   int count_warps;  // warps of a block that count, limited by shared memory for counters
 

@@ -108,6 +108,20 @@ __device__ __forceinline__ uint4 LoadOnce(const uint4* from) {
   return value;
 }
 
+__device__ __forceinline__ uint2 LoadOnce(const uint2* from) {
+  uint2 value;
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(value.x), "=r"(value.y)
+               : "l"(from));
+  return value;
+}
+
+__device__ __forceinline__ uint32_t LoadOnce(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
 __device__ __forceinline__ void PrefetchToL2(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }

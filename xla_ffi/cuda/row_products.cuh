@@ -45,11 +45,11 @@ __device__ inline void PrefetchChunk(const char* y, int64_t row_bytes, int32_t r
   }
 }
 
-// Write a row to the rows of the first `num_rows` lanes, scaled by their weights, and its products
-// with their rows of y.
-template <typename Type, bool kWhole>
+// Write the row `from` to the rows of the first `num_rows` lanes, scaled by their weights, and its
+// products with their rows of y.
+template <typename Type, bool kWhole, typename From>
 __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int64_t row_bytes,
-                                         const char* from, int32_t row, int num_rows) {
+                                         const From& from, int32_t row, int num_rows) {
   using Element = typename Type::Element;
   const int lane = threadIdx.x % 32;
   const RowShape<kWhole> shape{params.route.row_size};
@@ -74,7 +74,11 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
     auto y_row = [&](int j) {
       return static_cast<const char*>(params.y) + __shfl_sync(~0u, row, j) * row_bytes;
     };
-    load(from, 0, kGroupsPerLane, x);
+#pragma unroll
+    for (int i = 0; i < kGroupsPerLane; ++i) {
+      const int at = base + i * 32;
+      if (at < num_groups) x[i] = from.Decode(from.Load(at));
+    }
     load(y_row(0), 0, kPart, y[0]);
     for (int j = 0; j < num_rows; ++j) {
       const float scale = __shfl_sync(~0u, weight, j);

@@ -1,4 +1,5 @@
-// Sums of rows by a warp, in the order that the contract of combine fixes.
+// Sums of rows by a warp, in the order that the contract of combine fixes. Inputs and results may
+// be in a wire format.
 #ifndef JAX_DEEPEP_CUDA_ROW_SUMS_CUH_
 #define JAX_DEEPEP_CUDA_ROW_SUMS_CUH_
 
@@ -6,6 +7,7 @@
 
 #include "cuda/device_control.h"
 #include "cuda/row_values.cuh"
+#include "cuda/wire_rows.cuh"
 #include "interface/combine.h"
 
 namespace jax_deepep {
@@ -17,6 +19,7 @@ struct Inputs {
   int position = kNone;         // of the lane's input in the sum
   const char* row = nullptr;    // the lane's input
   float weight = 1.0f;          // and its weight
+  bool encoded = false;         // whether it is in the wire format
   float gradient = 0.0f;        // the gradient of the lane's entry
 };
 
@@ -42,27 +45,61 @@ inline constexpr int kPieces = 3;
 struct Term {
   const char* row;
   float weight;
+  bool encoded;
 };
 inline constexpr int kMaxTerms = kMaxTopk + 1;
 
+// A group of an input, as it is loaded.
+template <typename Type>
+struct LoadedGroup {
+  Packed<typename Type::Element> plain;  // or an EncodedGroup in its first words
+};
+
+// Load a group of a term. Without kMayBeEncoded, all terms are plain.
+template <typename Type, bool kMayBeEncoded, WireFormat kFormat, bool kWhole>
+__device__ __forceinline__ void LoadTerm(const Term& term, const WireRow& wire, int group,
+                                         RowShape<kWhole> shape, LoadedGroup<Type>* loaded) {
+  if (kMayBeEncoded && term.encoded) {
+    const EncodedGroup encoded = RowOnWire<kWhole, kFormat>(term.row, wire).Load(group);
+    uint4& words = loaded->plain.words[0];
+    words.x = encoded.elements[0], words.y = encoded.elements[1];
+    words.z = __float_as_uint(encoded.scale);
+  } else {
+    loaded->plain = LoadGroup<typename Type::Element>(term.row, group, shape);
+  }
+}
+
 // Add groups of an input to sums. Inputs without a weight have 1; testing for that costs less than
 // multiplying the sums of step 1, which many of a token's inputs are.
-template <typename Type, bool kWeighted, bool kRounded, int kGroups>
-__device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)[kGroups],
-                                        float weight, float (&sums)[kGroups][kGroup]) {
+template <typename Type, bool kWeighted, bool kRounded, bool kMayBeEncoded, WireFormat kFormat,
+          int kGroups>
+__device__ __forceinline__ void AddTerm(LoadedGroup<Type> (&groups)[kGroups], const Term& term,
+                                        const WireRow& wire, float (&sums)[kGroups][kGroup]) {
   float values[kGroup];
+  if (kMayBeEncoded && term.encoded) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const uint4& words = groups[i].plain.words[0];
+      const EncodedGroup encoded = {{words.x, words.y}, __uint_as_float(words.z)};
+      RowOnWire<true, kFormat>(nullptr, wire).template DecodeSaturated<Float32>(encoded, values);
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) sums[i][e] = __fadd_rn(sums[i][e], values[e]);
+    }
+    return;
+  }
+  const float weight = term.weight;
   if (kWeighted && kRounded && weight != 1.0f) {
 #pragma unroll
-    for (Packed<typename Type::Element>& group : groups) {
-      Type::Unpack(group, values);
+    for (LoadedGroup<Type>& group : groups) {
+      Type::Unpack(group.plain, values);
 #pragma unroll
       for (float& value : values) value = __fmul_rn(value, weight);
-      group = Type::Pack(values);
+      group.plain = Type::Pack(values);
     }
   }
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
-    Type::Unpack(groups[i], values);
+    Type::Unpack(groups[i].plain, values);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
       if (kWeighted && !kRounded) values[e] = __fmul_rn(values[e], weight);
@@ -71,29 +108,65 @@ __device__ __forceinline__ void AddTerm(Packed<typename Type::Element> (&groups)
   }
 }
 
-// Write the sum of at least one input; rows are whole groups. One loop for any number of inputs
-// was measured to be faster than specialised loops, which have fewer instructions per row: probably
-// because of the instruction caches (bench/RESULTS.md).
-template <typename Type, bool kWeighted, typename Sum>
-__device__ __forceinline__ void AddPieces(const Inputs& inputs, char* to, RowShape<true> shape,
-                                          const Term* terms) {
-  using Group = Packed<typename Type::Element>;
-  constexpr int kGroups = kWordsOfPiece / Group::kWords;  // of a lane
-  const int lane = threadIdx.x % 32, num_groups = shape.num_groups();
+// Where sums go: store(group, sums) is called by all lanes together, with consecutive groups, some
+// of which may be past the end.
+template <typename Type, bool kWhole>
+struct StoreRounded {
+  char* to;
+  RowShape<kWhole> shape;
+  __device__ __forceinline__ void operator()(int group, bool inside, const float* sums) const {
+    if (inside) StoreGroup(to, group, shape, Type::Pack(sums));
+  }
+};
+template <bool kWhole, WireFormat kFormat>
+struct StoreEncoded {
+  char* to;
+  const WireRow& wire;
+  __device__ __forceinline__ void operator()(int group, bool inside, const float* sums) const {
+    Run(to, wire, group, inside, {sums[0], sums[1], sums[2], sums[3]},
+        {sums[4], sums[5], sums[6], sums[7]});
+  }
+  // There are many calls of it: see EncodeOutOfLine.
+  __device__ __noinline__ static void Run(char* to, const WireRow& wire, int group, bool inside,
+                                          float4 first, float4 second) {
+    float sums[kGroup] = {first.x,  first.y,  first.z,  first.w,
+                          second.x, second.y, second.z, second.w};
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) {
+      const bool exists = kWhole || group * kGroup + e < wire.size;
+      if (!inside || !exists) sums[e] = 0.0f;
+    }
+    const auto codes = Encode<kFormat>(wire, {}, sums, LargestOf(sums));
+    if (inside) StoreCodes<kWhole, kFormat>(wire, wire.scales_offset(), to, group, codes);
+  }
+};
 
-  int next_input = 0, next_base = lane;
-  auto load = [&](Group(&piece)[kGroups]) {
-    const char* row = terms[next_input].row;
+// Sum at least one input; rows are whole groups. One loop for any number of inputs was measured to
+// be faster than specialised loops, which have fewer instructions per row: probably because of the
+// instruction caches (bench/RESULTS.md).
+template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireFormat kFormat,
+          typename Store>
+__device__ __forceinline__ void AddPieces(const Inputs& inputs, RowShape<true> shape,
+                                          GroupRange range, const Term* terms, const WireRow& wire,
+                                          const Store& store) {
+  constexpr int kWords = sizeof(LoadedGroup<Type>) / sizeof(uint4);
+  // Of a lane; decoding takes registers.
+  constexpr int kGroups = (kMayBeEncoded ? kWordsOfPiece / 2 : kWordsOfPiece) / kWords;
+  const int lane = threadIdx.x % 32;
+
+  int next_input = 0, next_base = range.first + lane;
+  auto load = [&](LoadedGroup<Type>(&piece)[kGroups]) {
+    const Term& term = terms[next_input];
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int at = next_base + i * 32;
-      if (at < num_groups) piece[i] = LoadGroup<typename Type::Element>(row, at, shape);
+      if (at < range.end) LoadTerm<Type, kMayBeEncoded, kFormat>(term, wire, at, shape, &piece[i]);
     }
     if (++next_input == inputs.count) next_input = 0, next_base += kGroups * 32;
   };
-  Group pieces[kPieces][kGroups];
+  LoadedGroup<Type> pieces[kPieces][kGroups];
 #pragma unroll
-  for (Group(&piece)[kGroups] : pieces) load(piece);
+  for (LoadedGroup<Type>(&piece)[kGroups] : pieces) load(piece);
 
   float sums[kGroups][kGroup];
   auto clear = [&] {
@@ -104,58 +177,67 @@ __device__ __forceinline__ void AddPieces(const Inputs& inputs, char* to, RowSha
     }
   };
   clear();
-  int input = 0, base = lane;
+  int input = 0, base = range.first + lane;
   while (true) {
 #pragma unroll
-    for (Group(&piece)[kGroups] : pieces) {
-      AddTerm<Type, kWeighted, Sum::kRounded>(piece, terms[input].weight, sums);
+    for (LoadedGroup<Type>(&piece)[kGroups] : pieces) {
+      AddTerm<Type, kWeighted, Sum::kRounded, kMayBeEncoded, kFormat>(piece, terms[input], wire,
+                                                                      sums);
       load(piece);
       if (++input < inputs.count) continue;
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int at = base + i * 32;
-        if (at < num_groups) StoreGroup(to, at, shape, Type::Pack(sums[i]));
+        store(at, at < range.end, sums[i]);
       }
       input = 0, base += kGroups * 32;
-      if (base - lane >= num_groups) return;
+      if (base - lane >= range.end) return;
       clear();
     }
   }
 }
 
 // The same for any row.
-template <typename Type, bool kWeighted, typename Sum>
-__device__ void AddOneByOne(const Inputs& inputs, char* to, RowShape<false> shape,
-                            const Term* terms) {
-  using Group = Packed<typename Type::Element>;
-  for (int group = threadIdx.x % 32; group < shape.num_groups(); group += 32) {
+template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireFormat kFormat,
+          typename Store>
+__device__ void AddOneByOne(const Inputs& inputs, RowShape<false> shape, GroupRange range,
+                            const Term* terms, const WireRow& wire, const Store& store) {
+  const int lane = threadIdx.x % 32;
+  for (int base = range.first; base < range.end; base += 32) {
+    const int group = base + lane;
+    const bool inside = group < range.end;
     float sums[1][kGroup];
 #pragma unroll
     for (float& sum : sums[0]) sum = Sum::Zero(inputs);
 #pragma unroll 4
-    for (int input = 0; input < inputs.count; ++input) {
+    for (int input = 0; inside && input < inputs.count; ++input) {
       const Term& term = terms[input];
-      Group groups[1] = {LoadGroup<typename Type::Element>(term.row, group, shape)};
-      AddTerm<Type, kWeighted, Sum::kRounded>(groups, term.weight, sums);
+      LoadedGroup<Type> groups[1];
+      LoadTerm<Type, kMayBeEncoded, kFormat>(term, wire, group, shape, &groups[0]);
+      AddTerm<Type, kWeighted, Sum::kRounded, kMayBeEncoded, kFormat>(groups, term, wire, sums);
     }
-    StoreGroup(to, group, shape, Type::Pack(sums[0]));
+    store(group, inside, sums[0]);
   }
 }
 
-template <typename Type, bool kWhole, bool kWeighted, typename Sum>
-__device__ __forceinline__ void AddUp(const Inputs& inputs, char* to, RowShape<kWhole> shape,
-                                      Term* terms) {
+// Sum a part of the rows. `wire` is the format of encoded inputs, if there may be some.
+template <typename Type, bool kWhole, bool kWeighted, typename Sum, bool kMayBeEncoded,
+          WireFormat kFormat = WireFormat::kNone, typename Store>
+__device__ __forceinline__ void AddUp(const Inputs& inputs, RowShape<kWhole> shape,
+                                      GroupRange range, Term* terms, const WireRow& wire,
+                                      const Store& store) {
   __syncwarp();
-  if (inputs.position != kNone) terms[inputs.position] = {inputs.row, inputs.weight};
-  if (inputs.first != nullptr && threadIdx.x % 32 == 0) terms[0] = {inputs.first, 1.0f};
+  if (inputs.position != kNone) {
+    terms[inputs.position] = {inputs.row, inputs.weight, inputs.encoded};
+  }
+  if (inputs.first != nullptr && threadIdx.x % 32 == 0) terms[0] = {inputs.first, 1.0f, false};
   __syncwarp();
-  if (inputs.count == 0) {
-    ZeroRow(to,
-            RowShape<kWhole>{static_cast<int>(shape.size * sizeof(typename Type::Element) / 2)});
-  } else if constexpr (kWhole) {
-    AddPieces<Type, kWeighted, Sum>(inputs, to, shape, terms);
+  if (kWhole && inputs.count > 0) {
+    AddPieces<Type, kWeighted, Sum, kMayBeEncoded, kFormat>(inputs, RowShape<true>{shape.size},
+                                                            range, terms, wire, store);
   } else {
-    AddOneByOne<Type, kWeighted, Sum>(inputs, to, shape, terms);
+    AddOneByOne<Type, kWeighted, Sum, kMayBeEncoded, kFormat>(inputs, RowShape<false>{shape.size},
+                                                              range, terms, wire, store);
   }
 }
 

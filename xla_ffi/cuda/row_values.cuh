@@ -42,7 +42,20 @@ __device__ __forceinline__ RowShape<kWhole> WordsOf(int64_t row_bytes) {
   return {static_cast<int>(row_bytes / sizeof(uint16_t))};
 }
 
-inline bool IsWhole(int size) { return size % kGroup == 0; }
+// Groups of a row.
+struct GroupRange {
+  int first, end;
+
+  // A part of a row: whole multiples of `granule` groups; the last one is the rest, which may be
+  // empty.
+  __device__ static GroupRange Part(int num_groups, int granule, int part, int num_parts) {
+    const int granules = (num_groups + granule - 1) / granule;
+    const int of_part = (granules + num_parts - 1) / num_parts * granule;
+    const int first = min(part * of_part, num_groups);
+    return {first, min(first + of_part, num_groups)};
+  }
+  __device__ bool empty() const { return first == end; }
+};
 
 // Load or store a group of a row; elements past the row are loaded as zeros and not stored.
 template <typename Element, bool kWhole>
@@ -81,9 +94,28 @@ __device__ __forceinline__ void StoreGroup(char* row, int group, RowShape<kWhole
   }
 }
 
+// The greatest of the elements without their signs, as integers of 16 bits.
+__device__ __forceinline__ uint32_t LargestHalfOf(const Packed<uint16_t>& packed) {
+  const uint4& word = packed.words[0];
+  uint32_t both = __vmaxu2(word.x & 0x7fff7fffu, word.y & 0x7fff7fffu);
+  both = __vmaxu2(both, __vmaxu2(word.z & 0x7fff7fffu, word.w & 0x7fff7fffu));
+  return max(both & 0xffffu, both >> 16);
+}
+
 // The row types: bits in memory to float32 and back, rounded to nearest, ties to even.
 struct Float32 {
   using Element = uint32_t;
+  static constexpr float kLargest = 0x1.fffffep127f;  // finite
+  // The bits of the largest |element| as float32; infinity and NaN come last.
+  __device__ static uint32_t LargestOf(const Packed<Element>& packed) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (const uint4& word : packed.words) {
+      largest = max(max(largest, word.x & 0x7fffffffu), word.y & 0x7fffffffu);
+      largest = max(max(largest, word.z & 0x7fffffffu), word.w & 0x7fffffffu);
+    }
+    return largest;
+  }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* from = reinterpret_cast<const float*>(packed.words);
 #pragma unroll
@@ -100,6 +132,10 @@ struct Float32 {
 
 struct BFloat16 {
   using Element = uint16_t;
+  static constexpr float kLargest = 0x1.fep127f;
+  __device__ static uint32_t LargestOf(const Packed<Element>& packed) {
+    return LargestHalfOf(packed) << 16;
+  }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const uint32_t*>(packed.words);
 #pragma unroll
@@ -120,6 +156,11 @@ struct BFloat16 {
 
 struct Float16 {
   using Element = uint16_t;
+  static constexpr float kLargest = 65504.0f;
+  __device__ static uint32_t LargestOf(const Packed<Element>& packed) {
+    const uint32_t bits = LargestHalfOf(packed);
+    return __float_as_uint(__half22float2(*reinterpret_cast<const __half2*>(&bits)).x);
+  }
   __device__ static void Unpack(const Packed<Element>& packed, float* values) {
     const auto* pairs = reinterpret_cast<const __half2*>(packed.words);
 #pragma unroll
@@ -137,54 +178,6 @@ struct Float16 {
     return packed;
   }
 };
-
-// Words of 16 bytes that a lane has in flight.
-inline constexpr int kWordsInFlight = 14;
-
-// What a warp has in flight of a row of 16-bit words, from group `base` on.
-template <bool kWhole, int kWords = kWordsInFlight>
-struct RowChunk {
-  static constexpr int kGroups = 32 * kWords;  // of the warp
-  Packed<uint16_t> groups[kWords];
-
-  __device__ __forceinline__ void Load(const char* row, RowShape<kWhole> shape, int base) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int group = base + i * 32 + lane;
-      if (group < shape.num_groups()) groups[i] = LoadGroup<uint16_t>(row, group, shape);
-    }
-  }
-  __device__ __forceinline__ void Store(char* row, RowShape<kWhole> shape, int base) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const int group = base + i * 32 + lane;
-      if (group < shape.num_groups()) StoreGroup(row, group, shape, groups[i]);
-    }
-  }
-};
-
-// Copy a row to the rows of `rows` whose indices lanes of this warp have, or -1. `destination()`,
-// the lane's index, is called once the first loads are in flight. The row is 16-bit words.
-template <bool kWhole, typename Destination>
-__device__ void CopyRowToLanes(const char* from, char* rows, RowShape<kWhole> shape,
-                               Destination destination) {
-  int64_t mine = -1;
-  uint32_t all = 0;
-  for (int base = 0; base < shape.num_groups(); base += RowChunk<kWhole>::kGroups) {
-    RowChunk<kWhole> chunk;
-    chunk.Load(from, shape, base);
-    if (base == 0) {
-      mine = destination();
-      all = __ballot_sync(~0u, mine >= 0);
-    }
-    for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
-      char* to = rows + __shfl_sync(~0u, mine, __ffs(lanes) - 1) * shape.size * sizeof(uint16_t);
-      chunk.Store(to, shape, base);
-    }
-  }
-}
 
 // By a warp.
 template <bool kWhole>

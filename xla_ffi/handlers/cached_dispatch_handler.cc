@@ -10,9 +10,10 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
                             ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
                             ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
                             ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> rows,
-                            ffi::Result<ffi::AnyBuffer> products, ffi::Result<ffi::AnyBuffer>,
-                            int64_t layout, bool zero_rest, bool weighted, bool with_products,
-                            bool with_pairs, SiteAttribute) {
+                            ffi::Result<ffi::AnyBuffer> products,
+                            ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>,
+                            int64_t layout, int64_t wire, bool zero_rest, bool weighted,
+                            bool with_products, bool with_pairs, bool with_encoded, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;
@@ -20,6 +21,7 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
   std::string error;
   RowFormat format;
   route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  format.wire = DecodeWire(wire, format, &error);
   route.SetRows(format);
   route.capacity = static_cast<int32_t>(source.element_count());
   params.zero_rest = zero_rest;
@@ -41,6 +43,9 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
   if (with_pairs) {
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }
+  if (with_encoded) {
+    CheckBuffer(*encoded, ffi::S32, route.num_tokens * format.wire_bytes() / 4, "encoded", &error);
+  }
 
   params.x = x.untyped_data();
   params.source = static_cast<const int32_t*>(source.untyped_data());
@@ -51,6 +56,7 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
   params.y = DataIf<const void>(with_products, y);
   params.rows = rows->untyped_data();
   params.products = DataIf<float>(with_products, *products);
+  params.encoded = DataIf<void>(with_encoded, *encoded);
   return Launch(site, context, rank, error, params);
 }
 
@@ -74,12 +80,15 @@ std::unique_ptr<ffi::Ffi> MakeHandler<CachedDispatchParams>(
       .RemainingArgs()        // arrays in flight, if Part::kDone
       .Ret<ffi::AnyBuffer>()  // rows
       .Ret<ffi::AnyBuffer>()  // products, if with_products
+      .Ret<ffi::AnyBuffer>()  // encoded, if with_encoded
       .Ret<ffi::AnyBuffer>()  // ended
       .Attr<int64_t>("layout")
+      .Attr<int64_t>("wire")
       .Attr<bool>("zero_rest")
       .Attr<bool>("weighted")
       .Attr<bool>("with_products")
       .Attr<bool>("with_pairs")
+      .Attr<bool>("with_encoded")
       .Attr<SiteAttribute>("site")
       .To(CachedDispatch, traits);
 }

@@ -112,6 +112,17 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
   return static_cast<int32_t>(dimensions[0]);
 }
 
+WireFormat DecodeWire(int64_t wire, const RowFormat& rows, std::string* error) {
+  std::ostringstream text;
+  if (wire < 0 || wire >= kNumWireFormats) {
+    text << "wire: expected 0 to " << kNumWireFormats - 1 << ", got " << wire;
+  } else if (wire != 0 && rows.type == RowType::kInt32) {
+    text << "wire: expected None for rows of integers, got " << kWireNames[wire];
+  }
+  if (error->empty()) *error = text.str();
+  return static_cast<WireFormat>(wire);
+}
+
 void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count, const char* name,
                  std::string* error) {
   const auto got = static_cast<int64_t>(buffer.element_count());

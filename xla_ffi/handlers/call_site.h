@@ -19,6 +19,9 @@ namespace jax_deepep {
 int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
                    RowFormat* format, std::string* error);
 
+// The format in which rows cross links, from the attribute "wire"; or set `error`.
+WireFormat DecodeWire(int64_t wire, const RowFormat& rows, std::string* error);
+
 // An absent optional operand or result is passed as a placeholder.
 template <typename T>
 T* DataIf(bool present, const ffi::AnyBuffer& buffer) {

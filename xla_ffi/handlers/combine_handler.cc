@@ -8,10 +8,11 @@ namespace {
 LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
                      ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
                      ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
-                     ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> out,
-                     ffi::Result<ffi::AnyBuffer> gradients, ffi::Result<ffi::AnyBuffer> sums,
-                     ffi::Result<ffi::AnyBuffer>, int64_t layout, bool weighted, bool with_bias,
-                     bool with_gradients, bool with_pairs, bool with_sums, SiteAttribute) {
+                     ffi::AnyBuffer group_sizes, ffi::RemainingArgs,
+                     ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
+                     ffi::Result<ffi::AnyBuffer> sums, ffi::Result<ffi::AnyBuffer>, int64_t layout,
+                     int64_t wire, bool weighted, bool with_bias, bool with_gradients,
+                     bool with_pairs, bool with_sums, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -20,6 +21,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   std::string error;
   RowFormat format;
   route.capacity = DecodeRows(y, "y", shape, &format, &error);
+  format.wire = DecodeWire(wire, format, &error);
   route.SetRows(format);
   if (format.type == RowType::kInt32)
     error = "y: expected floats, got integers, which are not summed";
@@ -35,12 +37,18 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
                 "row_gradients", &error);
     CheckBuffer(*gradients, ffi::F32, entries, "gradients", &error);
   }
+  CheckBuffer(group_sizes, ffi::S32, NumRowGroups(shape, route), "group_sizes", &error);
   CheckRows(*out, y, route.num_tokens, "out", &error);
   if (with_pairs) {
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }
   if (with_sums) {
-    CheckRows(*sums, y, CombineSumRows(shape, route), "sums", &error);
+    const CombineSums of_sums(shape, route);
+    if (format.is_quantized()) {
+      CheckBuffer(*sums, ffi::S32, of_sums.bytes() / 4, "sums", &error);
+    } else {
+      CheckRows(*sums, y, of_sums.num_rows, "sums", &error);
+    }
   }
 
   params.y = y.untyped_data();
@@ -51,6 +59,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   params.out = out->untyped_data();
   params.gradients = DataIf<float>(with_gradients, *gradients);
   params.pairs = DataIf<const int32_t>(with_pairs, pairs);
+  params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
   params.sums = DataIf<void>(with_sums, *sums);
   return Launch(site, context, rank, error, params);
 }
@@ -70,12 +79,14 @@ std::unique_ptr<ffi::Ffi> MakeHandler<CombineParams>(std::initializer_list<ffi::
       .Arg<ffi::AnyBuffer>()  // bias, if with_bias
       .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
       .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
+      .Arg<ffi::AnyBuffer>()  // group_sizes
       .RemainingArgs()        // arrays in flight, if Part::kDone
       .Ret<ffi::AnyBuffer>()  // out
       .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
       .Ret<ffi::AnyBuffer>()  // sums, if with_sums
       .Ret<ffi::AnyBuffer>()  // ended
       .Attr<int64_t>("layout")
+      .Attr<int64_t>("wire")
       .Attr<bool>("weighted")
       .Attr<bool>("with_bias")
       .Attr<bool>("with_gradients")

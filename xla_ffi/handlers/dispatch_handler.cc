@@ -15,9 +15,10 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
                       ffi::Result<ffi::AnyBuffer> num_received,
                       ffi::Result<ffi::AnyBuffer> num_dropped,
                       ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
-                      ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<ffi::AnyBuffer>,
-                      int64_t layout, int64_t alignment, int64_t expert_capacity, bool with_pairs,
-                      bool with_scratch, SiteAttribute) {
+                      ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<ffi::AnyBuffer> encoded,
+                      ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire, int64_t alignment,
+                      int64_t expert_capacity, bool with_pairs, bool with_scratch,
+                      bool with_encoded, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;
@@ -25,6 +26,7 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   std::string error;
   RowFormat format;
   route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  format.wire = DecodeWire(wire, format, &error);
   route.SetRows(format);
   route.capacity = static_cast<int32_t>(source->element_count());
   route.alignment = static_cast<int32_t>(alignment);
@@ -50,6 +52,9 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   if (with_scratch) {
     CheckBuffer(*scratch, ffi::S32, DispatchScratchInts(shape, route), "scratch", &error);
   }
+  if (with_encoded) {
+    CheckBuffer(*encoded, ffi::S32, route.num_tokens * format.wire_bytes() / 4, "encoded", &error);
+  }
 
   params.x = x.untyped_data();
   params.topk_idx = static_cast<const int32_t*>(topk_idx.untyped_data());
@@ -66,6 +71,7 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   params.num_invalid = static_cast<int32_t*>(num_invalid->untyped_data());
   params.pairs = DataIf<int32_t>(with_pairs, *pairs);
   params.scratch = DataIf<int32_t>(with_scratch, *scratch);
+  params.encoded = DataIf<void>(with_encoded, *encoded);
   return Launch(site, context, rank, error, params);
 }
 
@@ -94,12 +100,15 @@ std::unique_ptr<ffi::Ffi> MakeHandler<DispatchParams>(std::initializer_list<ffi:
       .Ret<ffi::AnyBuffer>()  // num_invalid
       .Ret<ffi::AnyBuffer>()  // pairs, if with_pairs
       .Ret<ffi::AnyBuffer>()  // scratch, if with_scratch
+      .Ret<ffi::AnyBuffer>()  // encoded, if with_encoded
       .Ret<ffi::AnyBuffer>()  // ended
       .Attr<int64_t>("layout")
+      .Attr<int64_t>("wire")
       .Attr<int64_t>("alignment")
       .Attr<int64_t>("expert_capacity")
       .Attr<bool>("with_pairs")
       .Attr<bool>("with_scratch")
+      .Attr<bool>("with_encoded")
       .Attr<SiteAttribute>("site")
       .To(Dispatch, traits);
 }

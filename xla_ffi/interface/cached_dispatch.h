@@ -25,6 +25,7 @@ struct CachedDispatchParams {
   // Results.
   void* rows = nullptr;       // [C, W]
   float* products = nullptr;  // [C], with y; 0 in rows without a token
+  void* encoded = nullptr;    // scratch [T, wire_bytes], or null if not needed
 };
 
 template <>
@@ -35,10 +36,11 @@ struct VerbTraits<CachedDispatchParams> {
            (params.y != nullptr ? 4 : 0);
   }
   static std::vector<PeerArray> ReadByPeers(const GroupShape&, CachedDispatchParams* params) {
-    return {{&params->x, params->route.num_tokens * params->route.rows().bytes()}};
+    return {RowsOnWire(params->encoded, &params->x, params->route)};
   }
   static double LocalRows(const CachedDispatchParams& params, const ExpectedRows& rows) {
-    return params.y != nullptr ? 2 * rows.rows : rows.rows;
+    return (params.y != nullptr ? 2 * rows.rows : rows.rows) +
+           (params.encoded != nullptr ? params.route.num_tokens : 0);
   }
 };
 

@@ -20,19 +20,37 @@ struct CombineParams {
   const float* row_gradients = nullptr;  // [C] expert-major, [C, K] token-major, or null
   const int32_t* destination = nullptr;  // [T, K]
   const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null if not needed
+  const int32_t* group_sizes = nullptr;  // [G]
   const void* bias = nullptr;            // [T, W] of route.rows(), or null
   // Results.
   void* out = nullptr;         // [T, W]
   float* gradients = nullptr;  // [T, K], with row_gradients; 0 for entries without a row
-  void* sums = nullptr;        // scratch [CombineSumRows, W] of route.rows(), or null likewise
+  void* sums = nullptr;        // scratch of CombineSums, or null likewise
 };
 
-// Rows of scratch of a combine that uses scratch: the sum of every (token, device) pair
-// with several rows.
-inline int64_t CombineSumRows(const GroupShape& group, const RouteShape& route) {
-  const bool sums = route.layout == Layout::kExpertMajor && PairTable(group, route).max_rows > 1;
-  return sums ? int64_t{group.num_ranks} * route.num_tokens : 0;
-}
+// Scratch of a combine that uses scratch. Expert-major, by (rank, token): the sum of every
+// (token, device) pair that has several rows, or crosses a link in a wire format; then, if
+// there is one, by token the sums that stay on this rank. Token-major, by row: every row in the
+// wire format.
+struct CombineSums {
+  int64_t num_rows = 0, num_own = 0;  // in the wire format, if any, and not
+  int64_t row_bytes = 0, own_bytes = 0;
+
+  JAX_DEEPEP_HOST_DEVICE CombineSums(const GroupShape& group, const RouteShape& route)
+      : row_bytes(route.rows().wire_bytes()), own_bytes((route.rows().bytes() + 15) / 16 * 16) {
+    const bool quantized = route.rows().is_quantized(),
+               several = PairTable(group, route).max_rows > 1;
+    if (route.layout == Layout::kTokenMajor) {
+      num_rows = quantized ? route.capacity : 0;
+    } else {
+      num_rows = quantized || several ? int64_t{group.num_ranks} * route.num_tokens : 0;
+      num_own = quantized && several ? route.num_tokens : 0;
+    }
+  }
+  JAX_DEEPEP_HOST_DEVICE int64_t bytes() const {
+    return num_rows * row_bytes + num_own * own_bytes;
+  }
+};
 
 template <>
 struct VerbTraits<CombineParams> {
@@ -45,14 +63,17 @@ struct VerbTraits<CombineParams> {
     const RouteShape& route = params->route;
     const int64_t floats = sizeof(float) * int64_t{route.capacity};
     const bool expert_major = route.layout == Layout::kExpertMajor;
+    const int64_t of_entries = expert_major ? floats : floats * group.num_topk;
+    if (route.rows().is_quantized()) return {{&params->row_gradients, of_entries}, params->sums};
     return {{&params->y, route.capacity * route.rows().bytes()},
             {&params->weights, floats},
-            {&params->row_gradients, expert_major ? floats : floats * group.num_topk},
+            {&params->row_gradients, of_entries},
             params->sums};
   }
   // Pairs with several rows are written as sums too.
-  static double LocalRows(const CombineParams&, const ExpectedRows& rows) {
-    return rows.rows + (rows.rows > rows.pairs ? rows.pairs : 0);
+  static double LocalRows(const CombineParams& params, const ExpectedRows& rows) {
+    const bool writes_all = params.route.rows().is_quantized();
+    return rows.rows + (writes_all || rows.rows > rows.pairs ? rows.pairs : 0);
   }
 };
 

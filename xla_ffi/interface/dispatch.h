@@ -30,6 +30,7 @@ struct DispatchParams {
   int32_t* num_invalid = nullptr;    // [] entries of topk_idx that were ignored
   int32_t* pairs = nullptr;          // as PairTable, or null if not needed
   int32_t* scratch = nullptr;        // [DispatchScratchInts], or null likewise
+  void* encoded = nullptr;           // scratch [T, wire_bytes], or null likewise
 };
 
 // int32s of scratch of a dispatch that uses scratch: a record of 16 bytes for each entry,
@@ -43,9 +44,11 @@ struct VerbTraits<DispatchParams> {
   static constexpr char kName[] = "dispatch";
   static int64_t Flags(const DispatchParams&) { return 0; }
   static std::vector<PeerArray> ReadByPeers(const GroupShape&, DispatchParams* params) {
-    return {{&params->x, params->route.num_tokens * params->route.rows().bytes()}, params->scratch};
+    return {RowsOnWire(params->encoded, &params->x, params->route), params->scratch};
   }
-  static double LocalRows(const DispatchParams&, const ExpectedRows& rows) { return rows.rows; }
+  static double LocalRows(const DispatchParams& params, const ExpectedRows& rows) {
+    return rows.rows + (params.encoded != nullptr ? params.route.num_tokens : 0);
+  }
 };
 
 }  // namespace jax_deepep

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "interface/host_device.h"
+#include "interface/wire_format.h"
 
 namespace jax_deepep {
 
@@ -56,13 +57,19 @@ struct GroupShape {
   }
 };
 
-// The element type and size of a row.
+// The element type and size of a row, and how it crosses links.
 struct RowFormat {
   RowType type = RowType::kFloat32;
   int32_t size = 0;  // W, elements of a row: see GroupShape::max_row_bytes
+  WireFormat wire = WireFormat::kNone;
 
   JAX_DEEPEP_HOST_DEVICE int64_t bytes() const {
     return size * static_cast<int64_t>(BytesOf(type));
+  }
+  JAX_DEEPEP_HOST_DEVICE bool is_quantized() const { return wire != WireFormat::kNone; }
+  // On the wire.
+  JAX_DEEPEP_HOST_DEVICE int64_t wire_bytes() const {
+    return is_quantized() ? WireRow{wire, size}.bytes() : bytes();
   }
 };
 
@@ -72,15 +79,17 @@ struct RouteShape {
   Layout layout = Layout::kExpertMajor;
   RowType row_type = RowType::kFloat32;
   int32_t row_size = 0;
+  WireFormat wire = WireFormat::kNone;
   int32_t num_tokens = 0;              // T
   int32_t capacity = 0;                // C, rows of the received arrays
   int32_t alignment = 1;               // row groups are padded to a multiple of this
   int64_t expert_capacity = kNoLimit;  // most rows of one expert
 
-  JAX_DEEPEP_HOST_DEVICE RowFormat rows() const { return {row_type, row_size}; }
+  JAX_DEEPEP_HOST_DEVICE RowFormat rows() const { return {row_type, row_size, wire}; }
   void SetRows(const RowFormat& format) {
     row_type = format.type;
     row_size = format.size;
+    wire = format.wire;
   }
 };
 

@@ -21,12 +21,13 @@ struct OpSignature {
   int64_t layout = 0;
   int64_t row_type = 0;
   int64_t row_size = 0;
+  int64_t wire = 0;
   int64_t num_tokens = 0;
   int64_t capacity = 0;
   int64_t alignment = 0;
   int64_t expert_capacity = 0;
 
-  static constexpr int kWords = 10;
+  static constexpr int kWords = 11;
   static constexpr int64_t kLowLatency = 1 << 8;  // of flags
   JAX_DEEPEP_HOST_DEVICE const int64_t* words() const {
     return reinterpret_cast<const int64_t*>(this);
@@ -40,6 +41,7 @@ struct OpSignature {
         layout(static_cast<int64_t>(route.layout)),
         row_type(static_cast<int64_t>(route.rows().type)),
         row_size(route.rows().size),
+        wire(static_cast<int64_t>(route.rows().wire)),
         num_tokens(route.num_tokens),
         capacity(route.capacity),
         alignment(route.alignment),
@@ -81,6 +83,7 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
       {"layout", &OpSignature::layout},
       {"dtype", &OpSignature::row_type},
       {"elements of a row", &OpSignature::row_size},
+      {"wire", &OpSignature::wire},
       {"num_tokens", &OpSignature::num_tokens},
       {"capacity", &OpSignature::capacity},
       {"alignment", &OpSignature::alignment},
@@ -91,6 +94,9 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
     const int64_t value = of.*field.value;
     if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayoutNames[value];
     if (field.value == &OpSignature::row_type && value >= 0 && value < 4) return kRowTypes[value];
+    if (field.value == &OpSignature::wire && value >= 0 && value < kNumWireFormats) {
+      return kWireNames[value];
+    }
     if (field.value == &OpSignature::expert_capacity && value == kNoLimit) return "None";
     return std::to_string(value);
   };

@@ -35,6 +35,12 @@ struct PeerArray {
   PeerArray(const void* result) : data(result) {}
 };
 
+// The rows of x [T, W] as peers read them: encoded in scratch, if there is any.
+inline PeerArray RowsOnWire(const void* encoded, const void** x, const RouteShape& route) {
+  if (encoded != nullptr) return encoded;
+  return {x, route.num_tokens * route.rows().bytes()};
+}
+
 // Specialised for the parameters of every verb, which have a RouteShape `route`:
 //
 //     static constexpr char kName[];                  // in errors, and in jax_deepep_<name>

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 
 #include "block_threads.h"
@@ -27,8 +28,14 @@
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 struct dim3 {
@@ -97,6 +104,11 @@ T __shfl_down_sync(unsigned, T value, int distance) {
   return lane + distance < cuda_on_cpu::kWarpSize ? cuda_on_cpu::ValueOf<T>(words[lane + distance]) : value;
 }
 
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  return __shfl_sync(mask, value, (threadIdx.x % cuda_on_cpu::kWarpSize) ^ distance);
+}
+
 namespace cuda_on_cpu {
 
 template <typename T, typename Add>
@@ -144,6 +156,15 @@ inline int __ffsll(long long value) { return __builtin_ffsll(value); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __uint_as_float(unsigned bits) { return cuda_on_cpu::ValueOf<float>(bits); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+// Of the two halves of 16 bits each.
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a & 0xffffu, b & 0xffffu) | std::max(a >> 16, b >> 16) << 16;
+}
 
 template <typename T>
 T __ldcg(const T* address) {

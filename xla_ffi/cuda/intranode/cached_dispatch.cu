@@ -2,14 +2,14 @@
 // and multiplied with other rows on the way, it is the gradient of combine.
 #include <cuda_runtime.h>
 
-#include <vector>
-
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/throughput.h"
+#include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
+#include "cuda/row_copies.cuh"
 #include "cuda/row_products.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
@@ -25,6 +25,7 @@ struct CachedDispatch {
   OpFrame frame;
   CachedDispatchParams params;
   int64_t row_bytes;
+  WireRow wire;
   Divisor max_tokens, num_warps;
 };
 
@@ -87,9 +88,36 @@ class Pairs {
   int count_, own_begin_, own_end_;
 };
 
-__device__ const char* RowAt(const CachedDispatch& op, const GroupOp& group, int32_t source) {
-  const int64_t token = op.max_tokens.Remainder(source);
-  return group.Operand<char>(op.max_tokens.Quotient(source), kRows) + token * op.row_bytes;
+// How rows cross links: as they are, or in a wire format. `Element` as in PlainRow.
+template <typename Element, bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = PlainRow<Element, kWhole>;
+  __device__ static void Encode(const CachedDispatch&) {}
+  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
+    return {rows + token * op.row_bytes,
+            {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = EncodedRow<Type, kWhole, kFormat>;
+  __device__ static void Encode(const CachedDispatch& op) {
+    const CachedDispatchParams& params = op.params;
+    EncodeRows<Type, kWhole, kFormat>(op.wire, params.x, op.row_bytes, params.route.num_tokens,
+                                      params.encoded);
+  }
+  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
+    return {rows + token * op.wire.bytes(), op.wire};
+  }
+};
+
+template <typename Rows>
+__device__ typename Rows::Row RowAt(const CachedDispatch& op, const GroupOp& group,
+                                    int32_t source) {
+  const char* rows = group.Operand<char>(op.max_tokens.Quotient(source), kRows);
+  return Rows::At(op, rows, op.max_tokens.Remainder(source));
 }
 
 __device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t source) {
@@ -97,7 +125,7 @@ __device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t sou
 }
 
 // Copy rows.
-template <bool kWhole>
+template <typename Rows>
 __device__ void Copy(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
                      int32_t* taken) {
   const PairOrder order = pairs.Order();
@@ -107,13 +135,13 @@ __device__ void Copy(const CachedDispatch& op, const GroupOp& group, const Pairs
     const int64_t row = pairs.RowOfLane(pair);
     if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
     CountTaken(taken, op, source);
-    CopyRowToLanes(RowAt(op, group, source), static_cast<char*>(op.params.rows),
-                   WordsOf<kWhole>(op.row_bytes), [row] { return row; });
+    CopyRowToLanes(RowAt<Rows>(op, group, source), static_cast<char*>(op.params.rows), op.row_bytes,
+                   [row] { return row; });
   }
 }
 
 // Scale rows by their weights, and compute their products with y. Expert-major.
-template <typename Type, bool kWhole>
+template <typename Type, typename Rows>
 __device__ void Scale(const CachedDispatch& op, const GroupOp& group, const Pairs& pairs,
                       int32_t* taken) {
   const PairOrder order = pairs.Order();
@@ -124,12 +152,13 @@ __device__ void Scale(const CachedDispatch& op, const GroupOp& group, const Pair
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
     if (num_rows == 0) continue;
     CountTaken(taken, op, source);
-    ScaleRow<Type, kWhole>(op.params, op.row_bytes, RowAt(op, group, source), row, num_rows);
+    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, RowAt<Rows>(op, group, source), row,
+                                 num_rows);
   }
 }
 
 // `work` is Copy or Scale.
-template <bool kWhole, typename Work>
+template <typename Rows, typename Work>
 __device__ void Run(const CachedDispatch& op, Work work) {
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
@@ -138,48 +167,66 @@ __device__ void Run(const CachedDispatch& op, Work work) {
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
 
   if (group.Begin()) {
+    Rows::Encode(op);
     group.Publish();
     const Pairs pairs(op);
     if (group.WaitForArrivals()) {
       work(group, pairs, taken);
-      WriteZeros<kWhole>(op.params, op.frame.shape, op.row_bytes);
+      WriteZeros<Rows::kWhole>(op.params, op.frame.shape, op.row_bytes);
       group.CountTaken(taken);
     }
   }
   group.Finish([] {}, [&] { WriteFailure(params); });
 }
 
-template <bool kWhole>
+template <typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ CachedDispatch op) {
-  Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
-    Copy<kWhole>(op, group, pairs, taken);
+  Run<Rows>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+    Copy<Rows>(op, group, pairs, taken);
   });
 }
 
-template <typename Type, bool kWhole>
+template <typename Type, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ CachedDispatch op) {
-  Run<kWhole>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
-    Scale<Type, kWhole>(op, group, pairs, taken);
+  Run<Rows>(op, [&](const GroupOp& group, const Pairs& pairs, int32_t* taken) {
+    Scale<Type, Rows>(op, group, pairs, taken);
   });
 }
 
 using Kernel = void (*)(CachedDispatch);
 
-template <bool kWhole>
-Kernel ScaleKernelFor(RowType type) {
-  switch (type) {
-    case RowType::kFloat32:
-      return ScaleKernel<Float32, kWhole>;
-    case RowType::kFloat16:
-      return ScaleKernel<Float16, kWhole>;
-    case RowType::kBFloat16:
-      return ScaleKernel<BFloat16, kWhole>;
-    case RowType::kInt32:
-      return nullptr;
+template <WireFormat kFormat>
+struct EncodedCopies {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return CopyKernel<EncodedRows<Type, kWhole, kFormat>>;
   }
-  return nullptr;
+};
+struct PlainProducts {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return ScaleKernel<Type, PlainRows<typename Type::Element, kWhole>>;
+  }
+};
+template <WireFormat kFormat>
+struct EncodedProducts {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return ScaleKernel<Type, EncodedRows<Type, kWhole, kFormat>>;
+  }
+};
+
+Kernel CopyKernelFor(const RowFormat& rows) {
+  if (rows.is_quantized()) return InstanceForEachFormat<EncodedCopies>(rows);
+  return IsWholeCopy(rows) ? CopyKernel<PlainRows<uint16_t, true>>
+                           : CopyKernel<PlainRows<uint16_t, false>>;
+}
+
+Kernel ScaleKernelFor(const RowFormat& rows) {
+  if (rows.is_quantized()) return InstanceForFp8<EncodedProducts>(rows);
+  return InstanceFor<PlainProducts>(rows);
 }
 
 }  // namespace
@@ -188,20 +235,21 @@ template <>
 const char* VerbKernels<Throughput, CachedDispatchParams>::Launch(
     const OpFrame& frame, const CachedDispatchParams& params, int num_blocks,
     const DeviceFacts& device, const KernelStream& stream) {
-  const RowType type = params.route.row_type;
-  CachedDispatch op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
+  const RowFormat rows = params.route.rows();
+  CachedDispatch op{frame,
+                    params,
+                    rows.bytes(),
+                    WireRow{rows.wire, rows.size},
+                    Divisor(frame.shape.max_tokens),
                     Divisor(num_blocks * kWarps)};
-  op.frame.offsets[kRows] = device.OffsetOf(params.x);
+  op.frame.offsets[kRows] = device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
   if (params.weights == nullptr && params.y == nullptr) {
-    const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
-    return LaunchKernel(whole ? CopyKernel<true> : CopyKernel<false>, op, num_blocks, kThreads, 0,
-                        stream);
+    return LaunchKernel(CopyKernelFor(rows), op, num_blocks, kThreads, 0, stream);
   }
   if (params.weights == nullptr || params.y == nullptr || params.pairs == nullptr) {
     return "weights, y: expected both or neither, and with expert-major rows";
   }
-  const Kernel kernel =
-      IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  const Kernel kernel = ScaleKernelFor(rows);
   if (kernel == nullptr)
     return "x: expected floats with weights or y, got integers, which are only copied";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
@@ -209,15 +257,8 @@ const char* VerbKernels<Throughput, CachedDispatchParams>::Launch(
 
 template <>
 const char* VerbKernels<Throughput, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
-  std::vector<Kernel> kernels = {CopyKernel<true>, CopyKernel<false>};
-  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    kernels.push_back(ScaleKernelFor<true>(type));
-    kernels.push_back(ScaleKernelFor<false>(type));
-  }
-  for (const Kernel kernel : kernels) {
-    if (const char* error = LoadKernel(kernel, 0)) return error;
-  }
-  return nullptr;
+  const char* error = LoadKernels(CopyKernelFor, 0);
+  return error != nullptr ? error : LoadKernels(ScaleKernelFor, 0);
 }
 
 }  // namespace jax_deepep

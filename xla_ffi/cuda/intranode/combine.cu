@@ -1,17 +1,21 @@
 // combine inside a node: the rank of the experts sums a token's rows first, so that one row crosses
 // the link per (token, rank); the rank of the token pulls these and sums them in ascending order.
 //
-// 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once.
+// 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
+// wire
+//    format, for every pair of another rank, encoded.
 // 2. Publish; wait for everyone.
-// 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row needs no sum:
-//    its row is read and weighted in place.
+// 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
+//    encoded needs no sum: its row is read and weighted in place.
 #include <cuda_runtime.h>
 
 #include "cuda/divisor.h"
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/throughput.h"
+#include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/op_frame.h"
+#include "cuda/row_copies.cuh"
 #include "cuda/row_sums.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
@@ -27,16 +31,25 @@ struct Combine {
   OpFrame frame;
   CombineParams params;
   int64_t row_bytes;
+  WireRow wire;
+  CombineSums of_sums;
   Divisor max_tokens, capacity;
 };
 
 // The offset of a token's sum in the scratch of the rank of its experts.
 __device__ int64_t SumOffset(const Combine& op, int rank, int token) {
-  return (int64_t{rank} * op.params.route.num_tokens + token) * op.row_bytes;
+  return (int64_t{rank} * op.params.route.num_tokens + token) * op.of_sums.row_bytes;
+}
+// The sum of a token that stays on this rank.
+__device__ char* OwnSum(const Combine& op, int token) {
+  const CombineSums& of_sums = op.of_sums;
+  char* sums = static_cast<char*>(op.params.sums);
+  if (of_sums.num_own == 0) return sums + SumOffset(op, op.frame.rank, token);
+  return sums + of_sums.num_rows * of_sums.row_bytes + token * of_sums.own_bytes;
 }
 
 // Step 1.
-template <typename Type, bool kWhole, bool kWeighted>
+template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat>
 __device__ void SumPairs(const Combine& op, Term* terms) {
   struct Line {
     int32_t source, row;
@@ -62,21 +75,32 @@ __device__ void SumPairs(const Combine& op, Term* terms) {
         if (line.row == kNone) return pair;
         pair.inputs.position = lane;
         pair.inputs.row = static_cast<const char*>(params.y) + line.row * op.row_bytes;
-        if constexpr (kWeighted) pair.inputs.weight = params.weights[line.row];
+        if (kWeighted && params.weights != nullptr) pair.inputs.weight = params.weights[line.row];
         return pair;
       },
       [&](int, const Pair& pair) {
-        if (pair.inputs.count < 2) return;
+        if (pair.inputs.count < (kQuantized ? 1 : 2)) return;
         const int rank = op.max_tokens.Quotient(pair.source);
         const int token = op.max_tokens.Remainder(pair.source);
-        AddUp<Type, kWhole, kWeighted, SumOfProducts>(
-            pair.inputs, static_cast<char*>(params.sums) + SumOffset(op, rank, token), shape,
-            terms);
+        const GroupRange all = {0, shape.num_groups()};
+        char* to = static_cast<char*>(params.sums) + SumOffset(op, rank, token);
+        if (kQuantized && rank != op.frame.rank) {
+          AddUp<Type, kWhole, kWeighted, SumOfProducts, false>(
+              pair.inputs, shape, all, terms, op.wire, StoreEncoded<kWhole, kFormat>{to, op.wire});
+          return;
+        }
+        if (kQuantized) {
+          if (pair.inputs.count < 2) return;
+          to = OwnSum(op, token);
+        }
+        AddUp<Type, kWhole, kWeighted, SumOfProducts, false>(
+            pair.inputs, shape, all, terms, op.wire, StoreRounded<Type, kWhole>{to, shape});
       });
 }
 
 // The inputs of a token's sum: the bias, and a row of every rank that has one, ranks
 // ascending. `destination` is that of the lane's entry.
+template <bool kQuantized>
 __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, int32_t destination,
                            int32_t* taken) {
   const CombineParams& params = op.params;
@@ -107,7 +131,17 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
   if (leads) {
     inputs.position = position;
     atomicAdd(&taken[rank], 1);
-    if (expert_major && __popc(same) > 1) {  // summed in step 1
+    if (kQuantized && rank != op.frame.rank) {
+      inputs.encoded = true;
+      inputs.row =
+          group.Operand<char>(rank, kSums) +
+          (expert_major ? SumOffset(op, op.frame.rank, token) : row * op.of_sums.row_bytes);
+    } else if (kQuantized) {  // its arrays need not be where peers can read them
+      const bool summed = expert_major && __popc(same) > 1;
+      inputs.row =
+          summed ? OwnSum(op, token) : static_cast<const char*>(params.y) + row * op.row_bytes;
+      if (!summed && params.weights != nullptr) inputs.weight = params.weights[row];
+    } else if (expert_major && __popc(same) > 1) {  // summed in step 1
       inputs.row = group.Operand<char>(rank, kSums) + SumOffset(op, op.frame.rank, token);
     } else {
       inputs.row = group.Operand<char>(rank, kRows) + row * op.row_bytes;
@@ -118,7 +152,7 @@ __device__ Inputs InputsOf(const Combine& op, const GroupOp& group, int token, i
 }
 
 // Step 3.
-template <typename Type, bool kWhole, bool kWeighted>
+template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat>
 __device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* taken, Term* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
@@ -131,18 +165,20 @@ __device__ void SumTokens(const Combine& op, const GroupOp& group, int32_t* take
         return inside ? params.destination[int64_t{token} * num_topk + lane] : kNone;
       },
       [&](int token, int32_t destination) {
-        return InputsOf(op, group, token, destination, taken);
+        return InputsOf<kQuantized>(op, group, token, destination, taken);
       },
       [&](int token, const Inputs& inputs) {
         if (params.gradients != nullptr && lane < num_topk) {
           params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
         }
-        AddUp<Type, kWhole, kWeighted, SumOfRows>(
-            inputs, static_cast<char*>(params.out) + token * op.row_bytes, shape, terms);
+        char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+        AddUp<Type, kWhole, kWeighted, SumOfRows, kQuantized, kFormat>(
+            inputs, shape, {0, shape.num_groups()}, terms, op.wire,
+            StoreRounded<Type, kWhole>{to, shape});
       });
 }
 
-template <typename Type, bool kWhole, bool kWeighted>
+template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
   __shared__ GroupOp::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
@@ -153,10 +189,16 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
 
   if (group.Begin()) {
-    if (params.sums != nullptr) SumPairs<Type, kWhole, kWeighted>(op, terms);
+    if (kQuantized && params.route.layout == Layout::kTokenMajor) {
+      // Every received row is the sum of a pair.
+      EncodeRows<Type, kWhole, kFormat>(op.wire, params.y, op.row_bytes, params.group_sizes[0],
+                                        params.sums);
+    } else if (params.sums != nullptr) {
+      SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat>(op, terms);
+    }
     group.Publish();
     if (group.WaitForArrivals()) {
-      SumTokens<Type, kWhole, kWeighted>(op, group, taken, terms);
+      SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, taken, terms);
       group.CountTaken(taken);
     }
   }
@@ -165,24 +207,28 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
 
 using Kernel = void (*)(Combine);
 
-template <bool kWhole, bool kWeighted>
-Kernel KernelFor(RowType type) {
-  switch (type) {
-    case RowType::kFloat32:
-      return CombineKernel<Float32, kWhole, kWeighted>;
-    case RowType::kFloat16:
-      return CombineKernel<Float16, kWhole, kWeighted>;
-    case RowType::kBFloat16:
-      return CombineKernel<BFloat16, kWhole, kWeighted>;
-    case RowType::kInt32:
-      return nullptr;
+template <bool kWeighted>
+struct Kernels {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return CombineKernel<Type, kWhole, kWeighted, false, WireFormat::kNone>;
   }
-  return nullptr;
-}
+};
+template <WireFormat kFormat>
+struct KernelsOnWire {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return CombineKernel<Type, kWhole, true, true, kFormat>;
+  }
+};
 
-Kernel KernelFor(RowType type, bool whole, bool weighted) {
-  if (whole) return weighted ? KernelFor<true, true>(type) : KernelFor<true, false>(type);
-  return weighted ? KernelFor<false, true>(type) : KernelFor<false, false>(type);
+Kernel KernelFor(const RowFormat& rows, bool weighted) {
+  // Without weights they are 1, which changes no bit: kernels of their own would gain little.
+  if (rows.is_quantized()) {
+    return WireInstanceFor<KernelsOnWire, false, WireFormat::kFp8, WireFormat::kFp8E8m0,
+                           WireFormat::kMxfp8>(rows);
+  }
+  return weighted ? InstanceFor<Kernels<true>>(rows) : InstanceFor<Kernels<false>>(rows);
 }
 
 }  // namespace
@@ -193,30 +239,31 @@ const char* VerbKernels<Throughput, CombineParams>::Launch(const OpFrame& frame,
                                                            int num_blocks,
                                                            const DeviceFacts& device,
                                                            const KernelStream& stream) {
-  Combine op{frame, params, params.route.rows().bytes(), Divisor(frame.shape.max_tokens),
+  const RowFormat rows = params.route.rows();
+  Combine op{frame,
+             params,
+             rows.bytes(),
+             WireRow{rows.wire, rows.size},
+             CombineSums(frame.shape, params.route),
+             Divisor(frame.shape.max_tokens),
              Divisor(params.route.capacity)};
-  op.frame.offsets[kRows] = device.OffsetOf(params.y);
-  if (params.weights != nullptr) op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
+  if (!rows.is_quantized()) op.frame.offsets[kRows] = device.OffsetOf(params.y);
+  if (!rows.is_quantized() && params.weights != nullptr)
+    op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
   if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
   if (params.row_gradients != nullptr) {
     op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
   }
-  const RowType type = params.route.row_type;
-  const Kernel kernel = KernelFor(type, IsWhole(params.route.row_size), params.weights != nullptr);
+  const Kernel kernel = KernelFor(rows, params.weights != nullptr);
   if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
 template <>
 const char* VerbKernels<Throughput, CombineParams>::Load(int /*max_shared_bytes*/) {
-  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    for (const bool whole : {false, true}) {
-      for (const bool weighted : {false, true}) {
-        if (const char* error = LoadKernel(KernelFor(type, whole, weighted), 0)) {
-          return error;
-        }
-      }
-    }
+  for (const bool weighted : {false, true}) {
+    const auto kernel_for = [=](const RowFormat& rows) { return KernelFor(rows, weighted); };
+    if (const char* error = LoadKernels(kernel_for, 0)) return error;
   }
   return nullptr;
 }

@@ -1,6 +1,7 @@
 // dispatch inside a node: every rank counts and lists what it sends, notifies its peers, and pulls
 // its rows from them directly to their final positions.
 //
+// 0. With a wire format, encode the tokens in scratch.
 // 1. Count: the entries of this rank per row group, and its tokens per destination rank; every
 //    entry's position among those of its warp goes into its record.
 // 2. List: positions among all entries of this rank, and the tokens for each rank.
@@ -22,11 +23,12 @@
 #include "cuda/group_op.cuh"
 #include "cuda/intranode/dispatch_count.cuh"
 #include "cuda/intranode/throughput.h"
+#include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/pair_order.cuh"
-#include "cuda/row_values.cuh"
+#include "cuda/row_copies.cuh"
 #include "cuda/warp_items.cuh"
 #include "interface/dispatch.h"
 
@@ -103,8 +105,32 @@ __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTa
   return nth == 0 ? row : kNone;
 }
 
+// How rows cross links: as they are, or in a wire format.
+template <bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  __device__ static void Encode(const Dispatch&) {}
+  __device__ static PlainRow<uint16_t, kWhole> At(const Dispatch& op, const char* rows,
+                                                  int64_t token) {
+    return {rows + token * op.row_bytes, WordsOf<kWhole>(op.row_bytes)};
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  __device__ static void Encode(const Dispatch& op) {
+    const DispatchParams& params = op.params;
+    EncodeRows<Type, kWhole, kFormat>(op.wire, params.x, op.row_bytes, params.route.num_tokens,
+                                      params.encoded);
+  }
+  __device__ static EncodedRow<Type, kWhole, kFormat> At(const Dispatch& op, const char* rows,
+                                                         int64_t token) {
+    return {rows + token * op.wire.bytes(), op.wire};
+  }
+};
+
 // Pull the rows of this rank, a warp for each token.
-template <bool kWhole>
+template <typename Rows>
 __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan) {
   const GroupShape& shape = op.frame.shape;
   const RouteShape& route = op.params.route;
@@ -141,27 +167,29 @@ __device__ void Pull(const Dispatch& op, const GroupOp& group, const Plan& plan)
         return pair;
       },
       [&](int, const Pair& pair) {
-        CopyRowToLanes(group.Operand<char>(pair.source, kRows) + pair.token * op.row_bytes,
-                       static_cast<char*>(op.params.tokens), WordsOf<kWhole>(op.row_bytes),
-                       [&] { return WriteRoute(op, plan, table, pair); });
+        const char* rows = group.Operand<char>(pair.source, kRows);
+        CopyRowToLanes(Rows::At(op, rows, pair.token), static_cast<char*>(op.params.tokens),
+                       op.row_bytes, [&] { return WriteRoute(op, plan, table, pair); });
       });
 }
 
-template <bool kWhole>
+template <typename Rows>
 __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_constant__ Dispatch op) {
   extern __shared__ __align__(16) char memory[];
   __shared__ GroupOp::Shared shared;
   GroupOp group(op.frame, &shared);
   const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
 
+  const bool begun = group.Begin();
+  if (begun) Rows::Encode(op);
   // Counters share the memory of the plan.
-  if (group.Begin() && CountAndList(op, group, reinterpret_cast<int32_t*>(memory))) {
+  if (begun && CountAndList(op, group, reinterpret_cast<int32_t*>(memory))) {
     group.Publish();
     if (group.WaitForArrivals()) {
       MakePlan(op, plan);
-      Pull<kWhole>(op, group, plan);
+      Pull<Rows>(op, group, plan);
       WriteDestinations(op, plan);
-      WriteRest<kWhole>(op, plan);
+      WriteRest<Rows::kWhole>(op, plan);
       group.CountTaken(plan.taken);
     }
   }
@@ -170,6 +198,21 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
         if (threadIdx.x == 0) ReportInvalid(op, group, group.channel().num_invalid);
       },
       [&] { WriteFailure(op); });
+}
+
+using Kernel = void (*)(Dispatch);
+
+template <WireFormat kFormat>
+struct EncodedKernels {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return DispatchKernel<EncodedRows<Type, kWhole, kFormat>>;
+  }
+};
+
+Kernel KernelFor(const RowFormat& rows) {
+  if (rows.is_quantized()) return InstanceForEachFormat<EncodedKernels>(rows);
+  return IsWholeCopy(rows) ? DispatchKernel<PlainRows<true>> : DispatchKernel<PlainRows<false>>;
 }
 
 }  // namespace
@@ -189,12 +232,13 @@ const char* VerbKernels<Throughput, DispatchParams>::Launch(const OpFrame& frame
   Dispatch op{frame,
               params,
               params.route.rows().bytes(),
+              WireRow{params.route.wire, params.route.row_size},
               Divisor(shape.num_local_experts()),
               Divisor(shape.num_topk),
               Divisor(params.route.alignment),
               Divisor(num_blocks * kWarps),
               kWarps};
-  op.frame.offsets[kRows] = device.OffsetOf(params.x);
+  op.frame.offsets[kRows] = device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
   op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
   op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *
                                                               shape.num_topk * sizeof(EntryRecord);
@@ -203,15 +247,13 @@ const char* VerbKernels<Throughput, DispatchParams>::Launch(const OpFrame& frame
   op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
   const int plan_bytes = static_cast<int>(Throughput::LeastSharedBytes(shape, {}));
   const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
-  const bool whole = IsWhole(static_cast<int>(op.row_bytes / sizeof(uint16_t)));
-  return LaunchKernel(whole ? DispatchKernel<true> : DispatchKernel<false>, op, num_blocks,
-                      kThreads, shared_bytes, stream);
+  return LaunchKernel(KernelFor(params.route.rows()), op, num_blocks, kThreads, shared_bytes,
+                      stream);
 }
 
 template <>
 const char* VerbKernels<Throughput, DispatchParams>::Load(int max_shared_bytes) {
-  const char* error = LoadKernel(DispatchKernel<true>, max_shared_bytes);
-  return error != nullptr ? error : LoadKernel(DispatchKernel<false>, max_shared_bytes);
+  return LoadKernels(KernelFor, max_shared_bytes);
 }
 
 }  // namespace jax_deepep

@@ -4,14 +4,14 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "cuda/divisor.h"
+#include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/low_latency/low_latency.h"
 #include "cuda/low_latency/signalled_op.cuh"
+#include "cuda/row_copies.cuh"
 #include "cuda/row_products.cuh"
-#include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
@@ -22,26 +22,61 @@ struct LowLatencyCachedDispatch {
   CachedDispatchParams params;
   SignalledFrame signalled;
   int64_t row_bytes;
+  WireRow wire;
   Divisor num_slots, num_parts;
 };
 
-template <bool kWhole>
+// How rows cross links: as they are, or in a wire format. `Element` as in PlainRow.
+template <typename Element, bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = PlainRow<Element, kWhole>;
+  using Sent = LoadedPart<Row>;
+  __device__ static Row At(const LowLatencyCachedDispatch& op, const char* row) {
+    return {row, {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
+  }
+  __device__ static Sent ToSend(const LowLatencyCachedDispatch& op, const char* row, int part) {
+    return InSlot(op, row, part);
+  }
+  __device__ static LoadedPart<Row> InSlot(const LowLatencyCachedDispatch& op, const char* row,
+                                           int part) {
+    return {At(op, row), 1, part, op.signalled.num_parts};
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = EncodedRow<Type, kWhole, kFormat>;
+  using Sent = EncodedPart<Type, kWhole, kFormat>;
+  __device__ static Row At(const LowLatencyCachedDispatch& op, const char* row) {
+    return {row, op.wire};
+  }
+  __device__ static Sent ToSend(const LowLatencyCachedDispatch& op, const char* row, int part) {
+    return {row, op.wire, part, op.signalled.num_parts};
+  }
+  __device__ static LoadedPart<Row> InSlot(const LowLatencyCachedDispatch& op, const char* row,
+                                           int part) {
+    return {At(op, row), GroupsOfBlock(op.wire.format), part, op.signalled.num_parts};
+  }
+};
+
+template <typename Rows>
 __device__ void PushRows(const LowLatencyCachedDispatch& op, SignalledOp& group) {
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
   group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item, Sent* sent) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
-    LoadedPart<kWhole> row(static_cast<const char*>(op.params.x) + token * op.row_bytes,
-                           op.row_bytes, part, op.signalled.num_parts);
+    typename Rows::Sent row =
+        Rows::ToSend(op, static_cast<const char*>(op.params.x) + token * op.row_bytes, part);
     const bool exists = token < op.params.route.num_tokens;
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;
     const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
-    group.PushRow<kWhole>(row, token, part, rank, /*to_all=*/true, sent);
+    group.PushRow(row, token, part, rank, /*to_all=*/true, sent);
   });
 }
 
 // Call use(slot, row of the lane or kNone, part) for all received slots. False if the op is lost.
-template <bool kWhole, typename Use>
+template <typename Use>
 __device__ bool ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group, Use use) {
   const int lane = threadIdx.x % 32;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
@@ -63,28 +98,28 @@ __device__ bool ForSlots(const LowLatencyCachedDispatch& op, SignalledOp& group,
 }
 
 // `work` is called as in ForSlots.
-template <bool kWhole, typename Work>
+template <typename Rows, typename Work>
 __device__ void Run(const LowLatencyCachedDispatch& op, Work work) {
   __shared__ SignalledOp::Shared shared;
   const CachedDispatchParams& params = op.params;
   SignalledOp group(op.frame, op.signalled, &shared);
   bool lost = !group.Begin();
   if (!lost && group.sends()) {
-    PushRows<kWhole>(op, group);
+    PushRows<Rows>(op, group);
     group.Announce();
   }
   if (!lost && group.receives()) {
-    lost = !ForSlots<kWhole>(op, group, work);
-    WriteZeros<kWhole>(params, op.frame.shape, op.row_bytes);
+    lost = !ForSlots(op, group, work);
+    WriteZeros<Rows::kWhole>(params, op.frame.shape, op.row_bytes);
   }
   group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params); });
 }
 
-template <bool kWhole>
+template <typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
-  Run<kWhole>(op, [&](const Slot& at, int32_t row, int part) {
-    LoadedPart<kWhole> words(at.row(), op.row_bytes, part, op.signalled.num_parts);
+  Run<Rows>(op, [&](const Slot& at, int32_t row, int part) {
+    auto words = Rows::InSlot(op, at.row(), part);
     words.Load();
     words.CopyTo([&](auto store) {
       ForBits(__ballot_sync(~0u, row != kNone), [&](int lane) {
@@ -94,12 +129,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
-template <typename Type, bool kWhole>
+template <typename Type, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ LowLatencyCachedDispatch op) {
   __shared__ int32_t of_warps[kWarps][32];
   int32_t* rows = of_warps[threadIdx.x / 32];
-  Run<kWhole>(op, [&](const Slot& at, int32_t row, int) {
+  Run<Rows>(op, [&](const Slot& at, int32_t row, int) {
     // Dropped rows leave gaps.
     const int lane = threadIdx.x % 32;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
@@ -107,25 +142,43 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (row != kNone) rows[__popc(live & ((1u << lane) - 1))] = row;
     __syncwarp();
     const int32_t nth = lane < __popc(live) ? rows[lane] : kNone;
-    ScaleRow<Type, kWhole>(op.params, op.row_bytes, at.row(), nth, __popc(live));
+    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, Rows::At(op, at.row()), nth,
+                                 __popc(live));
   });
 }
 
 using Kernel = void (*)(LowLatencyCachedDispatch);
 
-template <bool kWhole>
-Kernel ScaleKernelFor(RowType type) {
-  switch (type) {
-    case RowType::kFloat32:
-      return ScaleKernel<Float32, kWhole>;
-    case RowType::kFloat16:
-      return ScaleKernel<Float16, kWhole>;
-    case RowType::kBFloat16:
-      return ScaleKernel<BFloat16, kWhole>;
-    case RowType::kInt32:
-      return nullptr;
+template <WireFormat kFormat>
+struct EncodedCopies {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return CopyKernel<EncodedRows<Type, kWhole, kFormat>>;
   }
-  return nullptr;
+};
+struct PlainProducts {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return ScaleKernel<Type, PlainRows<typename Type::Element, kWhole>>;
+  }
+};
+template <WireFormat kFormat>
+struct EncodedProducts {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return ScaleKernel<Type, EncodedRows<Type, kWhole, kFormat>>;
+  }
+};
+
+Kernel CopyKernelFor(const RowFormat& rows) {
+  if (rows.is_quantized()) return InstanceForFp8<EncodedCopies>(rows);
+  return IsWholeCopy(rows) ? CopyKernel<PlainRows<uint16_t, true>>
+                           : CopyKernel<PlainRows<uint16_t, false>>;
+}
+
+Kernel ScaleKernelFor(const RowFormat& rows) {
+  if (rows.is_quantized()) return InstanceForFp8<EncodedProducts>(rows);
+  return InstanceFor<PlainProducts>(rows);
 }
 
 }  // namespace
@@ -135,30 +188,27 @@ const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
     const OpFrame& frame, const CachedDispatchParams& params, int num_blocks, const DeviceFacts&,
     const KernelStream& stream) {
   const WindowLayout window(frame.shape, frame.window);
-  const RowType type = params.route.row_type;
+  const RowFormat rows = params.route.rows();
   const int num_tokens = params.route.num_tokens;
-  const int64_t row_bytes = params.route.rows().bytes();
   const bool scales = params.weights != nullptr || params.y != nullptr;
   // A dot product needs the whole row.
-  const int num_parts = scales ? 1 : NumParts(frame.shape, num_tokens, row_bytes);
+  const int num_parts = scales ? 1 : NumParts(frame.shape, num_tokens, rows);
   const int num_slots = std::max(num_tokens, 1);
   LowLatencyCachedDispatch op{frame,
                               params,
                               {window, num_parts, num_slots},
-                              row_bytes,
+                              rows.bytes(),
+                              WireRow{rows.wire, rows.size},
                               Divisor(num_slots),
                               Divisor(num_parts)};
   if (!scales) {
-    const bool whole = IsWhole(static_cast<int>(row_bytes / sizeof(uint16_t)));
-    return LaunchKernel(whole ? CopyKernel<true> : CopyKernel<false>, op, num_blocks, kThreads, 0,
-                        stream);
+    return LaunchKernel(CopyKernelFor(rows), op, num_blocks, kThreads, 0, stream);
   }
   if (params.weights == nullptr || params.y == nullptr ||
       params.route.layout != Layout::kExpertMajor) {
     return "weights, y: expected both or neither, and with expert-major rows";
   }
-  const Kernel kernel =
-      IsWhole(params.route.row_size) ? ScaleKernelFor<true>(type) : ScaleKernelFor<false>(type);
+  const Kernel kernel = ScaleKernelFor(rows);
   if (kernel == nullptr)
     return "x: expected floats with weights or y, got integers, which are only copied";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
@@ -166,15 +216,8 @@ const char* VerbKernels<LowLatency, CachedDispatchParams>::Launch(
 
 template <>
 const char* VerbKernels<LowLatency, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
-  std::vector<Kernel> kernels = {CopyKernel<true>, CopyKernel<false>};
-  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    kernels.push_back(ScaleKernelFor<true>(type));
-    kernels.push_back(ScaleKernelFor<false>(type));
-  }
-  for (const Kernel kernel : kernels) {
-    if (const char* error = LoadKernel(kernel, 0)) return error;
-  }
-  return nullptr;
+  const char* error = LoadKernels(CopyKernelFor, 0);
+  return error != nullptr ? error : LoadKernels(ScaleKernelFor, 0);
 }
 
 }  // namespace jax_deepep

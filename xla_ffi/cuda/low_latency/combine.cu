@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "cuda/divisor.h"
+#include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/low_latency/low_latency.h"
 #include "cuda/low_latency/signalled_op.cuh"
@@ -25,6 +26,8 @@ struct LowLatencyCombine {
   CombineParams params;
   SignalledFrame signalled;
   int64_t row_bytes;
+  WireRow wire;
+  int32_t granule;  // groups that parts of a row are multiples of
   Divisor num_slots, num_parts;
 
   // Those that may have rows.
@@ -50,7 +53,7 @@ struct RowsOfSlot {
 };
 
 // Step 1. `rows` are those of this warp's first slot.
-template <typename Type, bool kWhole>
+template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat>
 __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOfSlot rows,
                          Term* terms) {
   const CombineParams& params = op.params;
@@ -58,6 +61,7 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int num_items = op.frame.shape.num_ranks * op.signalled.num_slots * op.signalled.num_parts;
   const PairTable table(op.frame.shape, params.route);
+  const RowShape<kWhole> shape{params.route.row_size};
   group.PushItems(num_items, [&](int item, Sent* sent) {
     const int slot = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const int owner = op.num_slots.Quotient(slot);
@@ -66,8 +70,8 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
     if (item != FirstItem()) rows = RowsOfSlot(op, item);
     const int32_t row = rows.row;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
-    const RowPart<kWhole> elements(params.route.row_size, sizeof(typename Type::Element), part,
-                                   op.signalled.num_parts);
+    const GroupRange range =
+        GroupRange::Part(shape.num_groups(), op.granule, part, op.signalled.num_parts);
     if (live != 0) {
       if (params.row_gradients != nullptr && part == 0) {
         const int64_t of_token = __shfl_sync(~0u, row, 0);
@@ -77,16 +81,22 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
           to.value(lane) = params.row_gradients[of_token * num_topk + lane];
         }
       }
-      if (elements.shape.size > 0) {
+      if (!range.empty()) {
         Inputs inputs;
         inputs.count = __popc(live);
         if (row != kNone) {
           inputs.position = __popc(live & ((1u << lane) - 1));
-          inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes + elements.begin;
+          inputs.row = static_cast<const char*>(params.y) + row * op.row_bytes;
           inputs.weight = rows.weight;
         }
-        AddUp<Type, kWhole, true, SumOfProducts>(inputs, to.row() + elements.begin, elements.shape,
-                                                 terms);
+        if (kQuantized && owner != self) {
+          AddUp<Type, kWhole, true, SumOfProducts, false>(
+              inputs, shape, range, terms, op.wire,
+              StoreEncoded<kWhole, kFormat>{to.row(), op.wire});
+        } else {
+          AddUp<Type, kWhole, true, SumOfProducts, false>(
+              inputs, shape, range, terms, op.wire, StoreRounded<Type, kWhole>{to.row(), shape});
+        }
       }
     }
     if (lane == 0) {
@@ -99,21 +109,22 @@ __device__ void PushSums(const LowLatencyCombine& op, SignalledOp& group, RowsOf
 }
 
 // Step 2. False if the op is lost.
-template <typename Type, bool kWhole>
+template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat>
 __device__ bool SumTokens(const LowLatencyCombine& op, SignalledOp& group, Term* terms) {
   const CombineParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const RowShape<kWhole> row_shape{params.route.row_size};
   for (int item = FirstItem(); item < op.signalled.num_slots * op.signalled.num_parts;
        item += NumWarps()) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     const bool exists = token < params.route.num_tokens;
-    const RowPart<kWhole> elements(params.route.row_size, sizeof(typename Type::Element), part,
-                                   op.signalled.num_parts);
+    const GroupRange range =
+        GroupRange::Part(row_shape.num_groups(), op.granule, part, op.signalled.num_parts);
     Inputs inputs;
     if (params.bias != nullptr && exists) {
-      inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes + elements.begin;
+      inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes;
       inputs.count = 1;
     }
     const int64_t entry = int64_t{token} * num_topk + lane;
@@ -131,8 +142,7 @@ __device__ bool SumTokens(const LowLatencyCombine& op, SignalledOp& group, Term*
       if (!group.Wait(waits, at, part, waits ? rank : self, &has_row)) return false;
       const uint32_t present = __ballot_sync(~0u, has_row);
       if (has_row) {
-        terms[inputs.count + __popc(present & ((1u << lane) - 1))] = {at.row() + elements.begin,
-                                                                      1.0f};
+        terms[inputs.count + __popc(present & ((1u << lane) - 1))] = {at.row(), 1.0f, rank != self};
         if (part == 0) group.CountReceived(rank);
       }
       inputs.count += __popc(present);
@@ -142,15 +152,16 @@ __device__ bool SumTokens(const LowLatencyCombine& op, SignalledOp& group, Term*
     }
     if (!exists) continue;
     if (has_gradient) params.gradients[entry] = gradient;
-    if (elements.shape.size > 0) {
-      char* to = static_cast<char*>(params.out) + token * op.row_bytes + elements.begin;
-      AddUp<Type, kWhole, false, SumOfRows>(inputs, to, elements.shape, terms);
+    if (!range.empty()) {
+      char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+      AddUp<Type, kWhole, false, SumOfRows, kQuantized, kFormat>(
+          inputs, row_shape, range, terms, op.wire, StoreRounded<Type, kWhole>{to, row_shape});
     }
   }
   return true;
 }
 
-template <typename Type, bool kWhole>
+template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine op) {
   __shared__ SignalledOp::Shared shared;
@@ -162,34 +173,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   const RowsOfSlot rows(op, FirstItem());
   bool lost = !group.Entered();
   if (!lost && group.sends()) {
-    PushSums<Type, kWhole>(op, group, rows, terms);
+    PushSums<Type, kWhole, kQuantized, kFormat>(op, group, rows, terms);
     group.Announce();
   }
   if (!lost && group.receives()) {
-    lost = !SumTokens<Type, kWhole>(op, group, terms);
+    lost = !SumTokens<Type, kWhole, kQuantized, kFormat>(op, group, terms);
   }
   group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params, op.frame.shape); });
 }
 
 using Kernel = void (*)(LowLatencyCombine);
 
-template <bool kWhole>
-Kernel KernelFor(RowType type) {
-  switch (type) {
-    case RowType::kFloat32:
-      return LowLatencyCombineKernel<Float32, kWhole>;
-    case RowType::kFloat16:
-      return LowLatencyCombineKernel<Float16, kWhole>;
-    case RowType::kBFloat16:
-      return LowLatencyCombineKernel<BFloat16, kWhole>;
-    case RowType::kInt32:
-      return nullptr;
+struct Kernels {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return LowLatencyCombineKernel<Type, kWhole, false, WireFormat::kNone>;
   }
-  return nullptr;
-}
+};
+template <WireFormat kFormat>
+struct KernelsOnWire {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return LowLatencyCombineKernel<Type, kWhole, true, kFormat>;
+  }
+};
 
-Kernel KernelFor(RowType type, bool whole) {
-  return whole ? KernelFor<true>(type) : KernelFor<false>(type);
+Kernel KernelFor(const RowFormat& rows) {
+  if (!rows.is_quantized()) return InstanceFor<Kernels>(rows);
+  return InstanceForFp8<KernelsOnWire>(rows);
 }
 
 }  // namespace
@@ -201,27 +212,24 @@ const char* VerbKernels<LowLatency, CombineParams>::Launch(const OpFrame& frame,
                                                            const KernelStream& stream) {
   const WindowLayout window(frame.shape, frame.window);
   const int num_slots = std::max(params.route.num_tokens, 1);
-  const int64_t row_bytes = params.route.rows().bytes();
-  const int num_parts = NumParts(frame.shape, params.route.num_tokens, row_bytes);
+  const RowFormat rows = params.route.rows();
+  const int num_parts = NumParts(frame.shape, params.route.num_tokens, rows);
   LowLatencyCombine op{frame,
                        params,
                        {window, num_parts, num_slots},
-                       row_bytes,
+                       rows.bytes(),
+                       WireRow{rows.wire, rows.size},
+                       rows.is_quantized() ? BlockOf(rows.wire) / kGroup : 1,
                        Divisor(num_slots),
                        Divisor(num_parts)};
-  const Kernel kernel = KernelFor(params.route.row_type, IsWhole(params.route.row_size));
+  const Kernel kernel = KernelFor(rows);
   if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";
   return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
 }
 
 template <>
 const char* VerbKernels<LowLatency, CombineParams>::Load(int /*max_shared_bytes*/) {
-  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    for (const bool whole : {false, true}) {
-      if (const char* error = LoadKernel(KernelFor(type, whole), 0)) return error;
-    }
-  }
-  return nullptr;
+  return LoadKernels(KernelFor, 0);
 }
 
 }  // namespace jax_deepep

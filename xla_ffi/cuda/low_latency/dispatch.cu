@@ -10,6 +10,9 @@
 // 4. Copy: a warp for each part of a slot waits for it and copies it to all the rows of its token
 // on
 //    this rank; the first part's warp also writes their routes. This rank's own tokens come from x.
+//
+// With a wire format, rows are encoded while they are pushed, also into this rank's own window, and
+// decoded while they are copied.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -17,10 +20,11 @@
 #include "cuda/dispatch_op.cuh"
 #include "cuda/dispatch_plan.cuh"
 #include "cuda/dispatch_results.cuh"
+#include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/low_latency/low_latency.h"
 #include "cuda/low_latency/signalled_op.cuh"
-#include "cuda/row_values.cuh"
+#include "cuda/row_copies.cuh"
 #include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
@@ -36,6 +40,10 @@ struct LowLatencyDispatch {
   __device__ int NumGroups() const { return expert_major() ? op.local_experts.divisor() : 1; }
   __device__ int NumSlots() const { return op.frame.shape.num_ranks * signalled.num_slots; }
 };
+
+__device__ const char* RowOfX(const Dispatch& op, int token) {
+  return static_cast<const char*>(op.params.x) + token * op.row_bytes;
+}
 
 // The marks of 32 slots in a row group.
 struct Marks {
@@ -57,21 +65,50 @@ int64_t SharedBytes(const GroupShape& shape, int groups, int num_slots) {
          words * groups * static_cast<int64_t>(sizeof(Marks));
 }
 
+// How rows cross links: as they are, or in a wire format. This rank's own tokens come from x, or
+// from its own window.
+template <bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  static constexpr bool kPushesOwn = false;
+  using Sent = LoadedPart<PlainRow<uint16_t, kWhole>>;
+  using Received = Sent;
+  __device__ static Sent ToSend(const LowLatencyDispatch& dispatch, const char* row, int part) {
+    return {{row, WordsOf<kWhole>(dispatch.op.row_bytes)}, 1, part, dispatch.signalled.num_parts};
+  }
+  __device__ static Received InSlot(const LowLatencyDispatch& dispatch, const char* row, int part) {
+    return ToSend(dispatch, row, part);
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  static constexpr bool kPushesOwn = true;
+  using Sent = EncodedPart<Type, kWhole, kFormat>;
+  using Received = LoadedPart<EncodedRow<Type, kWhole, kFormat>>;
+  __device__ static Sent ToSend(const LowLatencyDispatch& dispatch, const char* row, int part) {
+    return {row, dispatch.op.wire, part, dispatch.signalled.num_parts};
+  }
+  __device__ static Received InSlot(const LowLatencyDispatch& dispatch, const char* row, int part) {
+    const WireRow& wire = dispatch.op.wire;
+    return {{row, wire}, GroupsOfBlock(wire.format), part, dispatch.signalled.num_parts};
+  }
+};
+
 // A part of a token, as the warp that pushes it has it in registers: each lane has an entry.
-template <bool kWhole>
+template <typename Rows>
 struct PartOfToken {
   int token, part;
   bool inside;                           // whether the lane has an entry
   int32_t expert = kNone, rank = kNone;  // of a valid entry
   float weight = 0.0f;
   int num_invalid;
-  LoadedPart<kWhole> row;
+  typename Rows::Sent row;
 
   __device__ __forceinline__ PartOfToken(const LowLatencyDispatch& dispatch, int item)
       : token(dispatch.num_parts.Quotient(item)),
         part(dispatch.num_parts.Remainder(item)),
-        row(static_cast<const char*>(dispatch.op.params.x) + token * dispatch.op.row_bytes,
-            dispatch.op.row_bytes, part, dispatch.signalled.num_parts) {
+        row(Rows::ToSend(dispatch, RowOfX(dispatch.op, token), part)) {
     const Dispatch& op = dispatch.op;
     const GroupShape& shape = op.frame.shape;
     const int lane = threadIdx.x % 32;
@@ -95,15 +132,15 @@ struct PartOfToken {
 };
 
 // Step 1. `pushed` is this warp's first part.
-template <bool kWhole>
+template <typename Rows>
 __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, SignalledOp& group,
-                                           PartOfToken<kWhole>& pushed) {
+                                           PartOfToken<Rows>& pushed) {
   const Dispatch& op = dispatch.op;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank;
   const int num_items = dispatch.signalled.num_slots * dispatch.signalled.num_parts;
   group.PushItems(num_items, [&](int item, Sent* sent) {
-    if (item != FirstItem()) pushed = PartOfToken<kWhole>(dispatch, item);
+    if (item != FirstItem()) pushed = PartOfToken<Rows>(dispatch, item);
     if (pushed.part == 0) {
       const int64_t offset = group.SlotOffset(self, pushed.token);
       const int32_t local = pushed.expert - pushed.rank * op.local_experts.divisor();
@@ -117,9 +154,9 @@ __device__ __forceinline__ void PushTokens(const LowLatencyDispatch& dispatch, S
       if (lane == 0 && pushed.num_invalid > 0) group.CountInvalid(pushed.num_invalid);
     }
     const bool has_own = __any_sync(~0u, pushed.rank == self);
-    if (lane == 0 && pushed.part == 0 && has_own) group.CountPushed(self);
-    const int32_t peer = pushed.rank == self ? kNone : pushed.rank;
-    group.PushRow<kWhole>(pushed.row, pushed.token, pushed.part, peer, /*to_all=*/false, sent);
+    if (!Rows::kPushesOwn && lane == 0 && pushed.part == 0 && has_own) group.CountPushed(self);
+    const int32_t peer = !Rows::kPushesOwn && pushed.rank == self ? kNone : pushed.rank;
+    group.PushRow(pushed.row, pushed.token, pushed.part, peer, /*to_all=*/false, sent);
   });
 }
 
@@ -191,7 +228,7 @@ __device__ int32_t RowOfEntry(const LowLatencyDispatch& dispatch, const SlotPlan
 }
 
 // Step 4. False if the op is lost.
-template <bool kWhole>
+template <typename Rows>
 __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch& dispatch, SignalledOp& group,
                                          const SlotPlan& slots) {
   const Dispatch& op = dispatch.op;
@@ -208,16 +245,13 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch& dispatch, Sig
     SlotEntry entry = {kNone, 0.0f};
     if (lane < num_topk) group.HasEntry(at, lane, &entry);  // Collect has waited for it
     const bool has_row = __any_sync(~0u, entry.expert != kNone);
-    const bool is_own = source == self;
-    LoadedPart<kWhole> words(
-        is_own ? static_cast<const char*>(params.x) + token * op.row_bytes : at.row(), op.row_bytes,
-        part, dispatch.signalled.num_parts);
-    if (has_row) {
-      // Dropped or not, as in every op.
-      bool arrived;
-      if (!is_own && !group.Wait(true, at, part, source, &arrived)) return false;
-      words.Load();
-    }
+    const bool in_window = Rows::kPushesOwn || source != self;
+    bool arrived;
+    // Dropped or not, as in every op.
+    if (has_row && in_window && !group.Wait(true, at, part, source, &arrived)) return false;
+    typename Rows::Received words =
+        Rows::InSlot(dispatch, in_window ? at.row() : RowOfX(op, token), part);
+    if (has_row) words.Load();
     // Expert-major, each entry has a row; token-major, the token.
     const bool is_here = dispatch.expert_major() ? entry.expert != kNone : has_row && lane == 0;
     const int32_t row = RowOfEntry(dispatch, slots, slot, entry.expert, is_here);
@@ -251,7 +285,7 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch& dispatch, Sig
   return true;
 }
 
-template <bool kWhole>
+template <typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch dispatch) {
   extern __shared__ __align__(16) char memory[];
@@ -270,20 +304,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   slots.marks = reinterpret_cast<Marks*>(ints + 2 * groups);
 
   group.Enter();
-  PartOfToken<kWhole> pushed(dispatch, FirstItem());
+  PartOfToken<Rows> pushed(dispatch, FirstItem());
   num_pairs = 0;
   for (int i = threadIdx.x; i < words * groups; i += kThreads) slots.marks[i].slots = 0;
   bool lost = !group.Entered();
   if (!lost && group.sends()) {
-    PushTokens<kWhole>(dispatch, group, pushed);
+    PushTokens<Rows>(dispatch, group, pushed);
     group.Announce();
   }
   if (!lost && group.receives()) {
     lost = !__syncthreads_and(Collect(dispatch, group, slots.marks));
     if (!lost) {
       PlanRows(dispatch, slots);
-      lost = !CopyRows<kWhole>(dispatch, group, slots);
-      WriteRest<kWhole>(op, slots.plan);
+      lost = !CopyRows<Rows>(dispatch, group, slots);
+      WriteRest<Rows::kWhole>(op, slots.plan);
     }
   }
   group.Finish(
@@ -292,6 +326,22 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (threadIdx.x == 0 && group.sends()) ReportInvalid(op, group, num_invalid);
       },
       [&] { WriteFailure(op); });
+}
+
+using Kernel = void (*)(LowLatencyDispatch);
+
+template <WireFormat kFormat>
+struct EncodedKernels {
+  template <typename Type, bool kWhole>
+  static Kernel Of() {
+    return LowLatencyDispatchKernel<EncodedRows<Type, kWhole, kFormat>>;
+  }
+};
+
+Kernel KernelFor(const RowFormat& rows) {
+  if (rows.is_quantized()) return InstanceForFp8<EncodedKernels>(rows);
+  return IsWholeCopy(rows) ? LowLatencyDispatchKernel<PlainRows<true>>
+                           : LowLatencyDispatchKernel<PlainRows<false>>;
 }
 
 }  // namespace
@@ -307,25 +357,24 @@ const char* VerbKernels<LowLatency, DispatchParams>::Launch(const OpFrame& frame
                                                             const KernelStream& stream) {
   const GroupShape& shape = frame.shape;
   const int num_slots = std::max(params.route.num_tokens, 1);
-  const int64_t row_bytes = params.route.rows().bytes();
-  const int num_parts = NumParts(shape, params.route.num_tokens, row_bytes);
+  const RowFormat rows = params.route.rows();
+  const int num_parts = NumParts(shape, params.route.num_tokens, rows);
   LowLatencyDispatch dispatch{
-      {frame, params, row_bytes, Divisor(shape.num_local_experts()), Divisor(shape.num_topk),
-       Divisor(params.route.alignment), Divisor(num_blocks * kWarps), kWarps},
+      {frame, params, rows.bytes(), WireRow{rows.wire, rows.size},
+       Divisor(shape.num_local_experts()), Divisor(shape.num_topk), Divisor(params.route.alignment),
+       Divisor(num_blocks * kWarps), kWarps},
       {WindowLayout(shape, frame.window), num_parts, num_slots},
       Divisor(num_slots),
       Divisor(num_parts)};
   const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
   const int64_t bytes = SharedBytes(shape, groups, num_slots);
-  const bool whole = IsWhole(static_cast<int>(dispatch.op.row_bytes / sizeof(uint16_t)));
-  return LaunchKernel(whole ? LowLatencyDispatchKernel<true> : LowLatencyDispatchKernel<false>,
-                      dispatch, num_blocks, kThreads, static_cast<int>(bytes), stream);
+  return LaunchKernel(KernelFor(rows), dispatch, num_blocks, kThreads, static_cast<int>(bytes),
+                      stream);
 }
 
 template <>
 const char* VerbKernels<LowLatency, DispatchParams>::Load(int max_shared_bytes) {
-  const char* error = LoadKernel(LowLatencyDispatchKernel<true>, max_shared_bytes);
-  return error != nullptr ? error : LoadKernel(LowLatencyDispatchKernel<false>, max_shared_bytes);
+  return LoadKernels(KernelFor, max_shared_bytes);
 }
 
 }  // namespace jax_deepep

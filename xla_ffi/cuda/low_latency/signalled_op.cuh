@@ -25,7 +25,7 @@
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/rank_op.cuh"
-#include "cuda/row_values.cuh"
+#include "cuda/row_copies.cuh"
 #include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
@@ -62,46 +62,31 @@ class Slot {
   int32_t row_offset_;
 };
 
-// A part of a row: where it begins, in bytes, and its elements.
-template <bool kWhole>
-struct RowPart {
-  int64_t begin;
-  RowShape<kWhole> shape;
-
-  // Parts are whole groups of elements; the last one is the rest, which may be empty.
-  __device__ RowPart(int32_t size, int element_bytes, int part, int num_parts) {
-    const int groups = (size + kGroup - 1) / kGroup;
-    const int of_part = (groups + num_parts - 1) / num_parts * kGroup;
-    const int first = min(part * of_part, size);
-    begin = int64_t{first} * element_bytes;
-    shape.size = min(of_part, size - first);
-  }
-};
-
-template <bool kWhole>
-using PartChunk = RowChunk<kWhole, kWordsOfPart>;
-
-// A part of a row, whose first chunk a warp loads early.
-template <bool kWhole>
+// A part of a row, whose first chunk a warp loads early. `Row` as in RowChunk.
+template <typename Row>
 struct LoadedPart {
-  const char* row;
-  RowPart<kWhole> words;
-  PartChunk<kWhole> chunk;
+  using Chunk = RowChunk<Row, kWordsOfPart>;
+  Row row;
+  GroupRange range;
+  Chunk chunk;
 
-  __device__ LoadedPart(const char* row, int64_t row_bytes, int part, int num_parts)
-      : row(row), words(static_cast<int>(row_bytes / 2), 2, part, num_parts) {}
-  __device__ void Load() { chunk.Load(row + words.begin, words.shape, 0); }
+  __device__ LoadedPart(const Row& row, int granule, int part, int num_parts)
+      : row(row), range(GroupRange::Part(row.shape.num_groups(), granule, part, num_parts)) {}
+  __device__ void Load() { chunk.Load(row, range.first, range.end); }
 
-  // Call to(store) once per chunk: store(row) stores it in another row.
+  // Call to(store) for every chunk: store(row) stores it, or a part of it, in another row.
   template <typename To>
-  __device__ void CopyTo(To to) {
-    const RowShape<kWhole> shape = words.shape;
-    for (int base = 0; base < shape.num_groups(); base += PartChunk<kWhole>::kGroups) {
-      if (base > 0) chunk.Load(row + words.begin, shape, base);
-      to([&](char* other) { chunk.Store(other + words.begin, shape, base); });
+  __device__ __forceinline__ void CopyTo(To to) {
+    for (int base = range.first; base < range.end; base += Chunk::kGroups) {
+      if (base > range.first) chunk.Load(row, base, range.end);
+      chunk.CopyTo(row, base, range.end, to);
     }
   }
 };
+
+// The same of a row that is encoded while it is copied.
+template <typename Type, bool kWhole, WireFormat kFormat>
+using EncodedPart = PartToEncode<Type, kWhole, kFormat, kWordsOfPart, /*kOutOfLine=*/true>;
 
 // Call use(bit) for the bits of a mask, in ascending order.
 template <typename Use>
@@ -218,9 +203,9 @@ class SignalledOp : public RankOp {
   }
 
   // Push a part of the row of a token to the ranks of all lanes. They get its signals, or all do.
-  template <bool kWhole>
-  __device__ __forceinline__ void PushRow(LoadedPart<kWhole>& from, int token, int part,
-                                          int32_t rank, bool to_all, Sent* sent) const {
+  template <typename Part>
+  __device__ __forceinline__ void PushRow(Part& from, int token, int part, int32_t rank,
+                                          bool to_all, Sent* sent) const {
     const int lane = threadIdx.x % 32;
     const int64_t offset = SlotOffset(frame_.rank, token);
     if (lane == 0) {

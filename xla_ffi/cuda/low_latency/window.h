@@ -75,9 +75,11 @@ struct WindowLayout {
   }
 };
 
-// The number of parts of each row of an op: the same on all ranks. `row_bytes` is the bytes sent
-// per row.
-inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, int64_t row_bytes) {
+// The number of parts of each row of an op: the same on all ranks. The scale of a row of nvfp4
+// depends on all of it.
+inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, const RowFormat& rows) {
+  if (rows.wire == WireFormat::kNvfp4) return 1;
+  const int64_t row_bytes = rows.bytes();
   constexpr int64_t kWarpsWanted = 1024, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);
   int32_t parts = 1;

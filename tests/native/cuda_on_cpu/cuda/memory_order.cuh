@@ -59,7 +59,10 @@ T LoadFresh(const T* address) {
   return *const_cast<const volatile T*>(address);
 }
 
-inline uint4 LoadOnce(const uint4* from) { return *from; }
+template <typename Words>
+Words LoadOnce(const Words* from) {
+  return *from;
+}
 inline void PrefetchToL2(const void*) {}
 
 inline uint64_t NanosecondClock() {
