@@ -30,9 +30,6 @@ AUTO_LOW_LATENCY_TOKENS = 1024
 # throughput mode has room for any supported number of experts.
 AUTO_LOW_LATENCY_MARKS = 2**18
 
-# A row in a wire format has up to three parts of 16 bytes, however short it is.
-SHORTEST_WIRE_ROW = 48
-
 # Longer arguments are cut where processes compare them, and distinguished by a digest.
 MOST_CHARACTERS = 120
 
@@ -136,7 +133,7 @@ class CommunicatorConfig:
 
         With "auto" any row, so that what a dispatch has chosen holds for its combine, whatever its dtype.
         """
-        return max((4 if self.mode == "auto" else 2) * self.hidden_size, SHORTEST_WIRE_ROW)
+        return max((4 if self.mode == "auto" else 2) * self.hidden_size, 16)
 
     def mode_of(self, num_tokens: int) -> OpMode:
         """Return the mode of a dispatch of `num_tokens` per device, and of what follows its handle."""

@@ -75,9 +75,13 @@ class CpuHalf(NativeHalf):
         return "process memory: peers' arrays are read in place"  # every group is inside one process
 
 
+# A row in a wire format has up to three parts of 16 bytes, however few elements it has.
+SHORTEST_ENCODED_ROW = 48
+
+
 def window_of(config: CommunicatorConfig) -> tuple[int, int]:
     """Return the tokens of each source, and the bytes of a row, that ops in low-latency mode may push."""
-    return config.most_low_latency_tokens, config.low_latency_row_bytes
+    return config.most_low_latency_tokens, max(config.low_latency_row_bytes, SHORTEST_ENCODED_ROW)
 
 
 class CudaHalf(NativeHalf):

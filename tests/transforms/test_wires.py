@@ -193,7 +193,11 @@ def expected_of(layer: Layer, implementation: str, problem: Problem = EXPERT) ->
 
 
 def ways(check_vma: bool, *names: str) -> list[Any]:
-    return [pytest.param(name, check_vma, id=f"{name}-check_vma" if check_vma else name) for name in names]
+    marks = () if check_vma else pytest.mark.nightly
+    return [
+        pytest.param(name, check_vma, id=f"{name}-check_vma" if check_vma else name, marks=marks)
+        for name in names
+    ]
 
 
 ALL_WAYS = pytest.mark.parametrize(
@@ -238,7 +242,7 @@ RECOMPUTED = [functools.partial(received_from, send, wrap=jax.checkpoint) for se
 
 @pytest.mark.parametrize(
     ("problem", "implementation"),
-    [(TOKEN, "native"), pytest.param(EXPERT, "xla", marks=pytest.mark.collectives)],
+    [(TOKEN, "native"), pytest.param(EXPERT, "xla", marks=[pytest.mark.collectives, pytest.mark.nightly])],
 )
 @pytest.mark.parametrize("layer", [with_formats, *RECOMPUTED])
 def test_rounded_rows_of_others(layer: Layer, problem: Problem, implementation: str) -> None:

@@ -65,7 +65,7 @@ def test_the_module_is_asked_about_sizes_and_pool(cuda_module: SimpleNamespace) 
     asked = []
     cuda_module.unsupported_reason = lambda *arguments: asked.append(arguments) or "too small"
     assert backend.unsupported_reason_here(config_on(Gpu({"bytes_limit": 77}))) == "too small"
-    assert asked == [(1, 8, 3, 6, (0, 4096), 77, (6, 32))]
+    assert asked == [(1, 8, 3, 6, (0, 4096), 77, (6, 48))]
 
 
 @pytest.mark.parametrize("stats", [None, {}, {"bytes_in_use": 3}], ids=str)
