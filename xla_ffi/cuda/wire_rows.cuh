@@ -161,9 +161,6 @@ __device__ inline uint32_t LargestOf(const float* values) {
   return largest;
 }
 
-// Below this, some |x| under 2^-100 would not be rounded to 0 anyway.
-inline constexpr uint32_t kTinyBits = 57u << 23;  // 2^-70
-
 // Encode a group of every lane; consecutive lanes have consecutive groups, and lane 0 the first of
 // a block. `values` are zeros past the row; `largest` is LargestOf(values). `of_row` is of nvfp4.
 template <WireFormat kFormat>

@@ -35,6 +35,9 @@ inline constexpr uint32_t kSignBit = 0x80000000u;
 inline constexpr uint32_t kInfinityBits = 0x7f800000u;
 inline constexpr uint32_t kNanBits = 0x7fc00000u;
 inline constexpr float kE4m3Max = 448.0f;
+// The bits of 2^-70: below this largest |x|, some |x| under 2^-100 would not be rounded to 0
+// anyway.
+inline constexpr uint32_t kTinyBits = 57u << 23;
 
 // numerator / denominator, correctly rounded, of a positive normal denominator and a normal
 // quotient.
@@ -128,13 +131,13 @@ struct RowScale {
   float scale;
   float inverse;  // 0 if there is none
   bool finite;
-  bool is_tiny;  // below 2^-70
+  bool is_tiny;  // below kTinyBits
 };
 
 JAX_DEEPEP_HOST_DEVICE inline RowScale RowScaleOf(uint32_t largest_bits) {
   if (largest_bits >= kInfinityBits) return {FloatOf(kNanBits), 0.0f, false, false};
   const float scale = FloatOf(largest_bits) * (1.0f / 2688.0f);
-  return {scale, largest_bits > 0 ? Quotient(1.0f, scale) : 0.0f, true, largest_bits < (57u << 23)};
+  return {scale, largest_bits > 0 ? Quotient(1.0f, scale) : 0.0f, true, largest_bits < kTinyBits};
 }
 
 JAX_DEEPEP_HOST_DEVICE inline BlockScale ScaleOf(const RowScale& row, uint32_t largest_bits) {
