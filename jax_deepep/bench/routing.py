@@ -66,19 +66,22 @@ class Routing:
         return Result(problem, f"popularity 1 / n^{skew:g}", self.name, values={**values, **arrays})
 
 
-def draw_choices(
-    problem: Problem, skew: float, mesh: Mesh, step: int, seed: int = 0
-) -> tuple[jax.Array, jax.Array]:
-    """Draw (topk_idx int32 [R·T, K], topk_weights float32 [R·T, K]) of one step, sharded over the mesh.
+def popular_logits(experts: int, tokens: int, skew: float, *, step: int, seed: int = 0) -> jax.Array:
+    """Draw float32 [tokens, experts]; a token's K largest are its choice.
 
     The n-th most popular expert has a popularity of 1 / n^skew; the order depends on the seed alone. A
     token draws K different ones in turn, each with a probability proportional to its popularity.
     """
-    popularity = np.random.default_rng(seed).permutation(np.arange(1, problem.experts + 1.0) ** -skew)
-    noise = np.random.default_rng((seed, step)).gumbel(
-        size=(problem.devices * problem.tokens, problem.experts)
-    )
-    logits = (np.log(popularity) + noise).astype(np.float32)
+    popularity = np.random.default_rng(seed).permutation(np.arange(1, experts + 1.0) ** -skew)
+    noise = np.random.default_rng((seed, step)).gumbel(size=(tokens, experts))
+    return jnp.asarray(np.log(popularity) + noise, jnp.float32)
+
+
+def draw_choices(
+    problem: Problem, skew: float, mesh: Mesh, step: int, seed: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Draw (topk_idx int32 [R·T, K], topk_weights float32 [R·T, K]) of one step, sharded over the mesh."""
+    logits = popular_logits(problem.experts, problem.devices * problem.tokens, skew, step=step, seed=seed)
     choice = gating.group_limited_topk(logits, num_experts_per_tok=problem.topk, score_function="softmax")
     return jax.device_put(choice, NamedSharding(mesh, P(AXIS)))
 
