@@ -66,6 +66,16 @@ def coordination_client() -> Any:
     return client
 
 
+def coordinator_address() -> str:
+    """Return the address of JAX's coordination service, "host:port".
+
+    Raises:
+        RuntimeError: `jax.distributed.initialize()` was not called.
+    """
+    coordination_client()
+    return str(_distributed.global_state.coordinator_address)
+
+
 def is_tracing() -> bool:
     """Return whether a transformation such as jit traces the calling code."""
     return not _core.trace_state_clean()

@@ -4,6 +4,7 @@ Written from the contract alone, to be read as the specification. Arrays have a 
 axis of the R devices of the group: x [R, T, H], topk_idx [R, T, K], topk_weights [R, T, K], y [R, C, H].
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class Routes:
         rows: for every device, its rows: the token of each or None in padding rows.
         expert_of_row: for every device, the local expert of each row (0 in the token-major layout).
         row_of: int [R, T, K], the row of each entry on the device of its expert, −1 where it went nowhere.
+        ranks_per_node: consecutive devices of a node; a divisor of R.
     """
 
     layout: str
@@ -65,6 +67,7 @@ class Routes:
     expert_of_row: list[list[int]]
     row_of: np.ndarray
     num_received: np.ndarray
+    ranks_per_node: int
 
     @property
     def num_devices(self) -> int:
@@ -160,6 +163,7 @@ def route(
     capacity: int | None = None,
     expert_capacity: int | None = None,
     alignment: int = 1,
+    ranks_per_node: int | None = None,
 ) -> Routes:
     """Compute all routes of a dispatch."""
     num_devices, num_tokens, num_topk = topk_idx.shape
@@ -192,7 +196,7 @@ def route(
 
     return Routes(
         layout, num_experts, max_tokens, capacity, alignment, topk_idx, topk_weights,
-        all_rows, all_experts, row_of, num_received,
+        all_rows, all_experts, row_of, num_received, ranks_per_node or num_devices,
     )  # fmt: skip
 
 
@@ -214,33 +218,51 @@ def combine(
 ) -> np.ndarray:
     """Return out [R, T, H]: every token's rows summed, in exactly this order of roundings.
 
-    `quantize` maps the float32 sum of a device for a token of another one to what arrives, float32.
+    `quantize` maps a float32 sum that goes to another device, for a token of it or of one with its index on
+    another node, to what arrives there, float32.
     """
-    num_devices, num_tokens, num_topk = routes.topk_idx.shape
+    num_devices, num_tokens, _ = routes.topk_idx.shape
+    per_node = routes.ranks_per_node
     out = np.zeros((num_devices, num_tokens, y.shape[-1]), y.dtype)
+
+    def rounded(value: np.ndarray) -> np.ndarray:
+        return value.astype(y.dtype).astype(np.float32)
+
     for token in np.ndindex(num_devices, num_tokens):
         total = np.float32(0) if bias is None else bias[token].astype(np.float32)
-        for device in range(num_devices):
-            part = None
-            rows_used = set()  # token-major, all experts of a token on a device share one row
-            for k in range(num_topk):
-                row = routes.row_of[*token, k]
-                if row < 0 or routes.topk_idx[*token, k] // routes.num_local != device:
-                    continue
-                if routes.layout == "token" and row in rows_used:
-                    continue
-                rows_used.add(row)
-                weight = routes.topk_weights[*token, k] if weighted else np.float32(1)
-                product = weight * y[device, row].astype(np.float32)
-                part = product if part is None else part + product
-            if part is None:
-                continue
-            if quantize is None or device == token[0]:
-                total = total + part.astype(y.dtype).astype(np.float32)
-            else:
-                total = total + quantize(part)
+        for first in range(0, num_devices, per_node):
+            proxy = first + token[0] % per_node  # which adds up the sums of its node's devices
+            parts = []
+            for device in range(first, first + per_node):
+                part = _sum_on_device(routes, y, token, device, weighted)
+                if part is not None:
+                    parts.append(rounded(part) if quantize is None or device == proxy else quantize(part))
+            if per_node < num_devices and parts:
+                node = functools.reduce(np.add, parts)
+                parts = [rounded(node) if quantize is None or proxy == token[0] else quantize(node)]
+            for part in parts:
+                total = total + part
         out[token] = np.asarray(total).astype(y.dtype)
     return out
+
+
+def _sum_on_device(
+    routes: Routes, y: np.ndarray, token: tuple[int, ...], device: int, weighted: bool
+) -> np.ndarray | None:
+    """Return the float32 sum of a token's rows on a device, None if there are none."""
+    part = None
+    rows_used = set()  # token-major, all experts of a token on a device share one row
+    for k, expert in enumerate(routes.topk_idx[token]):
+        row = routes.row_of[*token, k]
+        if row < 0 or expert // routes.num_local != device:
+            continue
+        if routes.layout == "token" and row in rows_used:
+            continue
+        rows_used.add(row)
+        weight = routes.topk_weights[*token, k] if weighted else np.float32(1)
+        product = weight * y[device, row].astype(np.float32)
+        part = product if part is None else part + product
+    return part
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ class Problem:
     capacity: int | None = None
     expert_capacity: int | None = None
     alignment: int = 1
+    num_nodes: int = 1
     routing: str = "random"
 
     @property
@@ -43,6 +44,13 @@ class Problem:
     @property
     def axis_name(self) -> str | tuple[str, ...]:
         return expert_axes(self.mesh_name)
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """None for one node; groups of fewer ranks than `num_nodes` have a node for each."""
+        if self.num_nodes == 1:
+            return None
+        return max(1, groups_of(self.mesh, self.axis_name)[1] // self.num_nodes)
 
     @property
     def dispatch_options(self) -> dict:
@@ -77,6 +85,7 @@ class Problem:
             max_tokens=self.max_tokens,
             hidden_size=self.hidden_size,
             implementation=implementation,
+            ranks_per_node=self.ranks_per_node,
             **options,
         )
 
@@ -118,6 +127,7 @@ def inputs_of(problem: Problem) -> Inputs:
             weights,
             num_experts=problem.num_experts,
             max_tokens=problem.max_tokens,
+            ranks_per_node=problem.ranks_per_node,
             **problem.dispatch_options,
         )
         for idx, weights in zip(
@@ -262,7 +272,20 @@ _MESHES = [
     ]
 ]  # fmt: skip
 
-PROBLEMS = _ROUTINGS + _NO_TOKENS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES
+# Nodes of a group on one mesh or another; a node of one rank has the sums of no nodes at all.
+_NODES = [
+    Problem(f"{num_nodes} nodes, {name}", mesh_name, num_nodes=num_nodes, num_experts=16, num_topk=6,
+            **{"dtype": "bfloat16", "routing": "some_none", **options})
+    for num_nodes, name, mesh_name, options in [
+        (2, "expert-major", "expert", {"hidden_size": 37}),
+        (2, "token-major, capacity", "node × expert", {"layout": "token", "capacity": 20}),
+        (4, "skewed, float16, alignment 4", "expert", {"dtype": "float16", "alignment": 4}),
+        (8, "a rank each", "expert", {"layout": "token"}),
+        (2, "groups", "data × expert", {"dtype": "float32"}),
+    ]
+]  # fmt: skip
+
+PROBLEMS = _ROUTINGS + _NO_TOKENS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES + _NODES
 
 # A program takes ten times as long to compile with implementation="xla". So that runs a problem of every kind
 # that differs in its JAX code, and all others that have the shape of one of them: they run its program.
@@ -273,7 +296,7 @@ _KINDS_IN_XLA = {
     "both capacities, alignment 4", "token-major, random", "token-major, invalid entries",
     "token-major, many experts per device", "token-major, capacity, alignment 8", "token-major, no tokens",
     "expert, expert, Explicit", "expert × data, expert, Explicit", "node × expert, token, Auto",
-    "one device, expert, Auto", "one device, token, Explicit",
+    "one device, expert, Auto", "one device, token, Explicit", "2 nodes, expert-major",
 }  # fmt: skip
 _SHAPES_IN_XLA = {problem.shape for problem in PROBLEMS if problem.name in _KINDS_IN_XLA}
 

@@ -1,10 +1,12 @@
 """Chooses what the ops of a communicator run on, the same in all processes of the mesh, with the reason."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from jax_deepep.communicator import native_module
 from jax_deepep.communicator.build_identity import texts_of_build
@@ -63,14 +65,18 @@ def agree(
     topology: Topology,
     arguments: Mapping[str, Any],
     config: CommunicatorConfig | Exception,
-) -> str:
-    """Compare the arguments; return why a process cannot have native ops, or an empty string.
+) -> tuple[str, int | None]:
+    """Compare the arguments, and find the nodes if no argument declares them.
 
     Args:
         exchange: between all processes of the mesh.
         topology: of the mesh; any groups, where `arguments` are wrong.
         arguments: of the communicator, valid or not.
         config: the same, or the error that they cause.
+
+    Returns:
+        Why a process cannot have native ops, or an empty string; and the ranks of a node, None for all of a
+        group.
 
     Raises:
         CommunicatorError: processes have different arguments, or run different builds of this package.
@@ -79,16 +85,49 @@ def agree(
     here, host = exchange.process, host_identity()
     exchange.begin_phase("arguments")
     exchange.publish("host", host)
-    hosts = exchange.read("host", set(topology.leaders_of(here).values()) - {here})
+    neighbours = topology.neighbours_of(here) if arguments["ranks_per_node"] is None else {}
+    hosts = exchange.read("host", {*topology.leaders_of(here).values(), *neighbours.values()} - {here})
+    hosts[here] = host
     summary = Summary(texts_of_build(arguments["implementation"], topology.platform) | texts_of(arguments))
     if isinstance(config, CommunicatorConfig) and (reason := unsupported_reason_here(config)):
         summary.add("unsupported", [here], reason)
-    if spanning := topology.group_between_hosts(here, hosts | {here: host}):
+    if spanning := topology.group_between_hosts(here, hosts):
         group, text = spanning
         summary.add("group between hosts", [group, here], text)
+    # The ranks that begin on another host than the one before them.
+    begins = {rank for (_, rank), before in neighbours.items() if hosts[before] != host}
+    for rank in sorted(begins)[:1]:
+        summary.add("first node ends", [rank], str(rank))
     exchange.report(summary)
     findings = exchange.verdict()
-    return findings.get("unsupported") or findings.get("group between hosts", "")
+    if "first node ends" not in findings:
+        reason = topology.uneven_nodes()
+        reason = findings.get("unsupported") or findings.get("group between hosts") or reason
+        return reason, arguments["ranks_per_node"]
+    ranks_per_node = int(findings["first node ends"])
+    if text := _uneven_hosts(exchange, topology, begins, ranks_per_node):
+        return findings.get("unsupported") or f"{findings['group between hosts']}, and {text}", None
+    found = dataclasses.replace(topology, num_nodes=topology.num_ranks // ranks_per_node)
+    if all(found.uses_puts(group) for group in range(len(found.groups))):
+        return findings.get("unsupported") or found.uneven_nodes(), ranks_per_node
+    return findings.get("unsupported") or findings["group between hosts"], ranks_per_node
+
+
+def _uneven_hosts(exchange: Exchange, topology: Topology, begins: set[int], ranks_per_node: int) -> str:
+    """Return why the hosts are not nodes of so many ranks each, or an empty string."""
+    own = np.nonzero(topology.process_of == exchange.process)[1].tolist()
+    # A process whose ranks are not consecutive has no neighbour of its own in between.
+    wrong = begins ^ {rank for rank in own if rank % ranks_per_node == 0 and rank > 0}
+    summary = Summary()
+    if topology.num_ranks % ranks_per_node:
+        wrong.add(topology.num_ranks - topology.num_ranks % ranks_per_node)
+    for rank in sorted(wrong)[:1]:
+        text = (
+            f"the hosts have different numbers of consecutive ranks: the first one {ranks_per_node}, and rank "
+            f"{rank} does not fit"
+        )
+        summary.add("uneven hosts", [rank], text)
+    return exchange.agree("nodes", summary).get("uneven hosts", "")
 
 
 def choose(config: CommunicatorConfig, unsupported_reason: str, exchange: Exchange) -> Backend:

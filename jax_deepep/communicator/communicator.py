@@ -79,8 +79,8 @@ class Communicator:
         max_tokens: most tokens per device and op.
         hidden_size: H, elements of a row.
         implementation: "native" for CUDA or CPU kernels, "xla" for JAX collectives, which run on every
-            platform; "auto" is native where the platform supports it and every group is inside one
-            host, however many hosts the mesh has. The attribute holds the choice.
+            platform; "auto" is native where the platform supports it and, on GPUs, every group is inside
+            one host, however many hosts the mesh has. The attribute holds the choice.
         mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
             float16, narrow integers); "throughput" for everything else. "auto" chooses for every dispatch
@@ -89,8 +89,11 @@ class Communicator:
         num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last.
-        ranks_per_node: None, or the group size R: all ranks of a group are on one node. Groups of several
-            nodes are not in this version.
+        ranks_per_node: consecutive ranks of a group on one node, a divisor of R; None = the ranks of a host,
+            where all hosts have as many, else R. A row goes to another node once, and `combine` adds up the
+            sums of a node before they leave it, with a rounding of their own: its bits depend on this number.
+            The attribute holds the choice. On CPU other nodes are reached by TCP; on GPUs groups that span
+            hosts are "xla".
 
     `config` keeps the arguments as given.
 
@@ -115,6 +118,7 @@ class Communicator:
     config: CommunicatorConfig = field(init=False)
     topology: Topology = field(init=False)
     id: int = field(init=False)
+    fingerprint: int = field(init=False)
     _backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,15 +140,18 @@ class Communicator:
                 stacklevel=3,
             )
         with begin_exchange(topology, self.timeout_s) as exchange:
-            unsupported_reason = agree(exchange, topology, arguments, config)
+            unsupported_reason, ranks_per_node = agree(exchange, topology, arguments, config)
             # Not earlier: if only one process raised, the others would wait for it.
             if isinstance(config, Exception):
                 raise config
-            backend = choose(config, unsupported_reason, exchange)
+            chosen = dataclasses.replace(config, ranks_per_node=ranks_per_node)
+            backend = choose(chosen, unsupported_reason, exchange)
         for argument in dataclasses.fields(config):  # integers of any type are ints there
             self._set(argument.name, getattr(config, argument.name))
         self._set("config", config)
-        self._set("topology", topology)
+        self._set("topology", chosen.topology)
+        self._set("ranks_per_node", chosen.topology.ranks_per_node)
+        self._set("fingerprint", chosen.fingerprint)
         self._set("id", exchange.id)
         self._set("implementation", backend.implementation)
         self._set("_backend", backend)
@@ -190,11 +197,6 @@ class Communicator:
     def buffer_bytes(self) -> int:
         """Bytes of memory that this process holds for the communicator between ops."""
         return 0 if self._native is None else self._native.buffer_bytes
-
-    @property
-    def fingerprint(self) -> int:
-        """63 bits that differ when the arguments do; stored in compiled programs."""
-        return self.config.fingerprint
 
     @property
     def closed(self) -> bool:

@@ -95,18 +95,10 @@ class CommunicatorConfig:
             )
 
     def _check_nodes(self) -> None:
-        if self.ranks_per_node is None:
-            return
-        if self.size % self.ranks_per_node:
+        if self.ranks_per_node is not None and self.size % self.ranks_per_node:
             raise ValueError(
                 f"ranks_per_node: expected a divisor of the {self.size} ranks along {self.axis_name!r}, got "
-                f"{self.ranks_per_node}; leave it out where all are on one node."
-            )
-        if self.ranks_per_node != self.size:
-            raise ValueError(
-                f"ranks_per_node: expected None or all {self.size} ranks along {self.axis_name!r}, got "
-                f"{self.ranks_per_node}; groups of several nodes are not in this version: leave it out, for "
-                "sums as on one node, or give nodes a separate mesh axis that is not in axis_name."
+                f"{self.ranks_per_node}; leave it out, and nodes are the hosts."
             )
 
     @property
@@ -149,7 +141,8 @@ class CommunicatorConfig:
     def fingerprint(self) -> int:
         """63 bits that differ when the arguments do; stored in compiled programs."""
         facts = (self.size, self.mesh.size // self.size, self.axis_names, self.num_experts,
-                 self.num_experts_per_tok, self.max_tokens, self.hidden_size, self.mode)  # fmt: skip
+                 self.num_experts_per_tok, self.max_tokens, self.hidden_size, self.mode,
+                 self.topology.num_nodes)  # fmt: skip
         digest = hashlib.sha256(repr(facts).encode()).digest()
         return int.from_bytes(digest[:8], "little") >> 1
 

@@ -20,6 +20,7 @@ from jax_deepep.communicator.native_types import (
     Export,
     NativeCommunicator,
 )
+from jax_deepep.communicator.node_sockets import NodeSockets
 from jax_deepep.communicator.process_exchange import Exchange, Summary
 from jax_deepep.communicator.topology import Topology, machine_identity
 
@@ -53,26 +54,46 @@ class NativeHalf(abc.ABC):
 
 
 class CpuHalf(NativeHalf):
-    """On CPU, every process shares a segment of memory, through which rows reach other processes."""
+    """On CPU, every process shares a segment of memory with those of its node; TCP leads to other nodes."""
 
     native: CpuCommunicator
 
     def __init__(self, config: CommunicatorConfig, id: int) -> None:
+        here = jax.process_index()
+        self._remote_peers = config.topology.remote_peers_of(here)
+        self._has_memory_peers = bool(config.topology.memory_peers_of(here))
+        self._sockets: NodeSockets | None = None
         self.native = native_module.load("cpu").Communicator(**arguments_of(config, id))
 
     def exports(self, open_here: contextlib.ExitStack) -> list[Export]:
+        if self._remote_peers:
+            here = jax.process_index()
+            self._sockets = open_here.enter_context(NodeSockets(here, self._remote_peers))
         descriptor = self.native.segment_descriptor  # owned by the communicator
         return [(descriptor, 0, "", 0)] if descriptor >= 0 else []
+
+    def publish(self, exports: list[Export], exchange: Exchange) -> None:
+        if self._sockets is not None:
+            exchange.publish("node sockets", self._sockets.offer)
 
     def start(self, exports: list[Export], everyones: Mapping[int, list[Export]], exchange: Exchange) -> None:
         for process, [(descriptor, *_)] in everyones.items():
             self.native.attach_peer(process, os.dup(descriptor))  # it takes ownership
+        if self._sockets is not None:
+            offers = exchange.read("node sockets", sorted({process for _, process in self._remote_peers}))
+            connected = self._sockets.connect(offers, exchange.seconds_left())
+            for (group, process), descriptor in connected.items():
+                self.native.attach_remote(group, process, descriptor)  # likewise
         self.native.start()
 
     def transport(self) -> str:
-        if self.native.shares_memory:
-            return "shared memory between the processes of this host"
-        return "process memory: peers' arrays are read in place"  # every group is inside one process
+        ways = []
+        if self._has_memory_peers:
+            ways.append("shared memory between the processes of a host")
+        if self._remote_peers:
+            ways.append("TCP between nodes, where a row goes once per node")
+        # Otherwise every group is inside one process.
+        return "; ".join(ways) or "process memory: peers' arrays are read in place"
 
 
 # A row in a wire format has up to three parts of 16 bytes, however few elements it has.
@@ -141,7 +162,7 @@ def make_native_half(config: CommunicatorConfig, exchange: Exchange) -> tuple[Na
         exchange: between all processes of the mesh. Memory is sent to those that share a group with this one.
     """
     topology = config.topology
-    peers = topology.peers_of(jax.process_index())
+    peers = topology.memory_peers_of(jax.process_index())
     half: NativeHalf | None = None
     exports: list[Export] = []
     error = ""
@@ -197,6 +218,7 @@ def arguments_of(config: CommunicatorConfig, id: int) -> dict[str, Any]:
         "num_topk": config.num_experts_per_tok,
         "max_tokens": config.max_tokens,
         "hidden_size": config.hidden_size,
+        "ranks_per_node": topology.ranks_per_node,
         "timeout_s": float(config.timeout_s),
     }
 

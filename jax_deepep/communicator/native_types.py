@@ -59,6 +59,9 @@ class CpuCommunicator(NativeCommunicator, Protocol):
     def attach_peer(self, process: int, descriptor: int) -> None:
         """Map a peer's memory and take ownership of the descriptor."""
 
+    def attach_remote(self, group: int, process: int, descriptor: int) -> None:
+        """Take ownership of a connection to a process on another node."""
+
     def start(self) -> None: ...
 
 

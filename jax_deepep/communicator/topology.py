@@ -100,17 +100,74 @@ class Topology:
         """Return the other processes in the groups of a process, with which it exchanges rows."""
         return set(np.unique(self.process_of[self.groups_with({process})]).tolist()) - {process}
 
+    def uses_puts(self, group: int) -> bool:
+        """Return whether rows go between the nodes of a group by puts: each process is on one node of it.
+
+        Otherwise all of its processes share memory, and nodes only determine how sums are rounded. Only CPUs
+        have puts.
+        """
+        of_nodes = {(self.node_of(rank), p) for rank, p in enumerate(self.process_of[group].tolist())}
+        processes = {process for _, process in of_nodes}
+        return self.platform == "cpu" and self.num_nodes > 1 and 1 < len(processes) == len(of_nodes)
+
+    def uneven_nodes(self) -> str:
+        """Return how the nodes of a group that uses puts differ in their processes, or an empty string."""
+        for group in range(len(self.groups)):
+            if not self.uses_puts(group):
+                continue
+            nodes = self.process_of[group].reshape(self.num_nodes, -1)
+            # The first index of each process in its node: the same on all nodes.
+            firsts = [[list(node).index(process) for process in node] for node in nodes.tolist()]
+            for node, of_node in enumerate(firsts):
+                if of_node != firsts[0]:
+                    return (
+                        f"the nodes of group {group} have different processes: expected each process of node "
+                        f"{node} to have ranks of the same index as one of node 0; give all nodes the same "
+                        "number of processes, and these the same devices"
+                    )
+        return ""
+
+    def memory_peers_of(self, process: int) -> set[int]:
+        """Return the other processes with which a process shares memory."""
+        peers: set[int] = set()
+        for group in self.groups_with({process}):
+            nodes = self.process_of[group].reshape(self.num_nodes if self.uses_puts(group) else 1, -1)
+            peers.update(*(set(node) for node in nodes.tolist() if process in node))
+        return peers - {process}
+
+    def remote_peers_of(self, process: int) -> list[tuple[int, int]]:
+        """Return (group, process) for those with the ranks of a process on the other nodes of its groups."""
+        found = []
+        for group in self.groups_with({process}):
+            if not self.uses_puts(group):
+                continue
+            nodes = self.process_of[group].reshape(self.num_nodes, -1)
+            index = int(np.argwhere(nodes == process)[0][1])
+            found += [(group, int(peer)) for peer in nodes[:, index] if peer != process]
+        return found
+
     def leaders_of(self, process: int) -> dict[int, int]:
-        """Return the first process of each group of a process, by group."""
-        groups = np.nonzero((self.process_of == process).any(axis=1))[0].tolist()
-        return dict(zip(groups, self.process_of[groups].min(axis=1).tolist(), strict=True))
+        """Return by group of a process the first process there with which it shares memory."""
+        leaders = {}
+        for group in np.nonzero((self.process_of == process).any(axis=1))[0].tolist():
+            nodes = self.process_of[group].reshape(self.num_nodes if self.uses_puts(group) else 1, -1)
+            leaders[group] = min(min(node) for node in nodes.tolist() if process in node)
+        return leaders
+
+    def neighbours_of(self, process: int) -> dict[tuple[int, int], int]:
+        """Return by (group, rank) of a process the process of the rank before, if it is another one."""
+        return {
+            (group, rank): before
+            for group, rank in np.argwhere(self.process_of == process).tolist()
+            if rank > 0 and (before := int(self.process_of[group, rank - 1])) != process
+        }
 
     def group_between_hosts(self, process: int, hosts: Mapping[int, str]) -> tuple[int, str] | None:
-        """Return the first group in which a process is on another host than the group's first process.
+        """Return the first group in which a process cannot share memory with one with which it should.
 
         Args:
             process: the one to compare.
-            hosts: of that process and of the first processes of its groups, by process.
+            hosts: of that process and of `leaders_of` it, by process.
 
         Returns:
             The group's index, and a text about both sides; or None.

@@ -4,6 +4,7 @@ The reference of the tests, and what a platform without native ops runs. Every d
 routing of its group, derives all routes from it, and gathers or exchanges the rows.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -204,16 +205,29 @@ def combine(
         exchanged: jax.Array = lax.all_to_all(value, comm.axis_names, 0, 0)
         return exchanged
 
-    if comm.size > 1 and wire is None:
+    # In each node the rank with this one's index adds up its sums: the others cross a link.
+    per_node = comm.topology.ranks_per_node
+    if comm.size > 1 and (wire is None or comm.topology.num_nodes > 1):
         parts = exchange(parts)
-    elif comm.size > 1 and wire is not None:
-        own = jnp.arange(num_ranks)[:, None, None] == shape.rank()
+    if comm.size > 1 and wire is not None:
+        added_there = jnp.arange(num_ranks)[:, None, None] % per_node == shape.rank() % per_node
         received = jax.tree.map(exchange, quantize(partial_sum, wire)).dequantize(jnp.float32)
-        parts = jnp.where(own, parts.astype(jnp.float32), received)
+        parts = jnp.where(added_there, parts.astype(jnp.float32), received)
+    if comm.topology.num_nodes > 1:
+        sums = [
+            functools.reduce(jnp.add, parts[first : first + per_node].astype(jnp.float32))
+            for first in range(0, num_ranks, per_node)
+        ]
+        of_nodes = jnp.stack(sums)
+        parts = of_nodes.astype(y.dtype)
+        if wire is not None:
+            own = jnp.arange(len(sums))[:, None, None] == shape.rank() // per_node
+            received = quantize(of_nodes, wire).dequantize(jnp.float32)
+            parts = jnp.where(own, parts.astype(jnp.float32), received)
 
     total = jnp.zeros(parts.shape[1:], jnp.float32) if bias is None else bias.astype(jnp.float32)
-    for device in range(num_ranks):
-        total = total + parts[device].astype(jnp.float32)
+    for part in parts:
+        total = total + part.astype(jnp.float32)
     return total.astype(y.dtype), gradients
 
 

@@ -41,7 +41,7 @@ suite="python3 -m pytest -q tests/conformance tests/transforms -m 'not collectiv
 build() {
   [ -x "$out/$1" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
     -o "$out/$1" "tests/gpu/$1.cu" xla_ffi/cuda/{block_count,kernels}.cc xla_ffi/cuda/rank_kernels.cu xla_ffi/cuda/*/*.cu xla_ffi/cpu/*.cc \
-    xla_ffi/transport/shared_memory.cc -lpthread
+    xla_ffi/transport/*_memory.cc -lpthread
 }
 
 part() {

@@ -17,7 +17,7 @@ SOURCES = (
     "xla_ffi/cuda/rank_kernels.cu",
     "xla_ffi/cuda/*/*.cu",
     "xla_ffi/cpu/*.cc",
-    "xla_ffi/transport/shared_memory.cc",
+    "xla_ffi/transport/*_memory.cc",
 )
 FLAGS = (
     "-std=c++17",

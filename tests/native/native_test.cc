@@ -151,7 +151,7 @@ void CheckSums() {
   const float minus_zero = -0.0f;
   const Term zeros[] = {{&minus_zero, 1.0f, 0}, {&minus_zero, 0.5f, 0}};
   float sum;
-  SumTermsOfRank(RowType::kFloat32, &sum, zeros, 2, 1);
+  SumOnlyTerms(RowType::kFloat32, &sum, zeros, 2, 1);
   Check(std::signbit(sum), "the sum of one rank keeps the sign of zero");
   SumTerms(RowType::kFloat32, &sum, nullptr, zeros, 2, 1);
   Check(!std::signbit(sum), "which added to no bias is zero");
@@ -173,11 +173,11 @@ void CheckSumsInFloat32() {
   const uint16_t big = Store(RowType::kBFloat16, 256.0f), one = Store(RowType::kBFloat16, 1.0f);
   const Term both[] = {{&big, 1.0f, 0}, {&one, 0.5f, 0}};
   float sum;
-  SumTermsInFloat32(RowType::kBFloat16, &sum, both, 2, 1);
+  SumRankInFloat32(RowType::kBFloat16, &sum, both, 2, 1);
   Check(sum == 256.5f, "the sum of one rank in float32");
   const uint16_t minus_zero = 0x8000;
   const Term zero[] = {{&minus_zero, 1.0f, 0}};
-  SumTermsInFloat32(RowType::kBFloat16, &sum, zero, 1, 1);
+  SumRankInFloat32(RowType::kBFloat16, &sum, zero, 1, 1);
   Check(sum == 0.0f && std::signbit(sum), "with the sign of zero");
 
   constexpr int kSize = 100;  // more than one block

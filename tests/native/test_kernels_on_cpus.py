@@ -16,7 +16,7 @@ HOST_CODE = (
     "xla_ffi/cpu/*.cc",
     "xla_ffi/cuda/block_count.cc",
     "xla_ffi/cuda/kernels.cc",
-    "xla_ffi/transport/shared_memory.cc",
+    "xla_ffi/transport/*_memory.cc",
 )
 # Shared memory of blocks is thread_local, without code that initialises it.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-extern-tls-init", "-pthread")

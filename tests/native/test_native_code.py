@@ -15,9 +15,11 @@ def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
         code / "cpu/group_exchange.cc",
         code / "cpu/row_math.cc",
         code / "cpu/threads.cc",
+        code / "cpu/windows.cc",
         code / "cpu/wire_rows.cc",
         code / "cuda/block_count.cc",
         code / "transport/shared_memory.cc",
+        code / "transport/tcp_memory.cc",
     )
     command = ["g++", *FLAGS, f"-I{code}", *map(str, sources), "-pthread", "-ldl", "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, timeout=200)

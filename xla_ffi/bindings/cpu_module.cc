@@ -24,22 +24,25 @@ NB_MODULE(_cpu, module) {
   module.def("targets", &Targets);
   module.def("begin_program", &BeginProgram, nb::arg("on_main_thread"));
   nb::class_<Communicator>(module, "Communicator")
-      .def(
-          nb::new_([](int64_t id, int64_t fingerprint, const LocationTuples& locations,
-                      int32_t process, int32_t num_ranks, int32_t num_groups, int32_t num_experts,
-                      int32_t num_topk, int32_t max_tokens, int32_t hidden_size, double timeout_s) {
-            auto comm = std::make_shared<Communicator>(
-                MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups, num_experts,
-                           num_topk, max_tokens, hidden_size, timeout_s));
-            Register(comm);
-            return comm;
-          }),
-          nb::arg("id"), nb::arg("fingerprint"), nb::arg("locations"), nb::arg("process"),
-          nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
-          nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"))
+      .def(nb::new_([](int64_t id, int64_t fingerprint, const LocationTuples& locations,
+                       int32_t process, int32_t num_ranks, int32_t num_groups, int32_t num_experts,
+                       int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
+                       int32_t ranks_per_node, double timeout_s) {
+             auto comm = std::make_shared<Communicator>(
+                 MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups, num_experts,
+                            num_topk, max_tokens, hidden_size, ranks_per_node, timeout_s));
+             Register(comm);
+             return comm;
+           }),
+           nb::arg("id"), nb::arg("fingerprint"), nb::arg("locations"), nb::arg("process"),
+           nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"), nb::arg("num_topk"),
+           nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("ranks_per_node"),
+           nb::arg("timeout_s"))
       .def_prop_ro("segment_descriptor", &Communicator::segment_descriptor)
       .def_prop_ro("shares_memory", &Communicator::shares_memory)
       .def("attach_peer", &Communicator::AttachPeer, nb::arg("process"), nb::arg("descriptor"))
+      .def("attach_remote", &Communicator::AttachRemote, nb::arg("group"), nb::arg("process"),
+           nb::arg("descriptor"))
       .def("start", &Communicator::Start)
       .def_prop_ro("buffer_bytes", &Communicator::buffer_bytes)
       .def_prop_ro("num_running_ops", &Communicator::num_running_ops)

@@ -52,14 +52,16 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint,
                                        const LocationTuples& locations, int32_t process,
                                        int32_t num_ranks, int32_t num_groups, int32_t num_experts,
                                        int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
-                                       double timeout_s, const std::vector<DeviceTuple>& devices,
-                                       int num_sms, const WindowTuple& window) {
+                                       int32_t ranks_per_node, double timeout_s,
+                                       const std::vector<DeviceTuple>& devices, int num_sms,
+                                       const WindowTuple& window) {
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
-      new CudaCommunicator(MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups,
-                                      num_experts, num_topk, max_tokens, hidden_size, timeout_s),
-                           WindowSize{window.first, window.second}, local_devices, num_sms),
+      new CudaCommunicator(
+          MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups, num_experts,
+                     num_topk, max_tokens, hidden_size, ranks_per_node, timeout_s),
+          WindowSize{window.first, window.second}, local_devices, num_sms),
       &Destroy);
   Register(comm);
   return comm;
@@ -123,8 +125,9 @@ NB_MODULE(_cuda, module) {
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("locations"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
-           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"), nb::arg("timeout_s"),
-           nb::arg("devices"), nb::arg("num_sms"), nb::arg("window"), WithoutGil())
+           nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"),
+           nb::arg("ranks_per_node"), nb::arg("timeout_s"), nb::arg("devices"), nb::arg("num_sms"),
+           nb::arg("window"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())

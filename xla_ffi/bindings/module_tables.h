@@ -150,7 +150,7 @@ inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint,
                                      const LocationTuples& locations, int32_t process,
                                      int32_t num_ranks, int32_t num_groups, int32_t num_experts,
                                      int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
-                                     double timeout_s) {
+                                     int32_t ranks_per_node, double timeout_s) {
   CommunicatorConfig config;
   config.id = id;
   config.fingerprint = fingerprint;
@@ -159,6 +159,7 @@ inline CommunicatorConfig MakeConfig(int64_t id, int64_t fingerprint,
   config.shape.num_topk = num_topk;
   config.shape.max_tokens = max_tokens;
   config.shape.hidden_size = hidden_size;
+  config.shape.ranks_per_node = ranks_per_node;
   config.num_groups = num_groups;
   config.process = process;
   config.timeout_s = std::min(timeout_s, kLongestWaitSeconds);

@@ -19,6 +19,17 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
     x.push_back(params == nullptr ? nullptr : params->x);
   }
   const SentRows sent(run, params_.route, x);
+  for (size_t rank = 0; run.links != nullptr && rank < here.size(); ++rank) {
+    if (here[rank] == nullptr) continue;
+    const RouteShape& route = params_.route;
+    const int num_topk = run.comm.shape().num_topk;
+    NeededTokens needed(run.comm.shape(), route.num_tokens);
+    for (int64_t entry = 0; entry < int64_t{route.num_tokens} * num_topk; ++entry) {
+      const int32_t destination = here[rank]->destination[entry];
+      if (destination != kNone) needed.Add(entry / num_topk, destination / route.capacity);
+    }
+    PutTokens(run, route, sent, static_cast<int>(rank), needed, /*with_entries=*/false);
+  }
   if (run.spans_processes() && !run.barrier()) return false;
 
   std::vector<RowMove> moves;

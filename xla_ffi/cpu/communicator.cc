@@ -54,10 +54,14 @@ void Communicator::AttachPeer(int process, int descriptor) {
   segments_[process] = std::move(segment);
 }
 
+void Communicator::AttachRemote(int group, int process, int descriptor) {
+  connections_[group][process] = std::make_unique<TcpMemory>(descriptor);
+}
+
 void Communicator::Start() {
   for (auto& [index, group] : groups_) {
     if (!group->spans_processes()) continue;
-    group->Connect(config_, segments_);
+    group->Connect(config_, segments_, std::move(connections_[index]));
     group->worker = MakeThread([this, group = group.get()] { ServeGroup(*group); });
   }
 }
@@ -161,7 +165,8 @@ bool Communicator::RunsBesideAnother(const Key& key) const {
 
 // Run an op at which all ranks have arrived. On our own thread, which may block.
 void Communicator::Run(LocalGroup& group, Rendezvous rendezvous) {
-  GroupRun run{*this, group.group, std::move(rendezvous.ranks), group.windows, nullptr};
+  GroupRun run{*this,         group.group,       std::move(rendezvous.ranks),
+               group.windows, group.links.get(), nullptr};
   const Op& op = *run.ranks[rendezvous.first_rank];
   std::vector<Clock::time_point> arrivals = std::move(rendezvous.arrivals);
   std::string error;
@@ -233,8 +238,8 @@ void Communicator::ServeGroup(LocalGroup& group) {
     if (const std::string& different = group.exchange->different_ops(); !different.empty()) {
       Break(Named(different, group.group));
     }
-    if (const std::string closed = DescribeClosed(group); !closed.empty()) {
-      Break(DescribeBroken(closed, config_, group.group, kCloseLater));
+    if (const std::string ended = DescribeEndedRank(group); !ended.empty()) {
+      Break(Named(ended, group.group));
     }
     if (!op.has_value()) continue;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -328,6 +333,10 @@ void Communicator::ReportInvalidRouting(int group, int rank, int64_t count) {
 
 void Communicator::CountRows(int group, int from, int to, int64_t rows) {
   GroupOf(group).CountRows(from, to, rows);
+}
+
+void Communicator::CountPuts(int group, int from, int to, int64_t rows) {
+  GroupOf(group).CountPuts(from, to, rows);
 }
 
 Traffic Communicator::TakeTraffic() {

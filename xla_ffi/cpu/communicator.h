@@ -46,6 +46,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   // Take over the descriptor of a peer's memory; throws std::runtime_error if it does not fit.
   void AttachPeer(int process, int descriptor);
 
+  // Take over a connection to a process on another node, which has ranks of a group.
+  void AttachRemote(int group, int process, int descriptor);
+
   // Start serving the groups that span processes.
   void Start();
 
@@ -82,8 +85,9 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   std::string invalid_routing() const;
   void ReportInvalidRouting(int group, int rank, int64_t count);
 
-  // Add rows that a rank of this process received.
+  // Add rows that a rank of this process received, or sent to one on another node.
   void CountRows(int group, int from, int to, int64_t rows);
+  void CountPuts(int group, int from, int to, int64_t rows);
 
   // Return what was counted since the last call.
   Traffic TakeTraffic();
@@ -129,7 +133,7 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   void Break(std::string message);
   void SetDeadline(const LocalGroup& group, Rendezvous* rendezvous);
   std::string DescribeMissing(const Key& key, const Rendezvous& rendezvous) const;
-  std::string DescribeClosed(const LocalGroup& group) const;
+  std::string DescribeEndedRank(const LocalGroup& group) const;
   std::optional<OpNotice> WaitsIn(const LocalGroup& group, int rank) const;
   std::string Named(const std::string& failure, int group) const;
   int64_t StepOf(const LocalGroup& group, int rank) const;
@@ -141,6 +145,8 @@ class Communicator : public std::enable_shared_from_this<Communicator> {
   int num_devices_here_ = 0;
   std::unordered_map<int64_t, Location> locations_;
   std::map<int, std::unique_ptr<SharedSegment>> segments_;  // by process
+  // Until Start: by group and process.
+  std::map<int, std::map<int, std::unique_ptr<TcpMemory>>> connections_;
   std::map<int, std::unique_ptr<LocalGroup>> groups_;
 
   mutable std::mutex mutex_;

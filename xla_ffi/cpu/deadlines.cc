@@ -67,7 +67,7 @@ std::string Communicator::DescribeMissing(const Key& key, const Rendezvous& rend
     if (group.runs_op || group.exchange->num_taken() != rendezvous.num_taken) return "";
     stopped = true;
     for (int rank = 0; rank < shape().num_ranks; ++rank) {
-      if (group.process_of[rank] == 0) missing.push_back(rank);
+      if (group.process_of(rank) == 0) missing.push_back(rank);
     }
   }
   std::vector<MissingRank> ranks;
@@ -93,17 +93,15 @@ std::optional<OpNotice> Communicator::WaitsIn(const LocalGroup& group, int rank)
   return std::nullopt;
 }
 
-// Describe an op that waits for a rank whose process has closed; empty if there is none.
-std::string Communicator::DescribeClosed(const LocalGroup& group) const {
-  const std::optional<int> rank = group.exchange->ClosedRank();
+// Describe an op that waits for a rank whose process has ended; empty if there is none.
+std::string Communicator::DescribeEndedRank(const LocalGroup& group) const {
+  const std::optional<int> rank = group.exchange->EndedRank();
   if (!rank.has_value()) return "";
   std::lock_guard<std::mutex> lock(mutex_);
   for (const auto& [key, rendezvous] : rendezvous_) {
     if (key.group != group.group || group.exchange->IsScheduled(key.op)) continue;
-    return std::string(rendezvous.ranks[rendezvous.first_rank]->name()) + " on rank " +
-           std::to_string(rendezvous.first_rank) + " at step " +
-           std::to_string(rendezvous.first.step) + " waits for rank " + std::to_string(*rank) +
-           ", which has closed the communicator or ended";
+    return DescribeEnded(rendezvous.ranks[rendezvous.first_rank]->name(), rendezvous.first_rank,
+                         rendezvous.first.step, *rank, group.exchange->WhyEndedRank(*rank));
   }
   return "";
 }
@@ -112,8 +110,12 @@ std::string Communicator::DescribeClosed(const LocalGroup& group) const {
 std::string Communicator::Named(const std::string& failure, int group) const {
   if (failure.find("(communicator #") != std::string::npos)
     return failure;  // a peer's, already complete
-  const bool missing = IsTimeout(failure) && failure.find(kWaitsInOtherOp) == std::string::npos;
-  return DescribeBroken(failure, config_, group, missing ? kFindMissing : kRunSameProgram);
+  const auto says = [&](const char* text) { return failure.find(text) != std::string::npos; };
+  const char* advice = kRunSameProgram;
+  if (IsTimeout(failure) && !says(kWaitsInOtherOp)) advice = kFindMissing;
+  if (says(kHasClosed)) advice = kCloseLater;
+  if (says(kConnectionLost)) advice = kFindFailed;
+  return DescribeBroken(failure, config_, group, advice);
 }
 
 }  // namespace jax_deepep

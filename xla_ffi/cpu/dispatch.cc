@@ -202,6 +202,16 @@ bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
       const size_t entries = static_cast<size_t>(route.num_tokens) * shape.num_topk;
       std::copy_n(here[rank]->topk_idx, entries, window.entries);
       std::copy_n(here[rank]->topk_weights, entries, window.entry_weights);
+      if (run.links == nullptr) continue;
+      NeededTokens needed(shape, route.num_tokens);
+      for (size_t entry = 0; entry < entries; ++entry) {
+        const int64_t token = entry / shape.num_topk;
+        const int32_t* of_token = window.entries + token * shape.num_topk;
+        const int k = static_cast<int>(entry % shape.num_topk);
+        if (!IsValidEntry(of_token, k, shape.num_experts)) continue;
+        needed.Add(token, of_token[k] / shape.num_local_experts());
+      }
+      PutTokens(run, route, sent, static_cast<int>(rank), needed, /*with_entries=*/true);
     }
     if (!run.barrier()) return false;
   }

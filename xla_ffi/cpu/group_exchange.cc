@@ -11,46 +11,15 @@ namespace {
 // The cost of a lost wake-up, which is not expected.
 constexpr std::chrono::milliseconds kLongestSleep(500);
 
-// Of the longest row on the wire: short ones may be longer in a wire format, with padding.
-int64_t MaxWireBytes(const GroupShape& shape) {
-  int64_t bytes = shape.max_row_bytes();
-  for (int format = 1; format < kNumWireFormats; ++format) {
-    const WireRow row{static_cast<WireFormat>(format), shape.hidden_size};
-    bytes = std::max<int64_t>(bytes, row.bytes());
-  }
-  return bytes;
+// Returns the length, without the zero at the end.
+size_t SetMessage(ControlBlock* block, const std::string& message) {
+  const size_t length = std::min<size_t>(message.size(), ControlBlock::kMessageBytes - 1);
+  std::memcpy(block->message, message.data(), length);
+  block->message[length] = '\0';
+  return length;
 }
-
-struct WindowSizes {
-  explicit WindowSizes(const GroupShape& shape) {
-    const auto tokens = static_cast<size_t>(shape.max_tokens);
-    const auto ranks = static_cast<size_t>(shape.num_ranks);
-    const auto row_bytes = static_cast<size_t>(MaxWireBytes(shape));
-    x = Aligned(tokens * row_bytes);
-    entries = Aligned(tokens * shape.num_topk * sizeof(int32_t));
-    sums = Aligned(ranks * tokens * row_bytes);
-    gradients = Aligned(ranks * tokens * shape.num_topk * sizeof(float));
-  }
-  size_t x, entries, sums, gradients;
-};
 
 }  // namespace
-
-size_t RankWindow::Bytes(const GroupShape& shape) {
-  const WindowSizes sizes(shape);
-  return sizes.x + 2 * sizes.entries + sizes.sums + sizes.gradients;
-}
-
-RankWindow RankWindow::At(char* memory, const GroupShape& shape) {
-  const WindowSizes sizes(shape);
-  RankWindow window;
-  window.x = memory;
-  window.entries = reinterpret_cast<int32_t*>(window.x + sizes.x);
-  window.entry_weights = reinterpret_cast<float*>(window.x + sizes.x + sizes.entries);
-  window.sums = window.x + sizes.x + 2 * sizes.entries;
-  window.entry_gradients = reinterpret_cast<float*>(window.sums + sizes.sums);
-  return window;
-}
 
 std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice& theirs,
                                int their_rank) {
@@ -66,22 +35,43 @@ std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice
 }
 
 GroupExchange::GroupExchange(std::vector<ControlBlock*> blocks, int self,
-                             std::vector<int> process_of, double timeout_s)
+                             std::vector<int> process_of, double timeout_s, std::vector<bool> here,
+                             std::vector<TcpMemory*> peers)
     : blocks_(std::move(blocks)),
       self_(self),
       process_of_(std::move(process_of)),
       timeout_s_(timeout_s),
+      here_(std::move(here)),
+      peers_(std::move(peers)),
+      arrived_(blocks_.size()),
       num_read_(blocks_.size(), 0) {}
 
 void GroupExchange::RingAll() {
-  for (ControlBlock* block : blocks_) Ring(&block->doorbell);
+  for (size_t process = 0; process < blocks_.size(); ++process) {
+    if (here_[process]) Ring(&blocks_[process]->doorbell);
+  }
 }
 
-void GroupExchange::Wake() { Ring(&blocks_[self_]->doorbell); }
+size_t GroupExchange::OffsetInBlock(const void* part) const {
+  return static_cast<const char*>(part) - reinterpret_cast<const char*>(blocks_[self_]);
+}
+
+template <typename T>
+void GroupExchange::Set(std::atomic<T>* word, T value, std::memory_order order) {
+  static_assert(sizeof(std::atomic<T>) == sizeof(uint64_t), "a flag is a 64-bit word");
+  word->store(value, order);
+  for (TcpMemory* peer : peers_) {
+    peer->PutFlag(kControlRegion, OffsetInBlock(word), static_cast<uint64_t>(value));
+  }
+}
+
+void GroupExchange::Copy(const void* part, size_t bytes) {
+  for (TcpMemory* peer : peers_) peer->PutCopy(kControlRegion, OffsetInBlock(part), part, bytes);
+}
 
 bool GroupExchange::Announce(const OpName& op, int rank, const OpNotice& notice) {
   ControlBlock& own = *blocks_[self_];
-  own.steps[rank].store(notice.step, std::memory_order_relaxed);
+  Set(&own.steps[rank], notice.step, std::memory_order_relaxed);
   const uint64_t index = own.num_announced.load(std::memory_order_relaxed);
   // Each rank has announced every op that this process took. With at most a ring of others, neither
   // ring overflows: the leader has read the announcements of ops that were taken, and an op is
@@ -92,10 +82,11 @@ bool GroupExchange::Announce(const OpName& op, int rank, const OpNotice& notice)
   entry.op = op;
   entry.notice = notice;
   entry.rank.store(rank, std::memory_order_relaxed);
+  Copy(&entry, sizeof(entry));
   own_announcements_.emplace(op, index);
   // Pairs with the acquire load in ScheduleReady: the entry is visible before its index.
-  own.num_announced.store(index + 1, std::memory_order_release);
-  Ring(&blocks_[0]->doorbell);
+  Set(&own.num_announced, index + 1, std::memory_order_release);
+  if (here_[0]) Ring(&blocks_[0]->doorbell);
   return true;
 }
 
@@ -110,7 +101,8 @@ void GroupExchange::ScheduleReady() {
       const auto& entry = peer.announced[num_read_[process] % ControlBlock::kRingSize];
       const OpName op = entry.op;
       // A process takes only scheduled ops, so the rank is not kTaken yet.
-      const Waiter arrival{entry.rank.load(std::memory_order_relaxed), entry.notice};
+      const Waiter arrival{static_cast<int>(entry.rank.load(std::memory_order_relaxed)),
+                           entry.notice};
       std::vector<Waiter>& arrivals = pending_[op];
       arrivals.push_back(arrival);
       const Waiter& first = arrivals.front();
@@ -120,9 +112,11 @@ void GroupExchange::ScheduleReady() {
       if (arrivals.size() < process_of_.size() || !different_ops_.empty()) continue;
       pending_.erase(op);
       const uint64_t index = own.num_scheduled.load(std::memory_order_relaxed);
-      own.scheduled[index % ControlBlock::kRingSize] = op;
+      OpName& scheduled = own.scheduled[index % ControlBlock::kRingSize];
+      scheduled = op;
+      Copy(&scheduled, sizeof(scheduled));
       // Pairs with the acquire load in NextScheduled.
-      own.num_scheduled.store(index + 1, std::memory_order_release);
+      Set(&own.num_scheduled, index + 1, std::memory_order_release);
       rang = true;
     }
   }
@@ -178,21 +172,41 @@ std::string GroupExchange::FindDifferentOps() const {
 }
 
 void GroupExchange::NoteOutOfOrder() {
-  blocks_[self_]->out_of_order.store(1, std::memory_order_relaxed);
+  Set<uint64_t>(&blocks_[self_]->out_of_order, 1, std::memory_order_relaxed);
 }
 
 void GroupExchange::NoteClosed() {
-  // Pairs with the acquire load in ClosedRank: all ops scheduled for this process are visible.
-  blocks_[self_]->closed.store(1, std::memory_order_release);
+  // Pairs with the acquire load in WhyEnded: all ops scheduled for this process are visible.
+  Set<uint64_t>(&blocks_[self_]->closed, 1, std::memory_order_release);
   RingAll();
 }
 
-std::optional<int> GroupExchange::ClosedRank() const {
+void GroupExchange::NoteLost(int process, const std::string& reason) {
+  ControlBlock& copy = *blocks_[process];
+  // Called on the thread that would have updated the copy.
+  if (copy.closed.load(std::memory_order_relaxed) != 0) return;
+  if (copy.broken.load(std::memory_order_relaxed) != 0) return;  // which has a better message
+  SetMessage(&copy, reason);
+  // Pairs with the acquire load in WhyEnded.
+  copy.lost.store(1, std::memory_order_release);
+  RingAll();
+}
+
+std::string GroupExchange::WhyEnded(int process) const {
+  if (process == self_) return "";
+  // Pairs with the release stores in NoteClosed and NoteLost.
+  const ControlBlock& block = *blocks_[process];
+  if (block.closed.load(std::memory_order_acquire) != 0) {
+    return kHasClosed;
+  }
+  if (block.lost.load(std::memory_order_acquire) == 0) return "";
+  return kConnectionLost + std::string(block.message) +
+         "): its process ended, or the network failed";
+}
+
+std::optional<int> GroupExchange::EndedRank() const {
   for (size_t rank = 0; rank < process_of_.size(); ++rank) {
-    const int process = process_of_[rank];
-    if (process == self_) continue;
-    // Pairs with the release store in NoteClosed.
-    if (blocks_[process]->closed.load(std::memory_order_acquire) != 0) return rank;
+    if (!WhyEnded(process_of_[rank]).empty()) return rank;
   }
   return std::nullopt;
 }
@@ -217,10 +231,11 @@ bool GroupExchange::Barrier(const char* op_name, int waiting_rank, std::string* 
   ++num_barriers_;
   // Pairs with the acquire loads below, in the peers: what this process wrote to its windows before
   // the barrier, they read after it.
-  blocks_[self_]->barriers.store(num_barriers_, std::memory_order_release);
+  Set(&blocks_[self_]->barriers, num_barriers_, std::memory_order_release);
   RingAll();
   const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                            std::chrono::duration<double>(timeout_s_));
+  std::vector<bool> seen_here(blocks_.size(), false);
   while (true) {
     const uint32_t seen = blocks_[self_]->doorbell.load(std::memory_order_acquire);
     std::vector<int> late;
@@ -228,10 +243,21 @@ bool GroupExchange::Barrier(const char* op_name, int waiting_rank, std::string* 
       // Pairs with the release store above, in the peer.
       if (blocks_[process]->barriers.load(std::memory_order_acquire) < num_barriers_) {
         late.push_back(static_cast<int>(process));
+      } else if (!seen_here[process]) {
+        seen_here[process] = true;
+        arrived_[process] = Clock::now();
       }
     }
     if (late.empty()) return true;
     if (*error = BrokenByPeer(); !error->empty()) return false;
+    for (size_t rank = 0; rank < process_of_.size(); ++rank) {
+      const auto process = std::find(late.begin(), late.end(), process_of_[rank]);
+      const std::string why = process == late.end() ? "" : WhyEnded(*process);
+      if (why.empty() || blocks_[*process]->lost == 0) continue;  // who closes ends its ops before
+      *error =
+          DescribeEnded(op_name, waiting_rank, StepOf(waiting_rank), static_cast<int>(rank), why);
+      return false;
+    }
     if (Clock::now() >= deadline) {
       std::vector<MissingRank> missing;
       for (size_t rank = 0; rank < process_of_.size(); ++rank) {
@@ -249,11 +275,10 @@ bool GroupExchange::Barrier(const char* op_name, int waiting_rank, std::string* 
 void GroupExchange::Break(const std::string& message) {
   ControlBlock& own = *blocks_[self_];
   if (own.broken.load(std::memory_order_relaxed) != 0) return;
-  const size_t length = std::min<size_t>(message.size(), ControlBlock::kMessageBytes - 1);
-  std::memcpy(own.message, message.data(), length);
-  own.message[length] = '\0';
+  const size_t length = SetMessage(&own, message);
+  Copy(own.message, length + 1);
   // Pairs with the acquire load in BrokenByPeer.
-  own.broken.store(1, std::memory_order_release);
+  Set<uint64_t>(&own.broken, 1, std::memory_order_release);
   RingAll();
 }
 
@@ -270,7 +295,7 @@ void GroupExchange::Take(const OpName& op) {
   for (auto it = begin; it != end; ++it) {
     ControlBlock::Announcement& entry =
         blocks_[self_]->announced[it->second % ControlBlock::kRingSize];
-    entry.rank.store(ControlBlock::kTaken, std::memory_order_relaxed);
+    Set(&entry.rank, ControlBlock::kTaken, std::memory_order_relaxed);
   }
   own_announcements_.erase(begin, end);
 }
@@ -321,6 +346,7 @@ void GroupExchange::SetArrival(int rank, Clock::time_point time) {
 }
 
 GroupExchange::Clock::time_point GroupExchange::Arrival(int rank) const {
+  if (!here_[process_of_[rank]]) return arrived_[process_of_[rank]];  // the clocks of hosts differ
   const ControlBlock& block = *blocks_[process_of_[rank]];
   const std::chrono::nanoseconds since(block.arrivals_ns[rank].load(std::memory_order_relaxed));
   return Clock::time_point(std::chrono::duration_cast<Clock::duration>(since));

@@ -19,9 +19,10 @@
 #include <utility>
 #include <vector>
 
-#include "interface/geometry.h"
+#include "cpu/windows.h"
 #include "interface/op_signature.h"
 #include "transport/shared_memory.h"
+#include "transport/tcp_memory.h"
 
 namespace jax_deepep {
 
@@ -47,22 +48,8 @@ struct OpNotice {
 std::string DescribeDifference(const OpNotice& mine, int my_rank, const OpNotice& theirs,
                                int their_rank);
 
-// Rounded up to whole cache lines, the unit of the layout of shared memory.
-inline size_t Aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// The memory of one rank that other processes read. All of it is written by the rank's own process.
-struct RankWindow {
-  char* x = nullptr;                 // [max_tokens] rows on the wire
-  int32_t* entries = nullptr;        // [max_tokens, K] topk_idx, or destination
-  float* entry_weights = nullptr;    // [max_tokens, K]
-  char* sums = nullptr;              // [R, max_tokens] likewise, p_d of every rank's tokens
-  float* entry_gradients = nullptr;  // [R, max_tokens, K]
-
-  static size_t Bytes(const GroupShape& shape);
-  static RankWindow At(char* memory, const GroupShape& shape);
-};
-
-// State that the processes of a group share, one per process and group.
+// State that the processes of a group share, one per process and group. Other nodes have copies of
+// it, which its process updates.
 struct ControlBlock {
   static constexpr int kRingSize = 4096;         // ops of a process, times its ranks, not yet taken
   static constexpr int kMaxRanks = 1024;         // of one group
@@ -71,9 +58,9 @@ struct ControlBlock {
   struct Announcement {
     OpName op;
     OpNotice notice;
-    std::atomic<int32_t> rank;  // kTaken once its process has taken the op
+    std::atomic<int64_t> rank;  // kTaken once its process has taken the op
   };
-  static constexpr int32_t kTaken = -1;
+  static constexpr int64_t kTaken = -1;
 
   Doorbell doorbell;
   std::atomic<uint64_t> num_announced;  // entries ever written to `announced`
@@ -83,9 +70,10 @@ struct ControlBlock {
   std::atomic<uint64_t> barriers;         // barriers at which this process has arrived
   std::atomic<int64_t> steps[kMaxRanks];  // ops at which each rank of this process has arrived
   std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each arrived at the running op
-  std::atomic<uint32_t> out_of_order;           // see NoteOutOfOrder
-  std::atomic<uint32_t> closed;                 // the process starts no more ops
-  std::atomic<uint32_t> broken;                 // set after `message`
+  std::atomic<uint64_t> out_of_order;           // see NoteOutOfOrder
+  std::atomic<uint64_t> closed;                 // the process starts no more ops
+  std::atomic<uint64_t> broken;                 // set after `message`
+  std::atomic<uint64_t> lost;  // of a copy: it is not updated any more, because of `message`
   char message[kMessageBytes];
 };
 
@@ -93,9 +81,10 @@ class GroupExchange {
  public:
   // `blocks` are those of the group's processes, the leader's first, and `self` is the index of
   // this one; `process_of` gives the index of each rank's process. All memory outlives the
-  // exchange.
+  // exchange. Of a process on another node `blocks` has the copy on this one, which is not `here`;
+  // `peers` have copies of the block of this one.
   GroupExchange(std::vector<ControlBlock*> blocks, int self, std::vector<int> process_of,
-                double timeout_s);
+                double timeout_s, std::vector<bool> here, std::vector<TcpMemory*> peers);
 
   using Clock = std::chrono::steady_clock;
 
@@ -110,8 +99,16 @@ class GroupExchange {
   // Note that this process has completed all its ops, and starts no more.
   void NoteClosed();
 
-  // A rank of a process that has closed, if any: ops that wait for it are never scheduled.
-  std::optional<int> ClosedRank() const;
+  // Note that the connection is lost through which the copy of a process's block is updated.
+  void NoteLost(int process, const std::string& reason);
+
+  // Why a process will never arrive at another op, as the end of "rank 1, ": it has closed, or
+  // cannot be reached. Empty if it may.
+  std::string WhyEnded(int process) const;
+
+  // The first rank of a process that has ended, if any: ops that wait for it are never scheduled.
+  std::optional<int> EndedRank() const;
+  std::string WhyEndedRank(int rank) const { return WhyEnded(process_of_[rank]); }
 
   // On the leader: how the programs of ranks differ, or empty. Set by NextScheduled.
   const std::string& different_ops() const { return different_ops_; }
@@ -148,12 +145,13 @@ class GroupExchange {
   // At how many ops a rank has arrived.
   int64_t StepOf(int rank) const;
 
-  // When a rank arrived at the running op, on the host's monotonic clock. Set before the first
-  // barrier of an op, read after it.
+  // When a rank arrived at the running op, on this host's monotonic clock; if it is on another
+  // node, when this process noticed. Set before the first barrier of an op, read after it.
   void SetArrival(int rank, Clock::time_point time);
   Clock::time_point Arrival(int rank) const;
 
-  void Wake();
+  // Wake whatever waits in the processes of this node.
+  void RingAll();
 
  private:
   struct Waiter {
@@ -164,7 +162,13 @@ class GroupExchange {
   void ScheduleReady();
   static std::string DescribeWaiters(const Waiter& one, const Waiter& other);
   std::string FindDifferentOps() const;
-  void RingAll();
+
+  // Set a word of the own block, also in its copies.
+  template <typename T>
+  void Set(std::atomic<T>* word, T value, std::memory_order order);
+  // Update the copies of a part of the own block.
+  void Copy(const void* part, size_t bytes);
+  size_t OffsetInBlock(const void* part) const;
 
   // Call visit(announcement) for the announcements in a process's ring until it returns true;
   // returns whether it did.
@@ -175,6 +179,9 @@ class GroupExchange {
   const int self_;
   const std::vector<int> process_of_;
   const double timeout_s_;
+  const std::vector<bool> here_;
+  const std::vector<TcpMemory*> peers_;
+  std::vector<Clock::time_point> arrived_;             // of each process, at the last barrier
   std::atomic<uint64_t> num_taken_{0};                 // of the leader's schedule
   std::multimap<OpName, uint64_t> own_announcements_;  // not taken; their indices
   uint64_t num_barriers_ = 0;                          // at which this process has arrived

@@ -2,35 +2,75 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 namespace jax_deepep {
 namespace {
 
-std::set<int> ProcessesOf(const CommunicatorConfig& config, int group) {
-  std::set<int> processes;
-  for (const Location& location : config.locations) {
-    if (location.group == group) processes.insert(location.process);
-  }
-  return processes;
+// Where memory of one kind begins, while a layout is made.
+size_t Take(size_t* end, size_t bytes) {
+  const size_t begin = Aligned(*end);
+  *end = begin + bytes;
+  return begin;
 }
 
 }  // namespace
 
+GroupProcesses::GroupProcesses(const CommunicatorConfig& config, int group)
+    : process_of_(config.shape.num_ranks, 0), node_size_(config.shape.node_size()) {
+  std::set<int> ordered;
+  for (const Location& location : config.locations) {
+    if (location.group == group) ordered.insert(location.process);
+  }
+  processes_.assign(ordered.begin(), ordered.end());
+  for (const Location& location : config.locations) {
+    if (location.group == group) process_of_[location.rank] = IndexOf(location.process);
+  }
+  are_between_nodes_ = config.shape.num_nodes() > 1 && size() > 1;
+  for (int index = 0; index < size(); ++index) {
+    const std::vector<int> ranks = RanksOf(index);
+    are_between_nodes_ =
+        are_between_nodes_ && ranks.front() / node_size_ == ranks.back() / node_size_;
+  }
+}
+
+int GroupProcesses::IndexOf(int process) const {
+  const auto found = std::find(processes_.begin(), processes_.end(), process);
+  return found == processes_.end() ? -1 : static_cast<int>(found - processes_.begin());
+}
+
+std::vector<int> GroupProcesses::RanksOf(int index) const {
+  std::vector<int> ranks;
+  for (size_t rank = 0; rank < process_of_.size(); ++rank) {
+    if (process_of_[rank] == index) ranks.push_back(static_cast<int>(rank));
+  }
+  return ranks;
+}
+
+int GroupProcesses::PeerOf(int index, int node) const {
+  const int first = RanksOf(index).front();
+  return process_of_[node * node_size_ + first % node_size_];
+}
+
 SegmentLayout::SegmentLayout(const CommunicatorConfig& config, int process) : shape_(config.shape) {
   const auto num_ranks = static_cast<size_t>(shape_.num_ranks);
   for (int group = 0; group < config.num_groups; ++group) {
-    const std::set<int> processes = ProcessesOf(config, group);
+    const GroupProcesses processes(config, group);
     if (processes.size() < 2) continue;
     needed_ = true;
-    if (processes.count(process) == 0) continue;
-    control_bytes_ = Aligned(control_bytes_);
-    control_[group] = control_bytes_;
-    control_bytes_ +=
-        Aligned(sizeof(ControlBlock)) + Aligned(num_ranks * num_ranks * sizeof(RowCounters));
-    for (const Location& location : config.locations) {
-      if (location.group != group || location.process != process) continue;
-      windows_[{group, location.rank}] = window_bytes_;
-      window_bytes_ += RankWindow::Bytes(shape_);
+    const int self = processes.IndexOf(process);
+    if (self < 0) continue;
+    control_[group] = Take(&control_bytes_, Aligned(sizeof(ControlBlock)) +
+                                                num_ranks * num_ranks * sizeof(RowCounters));
+    const std::vector<int> ranks = processes.RanksOf(self);
+    for (const int rank : ranks) {
+      windows_[{group, rank}] = Take(&window_bytes_, RankWindow::Bytes(shape_));
+    }
+    if (!processes.are_between_nodes()) continue;
+    for (int node = 0; node < shape_.num_nodes(); ++node) {
+      if (node == processes.NodeOf(self)) continue;
+      control_of_[{group, node}] = Take(&control_bytes_, sizeof(ControlBlock));
+      windows_of_[{group, node}] = Take(&window_bytes_, ranks.size() * NodeWindow::Bytes(shape_));
     }
   }
 }
@@ -48,65 +88,107 @@ RankWindow SegmentLayout::Window(const SharedSegment& segment, int group, int ra
   return RankWindow::At(segment.windows() + windows_.at({group, rank}), shape_);
 }
 
+ControlBlock* SegmentLayout::ControlOf(const SharedSegment& segment, int group, int node) const {
+  return reinterpret_cast<ControlBlock*>(segment.control() + control_of_.at({group, node}));
+}
+
+char* SegmentLayout::WindowsOf(const SharedSegment& segment, int group, int node) const {
+  return segment.windows() + windows_of_.at({group, node});
+}
+
 LocalGroup::LocalGroup(const CommunicatorConfig& config, int group)
-    : group(group), process_of(config.shape.num_ranks, 0) {
-  const std::set<int> ordered = ProcessesOf(config, group);
-  processes.assign(ordered.begin(), ordered.end());
-  const auto index_of = [this](int process) {
-    return static_cast<int>(std::find(processes.begin(), processes.end(), process) -
-                            processes.begin());
-  };
-  self = index_of(config.process);
-  for (const Location& location : config.locations) {
-    if (location.group != group) continue;
-    process_of[location.rank] = index_of(location.process);
-  }
+    : group(group), processes(config, group), self(processes.IndexOf(config.process)) {
   const size_t num_counters = static_cast<size_t>(config.shape.num_ranks) * config.shape.num_ranks;
   taken_.rows_sent.assign(num_counters, 0);
   taken_.rows_received.assign(num_counters, 0);
   seconds_waited_.assign(num_counters, 0.0);
+  rows_put_.reset(new RowCounters[num_counters]());
   if (spans_processes()) return;
   own_rows_received.emplace_back(new RowCounters[num_counters]());
   rows_received.push_back(own_rows_received.back().get());
 }
 
 void LocalGroup::Connect(const CommunicatorConfig& config,
-                         const std::map<int, std::unique_ptr<SharedSegment>>& segments) {
+                         const std::map<int, std::unique_ptr<SharedSegment>>& segments,
+                         std::map<int, std::unique_ptr<TcpMemory>> connections) {
+  const GroupShape& shape = config.shape;
   std::vector<ControlBlock*> blocks;
-  windows.resize(process_of.size());
-  for (size_t index = 0; index < processes.size(); ++index) {
-    const SharedSegment& segment = *segments.at(processes[index]);
-    const SegmentLayout layout(config, processes[index]);
-    blocks.push_back(layout.Control(segment, group));
-    rows_received.push_back(layout.Counters(segment, group));
-    for (size_t rank = 0; rank < process_of.size(); ++rank) {
-      if (process_of[rank] != static_cast<int>(index)) continue;
-      windows[rank] = layout.Window(segment, group, static_cast<int>(rank));
+  std::vector<bool> here;
+  windows.resize(num_ranks());
+  if (processes.are_between_nodes()) {
+    links = std::make_unique<NodeLinks>(shape, processes.RanksOf(self));
+  }
+  for (int index = 0; index < processes.size(); ++index) {
+    const std::vector<int> ranks = processes.RanksOf(index);
+    here.push_back(processes.AreOfOneNode(index, self));
+    if (here.back()) {
+      const SharedSegment& segment = *segments.at(processes.process(index));
+      const SegmentLayout layout(config, processes.process(index));
+      blocks.push_back(layout.Control(segment, group));
+      rows_received.push_back(layout.Counters(segment, group));
+      for (const int rank : ranks) windows[rank] = layout.Window(segment, group, rank);
+      continue;
+    }
+    // What the process on the other node has written to its peer on this one.
+    const int node = processes.NodeOf(index);
+    const int holder = processes.process(processes.PeerOf(index, processes.NodeOf(self)));
+    const SharedSegment& segment = *segments.at(holder);
+    const SegmentLayout layout(config, holder);
+    blocks.push_back(layout.ControlOf(segment, group, node));
+    rows_received.push_back(nullptr);
+    char* memory = layout.WindowsOf(segment, group, node);
+    for (size_t i = 0; i < ranks.size(); ++i) {
+      const NodeWindow window = NodeWindow::At(memory + i * NodeWindow::Bytes(shape), shape);
+      links->SetWindow(ranks[i], window);
+      windows[ranks[i]] = window.tokens;
     }
   }
-  exchange = std::make_unique<GroupExchange>(std::move(blocks), self, process_of, config.timeout_s);
+  std::vector<TcpMemory*> peers;
+  for (const auto& [process, connection] : connections) peers.push_back(connection.get());
+  exchange = std::make_unique<GroupExchange>(blocks, self, processes.process_of(), config.timeout_s,
+                                             here, peers);
+  const SegmentLayout layout(config, config.process);
+  const SharedSegment& own = *segments.at(config.process);
+  for (auto& [process, connection] : connections) {
+    const int index = processes.IndexOf(process);
+    const int node = processes.NodeOf(index);
+    const size_t window_bytes = processes.RanksOf(self).size() * NodeWindow::Bytes(shape);
+    connection->Start(
+        {{reinterpret_cast<char*>(blocks[index]), sizeof(ControlBlock)},
+         {layout.WindowsOf(own, group, node), window_bytes}},
+        [this] { exchange->RingAll(); },
+        [this, index](const std::string& why) { exchange->NoteLost(index, why); });
+    links->AddConnection(node, std::move(connection));
+  }
 }
 
 void LocalGroup::Disconnect() {
   std::lock_guard<std::mutex> lock(traffic_mutex_);
   if (exchange == nullptr) return;
-  const size_t num_counters = process_of.size() * process_of.size();
+  if (links != nullptr) links->Close();  // no thread writes here any more
+  const size_t num_counters = static_cast<size_t>(num_ranks()) * num_ranks();
   for (RowCounters*& counters : rows_received) {
+    if (counters == nullptr) continue;
     own_rows_received.emplace_back(new RowCounters[num_counters]());
     for (size_t i = 0; i < num_counters; ++i) own_rows_received.back()[i] = counters[i].load();
     counters = own_rows_received.back().get();
   }
   windows.clear();
+  links.reset();
   exchange.reset();
 }
 
 void LocalGroup::CountRows(int from, int to, int64_t rows) {
-  rows_received[self][static_cast<size_t>(to) * process_of.size() + from].fetch_add(rows);
+  rows_received[self][static_cast<size_t>(to) * num_ranks() + from].fetch_add(rows);
+}
+
+void LocalGroup::CountPuts(int from, int to, int64_t rows) {
+  rows_put_[static_cast<size_t>(from) * num_ranks() + to].fetch_add(rows);
 }
 
 void LocalGroup::CountWaiting(const std::vector<GroupExchange::Clock::time_point>& arrivals) {
   std::lock_guard<std::mutex> lock(traffic_mutex_);
-  const size_t num_ranks = process_of.size();
+  const size_t num_ranks = this->num_ranks();
   for (size_t rank = 0; rank < num_ranks; ++rank) {
     if (!is_local(static_cast<int>(rank))) continue;
     for (size_t peer = 0; peer < num_ranks; ++peer) {
@@ -118,15 +200,16 @@ void LocalGroup::CountWaiting(const std::vector<GroupExchange::Clock::time_point
 
 void LocalGroup::TakeTraffic(Traffic* traffic) {
   std::lock_guard<std::mutex> lock(traffic_mutex_);
-  const size_t num_ranks = process_of.size();
+  const size_t num_ranks = this->num_ranks();
   for (size_t rank = 0; rank < num_ranks; ++rank) {
     if (!is_local(static_cast<int>(rank))) continue;
     for (size_t peer = 0; peer < num_ranks; ++peer) {
       const size_t at = rank * num_ranks + peer;
       const size_t to = group * num_ranks * num_ranks + at;
-      // Rows are counted by the receiver.
+      // Rows are counted by the receiver, where its counters can be read.
       const int64_t received = rows_received[self][at];
-      const int64_t sent = rows_received[process_of[peer]][peer * num_ranks + rank];
+      const RowCounters* of_peer = rows_received[process_of(static_cast<int>(peer))];
+      const int64_t sent = of_peer != nullptr ? of_peer[peer * num_ranks + rank] : rows_put_[at];
       traffic->rows_received[to] = received - taken_.rows_received[at];
       traffic->rows_sent[to] = sent - taken_.rows_sent[at];
       traffic->seconds_waited[to] = seconds_waited_[at];

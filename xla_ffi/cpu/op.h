@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/group_exchange.h"
+#include "cpu/node_links.h"
 #include "interface/op_signature.h"
 
 namespace jax_deepep {
@@ -23,8 +24,10 @@ struct GroupRun {
   int group = 0;
   // Every rank's part; null for ranks of other processes.
   std::vector<std::unique_ptr<Op>> ranks;
-  // Every rank's shared memory; empty where all ranks are of this process.
+  // Every rank's shared memory, of ranks on other nodes without sums; empty where all ranks are of
+  // this process.
   std::vector<RankWindow> windows;
+  NodeLinks* links = nullptr;  // to other nodes, if rows go there by puts
   // Wait for the other processes of the group. False: the op must be aborted.
   std::function<bool()> barrier;
 

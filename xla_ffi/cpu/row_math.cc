@@ -65,9 +65,11 @@ JAX_DEEPEP_INLINE void FetchAhead(const void* columns, size_t bytes) {
   }
 }
 
+constexpr float kBeforeFirst = -0.0f;  // -0 + p is p, for zeros too
+
 // `count` columns of the sum over terms; inlined with a constant count for the bulk of a row. Sums
-// of a rank are rounded to `Sum`. Without a bias, it begins at `zero`.
-template <typename Type, typename Sum>
+// of a rank are rounded to `Part`, the result to `Sum`. Without a bias, it begins at `zero`.
+template <typename Type, typename Part, typename Sum>
 JAX_DEEPEP_INLINE void SumColumns(typename Sum::Storage* out, const typename Sum::Storage* bias,
                                   float zero, const Term* terms, int num_terms, int64_t begin,
                                   int64_t count) {
@@ -86,7 +88,7 @@ JAX_DEEPEP_INLINE void SumColumns(typename Sum::Storage* out, const typename Sum
     const float weight = terms[term].weight;
     FetchAhead(row, count * sizeof(Storage));
     if (++term == num_terms || terms[term].rank != rank) {
-      for (int64_t i = 0; i < count; ++i) total[i] += Sum::Round(Type::Load(row[i]) * weight);
+      for (int64_t i = 0; i < count; ++i) total[i] += Part::Round(Type::Load(row[i]) * weight);
       continue;
     }
     for (int64_t i = 0; i < count; ++i) part[i] = Type::Load(row[i]) * weight;
@@ -96,12 +98,12 @@ JAX_DEEPEP_INLINE void SumColumns(typename Sum::Storage* out, const typename Sum
       FetchAhead(next, count * sizeof(Storage));
       for (int64_t i = 0; i < count; ++i) part[i] += Type::Load(next[i]) * next_weight;
     }
-    for (int64_t i = 0; i < count; ++i) total[i] += Sum::Round(part[i]);
+    for (int64_t i = 0; i < count; ++i) total[i] += Part::Round(part[i]);
   }
   for (int64_t i = 0; i < count; ++i) out[i] = Sum::Store(total[i]);
 }
 
-template <typename Type, typename Sum = Type>
+template <typename Type, typename Part = Type, typename Sum = Type>
 JAX_DEEPEP_INLINE void SumRows(void* out, const void* bias, float zero, const Term* terms,
                                int num_terms, int64_t size) {
   using Storage = typename Sum::Storage;
@@ -109,9 +111,9 @@ JAX_DEEPEP_INLINE void SumRows(void* out, const void* bias, float zero, const Te
     auto* to = static_cast<Storage*>(out) + begin;
     const auto* from = bias == nullptr ? nullptr : static_cast<const Storage*>(bias) + begin;
     if (size - begin >= kBlock) {
-      SumColumns<Type, Sum>(to, from, zero, terms, num_terms, begin, kBlock);
+      SumColumns<Type, Part, Sum>(to, from, zero, terms, num_terms, begin, kBlock);
     } else {
-      SumColumns<Type, Sum>(to, from, zero, terms, num_terms, begin, size - begin);
+      SumColumns<Type, Part, Sum>(to, from, zero, terms, num_terms, begin, size - begin);
     }
   }
 }
@@ -146,13 +148,21 @@ JAX_DEEPEP_ALL_ISAS void SumBFloat16(void* out, const void* bias, float zero, co
                                      int num_terms, int64_t size) {
   SumRows<BFloat16>(out, bias, zero, terms, num_terms, size);
 }
-JAX_DEEPEP_ALL_ISAS void SumFloat16InFloat32(float* out, float zero, const Term* terms,
-                                             int num_terms, int64_t size) {
-  SumRows<Float16, Float32>(out, nullptr, zero, terms, num_terms, size);
+JAX_DEEPEP_ALL_ISAS void SumRankFloat16(float* out, const Term* terms, int num_terms,
+                                        int64_t size) {
+  SumRows<Float16, Float32, Float32>(out, nullptr, kBeforeFirst, terms, num_terms, size);
 }
-JAX_DEEPEP_ALL_ISAS void SumBFloat16InFloat32(float* out, float zero, const Term* terms,
-                                              int num_terms, int64_t size) {
-  SumRows<BFloat16, Float32>(out, nullptr, zero, terms, num_terms, size);
+JAX_DEEPEP_ALL_ISAS void SumRankBFloat16(float* out, const Term* terms, int num_terms,
+                                         int64_t size) {
+  SumRows<BFloat16, Float32, Float32>(out, nullptr, kBeforeFirst, terms, num_terms, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumNodeFloat16(float* out, const Term* terms, int num_terms,
+                                        int64_t size) {
+  SumRows<Float16, Float16, Float32>(out, nullptr, kBeforeFirst, terms, num_terms, size);
+}
+JAX_DEEPEP_ALL_ISAS void SumNodeBFloat16(float* out, const Term* terms, int num_terms,
+                                         int64_t size) {
+  SumRows<BFloat16, BFloat16, Float32>(out, nullptr, kBeforeFirst, terms, num_terms, size);
 }
 
 void SumFrom(RowType type, void* out, const void* bias, float zero, const Term* terms,
@@ -209,20 +219,31 @@ void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int 
   SumFrom(type, out, bias, 0.0f, terms, num_terms, size);
 }
 
-constexpr float kBeforeFirst = -0.0f;  // -0 + p is p, for zeros too
-
-void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size) {
+void SumOnlyTerms(RowType type, void* out, const Term* terms, int num_terms, int64_t size) {
   SumFrom(type, out, nullptr, kBeforeFirst, terms, num_terms, size);
 }
 
-void SumTermsInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size) {
+void SumRankInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size) {
   switch (type) {
     case RowType::kFloat32:
       return SumFloat32(out, nullptr, kBeforeFirst, terms, num_terms, size);
     case RowType::kFloat16:
-      return SumFloat16InFloat32(out, kBeforeFirst, terms, num_terms, size);
+      return SumRankFloat16(out, terms, num_terms, size);
     case RowType::kBFloat16:
-      return SumBFloat16InFloat32(out, kBeforeFirst, terms, num_terms, size);
+      return SumRankBFloat16(out, terms, num_terms, size);
+    case RowType::kInt32:
+      return;
+  }
+}
+
+void SumNodeInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return SumFloat32(out, nullptr, kBeforeFirst, terms, num_terms, size);
+    case RowType::kFloat16:
+      return SumNodeFloat16(out, terms, num_terms, size);
+    case RowType::kBFloat16:
+      return SumNodeBFloat16(out, terms, num_terms, size);
     case RowType::kInt32:
       return;
   }

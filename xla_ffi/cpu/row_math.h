@@ -31,12 +31,15 @@ struct Term {
 void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
               int64_t size);
 
-// out = p_d alone, for terms of one rank, at least one. Keeps the sign of a zero, which SumTerms
-// loses without a bias.
-void SumTermsOfRank(RowType type, void* out, const Term* terms, int num_terms, int64_t size);
+// out = p_0 + p_1 + ... likewise, of at least one term: the sum of a rank or a node. Keeps the sign
+// of a zero, which SumTerms loses without a bias.
+void SumOnlyTerms(RowType type, void* out, const Term* terms, int num_terms, int64_t size);
 
-// Likewise, but not rounded to `type`.
-void SumTermsInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size);
+// out = p_d in float32, not rounded to `type`, for terms of one rank, at least one.
+void SumRankInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size);
+
+// out = p_0 + p_1 + ... of a node in float32, not rounded to `type`, as each p_d is.
+void SumNodeInFloat32(RowType type, float* out, const Term* terms, int num_terms, int64_t size);
 
 // Fill the results of a failed op: floats with NaN, integers with all bits set, which is -1, and
 // NaN in the 8-bit floats e4m3 and E8M0.

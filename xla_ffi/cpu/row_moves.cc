@@ -68,6 +68,20 @@ SentRows::SentRows(const GroupRun& run, const RouteShape& route, const std::vect
   });
 }
 
+void PutTokens(const GroupRun& run, const RouteShape& route, const SentRows& sent, int rank,
+               const NeededTokens& needed, bool with_entries) {
+  const GroupShape& shape = run.comm.shape();
+  const RankWindow& window = run.windows[rank];
+  if (with_entries) run.links->PutEntries(rank, window, route.num_tokens, /*with_weights=*/true);
+  const std::vector<int64_t> counts =
+      run.links->PutRows(rank, window, route.num_tokens, sent.row_bytes(),
+                         [&](int64_t token, int node) { return needed.Has(token, node); });
+  const int node_size = shape.node_size();
+  for (int node = 0; node < shape.num_nodes(); ++node) {
+    run.comm.CountPuts(run.group, rank, node * node_size + rank % node_size, counts[node]);
+  }
+}
+
 void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent,
               const std::vector<RowMove>& moves) {
   const GroupShape& shape = run.comm.shape();
@@ -142,8 +156,17 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
       crossed[code] = true;
       ++from_source[code / shape.max_tokens];
     }
-    for (size_t source = 0; source < sent.num_ranks(); ++source) {
-      run.comm.CountRows(run.group, static_cast<int>(source), moves[i].rank, from_source[source]);
+    const int node_size = shape.node_size(), to = moves[i].rank;
+    for (int source = 0; source < shape.num_ranks; ++source) {
+      int from = source;
+      if (run.links != nullptr && !run.links->IsOnThisNode(source)) {
+        // To this node the row went by a put to the peer of its source, once.
+        from = to / node_size * node_size + source % node_size;
+        if (from == to) {
+          run.comm.CountRows(run.group, source, to, *run.links->WindowOf(source).num_rows);
+        }
+      }
+      run.comm.CountRows(run.group, from, to, from_source[source]);
     }
   }
 }

@@ -47,6 +47,27 @@ class SentRows {
   std::vector<const char*> sources_;
 };
 
+// Which nodes need which tokens of one rank.
+class NeededTokens {
+ public:
+  NeededTokens(const GroupShape& shape, int64_t num_tokens)
+      : num_nodes_(shape.num_nodes()),
+        node_size_(shape.node_size()),
+        needed_(num_tokens * num_nodes_) {}
+
+  void Add(int64_t token, int rank) { needed_[token * num_nodes_ + rank / node_size_] = 1; }
+  bool Has(int64_t token, int node) const { return needed_[token * num_nodes_ + node] != 0; }
+
+ private:
+  const int num_nodes_, node_size_;
+  std::vector<char> needed_;
+};
+
+// Send the tokens of a rank of this process, and their entries where `with_entries`, to its peers
+// on other nodes, before a barrier.
+void PutTokens(const GroupRun& run, const RouteShape& route, const SentRows& sent, int rank,
+               const NeededTokens& needed, bool with_entries);
+
 // Let ranks of this process pull their rows.
 void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent,
               const std::vector<RowMove>& moves);

@@ -50,6 +50,17 @@ inline std::string DescribeTimeout(const std::string& op, int waiting_rank, doub
   return text.str();
 }
 
+// Why a rank will not arrive, as DescribeEnded takes it.
+inline constexpr char kHasClosed[] = "which has closed the communicator or ended";
+inline constexpr char kConnectionLost[] = "to which the connection was lost (";
+
+// An op that waits for a rank that will not arrive, and why.
+inline std::string DescribeEnded(const std::string& op, int waiting_rank, int64_t step, int rank,
+                                 const std::string& why) {
+  return op + " on rank " + std::to_string(waiting_rank) + " at step " + std::to_string(step) +
+         " waits for rank " + std::to_string(rank) + ", " + why;
+}
+
 // Whether a description, possibly a peer's, is from DescribeTimeout.
 inline bool IsTimeout(const std::string& description) {
   return description.find(" s (timeout_s)") != std::string::npos;

@@ -48,7 +48,13 @@ struct GroupShape {
   int32_t num_topk = 0;     // K, entries per token
   int32_t max_tokens = 0;   // most tokens per rank; the base of the codes in `source`
   int32_t hidden_size = 0;  // H, elements of a row of floats
+  // Consecutive ranks of a node, within which sums are added up and rounded first; 0: all.
+  int32_t ranks_per_node = 0;
 
+  JAX_DEEPEP_HOST_DEVICE int32_t node_size() const {
+    return ranks_per_node == 0 ? num_ranks : ranks_per_node;
+  }
+  JAX_DEEPEP_HOST_DEVICE int32_t num_nodes() const { return num_ranks / node_size(); }
   JAX_DEEPEP_HOST_DEVICE int32_t num_local_experts() const { return num_experts / num_ranks; }
   // Of the longest row: H float32, or as many bytes of integers, rounded up to 16 bytes.
   int64_t max_row_bytes() const {

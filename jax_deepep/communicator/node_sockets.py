@@ -1,0 +1,140 @@
+"""Connects processes on different nodes by TCP: one connection for each pair with the same ranks.
+
+A process listens for its peers of higher numbers and connects to those of lower ones. A peer proves itself by
+a secret, which it reads from the key-value store.
+"""
+
+import hmac
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jax_deepep import jax_compat
+from jax_deepep.errors import CommunicatorError
+
+ADDRESS_VARIABLE = "JAX_DEEPEP_ADDRESS"
+
+_HELLO = struct.Struct("!32sqq")  # the secret, the group, and the process that connects
+_LONGEST_HELLO_S = 5.0  # of a connection that is not from a peer, say
+
+# A group, and a process on another node.
+Peer = tuple[int, int]
+
+
+class NodeSockets:
+    """The sockets of one process to its peers on other nodes; a context manager that closes what it still has.
+
+    Args:
+        process: this one.
+        peers: of its groups.
+    """
+
+    def __init__(self, process: int, peers: Iterable[Peer]) -> None:
+        self._process = process
+        self._peers = sorted(peers)
+        self._secret = secrets.token_hex(16).encode()
+        self._address = address_of_this_host()
+        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        self._listener = socket.create_server((self._address, 0), family=family, backlog=len(self._peers) or 1)
+        self._connections: dict[Peer, socket.socket] = {}
+
+    @property
+    def offer(self) -> dict[str, Any]:
+        """What peers need to connect; confidential."""
+        return {
+            "address": self._address,
+            "port": self._listener.getsockname()[1],
+            "secret": self._secret.decode(),
+        }
+
+    def connect(self, offers: Mapping[int, dict[str, Any]], timeout_s: float) -> dict[Peer, int]:
+        """Return a connected socket for every peer, as descriptors for the caller to close.
+
+        Raises:
+            CommunicatorError: naming the process that could not be reached, and its address.
+        """
+        deadline = time.monotonic() + timeout_s
+        for group, peer in self._peers:
+            if peer < self._process:
+                self._connections[group, peer] = self._connect(group, peer, offers[peer], deadline)
+        missing = {(group, peer) for group, peer in self._peers if peer > self._process}
+        while missing:
+            connection = self._accept(deadline, missing)
+            found = self._peer_of(connection)
+            if found in missing:
+                missing.remove(found)
+                self._connections[found] = connection
+            else:
+                connection.close()
+        connected = {peer: connection.detach() for peer, connection in self._connections.items()}
+        self._connections = {}
+        return connected
+
+    def _connect(self, group: int, peer: int, offer: dict[str, Any], deadline: float) -> socket.socket:
+        where = (offer["address"], offer["port"])
+        try:
+            connection = socket.create_connection(where, timeout=max(deadline - time.monotonic(), 0.001))
+            connection.sendall(_HELLO.pack(offer["secret"].encode(), group, self._process))
+            connection.settimeout(None)
+        except OSError as error:
+            raise CommunicatorError(
+                f"process {peer}, on another node, could not be reached at {where[0]} port {where[1]} "
+                f"({error}); open the ports between the hosts, or set {ADDRESS_VARIABLE} on each to its "
+                "address in the network that the job uses"
+            ) from error
+        return connection
+
+    def _accept(self, deadline: float, missing: set[Peer]) -> socket.socket:
+        self._listener.settimeout(max(deadline - time.monotonic(), 0.001))
+        try:
+            connection, _ = self._listener.accept()
+        except TimeoutError:
+            names = ", ".join(f"process {peer}" for peer in sorted({peer for _, peer in missing}))
+            raise CommunicatorError(
+                f"{names}, on another node, did not connect to {self._address} in time; look at the output "
+                f"there, or set {ADDRESS_VARIABLE} on each host to its address in the network that the job uses"
+            ) from None
+        return connection
+
+    def _peer_of(self, connection: socket.socket) -> Peer | None:
+        """Return who connects, or None if it does not know the secret."""
+        connection.settimeout(_LONGEST_HELLO_S)
+        try:
+            hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+        except OSError:
+            return None
+        connection.settimeout(None)
+        if len(hello) != _HELLO.size:
+            return None
+        secret, group, peer = _HELLO.unpack(hello)
+        return (group, peer) if hmac.compare_digest(secret, self._secret) else None
+
+    def close(self) -> None:
+        """Close the listener, and connections that were not handed over."""
+        self._listener.close()
+        for connection in self._connections.values():
+            connection.close()
+
+    def __enter__(self) -> "NodeSockets":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def address_of_this_host() -> str:
+    """Return the address at which other hosts of the job reach this one.
+
+    That is the one from which it reaches JAX's coordinator, unless the variable JAX_DEEPEP_ADDRESS has another.
+    """
+    if address := os.environ.get(ADDRESS_VARIABLE):
+        return address
+    host, _, port = jax_compat.coordinator_address().rpartition(":")
+    family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        return str(probe.getsockname()[0])
