@@ -82,22 +82,14 @@ def agree(
         CommunicatorError: processes have different arguments, or run different builds of this package.
         PeerTimeoutError: a process did not arrive in time.
     """
-    here, host = exchange.process, host_identity()
+    here = exchange.process
     exchange.begin_phase("arguments")
-    exchange.publish("host", host)
-    neighbours = topology.neighbours_of(here) if arguments["ranks_per_node"] is None else {}
-    hosts = exchange.read("host", {*topology.leaders_of(here).values(), *neighbours.values()} - {here})
-    hosts[here] = host
     summary = Summary(texts_of_build(arguments["implementation"], topology.platform) | texts_of(arguments))
     if isinstance(config, CommunicatorConfig) and (reason := unsupported_reason_here(config)):
         summary.add("unsupported", [here], reason)
-    if spanning := topology.group_between_hosts(here, hosts):
-        group, text = spanning
-        summary.add("group between hosts", [group, here], text)
-    # The ranks that begin on another host than the one before them.
-    begins = {rank for (_, rank), before in neighbours.items() if hosts[before] != host}
-    for rank in sorted(begins)[:1]:
-        summary.add("first node ends", [rank], str(rank))
+    host = host_identity()
+    exchange.publish("host", host)
+    begins = compare_hosts(exchange, topology, host, summary, finds_nodes=arguments["ranks_per_node"] is None)
     exchange.report(summary)
     findings = exchange.verdict()
     if "first node ends" not in findings:
@@ -113,6 +105,32 @@ def agree(
     return findings.get("unsupported") or findings["group between hosts"], ranks_per_node
 
 
+def compare_hosts(
+    exchange: Exchange, topology: Topology, host: str, summary: Summary, *, finds_nodes: bool
+) -> set[int]:
+    """Add to `summary` what the hosts of other processes show; return the first ranks of hosts.
+
+    Args:
+        exchange: in which all processes publish their hosts.
+        topology: of the mesh.
+        host: of this process.
+        summary: gets a group with processes that should share memory and cannot, and the first rank of the
+            second host.
+        finds_nodes: whether to look for first ranks.
+    """
+    here = exchange.process
+    neighbours = topology.neighbours_of(here) if finds_nodes else {}
+    others = {*topology.leaders_of(here).values(), *neighbours.values()} - {here}
+    hosts = exchange.read("host", others) | {here: host}
+    if spanning := topology.group_between_hosts(here, hosts):
+        group, text = spanning
+        summary.add("group between hosts", [group, here], text)
+    begins = {rank for (_, rank), before in neighbours.items() if hosts[before] != host}
+    for rank in sorted(begins)[:1]:
+        summary.add("first node ends", [rank], str(rank))
+    return begins
+
+
 def _uneven_hosts(exchange: Exchange, topology: Topology, begins: set[int], ranks_per_node: int) -> str:
     """Return why the hosts are not nodes of so many ranks each, or an empty string."""
     own = np.nonzero(topology.process_of == exchange.process)[1].tolist()
@@ -123,8 +141,8 @@ def _uneven_hosts(exchange: Exchange, topology: Topology, begins: set[int], rank
         wrong.add(topology.num_ranks - topology.num_ranks % ranks_per_node)
     for rank in sorted(wrong)[:1]:
         text = (
-            f"the hosts have different numbers of consecutive ranks: the first one {ranks_per_node}, and rank "
-            f"{rank} does not fit"
+            f"the hosts have different numbers of consecutive ranks: the first one {ranks_per_node}, and "
+            f"rank {rank} does not fit"
         )
         summary.add("uneven hosts", [rank], text)
     return exchange.agree("nodes", summary).get("uneven hosts", "")
@@ -165,6 +183,8 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
     if config.implementation == "xla":  # without touching a GPU
         return ""
     topology = config.topology
+    if topology.platform == "cuda" and topology.num_nodes > 1:
+        return "native ops on GPUs stay inside a node, and ranks_per_node declares several"
     if len(topology.platforms) > 1:
         return f"native ops need devices of one platform, not of {', '.join(sorted(topology.platforms))}"
     try:

@@ -26,7 +26,7 @@ Peer = tuple[int, int]
 
 
 class NodeSockets:
-    """The sockets of one process to its peers on other nodes; a context manager that closes what it still has.
+    """The sockets of one process to its peers on other nodes; a context manager, which closes what is left.
 
     Args:
         process: this one.
@@ -39,7 +39,7 @@ class NodeSockets:
         self._secret = secrets.token_hex(16).encode()
         self._address = address_of_this_host()
         family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        self._listener = socket.create_server((self._address, 0), family=family, backlog=len(self._peers) or 1)
+        self._listener = socket.create_server((self._address, 0), family=family, backlog=len(self._peers))
         self._connections: dict[Peer, socket.socket] = {}
 
     @property
@@ -84,7 +84,7 @@ class NodeSockets:
             raise CommunicatorError(
                 f"process {peer}, on another node, could not be reached at {where[0]} port {where[1]} "
                 f"({error}); open the ports between the hosts, or set {ADDRESS_VARIABLE} on each to its "
-                "address in the network that the job uses"
+                "address in the job's network"
             ) from error
         return connection
 
@@ -96,7 +96,7 @@ class NodeSockets:
             names = ", ".join(f"process {peer}" for peer in sorted({peer for _, peer in missing}))
             raise CommunicatorError(
                 f"{names}, on another node, did not connect to {self._address} in time; look at the output "
-                f"there, or set {ADDRESS_VARIABLE} on each host to its address in the network that the job uses"
+                f"there, or set {ADDRESS_VARIABLE} on each host to its address in the job's network"
             ) from None
         return connection
 
@@ -129,7 +129,7 @@ class NodeSockets:
 def address_of_this_host() -> str:
     """Return the address at which other hosts of the job reach this one.
 
-    That is the one from which it reaches JAX's coordinator, unless the variable JAX_DEEPEP_ADDRESS has another.
+    That is the one from which it reaches JAX's coordinator, unless JAX_DEEPEP_ADDRESS is another.
     """
     if address := os.environ.get(ADDRESS_VARIABLE):
         return address

@@ -106,9 +106,11 @@ class Topology:
         Otherwise all of its processes share memory, and nodes only determine how sums are rounded. Only CPUs
         have puts.
         """
+        if self.num_nodes == 1 or self.platform != "cpu":
+            return False
         of_nodes = {(self.node_of(rank), p) for rank, p in enumerate(self.process_of[group].tolist())}
         processes = {process for _, process in of_nodes}
-        return self.platform == "cpu" and self.num_nodes > 1 and 1 < len(processes) == len(of_nodes)
+        return 1 < len(processes) == len(of_nodes)
 
     def uneven_nodes(self) -> str:
         """Return how the nodes of a group that uses puts differ in their processes, or an empty string."""

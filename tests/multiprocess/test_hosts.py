@@ -1,7 +1,11 @@
-"""Processes on several hosts: groups inside of one are native, whatever the mesh. The hosts are simulated."""
+"""Processes on several hosts, which are simulated: nodes are found, and on CPU native ops reach them all.
+
+On GPUs groups inside of one host are native, whatever the mesh.
+"""
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from own_processes import starts_its_own_processes
 from rank_processes import RankProcesses
@@ -33,23 +37,60 @@ def test_groups_inside_of_hosts_are_native_and_right(hosts: RankProcesses) -> No
 
 
 @pytest.mark.parametrize(
-    ("mesh_name", "ranks"),
+    ("mesh_name", "ranks", "sides"),
     [
-        ("expert", {1: ("rank 0", "rank 2"), 2: ("ranks 0, 1", "ranks 4, 5")}),
-        ("expert × data", {1: ("rank 0", "rank 1"), 2: ("rank 0", "rank 2")}),
+        ("expert", {1: 2, 2: 4}, {1: ("rank 0", "rank 2"), 2: ("ranks 0, 1", "ranks 4, 5")}),
+        ("expert × data", {1: 1, 2: 2}, {1: ("rank 0", "rank 1"), 2: ("rank 0", "rank 2")}),
     ],
 )
-def test_a_group_that_spans_hosts_makes_it_xla_and_is_named(
-    hosts: RankProcesses, mesh_name: str, ranks: dict[int, tuple[str, str]]
+def test_a_group_that_spans_hosts(
+    hosts: RankProcesses, mesh_name: str, ranks: dict[int, int], sides: dict[int, tuple[str, str]]
 ) -> None:
-    ours, others = ranks[1 if hosts.platform == "cuda" else 2]
-    sides = f"group 0 spans hosts: {ours} (process 0) cannot share memory with {others} (process 2) ("
+    num_devices = 1 if hosts.platform == "cuda" else 2
+    ours, others = sides[num_devices]
+    reason = f"group 0 spans hosts: {ours} (process 0) cannot share memory with {others} (process 2) ("
     for rank in range(NUM_PROCESSES):
         report = hosts.wait_for_report(rank, mesh_name)
+        assert report["ranks_per_node"] == ranks[num_devices]
+        if hosts.platform == "cpu":
+            assert report["implementation"] == "native", report["description"]
+            assert "TCP between nodes" in report["description"]
+            assert report["right"]
+            continue
         assert report["implementation"] == "xla"
-        assert f"xla (auto: {sides}" in report["description"]
+        assert f"xla (auto: {reason}" in report["description"]
         refused = 'ValueError: implementation: expected "xla" or "auto" here, got "native"; '
-        assert report["error"].startswith(refused + sides)
+        assert report["error"].startswith(refused + reason)
+
+
+def test_a_row_crosses_to_another_node_once(hosts: RankProcesses) -> None:
+    """Eight ranks, four on each host: counted by the sender, the receiver, and the oracle."""
+    if hosts.platform == "cuda":
+        return
+    for name in ("dispatch", "cached dispatch", "combine"):
+        reports = [hosts.wait_for_report(rank, f"rows of {name}") for rank in range(NUM_PROCESSES)]
+        sent = np.sum([report["sent"] for report in reports], axis=0)
+        received = np.sum([report["received"] for report in reports], axis=0)
+        expected = np.array(reports[0]["between_nodes"])  # [source rank, node]
+        assert expected.any()
+        np.testing.assert_array_equal(received, sent.T)
+        for rank, peer in np.ndindex(sent.shape):
+            if rank // 4 == peer // 4:
+                continue
+            source, other = (peer, rank) if name == "combine" else (rank, peer)
+            count = expected[source, other // 4]
+            assert sent[rank, peer] == (count if rank % 4 == peer % 4 else 0), (name, rank, peer)
+
+
+def test_hosts_with_different_numbers_of_ranks(hosts: RankProcesses) -> None:
+    if hosts.platform == "cpu":
+        for rank in range(NUM_PROCESSES):
+            report = hosts.wait_for_report(rank, "uneven hosts")
+            assert report["implementation"] == "xla"
+            assert (
+                "the hosts have different numbers of consecutive ranks: the first one 2, and rank"
+                in (report["description"])
+            )
 
 
 def test_groups_that_share_some_processes(hosts: RankProcesses) -> None:

@@ -35,7 +35,7 @@ def mismatches():
         ("wrong num_experts", "3", "2.5"),
         ("wrong hidden_size", "16", "2147483648"),
         ("wrong axis_name", "'expert'", "'exprt'"),
-        ("wrong ranks_per_node", "None", "1"),
+        ("wrong ranks_per_node", "None", "2"),
     ],
 )
 def test_arguments_differ_between_processes(
@@ -77,7 +77,7 @@ def test_arguments_are_wrong_on_all_processes(mismatches: RankProcesses) -> None
         assert axis.startswith(
             "ValueError: axis_name: expected an axis of mesh, ('expert',), got 'exprt'; pass"
         )
-        assert nodes.startswith("ValueError: ranks_per_node: expected None or all 3 ranks")
+        assert nodes.startswith("ValueError: ranks_per_node: expected a divisor of the 3 ranks")
 
 
 def test_a_mesh_without_a_device_of_the_process(mismatches: RankProcesses) -> None:

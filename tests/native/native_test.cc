@@ -34,8 +34,8 @@
 
 // Replaces the system's function, so that a test can make it fail: see CheckThreads.
 static std::atomic<bool> refuse_threads{false};
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*),
-                              void* of) noexcept {
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes,
+                              void* (*run)(void*), void* of) noexcept {
   using Function = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
   static const auto real = reinterpret_cast<Function>(dlsym(RTLD_NEXT, "pthread_create"));
   return refuse_threads ? EAGAIN : real(thread, attributes, run, of);
@@ -93,15 +93,18 @@ void CheckConversions(RowType type, int exponent_bits, int mantissa_bits) {
     }
     Check(loaded == value, "a pattern loads as its value", pattern);
     // The sum in DotRows starts at +0, which takes the sign of -0; Store must keep it.
-    if (value != 0) Check(Store(type, loaded) == bits, "a value stores as its own pattern", pattern);
+    if (value != 0)
+      Check(Store(type, loaded) == bits, "a value stores as its own pattern", pattern);
     if (std::isinf(value) || (bits & 0x7fff) + 1 == infinity) continue;
 
     // Between this pattern and the next one away from zero: the middle is exact in float32.
     const auto next = static_cast<uint16_t>(bits + 1);
-    const auto middle = static_cast<float>((value + ValueOf(next, exponent_bits, mantissa_bits)) / 2);
+    const auto middle =
+        static_cast<float>((value + ValueOf(next, exponent_bits, mantissa_bits)) / 2);
     if (middle == 0 || std::abs(middle) < std::numeric_limits<float>::min()) continue;
     const float outwards = std::copysign(std::numeric_limits<float>::infinity(), middle);
-    Check(Store(type, middle) == (bits & 1 ? next : bits), "a tie goes to the even pattern", pattern);
+    Check(Store(type, middle) == (bits & 1 ? next : bits), "a tie goes to the even pattern",
+          pattern);
     Check(Store(type, std::nextafter(middle, 0.0f)) == bits, "below the tie goes down", pattern);
     Check(Store(type, std::nextafter(middle, outwards)) == next, "above the tie goes up", pattern);
   }
@@ -112,14 +115,16 @@ void CheckConversions(RowType type, int exponent_bits, int mantissa_bits) {
   const double unit = largest - ValueOf(infinity - 2, exponent_bits, mantissa_bits);
   const auto overflow = static_cast<float>(largest + unit / 2);
   Check(Store(type, overflow) == infinity, "half a unit above the largest is infinity");
-  Check(Store(type, std::nextafter(overflow, 0.0f)) == infinity - 1, "less than that is the largest");
+  Check(Store(type, std::nextafter(overflow, 0.0f)) == infinity - 1,
+        "less than that is the largest");
 }
 
 void CheckTinyFloats() {
   // float16: half of the smallest subnormal ties to zero, a little more becomes the smallest.
   const float smallest = std::ldexp(1.0f, -24);
   Check(Store(RowType::kFloat16, smallest / 2) == 0, "half of the smallest ties to zero");
-  Check(Store(RowType::kFloat16, std::nextafter(smallest / 2, 1.0f)) == 1, "more than half is the smallest");
+  Check(Store(RowType::kFloat16, std::nextafter(smallest / 2, 1.0f)) == 1,
+        "more than half is the smallest");
   Check(Store(RowType::kFloat16, FloatOf(1)) == 0, "a float32 subnormal is zero in float16");
 }
 
@@ -144,7 +149,8 @@ void CheckSums() {
     Check(out[i] == total, "float32 sums round in the order of the contract", i);
   }
   SumTerms(RowType::kFloat32, out.data(), bias.data(), nullptr, 0, kSize);
-  Check(std::memcmp(out.data(), bias.data(), kSize * sizeof(float)) == 0, "no term leaves the bias");
+  Check(std::memcmp(out.data(), bias.data(), kSize * sizeof(float)) == 0,
+        "no term leaves the bias");
   SumTerms(RowType::kFloat32, out.data(), nullptr, nullptr, 0, kSize);
   for (int i = 0; i < kSize; ++i) Check(out[i] == 0.0f, "no term and no bias leave zero", i);
 
@@ -156,7 +162,8 @@ void CheckSums() {
   SumTerms(RowType::kFloat32, &sum, nullptr, zeros, 2, 1);
   Check(!std::signbit(sum), "which added to no bias is zero");
 
-  // bfloat16 has eight significant bits: 256 + 1 on one rank is rounded away, before 256 is subtracted.
+  // bfloat16 has eight significant bits: 256 + 1 on one rank is rounded away, before 256 is
+  // subtracted.
   const uint16_t big = Store(RowType::kBFloat16, 256.0f), one = Store(RowType::kBFloat16, 1.0f);
   const uint16_t minus = Store(RowType::kBFloat16, -256.0f);
   const Term rounded[] = {{&big, 1.0f, 0}, {&one, 1.0f, 0}, {&minus, 1.0f, 1}};
@@ -186,7 +193,8 @@ void CheckSumsInFloat32() {
   for (int i = 0; i < kSize; ++i) crossed[i] = 256.5f + static_cast<float>(i);
   const uint16_t minus = Store(RowType::kBFloat16, -256.0f);
   const std::vector<uint16_t> bias(kSize, minus);
-  const Term terms[] = {{row.data(), 0.5f, 0}, {crossed.data(), 1.0f, 1, true}, {row.data(), 0.25f, 2}};
+  const Term terms[] = {
+      {row.data(), 0.5f, 0}, {crossed.data(), 1.0f, 1, true}, {row.data(), 0.25f, 2}};
   SumTerms(RowType::kBFloat16, out.data(), bias.data(), terms, 3, kSize);
   for (int i = 0; i < kSize; ++i) {
     const uint16_t want = Store(RowType::kBFloat16, 2.0f + static_cast<float>(i));
@@ -201,7 +209,8 @@ void CheckCodes(int bits, int mantissa_bits, int num_finite, Encode encode, Deco
   const auto value_of = [&](int code) {
     const int exponent = code >> mantissa_bits, mantissa = code & ((1 << mantissa_bits) - 1);
     const int significand = exponent > 0 ? mantissa + (1 << mantissa_bits) : mantissa;
-    return static_cast<float>(std::ldexp(significand, std::max(exponent, 1) - bias - mantissa_bits));
+    return static_cast<float>(
+        std::ldexp(significand, std::max(exponent, 1) - bias - mantissa_bits));
   };
   const auto check = [&](float value, uint32_t code, const char* what) {
     Check(encode(value) == code, what, code);
@@ -210,7 +219,8 @@ void CheckCodes(int bits, int mantissa_bits, int num_finite, Encode encode, Deco
   for (int code = 0; code < num_finite; ++code) {
     const float value = value_of(code);
     check(value, code, "a value has its own code");
-    Check(decode(code) == value && decode(code | 1u << bits) == -value, "a code decodes as its value", code);
+    Check(decode(code) == value && decode(code | 1u << bits) == -value,
+          "a code decodes as its value", code);
     Check(std::signbit(decode(code | 1u << bits)), "with its sign", code);
     if (code + 1 == num_finite) continue;
     const float middle = (value + value_of(code + 1)) / 2;  // exact
@@ -226,7 +236,8 @@ void CheckNumberFormats() {
   CheckCodes(7, 3, 127, E4m3Of, FromE4m3);
   CheckCodes(3, 1, 8, E2m1Of, FromE2m1);
   Check(std::isnan(FromE4m3(0x7f)) && std::isnan(FromE4m3(0xff)), "the code of all ones is NaN");
-  Check(FromE8m0(0) == 0.0f && FromE8m0(127) == 1.0f && FromE8m0(1) == std::ldexp(1.0f, -126), "powers of two");
+  Check(FromE8m0(0) == 0.0f && FromE8m0(127) == 1.0f && FromE8m0(1) == std::ldexp(1.0f, -126),
+        "powers of two");
   Check(FromE8m0(254) == std::ldexp(1.0f, 127) && std::isnan(FromE8m0(255)), "the last ones");
 }
 
@@ -236,12 +247,14 @@ void CheckWireRow(WireFormat format, int size, float special) {
   const WireRow wire{format, size};
   const bool has_row_scale = format == WireFormat::kNvfp4;
   std::vector<float> x(size), decoded(size + 1, 7.0f);
-  for (int i = 0; i < size; ++i) x[i] = std::ldexp(std::sin(static_cast<float>(i * i)), i % 23 - 11);
+  for (int i = 0; i < size; ++i)
+    x[i] = std::ldexp(std::sin(static_cast<float>(i * i)), i % 23 - 11);
   x[size / 2] = special;
   std::vector<char> encoded(wire.bytes() + 1, kBeyond);
   EncodeRow(RowType::kFloat32, wire, x.data(), encoded.data());
   DecodeRow(RowType::kFloat32, wire, encoded.data(), decoded.data());
-  Check(encoded.back() == kBeyond && decoded.back() == 7.0f, "nothing beyond a row is written", size);
+  Check(encoded.back() == kBeyond && decoded.back() == 7.0f, "nothing beyond a row is written",
+        size);
 
   const auto largest = [&](int begin, int end) {
     uint32_t bits = 0;
@@ -296,9 +309,11 @@ void CheckWindows() {
     const RankWindow window = RankWindow::At(memory.data(), shape);
     const char* after_x = reinterpret_cast<const char*>(window.entries);
     const char* after_sums = reinterpret_cast<const char*>(window.entry_gradients);
-    Check(after_x - window.x >= 64 * shape.max_row_bytes(), "the window of rows of integers", hidden);
+    Check(after_x - window.x >= 64 * shape.max_row_bytes(), "the window of rows of integers",
+          hidden);
     for (int format = 0; format < kNumWireFormats; ++format) {
-      const int64_t bytes = RowFormat{RowType::kFloat32, hidden, static_cast<WireFormat>(format)}.wire_bytes();
+      const int64_t bytes =
+          RowFormat{RowType::kFloat32, hidden, static_cast<WireFormat>(format)}.wire_bytes();
       Check(after_x - window.x >= 64 * bytes, "the window of rows", hidden);
       Check(after_sums - window.sums >= 3 * 64 * bytes, "the window of sums", hidden);
     }
@@ -310,7 +325,8 @@ void CheckFailed() {
   for (const RowType type : {RowType::kFloat16, RowType::kBFloat16}) {
     std::vector<uint16_t> rows = plain;
     FillAsFailed(type, rows.data(), 5);
-    for (int i = 0; i < 5; ++i) Check(std::isnan(Load(type, rows[i])), "what a failed op leaves is NaN", i);
+    for (int i = 0; i < 5; ++i)
+      Check(std::isnan(Load(type, rows[i])), "what a failed op leaves is NaN", i);
     Check(rows[5] == 0x1234, "and nothing beyond");
   }
   std::vector<float> floats(6, 1.5f);
@@ -319,7 +335,8 @@ void CheckFailed() {
   Check(floats[5] == 1.5f, "and nothing beyond");
   std::vector<uint8_t> bytes(24, 7);
   FillAsFailed(RowType::kInt32, bytes.data(), 5);
-  for (int i = 0; i < 20; ++i) Check(bytes[i] == 0xff, "integers of a failed op have all bits set", i);
+  for (int i = 0; i < 20; ++i)
+    Check(bytes[i] == 0xff, "integers of a failed op have all bits set", i);
   for (int i = 20; i < 24; ++i) Check(bytes[i] == 7, "and nothing beyond", i);
 }
 
@@ -348,7 +365,8 @@ void CheckRings() {
     }
     while (announce(other, 1)) {
     }
-    Check(announced[0] == taken[0] + ControlBlock::kRingSize, "a ring of ops may wait", announced[0]);
+    Check(announced[0] == taken[0] + ControlBlock::kRingSize, "a ring of ops may wait",
+          announced[0]);
     Check(announced[1] == taken[1] + ControlBlock::kRingSize, "in every process", announced[1]);
     const int ahead = round % 2;  // each of them gets ahead of the other in turn
     for (int i = 0; i < (ahead == 0 ? 3000 : 1000); ++i) take(leader, 0);
@@ -386,13 +404,15 @@ void CheckDifferentOps() {
     group.Come(2, 1, 3, 16);
     Check(group.Found().empty(), "ops of one run may come in any order");
     group.Come(2, 1, 2, 16);
-    Check(contains(group.Found(), "num_tokens is 8 on rank 0 and 16 on rank 2"), "one op, two signatures");
+    Check(contains(group.Found(), "num_tokens is 8 on rank 0 and 16 on rank 2"),
+          "one op, two signatures");
   }
   {
     Group group;
     group.Come(1, 1, 0);
     group.Come(2, 7, 0, 16);
-    Check(contains(group.Found(), "on rank 1 at step 0 met a different op of rank 2: num_tokens is 8"),
+    Check(contains(group.Found(),
+                   "on rank 1 at step 0 met a different op of rank 2: num_tokens is 8"),
           "two processes in two runs");
   }
   {
@@ -408,10 +428,12 @@ void CheckDifferentOps() {
     group.Come(0, 1, 0);
     group.Come(2, 7, 0);
     Check(group.Found().empty(), "runs that a process does not end one after the other");
-    Check(group.leader.WaitsIn(2).has_value() && !group.leader.WaitsIn(1).has_value(), "where a rank waits");
-    Check(!group.leader.ClosedRank().has_value(), "no process has closed");
+    Check(group.leader.WaitsIn(2).has_value() && !group.leader.WaitsIn(1).has_value(),
+          "where a rank waits");
+    Check(!group.leader.EndedRank().has_value(), "no process has closed");
     group.other.NoteClosed();
-    Check(group.leader.ClosedRank() == 2 && !group.other.ClosedRank().has_value(), "a peer has closed");
+    Check(group.leader.EndedRank() == 2 && !group.other.EndedRank().has_value(),
+          "a peer has closed");
   }
 }
 
@@ -428,7 +450,8 @@ void CheckThreads() {
     MakeThread([] {}).join();
     Check(false, "a long-lived thread that cannot be started is an error");
   } catch (const std::runtime_error& error) {
-    Check(std::strstr(error.what(), "raise the limit on processes and threads") != nullptr, "its remedy");
+    Check(std::strstr(error.what(), "raise the limit on processes and threads") != nullptr,
+          "its remedy");
   }
   refuse_threads = false;
 
@@ -446,7 +469,8 @@ void CheckThreads() {
       ++num_left;
       all_came.notify_all();
     };
-    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, wait_for_all)), "threads are started");
+    Check(RunOnOwnThreads(std::vector<std::function<void()>>(count, wait_for_all)),
+          "threads are started");
     std::unique_lock<std::mutex> lock(mutex);
     all_came.wait(lock, [&] { return num_left == count; });
   }
@@ -459,7 +483,8 @@ void CheckRowBytes() {
   for (const int hidden : {1, 4, 5, 37, 40}) {
     shape.hidden_size = hidden;
     const int64_t bytes = shape.max_row_bytes();
-    Check(bytes % 16 == 0 && bytes >= 4 * hidden && bytes < 4 * hidden + 16, "the longest row", hidden);
+    Check(bytes % 16 == 0 && bytes >= 4 * hidden && bytes < 4 * hidden + 16, "the longest row",
+          hidden);
   }
 }
 
@@ -481,14 +506,15 @@ void CheckGroup(GroupRows got, int64_t offset, int64_t kept, int64_t padded, lon
 }
 
 void CheckGroups() {
-  Check(RoundUp(0, 8) == 0 && RoundUp(1, 8) == 8 && RoundUp(8, 8) == 8 && RoundUp(9, 8) == 16, "RoundUp");
+  Check(RoundUp(0, 8) == 0 && RoundUp(1, 8) == 8 && RoundUp(8, 8) == 8 && RoundUp(9, 8) == 16,
+        "RoundUp");
   RouteShape route;
   route.capacity = 16;
   route.alignment = 4;
   route.expert_capacity = 6;
   int64_t offset = 0;
-  CheckGroup(LayOutGroup(3, route, &offset), 0, 3, 4, 0);  // fits; padded
-  CheckGroup(LayOutGroup(9, route, &offset), 4, 6, 8, 1);  // cut by expert_capacity
+  CheckGroup(LayOutGroup(3, route, &offset), 0, 3, 4, 0);   // fits; padded
+  CheckGroup(LayOutGroup(9, route, &offset), 4, 6, 8, 1);   // cut by expert_capacity
   CheckGroup(LayOutGroup(0, route, &offset), 12, 0, 0, 2);  // empty
   CheckGroup(LayOutGroup(5, route, &offset), 12, 4, 4, 3);  // cut by capacity
   CheckGroup(LayOutGroup(1, route, &offset), 20, 0, 0, 4);  // no room
@@ -523,7 +549,8 @@ void CheckDivisor(int64_t divisor) {
 void CheckDivisors() {
   for (int64_t divisor = 1; divisor <= 5000; ++divisor) CheckDivisor(divisor);
   for (int bits = 13; bits <= 31; ++bits) {
-    for (int64_t divisor = (int64_t{1} << bits) - 2; divisor <= (int64_t{1} << bits) + 2; ++divisor) {
+    for (int64_t divisor = (int64_t{1} << bits) - 2; divisor <= (int64_t{1} << bits) + 2;
+         ++divisor) {
       if (divisor <= std::numeric_limits<int32_t>::max()) CheckDivisor(divisor);
     }
   }
@@ -538,11 +565,14 @@ void CheckVerbs() {
     using Params = typename decltype(type)::type;
     Check(numbers.insert(kVerbOf<Params>).second, "a verb's number");
     Check(names.insert(NameOf(kVerbOf<Params>)).second, "a verb's name");
-    Check(NameOf(SignatureOf(Params(), 1).verb) == std::string(VerbTraits<Params>::kName), "the verb of a signature");
+    Check(NameOf(SignatureOf(Params(), 1).verb) == std::string(VerbTraits<Params>::kName),
+          "the verb of a signature");
     Params params;
-    Check(VerbTraits<Params>::ReadByPeers(GroupShape(), &params).size() <= kMaxOperands, "what peers read");
+    Check(VerbTraits<Params>::ReadByPeers(GroupShape(), &params).size() <= kMaxOperands,
+          "what peers read");
   });
-  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kBaseline)) == 0, "not a verb");
+  Check(names.count(NameOf(Verb{})) == 0 && names.count(NameOf(Verb::kBaseline)) == 0,
+        "not a verb");
 }
 
 // An operand that peers cannot reach is replaced by a copy, and results are not.
@@ -555,12 +585,14 @@ void CheckPeerArrays() {
   int32_t scratch = 0;
   params.scratch = &scratch;
   const auto arrays = VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params);
-  Check(arrays.size() == 2 && arrays[0].data == &x && arrays[0].bytes == 48, "rows that peers read");
+  Check(arrays.size() == 2 && arrays[0].data == &x && arrays[0].bytes == 48,
+        "rows that peers read");
   Check(arrays[1].data == &scratch && !arrays[1].replace, "scratch that peers read");
   arrays[0].replace(&copy);
   Check(params.x == &copy, "a copy replaces an operand");
   params.route.num_tokens = 0;
-  Check(VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params)[0].data == nullptr, "peers read nothing of no rows");
+  Check(VerbTraits<DispatchParams>::ReadByPeers(GroupShape(), &params)[0].data == nullptr,
+        "peers read nothing of no rows");
 }
 
 // Blocks of a dispatch of T tokens, K = 8, rows of 14,336 bytes, on a GPU of 132 SMs alone.
@@ -582,7 +614,8 @@ int BlocksOfDispatch(int num_ranks, int num_tokens, Layout layout) {
 
 void CheckBlockCounts() {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
-  Check(MostBlocks(132, 1) == 130 && MostBlocks(132, 4) == 32 && MostBlocks(132, 200) == 1, "most blocks");
+  Check(MostBlocks(132, 1) == 130 && MostBlocks(132, 4) == 32 && MostBlocks(132, 200) == 1,
+        "most blocks");
   Check(BlocksOfDispatch(2, 1, kToken) == 1, "one block for one token");
   Check(BlocksOfDispatch(2, 4096, kToken) == 24, "what the link takes");
   const int for_rows = BlocksOfDispatch(2, 4096, kExpert);
@@ -590,7 +623,8 @@ void CheckBlockCounts() {
   Check(BlocksOfDispatch(8, 4096, kExpert) < for_rows, "fewer where more comes over the link");
   Check(BlocksOfDispatch(1, 4096, kExpert) == 130, "all where there is no link");
   for (int tokens = 1; tokens < 4096; tokens *= 2) {
-    Check(BlocksOfDispatch(2, tokens, kExpert) <= BlocksOfDispatch(2, 2 * tokens, kExpert), "blocks by tokens", tokens);
+    Check(BlocksOfDispatch(2, tokens, kExpert) <= BlocksOfDispatch(2, 2 * tokens, kExpert),
+          "blocks by tokens", tokens);
   }
 }
 

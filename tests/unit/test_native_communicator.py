@@ -36,7 +36,7 @@ class Gpu:
 
 def config_on(device: Gpu, implementation: str = "auto") -> Any:
     topology = SimpleNamespace(
-        platforms={"cuda"}, platform="cuda", num_ranks=1, local_devices=lambda process: [device]
+        platforms={"cuda"}, platform="cuda", num_ranks=1, num_nodes=1, local_devices=lambda process: [device]
     )
     return SimpleNamespace(
         topology=topology,
@@ -161,7 +161,7 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The configuration of a communicator on GPUs of two processes."""
     monkeypatch.setitem(native.HALVES, "cuda", HalfOnGpu)
     topology = SimpleNamespace(
-        platform="cuda", peers_of=lambda process: {1}, describe_process=lambda process: "rank 1"
+        platform="cuda", memory_peers_of=lambda process: {1}, describe_process=lambda process: "rank 1"
     )
     return SimpleNamespace(topology=topology, stand_in=NativeOnGpu())
 

@@ -41,7 +41,7 @@ GroupExchange::GroupExchange(std::vector<ControlBlock*> blocks, int self,
       self_(self),
       process_of_(std::move(process_of)),
       timeout_s_(timeout_s),
-      here_(std::move(here)),
+      here_(here.empty() ? std::vector<bool>(blocks_.size(), true) : std::move(here)),
       peers_(std::move(peers)),
       arrived_(blocks_.size()),
       num_read_(blocks_.size(), 0) {}

@@ -82,9 +82,9 @@ class GroupExchange {
   // `blocks` are those of the group's processes, the leader's first, and `self` is the index of
   // this one; `process_of` gives the index of each rank's process. All memory outlives the
   // exchange. Of a process on another node `blocks` has the copy on this one, which is not `here`;
-  // `peers` have copies of the block of this one.
+  // `peers` have copies of the block of this one. By default all are on this node.
   GroupExchange(std::vector<ControlBlock*> blocks, int self, std::vector<int> process_of,
-                double timeout_s, std::vector<bool> here, std::vector<TcpMemory*> peers);
+                double timeout_s, std::vector<bool> here = {}, std::vector<TcpMemory*> peers = {});
 
   using Clock = std::chrono::steady_clock;
 

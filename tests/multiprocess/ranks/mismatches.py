@@ -25,7 +25,7 @@ OTHERS = {
     "ranks_per_node": NUM_PROCESSES,
 }
 # Invalid in one process, which must not raise before all are notified.
-WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt", "ranks_per_node": 1}
+WRONG = {"max_tokens": 0, "num_experts": 2.5, "hidden_size": 2**31, "axis_name": "exprt", "ranks_per_node": 2}
 
 
 def make(**different) -> ep.Communicator:
