@@ -229,7 +229,7 @@ RUNS_BETWEEN_NODES = [
     (["dies_during_ops:2:1", "dies_before_the_op:1"], ()),
     (["stalls_before_the_op:2", "stalls_during_ops:1:1"], ()),
     (["dies_in_a_loop:2", "dies_after_the_op:1"], pytest.mark.nightly),
-    (["raises_before_the_op:2", "raises_during_an_op:1"], pytest.mark.nightly),
+    (["raises_before_the_op:3", "raises_during_an_op:1"], pytest.mark.nightly),
 ]
 ON_CPU_ONLY = ("dies_in_a_loop", "raises_during_an_op", "calls_share_a_number")
 CHECKS: dict[str, Callable[[Fault], None]] = {
