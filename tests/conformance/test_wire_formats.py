@@ -45,6 +45,7 @@ _OF_TOKENS = Problem("token-major drops", hidden_size=136, layout="token", capac
 # No whole groups of elements.
 _ODD = Problem("hidden 38", hidden_size=38, num_topk=6, dtype="float16")
 _TINY = Problem("hidden 2", hidden_size=2, dtype="bfloat16")
+_NODES = replace(_EXPERT, name="nodes", mesh_name="expert", num_experts=16, num_topk=6, num_nodes=2)
 _WIDE = replace(_EXPERT, name="float32", dtype="float32", hidden_size=256)
 
 CASES = [
@@ -65,8 +66,17 @@ CASES = [
     Case(
         replace(_EXPERT, name="float32", dtype="float32", hidden_size=256), "fp8_ue8m0", "fp8", "fp8", "fp8"
     ),
+    Case(_NODES, "fp8", "fp8", "fp8", "fp8"),
+    Case(_NODES, "nvfp4", "mxfp8", "fp8_ue8m0", "mxfp8"),
+    Case(
+        replace(_NODES, name="nodes, token-major", layout="token", dtype="float16"),
+        "mxfp8",
+        "fp8",
+        "fp8",
+        "fp8",
+    ),
 ]
-_IN_XLA = {"expert-major", "token-major", "no tokens", "one device"}
+_IN_XLA = {"expert-major", "token-major", "no tokens", "one device", "nodes, token-major"}
 
 
 def _in_low_latency(case: Case) -> bool:

@@ -22,6 +22,7 @@ CASES = [
     "groups far apart",
     "pairs",
     "two axes",
+    "two nodes",
     "independent ops",
     "one inner function",
 ]

@@ -58,7 +58,11 @@ def test_conformance_between_two_hosts(namespaces: None) -> None:
         hosts.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", namespace, *command],
-                env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=environment(),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )  # fmt: skip
         )
     try:

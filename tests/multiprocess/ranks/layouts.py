@@ -86,6 +86,7 @@ CASES: dict[str, tuple[Problem, Callable]] = {
     "groups far apart": (replace(PROBLEM, mesh_name="expert × data"), forward_and_backward),
     "pairs": (replace(PROBLEM, mesh_name="data × expert 2"), forward_and_backward),
     "two axes": (replace(TOKEN_MAJOR, mesh_name="node × expert"), forward_and_backward),
+    "two nodes": (replace(PROBLEM, dtype="bfloat16", num_nodes=2), forward_and_backward),
     "independent ops": (replace(PROBLEM, num_tokens=32), independent_ops),
     "one inner function": (PROBLEM, inner_function_twice),
 }  # fmt: skip

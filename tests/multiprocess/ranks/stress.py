@@ -1,6 +1,6 @@
 """Many steps with random routing and random stalls, every row of which is checked.
 
-Arguments: the number of steps. Rows hold whole numbers that encode device, token and step, and weights are
+Arguments: the number of steps, and the ranks of a node. Rows hold whole numbers that encode device, token and step, and weights are
 powers of two, so that every result is exact and a row of another token or step is detected.
 """
 
@@ -18,7 +18,7 @@ from rank_side import ARGUMENTS, RANK, barrier, join, report
 
 import jax_deepep as ep
 
-NUM_STEPS = int(ARGUMENTS[0])
+NUM_STEPS, RANKS_PER_NODE = map(int, ARGUMENTS)
 NUM_WARM_UP = 64  # steps before memory and descriptors are counted for the first time
 IN_FLIGHT = 8  # steps launched before the oldest is checked
 
@@ -131,7 +131,7 @@ join()
 mesh = jax.make_mesh((jax.device_count(),), ("expert",))
 comm = ep.Communicator(
     mesh, num_experts=mesh.size * EXPERTS_PER_DEVICE, num_experts_per_tok=NUM_TOPK, max_tokens=NUM_TOKENS + 1,
-    hidden_size=HIDDEN_SIZE, implementation="native", timeout_s=TIMEOUT_S,
+    hidden_size=HIDDEN_SIZE, implementation="native", timeout_s=TIMEOUT_S, ranks_per_node=RANKS_PER_NODE,
 )  # fmt: skip
 programs = {layout: program_of(comm, layout) for layout in LAYOUTS}
 spec = device_axis(mesh, "expert")
