@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 import oracle
+import routings
 from implementations import LOW_LATENCY
 from jax.sharding import AxisType, Mesh
 from meshes import expert_axes, groups_of, mesh_named
@@ -19,7 +20,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.f
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and routing of one dispatch; `routing` names a function of this file."""
+    """Sizes and routing of one dispatch; `routing` names a function of routings.py."""
 
     name: str
     mesh_name: str = "data × expert"
@@ -118,7 +119,7 @@ def inputs_of(problem: Problem) -> Inputs:
     num_groups, size = groups_of(problem.mesh, problem.axis_name)
     tokens = (num_groups * size, problem.num_tokens)
     dtype = DTYPES[problem.dtype]
-    topk_idx = globals()[f"_{problem.routing}_routing"](rng, problem, size, tokens)
+    topk_idx = getattr(routings, problem.routing)(rng, problem, size, tokens)
     topk_idx = topk_idx.astype(np.int32)
     topk_weights = rng.uniform(0.1, 1.0, topk_idx.shape).astype(np.float32)
     routes = tuple(
@@ -141,55 +142,6 @@ def inputs_of(problem: Problem) -> Inputs:
     # Rows without a token must not matter.
     y[~np.concatenate([of_group.mask for of_group in routes])] = np.nan
     return Inputs(x, x2, topk_idx, topk_weights, y, bias, routes)
-
-
-def _random_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Different experts per token, unordered."""
-    shuffled = np.argsort(rng.random((*tokens, problem.num_experts)), axis=-1)
-    return shuffled[..., : problem.num_topk]
-
-
-def _to_device_1_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Every token of the group goes to device 1 alone; entries without an expert there are −1."""
-    local = problem.num_experts // size
-    idx = np.full((*tokens, problem.num_topk), -1)
-    here = min(local, problem.num_topk)
-    idx[..., :here] = local + np.argsort(rng.random((*tokens, local)), axis=-1)[..., :here]
-    return idx
-
-
-def _none_to_device_0_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Device 0 of every group receives nothing."""
-    local = problem.num_experts // size
-    others = np.argsort(rng.random((*tokens, problem.num_experts - local)), axis=-1)
-    return local + others[..., : problem.num_topk]
-
-
-def _skewed_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Low experts are popular."""
-    noise = rng.random((*tokens, problem.num_experts)) + 0.15 * np.arange(problem.num_experts)
-    return np.argsort(noise, axis=-1)[..., : problem.num_topk]
-
-
-def _some_none_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Many entries are −1, whole rows among them."""
-    idx = _random_routing(rng, problem, size, tokens)
-    idx[rng.random(idx.shape) < 0.4] = -1
-    idx[:, 1] = -1
-    return idx
-
-
-def _all_none_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    return np.full((*tokens, problem.num_topk), -1)
-
-
-def _invalid_routing(rng, problem: Problem, size: int, tokens: tuple[int, int]) -> np.ndarray:
-    """Entries out of range on both sides, and experts named two and three times."""
-    idx = rng.integers(-3, problem.num_experts + 3, (*tokens, problem.num_topk))
-    idx[0, 0] = idx[0, 0, 0] = 2
-    idx[-1, -1, -1] = np.iinfo(np.int32).max
-    idx[-1, -1, 0] = np.iinfo(np.int32).min
-    return idx
 
 
 _ROUTINGS = [

@@ -38,7 +38,10 @@ class CommunicatorStats:
     Attributes:
         rows_sent: int64, rows that rank sent to peer, itself included: one per (token, device) and op,
             however many experts of the device the token goes to. A row that peer drops for lack of capacity
-            counts in low-latency mode, where it travels, and not in throughput mode.
+            counts in low-latency mode, where it travels, and not in throughput mode. Between nodes a row goes
+            to the rank of the same index, once per (token, node), which sends it on inside its node; in
+            combine likewise the other way. Where nodes share memory they only round: ranks exchange rows
+            directly.
         rows_received: int64, rows that rank received from peer.
         seconds_waited: float64, how long ops of rank waited until peer arrived.
     """
@@ -211,7 +214,7 @@ class Communicator:
         rows = [
             ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
             ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}; "
-                       f"{processes} process(es)"),
+                       f"{self.topology.num_nodes} node(s), {processes} process(es)"),
             ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
                         f"{self.num_experts_per_tok} per token"),
             ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),

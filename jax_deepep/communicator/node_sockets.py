@@ -134,7 +134,7 @@ def address_of_this_host() -> str:
     if address := os.environ.get(ADDRESS_VARIABLE):
         return address
     host, _, port = jax_compat.coordinator_address().rpartition(":")
-    family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    family, *_, coordinator = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
+        probe.connect(coordinator)  # sends nothing
         return str(probe.getsockname()[0])

@@ -28,8 +28,10 @@ def combine(
     The device d of the experts sums p_d = Σ_k w[t, k] · y[row(t, k)] over its own k in ascending
     order, in float32 with products and sums rounded separately, rounded once to `y.dtype`. Then
     out[t] = bias[t] + p_0 + p_1 + …, in float32 from left to right over the devices that hold a
-    row of t, rounded once to `y.dtype`. Every native implementation gives exactly these bits;
-    "xla" gives them up to float32 rounding, because XLA may contract a multiply and an add.
+    row of t, rounded once to `y.dtype`. On several nodes (`comm.ranks_per_node`) there is a level more:
+    out[t] = bias[t] + p'_0 + p'_1 + … over the nodes, and p'_n = Σ_d p_d over the devices d of node n that
+    hold a row of t, likewise, rounded once to `y.dtype`. Every native implementation gives exactly these
+    bits; "xla" gives them up to float32 rounding, because XLA may contract a multiply and an add.
 
     **Collective:** as `jax_deepep.dispatch`.
 
@@ -42,9 +44,10 @@ def combine(
             for token-major rows, whose sums over local experts are the caller's.
         bias: [T, H] of `y.dtype` or None, added to the sum (a shared expert, a residual).
             Differentiable.
-        wire: the format in which a p_d of another device crosses the link: None, as above; "fp8",
-            "fp8_ue8m0" or "mxfp8": quantised from its float32 sum, as by `quantize`, and added as float32;
-            or `Wire`, with the format of the gradient, which is a dispatch.
+        wire: the format in which a p_d of another device, or the sum of another node, crosses the link:
+            None, as above; "fp8", "fp8_ue8m0" or "mxfp8": quantised from its float32 sum, as by `quantize`,
+            and added as float32; or `Wire`, with the format of the gradient, which is a dispatch. A node's
+            sums for a token are added up on the device with the index of the token's.
 
     Returns:
         [T, H] of `y.dtype`. A token with no expert yields its bias, or 0.

@@ -63,7 +63,7 @@ def test_conformance_between_two_hosts(namespaces: None) -> None:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-            )  # fmt: skip
+            )
         )
     try:
         outputs = [host.communicate(timeout=DEADLINE_S)[0] for host in hosts]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -166,13 +165,6 @@ def test_processes_with_wrong_arguments_have_ranks_for_the_errors_of_others() ->
     assert groups_of({**wrong, "axis_name": "exprt"}).groups.shape == (1, MESH.size)
 
 
-def topology_of(process_of: list[list[int]], ranks_per_node: int) -> Topology:
-    devices = np.empty((len(process_of), len(process_of[0])), dtype=object)
-    for index, process in np.ndenumerate(np.array(process_of)):
-        devices[index] = SimpleNamespace(process_index=process, platform="cpu")
-    return Topology(devices, ("expert",), devices.shape[1] // ranks_per_node)
-
-
 def test_nodes_are_consecutive_ranks() -> None:
     topology = Topology.of(mesh_named("expert"), ("expert",), ranks_per_node=2)
     assert topology.num_nodes == topology.num_ranks // 2
@@ -184,31 +176,3 @@ def test_nodes_are_consecutive_ranks() -> None:
     found = ep.Communicator(MESH, **ARGUMENTS)
     assert (found.topology.num_nodes, found.ranks_per_node, found.config.ranks_per_node) == (1, SIZE, None)
     assert declared.fingerprint != found.fingerprint
-
-
-# Processes of devices in the order (group, rank), ranks per node, and who has memory of whom, who sends puts.
-LAYOUTS = {
-    "a node per process": ([[0, 0, 1, 1]], 2, {0: set(), 1: set()}, {0: [(0, 1)], 1: [(0, 0)]}),
-    "two processes per node": (
-        [[0, 1, 2, 3]], 2, {0: {1}, 2: {3}}, {0: [(0, 2)], 1: [(0, 3)], 3: [(0, 1)]}
-    ),
-    "two groups": ([[0, 1], [2, 3]], 1, {0: set(), 3: set()}, {0: [(0, 1)], 3: [(1, 2)]}),
-    "nodes of one process": ([[0, 0, 0, 0]], 2, {0: set()}, {0: []}),
-    "processes with ranks of two nodes": ([[0, 1, 0, 1]], 2, {0: {1}, 1: {0}}, {0: [], 1: []}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_how_processes_reach_each_other(name: str) -> None:
-    process_of, ranks_per_node, memory, remote = LAYOUTS[name]
-    topology = topology_of(process_of, ranks_per_node)
-    assert {process: topology.memory_peers_of(process) for process in memory} == memory
-    assert {process: topology.remote_peers_of(process) for process in remote} == remote
-    assert topology.uneven_nodes() == ""
-
-
-def test_nodes_have_processes_alike() -> None:
-    text = topology_of([[0, 1, 2, 2]], 2).uneven_nodes()
-    assert text.startswith(
-        "the nodes of group 0 have different processes: expected each process of node 1 to"
-    )

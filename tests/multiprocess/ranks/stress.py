@@ -1,7 +1,8 @@
 """Many steps with random routing and random stalls, every row of which is checked.
 
-Arguments: the number of steps, and the ranks of a node. Rows hold whole numbers that encode device, token and step, and weights are
-powers of two, so that every result is exact and a row of another token or step is detected.
+Arguments: the number of steps, and the ranks of a node. Rows hold whole numbers that encode device, token
+and step, and weights are powers of two, so that every result is exact and a row of another token or step is
+detected.
 """
 
 import os
