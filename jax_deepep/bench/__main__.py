@@ -1,10 +1,10 @@
-"""The commands: python -m jax_deepep.bench [ops | moe | routing | formats]."""
+"""The commands: python -m jax_deepep.bench [ops | moe | overlap | routing | formats]."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("ops", "moe", "routing", "formats")
+COMMANDS = ("ops", "moe", "overlap", "routing", "formats")
 
 
 def main(arguments: Sequence[str]) -> int:

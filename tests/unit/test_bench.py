@@ -127,7 +127,7 @@ def test_wrong_arguments(capsys) -> None:
     assert main(["ops", "--capacity", "0"]) == 2
     assert 'capacity: expected "worst", "fitting", rows' in capsys.readouterr().err
     assert main(["opps", "--tokens", "1"]) == 2
-    assert "command: expected ops, moe, routing or formats, got 'opps'" in capsys.readouterr().err
+    assert "command: expected ops, moe, overlap, routing or formats, got 'opps'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
