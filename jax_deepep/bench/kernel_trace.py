@@ -34,10 +34,10 @@ class Kernel(NamedTuple):
 def trace_kernels(run: Callable[[], Any], folder: Path | None = None) -> list[list[Kernel]]:
     """Run a compiled program once under the profiler; return the kernels of each GPU of this process.
 
-    The trace stays in `folder`, for TensorBoard or Perfetto, if one is given.
+    The trace stays in a folder of this process in `folder`, for TensorBoard or XProf, if one is given.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        where = Path(temporary) if folder is None else folder
+        where = Path(temporary) if folder is None else folder / f"process_{jax.process_index()}"
         before = set(where.rglob("*.xplane.pb"))
         with jax.profiler.trace(str(where)):
             jax.block_until_ready(run())

@@ -1,6 +1,7 @@
 """`python -m jax_deepep.bench overlap`: what it compares, its model, and what it reads from traces."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from jax_deepep.bench.kernel_trace import Kernel, overlapped_shares
 from jax_deepep.bench.overlap_cases import IN_FLIGHT, LAYERS, PLAIN, layer_runs, op_runs
 from jax_deepep.bench.overlap_model import Gpu, modelled
 from jax_deepep.bench.problem import Problem, draw_inputs
+from jax_deepep.ops.custom_call import Call
 
 PROBLEM = Problem(8, 32, 2, 8, jax.device_count(), dtype="float32", intermediate=16)
 QWEN = Problem(8192, 2048, 8, 128, 2, intermediate=768)
@@ -22,12 +24,16 @@ QWEN = Problem(8192, 2048, 8, 128, 2, intermediate=768)
 
 @pytest.mark.collectives
 def test_layers_agree() -> None:
-    """Otherwise one may be fast because it is wrong."""
+    """Otherwise one may be fast because it is wrong. The plain one has nothing in flight."""
     mesh = mesh_named("expert")
-    results = {}
+    results, starts = {}, {}
     for name in LAYERS:
         comm = PROBLEM.communicator(mesh, "xla" if name == "xla" else "native")
-        results[name] = [fetch(run()) for run in layer_runs(PROBLEM, mesh, comm, name, shared=8).values()]
+        with mock.patch.object(Call, "start", autospec=True, side_effect=Call.start) as start:
+            runs = layer_runs(PROBLEM, mesh, comm, name, shared=8)
+        starts[name] = start.call_count > 0
+        results[name] = [fetch(run()) for run in runs.values()]
+    assert starts == {"plain": False, "in-flight": True, "two-batches": True, "xla": False}
     jax.tree.map(assert_same_bits, results[IN_FLIGHT], results[PLAIN])
     for other in results.values():
         assert_close(other, results[PLAIN])
