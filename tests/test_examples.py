@@ -63,3 +63,11 @@ def test_packed_documents_and_padded_prompts() -> None:
     assert after < before / 2
     rows = {name: int(rows) for name, rows in re.findall(r"^(packed|prompts) +(\d+) rows", output, re.M)}
     assert rows["packed"] < rows["prompts"] / 2
+
+
+def test_two_batches_compute_the_same() -> None:
+    """The example asserts it; its times mean nothing on a CPU."""
+    small = "--trials 1 --tokens 32 --hidden 32 --inner 32 --experts 16 --shared 32 --capacity-factor 4"
+    output = run("two_batch_overlap.py", *small.split())
+    ratios = dict(re.findall(r"^(forward.*?)  .* ms +(\d+\.\d{3})$", output, re.M))
+    assert list(ratios) == ["forward", "forward + backward"]

@@ -1,10 +1,10 @@
-"""The commands: python -m jax_deepep.bench [ops | moe | routing | formats | model]."""
+"""The commands: python -m jax_deepep.bench [ops | moe | overlap | routing | formats | model]."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("ops", "moe", "routing", "formats", "model")
+COMMANDS = ("ops", "moe", "overlap", "routing", "formats", "model")
 
 
 def main(arguments: Sequence[str]) -> int:

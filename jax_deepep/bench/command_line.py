@@ -6,6 +6,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax_deepep.bench.problem import WORST
+
 SIZES = {
     "tokens": "T, tokens per device",
     "hidden": "H, elements of a row",
@@ -57,6 +59,16 @@ def add_sizes(
         group.add_argument(
             f"--{name}", type=(types or {}).get(name, positive_int), default=default, help=SIZES[name] + shown
         )
+
+
+def add_capacity_factor(parser: argparse.ArgumentParser, default: str = WORST) -> None:
+    """Add the capacity of `Problem`, as a factor."""
+
+    def capacity(text: str) -> str:
+        return WORST if text == WORST else f"{positive_number(text):g}x"
+
+    parser.add_argument("--capacity-factor", type=capacity, default=default, dest="capacity",
+                        help='a number, or "worst" (%(default)s)')  # fmt: skip
 
 
 def add_trials(parser: argparse.ArgumentParser, default: int) -> None:

@@ -21,6 +21,7 @@ from jax_deepep.moe.grouped_matmul import alignment_for
 from jax_deepep.moe.parameters import of_experts
 
 GATHERED = "gathered"
+FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a function to be jitted, and its operands
 
 
@@ -90,7 +91,7 @@ def experts_programs(problem: Problem, name: str) -> dict[str, Program]:
         return pull_back(jnp.where(live, out, 0))
 
     operands = (rows, weights, group_sizes)
-    return {"forward": (forward, operands), "forward + backward": (step, operands)}
+    return {FORWARD: (forward, operands), FORWARD_BACKWARD: (step, operands)}
 
 
 def dense_moe(problem: Problem, parameters: dict[str, jax.Array], x: jax.Array, mesh: Mesh) -> jax.Array:
@@ -120,9 +121,17 @@ def dense_moe(problem: Problem, parameters: dict[str, jax.Array], x: jax.Array, 
 
 
 def layer_programs(
-    problem: Problem, mesh: Mesh, comm: Communicator | None, num_chunks: int = 1, matmul: Any = "auto"
+    problem: Problem,
+    mesh: Mesh,
+    comm: Communicator | None,
+    num_chunks: int = 1,
+    matmul: Any = "auto",
+    **choices: Any,
 ) -> dict[str, Program]:
-    """Return a layer: forward, and with all gradients; `comm` None = `dense_moe`."""
+    """Return a layer: forward, and with all gradients; `comm` None = `dense_moe`.
+
+    `choices` are further fields of `MoEConfig`.
+    """
     assert problem.intermediate is not None
     maker = comm or problem.communicator(mesh, "xla")
     config = MoEConfig(
@@ -134,6 +143,7 @@ def layer_programs(
         num_chunks=num_chunks,
         grouped_matmul=matmul,
         capacity_factor=capacity_factor_of(problem),
+        **choices,
     )
     parameters = init_parameters(config, jax.random.key(0), jnp.dtype(problem.dtype))
     draw = partial(jax.random.normal, shape=(problem.devices * problem.tokens, problem.hidden))
@@ -148,4 +158,4 @@ def layer_programs(
         return jnp.mean(forward(parameters, x).astype(jnp.float32) ** 2)
 
     step = jax.grad(loss, argnums=(0, 1))
-    return {"forward": (forward, (parameters, x)), "forward + backward": (step, (parameters, x))}
+    return {FORWARD: (forward, (parameters, x)), FORWARD_BACKWARD: (step, (parameters, x))}

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep.bench.command_line import add_sizes, add_trials, positive_int, positive_number
+from jax_deepep.bench.command_line import add_capacity_factor, add_sizes, add_trials, positive_int
 from jax_deepep.bench.kernel_trace import CPU_REASON, kernel_shares
 from jax_deepep.bench.layers import GATHERED, Program, experts_programs, layer_programs
-from jax_deepep.bench.problem import AXIS, DTYPES, WORST, Problem
+from jax_deepep.bench.problem import AXIS, DTYPES, Problem
 from jax_deepep.bench.processes import end_jax, start_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
-from jax_deepep.bench.trials import Timer, interleaved, wall_clock
+from jax_deepep.bench.trials import Timer, interleaved, queued, wall_clock
 from jax_deepep.moe.grouped_matmul import NAMES
 
 DEFAULT = Problem(256, 256, topk=4, experts=32, dtype="float32", intermediate=512)
@@ -44,8 +44,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_sizes(parser, sizes, vars(DEFAULT))
     parser.add_argument("--devices", type=positive_int, help="R, devices of the group (all; on a CPU 8)")
     parser.add_argument("--dtype", default=DEFAULT.dtype, choices=DTYPES)
-    parser.add_argument("--capacity-factor", type=_capacity, default=WORST, dest="capacity",
-                        help='a number, or "worst" (%(default)s)')  # fmt: skip
+    add_capacity_factor(parser)
     matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
     parser.add_argument(
         "--matmuls", nargs="*", choices=matmuls, help="grouped matmuls of the experts (those of the platform)"
@@ -62,19 +61,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_trials(parser, 10)
     add_outputs(parser)
     return parser.parse_args(arguments)
-
-
-def _capacity(text: str) -> str:
-    return WORST if text == WORST else f"{positive_number(text):g}x"
-
-
-def queued(run: Callable[[], Any], calls: int) -> Timer:
-    """Return a timer of `calls` calls in flight at once, per call."""
-
-    def seconds() -> float:
-        return wall_clock(lambda: [run() for _ in range(calls)]) / calls
-
-    return seconds
 
 
 def measure(

@@ -56,6 +56,15 @@ def wall_clock(run: Callable[[], Any]) -> float:
     return seconds
 
 
+def queued(run: Callable[[], Any], calls: int) -> Timer:
+    """Return a timer of `calls` calls in flight at once, per call."""
+
+    def seconds() -> float:
+        return wall_clock(lambda: [run() for _ in range(calls)]) / calls
+
+    return seconds
+
+
 def interleaved(
     timers: Mapping[str, Timer], trials: int, limit_s: float = float("inf")
 ) -> dict[str, np.ndarray]:

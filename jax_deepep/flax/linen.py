@@ -74,6 +74,7 @@ class MoE(nn.Module):
     alignment: int | None = MoEConfig.alignment
     grouped_matmul: Choice = MoEConfig.grouped_matmul
     num_chunks: int | None = MoEConfig.num_chunks
+    two_batch_overlap: bool = MoEConfig.two_batch_overlap
     wire: Wire | Format | None = MoEConfig.wire
     combine_wire: Wire | Format | None = MoEConfig.combine_wire
     dtype: Any = MoEConfig.dtype

@@ -25,6 +25,7 @@ def build_config(
     axis_name: str | tuple[str, ...] = "expert",
     max_tokens: int | None = None,
     num_chunks: int | None = None,
+    two_batch_overlap: bool = MoEConfig.two_batch_overlap,
     num_physical_experts: int | None = None,
     **choices: Any,
 ) -> MoEConfig:
@@ -33,7 +34,7 @@ def build_config(
     **Collective** without `comm`: see `jax_deepep.Communicator`.
 
     Args:
-        num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks,
+        num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks, two_batch_overlap,
             num_physical_experts: as in `MoEConfig`.
         comm: the communicator, for any number of layers of the same sizes. The arguments below are for a
             communicator that is made here.
@@ -52,7 +53,9 @@ def build_config(
         "hidden_size": hidden_size,
     }
     if comm is None:
-        comm = _communicator(mesh, axis_name, max_tokens, num_chunks, num_physical_experts, sizes)
+        comm = _communicator(
+            mesh, axis_name, max_tokens, num_chunks, two_batch_overlap, num_physical_experts, sizes
+        )
     elif mesh is not None and mesh != comm.mesh:
         raise ValueError(
             f"mesh: expected None or the communicator's mesh, {comm.mesh.shape}, got {mesh.shape}; leave "
@@ -60,7 +63,7 @@ def build_config(
         )
     return MoEConfig(
         comm, num_experts, num_experts_per_tok, hidden_size, intermediate_size, num_chunks=num_chunks,
-        num_physical_experts=num_physical_experts, **choices,
+        two_batch_overlap=two_batch_overlap, num_physical_experts=num_physical_experts, **choices,
     )  # fmt: skip
 
 
@@ -69,6 +72,7 @@ def _communicator(
     axis_name: str | tuple[str, ...],
     max_tokens: int | None,
     num_chunks: int | None,
+    two_batch_overlap: bool,
     num_physical_experts: int | None,
     sizes: dict[str, Any],
 ) -> Communicator:
@@ -84,7 +88,8 @@ def _communicator(
             "one call, or pass comm."
         )
     max_tokens = checked_integer("max_tokens", max_tokens, minimum=1)
-    num_chunks = 1 if num_chunks is None else checked_integer("num_chunks", num_chunks, minimum=1)
+    num_batches = 1 if num_chunks is None else checked_integer("num_chunks", num_chunks, minimum=1)
+    num_batches *= 2 if two_batch_overlap else 1
     if mesh is None:
         mesh = _mesh_here()
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
@@ -104,7 +109,7 @@ def _communicator(
                 f"{num_physical_experts}; pass the same number for each device, for example "
                 f"{round_up(num_physical_experts, num_devices)}."
             )
-    return Communicator(mesh, here, max_tokens=round_up(max_tokens, num_chunks) // num_chunks, **sizes)
+    return Communicator(mesh, here, max_tokens=round_up(max_tokens, num_batches) // num_batches, **sizes)
 
 
 def _mesh_here() -> Mesh:

@@ -61,6 +61,12 @@ class MoEConfig:
             NVIDIA GPUs where it supports the sizes, and ragged_dot elsewhere.
         num_chunks: a device's tokens are processed in this many chunks, one after the other, each recomputed
             for its gradient: only one chunk's rows are in memory. None = chosen per call, see `chunks_of`.
+        two_batch_overlap: a device's tokens (of each chunk) are processed in two halves, of which one
+            communicates while the other computes, forward and backward: for training and prefill on GPUs,
+            where dispatch and combine take a large part of the time. What is computed is that of two calls,
+            one after the other, with the same bits: capacities and drops are those of each half, and `MoEAux`
+            covers both. The gradients of weights are summed over the halves first, then over devices.
+            Each half has a dispatch and a combine of its own, and grouped matmuls of half the rows.
         wire: the format in which rows cross links in dispatch, as in `jax_deepep.dispatch`: experts compute
             on quantised rows, in `dtype`. "fp8", for example, or a `Wire` without `keep_quantized`.
         combine_wire: that of combine, as in `jax_deepep.combine`. With wire="fp8" and
@@ -93,6 +99,7 @@ class MoEConfig:
     alignment: int | None = None
     grouped_matmul: Choice = "auto"
     num_chunks: int | None = None
+    two_batch_overlap: bool = False
     wire: Wire | Format | None = None
     combine_wire: Wire | Format | None = None
     dtype: Any = None
@@ -156,7 +163,7 @@ class MoEConfig:
                 "capacity_factor: expected a positive, finite number, or None, got "
                 f"{self.capacity_factor!r}; 1.25 to 2 is usual."
             )
-        for name in ("use_bias_correction", "gated"):
+        for name in ("use_bias_correction", "gated", "two_batch_overlap"):
             if not isinstance(value := getattr(self, name), bool | np.bool_):
                 raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool.")
         gating.check_choices(
@@ -286,6 +293,11 @@ class MoEConfig:
         if self.alignment is not None:
             sizes["alignment"] = self.alignment
         return chosen(self.grouped_matmul, self.comm.platform, **sizes)
+
+    @property
+    def batches_per_chunk(self) -> int:
+        """2 with `two_batch_overlap`, otherwise 1."""
+        return 2 if self.two_batch_overlap else 1
 
     def chunks_of(self, num_tokens: int, dtype: Any) -> int:
         """Return into how many chunks a call of the layer splits the tokens of a device.

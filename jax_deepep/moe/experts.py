@@ -64,14 +64,15 @@ def routed_experts(
         return apply_to_blocks(partial(_network, activation), alignment, rows, weights, group_sizes)
     multiply = grouped_matmul(choice, alignment)
     products = [
-        checkpoint_name(multiply(rows, matrix, group_sizes), HIDDEN) for matrix in input_matrices(weights)
+        checkpoint_name(multiply(rows, matrix, group_sizes), HIDDEN)
+        for matrix in input_matrices(weights).values()
     ]
     return after_products(products, group_sizes, weights["wo"], activation=activation, multiply=multiply)
 
 
-def input_matrices(weights: Weights) -> list[jax.Array]:
+def input_matrices(weights: Weights) -> dict[str, jax.Array]:
     """Return `wi_0` and, where there is one, `wi_1`."""
-    return [weights[name] for name in ("wi_0", "wi_1") if name in weights]
+    return {name: weights[name] for name in ("wi_0", "wi_1") if name in weights}
 
 
 def after_products(

@@ -19,21 +19,17 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_deepep import gating, jax_compat
-from jax_deepep.balancing import to_physical_experts
+from jax_deepep import jax_compat
 from jax_deepep.capacity import round_up
 from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.deprecation import renamed_arguments
-from jax_deepep.moe.aux import Call, Counts, MoEAux, Scope, Sequences, Sums, global_aux, local_aux
+from jax_deepep.moe.aux import Call, MoEAux, Scope, Sequences, global_aux, local_aux
+from jax_deepep.moe.chunk import ROUTER, Tokens, apply_to_chunk
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.fair_drops import omit_excess
-from jax_deepep.moe.overlapped import dispatch_to_experts
-from jax_deepep.moe.routing import Given, Routing, check_given, given_by, route
-from jax_deepep.ops.combine import combine
+from jax_deepep.moe.routing import Given, check_given, given_by
 
 Parameters = Mapping[str, jax.Array]
 Router = Callable[[jax.Array], jax.Array | tuple[jax.Array, jax.Array]]
-ROUTER = ("gate", "gate_bias")
 
 
 @renamed_arguments(placement="expert_map")
@@ -129,7 +125,7 @@ def _layer(
     expert_map: jax.Array | None,
     given: Given,
 ) -> tuple[jax.Array, MoEAux | None]:
-    padded = _padded(config, call.num_tokens, call.num_chunks)
+    padded = _padded(config, call.num_tokens, call.num_chunks * config.batches_per_chunk)
     split = P(config.token_axes)
 
     def flat(value: jax.Array, last: tuple[int, ...]) -> jax.Array:
@@ -210,14 +206,17 @@ def _check(config: Any, parameters: Parameters, x: Any, expert_map: Any) -> None
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: expected shape [..., hidden_size={config.hidden_size}], got {list(x.shape)}.")
     num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks or 1
-    of_chunk = _padded(config, num_tokens, num_chunks) // (config.num_token_shards * num_chunks)
-    if of_chunk > config.comm.max_tokens:
-        chunks = "" if num_chunks == 1 else f" in each of {num_chunks} chunks"
-        needed = -(-of_chunk * num_chunks // config.comm.max_tokens)
+    num_batches = num_chunks * config.batches_per_chunk
+    of_batch = _padded(config, num_tokens, num_batches) // (config.num_token_shards * num_batches)
+    if of_batch > config.comm.max_tokens:
+        parts = "" if num_chunks == 1 else f" in each of {num_chunks} chunks"
+        if config.two_batch_overlap:
+            parts += " in each half"
+        needed = -(-of_batch * num_chunks // config.comm.max_tokens)
         raise ValueError(
-            f"x: expected at most max_tokens={config.comm.max_tokens} tokens on each device{chunks}, got "
-            f"{of_chunk} on each of {config.num_token_shards} devices; make the communicator with max_tokens="
-            f"{of_chunk}, or split the tokens into num_chunks={needed} chunks."
+            f"x: expected at most max_tokens={config.comm.max_tokens} tokens on each device{parts}, got "
+            f"{of_batch} on each of {config.num_token_shards} devices; make the communicator with max_tokens="
+            f"{of_batch}, or split the tokens into num_chunks={needed} chunks."
         )
 
 
@@ -241,10 +240,10 @@ def _described(mesh: Any) -> str:
     return f"[{kinds}]"
 
 
-def _padded(config: MoEConfig, num_tokens: int, num_chunks: int) -> int:
+def _padded(config: MoEConfig, num_tokens: int, num_batches: int) -> int:
     # At least one token per device: without, the router would use empty arrays inside the shard_map, on which
     # XLA of JAX 0.11.2 crashes.
-    return round_up(max(num_tokens, 1), config.num_token_shards * num_chunks)
+    return round_up(max(num_tokens, 1), config.num_token_shards * num_batches)
 
 
 def _per_device(
@@ -273,13 +272,14 @@ def _per_device(
     device = lax.axis_index(config.token_axes)
     position = device * num_tokens + jnp.arange(num_tokens, dtype=jnp.int32)
 
-    apply = functools.partial(_chunk, config, call, sequences, device, weights, expert_map)
+    apply = functools.partial(apply_to_chunk, config, call, sequences, device, weights, expert_map)
+    tokens = Tokens(position, *of_tokens)
     if call.num_chunks == 1:
-        out, per_token, counts = apply(position, *of_tokens)
+        out, per_token, counts = apply(tokens)
     else:
         recomputed = jax.checkpoint(apply, prevent_cse=False)
-        chunks = jax.tree.map(lambda v: v.reshape(call.num_chunks, -1, *v.shape[1:]), (position, *of_tokens))
-        _, (out, per_token, counts) = lax.scan(lambda carry, chunk: (carry, recomputed(*chunk)), None, chunks)
+        chunks = jax.tree.map(lambda v: v.reshape(call.num_chunks, -1, *v.shape[1:]), tokens)
+        _, (out, per_token, counts) = lax.scan(lambda carry, chunk: (carry, recomputed(chunk)), None, chunks)
         out, per_token = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), (out, per_token))
         counts = jax.tree.map(lambda v: v.sum(axis=0, dtype=v.dtype), counts)
 
@@ -300,86 +300,3 @@ def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:
         if axis == "embed" and config.axis_rules["embed"]:
             value = lax.all_gather(value, config.axis_rules["embed"], axis=position, tiled=True)
     return value
-
-
-def _chunk(
-    config: MoEConfig,
-    call: Call,
-    sequences: Sequences,
-    device: jax.Array,
-    parameters: dict[str, jax.Array],
-    expert_map: jax.Array | None,
-    position: jax.Array,
-    x: jax.Array,
-    given: Given,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None], Counts]:
-    """Return (output [T, H], the two fields of `MoEAux` with a value per token, `Counts`)."""
-    is_token = position < call.num_tokens
-    if given.mask is not None:
-        is_token &= given.mask
-    routing = route(config, parameters, x, is_token, given)
-    topk_idx = routing.topk_idx
-    if expert_map is not None:
-        # An invalid expert must not become a valid physical expert.
-        topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
-        topk_idx = to_physical_experts(topk_idx, position, expert_map, num_experts=config.num_experts)
-    capacity, alignment = config.rows(len(x))
-    topk_idx = omit_excess(config, topk_idx, routing.topk_weights, capacity, alignment)
-
-    # Marked before dispatch as varying along the tensor axis too, so that the gradients of the tokens are
-    # summed along it, and not those of all received rows.
-    all_axes = frozenset(config.mesh.axis_names)
-    x, topk_weights = (jax_compat.as_varying(value, all_axes) for value in (x, routing.topk_weights))
-    x = x.astype(call.dtype)
-    weights = {name: value.astype(call.dtype) for name, value in parameters.items() if name not in ROUTER}
-    options = {
-        "layout": "expert",
-        "capacity": capacity,
-        "expert_capacity": config.expert_capacity,
-        "alignment": alignment,
-    }
-    y, handle, bias = dispatch_to_experts(config, weights, x, topk_idx, topk_weights, options)
-    out = combine(y, handle, comm=config.comm, bias=bias, wire=config.combine_wire)
-    if given.mask is not None:  # a shared expert may not be 0 for x = 0
-        out = jnp.where(given.mask[:, None], out, jnp.zeros((), out.dtype))
-    drops = None
-    if config.may_drop(len(x)):
-        dropped = jnp.where(handle.destination < 0, routing.counted, -1)
-        drops = gating.expert_load(dropped, config.num_experts)
-    logits = routing.logits if call.router_logits else None
-    of_sequences = None
-    if call.sequence_loss:
-        of_sequences = functools.partial(
-            sequences.sums, position // sequences.length - sequences.first(device)
-        )
-    counts = _counts(config, is_token, routing, drops, handle.num_received, of_sequences)
-    return out, (routing.topk_idx, logits), counts
-
-
-def _counts(
-    config: MoEConfig,
-    is_token: jax.Array,
-    routing: Routing,
-    drops: jax.Array | None,
-    num_received: jax.Array,
-    of_sequences: Callable[[jax.Array], jax.Array] | None,
-) -> Counts:
-    """Count what the tokens of one device, or one chunk of them, chose."""
-    num_tokens, num_experts = len(is_token), config.num_experts
-    if routing.logits is None:
-        probability, z = jnp.zeros((num_tokens, num_experts), jnp.float32), jnp.zeros((), jnp.float32)
-    else:
-        probability = gating.router_probabilities(routing.logits, config.score_function)
-        probability = jnp.where(is_token[:, None], probability, 0)
-        z = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
-        z = jnp.where(is_token, z, 0).sum()
-    every = Sums(
-        gating.expert_load(routing.counted, num_experts),
-        probability.sum(axis=0),
-        is_token.sum(dtype=jnp.int32),
-    )
-    sequences = None
-    if of_sequences is not None:
-        is_chosen = jax.vmap(functools.partial(gating.expert_load, num_experts=num_experts))(routing.counted)
-        sequences = Sums(*map(of_sequences, (is_chosen, probability, is_token.astype(jnp.int32))))
-    return Counts(every, sequences, z, drops, num_received)

@@ -1,178 +1,171 @@
-"""Dispatch with what a layer computes while it, or its gradient, is in flight.
+"""Dispatch, experts and combine of a layer: what is computed while which op is in flight.
 
-    forward     start(dispatch) → shared experts → done → products with wi_0 and wi_1
-    backward    gradient of the rows → start(combine) → gradients of wi_0, wi_1, shared experts → done
+    forward     dispatch           beside the shared experts
+                combine
+    backward    combine            beside the shared experts
+                dispatch           beside the gradients of wi_0 and wi_1
 
-Without shared experts nothing runs beside dispatch, which is a plain op then.
+With two batches, A and B, one communicates while the other computes:
+
+    forward     dispatch of A      beside the shared experts of A and B
+                dispatch of B      beside the experts of A
+                combine of A       beside the experts of B
+                combine of B
+    backward    combine of B       beside the shared experts of A and B
+                combine of A       beside the experts of B, without the gradients of wi_0 and wi_1
+                dispatch of B      beside these, and the experts of A, without those of wi_0 and wi_1
+                dispatch of A      beside these
+
+dispatch and combine of the backward pass are the gradients of these ops. An op with nothing beside it is a
+whole op. One op is in flight at a time: two would share the link, so that the first one, which is waited for,
+would end later. grouped_matmul="blocks" has no separate gradients of wi_0 and wi_1.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.experts import HIDDEN, after_products, input_matrices, routed_experts, shared_experts
-from jax_deepep.moe.grouped_matmul import GroupedMatmul, grouped_matmul
-from jax_deepep.ops import native, pairs, verbs
-from jax_deepep.ops.autodiff import without_integer_tangents
-from jax_deepep.ops.dispatch import Request, checked_request, dispatch
-from jax_deepep.ops.handle import Handle, RouteShape
+from jax_deepep.moe.steps import Batch, Saved, Steps, Weights
+from jax_deepep.ops import autodiff, native
+from jax_deepep.ops.dispatch import checked_request
 from jax_deepep.ops.implementations import implementation_of
-from jax_deepep.ops.overlap import dispatch_done, dispatch_start
-
-CHANNEL = 1  # of the pairs; other ops are on channel 0
-
-Products = tuple[tuple[jax.Array, ...], Handle[Any]]
+from jax_deepep.ops.wire import checked_wire
 
 
-def dispatch_to_experts(
-    config: MoEConfig,
-    weights: dict[str, jax.Array],
-    x: jax.Array,
-    topk_idx: jax.Array,
-    topk_weights: jax.Array,
-    options: dict[str, Any],
-) -> tuple[jax.Array, Handle[Any], jax.Array | None]:
-    """Send the tokens of a device to the experts' networks.
+class Applied(NamedTuple):
+    """The results of a batch.
+
+    Attributes:
+        out: [T, H], the sum of routed and shared experts.
+        destination, num_received: of the handle of its dispatch.
+    """
+
+    out: jax.Array
+    destination: jax.Array
+    num_received: jax.Array
+
+
+def apply_experts(config: MoEConfig, batches: Sequence[Batch], options: dict[str, Any]) -> list[Applied]:
+    """Send the tokens of one or two batches through the experts.
 
     Args:
         config: static.
-        weights: of the experts.
-        x: [T, H].
-        topk_idx, topk_weights: [T, K].
-        options: layout="expert", capacity, expert_capacity and alignment.
+        batches: of the same shapes.
+        options: layout="expert", capacity, expert_capacity and alignment of each dispatch.
 
     Returns:
-        (the operand of combine, the handle, the output of the shared experts [T, H] or None).
+        The results of each batch, the same bits as alone.
     """
-    choice, alignment = config.experts_by, options["alignment"]
-    shared = None
-    if config.shared_intermediate_size:
-        shared = partial(shared_experts, weights=weights, activation=config.activation)
-    request = checked_request("dispatch", x, topk_idx, topk_weights, config.comm, options, config.wire, None)
-    if choice != "blocks" and implementation_of(request.shape, known_routes=False) is native:
-        multiply = grouped_matmul(choice, alignment)
-        products, handle, bias = _dispatch_to_products(
-            request, input_matrices(weights),
-            multiply=multiply, name=HIDDEN, meanwhile=shared,
-        )  # fmt: skip
-        rest = partial(after_products, activation=config.activation, multiply=multiply)
-        return rest(products, handle.group_sizes, weights["wo"]), handle, bias
-    bias = None
-    if shared is None:
-        dispatched, handle = dispatch(
-            x, topk_idx, topk_weights, comm=config.comm, wire=config.wire, **options
-        )
+    requests = [
+        checked_request("dispatch", *batch.sent, config.comm, options, config.wire, None) for batch in batches
+    ]
+    batches = [
+        Batch(batch.weights, *request.operands) for batch, request in zip(batches, requests, strict=True)
+    ]
+    combine_wire = checked_wire("combine", config.combine_wire, batches[0].x)
+    steps = Steps(
+        requests[0].shape, requests[0].wire, combine_wire,
+        config.activation, config.experts_by, options["alignment"],
+    )  # fmt: skip
+    if implementation_of(steps.shape) is not native:
+        return [_apply_plainly(steps, batch) for batch in batches]
+    results: list[Applied] = autodiff.without_integer_tangents(_apply(steps, batches))
+    return results
+
+
+def _apply_plainly(steps: Steps, batch: Batch) -> Applied:
+    tokens, handle = autodiff.without_integer_tangents(
+        autodiff.dispatch(steps.shape, steps.wire, *batch.sent)
+    )
+    bias = steps.shared_experts(batch.x, batch.shared) if batch.shared else None
+    y = steps.experts(tokens, batch.weights, handle.group_sizes)
+    out = autodiff.combine(steps.shape, steps.combine_wire, y, handle.weights, bias, handle.routes)
+    return Applied(out, handle.destination, handle.num_received)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(steps: Steps, batches: list[Batch]) -> list[Applied]:
+    return _forward(steps, batches)[0]
+
+
+def _forward(steps: Steps, batches: list[Batch]) -> tuple[list[Applied], list[Saved]]:
+    a, *others = batches
+    biases: list[Any] = [None] * len(batches)
+    pull_backs: list[Any] = [None] * len(batches)
+    if a.shared:
+        shared = partial(_shared_experts, steps, batches)
+        at_a, (biases, pull_backs) = steps.dispatch(a, shared, *(batch.x for batch in batches))
     else:
-        sent = dispatch_start(x, topk_idx, topk_weights, comm=config.comm, wire=config.wire, **options)
-        bias = sent.meanwhile(shared, x)
-        dispatched, handle = dispatch_done(sent)
-    y = routed_experts(
-        dispatched.tokens,
-        dispatched.group_sizes,
-        weights,
-        activation=config.activation,
-        choice=choice,
-        alignment=alignment,
-    )
-    return y, handle, bias
+        at_a, _ = steps.dispatch(a)
+    experts_a = partial(steps.experts_saved, a, at_a.handle)
+    if not others:
+        y_a, of_a = experts_a(at_a.tokens)
+        out_a, _ = steps.combine(y_a, at_a.handle, biases[0])
+        outs, saved = [out_a], [of_a]
+    else:
+        (b,) = others
+        at_b, (y_a, of_a) = steps.dispatch(b, experts_a, at_a.tokens)
+        experts_b = partial(steps.experts_saved, b, at_b.handle)
+        out_a, (y_b, of_b) = steps.combine(y_a, at_a.handle, biases[0], experts_b, at_b.tokens)
+        out_b, _ = steps.combine(y_b, at_b.handle, biases[1])
+        outs, saved = [out_a, out_b], [of_a._replace(y=y_a), of_b._replace(y=y_b)]
+    handles = [of.received.handle for of in saved]
+    results = [
+        Applied(out, handle.destination, handle.num_received)
+        for out, handle in zip(outs, handles, strict=True)
+    ]
+    return results, [of._replace(pull_back_shared=back) for of, back in zip(saved, pull_backs, strict=True)]
 
 
-def _dispatch_to_products(
-    request: Request,
-    matrices: Sequence[jax.Array],
-    *,
-    multiply: GroupedMatmul,
-    name: str,
-    meanwhile: Callable[[jax.Array], jax.Array] | None,
-) -> tuple[tuple[jax.Array, ...], Handle[Any], jax.Array | None]:
-    """Dispatch expert-major rows and multiply them with several matrices.
-
-    Args:
-        request: the dispatch, with x, topk_idx and topk_weights as operands.
-        matrices: [L, H, F] each.
-        multiply: the grouped matmul.
-        name: of the products in policies of jax.checkpoint.
-        meanwhile: a function of x that is computed while the dispatch is in flight, or None.
-
-    Returns:
-        (the products [C, F], the handle, the result of `meanwhile`).
-    """
-    verb, way = verbs.dispatch(request.wire), pairs.Way(CHANNEL, forward=meanwhile is not None)
-    flight = pairs.start(verb, request.shape, way, request.operands)
-    beside = None
-    if meanwhile is not None:
-        flight, beside = pairs.compute_beside(flight, meanwhile, request.operands[0])
-    products, handle = _done(verb, request.shape, way, multiply, name, flight, tuple(matrices))
-    return products, without_integer_tangents(handle), beside
+def _shared_experts(steps: Steps, batches: Sequence[Batch], *xs: jax.Array) -> tuple[Any, Any]:
+    """Return (the outputs of all batches, their pullbacks)."""
+    results = [jax.vjp(steps.shared_experts, x, batch.shared) for x, batch in zip(xs, batches, strict=True)]
+    return [out for out, _ in results], [pull_back for _, pull_back in results]
 
 
-def _gradient(
-    function: Callable[[jax.Array], jax.Array], operand: jax.Array, cotangent: jax.Array
-) -> jax.Array:
-    _, transposed = jax.vjp(function, operand)
-    gradient: jax.Array = transposed(cotangent)[0]
-    return gradient
+def _backward(steps: Steps, saved: list[Saved], cotangents: list[Applied]) -> tuple[list[Batch]]:
+    outs = [cotangent.out for cotangent in cotangents]
+    *others, last = saved
+    of_shared: list[Any] = [None] * len(saved)
+    if last.pull_back_shared is None:
+        (of_y, of_weights), _ = steps.gradients_of_combine(last, outs[-1])
+    else:
+        shared = partial(_gradients_of_shared, saved)
+        (of_y, of_weights), of_shared = steps.gradients_of_combine(last, outs[-1], shared, *outs)
+    experts = partial(steps.gradients_of_experts, last)
+    if not others:
+        of_experts = experts(of_y)
+        sent, of_matrices, _ = steps.gradients_of_dispatch(last, of_experts, of_weights)
+        gradients = [(sent, of_experts.weights | of_matrices)]
+    else:
+        (a,) = others
+        (of_y_a, of_weights_a), of_experts = steps.gradients_of_combine(a, outs[0], experts, of_y)
+        experts_a = partial(steps.gradients_of_experts, a)
+        sent, of_matrices, of_experts_a = steps.gradients_of_dispatch(
+            last, of_experts, of_weights, experts_a, of_y_a
+        )
+        sent_a, of_matrices_a, _ = steps.gradients_of_dispatch(a, of_experts_a, of_weights_a)
+        gradients = [
+            (sent_a, of_experts_a.weights | of_matrices_a), (sent, of_experts.weights | of_matrices)
+        ]  # fmt: skip
+    return ([_sum(*of, shared) for of, shared in zip(gradients, of_shared, strict=True)],)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _done(
-    verb: pairs.Verb,
-    shape: RouteShape,
-    way: pairs.Way,
-    multiply: GroupedMatmul,
-    name: str,
-    flight: pairs.Flight,
-    matrices: tuple[jax.Array, ...],
-) -> Products:
-    tokens, handle = pairs.done(verb, shape, way, flight)
-    return tuple(multiply(tokens, matrix, handle.group_sizes) for matrix in matrices), handle
+def _gradients_of_shared(saved: Sequence[Saved], *outs: jax.Array) -> list[tuple[jax.Array, Weights]]:
+    batches = zip(saved, outs, strict=True)
+    return [of.pull_back_shared(out) for of, out in batches if of.pull_back_shared is not None]
 
 
-def _done_forward(
-    verb: pairs.Verb,
-    shape: RouteShape,
-    way: pairs.Way,
-    multiply: GroupedMatmul,
-    name: str,
-    flight: pairs.Flight,
-    matrices: tuple[jax.Array, ...],
-) -> tuple[Products, Any]:
-    (tokens, handle), saved = pairs.done_forward(verb, shape, way, flight)
-    products = tuple(
-        checkpoint_name(multiply(tokens, matrix, handle.group_sizes), name) for matrix in matrices
-    )
-    return (products, handle), (tokens, saved, matrices)
+def _sum(sent: Any, weights: Weights, shared: tuple[jax.Array, Weights] | None) -> Batch:
+    """Return the gradients of a batch, from those by the routed and those by the shared experts."""
+    if shared is None:
+        return Batch(weights, *sent)
+    x, *routing = sent
+    of_x, of_weights = shared
+    return Batch(weights | of_weights, x + of_x, *routing)
 
 
-def _done_backward(
-    verb: pairs.Verb,
-    shape: RouteShape,
-    way: pairs.Way,
-    multiply: GroupedMatmul,
-    name: str,
-    residuals: Any,
-    cotangents: Products,
-) -> tuple[pairs.Flight, tuple[jax.Array, ...]]:
-    tokens, saved, matrices = residuals
-    group_sizes = saved.of_verb.group_sizes
-    of_products, of_handle = cotangents
-
-    # Of one operand each: the two are on either side of the start.
-    def of_rows(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-        return _gradient(lambda rows: multiply(rows, matrix, group_sizes), tokens, gradient)
-
-    def of_matrix(matrix: jax.Array, gradient: jax.Array) -> jax.Array:
-        return _gradient(lambda matrix: multiply(tokens, matrix, group_sizes), matrix, gradient)
-
-    first, *others = map(of_rows, matrices, of_products)
-    flight = pairs.start_transposed(verb, shape, way, saved, (sum(others, first), of_handle))
-    return pairs.compute_beside(
-        flight, lambda gradients: tuple(map(of_matrix, matrices, gradients)), of_products
-    )
-
-
-_done.defvjp(_done_forward, _done_backward)
+_apply.defvjp(_forward, _backward)

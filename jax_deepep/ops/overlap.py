@@ -51,7 +51,7 @@ class InFlight(Generic[Result]):
         self._outputs: Any = None  # of an op that start has done
         if implementation_of(shape, known_routes=known_routes) is native:
             self._channel = self._take_channel()
-            self._flight = pairs.start(verb, shape, pairs.Way(self._channel), operands)
+            self._flight = pairs.start(verb, shape, self._channel, operands)
             self._pending.add(self)
         else:  # the others cannot be parted
             self._outputs = run(shape, *operands)
@@ -97,7 +97,7 @@ class InFlight(Generic[Result]):
         self._is_done = True
         self._pending.discard(self)
         if self._flight is not None:
-            self._outputs = pairs.done(self._verb, self._shape, pairs.Way(self._channel), self._flight)
+            self._outputs = pairs.done(self._verb, self._shape, self._channel, self._flight)
             self._flight = None
         outputs, self._outputs = self._outputs, None
         return self._finish(outputs)

@@ -141,23 +141,12 @@ def _beside(values: Sequence[jax.Array], others: Sequence[jax.Array]) -> list[ja
     return [jnp.where(never, jnp.zeros((), other.dtype), other) for other in others]
 
 
-class Way(NamedTuple):
-    """Static: on which channel a pair runs, and whether forward too; otherwise, start does all of the op."""
-
-    channel: int
-    forward: bool = True
-
-
-def start(verb: Verb, shape: RouteShape, way: Way, operands: Any) -> Flight:
+def start(verb: Verb, shape: RouteShape, channel: int, operands: Any) -> Flight:
     """Begin an op."""
     # Only `_link` is differentiated: gradients pass through none of these.
     call = verb.call(shape, *lax.stop_gradient(without_integer_tangents(operands)))
-    if way.forward:
-        results, token = call.start(way.channel)
-    else:
-        results = call.run()
-        (token,) = _beside(results, [jnp.zeros((), jnp.float32)])
-    operands, transposed, token = _link(verb, shape, way, operands, token)
+    results, token = call.start(channel)
+    operands, transposed, token = _link(verb, shape, channel, operands, token)
     return Flight(call, results, without_integer_tangents(operands), transposed, token)
 
 
@@ -165,7 +154,7 @@ Link = tuple[Any, list[jax.Array], jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _link(verb: Verb, shape: RouteShape, way: Way, operands: Any, token: jax.Array) -> Link:
+def _link(verb: Verb, shape: RouteShape, channel: int, operands: Any, token: jax.Array) -> Link:
     """Return what of a flight has cotangents: operands, `transposed` and token."""
     types = _Transposed.of(verb, shape, operands).types()
     transposed = [jnp.zeros(of.shape, _float_type(of)) for of in types]
@@ -173,19 +162,19 @@ def _link(verb: Verb, shape: RouteShape, way: Way, operands: Any, token: jax.Arr
 
 
 def _link_forward(
-    verb: Verb, shape: RouteShape, way: Way, operands: Any, token: jax.Array
+    verb: Verb, shape: RouteShape, channel: int, operands: Any, token: jax.Array
 ) -> tuple[Link, _Transposed]:
-    return _link(verb, shape, way, operands, token), _Transposed.of(verb, shape, operands)
+    return _link(verb, shape, channel, operands, token), _Transposed.of(verb, shape, operands)
 
 
 def _link_backward(
-    verb: Verb, shape: RouteShape, way: Way, transposed: _Transposed, cotangents: Link
+    verb: Verb, shape: RouteShape, channel: int, transposed: _Transposed, cotangents: Link
 ) -> tuple[Any, None]:
     operands, values, token = cotangents
     arrays = [_as_type(value, of.dtype) for value, of in zip(values, transposed.types(), strict=True)]
     num_operands = len(transposed.call.operands)
     call = dataclasses.replace(transposed.call, operands=tuple(arrays[:num_operands]))
-    results = call.done(way.channel, arrays[num_operands:], token)
+    results = call.done(channel, arrays[num_operands:], token)
     return verb.gradients(operands, call.operands, results), None
 
 
@@ -193,24 +182,10 @@ _link.defvjp(_link_forward, _link_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def done(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> Any:
+def done(verb: Verb, shape: RouteShape, channel: int, flight: Flight) -> Any:
     """End an op and return its outputs."""
-    results = flight.results
-    if way.forward:
-        results = flight.call.done(way.channel, results, flight.token)
+    results = flight.call.done(channel, flight.results, flight.token)
     return verb.outputs(shape, flight.operands, results)
-
-
-class Saved(NamedTuple):
-    """What the gradient of an op needs.
-
-    Attributes:
-        of_verb: from `Verb.saved`.
-        types: of the op's operands.
-    """
-
-    of_verb: Any
-    types: "_Types"
 
 
 @jax.tree_util.register_static
@@ -231,28 +206,55 @@ class _Types:
         return jax.tree.unflatten(structure, _beside([token], leaves))
 
 
-def done_forward(verb: Verb, shape: RouteShape, way: Way, flight: Flight) -> tuple[Any, Saved]:
-    """Return the outputs, and what `start_transposed` needs."""
-    outputs = done(verb, shape, way, flight)
+Saved = tuple[Any, _Types]  # what `Verb.saved` returned, and the types of the op's operands
+
+
+def _done_forward(verb: Verb, shape: RouteShape, channel: int, flight: Flight) -> tuple[Any, Saved]:
+    outputs = done(verb, shape, channel, flight)
     if verb.name is not None:
         outputs = checkpoint_name(outputs, verb.name)
-    return outputs, Saved(verb.saved(flight.operands, outputs), _Types.of(flight.operands))
+    return outputs, (verb.saved(flight.operands, outputs), _Types.of(flight.operands))
 
 
-def _done_backward(verb: Verb, shape: RouteShape, way: Way, saved: Saved, cotangents: Any) -> tuple[Flight]:
-    return (start_transposed(verb, shape, way, saved, cotangents),)
-
-
-def start_transposed(verb: Verb, shape: RouteShape, way: Way, saved: Saved, cotangents: Any) -> Flight:
-    """Begin the transposed op; return the cotangent of the flight."""
-    call = verb.transpose(shape, saved.of_verb, cotangents)
+def _done_backward(
+    verb: Verb, shape: RouteShape, channel: int, saved: Saved, cotangents: Any
+) -> tuple[Flight]:
+    of_verb, types = saved
+    call = verb.transpose(shape, of_verb, cotangents)
     # Before start, so that it has the operands of done.
     call = dataclasses.replace(call, operands=tuple(_beside(call.operands, call.operands)))
-    results, token = call.start(way.channel)
+    results, token = call.start(channel)
     arrays = [_as_type(value, _float_type(value)) for value in (*call.operands, *results)]
     zero: Any = None
     # `_link` does not use the cotangents of operands; None would get a wrong type, see `_beside`.
-    return Flight(zero, zero, saved.types.zeros(token), arrays, token)
+    return (Flight(zero, zero, types.zeros(token), arrays, token),)
 
 
-done.defvjp(done_forward, _done_backward)
+done.defvjp(_done_forward, _done_backward)
+
+
+Beside = Callable[..., tuple[Any, Any]]
+
+
+def run_beside(
+    call: Call, channel: int, function: Beside | None, *operands: Any
+) -> tuple[list[jax.Array], tuple[Any, Any]]:
+    """Run an op, and a function while it is in flight; for rules of differentiation: it has no gradient.
+
+    Args:
+        call: the op.
+        channel: on which it is in flight.
+        function: (operands) → (results that are computed before the op ends, further results); None for a
+            whole op, on channel 0.
+        operands: pytrees of arrays, not used before the op has started.
+
+    Returns:
+        (the results of the op, those of the function; None for both of them without one).
+    """
+    if function is None:
+        return call.run(), (None, None)
+    results, token = call.start(channel)
+    token, operands = order(token, operands)
+    computed, others = function(*operands)
+    token, computed = order(token, computed)
+    return call.done(channel, results, token), (computed, others)

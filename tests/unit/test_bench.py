@@ -127,7 +127,8 @@ def test_wrong_arguments(capsys) -> None:
     assert main(["ops", "--capacity", "0"]) == 2
     assert 'capacity: expected "worst", "fitting", rows' in capsys.readouterr().err
     assert main(["opps", "--tokens", "1"]) == 2
-    assert "command: expected ops, moe, routing, formats or model, got 'opps'" in capsys.readouterr().err
+    expected = "command: expected ops, moe, overlap, routing, formats or model, got 'opps'"
+    assert expected in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,59 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     assert calls["__gpu$xla.gpu.triton"] in ((9, 9 + 4) if matmul == "triton" else (0,))
 
 
+ONE_BATCH = [
+    "dispatch | 3 shared", "3 experts", "combine",
+    "cached_dispatch | 6 shared", "4 experts", "combine | 2 experts",
+]  # fmt: skip
+TWO_BATCHES = [
+    "dispatch | 6 shared", "dispatch | 3 experts", "combine | 3 experts", "combine",
+    "cached_dispatch | 12 shared", "cached_dispatch | 4 experts",
+    "combine | 6 experts", "combine | 2 experts",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("comm", ["throughput"], indirect=True)
+@pytest.mark.parametrize(("two", "expected"), [(False, ONE_BATCH), (True, TWO_BATCHES)], ids=["one", "two"])
+def test_what_a_layer_computes_beside_its_ops(comm: ep.Communicator, two: bool, expected: list[str]) -> None:
+    """Ops and matmuls in the order of the program: those from the start of an op to its done beside it."""
+
+    def product(rows, matrices, group_sizes):  # a dot of two dimensions would be one of the shared experts
+        return jnp.einsum("ch,lhf->cf", rows, matrices)
+
+    config = build_config(
+        32, 4, 128, 256, comm=comm, grouped_matmul=product, shared_intermediate_size=64, two_batch_overlap=two
+    )
+    x = global_array(comm, (comm.mesh.size * 16, 128), jnp.float32)
+    parameters = {
+        name: global_array(comm, shape, jnp.float32, config.spec(name))
+        for name, (shape, _) in config.parameters.items()
+    }
+    routing = [global_array(comm, (x.shape[0], 4), dtype) for dtype in (jnp.int32, jnp.float32)]
+
+    def loss(parameters, x, topk_idx, topk_weights):
+        out, _ = moe(config, parameters, x, topk_idx=topk_idx, topk_weights=topk_weights)
+        return jnp.sum(out**2)
+
+    _, text = calls_of(jax.grad(loss, argnums=(0, 1)), parameters, x, *routing)
+    names = {code: name for name, code in native_module.numbers().parts.items()}
+    steps: list[tuple[str, Counter]] = [("", Counter())]
+    for line in text.splitlines():
+        if found := re.search(
+            r"custom_call @jax_deepep_([a-z_]*?)(?:_uncaptured)?\(.*site = dense<\[(.*?)\]>", line
+        ):
+            part = names[int(found[2].split(",")[5])]
+            steps.append(("" if part == "done" else found[1], Counter()))
+            if part == "whole":
+                steps.append(("", Counter()))
+        elif "stablehlo.dot_general" in line:
+            steps[-1][1]["shared" if "x64x" in line or "x64>" in line or "<64x" in line else "experts"] += 1
+    described = [
+        " | ".join(filter(None, [op, *(f"{count} {kind}" for kind, count in computed.items())]))
+        for op, computed in steps
+    ]
+    assert [step for step in described if step] == expected
+
+
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
 @pytest.mark.parametrize("matmul", ["triton", "ragged_dot"])
 def test_a_layer_under_x64_and_strict_promotion(comm: ep.Communicator, matmul: str) -> None:

@@ -1,0 +1,160 @@
+"""What a device does with a chunk of its tokens: choose experts, apply them, count.
+
+With `two_batch_overlap` it does so with each half of the chunk, of which one communicates while the other
+computes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax  # noqa
+
+from jax_deepep import gating, jax_compat
+from jax_deepep.balancing import to_physical_experts
+from jax_deepep.moe.aux import Call, Counts, Sequences, Sums
+from jax_deepep.moe.config import MoEConfig
+from jax_deepep.moe.fair_drops import omit_excess
+from jax_deepep.moe.overlapped import Applied, apply_experts
+from jax_deepep.moe.routing import Given, Routing, route
+from jax_deepep.moe.steps import Batch
+
+ROUTER = ("gate", "gate_bias")
+
+PerToken = tuple[jax.Array, jax.Array | None]  # the two fields of `MoEAux` with a value per token
+
+
+class Tokens(NamedTuple):
+    """Tokens of one device.
+
+    Attributes:
+        position: int32 [T], their indices among those of all devices.
+        x: [T, H].
+        given: what the caller gave for them.
+    """
+
+    position: jax.Array
+    x: jax.Array
+    given: Given
+
+
+def apply_to_chunk(
+    config: MoEConfig,
+    call: Call,
+    sequences: Sequences,
+    device: jax.Array,
+    parameters: dict[str, jax.Array],
+    expert_map: jax.Array | None,
+    tokens: Tokens,
+) -> tuple[jax.Array, PerToken, Counts]:
+    """Return (output [T, H], the fields of `MoEAux` with a value per token, `Counts`)."""
+    batches = _split(tokens, config.batches_per_chunk)
+    capacity, alignment = config.rows(len(batches[0].x))
+    options = {
+        "layout": "expert",
+        "capacity": capacity,
+        "expert_capacity": config.expert_capacity,
+        "alignment": alignment,
+    }
+    routings = [route(config, parameters, batch.x, _is_token(call, batch), batch.given) for batch in batches]
+
+    def to_experts(batch: Tokens, routing: Routing) -> Batch:
+        topk_idx = routing.topk_idx
+        if expert_map is not None:
+            # An invalid expert must not become a valid physical expert.
+            topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
+            topk_idx = to_physical_experts(
+                topk_idx, batch.position, expert_map, num_experts=config.num_experts
+            )
+        topk_idx = omit_excess(config, topk_idx, routing.topk_weights, capacity, alignment)
+        # Marked before dispatch as varying along the tensor axis too, so that the gradients of the tokens are
+        # summed along it, and not those of all received rows.
+        all_axes = frozenset(config.mesh.axis_names)
+        x, topk_weights = (
+            jax_compat.as_varying(value, all_axes) for value in (batch.x, routing.topk_weights)
+        )
+        # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
+        weights = {name: value.astype(call.dtype) for name, value in parameters.items() if name not in ROUTER}
+        return Batch(weights, x.astype(call.dtype), topk_idx, topk_weights)
+
+    results = apply_experts(config, list(map(to_experts, batches, routings)), options)
+    finished = [
+        _finish(config, call, sequences, device, *parts)
+        for parts in zip(batches, routings, results, strict=True)
+    ]
+    outs, per_token, counts = zip(*finished, strict=True)
+    out, of_tokens = jax.tree.map(lambda *parts: jnp.concatenate(parts), *zip(outs, per_token, strict=True))
+    return out, of_tokens, jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *counts)
+
+
+def _split(tokens: Tokens, number: int) -> list[Tokens]:
+    if number == 1:
+        return [tokens]
+    leaves, structure = jax.tree.flatten(tokens)
+    return [
+        jax.tree.unflatten(structure, parts)
+        for parts in zip(*(jnp.split(leaf, number) for leaf in leaves), strict=True)
+    ]
+
+
+def _is_token(call: Call, tokens: Tokens) -> jax.Array:
+    is_token = tokens.position < call.num_tokens
+    return is_token if tokens.given.mask is None else is_token & tokens.given.mask
+
+
+def _finish(
+    config: MoEConfig,
+    call: Call,
+    sequences: Sequences,
+    device: jax.Array,
+    tokens: Tokens,
+    routing: Routing,
+    applied: Applied,
+) -> tuple[jax.Array, PerToken, Counts]:
+    """Return the result of `apply_to_chunk` for one batch."""
+    out, mask = applied.out, tokens.given.mask
+    if mask is not None:  # a shared expert may not be 0 for x = 0
+        out = jnp.where(mask[:, None], out, jnp.zeros((), out.dtype))
+    drops = None
+    if config.may_drop(len(tokens.x)):
+        dropped = jnp.where(applied.destination < 0, routing.counted, -1)
+        drops = gating.expert_load(dropped, config.num_experts)
+    logits = routing.logits if call.router_logits else None
+    of_sequences = None
+    if call.sequence_loss:
+        of_sequences = functools.partial(
+            sequences.sums, tokens.position // sequences.length - sequences.first(device)
+        )
+    counts = _counts(config, _is_token(call, tokens), routing, drops, applied.num_received, of_sequences)
+    return out, (routing.topk_idx, logits), counts
+
+
+def _counts(
+    config: MoEConfig,
+    is_token: jax.Array,
+    routing: Routing,
+    drops: jax.Array | None,
+    num_received: jax.Array,
+    of_sequences: Callable[[jax.Array], jax.Array] | None,
+) -> Counts:
+    """Count what the tokens of one device, or a part of them, chose."""
+    num_tokens, num_experts = len(is_token), config.num_experts
+    if routing.logits is None:
+        probability, z = jnp.zeros((num_tokens, num_experts), jnp.float32), jnp.zeros((), jnp.float32)
+    else:
+        probability = gating.router_probabilities(routing.logits, config.score_function)
+        probability = jnp.where(is_token[:, None], probability, 0)
+        z = jnp.square(jax.nn.logsumexp(routing.logits, axis=-1))
+        z = jnp.where(is_token, z, 0).sum()
+    every = Sums(
+        gating.expert_load(routing.counted, num_experts),
+        probability.sum(axis=0),
+        is_token.sum(dtype=jnp.int32),
+    )
+    sequences = None
+    if of_sequences is not None:
+        is_chosen = jax.vmap(functools.partial(gating.expert_load, num_experts=num_experts))(routing.counted)
+        sequences = Sums(*map(of_sequences, (is_chosen, probability, is_token.astype(jnp.int32))))
+    return Counts(every, sequences, z, drops, num_received)

@@ -1,0 +1,235 @@
+"""The steps of a layer on one device and their gradients, in the order in which `overlapped` has them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from jax_deepep.moe.experts import (
+    HIDDEN,
+    Activation,
+    after_products,
+    input_matrices,
+    routed_experts,
+    shared_experts,
+)
+from jax_deepep.moe.grouped_matmul import grouped_matmul
+from jax_deepep.ops import pairs, verbs
+from jax_deepep.ops.handle import Handle, RouteShape
+from jax_deepep.ops.pairs import Beside
+from jax_deepep.ops.wire import Wire
+
+CHANNEL = 1  # of ops in flight; whole ops are on channel 0
+
+Weights = dict[str, jax.Array]
+
+
+class Batch(NamedTuple):
+    """Tokens of one device, and the experts' weights.
+
+    Attributes:
+        weights: by name; each batch has its own gradients of them.
+        x: [T, H].
+        topk_idx, topk_weights: [T, K].
+    """
+
+    weights: Weights
+    x: jax.Array
+    topk_idx: jax.Array
+    topk_weights: jax.Array
+
+    @property
+    def sent(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The operands of dispatch."""
+        return self.x, self.topk_idx, self.topk_weights
+
+    @property
+    def shared(self) -> Weights:
+        """The weights of the shared experts; empty without any."""
+        return {name: value for name, value in self.weights.items() if name.startswith("shared")}
+
+
+class Received(NamedTuple):
+    """The rows of a dispatch [C, H], and its handle."""
+
+    tokens: jax.Array
+    handle: Handle[Any]
+
+
+class Saved(NamedTuple):
+    """What the gradients of a batch need.
+
+    Attributes:
+        received: by dispatch.
+        matrices: the weights that multiply received rows, [L, H, F] each; none in blocks.
+        y: the operand of combine.
+        pull_back: the cotangent of y → those of the products with `matrices` (in blocks, of the rows), and of
+            the other weights of the routed experts.
+        pull_back_shared: the cotangent of the output of the shared experts → those of x and of their weights;
+            None without shared experts.
+    """
+
+    received: Received
+    matrices: Weights
+    y: jax.Array
+    pull_back: Callable[[jax.Array], tuple[tuple[jax.Array, ...], Weights]]
+    pull_back_shared: Callable[[jax.Array], tuple[jax.Array, Weights]] | None = None
+
+
+class ExpertGradients(NamedTuple):
+    """Gradients of the routed experts but for `Saved.matrices`.
+
+    Attributes:
+        rows: of the received rows.
+        products: of their products with these matrices.
+        weights: of the other weights.
+    """
+
+    rows: jax.Array
+    products: tuple[jax.Array, ...]
+    weights: Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The steps, each a method. `beside` and `operands` are those of `pairs.run_beside`.
+
+    Attributes:
+        shape: of the dispatches.
+        wire, combine_wire: of the ops.
+        activation: of the experts.
+        choice: the result of `grouped_matmul.chosen`.
+        alignment: rows per block.
+    """
+
+    shape: RouteShape
+    wire: Wire
+    combine_wire: Wire
+    activation: Activation
+    choice: Any
+    alignment: int
+
+    def dispatch(
+        self, batch: Batch, beside: Beside | None = None, *operands: jax.Array
+    ) -> tuple[Received, Any]:
+        """Return (the received rows, the results of `beside`)."""
+        verb = verbs.dispatch(self.wire)
+        call = verb.call(self.shape, *batch.sent)
+        results, computed = pairs.run_beside(call, CHANNEL, beside, *operands)
+        received = verb.outputs(self.shape, batch.sent, results)
+        return Received(*checkpoint_name(received, verb.name)), computed
+
+    def shared_experts(self, x: jax.Array, weights: Weights) -> jax.Array:
+        """Return the output of the shared experts [T, H]."""
+        return shared_experts(x, weights, activation=self.activation)
+
+    def experts(self, tokens: jax.Array, weights: Weights, group_sizes: jax.Array) -> jax.Array:
+        """Return the output of the routed experts [C, H]."""
+        return routed_experts(
+            tokens, group_sizes, weights,
+            activation=self.activation, choice=self.choice, alignment=self.alignment,
+        )  # fmt: skip
+
+    def experts_saved(self, batch: Batch, handle: Handle[Any], tokens: jax.Array) -> tuple[jax.Array, Saved]:
+        """Return (the output of the routed experts, what their gradients need)."""
+        sizes = handle.group_sizes
+        multiply = grouped_matmul(self.choice, self.alignment)
+        matrices = {} if self.choice == "blocks" else input_matrices(batch.weights)
+        others = {
+            name: value
+            for name, value in batch.weights.items()
+            if name not in matrices and name not in batch.shared
+        }
+
+        def rest(products: tuple[jax.Array, ...], others: Weights) -> jax.Array:
+            if not matrices:
+                return self.experts(products[0], others, sizes)
+            return after_products(
+                products, sizes, others["wo"], activation=self.activation, multiply=multiply
+            )
+
+        products = tuple(
+            checkpoint_name(multiply(tokens, matrix, sizes), HIDDEN) for matrix in matrices.values()
+        )
+        y, pull_back = jax.vjp(rest, products or (tokens,), others)
+        return y, Saved(Received(tokens, handle), matrices, y, pull_back)
+
+    def combine(
+        self, y: jax.Array, handle: Handle[Any], bias: jax.Array | None,
+        beside: Beside | None = None, *operands: jax.Array,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """Return (the output [T, H], the results of `beside`)."""
+        verb, forward = verbs.combine(self.combine_wire), (y, handle.weights, bias, handle.routes)
+        call = verb.call(self.shape, *forward)
+        results, computed = pairs.run_beside(call, CHANNEL, beside, *operands)
+        return verb.outputs(self.shape, forward, results), computed
+
+    def gradients_of_combine(
+        self, saved: Saved, out: jax.Array, beside: Callable[..., Any] | None = None, *operands: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        """Return ((the gradients of y, and of the rows' weights), the results of `beside`)."""
+        verb, handle = verbs.combine(self.combine_wire), saved.received.handle
+        forward = (saved.y, handle.weights, None, handle.routes)  # the gradient of a bias is `out`
+        call = verb.transpose(self.shape, verb.saved(forward, None), out)
+        function = None if beside is None else lambda *operands: (beside(*operands), None)
+        results, (computed, _) = pairs.run_beside(call, CHANNEL, function, *operands)
+        of_y, of_weights, *_ = verb.gradients(forward, call.operands, results)
+        return (of_y, of_weights), computed
+
+    def gradients_of_experts(self, saved: Saved, of_y: jax.Array) -> ExpertGradients:
+        """Return those of the routed experts but for `saved.matrices`."""
+        products, others = saved.pull_back(of_y)
+        if not saved.matrices:
+            return ExpertGradients(products[0], (), others)
+        multiply, sizes = grouped_matmul(self.choice, self.alignment), saved.received.handle.group_sizes
+
+        def of_rows(matrix: jax.Array, product: jax.Array) -> jax.Array:
+            return _gradient(lambda rows: multiply(rows, matrix, sizes), saved.received.tokens, product)
+
+        first, *further = map(of_rows, saved.matrices.values(), products)
+        return ExpertGradients(sum(further, first), products, others)
+
+    def gradients_of_dispatch(
+        self, saved: Saved, of_experts: ExpertGradients, weights: jax.Array,
+        beside: Callable[..., Any] | None = None, *operands: jax.Array,
+    ) -> tuple[tuple[jax.Array, None, jax.Array], Weights, Any]:  # fmt: skip
+        """Return the gradients of the operands, of `saved.matrices`, and the results of `beside`.
+
+        Args:
+            saved: of the batch.
+            of_experts: of its routed experts.
+            weights: of the rows' weights.
+            beside, operands: what is computed after the gradients of the matrices.
+        """
+        verb, handle = verbs.dispatch(self.wire), saved.received.handle
+
+        def function(products: tuple[jax.Array, ...], *operands: jax.Array) -> tuple[Any, None]:
+            of_matrices = self._gradients_of_matrices(saved, products)
+            return (of_matrices, None if beside is None else beside(*operands)), None
+
+        outputs = (of_experts.rows, dataclasses.replace(handle, weights=weights))
+        call = verb.transpose(self.shape, handle.routes, outputs)
+        results, (computed, _) = pairs.run_beside(
+            call, CHANNEL, function if saved.matrices or beside else None, of_experts.products, *operands
+        )
+        of_matrices, others = computed or ({}, None)
+        return verb.gradients(saved.received, call.operands, results), of_matrices, others
+
+    def _gradients_of_matrices(self, saved: Saved, products: tuple[jax.Array, ...]) -> Weights:
+        multiply, sizes = grouped_matmul(self.choice, self.alignment), saved.received.handle.group_sizes
+
+        def of_matrix(matrix: jax.Array, product: jax.Array) -> jax.Array:
+            return _gradient(lambda by: multiply(saved.received.tokens, by, sizes), matrix, product)
+
+        gradients = map(of_matrix, saved.matrices.values(), products)
+        return dict(zip(saved.matrices, gradients, strict=True))
+
+
+def _gradient(
+    function: Callable[[jax.Array], jax.Array], operand: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+    _, transposed = jax.vjp(function, operand)
+    gradient: jax.Array = transposed(cotangent)[0]
+    return gradient
