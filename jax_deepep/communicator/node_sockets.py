@@ -38,8 +38,7 @@ class NodeSockets:
         self._peers = sorted(peers)
         self._secret = secrets.token_hex(16).encode()
         self._address = address_of_this_host()
-        family = socket.AF_INET6 if ":" in self._address else socket.AF_INET
-        self._listener = socket.create_server((self._address, 0), family=family, backlog=len(self._peers))
+        self._listener = _listen(self._address, len(self._peers))
         self._connections: dict[Peer, socket.socket] = {}
 
     @property
@@ -124,6 +123,17 @@ class NodeSockets:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _listen(address: str, num_peers: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, 0), family=family, backlog=num_peers)
+    except OSError as error:
+        raise CommunicatorError(
+            f"{ADDRESS_VARIABLE}: expected an address of this host in the job's network, got {address!r} "
+            f"({error}); set it on each host, or leave it out for the one towards JAX's coordinator"
+        ) from error
 
 
 def address_of_this_host() -> str:
