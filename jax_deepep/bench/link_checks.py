@@ -110,9 +110,7 @@ def published() -> Iterator[Check]:
         for (op, wire), rate in zip(_BFLOAT16, logical, strict=True):
             modelled = _row_per_expert(op, ranks, NVLINK4, wire)
             source = "NCCL EP, low latency, 8 H100 per node, T = 128"
-            yield Check(
-                source, f"EP{ranks} {op}", 128 * 8 * row_bytes(_V3.hidden, wire) / rate / 1e3, modelled
-            )
+            yield Check(source, f"EP{ranks} {op}", 128 * 8 * row_bytes(_V3, wire) / rate / 1e3, modelled)
 
 
 def _throughput(
@@ -123,7 +121,7 @@ def _throughput(
     nodes = problem.devices // 8
     copies = _copies(problem, nodes)
     for (op, wire), rate in zip(_FP8_DISPATCH, rates, strict=True):
-        row = row_bytes(problem.hidden, wire) + (record if op == "dispatch" else 0)
+        row = row_bytes(problem, wire) + (record if op == "dispatch" else 0)
         reported = problem.tokens * (copies.ranks if nodes == 1 else copies.nodes) * row / rate / 1e3
         of = phases(op, problem, nodes, copies, machine, num_sms=num_sms, wire=wire, encoded=wire is not None)
         yield Check(source, f"{case} {op}", reported, of.pipelined, op == constant)
@@ -202,7 +200,7 @@ def measured() -> Iterator[Check]:
     source = "This library, in flight beside a matmul of 1425 us, two H200, T = 4096"
     for (layout, ops), reported in _BESIDE_MATMUL.items():
         ops_us = sum(_ours(op, _of_v3(2, 4096, layout), "throughput", 24) for op in ops)
-        modelled = overlapped_us(_MATMUL_US, ops_us, ops_us, 24, NVLINK4)
+        modelled = overlapped_us(_MATMUL_US, ops_us, 24, NVLINK4)
         yield Check(source, f"{layout}-major, {' + '.join(ops)}", reported, modelled)
 
 

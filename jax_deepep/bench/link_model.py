@@ -6,7 +6,6 @@ constant is a measurement of parts, a published number or nominal, and says whic
 that `link_checks` compares, except where it says so.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +18,8 @@ Mode = Literal["throughput", "low_latency"]
 # "two_level" is what the top of this file describes. "per_expert", as in others' low-latency kernels, sends a
 # row straight to the rank of every chosen expert, even if they share it.
 Scheme = Literal["two_level", "per_expert"]
+
+NUM_SMS: dict[Mode, int] = {"throughput": 24, "low_latency": 96}  # what ops take by default on H200
 
 # Bytes per second of an SM, GB/s: "What an SM moves" of results/one_h100.md. Token-major copies write 49, and
 # expert-major ones, which read a row once per four writes, 58; hence reading at 237 and writing at 61.8:
@@ -77,10 +78,11 @@ NVLINK5 = Machine("NVLink 5, CX7", 670, 730, _CX7, 0.9 * 8000, 148)
 MACHINES = {"nvlink4": NVLINK4, "nvlink5": NVLINK5}
 
 
-def row_bytes(hidden: int, wire: Format | None) -> int:
-    """Return the bytes of a row on links, bfloat16 for None: `WireRow` of xla_ffi/interface/wire_format.h."""
+def row_bytes(problem: Problem, wire: Format | None) -> int:
+    """Return the bytes of a row on links, plain for None: `WireRow` of xla_ffi/interface/wire_format.h."""
+    hidden = problem.hidden
     if wire is None:
-        return 2 * hidden
+        return problem.row_bytes
     of = FORMATS[wire]
     scales = of.num_blocks(hidden) * (4 if of.scale_type == "float32" else 1)
     parts = [-(-hidden // of.values_per_byte), scales, 4 if of.has_row_scale else 0]
@@ -117,15 +119,11 @@ class Phases:
         """Time if rows pass on in small chunks: the slower link hides the other."""
         return self.start + self.first + max(self.network, self.own_node + self.other_nodes) + self.last
 
-    @property
-    def without_network(self) -> float:
-        """Time of all that SMs do."""
-        return self.start + self.first + self.own_node + self.other_nodes + self.last
-
 
 def phases(
     op: Op, problem: Problem, nodes: int, copies: Copies, machine: Machine, *, mode: Mode = "throughput",
-    num_sms: int = 24, wire: Format | None = None, encoded: bool = False, scheme: Scheme = "two_level",
+    num_sms: int = NUM_SMS["throughput"], wire: Format | None = None, encoded: bool = False,
+    scheme: Scheme = "two_level",
 ) -> Phases:  # fmt: skip
     """Return the model's times of one op.
 
@@ -133,18 +131,19 @@ def phases(
     experts (combine, expert-major) and encoding come before, one after the other, as in the kernels.
 
     Args:
-        op: a gradient takes as long as the op that moves the same rows the other way.
-        problem: its tokens, hidden, topk, experts, devices (over all nodes) and layout.
+        op: a gradient takes as long as the op that moves the same rows the other way, but for that of an
+            expert-major combine: see `overlap_model`.
+        problem: its tokens, hidden, topk, experts, devices (over all nodes), dtype and layout.
         nodes: G, a divisor of the devices.
         copies: of a token.
         machine: the links.
         mode, num_sms: of the op.
-        wire: format of the rows on links; None for bfloat16.
+        wire: format of the rows on links; None for plain rows.
         encoded: rows come and stay in that format, so that nothing is encoded or decoded.
         scheme: how rows cross.
     """
     tokens, local = problem.tokens, problem.devices // nodes
-    wide, row = row_bytes(problem.hidden, None), row_bytes(problem.hidden, wire)
+    wide, row = problem.row_bytes, row_bytes(problem, wire)
     record = 16 * problem.topk + 4 if op == "dispatch" else 0  # experts, weights and rows of a token: staging
     pairs = tokens * copies.ranks * copies.busiest_rank  # rows of (token, rank) that a rank gets or returns
     crossing, passing = tokens * copies.nodes * copies.busiest_node, pairs
@@ -196,58 +195,9 @@ def _us(num_bytes: float, rate: float) -> float:
     return num_bytes / rate / 1e3
 
 
-@dataclass(frozen=True)
-class Overlap:
-    """Computing and communicating one batch, and two half batches that take turns; us per batch."""
-
-    serial: float
-    overlapped: float
-
-    @property
-    def gain(self) -> float:
-        """How many times as fast two half batches are."""
-        return self.serial / self.overlapped
-
-
-def overlapped_us(
-    compute_us: float, communication_us: float, busy_us: float, num_sms: int, machine: Machine
-) -> float:
-    """Return the time of both at once: for `busy_us`, computing has `num_sms` SMs less.
+def overlapped_us(compute_us: float, op_us: float, num_sms: int, machine: Machine) -> float:
+    """Return the time of an op and of a computation beside it, which has `num_sms` SMs less for `op_us`.
 
     What both lose to each other in memory and caches is not modelled: see `link_checks`.
     """
-    return max(communication_us, compute_us + busy_us * num_sms / machine.num_sms)
-
-
-def two_batch_overlap(
-    problem: Problem, nodes: int, copies: Copies, machine: Machine, compute_us: float, *,
-    half_compute_us: float | None = None, mode: Mode = "throughput", num_sms: int = 24,
-    dispatch_wire: Format | None = None, combine_wire: Format | None = None,
-) -> Overlap:  # fmt: skip
-    """Return what two-batch overlap gains: one half computes while the rows of the other half cross.
-
-    For many layers in a row, so that the first and the last half do not count.
-
-    Args:
-        problem, nodes, copies, machine, mode, num_sms: as in `phases`, which gives the communication: one
-            dispatch and one combine, `pipelined`.
-        compute_us: of all that a layer computes for the whole batch.
-        half_compute_us: for half of it; None for the half of compute_us. A decoding step that is bound by
-            reading weights has nearly all of compute_us again.
-        dispatch_wire, combine_wire: formats of the rows on links.
-    """
-
-    def communication(tokens: int) -> list[Phases]:
-        part = dataclasses.replace(problem, tokens=tokens)
-        return [
-            phases("dispatch", part, nodes, copies, machine, mode=mode, num_sms=num_sms, wire=dispatch_wire),
-            phases("combine", part, nodes, copies, machine, mode=mode, num_sms=num_sms, wire=combine_wire),
-        ]
-
-    halves = 2 * communication(-(-problem.tokens // 2))
-    computing = compute_us if half_compute_us is None else 2 * half_compute_us
-    serial = compute_us + sum(op.pipelined for op in communication(problem.tokens))
-    communicating = sum(op.pipelined for op in halves)
-    # In low-latency mode no SM waits between the start of an op in flight and its end.
-    busy = sum(op.without_network if mode == "low_latency" else op.pipelined for op in halves)
-    return Overlap(serial, overlapped_us(computing, communicating, busy, num_sms, machine))
+    return max(op_us, compute_us + op_us * num_sms / machine.num_sms)

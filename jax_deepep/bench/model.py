@@ -8,18 +8,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from jax_deepep.bench.command_line import add_sizes, positive_int, positive_ints, positive_number
+from jax_deepep.bench.command_line import add_sizes, positive_int, positive_ints
 from jax_deepep.bench.copies import Copies, Routing, drawn_copies, uniform_copies
 from jax_deepep.bench.link_checks import Check, error_tables, measured, published
 from jax_deepep.bench.link_model import (
     MACHINES,
+    NUM_SMS,
     Machine,
     Mode,
     Op,
     Phases,
     phases,
-    row_bytes,
-    two_batch_overlap,
 )
 from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.report import NONE, Table
@@ -27,7 +26,6 @@ from jax_deepep.ops.wire import OF_COMBINE
 from jax_deepep.quantization.formats import FORMATS, Format
 
 TOKENS: dict[Mode, int] = {"throughput": 4096, "low_latency": 128}
-NUM_SMS: dict[Mode, int] = {"throughput": 24, "low_latency": 96}  # what ops take by default on H200
 BFLOAT16 = "none"
 WIRES: dict[str, Format | None] = {BFLOAT16: None, **{of.name: of.name for of in FORMATS.values()}}
 
@@ -97,9 +95,8 @@ def predictions(lines: Sequence[Setting], wires: Sequence[str]) -> Table:
     for line in lines:
         copies, problem = line.copies, line.problem
         crossing = copies.nodes * (line.nodes - 1) / line.nodes * problem.tokens
-        plain = row_bytes(problem.hidden, None)
         row = [line.routing, str(line.nodes), str(problem.experts)]
-        row += [f"{copies.nodes:.2f}", f"{copies.ranks:.2f}", f"{crossing * plain / 1e6:.1f}"]
+        row += [f"{copies.nodes:.2f}", f"{copies.ranks:.2f}", f"{crossing * problem.row_bytes / 1e6:.1f}"]
         row += [_times(line.phases(op, WIRES[wire])) for wire in wires for op in get_args(Op)]
         cells.append(row)
     title = (
@@ -118,28 +115,6 @@ def _times(of: Phases | None) -> str:
         return NONE
     pipelined, in_turn = f"{of.pipelined:.0f}", f"{of.in_turn:.0f}"
     return pipelined if pipelined == in_turn else f"{pipelined} ({in_turn})"
-
-
-def two_batches(lines: Sequence[Setting], wires: Sequence[str], compute_us: float) -> Table:
-    """Return a table of layers whose halves take turns; nvfp4: combine in bfloat16."""
-    columns = ["routing", "nodes"]
-    for wire in wires:
-        columns += [f"{wire}: serial us", "two batches us", "gain"]
-    cells = []
-    for line in lines:
-        row = [line.routing, str(line.nodes)]
-        for form in map(WIRES.__getitem__, wires):
-            of = two_batch_overlap(
-                line.problem, line.nodes, line.copies, line.machine, compute_us,
-                mode=line.mode, num_sms=line.num_sms,
-                dispatch_wire=form, combine_wire=form if form in OF_COMBINE else None,
-            )  # fmt: skip
-            row += [f"{of.serial:.0f}", f"{of.overlapped:.0f}", f"{of.gain:.2f}"]
-        cells.append(row)
-    one = lines[0]
-    where = f"{one.machine.name}, {one.mode} mode, T={one.problem.tokens}"
-    title = f"Two-batch overlap, {compute_us:g} us of computing: {where}"
-    return Table(title, columns, cells, text_columns=("routing",))
 
 
 def draw(
@@ -235,7 +210,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-groups", type=positive_int, default=8, help="of group_limited (%(default)s)")
     add("--topk-groups", type=positive_int, default=4, help="of group_limited (%(default)s)")
     add("--skew", type=float, default=1.0, help="s in the popularity 1 / n^s of skewed (%(default)s)")
-    add("--compute-us", type=positive_number, help="what a layer computes: adds two-batch overlap")
     add("--no-checks", dest="checks", action="store_false", help="leave out the comparison with measurements")
     add("--plot", type=Path, metavar="PATH", help="draw there (PNG, SVG, PDF)")
     options = parser.parse_args(arguments)
@@ -254,8 +228,6 @@ def main(arguments: Sequence[str]) -> int:
         print(table.markdown())
     for lines in options.tables:
         print(predictions(lines, options.wires).markdown())
-        if options.compute_us:
-            print(two_batches(lines, options.wires, options.compute_us).markdown())
     if options.plot:
         draw(options.tables, options.wires, checks, options.plot)
         print(f"drawn: {options.plot}")

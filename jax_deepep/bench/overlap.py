@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from jax_deepep.bench.command_line import add_capacity_factor, add_sizes, add_trials, positive_int
 from jax_deepep.bench.kernel_trace import CPU_REASON, overlapped_shares, trace_kernels
 from jax_deepep.bench.layers import FORWARD, FORWARD_BACKWARD
+from jax_deepep.bench.link_model import NUM_SMS
 from jax_deepep.bench.overlap_cases import IN_FLIGHT, LAYERS, MATMUL, OP, PLAIN, layer_runs, op_runs
-from jax_deepep.bench.overlap_model import Gpu, modelled
+from jax_deepep.bench.overlap_model import modelled
 from jax_deepep.bench.problem import AXIS, DTYPES, FITTING, Problem, draw_inputs
 from jax_deepep.bench.processes import end_jax, start_jax
 from jax_deepep.bench.report import Report, Result, Spread, Table, add_outputs
@@ -33,7 +34,7 @@ op beside a matmul: a program with an op and the matmul [N, N] · [N, N], plain,
   in-flight, the matmul between start and done. bound: 1.05 · max(op, matmul · S / (S − n)) with n of S SMs in
   the op.
 layer: plain, with nothing in flight; in-flight, the default; two-batches, with two_batch_overlap.
-model: `jax_deepep.bench.overlap_model`, on H200s, without anything measured here.
+model: `jax_deepep.bench.overlap_model`, on H200s of one node, without anything measured here.
 """
 
 
@@ -97,7 +98,7 @@ def bound_of(op: float, matmul: float, op_sms: int | None) -> float | None:
     num_sms = getattr(jax.devices()[0], "core_count", None)
     if num_sms is None or jax.devices()[0].platform != "gpu":
         return None
-    taken = op_sms or Gpu.op_sms
+    taken = op_sms or NUM_SMS["throughput"]
     return TOLERANCE * max(op, matmul * num_sms / (num_sms - taken))
 
 
@@ -166,7 +167,7 @@ def model_table(problem: Problem, sizes: Sequence[int]) -> Table:
                 times = modelled(of_devices, shared, backward=name != FORWARD)
                 ratios = (times.in_flight / times.plain, times.two_batches / times.plain)
                 cells = (f"{of:.3f}" for of in ratios)
-                rows.append([str(devices), str(shared), name, f"{1e6 * times.plain:.0f}", *cells])
+                rows.append([str(devices), str(shared), name, f"{times.plain:.0f}", *cells])
     return Table(f"model: {problem.name}", columns, rows, text_columns=("pass",))
 
 

@@ -1,49 +1,36 @@
 """A model: how long a layer takes with and without ops in flight, on more GPUs than were measured.
 
-An op takes as long as the longer one of two: its bytes over the link, and the expert-major rows that its SMs
-read or write in local memory. An op of o seconds beside a computation of c takes
-
-    max(o, c + o · n / S)
-
-because the computation has S − n of S SMs for o seconds. The rest follows from the order in
-`jax_deepep.moe.overlapped`. Imbalance, top-k and launches are left out, as is what grouped matmuls lose with
-half the rows. A second batch costs the sum of two gradients of all weights: read twice, written once.
+Ops, and computations beside them, take as long as `link_model` says, on one node. The rest follows from the
+order in `jax_deepep.moe.overlapped`. Imbalance is left out, and so are launches of computations and what
+grouped matmuls lose with half the rows. A second batch costs the sum of two gradients of all weights: read
+twice, written once.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
+from jax_deepep.bench.copies import uniform_copies
+from jax_deepep.bench.link_model import NUM_SMS, NVLINK4, Machine, Op, overlapped_us, phases
 from jax_deepep.bench.problem import Problem
 
+# FLOP per us of grouped matmuls, and of the router's in float32, in layers on two H200.
+MATMUL, ROUTER = 540e6, 30e6
 
-@dataclass(frozen=True)
-class Gpu:
-    """Rates of a GPU; the defaults are those measured on two H200 with NVLink (RESULTS.md).
+# Which op moves rows as each does.
+_MOVES: dict[str, Op] = {
+    "dispatch": "dispatch", "combine": "combine",
+    "combine backward": "dispatch", "dispatch backward": "combine",
+}  # fmt: skip
 
-    Attributes:
-        num_sms: S.
-        op_sms: n, of an op in flight.
-        link: bytes per second from all peers together.
-        rows: bytes per second of expert-major rows of a whole op, the mean of both ops and their gradients.
-        rows_in_flight: that of an op in flight.
-        memory: bytes per second of elementwise kernels.
-        matmul: FLOP per second of grouped matmuls.
-        router: that of the router's, in float32.
-    """
-
-    num_sms: int = 132
-    op_sms: int = 24
-    link: float = 335e9
-    rows: float = 1.4e12
-    rows_in_flight: float = 0.95e12
-    memory: float = 4e12
-    matmul: float = 540e12
-    router: float = 30e12
+# But the gradient of combine also reads the rows of the forward pass, for the gradients of weights: GB/s of
+# rows of an SM, and of all (470 MB in 616 us with 24 SMs and in 350 with 130: the table with "auto" of
+# results/two_h200_nvlink.md). On four GPUs the link hides it from many SMs (results/four_h200_nvlink.md).
+_SM_GRADIENT, _GRADIENT = 32, 1340
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a layer.
+    """Times of a layer, us.
 
     Attributes:
         plain: nothing in flight.
@@ -56,48 +43,54 @@ class Times:
     two_batches: float
 
 
-def modelled(problem: Problem, shared: int = 0, gpu: Gpu | None = None, *, backward: bool = True) -> Times:
+def modelled(
+    problem: Problem, shared: int = 0, machine: Machine = NVLINK4, *, backward: bool = True
+) -> Times:
     """Return the times of a layer, forward, or forward and backward.
 
     Args:
         problem: the layer's shape, with `intermediate`.
         shared: the inner size of shared experts.
-        gpu: None = an H200.
+        machine: links, memory and SMs.
         backward: whether with gradients.
     """
-    gpu = gpu or Gpu()
     assert problem.intermediate is not None
     flop = 2 * problem.tokens * problem.hidden  # of one token's row and one column
-    product = flop * problem.topk * problem.intermediate / gpu.matmul  # with one of wi_0, wi_1, wo
-    of_shared = 3 * flop * shared / gpu.matmul
-    router = flop * problem.experts / gpu.router
+    product = flop * problem.topk * problem.intermediate / MATMUL  # with one of wi_0, wi_1, wo
+    of_shared = 3 * flop * shared / MATMUL
+    router = flop * problem.experts / ROUTER
+    memory = 1e3 * machine.memory  # bytes per us
     rows = problem.mean_rows * problem.row_bytes  # bytes
     inner = problem.mean_rows * problem.intermediate * problem.row_bytes / problem.hidden
-    experts = 3 * product + 3 * inner / gpu.memory
+    experts = 3 * product + 3 * inner / memory
+    copies = uniform_copies(problem, 1)
 
-    # Rows cross links once per (token, other device).
-    received = dataclasses.replace(problem, layout="token").mean_rows * problem.row_bytes
-    link = received * (1 - 1 / problem.devices) / gpu.link
-    whole = max(link, rows / gpu.rows)
+    def beside(name: str, computation: float = 0, batches: int = 1) -> float:
+        """Return the time of an op of one of the batches, and of what is computed while it is in flight."""
+        batch = dataclasses.replace(problem, tokens=-(-problem.tokens // batches))
+        # A whole op takes up to three quarters of the SMs: xla_ffi/cuda/block_count.cc.
+        num_sms = NUM_SMS["throughput"] if computation else machine.num_sms * 3 // 4
+        op_us = phases(_MOVES[name], batch, 1, copies, machine, num_sms=num_sms).pipelined
+        if name == "combine backward":
+            op_us = max(op_us, rows / batches / min(num_sms * _SM_GRADIENT, _GRADIENT) / 1e3)
+        return overlapped_us(computation, op_us, num_sms, machine)
 
-    def beside(computation: float, part: float = 1) -> float:
-        """Return the seconds of a part of an op, and of a computation in which it is in flight."""
-        if not computation:
-            return part * whole
-        op = part * max(link, rows / gpu.rows_in_flight)
-        return max(op, computation + op * gpu.op_sms / gpu.num_sms)
-
-    plain = router + 2 * whole + experts + of_shared
-    in_flight = router + beside(of_shared) + experts + whole
-    two = router + beside(of_shared, 0.5) + 2 * beside(experts / 2, 0.5) + whole / 2
+    plain = router + beside("dispatch") + experts + of_shared + beside("combine")
+    in_flight = router + beside("dispatch", of_shared) + experts + beside("combine")
+    two = router + beside("dispatch", of_shared, 2) + beside("dispatch", experts / 2, 2)
+    two += beside("combine", experts / 2, 2) + beside("combine", 0, 2)
     if backward:
         # The gradients of wi_0 and wi_1 are beside that of dispatch.
         later = 2 * product
-        earlier = 4 * product + (5 * inner + 3 * rows) / gpu.memory
-        plain += 2 * router + 2 * whole + earlier + later + 2 * of_shared
-        in_flight += 2 * router + beside(2 * of_shared) + earlier + beside(later)
-        two += 2 * router + beside(2 * of_shared, 0.5) + beside(earlier / 2, 0.5)
-        two += beside((later + earlier) / 2, 0.5) + beside(later / 2, 0.5)
+        earlier = 4 * product + (5 * inner + 3 * rows) / memory
+        plain += 2 * router + beside("combine backward") + 2 * of_shared
+        plain += earlier + later + beside("dispatch backward")
+        in_flight += 2 * router + beside("combine backward", 2 * of_shared)
+        in_flight += earlier + beside("dispatch backward", later)
+        two += 2 * router + beside("combine backward", 2 * of_shared, 2)
+        two += beside("combine backward", earlier / 2, 2)
+        two += beside("dispatch backward", (later + earlier) / 2, 2)
+        two += beside("dispatch backward", later / 2, 2)
         weights = 3 * problem.num_local_experts * problem.intermediate * problem.row_bytes
-        two += 3 * weights / gpu.memory
+        two += 3 * weights / memory
     return Times(plain, in_flight, two)

@@ -12,14 +12,7 @@ from own_processes import is_a_command_for_one_process
 from jax_deepep.bench import link_checks, model
 from jax_deepep.bench.__main__ import main
 from jax_deepep.bench.copies import Copies, drawn_copies, uniform_copies
-from jax_deepep.bench.link_model import (
-    NVLINK4,
-    NVLINK5,
-    overlapped_us,
-    phases,
-    row_bytes,
-    two_batch_overlap,
-)  # fmt: skip
+from jax_deepep.bench.link_model import NVLINK4, NVLINK5, overlapped_us, phases, row_bytes
 from jax_deepep.bench.problem import Problem
 from jax_deepep.quantization.block_scaled import quantize
 from jax_deepep.quantization.packed_rows import pack
@@ -67,18 +60,20 @@ def test_bytes_of_a_row() -> None:
         "mxfp8": 7168 + 224,
         "nvfp4": 3584 + 448 + 16,
     }
-    assert {wire: row_bytes(7168, wire) for wire in known} == known
+    assert {wire: row_bytes(V3, wire) for wire in known} == known
+    assert row_bytes(dataclasses.replace(V3, dtype="float32"), None) == 2 * known[None]
     for wire in (wire for wire in known if wire):
         x = jax.ShapeDtypeStruct((1, 1000), jnp.bfloat16)
         packed = jax.eval_shape(lambda x, wire=wire: pack(quantize(x, wire)), x).shape[1]
-        assert packed <= row_bytes(1000, wire) <= packed + 3 * 15  # each part in whole units of 16 bytes
+        on_links = row_bytes(dataclasses.replace(V3, hidden=1000), wire)
+        assert packed <= on_links <= packed + 3 * 15  # each part in whole units of 16 bytes
 
 
 def test_bytes_over_each_link() -> None:
     record = 16 * 8 + 4
     for op, wire, extra in (("dispatch", None, record), ("dispatch", "nvfp4", record), ("combine", "fp8", 0)):
         of = phases(op, V3, 8, EIGHT, NVLINK4, wire=wire, num_sms=10_000)
-        row = row_bytes(7168, wire)
+        row = row_bytes(V3, wire)
         rows_between = 4096 * EIGHT.nodes * 7 / 8
         assert of.network * NVLINK4.network * 1e3 == pytest.approx(rows_between * (row + extra))
         if wire is None:
@@ -123,25 +118,9 @@ def test_more_work_takes_longer_and_better_machines_less(op, mode, layout) -> No
     assert (times(wire="nvfp4") > nvfp4).all()
 
 
-def test_two_batches() -> None:
-    assert overlapped_us(1000, 100, 100, 33, NVLINK4) == 1025  # a quarter of the SMs for a tenth of the time
-    assert overlapped_us(100, 1000, 1000, 24, NVLINK4) == 1000
-    one_node = dataclasses.replace(V3, devices=8)
-    copies = uniform_copies(one_node, 1)
-    ops = sum(phases(op, one_node, 1, copies, NVLINK4).pipelined for op in ("dispatch", "combine"))
-    even = two_batch_overlap(one_node, 1, copies, NVLINK4, 2000)
-    assert even.serial == pytest.approx(2000 + ops)
-    assert 1.3 < even.gain < 2
-    assert two_batch_overlap(one_node, 1, copies, NVLINK4, 20_000).gain < even.gain
-    # Halves that compute as long as the whole gain nothing here.
-    assert two_batch_overlap(one_node, 1, copies, NVLINK4, 2000, half_compute_us=2000).gain < 1
-    # In low-latency mode SMs do not wait for the network.
-    options = {"num_sms": 24, "half_compute_us": 20_000}
-    low, high = (
-        two_batch_overlap(V3, 8, EIGHT, NVLINK4, 40_000, mode=mode, **options)
-        for mode in ("low_latency", "throughput")
-    )
-    assert low.overlapped < high.overlapped
+def test_overlap() -> None:
+    assert overlapped_us(1000, 100, 33, NVLINK4) == 1025  # a quarter of the SMs for a tenth of the time
+    assert overlapped_us(100, 1000, 24, NVLINK4) == 1000
 
 
 def test_the_errors() -> None:
@@ -169,17 +148,7 @@ def test_the_errors() -> None:
 
 def test_the_command(tmp_path, capsys) -> None:
     plot = tmp_path / "model.png"
-    arguments = [
-        "--nodes",
-        "1,2",
-        "--wires",
-        "none",
-        "nvfp4",
-        "--machines",
-        "nvlink4",
-        "--compute-us",
-        "2000",
-    ]
+    arguments = ["--nodes", "1,2", "--wires", "none", "nvfp4", "--machines", "nvlink4"]
     assert main(["model", *arguments, "--routings", "uniform", "group_limited", "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     assert "**Errors of the model**" in printed

@@ -13,8 +13,9 @@ from own_processes import is_a_command_for_one_process
 from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
 from jax_deepep.bench.kernel_trace import Kernel, overlapped_shares
+from jax_deepep.bench.link_model import NVLINK4
 from jax_deepep.bench.overlap_cases import IN_FLIGHT, LAYERS, PLAIN, layer_runs, op_runs
-from jax_deepep.bench.overlap_model import Gpu, modelled
+from jax_deepep.bench.overlap_model import modelled
 from jax_deepep.bench.problem import Problem, draw_inputs
 from jax_deepep.ops.custom_call import Call
 
@@ -85,13 +86,14 @@ def test_how_much_of_a_kernel_ran_beside_others() -> None:
 def test_the_model() -> None:
     """Near the measurements on two GPUs; nothing to gain where ops take no time, or all of it."""
     times = modelled(QWEN)
-    assert times.plain == pytest.approx(5.93e-3, rel=0.2)
+    assert times.plain == pytest.approx(5930, rel=0.2)
     assert times.in_flight / times.plain == pytest.approx(5.63 / 5.93, abs=0.03)
     forward = modelled(QWEN, backward=False)
     assert forward.in_flight == pytest.approx(forward.plain)
     assert forward.two_batches < 0.95 * forward.plain
-    for link in (1e3, 1e30):
-        limit = modelled(QWEN, 768, Gpu(rows=1e30, rows_in_flight=1e30, link=link, memory=1e30))
+    for intermediate, pulled in ((768, 1e-3), (10**8, 335)):
+        machine = dataclasses.replace(NVLINK4, pulled=pulled, memory=1e30)
+        limit = modelled(dataclasses.replace(QWEN, intermediate=intermediate), 768, machine)
         assert limit.in_flight == pytest.approx(limit.plain, rel=1e-3)
         assert limit.two_batches == pytest.approx(limit.plain, rel=1e-3)
 
