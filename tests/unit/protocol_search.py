@@ -97,17 +97,20 @@ def find_violation(
     num_ranks: int,
     num_ops: int,
     *,
+    ranks_per_node: int | None = None,
     concurrent: bool = False,
     at_once: bool = True,
     on_demand: bool = True,
 ) -> Result:
     """Search all runs of `num_ranks` ranks through `num_ops` ops, depth first.
 
+    By default all ranks are on one node.
+
     With `concurrent`, a concurrent op may fail on any rank, at any moment: see protocol_failure.py.
     Without `at_once`, steps that load nothing are taken separately; without `on_demand`, stores also become
     visible at any moment.
     """
-    start = World.at_start(num_ranks, num_ops)
+    start = World.at_start(num_ranks, num_ops, ranks_per_node or num_ranks)
     run: list[str] = []
     known = {start.key()}
     pending = [

@@ -63,7 +63,7 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& 
     rank->facts.pool = rank->pool.data();
     rank->facts.pool_bytes = rank->pool.bytes();
     int64_t bytes = static_cast<int64_t>(ControlBytes(shape()));
-    for (const KernelSet* kernels : KernelsFor(window)) {
+    for (const KernelSet* kernels : KernelsFor(shape(), window)) {
       bytes += kernels->window_bytes(shape(), window);
     }
     Check(rank->control.Create(device.ordinal, bytes));
@@ -174,7 +174,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     frame.pool[frame.rank] = rank->facts.pool;
   }
   Load(LoadRankKernels);
-  for (const KernelSet* kernels : KernelsFor(window_)) Load(kernels->load);
+  for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(kernels->load);
   TestPeers();
   WatchForFailure(this);
 }

@@ -67,7 +67,7 @@ class CudaCommunicator {
   // Enqueue a rank's part of an op. Returns an error, of which peers are notified, or empty.
   template <typename Params>
   std::string Launch(Params params, Mode mode, const OpLaunch& launch) {
-    const KernelSet& kernels = KernelsOf(mode);
+    const KernelSet& kernels = KernelsOf(mode, shape());
     std::vector<PeerArray> read_by_peers;
     if (kernels.reads_peers) read_by_peers = VerbTraits<Params>::ReadByPeers(shape(), &params);
     OpSignature op = SignatureOf(params, launch.call);

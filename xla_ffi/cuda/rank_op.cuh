@@ -7,6 +7,7 @@
 
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
+#include "cuda/remote_put.cuh"
 
 namespace jax_deepep {
 
@@ -185,12 +186,20 @@ class RankOp {
     status.reporter = reporter;
     __threadfence_system();
     *static_cast<volatile uint32_t*>(&status.failed) = 1;
+    const int first = frame_.first_of_node();
 #pragma unroll 1
-    for (int peer = 0; peer < num_ranks(); ++peer) {
+    for (int peer = first; peer < first + frame_.ranks_per_node(); ++peer) {
       DeviceControl& control = *frame_.control[peer];
       // Several ranks may write a report to the same address: the same words.
       if (peer != frame_.rank && peer != reporter) CopyReport(&control.reports[reporter], report);
       StoreReleaseSystem(&control.broken, reporter + 1);  // pairs with IsBroken, on the peer
+    }
+#pragma unroll 1
+    for (int node = 0; node < frame_.shape.num_nodes(); ++node) {
+      const int peer = frame_.RankOnNode(node);
+      if (peer == frame_.rank) continue;
+      PutFlag<ByThread>(frame_, node, &report, &report, peer == reporter ? 0 : sizeof(report),
+                        &own_.broken, reporter + 1);
     }
     // Pairs with the fence in Finish, on a peer: it is notified before anything that it reads is
     // overwritten.
