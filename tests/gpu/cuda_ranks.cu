@@ -2,7 +2,7 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [faults] [channels] [soak STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [faults] [channels] [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -12,6 +12,7 @@
 
 #include "rank_faults.cuh"
 #include "rank_group.cuh"
+#include "rank_nodes.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -230,6 +231,9 @@ int main(int argc, char** argv) {
       CheckLargest();
     } else if (what == "short") {
       CheckConformance(2);
+    } else if (what == "nodes") {
+      CheckNodes(kOnGpu ? 3 : 2);
+      if (kOnGpu) CheckManyNodes();
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {

@@ -172,6 +172,11 @@ class Group {
     }
   }
   HostStatus& status(int rank) { return *statuses_[rank]; }
+  // What a rank has counted on a channel, and when nothing runs.
+  Channel Counters(int rank, int channel = 0) const {
+    const std::vector<char> bytes = controls_[rank]->FromDevice();
+    return reinterpret_cast<const DeviceControl*>(bytes.data())->channels[channel];
+  }
 
  private:
   int num_blocks_;

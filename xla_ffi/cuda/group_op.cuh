@@ -38,7 +38,7 @@ struct WholeGroup {
 struct RanksOfNode {
   static constexpr bool kSeveralNodes = true;
   __device__ static int First(const OpFrame& frame) { return frame.first_of_node(); }
-  __device__ static int End(const OpFrame& frame) { return First(frame) + frame.ranks_per_node(); }
+  __device__ static int End(const OpFrame& frame) { return First(frame) + frame.shape.node_size(); }
 };
 
 // What a wait is for.

@@ -37,14 +37,11 @@ struct OpFrame {
   DeviceControl* control[kMaxRanks] = {};
   const char* pool[kMaxRanks] = {};  // XLA's memory of every rank of this node, read-only
 
-  JAX_DEEPEP_HOST_DEVICE int NodeOf(int of_rank) const { return of_rank / ranks_per_node(); }
-  JAX_DEEPEP_HOST_DEVICE int ranks_per_node() const {
-    return shape.num_ranks / shape.num_nodes();
-  }
-  JAX_DEEPEP_HOST_DEVICE int first_of_node() const { return rank - rank % ranks_per_node(); }
-  // The rank of another node to which this one puts.
+  JAX_DEEPEP_HOST_DEVICE int NodeOf(int of_rank) const { return of_rank / shape.node_size(); }
+  JAX_DEEPEP_HOST_DEVICE int first_of_node() const { return rank - rank % shape.node_size(); }
+  // The rank of a node with this rank's index: the only one of another node to which it puts.
   JAX_DEEPEP_HOST_DEVICE int RankOnNode(int node) const {
-    return node * ranks_per_node() + rank % ranks_per_node();
+    return node * shape.node_size() + rank % shape.node_size();
   }
 
   // What the op uses of a rank's control block.

@@ -188,7 +188,7 @@ class RankOp {
     *static_cast<volatile uint32_t*>(&status.failed) = 1;
     const int first = frame_.first_of_node();
 #pragma unroll 1
-    for (int peer = first; peer < first + frame_.ranks_per_node(); ++peer) {
+    for (int peer = first; peer < first + frame_.shape.node_size(); ++peer) {
       DeviceControl& control = *frame_.control[peer];
       // Several ranks may write a report to the same address: the same words.
       if (peer != frame_.rank && peer != reporter) CopyReport(&control.reports[reporter], report);

@@ -30,7 +30,7 @@ struct StagingLayout {
     slots = shape.num_nodes() - 1;
     if (slots == 0) return;
     const int64_t tokens = shape.max_tokens, entries = tokens * shape.num_topk;
-    const int64_t lists = RoundUp(4 * tokens * shape.ranks_per_node, 16);
+    const int64_t lists = RoundUp(4 * tokens * shape.node_size(), 16);
     offset = RoundUp(static_cast<int64_t>(ControlBytes(shape)), 256);
     second_offset = std::max(lists, RoundUp(4 * entries, 16));
     rows_offset = second_offset + 16 * entries;  // a record has 16 bytes

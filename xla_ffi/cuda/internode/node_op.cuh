@@ -73,7 +73,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   }
   // The rank of this node whose memory has the rows of a source.
   __device__ int PeerOf(int source) const {
-    return first_peer() + source % frame_.ranks_per_node();
+    return first_peer() + source % frame_.shape.node_size();
   }
 
   // --- Between nodes.
@@ -219,7 +219,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
       return other != rank && other % ranks_per_node == rank % ranks_per_node;
     }
   };
-  __device__ FromOtherNodes Puts() const { return {frame_.rank, frame_.ranks_per_node()}; }
+  __device__ FromOtherNodes Puts() const { return {frame_.rank, frame_.shape.node_size()}; }
 
   __device__ char* SlotOf(int owner, int of_node, int from_node, Staged array) const {
     const int64_t offset =

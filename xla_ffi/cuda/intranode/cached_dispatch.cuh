@@ -164,7 +164,7 @@ template <typename Group>
 __device__ void PutToNodes(const CachedDispatch& op, Group& group) {
   const CachedDispatchParams& params = op.params;
   const int num_topk = op.frame.shape.num_topk;
-  const int per_node = params.route.capacity * op.frame.ranks_per_node();
+  const int per_node = params.route.capacity * op.frame.shape.node_size();
   if (group.WaitUntilFree()) {
     const bool encoded = params.encoded != nullptr;
     group.PutRows(static_cast<const char*>(encoded ? params.encoded : params.x),

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
       // Every received row is the sum of a pair.
       EncodeRows<Type, kWhole, kFormat>(op.wire, params.y, op.row_bytes, params.group_sizes[0],
                                         params.sums);
-    } else if (params.sums != nullptr) {
+    } else if (Group::kSeveralNodes ? op.of_sums.num_rows > 0 : params.sums != nullptr) {
       SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, Group::kSeveralNodes>(op, terms);
     }
     group.Publish();

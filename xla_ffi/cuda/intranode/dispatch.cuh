@@ -193,7 +193,7 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
                                   (block.end - block.begin) * num_topk * sizeof(EntryRecord));
     });
     const bool encoded = op.params.encoded != nullptr;
-    const int per_node = op.local_experts.divisor() * op.frame.ranks_per_node();
+    const int per_node = op.local_experts.divisor() * op.frame.shape.node_size();
     group.PutRows(static_cast<const char*>(encoded ? op.params.encoded : op.params.x),
                   encoded ? op.wire.bytes() : op.row_bytes, num_tokens, [&](int64_t token, int k) {
                     const int32_t expert = op.params.topk_idx[token * num_topk + k];
@@ -202,7 +202,7 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
   }
   group.Exchange(
       [&](int node) {
-        const int ranks = op.frame.ranks_per_node();
+        const int ranks = op.frame.shape.node_size();
         group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst), TokenList(op, node * ranks),
                                     int64_t{ranks} * num_tokens * sizeof(int32_t));
         int32_t* counts = op.frame.Counts(op.frame.rank, op.frame.rank);
