@@ -2,11 +2,13 @@
 #ifndef JAX_DEEPEP_TESTS_GPU_RANK_NODES_CUH_
 #define JAX_DEEPEP_TESTS_GPU_RANK_NODES_CUH_
 
+#include <algorithm>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
+#include "rank_faults.cuh"
 #include "rank_group.cuh"
 
 namespace jax_deepep {
@@ -108,6 +110,14 @@ void CheckManyNodes() {
                2);
   CheckProblem(OnNodes(2, MakeProblem("36 x 2", 72, 144, 32, 6, 37, RowType::kFloat16, kExpert)), 1,
                2);
+}
+
+// A rank that waits for a missing one itself reports it, whichever node it is on.
+void CheckFaultsOfNodes() {
+  for (const bool late : {false, true}) CheckFaults(4, 2, late, false, /*ranks_per_node=*/2);
+  CheckFaults(kOnGpu ? 72 : 6, 1, /*late=*/false, false, /*ranks_per_node=*/kOnGpu ? 8 : 2);
+  CheckMistakes(2, false, /*ranks_per_node=*/1);
+  CheckTwoAtOnce(3, kOnGpu ? 200 : 10, false, /*ranks_per_node=*/1);
 }
 
 }  // namespace
