@@ -118,6 +118,7 @@ class NativeModule(Protocol):
         num_experts: int,
         num_topk: int,
         num_tokens: int,
+        ranks_per_node: int,
         layout: int,
         capacity: int,
         row_size: int,

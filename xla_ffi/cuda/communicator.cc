@@ -130,23 +130,35 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
     if (location.process != process) continue;
     const ExportedMemory& control = memories.at(next++);
     const ExportedMemory& pool = memories.at(next++);
-    std::vector<int> readers;  // devices here that share a group with it
+    std::vector<int> readers;  // devices here of its node in its group
+    std::vector<int> writers;  // these, and those of other nodes that put to it
     for (const auto& rank : ranks_) {
-      if (rank->location.group == location.group) readers.push_back(rank->ordinal);
+      if (rank->location.group != location.group) continue;
+      const bool reads = IsOnNodeOf(location.rank, rank->location.rank);
+      if (reads) readers.push_back(rank->ordinal);
+      if (reads || HasIndexOf(location.rank, rank->location.rank)) writers.push_back(rank->ordinal);
     }
-    if (readers.empty()) continue;
-    OnDevice current(readers.front());
+    if (writers.empty()) continue;
+    OnDevice current(writers.front());
     auto peer = std::make_unique<Peer>();
-    std::string error = peer->control.Import(control, readers, /*writable=*/true);
-    if (error.empty()) peer->pool = ImportShared(pool, readers, &error);
+    std::string error = peer->control.Import(control, writers, /*writable=*/true);
+    if (error.empty() && !readers.empty()) peer->pool = ImportShared(pool, readers, &error);
     if (!error.empty()) {
       throw std::runtime_error("the memory of rank " + std::to_string(location.rank) +
                                " (process " + std::to_string(process) +
                                ") cannot be mapped here: " + error + "; " +
-                               WhyNoPeerAccess(pool.gpu, readers));
+                               WhyNoPeerAccess(pool.gpu, writers));
     }
     peers_[{location.group, location.rank}] = std::move(peer);
   }
+}
+
+bool CudaCommunicator::IsOnNodeOf(int rank, int other) const {
+  return rank / shape().node_size() == other / shape().node_size();
+}
+
+bool CudaCommunicator::HasIndexOf(int rank, int other) const {
+  return rank % shape().node_size() == other % shape().node_size();
 }
 
 void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
@@ -156,15 +168,18 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     OpFrame& frame = rank->frame;
     frame.shape = shape();
     frame.window = window_;
+    frame.staging = StagingLayout(shape());
     frame.rank = rank->location.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
     void* status = nullptr;
     Check(cudaHostGetDevicePointer(&status, rank->status.get(), 0), "cudaHostGetDevicePointer");
     frame.status = static_cast<HostStatus*>(status);
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
+      const bool reads = IsOnNodeOf(frame.rank, peer);
+      if (!reads && !HasIndexOf(frame.rank, peer)) continue;
       const Peer& memory = *peers_.at({rank->location.group, peer});
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
-      frame.pool[peer] = memory.pool->data();
+      if (reads) frame.pool[peer] = memory.pool->data();
     }
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));

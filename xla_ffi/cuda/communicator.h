@@ -157,10 +157,13 @@ class CudaCommunicator {
   // The memory of a rank of a local group, of this process or another one.
   struct Peer {
     DeviceMemory control;
-    std::shared_ptr<DeviceMemory> pool;  // shared by communicators
+    std::shared_ptr<DeviceMemory> pool;  // shared by communicators; none of other nodes
   };
 
   LocalRank* RankOn(int64_t device) const;
+  // Ranks read each other's arrays on one node, and put to those of other nodes with their index.
+  bool IsOnNodeOf(int rank, int other) const;
+  bool HasIndexOf(int rank, int other) const;
   int NumBlocks(const LocalRank& rank, const KernelSet& kernels, const OpBytes& bytes,
                 const OpLaunch& launch) const;
   static bool AreInPool(const LocalRank& rank, const std::vector<PeerArray>& read_by_peers);

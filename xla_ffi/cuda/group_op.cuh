@@ -55,17 +55,24 @@ struct ForLeaving : ForArrivals {
 };
 
 template <typename Peers>
-class GroupOpOf : public RankOp {
+class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
+ protected:
+  using OfRank = RankOpOf<Peers::kSeveralNodes>;
+  using OfRank::channel_, OfRank::frame_, OfRank::shared_;
+  using OfRank::Fail, OfRank::IsBroken, OfRank::IsLastBlock, OfRank::num_ranks,
+      OfRank::SharedFlag, OfRank::Stopped;
+
  public:
+  using OfRank::step;
   static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
 
   struct Shared {
-    RankOp::Shared of_rank;
+    typename OfRank::Shared of_rank;
     const char* operands[kMaxOperands][kMaxRanks];
   };
 
   __device__ GroupOpOf(const OpFrame& frame, Shared* shared)
-      : RankOp(frame, &shared->of_rank), operands_(shared->operands) {}
+      : OfRank(frame, &shared->of_rank), operands_(shared->operands) {}
 
   __device__ int first_peer() const { return Peers::First(frame_); }
   __device__ int end_peer() const { return Peers::End(frame_); }
@@ -103,14 +110,14 @@ class GroupOpOf : public RankOp {
     for (int peer = first_peer() + threadIdx.x / 32; peer < end_peer(); peer += blockDim.x / 32) {
       Channel& channel = frame_.ChannelOf(peer);
       if (lane < Publication::kWords) {
-        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] = WordToPublish(lane);
+        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] = this->WordToPublish(lane);
       }
       __syncwarp();
       // Pairs with the acquire load in WaitForAll, on the peer. IsLastBlock orders the other
       // blocks' writes before it.
       if (lane == 0) {
         StoreReleaseSystem(&channel.arrived[frame_.rank], step());
-        Announce(peer);
+        this->Announce(peer);
       }
     }
   }
@@ -157,7 +164,7 @@ class GroupOpOf : public RankOp {
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
     // overwrote after aborting, then it sees here that the peer has aborted.
     FenceSystem();
-    End(Stopped(), succeed, fail);
+    this->End(Stopped(), succeed, fail);
   }
 
  protected:

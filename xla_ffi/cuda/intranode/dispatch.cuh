@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
   }
   group.Finish(
       [&] {
-        if (threadIdx.x == 0) ReportInvalid(op, group, group.channel().num_invalid);
+        if (threadIdx.x == 0) ReportInvalid(op, group.step(), group.channel().num_invalid);
       },
       [&] { WriteFailure(op); });
 }
