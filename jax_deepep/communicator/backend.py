@@ -183,8 +183,6 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
     if config.implementation == "xla":  # without touching a GPU
         return ""
     topology = config.topology
-    if topology.platform == "cuda" and topology.num_nodes > 1:
-        return "native ops on GPUs stay inside a node, and ranks_per_node declares several"
     if len(topology.platforms) > 1:
         return f"native ops need devices of one platform, not of {', '.join(sorted(topology.platforms))}"
     try:

@@ -40,12 +40,11 @@ class CommunicatorStats:
             however many experts of the device the token goes to. A row that peer drops for lack of capacity
             counts in low-latency mode, where it travels, and not in throughput mode.
         rows_received: int64, rows that rank received from peer.
-
-    On GPUs and several nodes these count rows by the link that they cross: from rank to the peer of another node
-    with its index, once per (token, node); and from peer to rank inside a node, also those that other nodes
-    have put there.
-
         seconds_waited: float64, how long ops of rank waited until peer arrived.
+
+    On GPUs, with several nodes, rows count for the link that they cross: between a rank and the one with its
+    index on another node once per (token, node), and inside a node from the rank where they are, whichever
+    node they came from.
     """
 
     rows_sent: np.ndarray
