@@ -73,6 +73,10 @@ class CudaCommunicator(NativeCommunicator, Protocol):
     def most_blocks(self) -> int: ...
 
     @property
+    def between_nodes(self) -> str:
+        """How rows get to other nodes; empty on one node."""
+
+    @property
     def last_ops(self) -> Sequence[tuple[float, int]]:
         """Seconds and SMs of the last op of each rank of this process."""
 

@@ -101,11 +101,10 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
                    int ranks_per_node = 0) {
   const int num_ranks = ranks_per_node == 0 ? 3 : 2 * ranks_per_node, experts = 2 * num_ranks;
   std::mt19937 random(23);
-  std::vector<Problem> problems = {
-      MakeProblem("channel 0", num_ranks, experts, 3, 20, 128, RowType::kBFloat16,
-                  Layout::kExpertMajor, 4),
-      MakeProblem("channel 1", num_ranks, experts, 3, 16, 128, RowType::kFloat32,
-                  Layout::kTokenMajor)};
+  std::vector<Problem> problems = {MakeProblem("channel 0", num_ranks, experts, 3, 20, 128,
+                                               RowType::kBFloat16, Layout::kExpertMajor, 4),
+                                   MakeProblem("channel 1", num_ranks, experts, 3, 16, 128,
+                                               RowType::kFloat32, Layout::kTokenMajor)};
   problems[0].shape.ranks_per_node = ranks_per_node;
   problems[0].low_latency = first_low_latency;
   problems[1].low_latency = second_low_latency;

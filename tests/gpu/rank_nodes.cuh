@@ -49,8 +49,8 @@ void CheckCrossings(const Problem& problem, int num_blocks) {
     for (int peer = 0; peer < num_ranks; ++peer) {
       if (peer / node_size == rank / node_size) continue;
       const bool puts = peer % node_size == rank % node_size;
-      const auto expected = static_cast<uint64_t>(
-          puts ? TokensFor(problem, *ranks[rank], peer / node_size) : 0);
+      const auto expected =
+          static_cast<uint64_t>(puts ? TokensFor(problem, *ranks[rank], peer / node_size) : 0);
       const std::string what = std::string(problem.name) + ": rows to another node are ";
       Check(group.Counters(rank).rows_pushed[peer] == expected, what + "put once");
       Check(group.Counters(peer).rows_received[rank] == expected, what + "counted where they are");
@@ -106,8 +106,8 @@ void CheckManyNodes() {
        }) {
     CheckProblem(OnNodes(8, problem), 1, 2);
   }
-  CheckProblem(OnNodes(1, MakeProblem("70 x 1", 70, 140, 16, 6, 64, RowType::kBFloat16, kExpert)), 1,
-               2);
+  CheckProblem(OnNodes(1, MakeProblem("70 x 1", 70, 140, 16, 6, 64, RowType::kBFloat16, kExpert)),
+               1, 2);
   CheckProblem(OnNodes(2, MakeProblem("36 x 2", 72, 144, 32, 6, 37, RowType::kFloat16, kExpert)), 1,
                2);
 }

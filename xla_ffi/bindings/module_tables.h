@@ -138,8 +138,8 @@ inline void DefineNumbers(nb::module_& module) {
         return nb::make_tuple(sums.num_rows, sums.bytes());
       },
       nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("num_topk"), nb::arg("num_tokens"),
-      nb::arg("ranks_per_node"), nb::arg("layout"), nb::arg("capacity"), nb::arg("row_size"), nb::arg("element_bytes"),
-      nb::arg("wire"));
+      nb::arg("ranks_per_node"), nb::arg("layout"), nb::arg("capacity"), nb::arg("row_size"),
+      nb::arg("element_bytes"), nb::arg("wire"));
 }
 
 // Effectively unbounded, without overflow of clocks that count nanoseconds in 64 bits.

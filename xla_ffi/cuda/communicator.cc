@@ -92,6 +92,7 @@ CudaCommunicator::~CudaCommunicator() {
   StopWatching(this);
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
+    if (rank->remote) rank->remote->Close();
     cudaStreamDestroy(rank->stream);
     for (int channel = 0; channel < kNumChannels; ++channel) {
       cudaStreamDestroy(rank->op_streams[channel]);
@@ -175,12 +176,12 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     Check(cudaHostGetDevicePointer(&status, rank->status.get(), 0), "cudaHostGetDevicePointer");
     frame.status = static_cast<HostStatus*>(status);
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
-      const bool reads = IsOnNodeOf(frame.rank, peer);
-      if (!reads && !HasIndexOf(frame.rank, peer)) continue;
+      if (!IsOnNodeOf(frame.rank, peer)) continue;
       const Peer& memory = *peers_.at({rank->location.group, peer});
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
-      if (reads) frame.pool[peer] = memory.pool->data();
+      frame.pool[peer] = memory.pool->data();
     }
+    if (shape().num_nodes() > 1) ConnectToOtherNodes(*rank);
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
     if (requested_sms_ > 0) rank->most_blocks = std::min(rank->most_blocks, requested_sms_);
@@ -192,6 +193,20 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
   for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(kernels->load);
   TestPeers();
   WatchForFailure(this);
+}
+
+void CudaCommunicator::ConnectToOtherNodes(LocalRank& rank) const {
+  OpFrame& frame = rank.frame;
+  const int own_node = frame.NodeOf(frame.rank);
+  rank.remote = std::make_unique<MappedRemoteMemory>();
+  Check(rank.remote->Init(own_node, shape().num_nodes()));
+  Check(rank.remote->Register(rank.control.data(), rank.control.bytes()));
+  for (int node = 0; node < shape().num_nodes(); ++node) {
+    if (node == own_node) continue;
+    const int peer = frame.RankOnNode(node);
+    rank.remote->Attach(node, peers_.at({rank.location.group, peer})->control.data());
+    frame.control[peer] = reinterpret_cast<DeviceControl*>(rank.remote->FlagAddress(node));
+  }
 }
 
 // The driver may say that there is peer access where the machine does not support it (GPUs passed

@@ -24,6 +24,7 @@
 #include "interface/op_signature.h"
 #include "interface/verb_traits.h"
 #include "transport/cuda_peer.h"
+#include "transport/remote_memory.h"
 
 namespace jax_deepep {
 
@@ -125,6 +126,11 @@ class CudaCommunicator {
   };
   std::vector<LastOp> LastOps() const;
 
+  // How rows get to other nodes, in a few words; empty on one node.
+  std::string between_nodes() const {
+    return ranks_.empty() || !ranks_[0]->remote ? "" : ranks_[0]->remote->Describe();
+  }
+
   // Bytes of device memory that this process holds for the communicator.
   size_t buffer_bytes() const;
 
@@ -142,6 +148,7 @@ class CudaCommunicator {
     DeviceFacts facts;
     DeviceMemory control;
     DeviceMemory pool;
+    std::unique_ptr<MappedRemoteMemory> remote;  // null on one node
     std::unique_ptr<HostStatus, FreePinned> status;
     OpFrame frame;                  // without what an op adds
     int most_blocks = 1;            // of an op; num_sms if given
@@ -161,6 +168,7 @@ class CudaCommunicator {
   };
 
   LocalRank* RankOn(int64_t device) const;
+  void ConnectToOtherNodes(LocalRank& rank) const;
   // Ranks read each other's arrays on one node, and put to those of other nodes with their index.
   bool IsOnNodeOf(int rank, int other) const;
   bool HasIndexOf(int rank, int other) const;

@@ -99,7 +99,7 @@ struct Channel {
   uint32_t num_finished;  // blocks whose reads are done
   uint32_t num_invalid;   // entries of topk_idx that this op ignored
   uint64_t ended;         // blocks, lost blocks and invalid entries: see SignalledOp::Finish
-  uint64_t rows_pushed[kMaxRanks];  // rows that this rank has pushed to each peer, in total
+  uint64_t rows_pushed[kMaxRanks];    // rows that this rank has pushed to each peer, in total
   uint64_t rows_received[kMaxRanks];  // entry s by s, if it is on another node
   uint64_t waited_ns[kMaxRanks];
 

@@ -59,8 +59,8 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
  protected:
   using OfRank = RankOpOf<Peers::kSeveralNodes>;
   using OfRank::channel_, OfRank::frame_, OfRank::shared_;
-  using OfRank::Fail, OfRank::IsBroken, OfRank::IsLastBlock, OfRank::num_ranks,
-      OfRank::SharedFlag, OfRank::Stopped;
+  using OfRank::Fail, OfRank::IsBroken, OfRank::IsLastBlock, OfRank::num_ranks, OfRank::SharedFlag,
+      OfRank::Stopped;
 
  public:
   using OfRank::step;
@@ -110,7 +110,8 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     for (int peer = first_peer() + threadIdx.x / 32; peer < end_peer(); peer += blockDim.x / 32) {
       Channel& channel = frame_.ChannelOf(peer);
       if (lane < Publication::kWords) {
-        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] = this->WordToPublish(lane);
+        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] =
+            this->WordToPublish(lane);
       }
       __syncwarp();
       // Pairs with the acquire load in WaitForAll, on the peer. IsLastBlock orders the other

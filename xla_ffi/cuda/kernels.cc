@@ -18,7 +18,8 @@ const KernelSet& KernelsOf(Mode mode, const GroupShape& shape) {
 
 std::vector<const KernelSet*> KernelsFor(const GroupShape& shape, const WindowSize& window) {
   std::vector<const KernelSet*> sets = {&KernelsOf(Mode::kThroughput, shape)};
-  if (window.num_tokens > 0 && shape.num_nodes() == 1) sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
+  if (window.num_tokens > 0 && shape.num_nodes() == 1)
+    sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
   return sets;
 }
 

@@ -1,5 +1,5 @@
-// The one way to write to another node, on the device: PutFlag, here over mapped memory. A transport
-// implements it together with transport/remote_memory.h.
+// The one way to write to another node, on the device: PutFlag, here over mapped memory. A
+// transport implements it together with transport/remote_memory.h.
 #ifndef JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
 #define JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
 
@@ -54,9 +54,9 @@ __device__ void CopyWords(char* to, const char* from, int64_t bytes) {
 
 // Copy `bytes`, a multiple of 2, to the rank of `node` with this rank's index, and then store
 // `value` in its `flag`. An address `to` or `flag` in this rank's own memory, control block or
-// staging, stands for the same place of that rank's. Flags are seen after all that this rank has put
-// before: puts of other threads, if the caller has synchronised with them. `flag` may be null, and
-// `bytes` 0.
+// staging, stands for the same place of that rank's. Flags are seen after all that this rank has
+// put before: puts of other threads, if the caller has synchronised with them. `flag` may be null,
+// and `bytes` 0.
 template <typename By>
 __device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to, const void* from,
                                         int64_t bytes, uint64_t* flag = nullptr,

@@ -1,8 +1,8 @@
 // Staging: memory of a rank's communicator into which the ranks of other nodes with the same index
 // put rows. It is behind the rank's control block, and has a slot for each channel and other node:
 //
-//     dispatch, cached_dispatch   tokens for each rank of this node [L][T], records [T][K], rows [T]
-//     combine                     destination [T][K], gradients [T][K], sums [T]
+//     dispatch, cached_dispatch   tokens for each rank of this node [L][T], records [T][K], rows
+//     [T] combine                     destination [T][K], gradients [T][K], sums [T]
 #ifndef JAX_DEEPEP_CUDA_STAGING_H_
 #define JAX_DEEPEP_CUDA_STAGING_H_
 
@@ -23,7 +23,7 @@ struct StagingLayout {
   int64_t offset = 0;  // from the beginning of the control block
   int64_t slot_bytes = 0;
   int64_t second_offset = 0, rows_offset = 0;  // in a slot
-  int32_t slots = 0;  // of a channel
+  int32_t slots = 0;                           // of a channel
 
   StagingLayout() = default;
   explicit StagingLayout(const GroupShape& shape) {

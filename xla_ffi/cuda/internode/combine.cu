@@ -1,15 +1,15 @@
 // combine between nodes: see intranode/combine.cuh.
-#include "cuda/intranode/combine.cuh"
-
 #include "cuda/internode/internode.h"
 #include "cuda/internode/node_op.cuh"
+#include "cuda/intranode/combine.cuh"
 
 namespace jax_deepep {
 
 template <>
-const char* VerbKernels<Internode, CombineParams>::Launch(const OpFrame& frame, const CombineParams& params,
-                                       int num_blocks, const DeviceFacts& device,
-                                       const KernelStream& stream) {
+const char* VerbKernels<Internode, CombineParams>::Launch(const OpFrame& frame,
+                                                          const CombineParams& params,
+                                                          int num_blocks, const DeviceFacts& device,
+                                                          const KernelStream& stream) {
   return CombineKernels<NodeOp>::Launch(frame, params, num_blocks, device, stream);
 }
 

@@ -1,8 +1,7 @@
 // dispatch between nodes: see intranode/dispatch.cuh.
-#include "cuda/intranode/dispatch.cuh"
-
 #include "cuda/internode/internode.h"
 #include "cuda/internode/node_op.cuh"
+#include "cuda/intranode/dispatch.cuh"
 
 namespace jax_deepep {
 
@@ -11,9 +10,11 @@ int64_t Internode::LeastSharedBytes(const GroupShape& shape, const WindowSize&) 
 }
 
 template <>
-const char* VerbKernels<Internode, DispatchParams>::Launch(const OpFrame& frame, const DispatchParams& params,
-                                       int num_blocks, const DeviceFacts& device,
-                                       const KernelStream& stream) {
+const char* VerbKernels<Internode, DispatchParams>::Launch(const OpFrame& frame,
+                                                           const DispatchParams& params,
+                                                           int num_blocks,
+                                                           const DeviceFacts& device,
+                                                           const KernelStream& stream) {
   return DispatchKernels<NodeOp>::Launch(frame, params, num_blocks, device, stream);
 }
 

@@ -141,7 +141,8 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     });
   }
 
-  // Wait until the ranks of this node can be read, and all that was put there. False: they must not.
+  // Wait until the ranks of this node can be read, and all that was put there. False: they must
+  // not.
   __device__ bool WaitForArrivals() {
     if (!OfNode::WaitForArrivals()) return false;
     if (!WaitForPeers<ForPeersToStage>(channel_.staged)) return false;
@@ -190,8 +191,8 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
           // All readers of this rank's staging have left.
           if (threadIdx.x == 0) {
             ForOtherNodes([&](int to_node) {
-              PutFlag<ByThread>(frame_, to_node, nullptr, nullptr, 0,
-                                &channel_.left[frame_.rank], step());
+              PutFlag<ByThread>(frame_, to_node, nullptr, nullptr, 0, &channel_.left[frame_.rank],
+                                step());
             });
           }
           succeed();

@@ -90,15 +90,15 @@ __device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int token
   const int lane = threadIdx.x % 32, num_nodes = op.frame.shape.num_nodes();
   const int own_node = op.frame.NodeOf(op.frame.rank);
   const bool somewhere = destination != kNone;
-  const int node = somewhere ? op.frame.NodeOf(op.capacity.Quotient(destination)) : num_nodes + lane;
+  const int node =
+      somewhere ? op.frame.NodeOf(op.capacity.Quotient(destination)) : num_nodes + lane;
   const uint32_t same = __match_any_sync(~0u, node);
   const bool leads = somewhere && __ffs(same) - 1 == lane;
   const int source = op.frame.RankOnNode(somewhere ? node : own_node);
   Inputs inputs;
   if (params.gradients != nullptr && somewhere) {
-    const float* gradients = node == own_node
-                                 ? NodeGradients(op, node)
-                                 : group.template From<float>(source, Staged::kSecond);
+    const float* gradients = node == own_node ? NodeGradients(op, node)
+                                              : group.template From<float>(source, Staged::kSecond);
     inputs.gradient = LoadFresh(gradients + int64_t{token} * op.frame.shape.num_topk + lane);
   }
   if (params.bias != nullptr && token < params.route.num_tokens) {

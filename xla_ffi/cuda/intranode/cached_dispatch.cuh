@@ -221,8 +221,7 @@ template <typename Group>
 class CachedDispatchKernels {
  public:
   static const char* Launch(const OpFrame& frame, const CachedDispatchParams& params,
-                            int num_blocks, const DeviceFacts& device,
-                            const KernelStream& stream) {
+                            int num_blocks, const DeviceFacts& device, const KernelStream& stream) {
     const RowFormat rows = params.route.rows();
     CachedDispatch op{frame,
                       params,

@@ -1,5 +1,5 @@
-// combine by pulling: the rank of the experts sums a token's rows first, so that one row crosses the
-// link per (token, rank); the rank of the token pulls these and sums them in ascending order.
+// combine by pulling: the rank of the experts sums a token's rows first, so that one row crosses
+// the link per (token, rank); the rank of the token pulls these and sums them in ascending order.
 // `Group` is GroupOp, or NodeOp between nodes.
 //
 // 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
@@ -9,9 +9,9 @@
 // 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
 //    encoded needs no sum: its row is read and weighted in place.
 //
-// Between nodes, each rank does step 3 for the tokens of all ranks with its index in their nodes, over
-// the ranks of its own node, and puts the sums, rounded once or encoded, to the ranks of the tokens.
-// Those sum over nodes in ascending order.
+// Between nodes, each rank does step 3 for the tokens of all ranks with its index in their nodes,
+// over the ranks of its own node, and puts the sums, rounded once or encoded, to the ranks of the
+// tokens. Those sum over nodes in ascending order.
 #ifndef JAX_DEEPEP_CUDA_INTRANODE_COMBINE_CUH_
 #define JAX_DEEPEP_CUDA_INTRANODE_COMBINE_CUH_
 

@@ -1,5 +1,5 @@
-// The parts of combine that a rank does in its node: the sums of its pairs, and where those are that
-// it sums over ranks. See combine.cuh.
+// The parts of combine that a rank does in its node: the sums of its pairs, and where those are
+// that it sums over ranks. See combine.cuh.
 #ifndef JAX_DEEPEP_CUDA_INTRANODE_COMBINE_SUMS_CUH_
 #define JAX_DEEPEP_CUDA_INTRANODE_COMBINE_SUMS_CUH_
 
@@ -113,7 +113,8 @@ __device__ Inputs InputsOf(const Combine& op, const Group& group, int owner, int
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   bool somewhere = destination != kNone;
   if (kSeveralNodes && somewhere) {
-    somewhere = op.frame.NodeOf(op.capacity.Quotient(destination)) == op.frame.NodeOf(op.frame.rank);
+    somewhere =
+        op.frame.NodeOf(op.capacity.Quotient(destination)) == op.frame.NodeOf(op.frame.rank);
   }
   const int rank = somewhere ? op.capacity.Quotient(destination) : shape.num_ranks + lane;
   const int64_t row = somewhere ? op.capacity.Remainder(destination) : 0;
@@ -139,19 +140,19 @@ __device__ Inputs InputsOf(const Combine& op, const Group& group, int owner, int
     atomicAdd(&taken[rank], 1);
     if (kQuantized && rank != op.frame.rank) {
       inputs.encoded = true;
-      inputs.row =
-          group.template Operand<char>(rank, kSums) +
-          (expert_major ? SumOffset(op, owner, token) : row * op.of_sums.row_bytes);
+      inputs.row = group.template Operand<char>(rank, kSums) +
+                   (expert_major ? SumOffset(op, owner, token) : row * op.of_sums.row_bytes);
     } else if (kQuantized) {  // its arrays need not be where peers can read them
       const bool summed = expert_major && __popc(same) > 1;
-      inputs.row =
-          summed ? OwnSum<kSeveralNodes>(op, owner, token) : static_cast<const char*>(params.y) + row * op.row_bytes;
+      inputs.row = summed ? OwnSum<kSeveralNodes>(op, owner, token)
+                          : static_cast<const char*>(params.y) + row * op.row_bytes;
       if (!summed && params.weights != nullptr) inputs.weight = params.weights[row];
     } else if (expert_major && __popc(same) > 1) {  // summed in step 1
       inputs.row = group.template Operand<char>(rank, kSums) + SumOffset(op, owner, token);
     } else {
       inputs.row = group.template Operand<char>(rank, kRows) + row * op.row_bytes;
-      if (params.weights != nullptr) inputs.weight = group.template Operand<float>(rank, kWeights)[row];
+      if (params.weights != nullptr)
+        inputs.weight = group.template Operand<float>(rank, kWeights)[row];
     }
   }
   return inputs;

@@ -1,7 +1,6 @@
 // dispatch inside a node: see dispatch.cuh.
-#include "cuda/intranode/dispatch.cuh"
-
 #include "cuda/group_op.cuh"
+#include "cuda/intranode/dispatch.cuh"
 #include "cuda/intranode/throughput.h"
 
 namespace jax_deepep {

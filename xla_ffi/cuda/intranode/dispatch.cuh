@@ -188,9 +188,9 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
     const TokenRange block = TokenRange::Part({0, num_tokens}, blockIdx.x, gridDim.x);
     const int64_t first_entry = int64_t{block.begin} * num_topk;
     group.ForOtherNodes([&](int node) {
-      group.template Put<ByBlock>(node, group.template At<EntryRecord>(node, Staged::kSecond) + first_entry,
-                                  Records(op) + first_entry,
-                                  (block.end - block.begin) * num_topk * sizeof(EntryRecord));
+      group.template Put<ByBlock>(
+          node, group.template At<EntryRecord>(node, Staged::kSecond) + first_entry,
+          Records(op) + first_entry, (block.end - block.begin) * num_topk * sizeof(EntryRecord));
     });
     const bool encoded = op.params.encoded != nullptr;
     const int per_node = op.local_experts.divisor() * op.frame.shape.node_size();
@@ -203,7 +203,8 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
   group.Exchange(
       [&](int node) {
         const int ranks = op.frame.shape.node_size();
-        group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst), TokenList(op, node * ranks),
+        group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst),
+                                    TokenList(op, node * ranks),
                                     int64_t{ranks} * num_tokens * sizeof(int32_t));
         int32_t* counts = op.frame.Counts(op.frame.rank, op.frame.rank);
         group.template Put<ByBlock>(
