@@ -183,8 +183,6 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
     if config.implementation == "xla":  # without touching a GPU
         return ""
     topology = config.topology
-    if topology.platform == "cuda" and topology.num_nodes > 1:
-        return "native ops on GPUs stay inside a node, and ranks_per_node declares several"
     if len(topology.platforms) > 1:
         return f"native ops need devices of one platform, not of {', '.join(sorted(topology.platforms))}"
     try:
@@ -196,6 +194,11 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
 
 
 def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
+    if config.topology.num_nodes > 1 and config.mode == "low_latency":
+        return (
+            f'mode: expected "auto" or "throughput" for groups of {config.topology.num_nodes} nodes on GPUs, got '
+            '"low_latency"; leave it out'
+        )
     module = native_module.load("cuda")
     for device in config.topology.local_devices(jax.process_index()):
         limit = (device.memory_stats() or {}).get("bytes_limit")

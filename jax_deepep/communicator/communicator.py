@@ -40,8 +40,8 @@ class CommunicatorStats:
             however many experts of the device the token goes to. A row that peer drops for lack of capacity
             counts in low-latency mode, where it travels, and not in throughput mode. Between nodes a row goes
             to the rank of the same index, once per (token, node), which sends it on inside its node; in
-            combine likewise the other way. Where nodes share memory they only round: ranks exchange rows
-            directly.
+            combine likewise the other way. Where nodes of CPU devices share memory they only round: ranks
+            exchange rows directly.
         rows_received: int64, rows that rank received from peer.
         seconds_waited: float64, how long ops of rank waited until peer arrived.
     """
@@ -213,8 +213,8 @@ class Communicator:
         state = "closed" if self.closed else self._broken_message() or "ready"
         rows = [
             ("mesh", f"{mesh}; platform {', '.join(sorted(self.topology.platforms))}"),
-            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}; "
-                       f"{self.topology.num_nodes} node(s), {processes} process(es)"),
+            ("groups", f"{groups} of {self.size} devices along {', '.join(self.axis_names) or 'no axis'}"
+                       f"{self._describe_nodes()}; {processes} process(es)"),
             ("experts", f"{self.num_experts}, {self.num_local_experts} per device, "
                         f"{self.num_experts_per_tok} per token"),
             ("rows", f"up to {self.max_tokens} tokens per device of {self.hidden_size} elements"),
@@ -229,9 +229,15 @@ class Communicator:
         lines = [f"Communicator #{self.id}", *(f"  {name:<15} {text}" for name, text in rows)]
         return "\n".join(lines)
 
+    def _describe_nodes(self) -> str:
+        nodes = self.topology.num_nodes
+        return f", on {nodes} nodes of {self.topology.ranks_per_node}" if nodes > 1 else ""
+
     def _describe_mode(self) -> str:
         if self.mode != "auto":
             return f"{self.mode}, as asked"
+        if self.platform == "cuda" and self.topology.num_nodes > 1:
+            return "throughput (auto: low_latency is for one node)"
         tokens = self.config.most_low_latency_tokens
         if tokens == 0:
             return f"throughput (auto: {self.num_experts} experts are too many for low_latency)"

@@ -148,7 +148,10 @@ class CudaHalf(NativeHalf):
             "low_latency": "rows are pushed to peers' windows",
             "auto": "peers' arrays are read in place, or rows are pushed to peers' windows",
         }
-        return f"{ways[self._config.mode]}, over NVLink or in one GPU; {sms}"
+        way = f"{ways[self._config.mode]}, over NVLink or in one GPU"
+        if between := self.native.between_nodes:
+            way = f"between nodes {between}; in a node {ways['throughput']}, over NVLink or in one GPU"
+        return f"{way}; {sms}"
 
 
 HALVES: dict[str, type[NativeHalf]] = {"cpu": CpuHalf, "cuda": CudaHalf}

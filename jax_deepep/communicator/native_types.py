@@ -73,6 +73,10 @@ class CudaCommunicator(NativeCommunicator, Protocol):
     def most_blocks(self) -> int: ...
 
     @property
+    def between_nodes(self) -> str:
+        """How rows get to other nodes; empty on one node."""
+
+    @property
     def last_ops(self) -> Sequence[tuple[float, int]]:
         """Seconds and SMs of the last op of each rank of this process."""
 
@@ -118,6 +122,7 @@ class NativeModule(Protocol):
         num_experts: int,
         num_topk: int,
         num_tokens: int,
+        ranks_per_node: int,
         layout: int,
         capacity: int,
         row_size: int,

@@ -43,7 +43,7 @@ def _has_scratch(shape: RouteShape) -> bool:
 
 def _has_sums(shape: RouteShape, y: jax.Array, wire: Format | None) -> bool:
     """Return whether a device sums or encodes rows in scratch, before peers read them."""
-    return _has_scratch(shape) and _sums_of(shape, y, wire)[0] > 0
+    return _has_scratch(shape) and _sums_of(shape, y, wire)[1] > 0
 
 
 def _sums_of(shape: RouteShape, y: ShapedArray | jax.Array, wire: Format | None) -> tuple[int, int]:
@@ -51,6 +51,7 @@ def _sums_of(shape: RouteShape, y: ShapedArray | jax.Array, wire: Format | None)
     numbers = native_module.numbers()
     return numbers.combine_sums(
         **_sizes(shape),
+        ranks_per_node=shape.comm.topology.ranks_per_node,
         layout=numbers.layouts[shape.layout],
         capacity=shape.capacity,
         row_size=y.shape[1],
@@ -268,7 +269,8 @@ def _combine_types(
     array = partial(jax_compat.array_like, y)
     entries = destination.shape if with_gradients else (1,)
     num_rows, num_bytes = _sums_of(shape, y, wire)
-    sums = array((num_rows, y.shape[1]), y.dtype) if wire is None else array((num_bytes // 4,), jnp.int32)
+    has_plain_rows = wire is None and shape.comm.topology.num_nodes == 1  # and nothing else
+    sums = array((num_rows, y.shape[1]), y.dtype) if has_plain_rows else array((num_bytes // 4,), jnp.int32)
     return [
         array((shape.num_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients

@@ -2,7 +2,7 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [faults] [channels] [soak STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [faults] [channels] [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -12,6 +12,7 @@
 
 #include "rank_faults.cuh"
 #include "rank_group.cuh"
+#include "rank_nodes.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -96,13 +97,15 @@ void CheckLargest() {
 
 // Ops on the two channels, whole or in two parts, in either order on each rank and at all
 // distances: they never touch each other.
-void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool second_low_latency) {
-  constexpr int kNumRanks = 3;
+void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool second_low_latency,
+                   int ranks_per_node = 0) {
+  const int num_ranks = ranks_per_node == 0 ? 3 : 2 * ranks_per_node, experts = 2 * num_ranks;
   std::mt19937 random(23);
-  std::vector<Problem> problems = {
-      MakeProblem("channel 0", kNumRanks, 6, 3, 20, 128, RowType::kBFloat16, Layout::kExpertMajor,
-                  4),
-      MakeProblem("channel 1", kNumRanks, 6, 3, 16, 128, RowType::kFloat32, Layout::kTokenMajor)};
+  std::vector<Problem> problems = {MakeProblem("channel 0", num_ranks, experts, 3, 20, 128,
+                                               RowType::kBFloat16, Layout::kExpertMajor, 4),
+                                   MakeProblem("channel 1", num_ranks, experts, 3, 16, 128,
+                                               RowType::kFloat32, Layout::kTokenMajor)};
+  problems[0].shape.ranks_per_node = ranks_per_node;
   problems[0].low_latency = first_low_latency;
   problems[1].low_latency = second_low_latency;
   problems[1].shape = problems[0].shape;
@@ -111,7 +114,7 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
   for (int channel = 0; channel < kNumChannels; ++channel) {
     std::vector<DispatchParams> dispatches;
     std::vector<CombineParams> combines;
-    for (int rank = 0; rank < kNumRanks; ++rank) {
+    for (int rank = 0; rank < num_ranks; ++rank) {
       ranks[channel].push_back(std::make_unique<Rank>(problems[channel], random));
       dispatches.push_back(DispatchOf<false>(problems[channel], *ranks[channel].back()));
       combines.push_back(
@@ -120,13 +123,13 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
     RunOnCpu(*comm, 2 * channel, dispatches);
     RunOnCpu(*comm, 2 * channel + 1, combines);
   }
-  cudaStream_t others[kNumRanks];
+  std::vector<cudaStream_t> others(num_ranks);
   for (cudaStream_t& stream : others)
     CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
   Group group(problems[0].shape, num_blocks, 5.0 * kLonger);
   for (int i = 0; i < tries && failures == 0; ++i) {
     for (int op = 0; op < 2; ++op) {
-      for (int rank = 0; rank < kNumRanks; ++rank) {
+      for (int rank = 0; rank < num_ranks; ++rank) {
         const int first = random() % 2;
         for (const int channel : {first, 1 - first}) {
           const cudaStream_t stream = channel == 0 ? group.stream(rank) : others[rank];
@@ -154,7 +157,7 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
     }
     group.Wait();
     for (int channel = 0; channel < kNumChannels; ++channel) {
-      for (int rank = 0; rank < kNumRanks; ++rank) {
+      for (int rank = 0; rank < num_ranks; ++rank) {
         Rank& own = *ranks[channel][rank];
         const std::string where =
             "channel " + std::to_string(channel) + ", try " + std::to_string(i);
@@ -170,10 +173,11 @@ void CheckChannels(int num_blocks, int tries, bool first_low_latency, bool secon
 }
 
 // Many steps with random routing and random delays of single ranks: every byte as on the CPU.
-void CheckSoak(int num_blocks, int steps) {
+void CheckSoak(int num_blocks, int steps, int ranks_per_node = 0) {
   constexpr int num_ranks = 8;
   Problem problem =
       MakeProblem("soak", num_ranks, 32, 4, 24, 256, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.shape.ranks_per_node = ranks_per_node;
   std::mt19937 random(11);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank)
@@ -181,7 +185,7 @@ void CheckSoak(int num_blocks, int steps) {
   const auto comm = CpuCommunicator(problem.shape);
   Group group(problem.shape, num_blocks, 5.0 * kLonger);
   for (int step = 0; step < steps && failures == 0; ++step) {
-    problem.low_latency = random() % 2 == 0;  // each mode follows either
+    problem.low_latency = ranks_per_node == 0 && random() % 2 == 0;  // each mode follows either
     group.Take(problem.low_latency);
     const int channel = random() % kNumChannels;
     std::vector<DispatchParams> dispatches;
@@ -230,6 +234,9 @@ int main(int argc, char** argv) {
       CheckLargest();
     } else if (what == "short") {
       CheckConformance(2);
+    } else if (what == "nodes") {
+      CheckNodes(kOnGpu ? 3 : 2);
+      if (kOnGpu) CheckManyNodes();
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {
@@ -237,6 +244,7 @@ int main(int argc, char** argv) {
           CheckFaults(kOnGpu ? 70 : 8, 1, late, low_latency);
         }
       }
+      CheckFaultsOfNodes();
       if (kOnGpu) CheckNoRoom();
       for (const bool low_latency : {false, true}) {
         CheckMistakes(2, low_latency);
@@ -246,8 +254,10 @@ int main(int argc, char** argv) {
       for (const bool first : {false, true}) {
         for (const bool second : {false, true}) CheckChannels(2, kOnGpu ? 200 : 5, first, second);
       }
+      CheckChannels(2, kOnGpu ? 200 : 5, false, false, /*ranks_per_node=*/2);
     } else if (what == "soak" && i + 1 < argc) {
-      CheckSoak(3, std::atoi(argv[++i]));
+      const int steps = std::atoi(argv[++i]);
+      for (const int ranks_per_node : {0, 2, 4}) CheckSoak(3, steps, ranks_per_node);
     } else {
       std::printf("unknown: %s\n", what.c_str());
       return 2;

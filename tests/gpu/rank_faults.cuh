@@ -43,12 +43,15 @@ bool AllFailed(const Problem& problem, Array& array) {
 
 // The last rank does not arrive, or arrives late; every op ends and reports it, and so do later
 // ops.
-void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency) {
-  const std::string name = std::to_string(num_ranks) +
-                           (low_latency ? " ranks, low latency, " : " ranks, ") +
-                           (late ? "one rank is late: " : "one rank is missing: ");
+void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency,
+                 int ranks_per_node = 0) {
+  const std::string name =
+      std::to_string(num_ranks) + (low_latency ? " ranks, low latency, " : " ranks, ") +
+      (ranks_per_node > 0 ? std::to_string(ranks_per_node) + " per node, " : "") +
+      (late ? "one rank is late: " : "one rank is missing: ");
   Problem problem = MakeProblem("faults", num_ranks, 2 * num_ranks, 2, 20, 128, RowType::kBFloat16,
                                 Layout::kExpertMajor);
+  problem.shape.ranks_per_node = ranks_per_node;
   problem.low_latency = low_latency;
   const int last = num_ranks - 1;
   std::mt19937 random(3);
@@ -125,10 +128,11 @@ void CheckEnds(Group& group, const Problem& problem, std::vector<std::unique_ptr
 
 // Ops that cannot succeed: all end at once, although the timeout is long and, in some, a rank never
 // arrives.
-void CheckMistakes(int num_blocks, bool low_latency) {
+void CheckMistakes(int num_blocks, bool low_latency, int ranks_per_node = 0) {
   constexpr double kTimeout = 60 * kLonger, kAtOnce = 5 * kLonger;
   Problem problem =
       MakeProblem("mistakes", 3, 6, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.shape.ranks_per_node = ranks_per_node;
   problem.low_latency = low_latency;
   std::mt19937 random(3);
   std::vector<std::unique_ptr<Rank>> ranks;
@@ -153,7 +157,7 @@ void CheckMistakes(int num_blocks, bool low_latency) {
       Check(difference == (report.other_rank == 1 ? 8 : -8), "and where they differ");
     }
   }
-  {
+  if (problem.shape.num_nodes() == 1) {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     group.Take(!low_latency);
@@ -243,9 +247,10 @@ void CheckNoRoom() {
 
 // Many pairs of ops that begin at once, at all distances: each pair succeeds, one after the other,
 // or fails.
-void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency) {
+void CheckTwoAtOnce(int num_blocks, int tries, bool low_latency, int ranks_per_node = 0) {
   Problem problem =
       MakeProblem("two at once", 2, 4, 2, 20, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.shape.ranks_per_node = ranks_per_node;
   problem.low_latency = low_latency;
   std::mt19937 random(5);
   std::vector<std::unique_ptr<Rank>> ranks, others;

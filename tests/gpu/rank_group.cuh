@@ -62,7 +62,10 @@ class Group {
     // Rows of float32 as well.
     const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 48)};
     const WindowLayout window(shape, size);
-    const int64_t control_bytes = window.offset + window.bytes();
+    const StagingLayout staging(shape);
+    const int64_t control_bytes =
+        shape.num_nodes() > 1 ? static_cast<int64_t>(ControlBytes(shape)) + staging.bytes(shape)
+                              : window.offset + window.bytes();
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
               "attribute");
@@ -70,8 +73,8 @@ class Group {
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       OnDeviceOf(rank);
       if (device_each || rank == 0) {
-        for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput).load,
-                           KernelsOf(Mode::kLowLatency).load}) {
+        for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput, shape).load,
+                           KernelsOf(Mode::kLowLatency, shape).load}) {
           const char* error = load(facts_.shared_bytes);
           Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
         }
@@ -93,12 +96,16 @@ class Group {
       OpFrame frame;
       frame.shape = shape;
       frame.window = size;
+      frame.staging = staging;
       frame.rank = rank;
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
       frame.expected_rank = operands_[rank]->device<int32_t>();
       frame.status = statuses_[rank];
-      for (int peer = 0; peer < shape.num_ranks; ++peer)
+      for (int peer = 0; peer < shape.num_ranks; ++peer) {
+        const bool of_node = frame.NodeOf(peer) == frame.NodeOf(rank);
+        if (!of_node && frame.RankOnNode(frame.NodeOf(peer)) != peer) continue;
         frame.control[peer] = controls_[peer]->device<DeviceControl>();
+      }
       frames_.push_back(frame);
     }
     // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
@@ -117,7 +124,8 @@ class Group {
     frame.channel = channel;
     frame.part = part;
     frame.op = SignatureOf(params, stream != nullptr);  // an op on another stream is another call
-    const KernelSet& kernels = KernelsOf(low_latency_ ? Mode::kLowLatency : Mode::kThroughput);
+    const KernelSet& kernels =
+        KernelsOf(low_latency_ ? Mode::kLowLatency : Mode::kThroughput, frame.shape);
     frame.op.flags |= kernels.flags;
     frame.op_hash = frame.op.Hash();
     const auto launch = kernels.LaunchOf<Params>();
@@ -164,6 +172,11 @@ class Group {
     }
   }
   HostStatus& status(int rank) { return *statuses_[rank]; }
+  // What a rank has counted on a channel, and when nothing runs.
+  Channel Counters(int rank, int channel = 0) const {
+    const std::vector<char> bytes = controls_[rank]->FromDevice();
+    return reinterpret_cast<const DeviceControl*>(bytes.data())->channels[channel];
+  }
 
  private:
   int num_blocks_;

@@ -31,13 +31,15 @@ class Step(NamedTuple):
 class Protocol:
     """The steps of every rank, in order, except for jumps."""
 
-    def __init__(self, steps: list[Step]) -> None:
+    def __init__(self, steps: list[Step], may_fail: frozenset[int] | None = None) -> None:
         self.steps = steps
+        self.may_fail = may_fail  # None: any rank
         self._indices = {step.name: i for i, step in enumerate(steps)} | {"End": END}
 
     def replaced(self, name: str, run: Run) -> "Protocol":
         assert name in self._indices
-        return Protocol([step._replace(run=run) if step.name == name else step for step in self.steps])
+        steps = [step._replace(run=run) if step.name == name else step for step in self.steps]
+        return Protocol(steps, self.may_fail)
 
     def without(self, *names: str) -> "Protocol":
         result = self
@@ -48,7 +50,14 @@ class Protocol:
     def moved(self, name: str, *, after: str) -> "Protocol":
         steps = [step for step in self.steps if step.name != name]
         index = [step.name for step in steps].index(after) + 1
-        return Protocol([*steps[:index], self.steps[self._indices[name]], *steps[index:]])
+        return Protocol([*steps[:index], self.steps[self._indices[name]], *steps[index:]], self.may_fail)
+
+    def failing_only_on(self, *ranks: int) -> "Protocol":
+        """The same in runs where no other rank fails unless it is notified: a smaller search.
+
+        A rank that waits may then have no step to take.
+        """
+        return Protocol(self.steps, frozenset(ranks))
 
     def step_of(self, world: World, rank: int) -> Step | None:
         at = world.ranks[rank].at
@@ -60,7 +69,11 @@ class Protocol:
         before = self._progress(world.ranks[rank])
         world = world.copy()
         world.change(rank, at=world.ranks[rank].at + 1)
+        fails_already = bool(world.ranks[rank].back) or world.ranks[rank].lost
         for after in step.run(world, rank):
+            begins_to_fail = bool(after.ranks[rank].back) and not fails_already
+            if begins_to_fail and self.may_fail is not None and rank not in self.may_fail:
+                continue
             if after.ranks[rank].jump:
                 after.change(rank, at=self._indices[after.ranks[rank].jump], jump="")
             if not before < self._progress(after.ranks[rank]):
@@ -97,17 +110,20 @@ def find_violation(
     num_ranks: int,
     num_ops: int,
     *,
+    ranks_per_node: int | None = None,
     concurrent: bool = False,
     at_once: bool = True,
     on_demand: bool = True,
 ) -> Result:
     """Search all runs of `num_ranks` ranks through `num_ops` ops, depth first.
 
+    By default all ranks are on one node.
+
     With `concurrent`, a concurrent op may fail on any rank, at any moment: see protocol_failure.py.
     Without `at_once`, steps that load nothing are taken separately; without `on_demand`, stores also become
     visible at any moment.
     """
-    start = World.at_start(num_ranks, num_ops)
+    start = World.at_start(num_ranks, num_ops, ranks_per_node or num_ranks)
     run: list[str] = []
     known = {start.key()}
     pending = [
@@ -151,7 +167,7 @@ def _successors(
             successors = list(protocol.take_step(world, rank))
             if at_once:
                 successors = [end for after in successors for end in protocol.run_local_steps(after, rank)]
-            if not successors:
+            if not successors and protocol.may_fail is None:
                 raise Violation("progress")
             run.pop()
             yield from ((name, after) for after in successors)

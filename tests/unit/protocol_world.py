@@ -78,6 +78,22 @@ class Words:
     def signal(self, bank: int, home: int, writer: int) -> int:
         return self._at(16 + bank, home, writer)
 
+    # Between nodes, where no op is in low-latency mode:
+
+    def staging(self, home: int, writer: int) -> int:
+        """What a rank of another node has put there."""
+        return self._at(8, home, writer)
+
+    def staged(self, home: int, writer: int) -> int:
+        return self._at(9, home, writer)
+
+    def sums(self, home: int, writer: int) -> int:
+        """2 n: sums of op n, of its operands; 2 n + 1: of others."""
+        return self._at(10, home, writer)
+
+    def returned(self, home: int, writer: int) -> int:
+        return self._at(11, home, writer)
+
     def operand(self, rank: int) -> int:
         """2 n: of op n; 2 n + 1: reused after it. In XLA's memory; peers only load it."""
         return self._at(6, rank, 0)
@@ -98,30 +114,45 @@ class World:
     """All ranks, the stores of each that are not visible yet, and the visible words."""
 
     num_ops: int
+    ranks_per_node: int
     at: Words
     ranks: list[Rank]
     queues: list[tuple[Item, ...]]
     seen: bytearray
 
     @staticmethod
-    def at_start(num_ranks: int, num_ops: int) -> "World":
+    def at_start(num_ranks: int, num_ops: int, ranks_per_node: int) -> "World":
         at = Words(num_ranks)
         # The second half of the queues has the stores of concurrent ops, not ordered with the rank's own.
-        return World(num_ops, at, [Rank()] * num_ranks, [()] * (2 * num_ranks), bytearray(at.count))
+        queues: list[tuple[Item, ...]] = [()] * (2 * num_ranks)
+        return World(num_ops, ranks_per_node, at, [Rank()] * num_ranks, queues, bytearray(at.count))
 
     def copy(self) -> "World":
-        return World(self.num_ops, self.at, self.ranks[:], self.queues[:], self.seen[:])
+        return World(
+            self.num_ops, self.ranks_per_node, self.at, self.ranks[:], self.queues[:], self.seen[:]
+        )
 
     def key(self) -> tuple[object, ...]:
         return (*self.ranks, *self.queues, bytes(self.seen))
 
     def peers(self, rank: int) -> list[int]:
-        return [peer for peer in range(len(self.ranks)) if peer != rank]
+        """The ranks whose control blocks the rank writes to: all others, if there is one node."""
+        return [*self.of_node(rank), *self.of_other_nodes(rank)]
+
+    def of_node(self, rank: int) -> list[int]:
+        """The other ranks of its node."""
+        first = rank - rank % self.ranks_per_node
+        return [peer for peer in range(first, first + self.ranks_per_node) if peer != rank]
+
+    def of_other_nodes(self, rank: int) -> list[int]:
+        """The ranks of other nodes with the same index."""
+        same = range(rank % self.ranks_per_node, len(self.ranks), self.ranks_per_node)
+        return [peer for peer in same if peer != rank]
 
     def writers(self, rank: int) -> list[int]:
         """The queues with stores that notify a rank that the communicator is broken."""
         num_ranks = len(self.ranks)
-        return [*self.peers(rank), *(num_ranks + other for other in range(num_ranks))]
+        return [*self.peers(rank), *(num_ranks + other for other in (rank, *self.peers(rank)))]
 
     def reporters_seen(self, rank: int) -> list[int]:
         """The values that the rank may find in its own_.broken."""
@@ -146,7 +177,7 @@ class World:
     def notify_concurrent(self, rank: int) -> None:
         self.change(rank, notifying=False)
         queue = len(self.ranks) + rank
-        for home in range(len(self.ranks)):
+        for home in sorted([rank, *self.peers(rank)]):
             if home != rank:
                 self.store(queue, self.at.report(home, rank), 1)
             self.store(queue, self.at.broken(home, rank), 1, release=True)

@@ -132,6 +132,7 @@ NB_MODULE(_cuda, module) {
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
       .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())
       .def_prop_ro("most_blocks", &CudaCommunicator::most_blocks)
+      .def_prop_ro("between_nodes", &CudaCommunicator::between_nodes)
       .def_prop_ro("last_ops", &LastOps, WithoutGil())
       .def_prop_ro("buffer_bytes", &CudaCommunicator::buffer_bytes)
       .def_prop_ro("broken", &CudaCommunicator::broken)

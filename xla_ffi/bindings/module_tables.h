@@ -117,15 +117,17 @@ inline void DefineNumbers(nb::module_& module) {
         return WireRow{static_cast<WireFormat>(wire), size}.bytes();
       },
       nb::arg("wire"), nb::arg("size"));
-  // Rows of scratch, and with a wire format its bytes.
+  // Rows of scratch, and its bytes.
   module.def(
       "combine_sums",
       [](int32_t num_ranks, int32_t num_experts, int32_t num_topk, int32_t num_tokens,
-         int32_t layout, int32_t capacity, int32_t row_size, int32_t element_bytes, int32_t wire) {
+         int32_t ranks_per_node, int32_t layout, int32_t capacity, int32_t row_size,
+         int32_t element_bytes, int32_t wire) {
         GroupShape shape;
         shape.num_ranks = num_ranks;
         shape.num_experts = num_experts;
         shape.num_topk = num_topk;
+        shape.ranks_per_node = ranks_per_node;
         RouteShape route;
         route.layout = static_cast<Layout>(layout);
         route.num_tokens = num_tokens;
@@ -136,8 +138,8 @@ inline void DefineNumbers(nb::module_& module) {
         return nb::make_tuple(sums.num_rows, sums.bytes());
       },
       nb::arg("num_ranks"), nb::arg("num_experts"), nb::arg("num_topk"), nb::arg("num_tokens"),
-      nb::arg("layout"), nb::arg("capacity"), nb::arg("row_size"), nb::arg("element_bytes"),
-      nb::arg("wire"));
+      nb::arg("ranks_per_node"), nb::arg("layout"), nb::arg("capacity"), nb::arg("row_size"),
+      nb::arg("element_bytes"), nb::arg("wire"));
 }
 
 // Effectively unbounded, without overflow of clocks that count nanoseconds in 64 bits.

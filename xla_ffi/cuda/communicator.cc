@@ -63,7 +63,7 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& 
     rank->facts.pool = rank->pool.data();
     rank->facts.pool_bytes = rank->pool.bytes();
     int64_t bytes = static_cast<int64_t>(ControlBytes(shape()));
-    for (const KernelSet* kernels : KernelsFor(window)) {
+    for (const KernelSet* kernels : KernelsFor(shape(), window)) {
       bytes += kernels->window_bytes(shape(), window);
     }
     Check(rank->control.Create(device.ordinal, bytes));
@@ -92,6 +92,7 @@ CudaCommunicator::~CudaCommunicator() {
   StopWatching(this);
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
+    if (rank->remote) rank->remote->Close();
     cudaStreamDestroy(rank->stream);
     for (int channel = 0; channel < kNumChannels; ++channel) {
       cudaStreamDestroy(rank->op_streams[channel]);
@@ -130,23 +131,35 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
     if (location.process != process) continue;
     const ExportedMemory& control = memories.at(next++);
     const ExportedMemory& pool = memories.at(next++);
-    std::vector<int> readers;  // devices here that share a group with it
+    std::vector<int> readers;  // devices here of its node in its group
+    std::vector<int> writers;  // these, and those of other nodes that put to it
     for (const auto& rank : ranks_) {
-      if (rank->location.group == location.group) readers.push_back(rank->ordinal);
+      if (rank->location.group != location.group) continue;
+      const bool reads = IsOnNodeOf(location.rank, rank->location.rank);
+      if (reads) readers.push_back(rank->ordinal);
+      if (reads || HasIndexOf(location.rank, rank->location.rank)) writers.push_back(rank->ordinal);
     }
-    if (readers.empty()) continue;
-    OnDevice current(readers.front());
+    if (writers.empty()) continue;
+    OnDevice current(writers.front());
     auto peer = std::make_unique<Peer>();
-    std::string error = peer->control.Import(control, readers, /*writable=*/true);
-    if (error.empty()) peer->pool = ImportShared(pool, readers, &error);
+    std::string error = peer->control.Import(control, writers, /*writable=*/true);
+    if (error.empty() && !readers.empty()) peer->pool = ImportShared(pool, readers, &error);
     if (!error.empty()) {
       throw std::runtime_error("the memory of rank " + std::to_string(location.rank) +
                                " (process " + std::to_string(process) +
                                ") cannot be mapped here: " + error + "; " +
-                               WhyNoPeerAccess(pool.gpu, readers));
+                               WhyNoPeerAccess(pool.gpu, writers));
     }
     peers_[{location.group, location.rank}] = std::move(peer);
   }
+}
+
+bool CudaCommunicator::IsOnNodeOf(int rank, int other) const {
+  return rank / shape().node_size() == other / shape().node_size();
+}
+
+bool CudaCommunicator::HasIndexOf(int rank, int other) const {
+  return rank % shape().node_size() == other % shape().node_size();
 }
 
 void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
@@ -156,16 +169,19 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     OpFrame& frame = rank->frame;
     frame.shape = shape();
     frame.window = window_;
+    frame.staging = StagingLayout(shape());
     frame.rank = rank->location.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
     void* status = nullptr;
     Check(cudaHostGetDevicePointer(&status, rank->status.get(), 0), "cudaHostGetDevicePointer");
     frame.status = static_cast<HostStatus*>(status);
     for (int peer = 0; peer < shape().num_ranks; ++peer) {
+      if (!IsOnNodeOf(frame.rank, peer)) continue;
       const Peer& memory = *peers_.at({rank->location.group, peer});
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool->data();
     }
+    if (shape().num_nodes() > 1) ConnectToOtherNodes(*rank);
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
     if (requested_sms_ > 0) rank->most_blocks = std::min(rank->most_blocks, requested_sms_);
@@ -174,9 +190,23 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     frame.pool[frame.rank] = rank->facts.pool;
   }
   Load(LoadRankKernels);
-  for (const KernelSet* kernels : KernelsFor(window_)) Load(kernels->load);
+  for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(kernels->load);
   TestPeers();
   WatchForFailure(this);
+}
+
+void CudaCommunicator::ConnectToOtherNodes(LocalRank& rank) const {
+  OpFrame& frame = rank.frame;
+  const int own_node = frame.NodeOf(frame.rank);
+  rank.remote = std::make_unique<MappedRemoteMemory>();
+  Check(rank.remote->Init(own_node, shape().num_nodes()));
+  Check(rank.remote->Register(rank.control.data(), rank.control.bytes()));
+  for (int node = 0; node < shape().num_nodes(); ++node) {
+    if (node == own_node) continue;
+    const int peer = frame.RankOnNode(node);
+    rank.remote->Attach(node, peers_.at({rank.location.group, peer})->control.data());
+    frame.control[peer] = reinterpret_cast<DeviceControl*>(rank.remote->FlagAddress(node));
+  }
 }
 
 // The driver may say that there is peer access where the machine does not support it (GPUs passed

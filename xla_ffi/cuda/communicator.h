@@ -24,6 +24,7 @@
 #include "interface/op_signature.h"
 #include "interface/verb_traits.h"
 #include "transport/cuda_peer.h"
+#include "transport/remote_memory.h"
 
 namespace jax_deepep {
 
@@ -67,7 +68,7 @@ class CudaCommunicator {
   // Enqueue a rank's part of an op. Returns an error, of which peers are notified, or empty.
   template <typename Params>
   std::string Launch(Params params, Mode mode, const OpLaunch& launch) {
-    const KernelSet& kernels = KernelsOf(mode);
+    const KernelSet& kernels = KernelsOf(mode, shape());
     std::vector<PeerArray> read_by_peers;
     if (kernels.reads_peers) read_by_peers = VerbTraits<Params>::ReadByPeers(shape(), &params);
     OpSignature op = SignatureOf(params, launch.call);
@@ -125,6 +126,11 @@ class CudaCommunicator {
   };
   std::vector<LastOp> LastOps() const;
 
+  // How rows get to other nodes, in a few words; empty on one node.
+  std::string between_nodes() const {
+    return ranks_.empty() || !ranks_[0]->remote ? "" : ranks_[0]->remote->Describe();
+  }
+
   // Bytes of device memory that this process holds for the communicator.
   size_t buffer_bytes() const;
 
@@ -142,6 +148,7 @@ class CudaCommunicator {
     DeviceFacts facts;
     DeviceMemory control;
     DeviceMemory pool;
+    std::unique_ptr<MappedRemoteMemory> remote;  // null on one node
     std::unique_ptr<HostStatus, FreePinned> status;
     OpFrame frame;                  // without what an op adds
     int most_blocks = 1;            // of an op; num_sms if given
@@ -157,10 +164,14 @@ class CudaCommunicator {
   // The memory of a rank of a local group, of this process or another one.
   struct Peer {
     DeviceMemory control;
-    std::shared_ptr<DeviceMemory> pool;  // shared by communicators
+    std::shared_ptr<DeviceMemory> pool;  // shared by communicators; none of other nodes
   };
 
   LocalRank* RankOn(int64_t device) const;
+  void ConnectToOtherNodes(LocalRank& rank) const;
+  // Ranks read each other's arrays on one node, and put to those of other nodes with their index.
+  bool IsOnNodeOf(int rank, int other) const;
+  bool HasIndexOf(int rank, int other) const;
   int NumBlocks(const LocalRank& rank, const KernelSet& kernels, const OpBytes& bytes,
                 const OpLaunch& launch) const;
   static bool AreInPool(const LocalRank& rank, const std::vector<PeerArray>& read_by_peers);

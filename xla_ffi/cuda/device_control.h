@@ -99,9 +99,15 @@ struct Channel {
   uint32_t num_finished;  // blocks whose reads are done
   uint32_t num_invalid;   // entries of topk_idx that this op ignored
   uint64_t ended;         // blocks, lost blocks and invalid entries: see SignalledOp::Finish
-  uint64_t rows_pushed[kMaxRanks];  // rows that this rank has pushed to each peer, in total
-  uint64_t rows_received[kMaxRanks];
+  uint64_t rows_pushed[kMaxRanks];    // rows that this rank has pushed to each peer, in total
+  uint64_t rows_received[kMaxRanks];  // entry s by s, if it is on another node
   uint64_t waited_ns[kMaxRanks];
+
+  // Between nodes: see internode/node_op.cuh.
+  uint64_t staged[kMaxRanks];    // by s of this node: what other nodes put there can be read
+  uint64_t returned[kMaxRanks];  // by s of another node: its sums are here
+  uint32_t num_put;              // blocks whose rows have been put to other nodes
+  uint32_t num_returned;         // and whose sums
 };
 
 struct DeviceControl {

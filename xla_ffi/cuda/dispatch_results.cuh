@@ -7,7 +7,6 @@
 
 #include "cuda/dispatch_op.cuh"
 #include "cuda/dispatch_plan.cuh"
-#include "cuda/rank_op.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 
@@ -87,13 +86,13 @@ __device__ inline void WriteFailure(const Dispatch& op) {
   }
 }
 
-__device__ inline void ReportInvalid(const Dispatch& op, const RankOp& rank_op, uint32_t count) {
+__device__ inline void ReportInvalid(const Dispatch& op, uint64_t step, uint32_t count) {
   *op.params.num_invalid = static_cast<int32_t>(count);
   HostStatus& status = *op.frame.status;
   if (count == 0 || *static_cast<volatile uint64_t*>(&status.invalid_step) != 0) return;
   status.num_invalid = count;
   __threadfence_system();
-  *static_cast<volatile uint64_t*>(&status.invalid_step) = rank_op.step();
+  *static_cast<volatile uint64_t*>(&status.invalid_step) = step;
 }
 
 }  // namespace jax_deepep

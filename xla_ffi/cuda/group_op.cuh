@@ -17,7 +17,7 @@
 // others.
 //
 // tests/unit/protocol_throughput.py models this protocol step by step, and searches all runs of a
-// few ranks.
+// few ranks. Between nodes, the ranks of a node synchronise in this way: see internode/node_op.cuh.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
@@ -29,15 +29,53 @@
 
 namespace jax_deepep {
 
-class GroupOp : public RankOp {
+// The ranks that read each other in an op: all of the EP group, or those of a node of it.
+struct WholeGroup {
+  static constexpr bool kSeveralNodes = false;
+  __device__ static int First(const OpFrame&) { return 0; }
+  __device__ static int End(const OpFrame& frame) { return frame.shape.num_ranks; }
+};
+struct RanksOfNode {
+  static constexpr bool kSeveralNodes = true;
+  __device__ static int First(const OpFrame& frame) { return frame.first_of_node(); }
+  __device__ static int End(const OpFrame& frame) { return First(frame) + frame.shape.node_size(); }
+};
+
+// What a wait is for.
+struct ForArrivals {
+  static constexpr bool kArrivals = true;  // peers whose ops are to be compared
+  static constexpr int kOpsBefore = 0;     // the last op of the channel, or the one before it
+  // Whether a peer may wait for others in turn. Then the wait lasts longer than theirs, so that who
+  // waits for a missing rank itself reports it.
+  static constexpr bool kIndirect = false;
+  static constexpr bool kByAllBlocks = true;
+};
+struct ForLeaving : ForArrivals {
+  static constexpr bool kArrivals = false;
+};
+
+template <typename Peers>
+class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
+ protected:
+  using OfRank = RankOpOf<Peers::kSeveralNodes>;
+  using OfRank::channel_, OfRank::frame_, OfRank::shared_;
+  using OfRank::Fail, OfRank::IsBroken, OfRank::IsLastBlock, OfRank::num_ranks, OfRank::SharedFlag,
+      OfRank::Stopped;
+
  public:
+  using OfRank::step;
+  static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
+
   struct Shared {
-    RankOp::Shared of_rank;
+    typename OfRank::Shared of_rank;
     const char* operands[kMaxOperands][kMaxRanks];
   };
 
-  __device__ GroupOp(const OpFrame& frame, Shared* shared)
-      : RankOp(frame, &shared->of_rank), operands_(shared->operands) {}
+  __device__ GroupOpOf(const OpFrame& frame, Shared* shared)
+      : OfRank(frame, &shared->of_rank), operands_(shared->operands) {}
+
+  __device__ int first_peer() const { return Peers::First(frame_); }
+  __device__ int end_peer() const { return Peers::End(frame_); }
 
   // Wait for all blocks of this rank; their earlier writes are visible afterwards.
   __device__ bool SyncGrid() {
@@ -69,26 +107,28 @@ class GroupOp : public RankOp {
   __device__ void Publish() {
     if (!IsLastBlock(&channel_.num_ready)) return;
     const int lane = threadIdx.x % 32;
-    for (int peer = threadIdx.x / 32; peer < num_ranks(); peer += blockDim.x / 32) {
+    for (int peer = first_peer() + threadIdx.x / 32; peer < end_peer(); peer += blockDim.x / 32) {
       Channel& channel = frame_.ChannelOf(peer);
       if (lane < Publication::kWords) {
-        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] = WordToPublish(lane);
+        reinterpret_cast<uint64_t*>(&channel.published[frame_.rank])[lane] =
+            this->WordToPublish(lane);
       }
       __syncwarp();
       // Pairs with the acquire load in WaitForAll, on the peer. IsLastBlock orders the other
       // blocks' writes before it.
       if (lane == 0) {
         StoreReleaseSystem(&channel.arrived[frame_.rank], step());
-        Announce(peer);
+        this->Announce(peer);
       }
     }
   }
 
-  // Wait until all ranks have published the same op. False: peers must not be read.
+  // Wait until all peers have published the same op. False: they must not be read.
   __device__ bool WaitForArrivals() {
-    if (!WaitForAll<true>(channel_.arrived)) return false;
-    for (int i = threadIdx.x; i < num_ranks() * kMaxOperands; i += blockDim.x) {
-      const int rank = i / kMaxOperands, index = i % kMaxOperands;
+    if (!WaitForPeers<ForArrivals>(channel_.arrived)) return false;
+    const int first = first_peer(), num_peers = end_peer() - first;
+    for (int i = threadIdx.x; i < num_peers * kMaxOperands; i += blockDim.x) {
+      const int rank = first + i / kMaxOperands, index = i % kMaxOperands;
       operands_[index][rank] = frame_.pool[rank] + channel_.published[rank].offsets[index];
     }
     __syncthreads();
@@ -101,6 +141,9 @@ class GroupOp : public RankOp {
     return reinterpret_cast<const T*>(operands_[index][rank]);
   }
 
+  // Which of a source's lists of tokens is this rank's. Only for dispatch.
+  __device__ int ListOf(int /*source*/) const { return frame_.rank; }
+
   // End the op: the last block, after all reads of this rank, calls succeed() or fail().
   template <typename Succeed, typename Fill>
   __device__ void Finish(Succeed succeed, Fill fail) {
@@ -110,47 +153,61 @@ class GroupOp : public RankOp {
     }
     if (!IsLastBlock(&channel_.num_finished)) return;
     if (!Stopped()) {
-      for (int peer = threadIdx.x; peer < num_ranks(); peer += blockDim.x) {
+      for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
         Channel& channel = frame_.ChannelOf(peer);
         channel.rows_taken[frame_.rank] =
             *static_cast<volatile uint64_t*>(&channel_.rows_received[peer]);
         // Pairs with the acquire load in WaitForAll, on the peer: this rank's reads come before.
         StoreReleaseSystem(&channel.left[frame_.rank], step());
       }
-      WaitForAll<false>(channel_.left);
+      WaitForPeers<ForPeersToLeave>(channel_.left);
     }
     // Pairs with the fence and the store in Fail, on a peer: if this rank has read what a peer
     // overwrote after aborting, then it sees here that the peer has aborted.
     FenceSystem();
-    End(Stopped(), succeed, fail);
+    this->End(Stopped(), succeed, fail);
   }
 
- private:
-  // Wait until the flags of all ranks have reached this step. Each arrival is checked immediately:
-  // if a rank has arrived at another op, the wait ends.
-  template <bool kArrivals>
-  __device__ bool WaitForAll(const uint64_t* flags) {
+ protected:
+  // Between nodes, a rank that has not left may wait for another node.
+  struct ForPeersToLeave : ForLeaving {
+    static constexpr bool kIndirect = Peers::kSeveralNodes;
+  };
+
+  template <typename For>
+  __device__ bool WaitForPeers(const uint64_t* flags) {
+    const int first = first_peer(), end = end_peer();
+    return WaitForAll<For>(flags, [=](int rank) { return rank >= first && rank < end; });
+  }
+
+  // Wait until the flags of all ranks with awaits(rank) have reached this step. Each arrival is
+  // checked immediately: if a rank has arrived at another op, the wait ends.
+  template <typename For, typename Awaits>
+  __device__ bool WaitForAll(const uint64_t* flags, Awaits awaits) {
+    constexpr bool kArrivals = For::kArrivals;
     if (threadIdx.x < 32) {
+      const uint64_t limit_ns = frame_.timeout_ns + (For::kIndirect ? frame_.timeout_ns / 4 : 0);
       const uint64_t began_ns = NanosecondClock();
       RankSet missing = {};  // of lane 0
       int different = kNone;
       bool stopped = false, any_missing = false;
       for (int base = 0; base < num_ranks() && !stopped; base += 32) {
         const int rank = base + threadIdx.x;
-        bool here = rank >= num_ranks(), differs = false, late = false;
+        bool here = !(rank < num_ranks() && awaits(rank)), differs = false, late = false;
         while (true) {
           // Pairs with the release stores in Publish and Finish, on the peer.
-          if (!here && LoadAcquireSystem(&flags[rank]) >= step()) {
+          if (!here && LoadAcquireSystem(&flags[rank]) >= step() - For::kOpsBefore) {
             here = true;
             if (kArrivals) {
               differs = channel_.published[rank].op_hash != frame_.op_hash;
-              if (blockIdx.x == 0) channel_.waited_ns[rank] += NanosecondClock() - began_ns;
+              if (!For::kByAllBlocks || blockIdx.x == 0)
+                channel_.waited_ns[rank] += NanosecondClock() - began_ns;
             }
           }
           if (__all_sync(~0u, here) || __any_sync(~0u, differs)) break;
           if (!here) {
             stopped = IsBroken();
-            late = NanosecondClock() - began_ns > frame_.timeout_ns;
+            late = NanosecondClock() - began_ns > limit_ns;
           }
           stopped = __any_sync(~0u, stopped);
           if (stopped || __any_sync(~0u, late)) break;
@@ -179,6 +236,8 @@ class GroupOp : public RankOp {
 
   const char* (*operands_)[kMaxRanks];
 };
+
+using GroupOp = GroupOpOf<WholeGroup>;
 
 static_assert(sizeof(GroupOp::Shared) <= kStaticSharedBytes);
 

@@ -1,21 +1,25 @@
 #include "cuda/kernels.h"
 
+#include "cuda/internode/internode.h"
 #include "cuda/intranode/throughput.h"
 #include "cuda/low_latency/low_latency.h"
 
 namespace jax_deepep {
 
-const KernelSet& KernelsOf(Mode mode) {
+const KernelSet& KernelsOf(Mode mode, const GroupShape& shape) {
   static const KernelSet sets[kNumModes] = {
       KernelSet::Of<Throughput>(),
       KernelSet::Of<LowLatency>(),
   };
+  static const KernelSet internode = KernelSet::Of<Internode>();
+  if (mode == Internode::kMode && shape.num_nodes() > 1) return internode;
   return sets[static_cast<int>(mode)];
 }
 
-std::vector<const KernelSet*> KernelsFor(const WindowSize& window) {
-  std::vector<const KernelSet*> sets = {&KernelsOf(Mode::kThroughput)};
-  if (window.num_tokens > 0) sets.push_back(&KernelsOf(Mode::kLowLatency));
+std::vector<const KernelSet*> KernelsFor(const GroupShape& shape, const WindowSize& window) {
+  std::vector<const KernelSet*> sets = {&KernelsOf(Mode::kThroughput, shape)};
+  if (window.num_tokens > 0 && shape.num_nodes() == 1)
+    sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
   return sets;
 }
 

@@ -79,10 +79,11 @@ struct KernelSet {
   }
 };
 
-const KernelSet& KernelsOf(Mode mode);
+// The kernels of a mode for groups of this shape: those of throughput mode differ between nodes.
+const KernelSet& KernelsOf(Mode mode, const GroupShape& shape);
 
 // Those that ops of a communicator may take.
-std::vector<const KernelSet*> KernelsFor(const WindowSize& window);
+std::vector<const KernelSet*> KernelsFor(const GroupShape& shape, const WindowSize& window);
 
 }  // namespace jax_deepep
 

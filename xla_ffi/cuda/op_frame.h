@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/device_control.h"
+#include "cuda/staging.h"
 #include "interface/geometry.h"
 #include "interface/host_device.h"
 
@@ -20,6 +21,7 @@ struct WindowSize {
 struct OpFrame {
   GroupShape shape;
   WindowSize window;
+  StagingLayout staging;
   int32_t rank = 0;
   int32_t channel = 0;
   Part part = Part::kWhole;  // in throughput mode always
@@ -30,8 +32,17 @@ struct OpFrame {
   const int32_t* expected_rank = nullptr;  // the rank as which the program runs this device
   HostStatus* status = nullptr;
   int64_t offsets[kMaxOperands] = {};  // in its pool, of the arrays of this rank that peers read
-  DeviceControl* control[kMaxRanks] = {};  // of every rank, this one included
-  const char* pool[kMaxRanks] = {};        // XLA's memory of every rank, read-only
+  // Of every rank of this node, this one included; and of the ranks of other nodes with the same
+  // index, for PutFlag alone.
+  DeviceControl* control[kMaxRanks] = {};
+  const char* pool[kMaxRanks] = {};  // XLA's memory of every rank of this node, read-only
+
+  JAX_DEEPEP_HOST_DEVICE int NodeOf(int of_rank) const { return of_rank / shape.node_size(); }
+  JAX_DEEPEP_HOST_DEVICE int first_of_node() const { return rank - rank % shape.node_size(); }
+  // The rank of a node with this rank's index: the only one of another node to which it puts.
+  JAX_DEEPEP_HOST_DEVICE int RankOnNode(int node) const {
+    return node * shape.node_size() + rank % shape.node_size();
+  }
 
   // What the op uses of a rank's control block.
   JAX_DEEPEP_HOST_DEVICE Channel& ChannelOf(int owner) const {

@@ -145,7 +145,8 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   const bool on_own_stream = starts && AreInPool(*rank, read_by_peers);
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
   if (error.empty()) {
-    const KernelSet& kernels = KernelsOf(low_latency ? Mode::kLowLatency : Mode::kThroughput);
+    const KernelSet& kernels =
+        KernelsOf(low_latency ? Mode::kLowLatency : Mode::kThroughput, shape());
     const int blocks = NumBlocks(*rank, kernels, bytes, launch);
     KernelStream stream(launch.stream);
     if (on_own_stream) {

@@ -7,10 +7,13 @@
 
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
+#include "cuda/remote_put.cuh"
 
 namespace jax_deepep {
 
-class RankOp {
+// With kSeveralNodes, a rank that aborts also notifies the ranks of other nodes with its index.
+template <bool kSeveralNodes>
+class RankOpOf {
  public:
   // Every method is called by all threads of the block. `shared` is the block's.
   struct Shared {
@@ -22,7 +25,7 @@ class RankOp {
     uint64_t ended;
   };
 
-  __device__ RankOp(const OpFrame& frame, Shared* shared)
+  __device__ RankOpOf(const OpFrame& frame, Shared* shared)
       : frame_(frame),
         own_(*frame.control[frame.rank]),
         channel_(frame.ChannelOf(frame.rank)),
@@ -185,12 +188,23 @@ class RankOp {
     status.reporter = reporter;
     __threadfence_system();
     *static_cast<volatile uint32_t*>(&status.failed) = 1;
+    const int first = kSeveralNodes ? frame_.first_of_node() : 0;
+    const int end = kSeveralNodes ? first + frame_.shape.node_size() : num_ranks();
 #pragma unroll 1
-    for (int peer = 0; peer < num_ranks(); ++peer) {
+    for (int peer = first; peer < end; ++peer) {
       DeviceControl& control = *frame_.control[peer];
       // Several ranks may write a report to the same address: the same words.
       if (peer != frame_.rank && peer != reporter) CopyReport(&control.reports[reporter], report);
       StoreReleaseSystem(&control.broken, reporter + 1);  // pairs with IsBroken, on the peer
+    }
+    if constexpr (kSeveralNodes) {
+#pragma unroll 1
+      for (int node = 0; node < frame_.shape.num_nodes(); ++node) {
+        const int peer = frame_.RankOnNode(node);
+        if (peer == frame_.rank) continue;
+        PutFlag<ByThread>(frame_, node, &report, &report, peer == reporter ? 0 : sizeof(report),
+                          &own_.broken, reporter + 1);
+      }
     }
     // Pairs with the fence in Finish, on a peer: it is notified before anything that it reads is
     // overwritten.
@@ -211,6 +225,8 @@ class RankOp {
   Channel& channel_;  // of own_
   Shared& shared_;
 };
+
+using RankOp = RankOpOf<false>;
 
 }  // namespace jax_deepep
 

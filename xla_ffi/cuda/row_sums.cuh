@@ -35,6 +35,11 @@ struct SumOfRows {
     return inputs.first != nullptr ? -0.0f : 0.0f;
   }
 };
+// Of the ranks of a node: a term of another sum.
+struct SumOfRanks {
+  static constexpr bool kRounded = true;
+  __device__ static float Zero(const Inputs&) { return -0.0f; }
+};
 
 // A warp reads rows in pieces: this many words of 16 bytes per lane, and this many pieces ahead of
 // the one that it adds.

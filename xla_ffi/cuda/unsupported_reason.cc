@@ -35,7 +35,7 @@ std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
   }
   if (major < 8) return gpu + " is older than compute capability 8.0, which native ops need";
   const int64_t available = DynamicSharedBytes(ordinal);
-  for (const KernelSet* kernels : KernelsFor(window)) {
+  for (const KernelSet* kernels : KernelsFor(shape, window)) {
     const int64_t needed = kernels->least_shared_bytes(shape, window);
     if (needed <= available) continue;
     const std::string tokens =

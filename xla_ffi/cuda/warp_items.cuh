@@ -17,6 +17,11 @@ __device__ __forceinline__ uint32_t RanksOfLanes(int32_t rank, int base) {
   return __reduce_or_sync(~0u, rank >= base && rank < base + 32 ? 1u << (rank - base) : 0u);
 }
 
+// Those of them that are less than this lane's.
+__device__ __forceinline__ uint32_t BitsBelow(int32_t rank, int base) {
+  return rank >= base + 32 ? ~0u : rank > base ? (1u << (rank - base)) - 1 : 0u;
+}
+
 // Call use(item, prepared) for this warp's items of `count`, in order. `prepared` is what
 // prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,
 // so that their loads overlap with earlier items. Both are also called for items past the end.

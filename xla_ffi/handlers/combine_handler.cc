@@ -44,10 +44,10 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   }
   if (with_sums) {
     const CombineSums of_sums(shape, route);
-    if (format.is_quantized()) {
-      CheckBuffer(*sums, ffi::S32, of_sums.bytes() / 4, "sums", &error);
-    } else {
+    if (of_sums.has_plain_rows()) {
       CheckRows(*sums, y, of_sums.num_rows, "sums", &error);
+    } else {
+      CheckBuffer(*sums, ffi::S32, of_sums.bytes() / 4, "sums", &error);
     }
   }
 

@@ -7,7 +7,6 @@
 
 #include "cuda/dispatch_op.cuh"
 #include "cuda/divisor.h"
-#include "cuda/group_op.cuh"
 
 namespace jax_deepep {
 
@@ -83,7 +82,8 @@ __device__ inline Positions CountEntries(int num_experts, const LaneOfToken& at,
 }
 
 // Steps 1 and 2; `counters` are shared memory [count_warps][columns]. False: the op is lost.
-__device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t* counters) {
+template <typename Group>
+__device__ bool CountAndList(const Dispatch& op, Group& group, int32_t* counters) {
   const GroupShape& shape = op.frame.shape;
   const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -145,7 +145,7 @@ __device__ inline bool CountAndList(const Dispatch& op, GroupOp& group, int32_t*
       total += count;
     }
     for (int w = 0; w < op.count_warps; ++w) counters[w * columns + column] += before;
-    for (int peer = blockIdx.x; peer < shape.num_ranks; peer += gridDim.x) {
+    for (int peer = group.first_peer() + blockIdx.x; peer < group.end_peer(); peer += gridDim.x) {
       op.frame.Counts(peer, op.frame.rank)[column] = total;
     }
   }

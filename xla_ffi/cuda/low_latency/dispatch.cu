@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   group.Finish(
       lost,
       [&](uint32_t num_invalid) {
-        if (threadIdx.x == 0 && group.sends()) ReportInvalid(op, group, num_invalid);
+        if (threadIdx.x == 0 && group.sends()) ReportInvalid(op, group.step(), num_invalid);
       },
       [&] { WriteFailure(op); });
 }

@@ -1,0 +1,126 @@
+// Ranks of cuda_ranks.cu on several nodes, which are declared: their memory is mapped as on one.
+#ifndef JAX_DEEPEP_TESTS_GPU_RANK_NODES_CUH_
+#define JAX_DEEPEP_TESTS_GPU_RANK_NODES_CUH_
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "rank_faults.cuh"
+#include "rank_group.cuh"
+
+namespace jax_deepep {
+namespace {
+
+Problem OnNodes(int ranks_per_node, Problem problem) {
+  problem.shape.ranks_per_node = ranks_per_node;
+  return problem;
+}
+
+// The tokens of a rank with an expert on a node.
+int64_t TokensFor(const Problem& problem, Rank& rank, int node) {
+  const int num_topk = problem.shape.num_topk;
+  const int per_node = problem.shape.num_local_experts() * problem.shape.node_size();
+  int64_t count = 0;
+  for (int token = 0; token < problem.route.num_tokens; ++token) {
+    const int32_t* experts = rank.topk_idx.host<int32_t>() + token * num_topk;
+    count += std::any_of(experts, experts + num_topk, [&](int32_t expert) {
+      return expert >= 0 && expert < problem.shape.num_experts && expert / per_node == node;
+    });
+  }
+  return count;
+}
+
+// Every row crosses once per node that it has experts on, from the source to the rank there with
+// the source's index.
+void CheckCrossings(const Problem& problem, int num_blocks) {
+  const int num_ranks = problem.shape.num_ranks, node_size = problem.shape.node_size();
+  std::mt19937 random(7);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < num_ranks; ++rank)
+    ranks.push_back(std::make_unique<Rank>(problem, random));
+  Group group(problem.shape, num_blocks, 5.0 * kLonger);
+  for (int rank = 0; rank < num_ranks; ++rank)
+    group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  group.Wait();
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    for (int peer = 0; peer < num_ranks; ++peer) {
+      if (peer / node_size == rank / node_size) continue;
+      const bool puts = peer % node_size == rank % node_size;
+      const auto expected =
+          static_cast<uint64_t>(puts ? TokensFor(problem, *ranks[rank], peer / node_size) : 0);
+      const std::string what = std::string(problem.name) + ": rows to another node are ";
+      Check(group.Counters(rank).rows_pushed[peer] == expected, what + "put once");
+      Check(group.Counters(peer).rows_received[rank] == expected, what + "counted where they are");
+    }
+  }
+}
+
+void CheckNodes(int num_blocks) {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  constexpr auto kF32 = RowType::kFloat32, kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
+  constexpr auto kI32 = RowType::kInt32;
+  std::vector<Problem> problems = {
+      OnNodes(1, MakeProblem("2 x 1", 2, 8, 3, 40, 256, kBF16, kExpert)),
+      OnNodes(2, MakeProblem("2 x 2", 4, 16, 4, 37, 640, kF16, kExpert)),
+      OnNodes(2, MakeProblem("2 x 2, by token", 4, 16, 4, 37, 640, kF16, kToken)),
+      OnNodes(4, MakeProblem("2 x 4", 8, 32, 6, 25, 128, kBF16, kExpert, 4)),
+      OnNodes(2, MakeProblem("4 x 2", 8, 32, 6, 25, 128, kF32, kExpert)),
+      OnNodes(2, MakeProblem("3 x 2, odd rows", 6, 18, 4, 21, 37, kBF16, kExpert)),
+      OnNodes(2, MakeProblem("3 x 2, odd rows, by token", 6, 18, 4, 21, 37, kF32, kToken)),
+      OnNodes(2, MakeProblem("2 x 2, one element", 4, 8, 2, 5, 1, kBF16, kExpert)),
+      OnNodes(2, MakeProblem("2 x 2, capacities", 4, 16, 6, 50, 128, kBF16, kExpert, 4, 64, 5)),
+      OnNodes(2, MakeProblem("2 x 2, capacity, by token", 4, 16, 6, 50, 128, kBF16, kToken, 4, 96)),
+      OnNodes(2, MakeProblem("2 x 2, no tokens", 4, 8, 2, 0, 64, kBF16, kExpert, 4)),
+      OnNodes(2, MakeProblem("2 x 2, 32 choices", 4, 64, 32, 12, 128, kBF16, kExpert)),
+      OnNodes(2, MakeProblem("2 x 2, one choice", 4, 8, 1, 30, 64, kF32, kExpert)),
+      OnNodes(2, MakeProblem("2 x 2, integers", 4, 16, 6, 50, 640, kI32, kExpert, 4, 64)),
+  };
+  problems.push_back(OnNodes(2, MakeProblem("2 x 2, skewed", 4, 16, 3, 64, 64, kBF16, kExpert)));
+  problems.back().skewed = problems.back().invalid = true;
+  problems.push_back(OnNodes(2, MakeProblem("2 x 2, nowhere", 4, 8, 2, 12, 64, kBF16, kExpert)));
+  problems.back().none = 1.0;
+  for (const WireFormat wire :
+       {WireFormat::kFp8, WireFormat::kFp8E8m0, WireFormat::kMxfp8, WireFormat::kNvfp4}) {
+    for (Problem problem : {MakeProblem("", 4, 16, 4, 30, 256, kBF16, kExpert),
+                            MakeProblem("", 4, 16, 4, 21, 38, kF16, kToken)}) {
+      problem.route.wire = wire;
+      problem.name = kWireNames[static_cast<int>(wire)];
+      problems.push_back(OnNodes(2, problem));
+    }
+  }
+  for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2);
+  for (const Problem& problem : problems) {
+    if (!problem.route.rows().is_quantized()) CheckCrossings(problem, num_blocks);
+  }
+}
+
+// Groups of the most ranks. With one block per rank: all must be resident.
+void CheckManyNodes() {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  for (const Problem& problem : {
+           MakeProblem("8 x 8", 64, 128, 8, 20, 128, RowType::kBFloat16, kExpert),
+           MakeProblem("8 x 8, by token", 64, 128, 32, 12, 72, RowType::kFloat32, kToken),
+       }) {
+    CheckProblem(OnNodes(8, problem), 1, 2);
+  }
+  CheckProblem(OnNodes(1, MakeProblem("70 x 1", 70, 140, 16, 6, 64, RowType::kBFloat16, kExpert)),
+               1, 2);
+  CheckProblem(OnNodes(2, MakeProblem("36 x 2", 72, 144, 32, 6, 37, RowType::kFloat16, kExpert)), 1,
+               2);
+}
+
+// A rank that waits for a missing one itself reports it, whichever node it is on.
+void CheckFaultsOfNodes() {
+  for (const bool late : {false, true}) CheckFaults(4, 2, late, false, /*ranks_per_node=*/2);
+  CheckFaults(kOnGpu ? 72 : 6, 1, /*late=*/false, false, /*ranks_per_node=*/kOnGpu ? 8 : 2);
+  CheckMistakes(2, false, /*ranks_per_node=*/1);
+  CheckTwoAtOnce(3, kOnGpu ? 200 : 10, false, /*ranks_per_node=*/1);
+}
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_TESTS_GPU_RANK_NODES_CUH_

@@ -1,0 +1,26 @@
+// dispatch between nodes: see intranode/dispatch.cuh.
+#include "cuda/internode/internode.h"
+#include "cuda/internode/node_op.cuh"
+#include "cuda/intranode/dispatch.cuh"
+
+namespace jax_deepep {
+
+int64_t Internode::LeastSharedBytes(const GroupShape& shape, const WindowSize&) {
+  return DispatchKernels<NodeOp>::LeastSharedBytes(shape);
+}
+
+template <>
+const char* VerbKernels<Internode, DispatchParams>::Launch(const OpFrame& frame,
+                                                           const DispatchParams& params,
+                                                           int num_blocks,
+                                                           const DeviceFacts& device,
+                                                           const KernelStream& stream) {
+  return DispatchKernels<NodeOp>::Launch(frame, params, num_blocks, device, stream);
+}
+
+template <>
+const char* VerbKernels<Internode, DispatchParams>::Load(int max_shared_bytes) {
+  return DispatchKernels<NodeOp>::Load(max_shared_bytes);
+}
+
+}  // namespace jax_deepep

@@ -1,0 +1,166 @@
+// The parts of combine between nodes: see intranode/combine.cuh.
+#ifndef JAX_DEEPEP_CUDA_INTERNODE_NODE_SUMS_CUH_
+#define JAX_DEEPEP_CUDA_INTERNODE_NODE_SUMS_CUH_
+
+#include <cstdint>
+
+#include "cuda/intranode/combine_sums.cuh"
+#include "cuda/memory_order.cuh"
+#include "cuda/remote_put.cuh"
+#include "cuda/row_sums.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/staging.h"
+#include "cuda/warp_items.cuh"
+#include "interface/combine.h"
+
+namespace jax_deepep {
+namespace {
+
+// The sum of this node for a token of the rank with this rank's index on `node`, and the gradients
+// of the token's entries here.
+__device__ char* NodeSum(const Combine& op, int node, int64_t token) {
+  const int64_t at = int64_t{node} * op.params.route.num_tokens + token;
+  return static_cast<char*>(op.params.sums) + op.of_sums.node_offset() + at * op.of_sums.node_bytes;
+}
+__device__ float* NodeGradients(const Combine& op, int node) {
+  char* gradients = static_cast<char*>(op.params.sums) + op.of_sums.gradients_offset();
+  return reinterpret_cast<float*>(gradients) +
+         int64_t{node} * op.params.route.num_tokens * op.frame.shape.num_topk;
+}
+
+// Put this rank's routes to every other node.
+template <typename Group>
+__device__ void PutDestinations(const Combine& op, Group& group) {
+  const int64_t entries = int64_t{op.params.route.num_tokens} * op.frame.shape.num_topk;
+  group.Exchange(
+      [&](int node) {
+        group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst),
+                                    op.params.destination, entries * sizeof(int32_t));
+      },
+      [] {});
+}
+
+// Step 3 between nodes, for the tokens of the rank with this rank's index on `node`.
+template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
+          typename Group>
+__device__ void SumNode(const Combine& op, const Group& group, int node, int32_t* taken,
+                        Term* terms) {
+  const CombineParams& params = op.params;
+  const RowShape<kWhole> shape{params.route.row_size};
+  const GroupRange all = {0, shape.num_groups()};
+  const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
+  const int lane = threadIdx.x % 32, owner = op.frame.RankOnNode(node);
+  const bool own = owner == op.frame.rank;
+  const int32_t* destinations =
+      own ? params.destination : group.template From<int32_t>(owner, Staged::kFirst);
+  ForWarpItems(
+      num_tokens,
+      [&](int token) {
+        const bool inside = token < num_tokens && lane < num_topk;
+        return inside ? LoadFresh(destinations + int64_t{token} * num_topk + lane) : kNone;
+      },
+      [&](int token, int32_t destination) {
+        return InputsOf<kQuantized>(op, group, owner, token, destination, taken);
+      },
+      [&](int token, const Inputs& inputs) {
+        if (params.gradients != nullptr && lane < num_topk) {
+          NodeGradients(op, node)[int64_t{token} * num_topk + lane] = inputs.gradient;
+        }
+        if (inputs.count == 0) return;
+        char* to = NodeSum(op, node, token);
+        if (kQuantized && !own) {
+          AddUp<Type, kWhole, kWeighted, SumOfRanks, kQuantized, kFormat>(
+              inputs, shape, all, terms, op.wire, StoreEncoded<kWhole, kFormat>{to, op.wire});
+        } else {
+          AddUp<Type, kWhole, kWeighted, SumOfRanks, kQuantized, kFormat>(
+              inputs, shape, all, terms, op.wire, StoreRounded<Type, kWhole>{to, shape});
+        }
+        __syncwarp();
+        if (own) return;
+        group.PutRow(node, token * op.of_sums.node_bytes, to,
+                     kQuantized ? op.wire.bytes() : op.row_bytes);
+      });
+}
+
+// The inputs of a token's sum over nodes. `destination` is that of the lane's entry.
+template <bool kQuantized, typename Group>
+__device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int token,
+                                int32_t destination) {
+  const CombineParams& params = op.params;
+  const int lane = threadIdx.x % 32, num_nodes = op.frame.shape.num_nodes();
+  const int own_node = op.frame.NodeOf(op.frame.rank);
+  const bool somewhere = destination != kNone;
+  const int node =
+      somewhere ? op.frame.NodeOf(op.capacity.Quotient(destination)) : num_nodes + lane;
+  const uint32_t same = __match_any_sync(~0u, node);
+  const bool leads = somewhere && __ffs(same) - 1 == lane;
+  const int source = op.frame.RankOnNode(somewhere ? node : own_node);
+  Inputs inputs;
+  if (params.gradients != nullptr && somewhere) {
+    const float* gradients = node == own_node ? NodeGradients(op, node)
+                                              : group.template From<float>(source, Staged::kSecond);
+    inputs.gradient = LoadFresh(gradients + int64_t{token} * op.frame.shape.num_topk + lane);
+  }
+  if (params.bias != nullptr && token < params.route.num_tokens) {
+    inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes;
+    inputs.count = 1;
+  }
+  int position = inputs.count;
+  for (int base = 0; base < num_nodes; base += 32) {
+    const uint32_t nodes = RanksOfLanes(somewhere ? node : kNone, base);
+    position += __popc(nodes & BitsBelow(node, base));
+    inputs.count += __popc(nodes);
+  }
+  if (leads) {
+    inputs.position = position;
+    inputs.encoded = kQuantized && node != own_node;
+    inputs.row = node == own_node ? NodeSum(op, node, token)
+                                  : group.template From<char>(source, Staged::kRows) +
+                                        token * op.of_sums.node_bytes;
+  }
+  return inputs;
+}
+
+template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
+          typename Group>
+__device__ void SumNodes(const Combine& op, Group& group, int32_t* taken, Term* terms) {
+  const CombineParams& params = op.params;
+  const RowShape<kWhole> shape{params.route.row_size};
+  const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
+  const int lane = threadIdx.x % 32, own_node = op.frame.NodeOf(op.frame.rank);
+  group.ForOtherNodes([&](int node) {
+    SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, node, taken, terms);
+  });
+  group.Return([&](int node) {
+    if (params.gradients == nullptr) return;
+    group.template Put<ByBlock>(node, group.template At<float>(node, Staged::kSecond),
+                                NodeGradients(op, node),
+                                int64_t{num_tokens} * num_topk * sizeof(float));
+  });
+  // While the other nodes' sums arrive. A warp has the same tokens here and below.
+  SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, own_node, taken, terms);
+  if (!group.WaitForSums()) return;
+  ForWarpItems(
+      num_tokens,
+      [&](int token) {
+        const bool inside = token < num_tokens && lane < num_topk;
+        return inside ? params.destination[int64_t{token} * num_topk + lane] : kNone;
+      },
+      [&](int token, int32_t destination) {
+        return InputsOfNodes<kQuantized>(op, group, token, destination);
+      },
+      [&](int token, const Inputs& inputs) {
+        if (params.gradients != nullptr && lane < num_topk) {
+          params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
+        }
+        char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+        AddUp<Type, kWhole, false, SumOfRows, kQuantized, kFormat>(
+            inputs, shape, {0, shape.num_groups()}, terms, op.wire,
+            StoreRounded<Type, kWhole>{to, shape});
+      });
+}
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_INTERNODE_NODE_SUMS_CUH_

@@ -1,0 +1,290 @@
+// cached_dispatch by pulling: every rank pulls rows along known routes, each token once; scaled and
+// multiplied with other rows on the way, it is the gradient of combine. `Group` is GroupOp, or
+// NodeOp between nodes: then rows are first put where the ranks of another node pull them.
+#ifndef JAX_DEEPEP_CUDA_INTRANODE_CACHED_DISPATCH_CUH_
+#define JAX_DEEPEP_CUDA_INTRANODE_CACHED_DISPATCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include "cuda/divisor.h"
+#include "cuda/kernel_choice.cuh"
+#include "cuda/kernel_launch.h"
+#include "cuda/kernels.h"
+#include "cuda/op_frame.h"
+#include "cuda/pair_order.cuh"
+#include "cuda/row_copies.cuh"
+#include "cuda/row_products.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
+#include "interface/cached_dispatch.h"
+
+namespace jax_deepep {
+namespace {
+
+// The operand that peers read.
+enum { kRows };
+
+struct CachedDispatch {
+  OpFrame frame;
+  CachedDispatchParams params;
+  int64_t row_bytes;
+  WireRow wire;
+  Divisor max_tokens, num_warps;
+};
+
+// The pairs of this rank, in either layout.
+class Pairs {
+ public:
+  __device__ explicit Pairs(const CachedDispatch& op)
+      : op_(op), table_(op.frame.shape, op.params.route) {
+    count_ = expert_major() ? op.params.pairs[0] : CountRows();
+    own_begin_ = FirstOf(op.frame.rank);
+    own_end_ = FirstOf(op.frame.rank + 1);
+  }
+
+  __device__ PairOrder Order() const { return {count_, own_begin_, own_end_, op_.num_warps}; }
+  __device__ bool expert_major() const { return op_.params.route.layout == Layout::kExpertMajor; }
+  __device__ int32_t SourceOf(int pair) const {
+    return expert_major() ? Line(pair)[0] : op_.params.source[pair];
+  }
+  // The pair's row for this lane, or kNone.
+  __device__ int32_t RowOfLane(int pair) const {
+    const int lane = threadIdx.x % 32;
+    if (!expert_major()) return lane == 0 ? pair : kNone;
+    return lane < table_.max_rows ? Line(pair)[1 + lane] : kNone;
+  }
+
+ private:
+  __device__ const int32_t* Line(int pair) const {
+    return op_.params.pairs + int64_t{1 + pair} * table_.line_ints();
+  }
+  // The first pair of this rank or a later one.
+  __device__ int FirstOf(int rank) const {
+    const int64_t first_code = int64_t{rank} * op_.frame.shape.max_tokens;
+    int low = 0, high = count_;
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (SourceOf(middle) < first_code) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+  // Token-major: rows of tokens come first, then padding rows.
+  __device__ int CountRows() const {
+    int low = 0, high = op_.params.group_sizes[0];
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (op_.params.source[middle] >= 0) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  const CachedDispatch& op_;
+  const PairTable table_;
+  int count_, own_begin_, own_end_;
+};
+
+// How rows cross links: as they are, or in a wire format. `Element` as in PlainRow.
+template <typename Element, bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = PlainRow<Element, kWhole>;
+  __device__ static void Encode(const CachedDispatch&) {}
+  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
+    return {rows + token * op.row_bytes,
+            {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = EncodedRow<Type, kWhole, kFormat>;
+  __device__ static void Encode(const CachedDispatch& op) {
+    const CachedDispatchParams& params = op.params;
+    EncodeRows<Type, kWhole, kFormat>(op.wire, params.x, op.row_bytes, params.route.num_tokens,
+                                      params.encoded);
+  }
+  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
+    return {rows + token * op.wire.bytes(), op.wire};
+  }
+};
+
+template <typename Rows, typename Group>
+__device__ typename Rows::Row RowAt(const CachedDispatch& op, const Group& group, int32_t source) {
+  const char* rows = group.template Operand<char>(op.max_tokens.Quotient(source), kRows);
+  return Rows::At(op, rows, op.max_tokens.Remainder(source));
+}
+
+__device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t source) {
+  if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
+}
+
+// Copy rows.
+template <typename Rows, typename Group>
+__device__ void Copy(const CachedDispatch& op, const Group& group, const Pairs& pairs,
+                     int32_t* taken) {
+  const PairOrder order = pairs.Order();
+  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
+    const int pair = order.At(item);
+    const int32_t source = pairs.SourceOf(pair);
+    const int64_t row = pairs.RowOfLane(pair);
+    if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
+    CountTaken(taken, op, source);
+    CopyRowToLanes(RowAt<Rows>(op, group, source), static_cast<char*>(op.params.rows), op.row_bytes,
+                   [row] { return row; });
+  }
+}
+
+// Scale rows by their weights, and compute their products with y. Expert-major.
+template <typename Type, typename Rows, typename Group>
+__device__ void Scale(const CachedDispatch& op, const Group& group, const Pairs& pairs,
+                      int32_t* taken) {
+  const PairOrder order = pairs.Order();
+  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
+    const int pair = order.At(item);
+    const int32_t source = pairs.SourceOf(pair);
+    const int32_t row = pairs.RowOfLane(pair);
+    const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
+    if (num_rows == 0) continue;
+    CountTaken(taken, op, source);
+    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, RowAt<Rows>(op, group, source), row,
+                                 num_rows);
+  }
+}
+
+// Put to every other node, once each, the rows of tokens that it has rows for.
+template <typename Group>
+__device__ void PutToNodes(const CachedDispatch& op, Group& group) {
+  const CachedDispatchParams& params = op.params;
+  const int num_topk = op.frame.shape.num_topk;
+  const int per_node = params.route.capacity * op.frame.shape.node_size();
+  if (group.WaitUntilFree()) {
+    const bool encoded = params.encoded != nullptr;
+    group.PutRows(static_cast<const char*>(encoded ? params.encoded : params.x),
+                  encoded ? op.wire.bytes() : op.row_bytes, params.route.num_tokens,
+                  [&](int64_t token, int k) {
+                    const int32_t destination = params.destination[token * num_topk + k];
+                    return destination != kNone ? destination / per_node : kNone;
+                  });
+  }
+  group.Exchange([](int) {}, [] {});
+}
+
+// `work` is Copy or Scale.
+template <typename Group, typename Rows, typename Work>
+__device__ void Run(const CachedDispatch& op, Work work) {
+  __shared__ typename Group::Shared shared;
+  __shared__ int32_t taken[kMaxRanks];
+  const CachedDispatchParams& params = op.params;
+  Group group(op.frame, &shared);
+  for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
+
+  if (group.Begin()) {
+    Rows::Encode(op);
+    group.Publish();
+    if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
+    const Pairs pairs(op);
+    if (group.WaitForArrivals()) {
+      work(group, pairs, taken);
+      WriteZeros<Rows::kWhole>(op.params, op.frame.shape, op.row_bytes);
+      group.CountTaken(taken);
+    }
+  }
+  group.Finish([] {}, [&] { WriteFailure(params); });
+}
+
+template <typename Group, typename Rows>
+__global__ void __launch_bounds__(kThreads, 1)
+    CopyKernel(const __grid_constant__ CachedDispatch op) {
+  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, int32_t* taken) {
+    Copy<Rows>(op, group, pairs, taken);
+  });
+}
+
+template <typename Group, typename Type, typename Rows>
+__global__ void __launch_bounds__(kThreads, 1)
+    ScaleKernel(const __grid_constant__ CachedDispatch op) {
+  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, int32_t* taken) {
+    Scale<Type, Rows>(op, group, pairs, taken);
+  });
+}
+
+// The host's side, of a mode whose kernels use `Group`.
+template <typename Group>
+class CachedDispatchKernels {
+ public:
+  static const char* Launch(const OpFrame& frame, const CachedDispatchParams& params,
+                            int num_blocks, const DeviceFacts& device, const KernelStream& stream) {
+    const RowFormat rows = params.route.rows();
+    CachedDispatch op{frame,
+                      params,
+                      rows.bytes(),
+                      WireRow{rows.wire, rows.size},
+                      Divisor(frame.shape.max_tokens),
+                      Divisor(num_blocks * kWarps)};
+    op.frame.offsets[kRows] =
+        device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
+    if (params.weights == nullptr && params.y == nullptr) {
+      return LaunchKernel(CopyKernelFor(rows), op, num_blocks, kThreads, 0, stream);
+    }
+    if (params.weights == nullptr || params.y == nullptr || params.pairs == nullptr) {
+      return "weights, y: expected both or neither, and with expert-major rows";
+    }
+    const Kernel kernel = ScaleKernelFor(rows);
+    if (kernel == nullptr)
+      return "x: expected floats with weights or y, got integers, which are only copied";
+    return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+  }
+
+  static const char* Load() {
+    const char* error = LoadKernels(CopyKernelFor, 0);
+    return error != nullptr ? error : LoadKernels(ScaleKernelFor, 0);
+  }
+
+ private:
+  using Kernel = void (*)(CachedDispatch);
+
+  template <WireFormat kFormat>
+  struct EncodedCopies {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return CopyKernel<Group, EncodedRows<Type, kWhole, kFormat>>;
+    }
+  };
+  struct PlainProducts {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return ScaleKernel<Group, Type, PlainRows<typename Type::Element, kWhole>>;
+    }
+  };
+  template <WireFormat kFormat>
+  struct EncodedProducts {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return ScaleKernel<Group, Type, EncodedRows<Type, kWhole, kFormat>>;
+    }
+  };
+
+  static Kernel CopyKernelFor(const RowFormat& rows) {
+    if (rows.is_quantized()) return InstanceForEachFormat<EncodedCopies>(rows);
+    return IsWholeCopy(rows) ? CopyKernel<Group, PlainRows<uint16_t, true>>
+                             : CopyKernel<Group, PlainRows<uint16_t, false>>;
+  }
+
+  static Kernel ScaleKernelFor(const RowFormat& rows) {
+    if (rows.is_quantized()) return InstanceForFp8<EncodedProducts>(rows);
+    return InstanceFor<PlainProducts>(rows);
+  }
+};
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_INTRANODE_CACHED_DISPATCH_CUH_

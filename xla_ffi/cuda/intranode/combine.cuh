@@ -1,0 +1,164 @@
+// combine by pulling: the rank of the experts sums a token's rows first, so that one row crosses
+// the link per (token, rank); the rank of the token pulls these and sums them in ascending order.
+// `Group` is GroupOp, or NodeOp between nodes.
+//
+// 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
+// wire
+//    format, for every pair of another rank, encoded.
+// 2. Publish; wait for everyone.
+// 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
+//    encoded needs no sum: its row is read and weighted in place.
+//
+// Between nodes, each rank does step 3 for the tokens of all ranks with its index in their nodes,
+// over the ranks of its own node, and puts the sums, rounded once or encoded, to the ranks of the
+// tokens. Those sum over nodes in ascending order.
+#ifndef JAX_DEEPEP_CUDA_INTRANODE_COMBINE_CUH_
+#define JAX_DEEPEP_CUDA_INTRANODE_COMBINE_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/divisor.h"
+#include "cuda/internode/node_sums.cuh"
+#include "cuda/intranode/combine_sums.cuh"
+#include "cuda/kernel_choice.cuh"
+#include "cuda/kernel_launch.h"
+#include "cuda/kernels.h"
+#include "cuda/op_frame.h"
+#include "cuda/row_copies.cuh"
+#include "cuda/row_sums.cuh"
+#include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
+#include "interface/combine.h"
+
+namespace jax_deepep {
+namespace {
+
+// Step 3.
+template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
+          typename Group>
+__device__ void SumTokens(const Combine& op, const Group& group, int32_t* taken, Term* terms) {
+  const CombineParams& params = op.params;
+  const RowShape<kWhole> shape{params.route.row_size};
+  const int lane = threadIdx.x % 32;
+  const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
+  ForWarpItems(
+      num_tokens,
+      [&](int token) {
+        const bool inside = token < num_tokens && lane < num_topk;
+        return inside ? params.destination[int64_t{token} * num_topk + lane] : kNone;
+      },
+      [&](int token, int32_t destination) {
+        return InputsOf<kQuantized>(op, group, op.frame.rank, token, destination, taken);
+      },
+      [&](int token, const Inputs& inputs) {
+        if (params.gradients != nullptr && lane < num_topk) {
+          params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
+        }
+        char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+        AddUp<Type, kWhole, kWeighted, SumOfRows, kQuantized, kFormat>(
+            inputs, shape, {0, shape.num_groups()}, terms, op.wire,
+            StoreRounded<Type, kWhole>{to, shape});
+      });
+}
+
+template <typename Group, typename Type, bool kWhole, bool kWeighted, bool kQuantized,
+          WireFormat kFormat>
+__global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
+  __shared__ typename Group::Shared shared;
+  __shared__ int32_t taken[kMaxRanks];
+  __shared__ Term of_warps[kWarps][kMaxTerms];
+  Term* terms = of_warps[threadIdx.x / 32];
+  const CombineParams& params = op.params;
+  Group group(op.frame, &shared);
+  for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
+
+  if (group.Begin()) {
+    if (kQuantized && params.route.layout == Layout::kTokenMajor) {
+      // Every received row is the sum of a pair.
+      EncodeRows<Type, kWhole, kFormat>(op.wire, params.y, op.row_bytes, params.group_sizes[0],
+                                        params.sums);
+    } else if (Group::kSeveralNodes ? op.of_sums.num_rows > 0 : params.sums != nullptr) {
+      SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, Group::kSeveralNodes>(op, terms);
+    }
+    group.Publish();
+    if constexpr (Group::kSeveralNodes) PutDestinations(op, group);
+    if (group.WaitForArrivals()) {
+      if constexpr (Group::kSeveralNodes) {
+        SumNodes<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, taken, terms);
+      } else {
+        SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, taken, terms);
+      }
+      group.CountTaken(taken);
+    }
+  }
+  group.Finish([] {}, [&] { WriteFailure(params, op.frame.shape); });
+}
+
+// The host's side, of a mode whose kernels use `Group`.
+template <typename Group>
+class CombineKernels {
+ public:
+  static const char* Launch(const OpFrame& frame, const CombineParams& params, int num_blocks,
+                            const DeviceFacts& device, const KernelStream& stream) {
+    const RowFormat rows = params.route.rows();
+    Combine op{frame,
+               params,
+               rows.bytes(),
+               WireRow{rows.wire, rows.size},
+               CombineSums(frame.shape, params.route),
+               Divisor(frame.shape.max_tokens),
+               Divisor(params.route.capacity)};
+    if (!rows.is_quantized()) op.frame.offsets[kRows] = device.OffsetOf(params.y);
+    if (!rows.is_quantized() && params.weights != nullptr)
+      op.frame.offsets[kWeights] = device.OffsetOf(params.weights);
+    if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
+    if (params.row_gradients != nullptr) {
+      op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
+    }
+    const Kernel kernel = KernelFor(rows, params.weights != nullptr);
+    if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";
+    return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+  }
+
+  static const char* Load() {
+    for (const bool weighted : {false, true}) {
+      const auto kernel_for = [=](const RowFormat& rows) { return KernelFor(rows, weighted); };
+      if (const char* error = LoadKernels(kernel_for, 0)) return error;
+    }
+    return nullptr;
+  }
+
+ private:
+  using Kernel = void (*)(Combine);
+
+  template <bool kWeighted>
+  struct Plain {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return CombineKernel<Group, Type, kWhole, kWeighted, false, WireFormat::kNone>;
+    }
+  };
+  template <WireFormat kFormat>
+  struct OnWire {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return CombineKernel<Group, Type, kWhole, true, true, kFormat>;
+    }
+  };
+
+  static Kernel KernelFor(const RowFormat& rows, bool weighted) {
+    // Without weights they are 1, which changes no bit: kernels of their own would gain little.
+    if (rows.is_quantized()) {
+      return WireInstanceFor<OnWire, false, WireFormat::kFp8, WireFormat::kFp8E8m0,
+                             WireFormat::kMxfp8>(rows);
+    }
+    return weighted ? InstanceFor<Plain<true>>(rows) : InstanceFor<Plain<false>>(rows);
+  }
+};
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_INTRANODE_COMBINE_CUH_

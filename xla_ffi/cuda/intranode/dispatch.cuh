@@ -1,0 +1,304 @@
+// dispatch by pulling: every rank counts and lists what it sends, notifies its peers, and pulls its
+// rows from them directly to their final positions. `Group` is GroupOp, or NodeOp between nodes.
+//
+// 0. With a wire format, encode the tokens in scratch.
+// 1. Count: the entries of this rank per row group, and its tokens per destination rank; every
+//    entry's position among those of its warp goes into its record.
+// 2. List: positions among all entries of this rank, and the tokens for each rank.
+// 3. Publish counts; wait for everyone's. Between nodes, also put rows, records and lists where the
+//    ranks of another node pull them.
+// 4. Plan: prefix sums over the sources turn positions into rows; drop what does not fit.
+// 5. Pull: each token with experts on this rank once, however many rows it has.
+//
+// Lists and records are in XLA's memory, which may be reused after a source has aborted: the op
+// fails in the end, but until then their contents must not lead outside the arrays. Counts are
+// safe.
+#ifndef JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_CUH_
+#define JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/dispatch_op.cuh"
+#include "cuda/dispatch_plan.cuh"
+#include "cuda/dispatch_results.cuh"
+#include "cuda/divisor.h"
+#include "cuda/intranode/dispatch_count.cuh"
+#include "cuda/kernel_choice.cuh"
+#include "cuda/kernel_launch.h"
+#include "cuda/kernels.h"
+#include "cuda/memory_order.cuh"
+#include "cuda/op_frame.h"
+#include "cuda/pair_order.cuh"
+#include "cuda/remote_put.cuh"
+#include "cuda/row_copies.cuh"
+#include "cuda/staging.h"
+#include "cuda/warp_items.cuh"
+#include "interface/dispatch.h"
+
+namespace jax_deepep {
+namespace {
+
+// Write the destinations of this rank's tokens.
+__device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
+  const GroupShape& shape = op.frame.shape;
+  const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
+  const TokenRange block = TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
+  ForRecords(
+      op, int64_t{block.begin} * shape.num_topk + threadIdx.x, int64_t{block.end} * shape.num_topk,
+      kThreads, [&](int64_t index, const EntryRecord& record) {
+        int32_t destination = kNone;
+        if (record.expert != kNone) {
+          const int owner = op.RankOf(record.expert);
+          const int group = expert_major ? record.expert : owner;
+          const int32_t row = RowOf(plan, group, plan.first_of_own[group], record.position);
+          if (row != kNone) {
+            destination = static_cast<int32_t>(int64_t{owner} * op.params.route.capacity + row);
+          }
+        }
+        op.params.destination[index] = destination;
+      });
+}
+
+// A token with experts on this rank.
+struct Pair {
+  int32_t number, source, token;
+  EntryRecord record;  // of the lane's entry
+};
+
+// Write the routes of the pair's rows. Returns the row that this lane is to write, or kNone.
+__device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTable& table,
+                              const Pair& pair) {
+  const GroupShape& shape = op.frame.shape;
+  const DispatchParams& params = op.params;
+  const EntryRecord& record = pair.record;
+  const int rank = op.frame.rank, num_topk = shape.num_topk, lane = threadIdx.x % 32;
+  const bool expert_major = params.route.layout == Layout::kExpertMajor;
+  const int per_rank = expert_major ? op.local_experts.divisor() : 1;
+  const int32_t code = pair.source * shape.max_tokens + pair.token;
+  const int expert = record.expert - rank * op.local_experts.divisor();
+  const bool here = expert >= 0 && expert < op.local_experts.divisor();
+  int32_t row = kNone;
+  if (here) {
+    const int local = expert_major ? expert : 0;
+    row = RowOf(plan, rank * per_rank + local, plan.first_here[pair.source * per_rank + local],
+                record.position);
+  }
+  const uint32_t live = __ballot_sync(~0u, row != kNone);
+  const int nth = __popc(live & ((1u << lane) - 1));
+  if (live != 0 && lane == 0) atomicAdd(&plan.taken[pair.source], 1);
+  if (expert_major) {
+    if (row != kNone) {
+      params.source[row] = code;
+      params.weights[row] = record.weight;
+    }
+    int32_t* line = params.pairs + int64_t{1 + pair.number} * table.line_ints();
+    if (lane == 0) line[0] = code;
+    if (row != kNone && nth < table.max_rows) line[1 + nth] = row;
+    if (lane >= __popc(live) && lane < table.max_rows) line[1 + lane] = kNone;
+    return row;
+  }
+  const int32_t shared_row = __reduce_max_sync(~0u, row);
+  if (shared_row == kNone) return kNone;
+  if (lane == 0) params.source[shared_row] = code;
+  if (lane < num_topk) {
+    const int64_t at = int64_t{shared_row} * num_topk + lane;
+    params.weights[at] = here ? record.weight : 0.0f;
+    params.local_experts[at] = here ? expert : kNone;
+  }
+  return nth == 0 ? row : kNone;
+}
+
+// How rows cross links: as they are, or in a wire format.
+template <bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  __device__ static void Encode(const Dispatch&) {}
+  __device__ static PlainRow<uint16_t, kWhole> At(const Dispatch& op, const char* rows,
+                                                  int64_t token) {
+    return {rows + token * op.row_bytes, WordsOf<kWhole>(op.row_bytes)};
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  __device__ static void Encode(const Dispatch& op) {
+    const DispatchParams& params = op.params;
+    EncodeRows<Type, kWhole, kFormat>(op.wire, params.x, op.row_bytes, params.route.num_tokens,
+                                      params.encoded);
+  }
+  __device__ static EncodedRow<Type, kWhole, kFormat> At(const Dispatch& op, const char* rows,
+                                                         int64_t token) {
+    return {rows + token * op.wire.bytes(), op.wire};
+  }
+};
+
+// Pull the rows of this rank, a warp for each token.
+template <typename Rows, typename Group>
+__device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan) {
+  const GroupShape& shape = op.frame.shape;
+  const RouteShape& route = op.params.route;
+  const int rank = op.frame.rank, lane = threadIdx.x % 32;
+  const int num_pairs = plan.pairs_before[shape.num_ranks];
+  const PairTable table(shape, route);
+  const PairOrder order(num_pairs, plan.pairs_before[rank], plan.pairs_before[rank + 1],
+                        op.num_warps);
+  ForWarpItems(
+      num_pairs,
+      [&](int item) {
+        Pair pair{0, 0, 0, {kNone}};
+        if (item >= num_pairs) return pair;
+        pair.number = order.At(item);
+        int low = 0, high = shape.num_ranks;  // pairs_before[low] <= number < pairs_before[high]
+        while (high - low > 1) {
+          const int middle = (low + high) / 2;
+          (plan.pairs_before[middle] <= pair.number ? low : high) = middle;
+        }
+        pair.source = low;
+        const int32_t* list = group.template Operand<int32_t>(low, kLists) +
+                              int64_t{group.ListOf(low)} * route.num_tokens;
+        pair.token = LoadFresh(list + pair.number - plan.pairs_before[low]);
+        return pair;
+      },
+      [&](int item, Pair pair) {
+        if (pair.token < 0 || pair.token >= route.num_tokens) pair.token = 0;
+        if (item < num_pairs && lane < shape.num_topk) {
+          const auto* records = group.template Operand<EntryRecord>(pair.source, kRecords) +
+                                int64_t{pair.token} * shape.num_topk;
+          const uint4 words = LoadOnce(reinterpret_cast<const uint4*>(records + lane));
+          pair.record = *reinterpret_cast<const EntryRecord*>(&words);
+        }
+        return pair;
+      },
+      [&](int, const Pair& pair) {
+        const char* rows = group.template Operand<char>(pair.source, kRows);
+        CopyRowToLanes(Rows::At(op, rows, pair.token), static_cast<char*>(op.params.tokens),
+                       op.row_bytes, [&] { return WriteRoute(op, plan, table, pair); });
+      });
+}
+
+// Put to every other node the records, the tokens for each of its ranks, and, once each, the rows
+// of tokens that it has experts for.
+template <typename Group>
+__device__ void PutToNodes(const Dispatch& op, Group& group) {
+  const GroupShape& shape = op.frame.shape;
+  const int num_tokens = op.params.route.num_tokens, num_topk = shape.num_topk;
+  if (group.WaitUntilFree()) {
+    const TokenRange block = TokenRange::Part({0, num_tokens}, blockIdx.x, gridDim.x);
+    const int64_t first_entry = int64_t{block.begin} * num_topk;
+    group.ForOtherNodes([&](int node) {
+      group.template Put<ByBlock>(
+          node, group.template At<EntryRecord>(node, Staged::kSecond) + first_entry,
+          Records(op) + first_entry, (block.end - block.begin) * num_topk * sizeof(EntryRecord));
+    });
+    const bool encoded = op.params.encoded != nullptr;
+    const int per_node = op.local_experts.divisor() * op.frame.shape.node_size();
+    group.PutRows(static_cast<const char*>(encoded ? op.params.encoded : op.params.x),
+                  encoded ? op.wire.bytes() : op.row_bytes, num_tokens, [&](int64_t token, int k) {
+                    const int32_t expert = op.params.topk_idx[token * num_topk + k];
+                    return expert >= 0 && expert < shape.num_experts ? expert / per_node : kNone;
+                  });
+  }
+  group.Exchange(
+      [&](int node) {
+        const int ranks = op.frame.shape.node_size();
+        group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst),
+                                    TokenList(op, node * ranks),
+                                    int64_t{ranks} * num_tokens * sizeof(int32_t));
+        int32_t* counts = op.frame.Counts(op.frame.rank, op.frame.rank);
+        group.template Put<ByBlock>(
+            node, counts, counts,
+            NumCountColumns(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
+      },
+      [&] { group.PassOnCounts(); });
+}
+
+template <typename Group, typename Rows>
+__global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_constant__ Dispatch op) {
+  extern __shared__ __align__(16) char memory[];
+  __shared__ typename Group::Shared shared;
+  Group group(op.frame, &shared);
+  const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
+
+  const bool begun = group.Begin();
+  if (begun) Rows::Encode(op);
+  // Counters share the memory of the plan.
+  if (begun && CountAndList(op, group, reinterpret_cast<int32_t*>(memory))) {
+    group.Publish();
+    if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
+    if (group.WaitForArrivals()) {
+      MakePlan(op, plan);
+      Pull<Rows>(op, group, plan);
+      WriteDestinations(op, plan);
+      WriteRest<Rows::kWhole>(op, plan);
+      group.CountTaken(plan.taken);
+    }
+  }
+  group.Finish(
+      [&] {
+        if (threadIdx.x == 0) ReportInvalid(op, group.step(), group.channel().num_invalid);
+      },
+      [&] { WriteFailure(op); });
+}
+
+// The host's side, of a mode whose kernels use `Group`.
+template <typename Group>
+class DispatchKernels {
+ public:
+  // More than the counters of one warp, which share this memory.
+  static int64_t LeastSharedBytes(const GroupShape& shape) {
+    return Plan::Ints(shape) * static_cast<int64_t>(sizeof(int32_t));
+  }
+
+  static const char* Launch(const OpFrame& frame, const DispatchParams& params, int num_blocks,
+                            const DeviceFacts& device, const KernelStream& stream) {
+    const GroupShape& shape = frame.shape;
+    Dispatch op{frame,
+                params,
+                params.route.rows().bytes(),
+                WireRow{params.route.wire, params.route.row_size},
+                Divisor(shape.num_local_experts()),
+                Divisor(shape.num_topk),
+                Divisor(params.route.alignment),
+                Divisor(num_blocks * kWarps),
+                kWarps};
+    op.frame.offsets[kRows] =
+        device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
+    op.frame.offsets[kRecords] = device.OffsetOf(params.scratch);
+    op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *
+                                                                shape.num_topk *
+                                                                sizeof(EntryRecord);
+    const int warp_bytes =
+        NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
+    op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
+    const int plan_bytes = static_cast<int>(LeastSharedBytes(shape));
+    const int shared_bytes = std::max(plan_bytes, op.count_warps * warp_bytes);
+    return LaunchKernel(KernelFor(params.route.rows()), op, num_blocks, kThreads, shared_bytes,
+                        stream);
+  }
+
+  static const char* Load(int max_shared_bytes) { return LoadKernels(KernelFor, max_shared_bytes); }
+
+ private:
+  using Kernel = void (*)(Dispatch);
+
+  template <WireFormat kFormat>
+  struct Encoded {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return DispatchKernel<Group, EncodedRows<Type, kWhole, kFormat>>;
+    }
+  };
+
+  static Kernel KernelFor(const RowFormat& rows) {
+    if (rows.is_quantized()) return InstanceForEachFormat<Encoded>(rows);
+    return IsWholeCopy(rows) ? DispatchKernel<Group, PlainRows<true>>
+                             : DispatchKernel<Group, PlainRows<false>>;
+  }
+};
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_INTRANODE_DISPATCH_CUH_

@@ -1,0 +1,89 @@
+// The one way to write to another node, on the device: PutFlag, here over mapped memory. A
+// transport implements it together with transport/remote_memory.h.
+#ifndef JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
+#define JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
+
+#include <cstdint>
+
+#include "cuda/memory_order.cuh"
+#include "cuda/op_frame.h"
+
+namespace jax_deepep {
+
+// Who puts: all threads of a block or of a warp together, or one.
+struct ByBlock {
+  static constexpr int kInFlight = 4;
+  __device__ static int Index() { return threadIdx.x; }
+  __device__ static int Size() { return blockDim.x; }
+  __device__ static void Sync() { __syncthreads(); }
+};
+struct ByWarp {
+  static constexpr int kInFlight = 14;
+  __device__ static int Index() { return threadIdx.x % 32; }
+  __device__ static int Size() { return 32; }
+  __device__ static void Sync() { __syncwarp(); }
+};
+struct ByThread {
+  static constexpr int kInFlight = 1;
+  __device__ static int Index() { return 0; }
+  __device__ static int Size() { return 1; }
+  __device__ static void Sync() {}
+};
+
+__device__ __forceinline__ uint16_t LoadOnce(const uint16_t* from) { return *from; }
+
+template <typename By, typename Word>
+__device__ void CopyWords(char* to, const char* from, int64_t bytes) {
+  const int64_t count = bytes / static_cast<int64_t>(sizeof(Word));
+  const auto* in = reinterpret_cast<const Word*>(from);
+  auto* out = reinterpret_cast<Word*>(to);
+  for (int64_t base = By::Index(); base < count; base += By::kInFlight * By::Size()) {
+    Word words[By::kInFlight];
+#pragma unroll
+    for (int i = 0; i < By::kInFlight; ++i) {
+      const int64_t at = base + i * By::Size();
+      if (at < count) words[i] = LoadOnce(in + at);
+    }
+#pragma unroll
+    for (int i = 0; i < By::kInFlight; ++i) {
+      const int64_t at = base + i * By::Size();
+      if (at < count) out[at] = words[i];
+    }
+  }
+}
+
+// Copy `bytes`, a multiple of 2, to the rank of `node` with this rank's index, and then store
+// `value` in its `flag`. An address `to` or `flag` in this rank's own memory, control block or
+// staging, stands for the same place of that rank's. Flags are seen after all that this rank has
+// put before: puts of other threads, if the caller has synchronised with them. `flag` may be null,
+// and `bytes` 0.
+template <typename By>
+__device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to, const void* from,
+                                        int64_t bytes, uint64_t* flag = nullptr,
+                                        uint64_t value = 0) {
+  char* const own = reinterpret_cast<char*>(frame.control[frame.rank]);
+  char* const theirs = reinterpret_cast<char*>(frame.control[frame.RankOnNode(node)]);
+  if (bytes > 0) {
+    char* const at = theirs + (static_cast<char*>(to) - own);
+    const char* const source = static_cast<const char*>(from);
+    const auto bits = reinterpret_cast<uintptr_t>(at) | reinterpret_cast<uintptr_t>(source) |
+                      static_cast<uintptr_t>(bytes);
+    if (bits % sizeof(uint4) == 0) {
+      CopyWords<By, uint4>(at, source, bytes);
+    } else if (bits % sizeof(uint32_t) == 0) {
+      CopyWords<By, uint32_t>(at, source, bytes);
+    } else {
+      CopyWords<By, uint16_t>(at, source, bytes);
+    }
+  }
+  if (flag == nullptr) return;
+  By::Sync();
+  if (By::Index() == 0) {
+    auto* at = reinterpret_cast<uint64_t*>(theirs + (reinterpret_cast<char*>(flag) - own));
+    StoreReleaseSystem(at, value);  // pairs with the acquire load of a wait, on the peer
+  }
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_

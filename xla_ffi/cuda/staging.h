@@ -1,0 +1,70 @@
+// Staging: memory of a rank's communicator into which the ranks of other nodes with the same index
+// put rows. It is behind the rank's control block, and has a slot for each channel and other node:
+//
+//     dispatch, cached_dispatch   tokens for each rank of this node [L][T], records [T][K], rows
+//     [T] combine                     destination [T][K], gradients [T][K], sums [T]
+#ifndef JAX_DEEPEP_CUDA_STAGING_H_
+#define JAX_DEEPEP_CUDA_STAGING_H_
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device_control.h"
+#include "interface/geometry.h"
+#include "interface/host_device.h"
+
+namespace jax_deepep {
+
+// The arrays of a slot, in the order above.
+enum class Staged { kFirst, kSecond, kRows };
+
+struct StagingLayout {
+  int64_t offset = 0;  // from the beginning of the control block
+  int64_t slot_bytes = 0;
+  int64_t second_offset = 0, rows_offset = 0;  // in a slot
+  int32_t slots = 0;                           // of a channel
+
+  StagingLayout() = default;
+  explicit StagingLayout(const GroupShape& shape) {
+    slots = shape.num_nodes() - 1;
+    if (slots == 0) return;
+    const int64_t tokens = shape.max_tokens, entries = tokens * shape.num_topk;
+    const int64_t lists = RoundUp(4 * tokens * shape.node_size(), 16);
+    offset = RoundUp(static_cast<int64_t>(ControlBytes(shape)), 256);
+    second_offset = std::max(lists, RoundUp(4 * entries, 16));
+    rows_offset = second_offset + 16 * entries;  // a record has 16 bytes
+    int64_t row_bytes = shape.max_row_bytes();
+    for (int format = 1; format < kNumWireFormats; ++format) {
+      const WireRow row{static_cast<WireFormat>(format), shape.hidden_size};
+      row_bytes = std::max<int64_t>(row_bytes, row.bytes());
+    }
+    slot_bytes = RoundUp(rows_offset + tokens * row_bytes, 256);
+  }
+
+  // Of one rank, behind its control block.
+  int64_t bytes(const GroupShape& shape) const {
+    if (slots == 0) return 0;
+    return offset - static_cast<int64_t>(ControlBytes(shape)) + kNumChannels * slots * slot_bytes;
+  }
+
+  // In the memory of a rank of `node`, from the beginning of its control block: the slot of what
+  // comes from the node `source`.
+  JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(int channel, int node, int source) const {
+    const int slot = source < node ? source : source - 1;
+    return offset + (int64_t{channel} * slots + slot) * slot_bytes;
+  }
+  // From the beginning of the slot.
+  JAX_DEEPEP_HOST_DEVICE int64_t In(Staged array) const {
+    return array == Staged::kFirst ? 0 : array == Staged::kSecond ? second_offset : rows_offset;
+  }
+
+ private:
+  static int64_t RoundUp(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+  }
+};
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_STAGING_H_
