@@ -15,6 +15,8 @@ from meshes import expert_axes, groups_of, mesh_named
 
 import jax_deepep as ep
 
+# Of every group that is divided further than a problem says: JAX_DEEPEP_NODES=2 runs all suites on two nodes.
+NUM_NODES = int(os.environ.get("JAX_DEEPEP_NODES", "1"))
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
@@ -35,7 +37,7 @@ class Problem:
     capacity: int | None = None
     expert_capacity: int | None = None
     alignment: int = 1
-    num_nodes: int = 1
+    num_nodes: int = NUM_NODES
     routing: str = "random"
 
     @property
@@ -265,4 +267,6 @@ _KINDS_IN_LOW_LATENCY = {
 
 
 def is_run_in_low_latency(problem: Problem) -> bool:
-    return "cuda" in os.environ.get("JAX_PLATFORMS", "") or problem.name in _KINDS_IN_LOW_LATENCY
+    if "cuda" in os.environ.get("JAX_PLATFORMS", ""):
+        return problem.num_nodes == 1  # the mode is for one node there
+    return problem.name in _KINDS_IN_LOW_LATENCY

@@ -80,6 +80,8 @@ _IN_XLA = {"expert-major", "token-major", "no tokens", "one device", "nodes, tok
 
 
 def _in_low_latency(case: Case) -> bool:
+    if case.problem.num_nodes > 1:
+        return False
     return is_run_in_low_latency(case.problem) or case.problem.name in {"expert-major", "token-major"}
 
 

@@ -9,7 +9,7 @@ from rank_processes import RankProcesses
 
 TIMEOUT_S = 4  # as in ranks/faults.py
 
-# Every rank on a node of its own: a lost connection shows that a process has ended.
+# Every rank on a node of its own: on CPU a lost connection shows that a process has ended.
 BETWEEN_NODES = {"RANKS_PER_NODE": "1"}
 
 
@@ -45,7 +45,8 @@ class Fault:
     @property
     def is_seen(self) -> bool:
         """Whether the survivors need not wait to know of it."""
-        return self.run.environment == BETWEEN_NODES and self.label.startswith("dies")
+        between_nodes = self.run.platform == "cpu" and self.run.environment == BETWEEN_NODES
+        return between_nodes and self.label.startswith("dies")
 
     def assert_aborted(self, report: dict[str, Any]) -> None:
         """Check what a rank found on the broken communicator: NaN and zeros, at once and for ever."""

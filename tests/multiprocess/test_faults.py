@@ -170,6 +170,13 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
             for label in ON_GPUS
             for platform, environment in (("cuda", {}), ("cuda in graphs", {"XLA_FLAGS": CAPTURE_ALL_OPS}))
         ),
+        *(
+            pytest.param(
+                [run[0]], "cuda", BETWEEN_NODES, id=f"cuda, between nodes-{run[0]}", marks=pytest.mark.gpu
+            )
+            for run, _ in RUNS_BETWEEN_NODES
+            if not run[0].startswith(ON_CPU_ONLY)
+        ),
     ],
 )
 def test_faults(labels: list[str], platform: str, environment: dict[str, str]) -> None:

@@ -249,7 +249,9 @@ class Internode:
         at = world.at
         writers = {}
         for peer in world.of_node(rank):
-            writers |= dict.fromkeys((at.published(rank, peer), at.counts(rank, peer), at.operand(peer)), peer)
+            writers |= dict.fromkeys(
+                (at.published(rank, peer), at.counts(rank, peer), at.operand(peer)), peer
+            )
         for source, proxy in self._sources(world, rank):
             writers[at.staging(proxy, source)] = source
             writers[at.counts(rank, source)] = source if proxy == rank else proxy
