@@ -128,9 +128,7 @@ class World:
         return World(num_ops, ranks_per_node, at, [Rank()] * num_ranks, queues, bytearray(at.count))
 
     def copy(self) -> "World":
-        return World(
-            self.num_ops, self.ranks_per_node, self.at, self.ranks[:], self.queues[:], self.seen[:]
-        )
+        return World(self.num_ops, self.ranks_per_node, self.at, self.ranks[:], self.queues[:], self.seen[:])
 
     def key(self) -> tuple[object, ...]:
         return (*self.ranks, *self.queues, bytes(self.seen))
