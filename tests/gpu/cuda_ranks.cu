@@ -2,7 +2,7 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [short] [nodes] [faults] [channels] [soak STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [faults] [channels] [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -235,8 +235,10 @@ int main(int argc, char** argv) {
     } else if (what == "short") {
       CheckConformance(2);
     } else if (what == "nodes") {
-      CheckNodes(kOnGpu ? 3 : 2);
-      if (kOnGpu) CheckManyNodes();
+      for (const int num_blocks : {1, 3, 8}) CheckNodes(num_blocks);
+      CheckManyNodes();
+    } else if (what == "short-nodes") {
+      CheckNodes(2);
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {

@@ -1,21 +1,21 @@
 """The protocol of ops between nodes, as its specification: xla_ffi/cuda/internode/node_op.cuh.
 
-Rank r has the index r % L in its node. Inside a node ranks read each other as in protocol_throughput.py. Between
-nodes, a rank puts data only to the ranks with its index, into their control blocks and staging (memory of their
-communicators), and then a flag. So what another node sent to the rank with index j is read in the staging of
-the own node's rank j, which says so by a flag (`staged`), and passes on the counts.
+Rank r has the index r % L in its node. Inside a node ranks read each other as in protocol_throughput.py.
+Between nodes, a rank puts data only to those with its index, into their control blocks and staging (memory
+of their communicators), and then a flag. So what another node sent to the rank with index j is read in the
+staging of the own node's rank j, which says so by a flag (`staged`), and passes on the counts.
 
 With `returns`, as combine: a rank also puts sums of what it has read in its node, and a second flag.
 
-Why staging needs no banks: a rank puts data of op n after `left` of op n - 1 of the rank that has the staging. That
-one stores it at the end of a successful op, when all readers of its staging have left.
+Why staging needs no banks: a rank puts data of op n after `left` of op n - 1 of the rank that has staging.
+That one stores it at the end of a successful op, when all readers of its staging have left.
 
 The promises are those of protocol_throughput.py, and for staging the stronger one: *whether or not* the op
-succeeds, all that is loaded from it is of the current op. A rank that returns sums checks for failed peers first:
-otherwise an op of the other node could succeed with sums of memory that XLA has reused.
+succeeds, all that is loaded from it is of the current op. A rank that returns sums checks for failed peers
+first: otherwise an op of the other node could succeed with sums of memory that XLA has reused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from protocol_failure import FAIL_STEPS, fence, find_different_op, look, wait
@@ -278,7 +278,9 @@ class Internode:
             if sums % 2:
                 world.change(rank, wrong=True)
 
-    def _with_overwritten(self, world: World, rank: int, writers: dict[int, int], check) -> Iterator[World]:  # type: ignore[no-untyped-def]
+    def _with_overwritten(
+        self, world: World, rank: int, writers: dict[int, int], check: Callable[[World, int], None]
+    ) -> Iterator[World]:
         for word, writer in writers.items():
             for i in world.unseen(writer, word):
                 later = world.copy()

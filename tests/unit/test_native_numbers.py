@@ -30,7 +30,9 @@ def test_all_modules_have_the_same() -> None:
     built = [platform for platform in ("cpu", "cuda") if not native_module.unsupported_reason(platform)]
     modules = [native_module.load(platform) for platform in built]
     sizes = {"num_ranks": 4, "num_experts": 32, "num_topk": 6, "num_tokens": 10}
-    of_rows = {"layout": 0, "capacity": 33, "row_size": 128, "element_bytes": 2, "wire": 0}
+    of_rows = {
+        "ranks_per_node": 4, "layout": 0, "capacity": 33, "row_size": 128, "element_bytes": 2, "wire": 0
+    }  # fmt: skip
     seen = [
         (module.layouts, module.no_limit, module.payload_alignment, module.pair_table_shape(**sizes),
          module.dispatch_scratch_ints(**sizes), module.wires, module.combine_sums(**sizes, **of_rows),
@@ -55,5 +57,8 @@ def test_all_modules_have_the_same() -> None:
     encoded = 128 + 16
     assert numbers.combine_sums(**one_each, **of_rows) == (40, 40 * encoded)
     assert numbers.combine_sums(**sizes, **of_rows) == (40, 40 * encoded + 10 * 256)  # and the own ones
+    # Of two nodes, own ones of each, and for a token of each a sum in either format and K gradients.
+    of_nodes = 20 * 256 + 20 * (256 + 4 * 6)
+    assert numbers.combine_sums(**sizes, **of_rows | {"ranks_per_node": 2}) == (40, 40 * encoded + of_nodes)
     of_rows["layout"] = layouts["token"]
     assert numbers.combine_sums(**sizes, **of_rows) == (33, 33 * encoded)  # by received row
