@@ -20,6 +20,8 @@ from cpu_budgets import CpuBudgets
 
 from jax_deepep.launch import launched_rank
 
+# The version of the Python that runs the tests marked `any_python` instead of this one: `.ci/run` sets it.
+ANY_PYTHON = os.environ.get("JAX_DEEPEP_ANY_PYTHON")
 DEADLINE_S = 300.0  # of a test with its fixtures; a hang becomes a traceback of every thread
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -76,9 +78,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in nightly]
         config.hook.pytest_deselected(items=nightly)
     if unsupported_reason := _why_no_gpu():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason=unsupported_reason))
+        _skip(items, "gpu", unsupported_reason)
+    if ANY_PYTHON:
+        _skip(items, "any_python", f"depends on neither Python nor JAX: runs under Python {ANY_PYTHON}")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _why_no_gpu() -> str:

@@ -87,7 +87,7 @@ def experts_programs(problem: Problem, name: str) -> dict[str, Program]:
         )
 
     def step(rows, weights, group_sizes):
-        out, pull_back = jax.vjp(lambda *operands: forward(*operands, group_sizes), rows, weights)
+        out, pull_back = jax.vjp(lambda rows, weights: forward(rows, weights, group_sizes), rows, weights)
         return pull_back(jnp.where(live, out, 0))
 
     operands = (rows, weights, group_sizes)

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.any_python
 ROOT = pathlib.Path(__file__).parents[2]
 SHIM = ROOT / "tests/native/cuda_on_cpu"
 KERNELS = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/*/*.cu")

@@ -3,6 +3,9 @@
 import pathlib
 import subprocess
 
+import pytest
+
+pytestmark = pytest.mark.any_python
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-trapping-math")
 

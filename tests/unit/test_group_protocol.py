@@ -18,6 +18,7 @@ from protocol_throughput import (
 )
 from protocol_world import World
 
+pytestmark = pytest.mark.any_python
 LOW_LATENCY = LowLatency().protocol()
 HEADER_FIRST = LowLatency(header_first=True).protocol()  # dispatch
 THROUGHPUT_RUNS = [(2, 1, True), (2, 2, True), (2, 4, False), (3, 1, False)]

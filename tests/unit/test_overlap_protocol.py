@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 from protocol_overlap import Overlap, Search
 
+pytestmark = pytest.mark.any_python
 EVENTS = ("begun", "ended", "none")
 PROGRAMS = (
     "start matmul done",
