@@ -47,6 +47,17 @@ __device__ __forceinline__ void CopyWords(uint4* to, const uint4* from, int coun
   }
 }
 
+// The same for what is short, or not aligned.
+template <typename By, typename Word>
+__device__ __forceinline__ void CopyOneByOne(char* to, const char* from, int64_t bytes) {
+  const auto* in = reinterpret_cast<const Word*>(from);
+  auto* out = reinterpret_cast<Word*>(to);
+#pragma unroll 1
+  for (int64_t i = By::Index(); i < bytes / static_cast<int64_t>(sizeof(Word)); i += By::Size()) {
+    out[i] = in[i];
+  }
+}
+
 // Copy `bytes`, a multiple of 2, to the rank of `node` with this rank's index, and then store
 // `value` in its `flag`. An address `to` or `flag` in this rank's own memory, control block or
 // staging, stands for the same place of that rank's. Flags are seen after all that this rank has
@@ -66,11 +77,10 @@ __device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to
     if (bits % sizeof(uint4) == 0) {
       CopyWords<By>(reinterpret_cast<uint4*>(at), reinterpret_cast<const uint4*>(source),
                     static_cast<int>(bytes / static_cast<int64_t>(sizeof(uint4))));
+    } else if (bits % sizeof(uint64_t) == 0) {
+      CopyOneByOne<By, uint64_t>(at, source, bytes);
     } else {
-#pragma unroll 1
-      for (int64_t i = 2 * By::Index(); i < bytes; i += 2 * By::Size()) {
-        *reinterpret_cast<uint16_t*>(at + i) = *reinterpret_cast<const uint16_t*>(source + i);
-      }
+      CopyOneByOne<By, uint16_t>(at, source, bytes);
     }
   }
   if (flag == nullptr) return;
