@@ -12,13 +12,13 @@ namespace jax_deepep {
 
 // Who puts: all threads of a block or of a warp together, or one.
 struct ByBlock {
-  static constexpr int kInFlight = 4;
+  static constexpr int kInFlight = 4;  // words of a thread
   __device__ static int Index() { return threadIdx.x; }
   __device__ static int Size() { return blockDim.x; }
   __device__ static void Sync() { __syncthreads(); }
 };
 struct ByWarp {
-  static constexpr int kInFlight = 14;
+  static constexpr int kInFlight = 8;
   __device__ static int Index() { return threadIdx.x % 32; }
   __device__ static int Size() { return 32; }
   __device__ static void Sync() { __syncwarp(); }
@@ -30,25 +30,31 @@ struct ByThread {
   __device__ static void Sync() {}
 };
 
-__device__ __forceinline__ uint16_t LoadOnce(const uint16_t* from) { return *from; }
+template <typename By>
+__device__ __forceinline__ void CopyWords(uint4* to, const uint4* from, int count) {
+  for (int base = By::Index(); base < count; base += By::kInFlight * By::Size()) {
+    uint4 words[By::kInFlight];
+#pragma unroll
+    for (int i = 0; i < By::kInFlight; ++i) {
+      const int at = base + i * By::Size();
+      if (at < count) words[i] = LoadOnce(from + at);
+    }
+#pragma unroll
+    for (int i = 0; i < By::kInFlight; ++i) {
+      const int at = base + i * By::Size();
+      if (at < count) to[at] = words[i];
+    }
+  }
+}
 
+// The same for what is short, or not aligned.
 template <typename By, typename Word>
-__device__ void CopyWords(char* to, const char* from, int64_t bytes) {
-  const int64_t count = bytes / static_cast<int64_t>(sizeof(Word));
+__device__ __forceinline__ void CopyOneByOne(char* to, const char* from, int64_t bytes) {
   const auto* in = reinterpret_cast<const Word*>(from);
   auto* out = reinterpret_cast<Word*>(to);
-  for (int64_t base = By::Index(); base < count; base += By::kInFlight * By::Size()) {
-    Word words[By::kInFlight];
-#pragma unroll
-    for (int i = 0; i < By::kInFlight; ++i) {
-      const int64_t at = base + i * By::Size();
-      if (at < count) words[i] = LoadOnce(in + at);
-    }
-#pragma unroll
-    for (int i = 0; i < By::kInFlight; ++i) {
-      const int64_t at = base + i * By::Size();
-      if (at < count) out[at] = words[i];
-    }
+#pragma unroll 1
+  for (int64_t i = By::Index(); i < bytes / static_cast<int64_t>(sizeof(Word)); i += By::Size()) {
+    out[i] = in[i];
   }
 }
 
@@ -69,11 +75,12 @@ __device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to
     const auto bits = reinterpret_cast<uintptr_t>(at) | reinterpret_cast<uintptr_t>(source) |
                       static_cast<uintptr_t>(bytes);
     if (bits % sizeof(uint4) == 0) {
-      CopyWords<By, uint4>(at, source, bytes);
-    } else if (bits % sizeof(uint32_t) == 0) {
-      CopyWords<By, uint32_t>(at, source, bytes);
+      CopyWords<By>(reinterpret_cast<uint4*>(at), reinterpret_cast<const uint4*>(source),
+                    static_cast<int>(bytes / static_cast<int64_t>(sizeof(uint4))));
+    } else if (bits % sizeof(uint64_t) == 0) {
+      CopyOneByOne<By, uint64_t>(at, source, bytes);
     } else {
-      CopyWords<By, uint16_t>(at, source, bytes);
+      CopyOneByOne<By, uint16_t>(at, source, bytes);
     }
   }
   if (flag == nullptr) return;
