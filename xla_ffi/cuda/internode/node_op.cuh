@@ -111,7 +111,8 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   template <typename PutLast, typename PassOn>
   __device__ void Exchange(PutLast put, PassOn pass_on) {
     CountPushed();
-    if (!IsLastBlock(&channel_.num_put) || !WaitUntilFree()) return;
+    // A block that has failed has put nothing.
+    if (!IsLastBlock(&channel_.num_put) || Stopped() || !WaitUntilFree()) return;
     ForOtherNodes([&](int to_node) {
       put(to_node);
       Publication* published = &channel_.published[frame_.rank];  // by this rank in Publish
