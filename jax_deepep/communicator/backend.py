@@ -102,7 +102,10 @@ def agree(
     found = dataclasses.replace(topology, num_nodes=topology.num_ranks // ranks_per_node)
     if all(found.uses_puts(group) for group in range(len(found.groups))):
         return findings.get("unsupported") or found.uneven_nodes(), ranks_per_node
-    return findings.get("unsupported") or findings["group between hosts"], ranks_per_node
+    # On CPU the devices of a process alternate with others', and no rank has neighbours on its host.
+    is_cpu = topology.platform == "cpu"
+    reason = findings.get("unsupported") or findings["group between hosts"]
+    return reason, None if is_cpu else ranks_per_node
 
 
 def compare_hosts(

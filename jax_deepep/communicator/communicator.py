@@ -39,9 +39,9 @@ class CommunicatorStats:
         rows_sent: int64, rows that rank sent to peer, itself included: one per (token, device) and op,
             however many experts of the device the token goes to. A row that peer drops for lack of capacity
             counts in low-latency mode, where it travels, and not in throughput mode. Between nodes a row goes
-            to the rank of the same index, once per (token, node), which sends it on inside its node; in
-            combine likewise the other way. Where nodes of CPU devices share memory they only round: ranks
-            exchange rows directly.
+            to the rank of the same index, once per (token, node), dropped there or not, which sends it on
+            inside its node; in combine likewise the other way. Where nodes of CPU devices share memory they
+            only round: ranks exchange rows directly.
         rows_received: int64, rows that rank received from peer.
         seconds_waited: float64, how long ops of rank waited until peer arrived.
     """
@@ -91,10 +91,11 @@ class Communicator:
             Results are the same bits in both.
         num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
-        timeout_s: seconds, the longest any wait on a peer may last.
-        ranks_per_node: consecutive ranks of a group on one node, a divisor of R; None = the ranks of a host,
-            where all hosts have as many, else R. A row goes to another node once, and `combine` adds up the
-            sums of a node before they leave it, with a rounding of their own: its bits depend on this number.
+        timeout_s: seconds, the longest any wait on a peer may last; on several nodes, on GPUs, a wait for a rank
+            that may itself wait lasts a quarter longer, so that the missing one is named.
+        ranks_per_node: consecutive ranks of a group on one node, a divisor of R; None = the consecutive ranks
+            of a host, where all hosts have as many, else R. A row goes to another node once, and `combine`
+            adds up the sums of a node before they leave it, rounded once: its bits depend on this number.
             The attribute holds the choice. On CPU other nodes are reached by TCP; on GPUs groups that span
             hosts are "xla".
 

@@ -80,8 +80,10 @@ class CpuHalf(NativeHalf):
         for process, [(descriptor, *_)] in everyones.items():
             self.native.attach_peer(process, os.dup(descriptor))  # it takes ownership
         if self._sockets is not None:
-            offers = exchange.read("node sockets", sorted({process for _, process in self._remote_peers}))
-            connected = self._sockets.connect(offers, exchange.seconds_left())
+            lower = {process for _, process in self._remote_peers if process < exchange.process}
+            offers = exchange.read("node sockets", sorted(lower))
+            # The rest is for the other processes to learn of a failure.
+            connected = self._sockets.connect(offers, min(exchange.seconds_left() / 2, MOST_CONNECTING_S))
             for (group, process), descriptor in connected.items():
                 self.native.attach_remote(group, process, descriptor)  # likewise
         self.native.start()
@@ -95,6 +97,9 @@ class CpuHalf(NativeHalf):
         # Otherwise every group is inside one process.
         return "; ".join(ways) or "process memory: peers' arrays are read in place"
 
+
+# Seconds within which the processes of all nodes connect.
+MOST_CONNECTING_S = 60.0
 
 # A row in a wire format has up to three parts of 16 bytes, however few elements it has.
 SHORTEST_ENCODED_ROW = 48

@@ -4,7 +4,9 @@ A process listens for its peers of higher numbers and connects to those of lower
 a secret, which it reads from the key-value store.
 """
 
+import contextlib
 import hmac
+import ipaddress
 import os
 import secrets
 import socket
@@ -18,8 +20,10 @@ from jax_deepep.errors import CommunicatorError
 
 ADDRESS_VARIABLE = "JAX_DEEPEP_ADDRESS"
 
+_SOME_OTHER_HOST = "192.0.2.1"  # reserved for documentation: reached by the default route
+
 _HELLO = struct.Struct("!32sqq")  # the secret, the group, and the process that connects
-_LONGEST_HELLO_S = 5.0  # of a connection that is not from a peer, say
+_LONGEST_HELLO_S = 2.0  # of a connection that is not from a peer, say
 
 # A group, and a process on another node.
 Peer = tuple[int, int]
@@ -63,7 +67,7 @@ class NodeSockets:
         missing = {(group, peer) for group, peer in self._peers if peer > self._process}
         while missing:
             connection = self._accept(deadline, missing)
-            found = self._peer_of(connection)
+            found = self._peer_of(connection, deadline)
             if found in missing:
                 missing.remove(found)
                 self._connections[found] = connection
@@ -76,7 +80,7 @@ class NodeSockets:
     def _connect(self, group: int, peer: int, offer: dict[str, Any], deadline: float) -> socket.socket:
         where = (offer["address"], offer["port"])
         try:
-            connection = socket.create_connection(where, timeout=max(deadline - time.monotonic(), 0.001))
+            connection = socket.create_connection(where, timeout=_seconds_until(deadline))
             connection.sendall(_HELLO.pack(offer["secret"].encode(), group, self._process))
             connection.settimeout(None)
         except OSError as error:
@@ -88,8 +92,10 @@ class NodeSockets:
         return connection
 
     def _accept(self, deadline: float, missing: set[Peer]) -> socket.socket:
-        self._listener.settimeout(max(deadline - time.monotonic(), 0.001))
+        self._listener.settimeout(_seconds_until(deadline))
         try:
+            if time.monotonic() > deadline:  # strangers may keep coming
+                raise TimeoutError
             connection, _ = self._listener.accept()
         except TimeoutError:
             names = ", ".join(f"process {peer}" for peer in sorted({peer for _, peer in missing}))
@@ -99,16 +105,20 @@ class NodeSockets:
             ) from None
         return connection
 
-    def _peer_of(self, connection: socket.socket) -> Peer | None:
+    def _peer_of(self, connection: socket.socket, deadline: float) -> Peer | None:
         """Return who connects, or None if it does not know the secret."""
-        connection.settimeout(_LONGEST_HELLO_S)
+        end = min(deadline, time.monotonic() + _LONGEST_HELLO_S)
+        hello = b""
         try:
-            hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+            while len(hello) < _HELLO.size:
+                connection.settimeout(_seconds_until(end))
+                part = connection.recv(_HELLO.size - len(hello))
+                if not part:
+                    return None
+                hello += part
         except OSError:
             return None
         connection.settimeout(None)
-        if len(hello) != _HELLO.size:
-            return None
         secret, group, peer = _HELLO.unpack(hello)
         return (group, peer) if hmac.compare_digest(secret, self._secret) else None
 
@@ -123,6 +133,10 @@ class NodeSockets:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _seconds_until(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.001)
 
 
 def _listen(address: str, num_peers: int) -> socket.socket:
@@ -144,7 +158,27 @@ def address_of_this_host() -> str:
     if address := os.environ.get(ADDRESS_VARIABLE):
         return address
     host, _, port = jax_compat.coordinator_address().rpartition(":")
-    family, *_, coordinator = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    host = host.strip("[]")
+    address = _source_address_towards(host, int(port))
+    if ipaddress.ip_address(address).is_loopback and not _is_this_machine(host):
+        # The coordinator's host knows its own name as a loopback address, as many do.
+        with contextlib.suppress(OSError):
+            address = _source_address_towards(_SOME_OTHER_HOST, int(port))
+    return address
+
+
+def _source_address_towards(host: str, port: int) -> str:
+    family, *_, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(coordinator)  # sends nothing
+        probe.connect(there)  # sends nothing
         return str(probe.getsockname()[0])
+
+
+def _is_this_machine(host: str) -> bool:
+    """Return whether a job whose coordinator is called so can only be on one machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -88,3 +88,12 @@ def test_the_address_is_the_one_towards_the_coordinator(monkeypatch: pytest.Monk
     monkeypatch.delenv("JAX_DEEPEP_ADDRESS", raising=False)
     monkeypatch.setattr(node_sockets.jax_compat, "coordinator_address", lambda: "localhost:1234")
     assert node_sockets.address_of_this_host() in ("127.0.0.1", "::1")
+
+
+def test_a_host_that_knows_its_name_as_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others cannot reach it there: the address of the default route is offered, if there is one."""
+    monkeypatch.delenv("JAX_DEEPEP_ADDRESS", raising=False)
+    monkeypatch.setattr(node_sockets.jax_compat, "coordinator_address", lambda: "node0:1234")
+    towards = {"node0": "127.0.1.1", node_sockets._SOME_OTHER_HOST: "10.1.2.3"}
+    monkeypatch.setattr(node_sockets, "_source_address_towards", lambda host, port: towards[host])
+    assert node_sockets.address_of_this_host() == "10.1.2.3"

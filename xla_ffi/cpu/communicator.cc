@@ -79,8 +79,10 @@ void Communicator::Release() {
   for (auto& [index, group] : groups_) {
     if (group->exchange != nullptr) group->exchange->NoteClosed();
     if (group->worker.joinable()) group->worker.join();  // the note has woken it
-    group->Disconnect();
   }
+  // Afterwards, because the worker of one group breaks the others too.
+  const double longest_stall_s = broken().empty() ? config_.timeout_s : 1.0;
+  for (auto& [index, group] : groups_) group->Disconnect(std::min(longest_stall_s, 60.0));
   std::map<int, std::unique_ptr<SharedSegment>> segments;
   std::lock_guard<std::mutex> lock(mutex_);
   segments.swap(segments_);

@@ -101,8 +101,9 @@ void GroupExchange::ScheduleReady() {
       const auto& entry = peer.announced[num_read_[process] % ControlBlock::kRingSize];
       const OpName op = entry.op;
       // A process takes only scheduled ops, so the rank is not kTaken yet.
-      const Waiter arrival{static_cast<int>(entry.rank.load(std::memory_order_relaxed)),
-                           entry.notice};
+      const int64_t rank = entry.rank.load(std::memory_order_relaxed);
+      if (rank < 0 || rank >= static_cast<int64_t>(process_of_.size())) continue;  // a peer's fault
+      const Waiter arrival{static_cast<int>(rank), entry.notice};
       std::vector<Waiter>& arrivals = pending_[op];
       arrivals.push_back(arrival);
       const Waiter& first = arrivals.front();
@@ -343,11 +344,18 @@ int64_t GroupExchange::StepOf(int rank) const {
 void GroupExchange::SetArrival(int rank, Clock::time_point time) {
   const auto since = std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch());
   blocks_[self_]->arrivals_ns[rank].store(since.count(), std::memory_order_relaxed);
+  if (peers_.empty()) return;
+  const std::chrono::nanoseconds age = Clock::now() - time;
+  Set<int64_t>(&blocks_[self_]->ages_ns[rank], age.count(), std::memory_order_relaxed);
 }
 
 GroupExchange::Clock::time_point GroupExchange::Arrival(int rank) const {
-  if (!here_[process_of_[rank]]) return arrived_[process_of_[rank]];  // the clocks of hosts differ
-  const ControlBlock& block = *blocks_[process_of_[rank]];
+  const int process = process_of_[rank];
+  const ControlBlock& block = *blocks_[process];
+  if (!here_[process]) {  // the clocks of hosts differ
+    const std::chrono::nanoseconds age(block.ages_ns[rank].load(std::memory_order_relaxed));
+    return arrived_[process] - std::chrono::duration_cast<Clock::duration>(age);
+  }
   const std::chrono::nanoseconds since(block.arrivals_ns[rank].load(std::memory_order_relaxed));
   return Clock::time_point(std::chrono::duration_cast<Clock::duration>(since));
 }

@@ -70,6 +70,7 @@ struct ControlBlock {
   std::atomic<uint64_t> barriers;         // barriers at which this process has arrived
   std::atomic<int64_t> steps[kMaxRanks];  // ops at which each rank of this process has arrived
   std::atomic<int64_t> arrivals_ns[kMaxRanks];  // when each arrived at the running op
+  std::atomic<int64_t> ages_ns[kMaxRanks];      // how long before the barrier that was
   std::atomic<uint64_t> out_of_order;           // see NoteOutOfOrder
   std::atomic<uint64_t> closed;                 // the process starts no more ops
   std::atomic<uint64_t> broken;                 // set after `message`
@@ -145,8 +146,9 @@ class GroupExchange {
   // At how many ops a rank has arrived.
   int64_t StepOf(int rank) const;
 
-  // When a rank arrived at the running op, on this host's monotonic clock; if it is on another
-  // node, when this process noticed. Set before the first barrier of an op, read after it.
+  // When a rank arrived at the running op, on this host's monotonic clock; of one on
+  // another node up to the time that a flag takes. Set before the first barrier of an op, read
+  // after it.
   void SetArrival(int rank, Clock::time_point time);
   Clock::time_point Arrival(int rank) const;
 

@@ -143,29 +143,32 @@ void LocalGroup::Connect(const CommunicatorConfig& config,
       windows[ranks[i]] = window.tokens;
     }
   }
-  std::vector<TcpMemory*> peers;
-  for (const auto& [process, connection] : connections) peers.push_back(connection.get());
-  exchange = std::make_unique<GroupExchange>(blocks, self, processes.process_of(), config.timeout_s,
-                                             here, peers);
+  std::vector<int> remote;  // processes with connections, as indices
+  for (auto& [process, connection] : connections) {
+    remote.push_back(processes.IndexOf(process));
+    links->AddConnection(processes.NodeOf(remote.back()), std::move(connection));
+  }
+  exchange = std::make_unique<GroupExchange>(
+      blocks, self, processes.process_of(), config.timeout_s, here,
+      links == nullptr ? std::vector<TcpMemory*>() : links->connections());
   const SegmentLayout layout(config, config.process);
   const SharedSegment& own = *segments.at(config.process);
-  for (auto& [process, connection] : connections) {
-    const int index = processes.IndexOf(process);
+  const size_t window_bytes = processes.RanksOf(self).size() * NodeWindow::Bytes(shape);
+  for (const int index : remote) {
     const int node = processes.NodeOf(index);
-    const size_t window_bytes = processes.RanksOf(self).size() * NodeWindow::Bytes(shape);
-    connection->Start(
+    links->Start(
+        node,
         {{reinterpret_cast<char*>(blocks[index]), sizeof(ControlBlock)},
          {layout.WindowsOf(own, group, node), window_bytes}},
         [this] { exchange->RingAll(); },
         [this, index](const std::string& why) { exchange->NoteLost(index, why); });
-    links->AddConnection(node, std::move(connection));
   }
 }
 
-void LocalGroup::Disconnect() {
+void LocalGroup::Disconnect(double longest_stall_s) {
+  if (links != nullptr) links->Close(longest_stall_s);  // no thread writes here any more
   std::lock_guard<std::mutex> lock(traffic_mutex_);
   if (exchange == nullptr) return;
-  if (links != nullptr) links->Close();  // no thread writes here any more
   const size_t num_counters = static_cast<size_t>(num_ranks()) * num_ranks();
   for (RowCounters*& counters : rows_received) {
     if (counters == nullptr) continue;
@@ -174,8 +177,8 @@ void LocalGroup::Disconnect() {
     counters = own_rows_received.back().get();
   }
   windows.clear();
-  links.reset();
   exchange.reset();
+  links.reset();
 }
 
 void LocalGroup::CountRows(int from, int to, int64_t rows) {

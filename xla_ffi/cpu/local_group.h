@@ -89,8 +89,9 @@ struct LocalGroup {
                const std::map<int, std::unique_ptr<SharedSegment>>& segments,
                std::map<int, std::unique_ptr<TcpMemory>> connections);
 
-  // Release shared memory, but keep a copy of the counters. No op may run or begin.
-  void Disconnect();
+  // Release shared memory, but keep a copy of the counters. No op may run or begin. What is queued
+  // for other nodes is sent, unless they accept nothing for so long.
+  void Disconnect(double longest_stall_s);
 
   // Add rows that a rank of this process received.
   void CountRows(int from, int to, int64_t rows);

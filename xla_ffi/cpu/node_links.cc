@@ -1,6 +1,7 @@
 #include "cpu/node_links.h"
 
 #include <algorithm>
+#include <chrono>
 
 namespace jax_deepep {
 
@@ -66,8 +67,15 @@ void NodeLinks::PutSums(int to, const std::vector<char>& has_sum, int64_t row_by
   }
 }
 
-void NodeLinks::Close() {
-  for (const auto& [node, connection] : connections_) connection->Close();
+std::vector<TcpMemory*> NodeLinks::connections() const {
+  std::vector<TcpMemory*> all;
+  for (const auto& [node, connection] : connections_) all.push_back(connection.get());
+  return all;
+}
+
+void NodeLinks::Close(double longest_stall_s) {
+  const std::chrono::duration<double> stall(longest_stall_s);
+  for (const auto& [node, connection] : connections_) connection->Close(stall);
 }
 
 }  // namespace jax_deepep

@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -49,7 +50,13 @@ class NodeLinks {
   // one.
   void PutSums(int to, const std::vector<char>& has_sum, int64_t row_bytes, bool with_gradients);
 
-  void Close();
+  // See TcpMemory.
+  void Start(int node, std::vector<TcpMemory::Region> regions, std::function<void()> on_flag,
+             std::function<void(const std::string&)> on_lost) {
+    connections_.at(node)->Start(std::move(regions), std::move(on_flag), std::move(on_lost));
+  }
+  std::vector<TcpMemory*> connections() const;
+  void Close(double longest_stall_s);
 
  private:
   // A rank of this process, and its peer on another node.

@@ -45,8 +45,9 @@ int TokenSums::CollectEntries(int source, int64_t token, Scratch* scratch) const
   std::vector<Entry>& entries = scratch->entries;
   int count = 0;
   for (int k = 0; k < shape_.num_topk; ++k) {
-    if (destination[k] == kNone) continue;
+    if (destination[k] < 0) continue;
     const Entry entry{destination[k] / route_.capacity, destination[k] % route_.capacity, k};
+    if (entry.rank >= shape_.num_ranks) continue;  // only if a peer's memory has been overwritten
     int at = count++;
     for (; at > 0 && entries[at - 1].rank > entry.rank; --at) entries[at] = entries[at - 1];
     entries[at] = entry;

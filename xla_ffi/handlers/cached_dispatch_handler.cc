@@ -21,6 +21,7 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
   std::string error;
   RowFormat format;
   route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  CheckTokens(route.num_tokens, shape, &error);
   format.wire = DecodeWire(wire, format, &error);
   route.SetRows(format);
   route.capacity = static_cast<int32_t>(source.element_count());

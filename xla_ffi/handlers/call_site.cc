@@ -123,6 +123,12 @@ WireFormat DecodeWire(int64_t wire, const RowFormat& rows, std::string* error) {
   return static_cast<WireFormat>(wire);
 }
 
+void CheckTokens(int64_t num_tokens, const GroupShape& shape, std::string* error) {
+  if (!error->empty() || num_tokens <= shape.max_tokens) return;
+  *error = "tokens: expected at most max_tokens=" + std::to_string(shape.max_tokens) + ", got " +
+           std::to_string(num_tokens);
+}
+
 void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count, const char* name,
                  std::string* error) {
   const auto got = static_cast<int64_t>(buffer.element_count());

@@ -22,6 +22,9 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
 // The format in which rows cross links, from the attribute "wire"; or set `error`.
 WireFormat DecodeWire(int64_t wire, const RowFormat& rows, std::string* error);
 
+// Check that an op has at most max_tokens tokens, for which memory of peers is laid out.
+void CheckTokens(int64_t num_tokens, const GroupShape& shape, std::string* error);
+
 // An absent optional operand or result is passed as a placeholder.
 template <typename T>
 T* DataIf(bool present, const ffi::AnyBuffer& buffer) {

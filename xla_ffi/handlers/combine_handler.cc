@@ -26,6 +26,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   if (format.type == RowType::kInt32)
     error = "y: expected floats, got integers, which are not summed";
 
+  CheckTokens(route.num_tokens, shape, &error);
   const int64_t entries = int64_t{route.num_tokens} * shape.num_topk;
   const int64_t capacity = route.capacity;
   const bool expert_major = route.layout == Layout::kExpertMajor;

@@ -26,6 +26,7 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   std::string error;
   RowFormat format;
   route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  CheckTokens(route.num_tokens, shape, &error);
   format.wire = DecodeWire(wire, format, &error);
   route.SetRows(format);
   route.capacity = static_cast<int32_t>(source->element_count());

@@ -18,8 +18,6 @@ namespace {
 
 static_assert(sizeof(std::atomic<uint64_t>) == sizeof(uint64_t), "a flag is a 64-bit word");
 
-// How long Close waits for a peer that does not read.
-constexpr std::chrono::seconds kLongestFlush(2);
 constexpr int kPollMilliseconds = 100;
 constexpr size_t kMostPieces = 512;  // of one call of sendmsg, below IOV_MAX
 
@@ -86,8 +84,9 @@ void TcpMemory::Start(std::vector<Region> regions, std::function<void()> on_flag
   regions_ = std::move(regions);
   on_flag_ = std::move(on_flag);
   on_lost_ = std::move(on_lost);
-  const int yes = 1;  // flags are short, and awaited
-  setsockopt(descriptor_, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
+  const int yes = 1;
+  setsockopt(descriptor_, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));  // flags are awaited
+  setsockopt(descriptor_, SOL_SOCKET, SO_KEEPALIVE, &yes, sizeof(yes));  // hosts that vanish
   sender_ = std::thread([this] { SendQueued(); });
   receiver_ = std::thread([this] { Receive(); });
 }
@@ -128,7 +127,7 @@ void TcpMemory::SendQueued() {
     if (!sent) shutdown(descriptor_, SHUT_RDWR);  // the receiver reports it
     lock.lock();
     sending_ = false;
-    if (!sent) queue_.clear();
+    has_failed_ = !sent;
     sent_.notify_all();
     if (!sent) break;
   }
@@ -154,6 +153,7 @@ bool TcpMemory::SendAll(const std::vector<Item>& items) {
       continue;
     }
     auto left = static_cast<size_t>(sent);
+    bytes_sent_ += left;
     while (next < pieces.size() && left >= pieces[next].iov_len) left -= pieces[next++].iov_len;
     if (left > 0) {
       pieces[next].iov_base = static_cast<char*>(pieces[next].iov_base) + left;
@@ -198,13 +198,16 @@ std::string TcpMemory::ReceiveOne(SocketReader* reader) {
   return "";
 }
 
-void TcpMemory::Close() {
+void TcpMemory::Close(std::chrono::duration<double> longest_stall) {
   {
     std::unique_lock<std::mutex> lock(mutex_);
     closing_ = true;
     queued_.notify_one();
-    if (sender_.joinable()) {
-      sent_.wait_for(lock, kLongestFlush, [this] { return queue_.empty() && !sending_; });
+    const auto is_sent = [this] { return has_failed_ || (queue_.empty() && !sending_); };
+    const auto stall = std::chrono::duration_cast<std::chrono::nanoseconds>(longest_stall);
+    for (uint64_t before = bytes_sent_ + 1; sender_.joinable() && before != bytes_sent_;) {
+      before = bytes_sent_;
+      if (sent_.wait_for(lock, stall, is_sent)) break;
     }
   }
   stopping_ = true;

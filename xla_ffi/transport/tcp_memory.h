@@ -4,6 +4,7 @@
 #define JAX_DEEPEP_TRANSPORT_TCP_MEMORY_H_
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -46,8 +47,8 @@ class TcpMemory {
   // Queue a release store of a std::atomic<uint64_t>, after all puts before it.
   void PutFlag(int region, size_t offset, uint64_t value);
 
-  // Send what is queued, as long as the peer accepts it, and end. Idempotent.
-  void Close();
+  // Send what is queued, unless the peer accepts nothing for `longest_stall`, and end. Idempotent.
+  void Close(std::chrono::duration<double> longest_stall = {});
 
  private:
   enum Kind : uint32_t { kBytes, kFlag };
@@ -85,6 +86,8 @@ class TcpMemory {
   std::vector<Item> queue_;
   bool sending_ = false;
   bool closing_ = false;
+  bool has_failed_ = false;  // nothing is sent any more
+  std::atomic<uint64_t> bytes_sent_{0};
   std::atomic<bool> stopping_{false};
   std::thread sender_;
   std::thread receiver_;
