@@ -93,6 +93,17 @@ def test_hosts_with_different_numbers_of_ranks(hosts: RankProcesses) -> None:
             )
 
 
+def test_hosts_that_cannot_connect(hosts: RankProcesses) -> None:
+    """All processes learn of it in time, and of the address that was tried."""
+    if hosts.platform == "cpu":
+        for rank in range(NUM_PROCESSES):
+            report = hosts.wait_for_report(rank, "no connection")
+            assert report["implementation"] == "xla"
+            assert "on another node, could not be reached at 127.0.0.1 port 9 (" in report["description"] or (
+                "on another node, did not connect to 127.0.0.1 in time" in report["description"]
+            )
+
+
 def test_groups_that_share_some_processes(hosts: RankProcesses) -> None:
     if hosts.platform == "cpu":
         for rank in range(NUM_PROCESSES):

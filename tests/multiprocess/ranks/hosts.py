@@ -1,7 +1,7 @@
 """Which meshes are native over four processes that pretend to be on two hosts, the first two on one.
 
 On CPU, where each process has two devices, also the rows between the hosts, hosts with different numbers of
-ranks, and a mesh on one host whose groups share some processes.
+ranks, hosts that cannot connect, and a mesh on one host whose groups share some processes.
 """
 
 import glob
@@ -17,6 +17,7 @@ from rank_side import NUM_PROCESSES, RANK, barrier, error_of, join, report
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
+from jax_deepep.communicator.node_sockets import NodeSockets
 
 HOST = 2 * RANK // NUM_PROCESSES
 os.environ["JAX_DEEPEP_HOST_ID"] = f"pretended {HOST}"
@@ -103,6 +104,13 @@ if jax.local_device_count() == 2:
     problem = Problem("uneven hosts", "expert")
     comm = problem.communicator("auto", timeout_s=60.0)
     report("uneven hosts", implementation=comm.implementation, description=comm.describe())
+    os.environ["JAX_DEEPEP_HOST_ID"] = f"pretended {HOST}"
+    offer = NodeSockets.offer.fget
+    if HOST == 0:  # at a port where nobody listens
+        NodeSockets.offer = property(lambda sockets: {**offer(sockets), "port": 9})
+    problem = Problem("no connection", "expert")
+    comm = problem.communicator("auto", timeout_s=12.0)
+    report("no connection", implementation=comm.implementation, description=comm.describe())
     del os.environ["JAX_DEEPEP_HOST_ID"]
     # Processes 1 and 2 have devices in both groups, and lay out their memory for both: process 0, which has
     # none in the second group, must know of it to find the first group's part.
