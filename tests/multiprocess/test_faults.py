@@ -20,6 +20,7 @@ OPS_BEFORE = 3 * 4  # runs of `first_step` there, and ops of a run
 DEADLINE_S = 60.0  # of one fault, which takes about 12 s on two cores
 
 KILLED = -signal.SIGKILL
+THROUGHPUT = {"OPS_MODE": "throughput"}
 
 
 def dies_before_the_op(fault: Fault) -> None:
@@ -168,7 +169,12 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
         *(
             pytest.param([label], "cuda", environment, id=f"{platform}-{label}", marks=pytest.mark.gpu)
             for label in ON_GPUS
-            for platform, environment in (("cuda", {}), ("cuda in graphs", {"XLA_FLAGS": CAPTURE_ALL_OPS}))
+            for platform, environment in (
+                ("cuda", THROUGHPUT),
+                ("cuda in graphs", {"XLA_FLAGS": CAPTURE_ALL_OPS, **THROUGHPUT}),
+                ("cuda, low latency", {}),
+                ("cuda in graphs, low latency", {"XLA_FLAGS": CAPTURE_ALL_OPS}),
+            )
         ),
         *(
             pytest.param(
@@ -199,8 +205,11 @@ def test_faults(labels: list[str], platform: str, environment: dict[str, str]) -
 
 @pytest.mark.gpu
 def test_an_op_cannot_be_launched_on_a_rank() -> None:
-    """The others need not wait for it, and its next op does not match their present one."""
-    environment = {"XLA_FLAGS": CAPTURE_ALL_OPS}
+    """The others need not wait for it, and its next op does not match their present one.
+
+    In low-latency mode peers do not read its operands.
+    """
+    environment = {"XLA_FLAGS": CAPTURE_ALL_OPS, **THROUGHPUT}
     arguments = ("cannot_launch:1",)
     with RankProcesses(
         "faults", NUM_PROCESSES, arguments, platform="cuda", environment=environment, deadline_s=DEADLINE_S

@@ -17,6 +17,7 @@ import jax_deepep as ep
 
 TIMEOUT_S = 4.0
 NUM_TOPK = 2
+OPS_MODE = os.environ.get("OPS_MODE", "auto")  # low-latency mode, with few tokens
 RANKS_PER_NODE = int(os.environ.get("RANKS_PER_NODE", "0")) or None
 
 LIVE = list(range(NUM_PROCESSES))  # the processes of the group, in the order of their ranks
@@ -65,7 +66,7 @@ class Step:
         comm = ep.Communicator(
             mesh, num_experts=2 * size, num_experts_per_tok=NUM_TOPK, max_tokens=num_tokens,
             hidden_size=hidden_size, implementation="native", timeout_s=timeout_s,
-            ranks_per_node=RANKS_PER_NODE,
+            ranks_per_node=RANKS_PER_NODE, mode=OPS_MODE,
         )  # fmt: skip
 
         def results(x, topk_idx, topk_weights):
