@@ -29,6 +29,10 @@ void Communicator::WatchDeadlines() {
       watchdog_wake_.wait_until(lock, deadline);
       continue;
     }
+    if (Clock::now() - late->second.deadline > GroupExchange::kStopped) {
+      late->second.deadline = Clock::now() + GroupExchange::kCatchUp;
+      continue;
+    }
     const LocalGroup& group = GroupOf(late->first.group);
     const std::string missing = DescribeMissing(late->first, late->second);
     if (missing.empty()) {

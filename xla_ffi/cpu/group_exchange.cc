@@ -234,10 +234,14 @@ bool GroupExchange::Barrier(const char* op_name, int waiting_rank, std::string* 
   // the barrier, they read after it.
   Set(&blocks_[self_]->barriers, num_barriers_, std::memory_order_release);
   RingAll();
-  const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                           std::chrono::duration<double>(timeout_s_));
+  auto looked = Clock::now();
+  auto deadline = looked + std::chrono::duration_cast<Clock::duration>(
+                               std::chrono::duration<double>(timeout_s_));
   std::vector<bool> seen_here(blocks_.size(), false);
   while (true) {
+    const auto now = Clock::now();
+    if (now - looked > kLongestSleep + kStopped) deadline = std::max(deadline, now + kCatchUp);
+    looked = now;
     const uint32_t seen = blocks_[self_]->doorbell.load(std::memory_order_acquire);
     std::vector<int> late;
     for (size_t process = 0; process < blocks_.size(); ++process) {
