@@ -63,9 +63,7 @@ CASES = [
     Case(_TINY, "nvfp4", "fp8", "mxfp8", "fp8"),
     Case(replace(_EXPERT, name="no tokens", num_tokens=0, routing="random"), "fp8", "fp8", "fp8", "fp8"),
     Case(replace(_EXPERT, name="one device", mesh_name="one device"), "fp8", "fp8", "fp8", "fp8"),
-    Case(
-        replace(_EXPERT, name="float32", dtype="float32", hidden_size=256), "fp8_ue8m0", "fp8", "fp8", "fp8"
-    ),
+    Case(_WIDE, "fp8_ue8m0", "fp8", "fp8", "fp8"),
     Case(_NODES, "fp8", "fp8", "fp8", "fp8"),
     Case(_NODES, "nvfp4", "mxfp8", "fp8_ue8m0", "mxfp8"),
     Case(

@@ -145,10 +145,7 @@ class GroupCombine {
   bool IsHere(int rank) const { return ranks_[rank] != nullptr; }
 
   // The rank with the source's index on this node, if there are links.
-  int ProxyOf(int source) const {
-    const int node_size = shape_.node_size();
-    return run_.links->node() * node_size + source % node_size;
-  }
+  int ProxyOf(int source) const { return shape_.RankOnNode(source, run_.links->node()); }
 
   static void CountRanks(int to, int begin, int end, const TokenSums::Scratch& scratch,
                          RowCounts* counts) {

@@ -17,7 +17,7 @@ size_t Take(size_t* end, size_t bytes) {
 }  // namespace
 
 GroupProcesses::GroupProcesses(const CommunicatorConfig& config, int group)
-    : process_of_(config.shape.num_ranks, 0), node_size_(config.shape.node_size()) {
+    : process_of_(config.shape.num_ranks, 0), shape_(config.shape) {
   std::set<int> ordered;
   for (const Location& location : config.locations) {
     if (location.group == group) ordered.insert(location.process);
@@ -30,7 +30,7 @@ GroupProcesses::GroupProcesses(const CommunicatorConfig& config, int group)
   for (int index = 0; index < size(); ++index) {
     const std::vector<int> ranks = RanksOf(index);
     are_between_nodes_ =
-        are_between_nodes_ && ranks.front() / node_size_ == ranks.back() / node_size_;
+        are_between_nodes_ && shape_.NodeOf(ranks.front()) == shape_.NodeOf(ranks.back());
   }
 }
 
@@ -48,8 +48,7 @@ std::vector<int> GroupProcesses::RanksOf(int index) const {
 }
 
 int GroupProcesses::PeerOf(int index, int node) const {
-  const int first = RanksOf(index).front();
-  return process_of_[node * node_size_ + first % node_size_];
+  return process_of_[shape_.RankOnNode(RanksOf(index).front(), node)];
 }
 
 SegmentLayout::SegmentLayout(const CommunicatorConfig& config, int process) : shape_(config.shape) {

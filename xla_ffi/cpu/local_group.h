@@ -38,7 +38,7 @@ class GroupProcesses {
   // Whether rows go to other nodes by puts: no process has ranks of several nodes. Otherwise all
   // processes share memory, and nodes only determine how sums are rounded.
   bool are_between_nodes() const { return are_between_nodes_; }
-  int NodeOf(int index) const { return RanksOf(index).front() / node_size_; }
+  int NodeOf(int index) const { return shape_.NodeOf(RanksOf(index).front()); }
   bool AreOfOneNode(int a, int b) const { return !are_between_nodes_ || NodeOf(a) == NodeOf(b); }
   // The process with the same ranks on another node.
   int PeerOf(int index, int node) const;
@@ -46,7 +46,7 @@ class GroupProcesses {
  private:
   std::vector<int> processes_;  // ascending; the first leads
   std::vector<int> process_of_;
-  int node_size_;
+  const GroupShape shape_;
   bool are_between_nodes_;
 };
 

@@ -7,7 +7,7 @@ namespace jax_deepep {
 
 NodeLinks::Link NodeLinks::LinkOf(int rank, int node) const {
   const size_t index = std::find(ranks_.begin(), ranks_.end(), rank) - ranks_.begin();
-  const int peer = node * shape_.node_size() + rank % shape_.node_size();
+  const int peer = shape_.RankOnNode(rank, node);
   return {connections_.at(node).get(), &windows_[peer], index * NodeWindow::Bytes(shape_)};
 }
 
@@ -46,8 +46,7 @@ void NodeLinks::PutEntries(int rank, const RankWindow& window, int64_t num_token
 
 void NodeLinks::PutSums(int to, const std::vector<char>& has_sum, int64_t row_bytes,
                         bool with_gradients) {
-  const int node_size = shape_.node_size();
-  const Link link = LinkOf(node_ * node_size + to % node_size, to / node_size);
+  const Link link = LinkOf(shape_.RankOnNode(to, node_), shape_.NodeOf(to));
   const NodeWindow& window = *link.window;
   const int64_t gradient_bytes = shape_.num_topk * static_cast<int64_t>(sizeof(float));
   const auto num_tokens = static_cast<int64_t>(has_sum.size());

@@ -21,7 +21,7 @@ class NodeLinks {
   // `ranks`, all on one node, are those of this process.
   NodeLinks(const GroupShape& shape, std::vector<int> ranks)
       : shape_(shape),
-        node_(ranks.front() / shape.node_size()),
+        node_(shape.NodeOf(ranks.front())),
         ranks_(std::move(ranks)),
         windows_(shape.num_ranks) {}
 
@@ -35,7 +35,7 @@ class NodeLinks {
   const NodeWindow& WindowOf(int rank) const { return windows_[rank]; }
 
   int node() const { return node_; }
-  bool IsOnThisNode(int rank) const { return rank / shape_.node_size() == node_; }
+  bool IsOnThisNode(int rank) const { return shape_.NodeOf(rank) == node_; }
 
   // Send rows of a rank's window to its peers, of each token once per node that `needs` it; returns
   // how many, by node.

@@ -76,9 +76,8 @@ void PutTokens(const GroupRun& run, const RouteShape& route, const SentRows& sen
   const std::vector<int64_t> counts =
       run.links->PutRows(rank, window, route.num_tokens, sent.row_bytes(),
                          [&](int64_t token, int node) { return needed.Has(token, node); });
-  const int node_size = shape.node_size();
   for (int node = 0; node < shape.num_nodes(); ++node) {
-    run.comm.CountPuts(run.group, rank, node * node_size + rank % node_size, counts[node]);
+    run.comm.CountPuts(run.group, rank, shape.RankOnNode(rank, node), counts[node]);
   }
 }
 
@@ -156,12 +155,12 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
       crossed[code] = true;
       ++from_source[code / shape.max_tokens];
     }
-    const int node_size = shape.node_size(), to = moves[i].rank;
+    const int to = moves[i].rank;
     for (int source = 0; source < shape.num_ranks; ++source) {
       int from = source;
       if (run.links != nullptr && !run.links->IsOnThisNode(source)) {
         // To this node the row went by a put to the peer of its source, once.
-        from = to / node_size * node_size + source % node_size;
+        from = shape.RankOnNode(source, shape.NodeOf(to));
         if (from == to) {
           run.comm.CountRows(run.group, source, to, *run.links->WindowOf(source).num_rows);
         }

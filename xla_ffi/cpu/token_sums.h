@@ -46,13 +46,11 @@ class TokenSums {
 
   bool IsHere(size_t rank) const { return ranks_[rank] != nullptr; }
   bool IsRemote(int rank) const { return run_.links != nullptr && !run_.links->IsOnThisNode(rank); }
-  int NodeOf(int rank) const { return rank / node_size_; }
+  int NodeOf(int rank) const { return shape_.NodeOf(rank); }
 
   // The rank that adds up p_d of a rank for tokens of a source: of the rank's node, with the index
   // of the source. With one node the source itself.
-  int AdderOf(int source, int rank) const {
-    return NodeOf(rank) * node_size_ + source % node_size_;
-  }
+  int AdderOf(int source, int rank) const { return shape_.RankOnNode(source, NodeOf(rank)); }
   // The rank that reads it: the source itself where nodes share memory.
   int ReaderOf(int source, int rank) const {
     return run_.links == nullptr ? source : AdderOf(source, rank);
@@ -114,7 +112,7 @@ class TokenSums {
   const RouteShape& route_;
   const std::vector<const CombineParams*> ranks_;
   const std::vector<RankWindow>& windows_;
-  const int node_size_, num_nodes_;
+  const int num_nodes_;
   const bool expert_major_;
   const RowFormat format_;
   const WireRow wire_;

@@ -55,6 +55,11 @@ struct GroupShape {
     return ranks_per_node == 0 ? num_ranks : ranks_per_node;
   }
   JAX_DEEPEP_HOST_DEVICE int32_t num_nodes() const { return num_ranks / node_size(); }
+  JAX_DEEPEP_HOST_DEVICE int32_t NodeOf(int32_t rank) const { return rank / node_size(); }
+  // The rank of a node with the index that `rank` has in its own.
+  JAX_DEEPEP_HOST_DEVICE int32_t RankOnNode(int32_t rank, int32_t node) const {
+    return node * node_size() + rank % node_size();
+  }
   JAX_DEEPEP_HOST_DEVICE int32_t num_local_experts() const { return num_experts / num_ranks; }
   // Of the longest row: H float32, or as many bytes of integers, rounded up to 16 bytes.
   int64_t max_row_bytes() const {
