@@ -22,6 +22,7 @@
 
 #include "cpu/group_exchange.h"
 #include "cpu/row_math.h"
+#include "cpu/stop_detector.h"
 #include "cpu/threads.h"
 #include "cpu/wire_rows.h"
 #include "cuda/block_count.h"
@@ -595,6 +596,21 @@ void CheckPeerArrays() {
         "peers read nothing of no rows");
 }
 
+// Who was stopped for most of its timeout continues at about the deadline: it must not blame others
+// before it has received what they sent meanwhile.
+void CheckStops() {
+  using std::chrono::milliseconds;
+  const StopDetector::Clock::time_point begin{};
+  StopDetector stops(begin);
+  for (int ms : {0, 500, 1000, 1900, 2400}) {
+    Check(stops.Look(begin + milliseconds(ms)) <= begin + milliseconds(ms), "not stopped", ms);
+  }
+  const auto continued = begin + milliseconds(6100);
+  const auto earliest = continued + StopDetector::kCatchUp;
+  Check(stops.Look(continued) == earliest, "stopped");
+  Check(stops.Look(continued + milliseconds(300)) == earliest, "stopped a moment ago");
+}
+
 // Blocks of a dispatch of T tokens, K = 8, rows of 14,336 bytes, on a GPU of 132 SMs alone.
 int BlocksOfDispatch(int num_ranks, int num_tokens, Layout layout) {
   GroupShape shape;
@@ -651,6 +667,7 @@ int main() {
   CheckDivisors();
   CheckVerbs();
   CheckPeerArrays();
+  CheckStops();
   CheckBlockCounts();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "cpu/communicator.h"
+#include "cpu/stop_detector.h"
 #include "interface/error_text.h"
 
 namespace jax_deepep {
@@ -17,20 +18,18 @@ std::chrono::steady_clock::duration Seconds(double seconds) {
 
 void Communicator::WatchDeadlines() {
   std::unique_lock<std::mutex> lock(mutex_);
+  StopDetector stops(Clock::now());
   while (!stopping_) {
-    if (rendezvous_.empty()) {
-      watchdog_wake_.wait(lock);
-      continue;
-    }
-    auto late = std::min_element(rendezvous_.begin(), rendezvous_.end(), [](auto& a, auto& b) {
-      return a.second.deadline < b.second.deadline;
-    });
-    if (const Clock::time_point deadline = late->second.deadline; Clock::now() < deadline) {
-      watchdog_wake_.wait_until(lock, deadline);
-      continue;
-    }
-    if (Clock::now() - late->second.deadline > GroupExchange::kStopped) {
-      late->second.deadline = Clock::now() + GroupExchange::kCatchUp;
+    const Clock::time_point now = Clock::now();
+    const Clock::time_point earliest = stops.Look(now);
+    const auto late =
+        std::min_element(rendezvous_.begin(), rendezvous_.end(),
+                         [](auto& a, auto& b) { return a.second.deadline < b.second.deadline; });
+    const Clock::time_point deadline = late == rendezvous_.end()
+                                           ? Clock::time_point::max()
+                                           : std::max(late->second.deadline, earliest);
+    if (now < deadline) {
+      watchdog_wake_.wait_until(lock, std::min(deadline, now + StopDetector::kLongestSleep));
       continue;
     }
     const LocalGroup& group = GroupOf(late->first.group);

@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/stop_detector.h"
 #include "interface/error_text.h"
 
 namespace jax_deepep {
 namespace {
 
-// The cost of a lost wake-up, which is not expected.
-constexpr std::chrono::milliseconds kLongestSleep(500);
+// Also the cost of a lost wake-up, which is not expected.
+constexpr std::chrono::milliseconds kLongestSleep = StopDetector::kLongestSleep;
 
 // Returns the length, without the zero at the end.
 size_t SetMessage(ControlBlock* block, const std::string& message) {
@@ -234,14 +235,13 @@ bool GroupExchange::Barrier(const char* op_name, int waiting_rank, std::string* 
   // the barrier, they read after it.
   Set(&blocks_[self_]->barriers, num_barriers_, std::memory_order_release);
   RingAll();
-  auto looked = Clock::now();
-  auto deadline = looked + std::chrono::duration_cast<Clock::duration>(
-                               std::chrono::duration<double>(timeout_s_));
+  const auto begin = Clock::now();
+  const auto timeout = std::chrono::duration<double>(timeout_s_);
+  auto deadline = begin + std::chrono::duration_cast<Clock::duration>(timeout);
+  StopDetector stops(begin);
   std::vector<bool> seen_here(blocks_.size(), false);
   while (true) {
-    const auto now = Clock::now();
-    if (now - looked > kLongestSleep + kStopped) deadline = std::max(deadline, now + kCatchUp);
-    looked = now;
+    deadline = std::max(deadline, stops.Look(Clock::now()));
     const uint32_t seen = blocks_[self_]->doorbell.load(std::memory_order_acquire);
     std::vector<int> late;
     for (size_t process = 0; process < blocks_.size(); ++process) {

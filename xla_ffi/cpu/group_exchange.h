@@ -89,11 +89,6 @@ class GroupExchange {
 
   using Clock = std::chrono::steady_clock;
 
-  // If something ends so much later than it should, this process was stopped. Then it waits a
-  // little longer for others, because what they have sent meanwhile may not have been received yet.
-  static constexpr std::chrono::seconds kStopped{1};
-  static constexpr std::chrono::seconds kCatchUp{2};
-
   // Announce that a rank of this process has arrived at an op. One caller at a time. Returns false
   // if the ring is full, because too many ops are in flight.
   bool Announce(const OpName& op, int rank, const OpNotice& notice);
