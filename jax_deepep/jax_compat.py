@@ -164,3 +164,23 @@ def pallas_triton() -> Any:
     except ImportError:
         return None
     return triton
+
+
+def pallas_mosaic_gpu() -> Any:
+    """Return the Mosaic backend of Pallas for NVIDIA GPUs; None where JAX has none."""
+    try:
+        from jax.experimental.pallas import mosaic_gpu
+    except ImportError:
+        return None
+    return mosaic_gpu
+
+
+def mosaic_gpu_interpreter() -> Any:
+    """Return what runs Mosaic's kernels for GPUs on a CPU, as their argument `interpret`."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams()
+
+
+def num_sms() -> int:
+    return 132

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 
 from jax_deepep import jax_compat
-from jax_deepep.moe.triton_matmul import triton_matmul, unsupported_reason
+from jax_deepep.moe.grouped_matmul.triton import triton_matmul, unsupported_reason
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Choice = Literal["auto", "blocks", "ragged_dot", "triton"] | GroupedMatmul
