@@ -180,7 +180,3 @@ def mosaic_gpu_interpreter() -> Any:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams()
-
-
-def num_sms() -> int:
-    return 132
