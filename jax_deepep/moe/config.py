@@ -56,9 +56,10 @@ class MoEConfig:
             share of the capacity is at least 8 rows: see `jax_deepep.moe.fair_drops`.
         alignment: rows of an expert are padded to a multiple of this; None = what suits the grouped matmul.
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
-            "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.triton_matmul`) for NVIDIA GPUs,
-            or your own grouped matmul (`jax_deepep.moe.grouped_matmul`). "auto" is blocks on CPUs, triton on
-            NVIDIA GPUs where it supports the sizes, and ragged_dot elsewhere.
+            "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.grouped_matmul.triton`) for NVIDIA
+            GPUs, "mosaic" (`jax_deepep.moe.grouped_matmul.mosaic`) for H100 and H200, or your own grouped
+            matmul (`jax_deepep.moe.grouped_matmul`). "auto" is blocks on CPUs, triton on NVIDIA GPUs where it
+            supports the sizes, and ragged_dot elsewhere.
         num_chunks: a device's tokens are processed in this many chunks, one after the other, each recomputed
             for its gradient: only one chunk's rows are in memory. None = chosen per call, see `chunks_of`.
         two_batch_overlap: a device's tokens (of each chunk) are processed in two halves, of which one

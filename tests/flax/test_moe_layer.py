@@ -22,7 +22,7 @@ from moe_layer import assert_close
 import jax_deepep as ep
 from jax_deepep import jax_compat
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
-from jax_deepep.moe.triton_matmul import triton_matmul
+from jax_deepep.moe.grouped_matmul.triton import triton_matmul
 
 BATCH = (8, 6, H)
 BALANCE = 0.5  # weight of the balance loss

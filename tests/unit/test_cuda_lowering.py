@@ -128,7 +128,7 @@ def test_independent_ops_run_in_the_order_in_which_they_are_lowered(comm: ep.Com
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
-@pytest.mark.parametrize("matmul", ["triton", "ragged_dot"])
+@pytest.mark.parametrize("matmul", ["triton", "mosaic", "ragged_dot"])
 def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     config = build_config(32, 4, 128, 256, comm=comm, grouped_matmul=matmul, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
@@ -205,7 +205,7 @@ def test_what_a_layer_computes_beside_its_ops(comm: ep.Communicator, two: bool, 
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # JAX 0.12
-@pytest.mark.parametrize("matmul", ["triton", "ragged_dot"])
+@pytest.mark.parametrize("matmul", ["triton", "mosaic", "ragged_dot"])
 def test_a_layer_under_x64_and_strict_promotion(comm: ep.Communicator, matmul: str) -> None:
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         test_a_layer_and_its_gradient(comm, matmul)

@@ -13,14 +13,16 @@ from typing import Any, Literal
 import jax
 
 from jax_deepep import jax_compat
+from jax_deepep.moe.grouped_matmul.mosaic import missing_reason, mosaic_matmul
 from jax_deepep.moe.grouped_matmul.triton import triton_matmul, unsupported_reason
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Choice = Literal["auto", "blocks", "ragged_dot", "triton"] | GroupedMatmul
+Choice = Literal["auto", "blocks", "ragged_dot", "triton", "mosaic"] | GroupedMatmul
 
-NAMES = ("auto", "blocks", "ragged_dot", "triton")
+NAMES = ("auto", "blocks", "ragged_dot", "triton", "mosaic")
+FOR_NVIDIA_GPUS = ("triton", "mosaic")
 LARGEST_BLOCK = 128  # rows
-SMALLEST_BLOCK = {"blocks": 8, "triton": 16}
+SMALLEST_BLOCK = {"blocks": 8, "triton": 16, "mosaic": 64}
 
 
 def chosen(choice: Any, platform: str, **sizes: int) -> Any:
@@ -32,17 +34,19 @@ def chosen(choice: Any, platform: str, **sizes: int) -> Any:
         sizes: `hidden_size`, `intermediate_size` and `alignment` as far as known; "auto" depends on them.
 
     Raises:
-        ValueError: an unknown name, or one that this platform or this JAX does not have.
+        ValueError: an unknown name, or one that this platform, its GPU or this JAX does not have.
     """
     if not callable(choice) and choice not in NAMES:
         raise ValueError(
             f"grouped_matmul: expected {', '.join(map(repr, NAMES))}, or a function of (rows, matrices, "
             f"group_sizes), got {choice!r}; pass one of them."
         )
-    if choice == "triton" and platform != "cuda":
+    if not callable(choice) and choice in FOR_NVIDIA_GPUS and platform != "cuda":
         raise ValueError(
-            f"grouped_matmul: expected 'triton' on NVIDIA GPUs only, got it on {platform}; use 'auto' here."
+            f"grouped_matmul: expected {choice!r} on NVIDIA GPUs only, got it on {platform}; use 'auto' here."
         )
+    if choice == "mosaic" and (why := missing_reason(jax.devices()[0])) is not None:
+        raise ValueError(why)
     needs_triton = choice == "triton" or (choice == "auto" and platform == "cuda")
     if needs_triton and jax_compat.pallas_triton() is None:
         reason = (
@@ -78,4 +82,6 @@ def grouped_matmul(choice: Any, alignment: int) -> GroupedMatmul:
     """Return the grouped matmul of this name, for groups padded to multiples of `alignment`."""
     if choice == "ragged_dot":
         return jax.lax.ragged_dot
+    if choice == "mosaic":
+        return partial(mosaic_matmul, block=alignment)
     return partial(triton_matmul, block=alignment) if choice == "triton" else choice

@@ -64,7 +64,9 @@ def unsupported_reason(dtype: Any, **sizes: int) -> str | None:
     return None
 
 
-def mosaic_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int) -> jax.Array:
+def mosaic_matmul(
+    rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int, tiles: Tiles = DEFAULT
+) -> jax.Array:
     """Multiply the rows of each group with its matrix: see `grouped_matmul`.
 
     Args:
@@ -72,6 +74,7 @@ def mosaic_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, 
         matrices: [L, H, F], of the same dtype.
         group_sizes: int32 [L], multiples of `block`.
         block: a multiple of 64, better of 128.
+        tiles: how the three products are divided.
 
     Returns:
         [C, F], summed in float32; not written after the last group. The gradient of the matrices is zero for
@@ -79,26 +82,33 @@ def mosaic_matmul(rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, 
 
     Raises:
         ValueError: another dtype, or `block`, H or F is not a multiple of 64.
+        TypeError: matrices of another dtype than rows.
     """
     sizes = {"hidden_size": matrices.shape[1], "intermediate_size": matrices.shape[2], "alignment": block}
     if (reason := unsupported_reason(rows.dtype, **sizes)) is not None:
         raise ValueError(reason)
-    return _matmul(block, *vary_together(frozenset(), rows, matrices, group_sizes))
+    if matrices.dtype != rows.dtype:
+        raise TypeError(
+            f"matrices: expected the dtype of rows, {rows.dtype}, got {matrices.dtype}; cast one of them."
+        )
+    return _matmul(block, tiles, *vary_together(frozenset(), rows, matrices, group_sizes))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(block: int, rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    return times(block, rows, matrices, group_sizes, transposed=False)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(
+    block: int, tiles: Tiles, rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    return times(block, rows, matrices, group_sizes, transposed=False, tiles=tiles)
 
 
-def _forward(block, rows, matrices, group_sizes):
-    return _matmul(block, rows, matrices, group_sizes), (rows, matrices, group_sizes)
+def _forward(block, tiles, rows, matrices, group_sizes):
+    return _matmul(block, tiles, rows, matrices, group_sizes), (rows, matrices, group_sizes)
 
 
-def _backward(block, residuals, gradient):
+def _backward(block, tiles, residuals, gradient):
     rows, matrices, group_sizes = residuals
-    of_rows = times(block, gradient, matrices, group_sizes, transposed=True)
-    return of_rows, outer(block, rows, gradient, group_sizes, dtype=matrices.dtype), None
+    of_rows = times(block, gradient, matrices, group_sizes, transposed=True, tiles=tiles)
+    return of_rows, outer(block, rows, gradient, group_sizes, dtype=matrices.dtype, tiles=tiles), None
 
 
 _matmul.defvjp(_forward, _backward)

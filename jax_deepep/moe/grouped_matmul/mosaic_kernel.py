@@ -209,12 +209,12 @@ def _kernel(
                 stage = stage_of(step)
                 gpu.barrier_wait(full.at[stage])
                 if product.transposed[0]:
-                    own_left = gpu.transpose_ref(left.at[stage, :, own_rows], (1, 0))
+                    own_left = left.at[stage, :, own_rows].transpose((1, 0))
                 else:
                     own_left = left.at[stage, own_rows]
                 whole_right = right.at[stage]
                 if product.transposed[1]:
-                    whole_right = gpu.transpose_ref(whole_right, (1, 0))
+                    whole_right = whole_right.transpose((1, 0))
                 gpu.wgmma(total, own_left, whole_right)
                 gpu.wgmma_wait(1)  # the step before has been multiplied
 
