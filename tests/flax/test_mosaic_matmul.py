@@ -1,0 +1,179 @@
+"""The grouped matmul for Hopper GPUs: simulated where there is no GPU, and lowered for one."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_deepep import jax_compat
+from jax_deepep.bench.matmuls import SHAPES, TILES
+from jax_deepep.moe.grouped_matmul import alignment_for, chosen
+from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul, outer
+from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels
+
+DEVICE = jax.devices()[0]
+SIMULATED = DEVICE.platform == "cpu"
+SMALL = Tiles(columns=64, stages=2, slots=1, panel=2, rounds=2)
+
+runs_here = pytest.mark.skipif(
+    not SIMULATED and missing_reason(DEVICE) is not None, reason="needs a Hopper GPU, or none"
+)
+can_transpose = pytest.mark.skipif(
+    SIMULATED and jax.__version_info__ < (0, 12), reason="JAX's simulator cannot transpose before 0.12"
+)
+blocks = pytest.mark.parametrize(("block", "tiles"), [(128, Tiles()), (64, SMALL)], ids=["128", "64"])
+
+
+def problem(block: int, dtype: Any, hidden: int = 192, intermediate: int = 128) -> tuple[jax.Array, ...]:
+    """Return rows, matrices, group sizes and a gradient: small integers, whose sums are exact.
+
+    Two groups are empty; rows after the last one hold NaN.
+    """
+    sizes = block * np.array([1, 0, 3, 0])
+    random = np.random.default_rng(0)
+    rows, gradient = (
+        random.integers(-3, 4, (sizes.sum() + block, width)).astype(np.float32)
+        for width in (hidden, intermediate)
+    )
+    rows[sizes.sum() :] = gradient[sizes.sum() :] = np.nan
+    matrices = random.integers(-3, 4, (len(sizes), hidden, intermediate))
+    rows, matrices, gradient = (jnp.asarray(value, dtype) for value in (rows, matrices, gradient))
+    return rows, matrices, jnp.asarray(sizes, jnp.int32), gradient
+
+
+def expected(rows, matrices, group_sizes, gradient) -> tuple[np.ndarray, ...]:
+    """Return the result and the gradients of rows and matrices in float64, without rows after the groups."""
+    rows, matrices, gradient = (np.asarray(value, np.float64) for value in (rows, matrices, gradient))
+    expert = np.repeat(np.arange(len(matrices)), group_sizes)
+    rows, gradient = rows[: len(expert)], gradient[: len(expert)]
+    groups = [expert == e for e in range(len(matrices))]
+    return (
+        np.concatenate([rows[group] @ matrices[e] for e, group in enumerate(groups)]),
+        np.concatenate([gradient[group] @ matrices[e].T for e, group in enumerate(groups)]),
+        np.stack([rows[group].T @ gradient[group] for group in groups]),
+    )
+
+
+def with_gradients(tiles: Tiles, block: int = 128) -> Any:
+    """Return a jitted function of what `problem` returns, with the results of `expected`."""
+
+    def run(rows, matrices, group_sizes, gradient):
+        def matmul(rows, matrices):
+            return mosaic_matmul(rows, matrices, group_sizes, block=block, tiles=tiles)
+
+        out, pull_back = jax.vjp(matmul, rows, matrices)
+        return out, *pull_back(gradient)
+
+    return jax.jit(run)
+
+
+def assert_rounded(got: jax.Array, exact: np.ndarray) -> None:
+    """Compare with the float64 result, rounded once."""
+    rounded = jnp.asarray(exact.astype(np.float32), got.dtype)
+    np.testing.assert_array_equal(np.asarray(got[: len(exact)], np.float32), np.asarray(rounded, np.float32))
+
+
+@runs_here
+@blocks
+def test_a_product(block: int, tiles: Tiles) -> None:
+    """On a CPU, data races are errors of the simulator."""
+    operands = problem(block, jnp.bfloat16)
+    out = jax.jit(lambda *operands: mosaic_matmul(*operands, block=block, tiles=tiles))(*operands[:3])
+    assert_rounded(out, expected(*operands)[0])
+
+
+@runs_here
+@can_transpose
+@blocks
+def test_gradients(block: int, tiles: Tiles) -> None:
+    """That of the matrices of empty groups is zero."""
+    operands = problem(block, jnp.float16)
+    results = with_gradients(tiles, block)(*operands)
+    for got, of_float64 in zip(results, expected(*operands), strict=True):
+        assert_rounded(got, of_float64)
+    assert not np.asarray(results[2][1]).any()
+
+
+@runs_here
+@can_transpose
+def test_gradients_of_matrices_in_float32() -> None:
+    rows, matrices, group_sizes, gradient = problem(64, jnp.bfloat16, 64, 64)
+    of_matrices = jax.jit(lambda *operands: outer(64, *operands, dtype=jnp.float32))(
+        rows, gradient, group_sizes
+    )
+    assert of_matrices.dtype == jnp.float32
+    assert_rounded(of_matrices, expected(rows, matrices, group_sizes, gradient)[2])
+
+
+@pytest.mark.gpu
+@runs_here
+@pytest.mark.parametrize("name", TILES)
+def test_on_a_gpu(name: str) -> None:
+    """Several times, with the same bits; as many tiles as several rounds of all SMs have."""
+    operands = problem(1024, jnp.bfloat16, 2048 + 64, 768)
+    run, exact = with_gradients(TILES[name]), expected(*operands)
+    for _ in range(5):
+        for got, of_float64 in zip(run(*operands), exact, strict=True):
+            assert_rounded(got, of_float64)
+
+
+@pytest.mark.parametrize(("name", "tiles"), [("ds", "default"), ("ds", "stored 256"), ("qwen", "columns 192")])
+def test_lowering(name: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All products of large shapes, for GPUs on a machine without one."""
+    monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    shape = SHAPES[name]
+    num_experts = shape.num_local_experts
+    rows, gradient = (
+        jax.ShapeDtypeStruct((4096, width), jnp.bfloat16) for width in (shape.hidden, shape.intermediate)
+    )
+    matrices = jax.ShapeDtypeStruct((num_experts, shape.hidden, shape.intermediate), jnp.bfloat16)
+    group_sizes = jax.ShapeDtypeStruct((num_experts,), jnp.int32)
+
+    traced = with_gradients(TILES[tiles]).trace(rows, matrices, group_sizes, gradient)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 3
+
+
+@pytest.mark.parametrize(("down", "across", "panel"), [(5, 3, 2), (4, 1, 8), (1, 7, 4)])
+def test_panels_hold_every_tile_once(down: int, across: int, panel: int) -> None:
+    index = jnp.arange(down * across, dtype=jnp.int32)
+    tiles = jax.vmap(lambda index: in_panels(index, jnp.int32(down), across, panel))(index)
+    assert sorted(zip(*map(np.ndarray.tolist, map(np.asarray, tiles)), strict=True)) == [
+        (below, beside) for below in range(down) for beside in range(across)
+    ]
+
+
+def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [alignment_for("mosaic", rows) for rows in (1, 100, 128, 10_000)] == [64, 64, 128, 128]
+    assert chosen("auto", "cuda", hidden_size=64, intermediate_size=128) != "mosaic"
+    with pytest.raises(
+        ValueError, match="grouped_matmul: expected 'mosaic' on NVIDIA GPUs only, got it on cpu; use"
+    ):
+        chosen("mosaic", "cpu")
+
+    class Blackwell:
+        device_kind, compute_capability = "NVIDIA B200", "10.0"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
+    with pytest.raises(ValueError, match=r"compute capability 9\.0 only .*, got it on NVIDIA B200 of 10\.0; use"):
+        chosen("mosaic", "cuda")
+    monkeypatch.setattr(jax_compat, "pallas_mosaic_gpu", lambda: None)
+    with pytest.raises(ValueError, match=r"expected a JAX with the Mosaic GPU backend .*, got JAX 0\.\S+ without"):
+        chosen("mosaic", "cuda")
+
+
+def test_unsupported_operands() -> None:
+    rows, matrices = jnp.ones((128, 64), jnp.bfloat16), jnp.ones((1, 64, 96), jnp.bfloat16)
+    sizes = jnp.array([128])
+    for operands, block, error, words in (
+        ((rows, matrices), 64, ValueError, "intermediate_size: expected a multiple of 64 .*, got 96; use"),
+        ((rows, matrices[..., :64]), 32, ValueError, "alignment: expected a multiple of 64 .*, got 32; use"),
+        ((rows.astype(jnp.float32), matrices), 64, ValueError, "rows: expected bfloat16 or float16 .*float32"),
+        ((rows, matrices[..., :64].astype(jnp.float16)), 64, TypeError, "matrices: expected the dtype of rows"),
+    ):
+        with pytest.raises(error, match=words):
+            mosaic_matmul(*operands, sizes, block=block)
+    with pytest.raises(ValueError, match="tiles: expected two stages in shared memory, got 1; choose"):
+        mosaic_matmul(rows, matrices[..., :64], sizes, block=64, tiles=Tiles(stages=1))
