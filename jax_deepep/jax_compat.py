@@ -176,7 +176,7 @@ def pallas_mosaic_gpu() -> Any:
 
 
 def mosaic_gpu_interpreter() -> Any:
-    """Return what runs Mosaic's kernels for GPUs on a CPU, as their argument `interpret`; races are errors."""
+    """Return what simulates kernels of Mosaic GPU on a CPU, their argument `interpret`; races are errors."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
     return InterpretGPUParams(detect_races=True)

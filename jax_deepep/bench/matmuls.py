@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_deepep.bench.command_line import SIZES, add_sizes, add_trials, positive_int
 from jax_deepep.bench.problem import Problem
-from jax_deepep.bench.processes import start_jax
+from jax_deepep.bench.processes import end_jax, start_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
 from jax_deepep.bench.trials import interleaved, queued
 from jax_deepep.moe.grouped_matmul import alignment_for
@@ -55,10 +55,11 @@ EINSUM = {
 
 MEANING = """\
 Products of one device's experts: up [C, H] · [H, F], down [C, F] · [F, H], and both gradients of up.
-Every row is live; "uniform" groups have one size, sizes of "skewed" ones follow 1 / n. dense: one batched matmul
-of as many FLOPs, in groups of one size. queued: per call, with several in flight. deviation: the largest
-difference from the first case with these groups, relative to its largest element. "mosaic" is tried with several
-tiles: see `jax_deepep.moe.grouped_matmul.mosaic_kernel.Tiles`.
+Every row is live; "uniform" groups have one size, sizes of "skewed" ones follow 1 / n.
+dense: one batched matmul of as many FLOPs, in groups of one size.
+mosaic: with several tiles, as `jax_deepep.moe.grouped_matmul.mosaic_kernel.Tiles` describes them.
+queued: per call, with several in flight.
+deviation: the largest difference from the first case with these groups, relative to its largest element.
 """
 
 
@@ -70,11 +71,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for name, choices in {
-        "shapes": SHAPES, "products": EINSUM, "groups": GROUPS, "matmuls": MATMULS, "tiles": TILES,
-    }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=list(choices), help="(all)")
-    add_sizes(parser, list(SIZES), {})  # replace those of the shapes
+    for name, choices in (
+        ("shapes", list(SHAPES)),
+        ("products", list(OPERANDS)),
+        ("groups", GROUPS),
+        ("matmuls", MATMULS),
+        ("tiles", list(TILES)),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, help="(all)")
+    add_sizes(parser, list(SIZES), {})  # they replace those of the shapes
     parser.add_argument("--queued", type=positive_int, default=8, help="calls in flight (%(default)s)")
     add_trials(parser, 5)
     add_outputs(parser)
@@ -90,7 +95,7 @@ def group_sizes_of(groups: str, num_experts: int, rows: int, block: int) -> np.n
 
 
 def product_of(name: str, matmul: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Return a product as a function of its operands and of group sizes; XLA removes what it does not need."""
+    """Return a product as a function of its operands and of group sizes; XLA removes unused products."""
     if name in ("up", "down"):
         return matmul
 
@@ -204,14 +209,14 @@ def results_of(options: argparse.Namespace, shape: str, problem: Problem) -> Ite
         for product, compiled in programs.items():
             avals = (*(operands[name] for name in OPERANDS[product]), jnp.zeros(num_experts, jnp.int32))
             for name, case in cases_of(options, product, num_experts, block).items():
-                compiled[name] = threads.submit(lambda case=case, avals=avals: _compiled(case, avals))
+                compiled[name] = threads.submit(_compiled, case, avals)
                 if name == DENSE:  # XLA tries several ways on the GPU, which should be idle
                     compiled[name].exception()
     for product, compiled in programs.items():
         for groups in options.groups:
             group_sizes = jnp.asarray(group_sizes_of(groups, num_experts, rows, block))
             of_product = (*(operands[name] for name in OPERANDS[product]), group_sizes)
-            flops = 2.0 * rows * problem.hidden * problem.intermediate
+            flops = 2.0 * rows * operands["matrices"][0].size
             part = f"{shape}, {product}, {groups}"
             yield measure(options, problem, part, compiled, of_product, flops)
 
@@ -230,4 +235,5 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report.draw()
+    end_jax()
     return 0

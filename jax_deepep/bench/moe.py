@@ -45,7 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=positive_int, help="R, devices of the group (all; on a CPU 8)")
     parser.add_argument("--dtype", default=DEFAULT.dtype, choices=DTYPES)
     add_capacity_factor(parser)
-    matmuls = ("ragged_dot", GATHERED, "blocks", "triton")
+    matmuls = ("ragged_dot", GATHERED, "blocks", "triton", "mosaic")
     parser.add_argument(
         "--matmuls", nargs="*", choices=matmuls, help="grouped matmuls of the experts (those of the platform)"
     )

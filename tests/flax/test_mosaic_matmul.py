@@ -119,7 +119,9 @@ def test_on_a_gpu(name: str) -> None:
             assert_rounded(got, of_float64)
 
 
-@pytest.mark.parametrize(("name", "tiles"), [("ds", "default"), ("ds", "stored 256"), ("qwen", "columns 192")])
+@pytest.mark.parametrize(
+    ("name", "tiles"), [("ds", "default"), ("ds", "stored 256"), ("qwen", "columns 192")]
+)
 def test_lowering(name: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All products of large shapes, for GPUs on a machine without one."""
     monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
@@ -157,23 +159,24 @@ def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         device_kind, compute_capability = "NVIDIA B200", "10.0"
 
     monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
-    with pytest.raises(ValueError, match=r"compute capability 9\.0 only .*, got it on NVIDIA B200 of 10\.0; use"):
+    with pytest.raises(ValueError, match=r"compute capability 9\.0 only .*, got it on NVIDIA B200 of 10\.0;"):
         chosen("mosaic", "cuda")
     monkeypatch.setattr(jax_compat, "pallas_mosaic_gpu", lambda: None)
-    with pytest.raises(ValueError, match=r"expected a JAX with the Mosaic GPU backend .*, got JAX 0\.\S+ without"):
+    with pytest.raises(ValueError, match=r"expected a JAX with the Mosaic GPU backend .* 0\.\S+ without it;"):
         chosen("mosaic", "cuda")
 
 
 def test_unsupported_operands() -> None:
     rows, matrices = jnp.ones((128, 64), jnp.bfloat16), jnp.ones((1, 64, 96), jnp.bfloat16)
     sizes = jnp.array([128])
+    fitting = matrices[..., :64]
     for operands, block, error, words in (
         ((rows, matrices), 64, ValueError, "intermediate_size: expected a multiple of 64 .*, got 96; use"),
-        ((rows, matrices[..., :64]), 32, ValueError, "alignment: expected a multiple of 64 .*, got 32; use"),
-        ((rows.astype(jnp.float32), matrices), 64, ValueError, "rows: expected bfloat16 or float16 .*float32"),
-        ((rows, matrices[..., :64].astype(jnp.float16)), 64, TypeError, "matrices: expected the dtype of rows"),
+        ((rows, fitting), 32, ValueError, "alignment: expected a multiple of 64 .*, got 32; use"),
+        ((rows.astype("float32"), fitting), 64, ValueError, "rows: expected bfloat16 or float16 .*float32"),
+        ((rows, fitting.astype("float16")), 64, TypeError, "matrices: expected the dtype of rows, bfloat16"),
     ):
         with pytest.raises(error, match=words):
             mosaic_matmul(*operands, sizes, block=block)
-    with pytest.raises(ValueError, match="tiles: expected two stages in shared memory, got 1; choose"):
-        mosaic_matmul(rows, matrices[..., :64], sizes, block=64, tiles=Tiles(stages=1))
+    with pytest.raises(ValueError, match=r"tiles: expected two stages in shared memory, got 1; divide"):
+        mosaic_matmul(rows, fitting, sizes, block=64, tiles=Tiles(stages=1))

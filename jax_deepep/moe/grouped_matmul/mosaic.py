@@ -42,8 +42,8 @@ def missing_reason(device: jax.Device) -> str | None:
     capability = getattr(device, "compute_capability", HOPPER)
     if capability != HOPPER:
         return (
-            f'grouped_matmul: expected "mosaic" on GPUs of compute capability {HOPPER} only (H100, H200), got '
-            f"it on {device.device_kind} of {capability}; {INSTEAD}."
+            f'grouped_matmul: expected "mosaic" on GPUs of compute capability {HOPPER} only (H100, H200), '
+            f"got it on {device.device_kind} of {capability}; {INSTEAD}."
         )
     return None
 

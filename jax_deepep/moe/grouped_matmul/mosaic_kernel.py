@@ -128,7 +128,7 @@ def multiply(
     room = SHARED_BYTES - int(np.prod(results)) * dtype.itemsize
     stages = min(tiles.stages, room // stage_bytes)
     if stages < 2:  # the ring has a step that is multiplied and one that is being copied
-        raise ValueError(f"tiles: expected two stages in shared memory, got {stages}; choose smaller {tiles}.")
+        raise ValueError(f"tiles: expected two stages in shared memory, got {stages}; divide {tiles}.")
 
     def shared(shape: tuple[int, ...], dtype: Any) -> Any:
         tiling = gpu.TilingTransform((8, SWIZZLE // dtype.itemsize))
