@@ -168,8 +168,8 @@ def measure(
         try:
             run = partial(program.result(), *operands)
             out = jax.block_until_ready(run())
-        except (ValueError, jax.errors.JaxRuntimeError) as error:
-            results[name] = Result(problem, part, name, failure=str(error).splitlines()[0][:120])
+        except Exception as error:  # one case that fails does not lose the others
+            results[name] = Result(problem, part, name, failure=repr(error).splitlines()[0][:120])
             continue
         timers[name] = queued(run, options.queued)
         if name != DENSE or part.endswith(UNIFORM):

@@ -13,6 +13,7 @@
 #     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
 #     layers-N   tests/flax, N ranks with a GPU each
+#     matmuls    the grouped matmul for Hopper against float64, and its products beside dense ones: two minutes
 #     chain-N    bench ops for few tokens in both modes, captured, N ranks with a GPU each
 #     unit       all of tests/unit with two ranks
 #     example    the training example with 8 ranks
@@ -55,6 +56,8 @@ part() {
     links-*) spread "$ranks" bash -c "$suite" ;;
     alone-*) spread "$ranks" bash -c "CUDA_VISIBLE_DEVICES=\$JAX_LOCAL_DEVICE_IDS JAX_LOCAL_DEVICE_IDS=0 $suite" ;;
     layers-*) spread "$ranks" python3 -m pytest -q tests/flax ;;
+    matmuls) JAX_PLATFORMS=cuda timeout 120 python3 -m pytest -q tests/flax/test_mosaic_matmul.py &&
+      JAX_PLATFORMS=cuda timeout 300 python3 -m jax_deepep.bench matmuls --json "$out/matmuls.json" --markdown "$out/matmuls.md" ;;
     chain-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" spread "$ranks" \
       python3 -m jax_deepep.bench ops --tokens 1,8,32,128 --hidden 7168 --experts 256 --capacity worst --modes throughput low_latency \
       --num-sms auto --json "$out/chain$ranks.json" --markdown "$out/chain$ranks.md" ;;

@@ -176,10 +176,11 @@ def outer(
     per_expert = np.int32(down * across)
     num_steps = group_sizes.astype(jnp.int32) // depth
     firsts = jnp.cumsum(num_steps, dtype=jnp.int32) - num_steps
+    largest_first = jnp.argsort(-num_steps).astype(jnp.int32)
 
     def tile(refs: Any, index: Any) -> Tile:
-        firsts, num_steps, rows, gradient, out = refs
-        expert = lax.div(index, per_expert)
+        largest_first, firsts, num_steps, rows, gradient, out = refs
+        expert = largest_first[lax.div(index, per_expert)]
         below, beside = in_panels(lax.rem(index, per_expert), np.int32(down), across, tiles.panel)
         these_rows, these_columns = pl.ds(below * high, high), pl.ds(beside * wide, wide)
 
@@ -195,6 +196,7 @@ def outer(
         return Tile(num_steps[expert], operands, out.at[expert, these_rows, these_columns])
 
     product = Product(
-        "grouped_outer", high, wide, depth, (True, False), lambda refs: num_experts * per_expert, tile
+        "grouped_outer", high, wide, depth, (True, False), lambda refs: np.int32(num_experts) * per_expert, tile
     )
-    return multiply(product, (firsts, num_steps, rows, gradient), (num_experts, height, width), dtype, tiles)
+    operands = (largest_first, firsts, num_steps, rows, gradient)
+    return multiply(product, operands, (num_experts, height, width), dtype, tiles)

@@ -78,7 +78,7 @@ class Product:
         rows, columns, depth: of a tile: its sum has terms [rows, depth] · [depth, columns].
         transposed: whether the left and right operands of a step are the transposes of these in memory.
         num_tiles: (references to all operands and the result) → how many tiles there are.
-        tile: (these references, its index) → a tile.
+        tile: (these references, its index) → a tile; those with the longest sums first.
     """
 
     name: str
@@ -167,7 +167,7 @@ def _kernel(
     product: Product, tiles: Tiles, gpu: Any, dtype: Any, *refs: Any,
     left: Any, right: Any, results: Any, full: Any, free: Any,
 ) -> None:  # fmt: skip
-    """Compute tiles n, n + N, n + 2 N, … in the n-th of N blocks, as one of its warpgroups.
+    """Compute one tile in each round of the blocks, as one warpgroup of one block.
 
     A step of a tile waits for stage `step % stages` to be `full`, and `free`s it afterwards. Steps are
     counted over all tiles of the block.
@@ -175,16 +175,24 @@ def _kernel(
     stages, workers = left.shape[0], results.shape[0]
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     num_blocks = np.int32(lax.axis_size("block"))
-    num_tiles = lax.div(product.num_tiles(refs) - block + (num_blocks - 1), num_blocks)
 
-    def tile_of(index: Any) -> Tile:
-        return product.tile(refs, block + index * num_blocks)
+    def place_in(round_index: Any) -> Any:
+        """There and back: a block with the largest tile of a round has the smallest of the next."""
+        there = lax.rem(round_index, np.int32(2)) == 0
+        return lax.select(there, block, num_blocks - 1 - block)
+
+    def tile_of(round_index: Any) -> Tile:
+        return product.tile(refs, round_index * num_blocks + place_in(round_index))
+
+    whole_rounds = lax.div(product.num_tiles(refs), num_blocks)
+    rest = product.num_tiles(refs) - whole_rounds * num_blocks
+    num_tiles = whole_rounds + (place_in(whole_rounds) < rest).astype(jnp.int32)
 
     def stage_of(step: Any) -> Any:
         return lax.rem(step, np.int32(stages))
 
-    def copy_tile(index: Any, first: Any) -> Any:
-        tile = tile_of(index)
+    def copy_tile(round_index: Any, first: Any) -> Any:
+        tile = tile_of(round_index)
         operands = tile.operands()
 
         def copy(index: Any, step: Any) -> Any:
@@ -200,8 +208,8 @@ def _kernel(
 
         return _loop(tile.num_steps, copy, first)
 
-    def multiply_tile(index: Any, first: Any) -> Any:
-        tile = tile_of(index)
+    def multiply_tile(round_index: Any, first: Any) -> Any:
+        tile = tile_of(round_index)
         own_rows = pl.ds(warpgroup * SMALLEST_TILE, SMALLEST_TILE)
 
         def sum_of(total: Any) -> Any:
