@@ -15,7 +15,7 @@ from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels
 
 DEVICE = jax.devices()[0]
 SIMULATED = DEVICE.platform == "cpu"
-SMALL = Tiles(columns=64, stages=2, slots=1, panel=2, rounds=2)
+SMALL = Tiles(columns=64, stages=2, stored=128, slots=1, panel=2, rounds=2)
 
 runs_here = pytest.mark.skipif(
     not SIMULATED and missing_reason(DEVICE) is not None, reason="needs a Hopper GPU, or none"

@@ -195,8 +195,7 @@ def outer(
 
         return Tile(num_steps[expert], operands, out.at[expert, these_rows, these_columns])
 
-    product = Product(
-        "grouped_outer", high, wide, depth, (True, False), lambda refs: np.int32(num_experts) * per_expert, tile
-    )
+    num_tiles = np.int32(num_experts) * per_expert
+    product = Product("grouped_outer", high, wide, depth, (True, False), lambda refs: num_tiles, tile)
     operands = (largest_first, firsts, num_steps, rows, gradient)
     return multiply(product, operands, (num_experts, height, width), dtype, tiles)

@@ -37,7 +37,7 @@ class Tiles:
         columns: of a tile, at most; a multiple of 64 up to 256.
         depth: terms of the sum per step, at most; 64 or 128.
         stages: steps in shared memory, at most: fewer where it is full.
-        stored: columns that are stored at once; a divisor of 64 or a multiple that divides `columns`.
+        stored: columns of a tile that are stored at once, at most; a multiple of 64.
         slots: stores in flight per warpgroup.
         panel: tiles that are computed from top to bottom before those to their right, so that blocks share
             operands in the second-level cache.
@@ -123,10 +123,10 @@ def multiply(
     gpu = jax_compat.pallas_mosaic_gpu()
     element, dtype = operands[-1].dtype, jnp.dtype(dtype)
     workers = product.rows // SMALLEST_TILE
-    results = (workers, tiles.slots, SMALLEST_TILE, tiles.stored)
+    results = (workers, tiles.slots, SMALLEST_TILE, largest_tile(product.columns, tiles.stored))
     stage_bytes = product.depth * (product.rows + product.columns) * element.itemsize
     room = SHARED_BYTES - int(np.prod(results)) * dtype.itemsize
-    stages = min(tiles.stages, room // stage_bytes)
+    stages = max(0, min(tiles.stages, room // stage_bytes))
     if stages < 2:  # the ring has a step that is multiplied and one that is being copied
         raise ValueError(f"tiles: expected two stages in shared memory, got {stages}; divide {tiles}.")
 
@@ -142,7 +142,7 @@ def multiply(
     simulated = jax_compat.platform_of(jax.devices()[0]) == "cpu"
     sms = SIMULATED_SMS if simulated else getattr(jax.devices()[0], "core_count", None) or H200_SMS
     kernel = gpu.kernel(
-        partial(_kernel, product, tiles, gpu, dtype),
+        partial(_kernel, product, gpu, dtype),
         out_type=jax.ShapeDtypeStruct(shape, dtype),
         grid=(sms * tiles.rounds,),
         grid_names=("block",),
@@ -164,7 +164,7 @@ def multiply(
 
 
 def _kernel(
-    product: Product, tiles: Tiles, gpu: Any, dtype: Any, *refs: Any,
+    product: Product, gpu: Any, dtype: Any, *refs: Any,
     left: Any, right: Any, results: Any, full: Any, free: Any,
 ) -> None:  # fmt: skip
     """Compute one tile in each round of the blocks, as one warpgroup of one block.
@@ -172,7 +172,7 @@ def _kernel(
     A step of a tile waits for stage `step % stages` to be `full`, and `free`s it afterwards. Steps are
     counted over all tiles of the block.
     """
-    stages, workers = left.shape[0], results.shape[0]
+    stages, (workers, slots, *_rows, stored) = left.shape[0], results.shape
     warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
     num_blocks = np.int32(lax.axis_size("block"))
 
@@ -242,15 +242,15 @@ def _kernel(
         def _() -> None:
             gpu.barrier_arrive(free.at[stage_of(after - 1)])
 
-        for number, column in enumerate(range(0, product.columns, tiles.stored)):
-            slot = results.at[warpgroup, number % tiles.slots]
+        for number, column in enumerate(range(0, product.columns, stored)):
+            slot = results.at[warpgroup, number % slots]
             if number == 0:  # the stores of the tile before
                 gpu.wait_smem_to_gmem(0, wait_read_only=True)
-            elif number >= tiles.slots:
-                gpu.wait_smem_to_gmem(tiles.slots - 1, wait_read_only=True)
-            slot[...] = total[:, column : column + tiles.stored].astype(dtype)
+            elif number >= slots:
+                gpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            slot[...] = total[:, column : column + stored].astype(dtype)
             gpu.commit_smem()
-            gpu.copy_smem_to_gmem(slot, tile.result.at[own_rows, pl.ds(column, tiles.stored)])
+            gpu.copy_smem_to_gmem(slot, tile.result.at[own_rows, pl.ds(column, stored)])
         return after
 
     @pl.when(warpgroup == workers)
