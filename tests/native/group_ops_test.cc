@@ -1,6 +1,8 @@
-// Checks of ops of a group: windows, rings, matching, threads, and the properties of verbs.
+// Checks of ops of a group: windows, pages, rings, matching, threads, and the properties of verbs.
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
@@ -18,6 +20,7 @@
 #include <vector>
 
 #include "cpu/group_exchange.h"
+#include "cpu/pages.h"
 #include "cpu/stop_detector.h"
 #include "cpu/threads.h"
 #include "cpu/windows.h"
@@ -61,6 +64,36 @@ void CheckWindows() {
       Check(after_sums - window.sums >= 3 * 64 * bytes, "the window of sums", hidden);
     }
   }
+}
+
+// Of new memory only the touched pages, and what is no whole page, are left to clear.
+void CheckPages() {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  constexpr size_t kPages = 64;
+  void* const memory =
+      mmap(nullptr, kPages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return Check(false, "memory to clear");
+  madvise(memory, kPages * page, MADV_NOHUGEPAGE);
+  auto* const bytes = static_cast<char*>(memory);
+  char* const begin = bytes + 100;
+  const size_t size = (kPages - 1) * page;  // to within the last page
+  for (const size_t touched : {0, 20, 21, 40, 63}) bytes[touched * page + 200] = 1;
+
+  size_t num_bytes = 0;
+  for (const ByteRange& range : RangesToClear(begin, size)) {
+    std::memset(range.begin, 0, range.bytes);
+    num_bytes += range.bytes;
+  }
+  Check(num_bytes == 3 * page + (page - 100) + 100, "what is left to clear", num_bytes);
+  Check(bytes[200 + 63 * page] == 1, "nothing beyond is cleared");
+  for (size_t i = 0; i < size; ++i) Check(begin[i] == 0, "all is zero", i);
+
+  std::memset(memory, 1, kPages * page);
+  const std::vector<ByteRange> all = RangesToClear(begin, size);
+  Check(all.size() == 1 && all[0].begin == begin && all[0].bytes == size, "used memory",
+        all.size());
+  Check(begin[0] == 1 && begin[size - 1] == 1, "is not cleared here");
+  munmap(memory, kPages * page);
 }
 
 // More ops than the rings hold, of which two processes take few at a time: those that are accepted
@@ -257,6 +290,7 @@ void CheckStops() {
 
 void CheckGroupOps() {
   CheckWindows();
+  CheckPages();
   CheckRings();
   CheckDifferentOps();
   CheckThreads();

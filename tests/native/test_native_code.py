@@ -16,6 +16,7 @@ def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
     sources = (
         *sorted((ROOT / "tests/native").glob("*_test.cc")),
         code / "cpu/group_exchange.cc",
+        code / "cpu/pages.cc",
         code / "cpu/row_math.cc",
         code / "cpu/threads.cc",
         code / "cpu/windows.cc",

@@ -1,8 +1,5 @@
 #include "cpu/row_math.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -18,6 +15,16 @@ JAX_DEEPEP_INLINE void Scale(void* to, const void* from, float scale, int64_t si
   auto* out = static_cast<typename Type::Storage*>(to);
   const auto* in = static_cast<const typename Type::Storage*>(from);
   for (int64_t i = 0; i < size; ++i) out[i] = Type::Store(Type::Load(in[i]) * scale);
+}
+
+// Of each group of 2 * kWidth numbers, the sums of its first and its second half.
+template <int kGroups, int kWidth>
+JAX_DEEPEP_INLINE void FoldGroups(const float* from, float* to) {
+  for (int group = 0; group < kGroups; ++group) {
+    for (int i = 0; i < kWidth; ++i) {
+      to[group * kWidth + i] = from[2 * group * kWidth + i] + from[(2 * group + 1) * kWidth + i];
+    }
+  }
 }
 
 // In blocks of 2048 elements: 256 running sums of eight products each, then a fixed tree, and the
@@ -40,15 +47,14 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
     for (int sum = 0; i + sum < end; ++sum) {
       sums[sum] += Type::Load(left[i + sum]) * Type::Load(right[i + sum]);
     }
-    for (int width = kPerLane / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < kSums; lane += kPerLane) {
-        for (int sum = lane; sum < lane + width; ++sum) sums[sum] += sums[sum + width];
-      }
+    alignas(64) float fours[kLanes * 4], twos[kLanes * 2], ones[kLanes];
+    FoldGroups<kLanes, 4>(sums, fours);
+    FoldGroups<kLanes, 2>(fours, twos);
+    FoldGroups<kLanes, 1>(twos, ones);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) ones[lane] += ones[lane + width];
     }
-    for (int width = kSums / 2; width >= kPerLane; width /= 2) {
-      for (int sum = 0; sum < width; sum += kPerLane) sums[sum] += sums[sum + width];
-    }
-    total += sums[0];
+    total += ones[0];
   }
   return total;
 }
@@ -268,17 +274,6 @@ void FillAsFailed(RowType type, void* values, int64_t count) {
 
 void FillNaN(float* values, int64_t count) {
   std::fill_n(values, count, std::numeric_limits<float>::quiet_NaN());
-}
-
-void PreferLargePages(void* memory, size_t bytes) {
-  constexpr size_t kWorthIt = 4 << 20;
-  if (bytes < kWorthIt) return;
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + bytes) / page * page;
-  // Only a hint: if it fails, small pages are used.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 }  // namespace jax_deepep

@@ -46,10 +46,6 @@ void SumNodeInFloat32(RowType type, float* out, const Term* terms, int num_terms
 void FillAsFailed(RowType type, void* values, int64_t count);
 void FillNaN(float* values, int64_t count);
 
-// Ask for large pages if `bytes` is large: a new result is otherwise faulted in 4 KiB at a time,
-// which costs more than the copy.
-void PreferLargePages(void* memory, size_t bytes);
-
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_CPU_ROW_MATH_H_
