@@ -28,9 +28,10 @@ JAX_DEEPEP_INLINE void FoldGroups(const float* from, float* to) {
 }
 
 // In blocks of 2048 elements: 256 running sums of eight products each, then a fixed tree, and the
-// blocks one after the other. A warp of a GPU does it in the same order (FoldSums).
-template <typename Type>
-JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
+// blocks one after the other. A warp of a GPU does it in the same order (FoldSums). `visit` gets
+// every element of a.
+template <typename Type, typename Visit>
+JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size, Visit visit) {
   constexpr int kLanes = 32, kPerLane = 8, kSums = kLanes * kPerLane;
   const auto* left = static_cast<const typename Type::Storage*>(a);
   const auto* right = static_cast<const typename Type::Storage*>(b);
@@ -41,11 +42,15 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
     int64_t i = begin;
     for (; i + kSums <= end; i += kSums) {
       for (int sum = 0; sum < kSums; ++sum) {
-        sums[sum] += Type::Load(left[i + sum]) * Type::Load(right[i + sum]);
+        const float value = Type::Load(left[i + sum]);
+        sums[sum] += value * Type::Load(right[i + sum]);
+        visit(i + sum, value);
       }
     }
     for (int sum = 0; i + sum < end; ++sum) {
-      sums[sum] += Type::Load(left[i + sum]) * Type::Load(right[i + sum]);
+      const float value = Type::Load(left[i + sum]);
+      sums[sum] += value * Type::Load(right[i + sum]);
+      visit(i + sum, value);
     }
     alignas(64) float fours[kLanes * 4], twos[kLanes * 2], ones[kLanes];
     FoldGroups<kLanes, 4>(sums, fours);
@@ -57,6 +62,19 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
     total += ones[0];
   }
   return total;
+}
+
+template <typename Type>
+JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
+  return Dot<Type>(a, b, size, [](int64_t, float) {});
+}
+
+template <typename Type>
+JAX_DEEPEP_INLINE float ScaleAndDot(void* to, const void* from, float scale, const void* b,
+                                    int64_t size) {
+  auto* const __restrict out = static_cast<typename Type::Storage*>(to);
+  return Dot<Type>(from, b, size,
+                   [=](int64_t i, float value) { out[i] = Type::Store(value * scale); });
 }
 
 // Columns that are summed over all terms at once: few enough for sums to stay in registers.
@@ -142,6 +160,18 @@ JAX_DEEPEP_ALL_ISAS float DotFloat16(const void* a, const void* b, int64_t size)
 JAX_DEEPEP_ALL_ISAS float DotBFloat16(const void* a, const void* b, int64_t size) {
   return Dot<BFloat16>(a, b, size);
 }
+JAX_DEEPEP_ALL_ISAS float ScaleAndDotFloat32(void* to, const void* from, float scale, const void* b,
+                                             int64_t size) {
+  return ScaleAndDot<Float32>(to, from, scale, b, size);
+}
+JAX_DEEPEP_ALL_ISAS float ScaleAndDotFloat16(void* to, const void* from, float scale, const void* b,
+                                             int64_t size) {
+  return ScaleAndDot<Float16>(to, from, scale, b, size);
+}
+JAX_DEEPEP_ALL_ISAS float ScaleAndDotBFloat16(void* to, const void* from, float scale,
+                                              const void* b, int64_t size) {
+  return ScaleAndDot<BFloat16>(to, from, scale, b, size);
+}
 JAX_DEEPEP_ALL_ISAS void SumFloat32(void* out, const void* bias, float zero, const Term* terms,
                                     int num_terms, int64_t size) {
   SumRows<Float32>(out, bias, zero, terms, num_terms, size);
@@ -214,6 +244,21 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size) {
       return DotFloat16(a, b, size);
     case RowType::kBFloat16:
       return DotBFloat16(a, b, size);
+    case RowType::kInt32:
+      break;
+  }
+  return 0.0f;
+}
+
+float ScaleAndDotRows(RowType type, void* to, const void* from, float scale, const void* b,
+                      int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return ScaleAndDotFloat32(to, from, scale, b, size);
+    case RowType::kFloat16:
+      return ScaleAndDotFloat16(to, from, scale, b, size);
+    case RowType::kBFloat16:
+      return ScaleAndDotBFloat16(to, from, scale, b, size);
     case RowType::kInt32:
       break;
   }

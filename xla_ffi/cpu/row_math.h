@@ -18,6 +18,10 @@ void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t siz
 // The sum over i of a[i] * b[i] in float32, in a fixed order that does not depend on the machine.
 float DotRows(RowType type, const void* a, const void* b, int64_t size);
 
+// Both: to[i] = from[i] * scale, and the sum over i of from[i] * b[i]. Rows do not overlap.
+float ScaleAndDotRows(RowType type, void* to, const void* from, float scale, const void* b,
+                      int64_t size);
+
 // One summand of a token: a row on some rank, and its weight.
 struct Term {
   const void* row;

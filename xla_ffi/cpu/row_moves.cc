@@ -157,16 +157,20 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
             DecodeRow(format.type, wire, from, row_decoded);
             from = row_decoded;
           }
-          if (move.weights != nullptr) {
+          if (move.weights != nullptr && move.products != nullptr) {
+            const char* y = static_cast<const char*>(move.y) + offset;
+            move.products[row] =
+                ScaleAndDotRows(format.type, to, from, move.weights[row], y, format.size);
+          } else if (move.weights != nullptr) {
             ScaleRow(format.type, to, from, move.weights[row], format.size);
-          } else if (from != to) {
+          } else {
             // No non-temporal stores: the cache still holds the page that the kernel has just
             // cleared.
-            std::memcpy(to, from, row_bytes);
-          }
-          if (move.products != nullptr) {
-            move.products[row] =
-                DotRows(format.type, from, static_cast<const char*>(move.y) + offset, format.size);
+            if (from != to) std::memcpy(to, from, row_bytes);
+            if (move.products != nullptr) {
+              const char* y = static_cast<const char*>(move.y) + offset;
+              move.products[row] = DotRows(format.type, from, y, format.size);
+            }
           }
         }
       });
