@@ -2,11 +2,17 @@
 
 import argparse
 import math
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_deepep.bench.problem import WORST
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jax_deepep.bench.problem import AXIS, DTYPES, WORST, Problem
+from jax_deepep.bench.processes import start_jax
 
 SIZES = {
     "tokens": "T, tokens per device",
@@ -16,6 +22,7 @@ SIZES = {
     "experts": "E, experts over all devices",
     "devices": "R, devices of the group",
 }
+_OF_LAYERS = ("tokens", "hidden", "intermediate", "topk", "experts")
 
 
 def positive_int(text: str) -> int:
@@ -61,14 +68,33 @@ def add_sizes(
         )
 
 
-def add_capacity_factor(parser: argparse.ArgumentParser, default: str = WORST) -> None:
-    """Add the capacity of `Problem`, as a factor."""
+def add_layer(parser: argparse.ArgumentParser, default: Problem, capacity_factor: str = WORST) -> None:
+    """Add the options of the problem of a layer: `start_layer`."""
 
     def capacity(text: str) -> str:
         return WORST if text == WORST else f"{positive_number(text):g}x"
 
-    parser.add_argument("--capacity-factor", type=capacity, default=default, dest="capacity",
+    add_sizes(parser, _OF_LAYERS, vars(default))
+    parser.add_argument("--devices", type=positive_int, help="R, devices of the group (all; on a CPU 8)")
+    parser.add_argument("--dtype", default=default.dtype, choices=DTYPES)
+    parser.add_argument("--capacity-factor", type=capacity, default=capacity_factor, dest="capacity",
                         help='a number, or "worst" (%(default)s)')  # fmt: skip
+
+
+def start_layer(options: argparse.Namespace) -> tuple[Problem, Mesh] | None:
+    """Start JAX, and return the problem that the options of `add_layer` make on its devices.
+
+    Returns None where they make none, and prints why.
+    """
+    start_jax(options.devices or Problem.devices)
+    devices = jax.devices()[: options.devices]
+    names = (*_OF_LAYERS, "dtype", "capacity")
+    try:
+        problem = Problem(devices=len(devices), **{name: getattr(options, name) for name in names})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return None
+    return problem, Mesh(np.array(devices), (AXIS,))
 
 
 def add_trials(parser: argparse.ArgumentParser, default: int) -> None:

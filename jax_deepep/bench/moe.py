@@ -1,20 +1,18 @@
 """python -m jax_deepep.bench moe: MoE layers, and their grouped matmuls."""
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep.bench.command_line import add_capacity_factor, add_sizes, add_trials, positive_int
+from jax_deepep.bench.command_line import add_layer, add_trials, positive_int, start_layer
 from jax_deepep.bench.kernel_trace import CPU_REASON, kernel_shares
 from jax_deepep.bench.layers import GATHERED, Program, experts_programs, layer_programs
-from jax_deepep.bench.problem import AXIS, DTYPES, Problem
-from jax_deepep.bench.processes import end_jax, start_jax
+from jax_deepep.bench.problem import Problem
+from jax_deepep.bench.processes import end_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
 from jax_deepep.bench.trials import Timer, interleaved, queued, wall_clock
 from jax_deepep.moe.grouped_matmul import NAMES
@@ -40,11 +38,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sizes = ("tokens", "hidden", "intermediate", "topk", "experts")
-    add_sizes(parser, sizes, vars(DEFAULT))
-    parser.add_argument("--devices", type=positive_int, help="R, devices of the group (all; on a CPU 8)")
-    parser.add_argument("--dtype", default=DEFAULT.dtype, choices=DTYPES)
-    add_capacity_factor(parser)
+    add_layer(parser, DEFAULT)
     matmuls = ("ragged_dot", GATHERED, "blocks", "triton", "mosaic")
     parser.add_argument(
         "--matmuls", nargs="*", choices=matmuls, help="grouped matmuls of the experts (those of the platform)"
@@ -121,16 +115,12 @@ def show_shares(results: Sequence[Result]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Measure and report; return the exit status."""
     options = parse(arguments)
-    start_jax(options.devices or DEFAULT.devices)
-    devices = jax.devices()[: options.devices]
-    names = ("tokens", "hidden", "intermediate", "topk", "experts", "dtype", "capacity")
-    try:
-        problem = Problem(devices=len(devices), **{name: getattr(options, name) for name in names})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    started = start_layer(options)
+    if started is None:
         return 2
+    problem, mesh = started
     report = Report(options, MEANING)
-    report.add(results_of(options, problem, Mesh(np.array(devices), (AXIS,))))
+    report.add(results_of(options, problem, mesh))
     if jax.process_index() == 0:
         show_shares(report.results)
     report.draw()

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep.bench.command_line import add_capacity_factor, add_sizes, add_trials, positive_int
+from jax_deepep.bench.command_line import add_layer, add_trials, positive_int, start_layer
 from jax_deepep.bench.kernel_trace import CPU_REASON, overlapped_shares, trace_kernels
 from jax_deepep.bench.layers import FORWARD, FORWARD_BACKWARD
 from jax_deepep.bench.link_model import NUM_SMS
 from jax_deepep.bench.overlap_cases import IN_FLIGHT, LAYERS, MATMUL, OP, PLAIN, layer_runs, op_runs
 from jax_deepep.bench.overlap_model import modelled
-from jax_deepep.bench.problem import AXIS, DTYPES, FITTING, Problem, draw_inputs
-from jax_deepep.bench.processes import end_jax, start_jax
+from jax_deepep.bench.problem import FITTING, Problem, draw_inputs
+from jax_deepep.bench.processes import end_jax
 from jax_deepep.bench.report import Report, Result, Spread, Table, add_outputs
 from jax_deepep.bench.trials import interleaved, queued
 
@@ -46,9 +45,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_sizes(parser, ("tokens", "hidden", "intermediate", "topk", "experts"), vars(DEFAULT))
-    parser.add_argument("--devices", type=positive_int, help="R, devices of the group (all; on a CPU 8)")
-    parser.add_argument("--dtype", default=DEFAULT.dtype, choices=DTYPES)
+    add_layer(parser, DEFAULT, capacity_factor="1.25")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(all)")
     parser.add_argument("--layouts", nargs="+", choices=("token", "expert"), default=["token", "expert"],
                         help="of the rows beside a matmul (both)")  # fmt: skip
@@ -57,7 +54,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shared", nargs="+", type=size_or_0, default=[0, DEFAULT.intermediate], metavar="F",
                         help="inner sizes of shared experts, 0 for none (%(default)s)")  # fmt: skip
     parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=tuple(LAYERS), help="(all)")
-    add_capacity_factor(parser, "1.25")
     parser.add_argument("--queued", type=positive_int, default=6, help="calls in flight (%(default)s)")
     parser.add_argument("--trace", type=Path, metavar="DIR",
                         help="profile each program once, write the traces there, and show how much of each "
@@ -174,15 +170,11 @@ def model_table(problem: Problem, sizes: Sequence[int]) -> Table:
 def main(arguments: Sequence[str]) -> int:
     """Measure and report; return the exit status."""
     options = parse(arguments)
-    start_jax(options.devices or DEFAULT.devices)
-    devices = jax.devices()[: options.devices]
-    names = ("tokens", "hidden", "intermediate", "topk", "experts", "dtype", "capacity")
-    try:
-        problem = Problem(devices=len(devices), **{name: getattr(options, name) for name in names})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    started = start_layer(options)
+    if started is None:
         return 2
-    mesh, measurement = Mesh(np.array(devices), (AXIS,)), Measurement(options)
+    problem, mesh = started
+    measurement = Measurement(options)
     report = Report(options, MEANING)
     if "ops" in options.parts:
         for layout in options.layouts:
@@ -192,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
         for shared in options.shared:
             report.add(layers_of(options, problem, mesh, shared, measurement))
     if jax.process_index() == 0:
-        if options.trace and devices[0].platform != "gpu":
+        if options.trace and mesh.devices.flat[0].platform != "gpu":
             print(CPU_REASON)
         if "model" in options.parts:
             print(model_table(problem, options.shared).markdown())

@@ -1,4 +1,4 @@
-"""Compiles and runs native_test.cc: row arithmetic, row groups, rings, threads, division."""
+"""Compiles and runs native_test.cc: numbers in rows, ops of a group, shapes."""
 
 import pathlib
 import subprocess
@@ -14,8 +14,9 @@ def test_the_code_without_python(tmp_path: pathlib.Path) -> None:
     program = tmp_path / "native_test"
     code = ROOT / "xla_ffi"
     sources = (
-        ROOT / "tests/native/native_test.cc",
+        *sorted((ROOT / "tests/native").glob("*_test.cc")),
         code / "cpu/group_exchange.cc",
+        code / "cpu/pages.cc",
         code / "cpu/row_math.cc",
         code / "cpu/threads.cc",
         code / "cpu/windows.cc",

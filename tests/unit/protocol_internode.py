@@ -17,13 +17,30 @@ first: otherwise an op of the other node could succeed with sums of memory that 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from protocol_failure import FAIL_STEPS, fence, find_different_op, look, wait
+from protocol_failure import fence
 from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
-from protocol_throughput import begin, finish_unless_stopped, leave, look_again, sync_grid, write_operands
-from protocol_world import LOADS, Violation, World
+from protocol_throughput import (
+    FINISH,
+    FINISH_STEPS,
+    PUBLISH_STEPS,
+    check_loads,
+    compare_ops,
+    flags_of_peers,
+    go_on_unless_stopped,
+    load_late,
+    signal_leaving,
+    succeed_or_fail,
+    wait_for_arrivals,
+    wait_for_flags,
+    writers_of_loads,
+)
+from protocol_world import Violation, World
 
-FINISH = "Finish: IsLastBlock"
+
+def flags_of_other_nodes(world: World, rank: int, flag: Callable[[int, int], int]) -> dict[int, int]:
+    return {peer: flag(rank, peer) for peer in world.of_other_nodes(rank)}
 
 
 @dataclass(frozen=True)
@@ -48,40 +65,14 @@ class Internode:
     bounded: bool = True
     leaves_early: bool = False
 
-    # --- Inside the node, as in protocol_throughput.py.
-
-    def push_counts(self, world: World, rank: int) -> Iterator[World]:
-        for peer in world.of_node(rank):
-            world.store(rank, world.at.counts(peer, rank), world.ranks[rank].op)
-        yield world
-
-    def signal_arrival(self, world: World, rank: int) -> Iterator[World]:
-        op = world.ranks[rank].op
-        for peer in world.of_node(rank):
-            world.store(rank, world.at.published(peer, rank), op)
-            world.store(rank, world.at.arrived(peer, rank), op, release=True)
-        yield world
-
-    def wait_for_arrivals(self, world: World, rank: int) -> Iterator[World]:
-        op, at = world.ranks[rank].op, world.at
-        flags = {peer: at.arrived(rank, peer) for peer in world.of_node(rank)}
-        for different in find_different_op(world.copy(), rank, flags, op, back=FINISH):
-            self._check_published(different, rank, world.of_node(rank))
-            yield different
-        yield from self._wait(world, rank, flags, op)
-
-    def wait_until_staged(self, world: World, rank: int) -> Iterator[World]:
-        flags = {peer: world.at.staged(rank, peer) for peer in world.of_node(rank)}
-        yield from self._wait(world, rank, flags, world.ranks[rank].op, begins_loads=True)
-
     # --- Between nodes.
 
     def wait_until_free(self, world: World, rank: int) -> Iterator[World]:
         if not self.waits_for_staging:
             yield world
             return
-        flags = {peer: world.at.left(rank, peer) for peer in world.of_other_nodes(rank)}
-        yield from self._wait(world, rank, flags, world.ranks[rank].op - 1)
+        flags = flags_of_other_nodes(world, rank, world.at.left)
+        yield from wait_for_flags(world, rank, flags, world.ranks[rank].op - 1)
 
     def put(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
@@ -98,12 +89,9 @@ class Internode:
         yield world
 
     def wait_for_other_nodes(self, world: World, rank: int) -> Iterator[World]:
-        op, at = world.ranks[rank].op, world.at
-        flags = {peer: at.arrived(rank, peer) for peer in world.of_other_nodes(rank)}
-        for different in find_different_op(world.copy(), rank, flags, op, back=FINISH):
-            self._check_published(different, rank, world.of_other_nodes(rank))
-            yield different
-        yield from self._wait(world, rank, flags, op, bounded=self.bounded)
+        flags = flags_of_other_nodes(world, rank, world.at.arrived)
+        yield from compare_ops(world.copy(), rank, flags)
+        yield from wait_for_flags(world, rank, flags, world.ranks[rank].op, bounded=self.bounded)
 
     def pass_on(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
@@ -116,6 +104,10 @@ class Internode:
             world.store(rank, world.at.staged(peer, rank), op, release=True)
         yield world
 
+    def wait_until_staged(self, world: World, rank: int) -> Iterator[World]:
+        flags = flags_of_peers(world, rank, world.at.staged)
+        yield from wait_for_flags(world, rank, flags, world.ranks[rank].op, begins_loads=True)
+
     # --- What a rank loads, once early and once late.
 
     def first_loads(self, world: World, rank: int) -> Iterator[World]:
@@ -123,14 +115,12 @@ class Internode:
         yield world
 
     def last_loads(self, world: World, rank: int) -> Iterator[World]:
-        """Any word may have been overwritten by its writer since; one wrong word is enough."""
-        if LOADS not in world.queues[rank]:
-            yield world  # the op has failed already
-            return
-        world.end_loads(rank)
-        yield from self._with_overwritten(world, rank, self._writers_of_loads(world, rank), self._check_loads)
-        self._check_loads(world, rank)
-        yield world
+        at = world.at
+        writers = writers_of_loads(world, rank)
+        for source, proxy in self._sources(world, rank):
+            writers[at.staging(proxy, source)] = source
+            writers[at.counts(rank, source)] = source if proxy == rank else proxy
+        yield from load_late(world, rank, writers, self._check_loads)
 
     def return_sums(self, world: World, rank: int) -> Iterator[World]:
         me = world.ranks[rank]
@@ -139,14 +129,7 @@ class Internode:
         yield world
 
     def check_sums(self, world: World, rank: int) -> Iterator[World]:
-        if not self.checks_sums:
-            yield world
-            return
-        for looked, stopped in look(world, rank):
-            if stopped:
-                looked.change(rank, lost=True)
-                looked.go_to(rank, FINISH)
-            yield looked
+        yield from go_on_unless_stopped(world, rank, FINISH) if self.checks_sums else [world]
 
     def put_returned(self, world: World, rank: int) -> Iterator[World]:
         for peer in world.of_other_nodes(rank):
@@ -154,55 +137,30 @@ class Internode:
         yield world
 
     def wait_for_sums(self, world: World, rank: int) -> Iterator[World]:
-        flags = {peer: world.at.returned(rank, peer) for peer in world.of_other_nodes(rank)}
-        yield from self._wait(
-            world, rank, flags, world.ranks[rank].op, bounded=self.bounded, begins_loads=True
-        )
+        flags, op = flags_of_other_nodes(world, rank, world.at.returned), world.ranks[rank].op
+        yield from wait_for_flags(world, rank, flags, op, bounded=self.bounded, begins_loads=True)
 
     def first_sums(self, world: World, rank: int) -> Iterator[World]:
         self._check_sums(world, rank)
         yield world
 
     def last_sums(self, world: World, rank: int) -> Iterator[World]:
-        if LOADS not in world.queues[rank]:
-            yield world
-            return
-        world.end_loads(rank)
         writers = {world.at.sums(rank, peer): peer for peer in world.of_other_nodes(rank)}
-        yield from self._with_overwritten(world, rank, writers, self._check_sums)
-        self._check_sums(world, rank)
-        yield world
+        yield from load_late(world, rank, writers, self._check_sums)
 
     # --- The end.
 
     def signal_leaving(self, world: World, rank: int) -> Iterator[World]:
-        for peer in world.of_node(rank):
-            world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=True)
-        if self.leaves_early:
-            self._put_left(world, rank)
-        yield world
-
-    def wait_for_leaving(self, world: World, rank: int) -> Iterator[World]:
-        flags = {peer: world.at.left(rank, peer) for peer in world.of_node(rank)}
-        for waited, answer in wait(world, rank, flags, world.ranks[rank].op):
-            if answer == "stopped":
-                waited.change(rank, lost=True)
-            elif answer == "late":
-                waited.fail(rank, back="Finish: FenceSystem")
-            yield waited
+        for left in signal_leaving(world, rank):
+            if self.leaves_early:
+                self._put_left(left, rank)
+            yield left
 
     def succeed_or_fail(self, world: World, rank: int) -> Iterator[World]:
-        me = world.ranks[rank]
-        if me.lost:
-            world.fail(rank, back="Leave")
-        elif me.wrong:
-            raise Violation("data")
-        elif any(0 < other.failed < me.op for other in world.ranks):
-            raise Violation("stays broken")
-        else:
-            self._put_left(world, rank)
-            world.change(rank, succeeded=me.op)
-        yield world
+        for ended in succeed_or_fail(world, rank):
+            if ended.ranks[rank].succeeded == ended.ranks[rank].op:
+                self._put_left(ended, rank)
+            yield ended
 
     def _put_left(self, world: World, rank: int) -> None:
         for peer in world.of_other_nodes(rank):
@@ -210,61 +168,15 @@ class Internode:
 
     # --- Helpers.
 
-    def _wait(
-        self,
-        world: World,
-        rank: int,
-        flags: dict[int, int],
-        op: int,
-        *,
-        bounded: bool = True,
-        begins_loads: bool = False,
-    ) -> Iterator[World]:
-        for waited, answer in wait(world, rank, flags, op):
-            if answer == "all":
-                if begins_loads:
-                    waited.begin_loads(rank)
-            elif answer == "stopped":
-                waited.change(rank, lost=True)
-                waited.go_to(rank, FINISH)
-            elif bounded:
-                waited.fail(rank, back=FINISH)
-            else:
-                continue
-            yield waited
-
-    def _check_published(self, world: World, rank: int, peers: list[int]) -> None:
-        op, at = world.ranks[rank].op, world.at
-        for peer in peers:
-            if world.seen[at.arrived(rank, peer)] >= op != world.seen[at.published(rank, peer)]:
-                raise Violation("addresses")
-
     def _sources(self, world: World, rank: int) -> Iterator[tuple[int, int]]:
         """Each rank of another node, with the rank of this node that has its index."""
         for proxy in sorted([rank, *world.of_node(rank)]):
             for source in world.of_other_nodes(proxy):
                 yield source, proxy
 
-    def _writers_of_loads(self, world: World, rank: int) -> dict[int, int]:
-        at = world.at
-        writers = {}
-        for peer in world.of_node(rank):
-            writers |= dict.fromkeys(
-                (at.published(rank, peer), at.counts(rank, peer), at.operand(peer)), peer
-            )
-        for source, proxy in self._sources(world, rank):
-            writers[at.staging(proxy, source)] = source
-            writers[at.counts(rank, source)] = source if proxy == rank else proxy
-        return writers
-
     def _check_loads(self, world: World, rank: int) -> None:
         op, at = world.ranks[rank].op, world.at
-        self._check_published(world, rank, world.of_node(rank))
-        for peer in world.of_node(rank):
-            if world.seen[at.published(rank, peer)] != op or world.seen[at.counts(rank, peer)] != op:
-                raise Violation("addresses")
-            if world.seen[at.operand(peer)] != 2 * op:
-                world.change(rank, wrong=True)
+        check_loads(world, rank)
         for source, proxy in self._sources(world, rank):
             if world.seen[at.counts(rank, source)] != op or world.seen[at.staging(proxy, source)] != op:
                 raise Violation("addresses")
@@ -278,16 +190,6 @@ class Internode:
             if sums % 2:
                 world.change(rank, wrong=True)
 
-    def _with_overwritten(
-        self, world: World, rank: int, writers: dict[int, int], check: Callable[[World, int], None]
-    ) -> Iterator[World]:
-        for word, writer in writers.items():
-            for i in world.unseen(writer, word):
-                later = world.copy()
-                later.see(writer, i)
-                check(later, rank)
-                yield later
-
     def protocol(self) -> Protocol:
         sums = [
             Step("Return sums", self.return_sums, LOCAL),
@@ -298,33 +200,23 @@ class Internode:
             Step("First loads of sums", self.first_sums, LOCAL),
             Step("Last loads of sums", self.last_sums, LOAD),
         ]
-        return Protocol(
-            [
-                Step("Begin", begin, LOOK),
-                Step("Write operands", write_operands, LOCAL),
-                Step("SyncGrid", sync_grid, LOCAL),
-                Step("Push counts", self.push_counts, LOCAL),
-                Step("Publish: IsLastBlock", fence, LOCAL),
-                Step("Publish: StoreReleaseSystem(arrived)", self.signal_arrival, LOCAL),
-                Step("WaitUntilFree", self.wait_until_free, LOAD),
-                Step("Put rows", self.put, LOCAL),
-                Step("Exchange: IsLastBlock", fence, LOCAL),
-                Step("Exchange: PutFlag(arrived)", self.put_flags, LOCAL),
-                Step("Exchange: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
-                Step("Exchange: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
-                Step("WaitForArrivals", self.wait_for_arrivals, LOAD),
-                Step("WaitUntilStaged", self.wait_until_staged, LOAD),
-                Step("First loads", self.first_loads, LOCAL),
-                Step("Last loads", self.last_loads, LOAD),
-                *(sums if self.returns else []),
-                Step(FINISH, fence, LOCAL),
-                Step("Finish: Stopped", finish_unless_stopped, LOOK),
-                Step("Finish: StoreReleaseSystem(left)", self.signal_leaving, LOCAL),
-                Step("Finish: WaitForAll(left)", self.wait_for_leaving, LOAD),
-                Step("Finish: FenceSystem", fence, LOCAL),
-                Step("Finish: Stopped again", look_again, LOOK),
-                Step("Finish: succeed or fail", self.succeed_or_fail, LOCAL),
-                Step("Leave", leave, LOCAL),
-                *FAIL_STEPS,
-            ]
+        steps = [
+            *PUBLISH_STEPS,
+            Step("WaitUntilFree", self.wait_until_free, LOAD),
+            Step("Put rows", self.put, LOCAL),
+            Step("Exchange: IsLastBlock", fence, LOCAL),
+            Step("Exchange: PutFlag(arrived)", self.put_flags, LOCAL),
+            Step("Exchange: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
+            Step("Exchange: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
+            Step("WaitForArrivals", partial(wait_for_arrivals, begins_loads=False), LOAD),
+            Step("WaitUntilStaged", self.wait_until_staged, LOAD),
+            Step("First loads", self.first_loads, LOCAL),
+            Step("Last loads", self.last_loads, LOAD),
+            *(sums if self.returns else []),
+            *FINISH_STEPS,
+        ]
+        return (
+            Protocol(steps)
+            .replaced("Finish: StoreReleaseSystem(left)", self.signal_leaving)
+            .replaced("Finish: succeed or fail", self.succeed_or_fail)
         )

@@ -17,6 +17,9 @@ The promises:
 
 Time: a wait may time out while a flag is missing. XLA reuses a rank's operand as soon as it has left.
 
+Nodes: a rank reads the others of its own node. There is one node here; protocol_internode.py adds what is
+between several.
+
 Blocks: a rank has one, which models the last one to arrive at each counter: IsLastBlock orders everything
 that the others did, aborts included, before what that one does.
 """
@@ -27,15 +30,88 @@ from protocol_failure import FAIL_STEPS, fence, find_different_op, look, wait
 from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
 from protocol_world import LOADS, Violation, World
 
+FINISH = "Finish: IsLastBlock"
+
 
 def flags_of_peers(world: World, rank: int, flag: Callable[[int, int], int]) -> dict[int, int]:
-    return {peer: flag(rank, peer) for peer in world.peers(rank)}
+    return {peer: flag(rank, peer) for peer in world.of_node(rank)}
+
+
+def go_on_unless_stopped(world: World, rank: int, end: str) -> Iterator[World]:
+    """Go to the step `end` if this rank or a peer has aborted."""
+    for looked, stopped in look(world, rank):
+        if stopped:
+            looked.change(rank, lost=True)
+            looked.go_to(rank, end)
+        yield looked
+
+
+def wait_for_flags(
+    world: World,
+    rank: int,
+    flags: dict[int, int],
+    op: int,
+    *,
+    bounded: bool = True,
+    begins_loads: bool = False,
+) -> Iterator[World]:
+    """Wait until peers have stored that they have come to the op, and load what they wrote before."""
+    for waited, answer in wait(world, rank, flags, op):
+        if answer == "all":
+            if begins_loads:
+                waited.begin_loads(rank)
+        elif answer == "stopped":
+            waited.change(rank, lost=True)
+            waited.go_to(rank, FINISH)
+        elif bounded:
+            waited.fail(rank, back=FINISH)
+        else:
+            continue
+        yield waited
+
+
+def compare_ops(world: World, rank: int, flags: dict[int, int]) -> Iterator[World]:
+    """Compare the published signature of each peer that has arrived."""
+    op = world.ranks[rank].op
+    for different in find_different_op(world, rank, flags, op, back=FINISH):
+        for peer, flag in flags.items():
+            if different.seen[flag] >= op != different.seen[different.at.published(rank, peer)]:
+                raise Violation("addresses")
+        yield different
+
+
+def load_late(
+    world: World, rank: int, writers: dict[int, int], check: Callable[[World, int], None]
+) -> Iterator[World]:
+    """Any word may have been overwritten by its writer since; one wrong word is enough."""
+    if LOADS not in world.queues[rank]:
+        yield world  # the op has failed already
+        return
+    world.end_loads(rank)
+    for word, writer in writers.items():
+        for i in world.unseen(writer, word):
+            later = world.copy()
+            later.see(writer, i)
+            check(later, rank)
+            yield later
+    check(world, rank)
+    yield world
+
+
+def writers_of_loads(world: World, rank: int) -> dict[int, int]:
+    """The words that a rank loads, with who writes them."""
+    at = world.at
+    return {
+        word: peer
+        for peer in world.of_node(rank)
+        for word in (at.published(rank, peer), at.counts(rank, peer), at.operand(peer))
+    }
 
 
 def check_loads(world: World, rank: int) -> None:
     """Load the currently visible words of all peers."""
     op, at = world.ranks[rank].op, world.at
-    for peer in world.peers(rank):
+    for peer in world.of_node(rank):
         if world.seen[at.published(rank, peer)] != op or world.seen[at.counts(rank, peer)] != op:
             raise Violation("addresses")
         if world.seen[at.operand(peer)] != 2 * op:
@@ -49,17 +125,13 @@ def begin(world: World, rank: int, *, looks: bool = True) -> Iterator[World]:
     """Not if the communicator was broken before this op: a peer may still be in the failed op."""
     world.change(rank, op=world.ranks[rank].op + 1)
     for back in (
-        "Finish: IsLastBlock",  # the program runs the device as another rank
+        FINISH,  # the program runs the device as another rank
         "Leave",  # the op cannot be launched: a kernel in its place notifies the peers
     ):
         mistaken = world.copy()
         mistaken.fail(rank, back=back)
         yield mistaken
-    for looked, stopped in look(world, rank) if looks else [(world, False)]:
-        if stopped:
-            looked.change(rank, lost=True)
-            looked.go_to(rank, "Finish: IsLastBlock")
-        yield looked
+    yield from go_on_unless_stopped(world, rank, FINISH) if looks else [world]
 
 
 def write_operands(world: World, rank: int) -> Iterator[World]:
@@ -70,48 +142,29 @@ def write_operands(world: World, rank: int) -> Iterator[World]:
 def sync_grid(world: World, rank: int) -> Iterator[World]:
     """Blocks that find no SM in time fail the op."""
     late = world.copy()
-    late.fail(rank, back="Finish: IsLastBlock")
+    late.fail(rank, back=FINISH)
     yield late
     yield world
 
 
 def push_counts(world: World, rank: int) -> Iterator[World]:
-    for peer in world.peers(rank):
+    for peer in world.of_node(rank):
         world.store(rank, world.at.counts(peer, rank), world.ranks[rank].op)
     yield world
 
 
 def signal_arrival(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
     op = world.ranks[rank].op
-    for peer in world.peers(rank):
+    for peer in world.of_node(rank):
         world.store(rank, world.at.published(peer, rank), op)
         world.store(rank, world.at.arrived(peer, rank), op, release=release)
     yield world
 
 
-def wait_for_arrivals(world: World, rank: int) -> Iterator[World]:
-    yield from compare_ops(world.copy(), rank)
-    for waited, answer in wait(
-        world, rank, flags_of_peers(world, rank, world.at.arrived), world.ranks[rank].op
-    ):
-        if answer == "all":
-            waited.begin_loads(rank)
-        elif answer == "stopped":
-            waited.change(rank, lost=True)
-            waited.go_to(rank, "Finish: IsLastBlock")
-        else:
-            waited.fail(rank, back="Finish: IsLastBlock")
-        yield waited
-
-
-def compare_ops(world: World, rank: int) -> Iterator[World]:
-    op, at = world.ranks[rank].op, world.at
-    flags = flags_of_peers(world, rank, at.arrived)
-    for different in find_different_op(world, rank, flags, op, back="Finish: IsLastBlock"):
-        for peer in world.peers(rank):
-            if different.seen[at.arrived(rank, peer)] >= op != different.seen[at.published(rank, peer)]:
-                raise Violation("addresses")
-        yield different
+def wait_for_arrivals(world: World, rank: int, *, begins_loads: bool = True) -> Iterator[World]:
+    flags = flags_of_peers(world, rank, world.at.arrived)
+    yield from compare_ops(world.copy(), rank, flags)
+    yield from wait_for_flags(world, rank, flags, world.ranks[rank].op, begins_loads=begins_loads)
 
 
 def first_loads(world: World, rank: int) -> Iterator[World]:
@@ -120,33 +173,15 @@ def first_loads(world: World, rank: int) -> Iterator[World]:
 
 
 def last_loads(world: World, rank: int) -> Iterator[World]:
-    """Any word may have been overwritten by its writer since; one wrong word is enough."""
-    if LOADS not in world.queues[rank]:
-        yield world  # the op has failed already
-        return
-    at = world.at
-    world.end_loads(rank)
-    for peer in world.peers(rank):
-        for word in (at.published(rank, peer), at.counts(rank, peer), at.operand(peer)):
-            for i in world.unseen(peer, word):
-                later = world.copy()
-                later.see(peer, i)
-                check_loads(later, rank)
-                yield later
-    check_loads(world, rank)
-    yield world
+    yield from load_late(world, rank, writers_of_loads(world, rank), check_loads)
 
 
 def finish_unless_stopped(world: World, rank: int) -> Iterator[World]:
-    for looked, stopped in look(world, rank):
-        if stopped:
-            looked.change(rank, lost=True)
-            looked.go_to(rank, "Finish: FenceSystem")
-        yield looked
+    yield from go_on_unless_stopped(world, rank, "Finish: FenceSystem")
 
 
 def signal_leaving(world: World, rank: int, *, release: bool = True) -> Iterator[World]:
-    for peer in world.peers(rank):
+    for peer in world.of_node(rank):
         world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=release)
     yield world
 
@@ -188,25 +223,32 @@ def leave(world: World, rank: int) -> Iterator[World]:
     yield world
 
 
+# Up to the flag of the own arrival, and from the end of the loads on.
+PUBLISH_STEPS = [
+    Step("Begin", begin, LOOK),
+    Step("Write operands", write_operands, LOCAL),
+    Step("SyncGrid", sync_grid, LOCAL),
+    Step("Push counts", push_counts, LOCAL),
+    Step("Publish: IsLastBlock", fence, LOCAL),
+    Step("Publish: StoreReleaseSystem(arrived)", signal_arrival, LOCAL),
+]
+FINISH_STEPS = [
+    Step(FINISH, fence, LOCAL),
+    Step("Finish: Stopped", finish_unless_stopped, LOOK),
+    Step("Finish: StoreReleaseSystem(left)", signal_leaving, LOCAL),
+    Step("Finish: WaitForAll(left)", wait_for_leaving, LOAD),
+    Step("Finish: FenceSystem", fence, LOCAL),
+    Step("Finish: Stopped again", look_again, LOOK),
+    Step("Finish: succeed or fail", succeed_or_fail, LOCAL),
+    Step("Leave", leave, LOCAL),
+    *FAIL_STEPS,
+]
 PROTOCOL = Protocol(
     [
-        Step("Begin", begin, LOOK),
-        Step("Write operands", write_operands, LOCAL),
-        Step("SyncGrid", sync_grid, LOCAL),
-        Step("Push counts", push_counts, LOCAL),
-        Step("Publish: IsLastBlock", fence, LOCAL),
-        Step("Publish: StoreReleaseSystem(arrived)", signal_arrival, LOCAL),
+        *PUBLISH_STEPS,
         Step("WaitForArrivals", wait_for_arrivals, LOAD),
         Step("First loads", first_loads, LOCAL),  # of what is visible already: others do not matter
         Step("Last loads", last_loads, LOAD),
-        Step("Finish: IsLastBlock", fence, LOCAL),
-        Step("Finish: Stopped", finish_unless_stopped, LOOK),
-        Step("Finish: StoreReleaseSystem(left)", signal_leaving, LOCAL),
-        Step("Finish: WaitForAll(left)", wait_for_leaving, LOAD),
-        Step("Finish: FenceSystem", fence, LOCAL),
-        Step("Finish: Stopped again", look_again, LOOK),
-        Step("Finish: succeed or fail", succeed_or_fail, LOCAL),
-        Step("Leave", leave, LOCAL),
-        *FAIL_STEPS,
+        *FINISH_STEPS,
     ]
 )

@@ -1,7 +1,6 @@
 // cached_dispatch on CPU.
 #include "interface/cached_dispatch.h"
 
-#include <algorithm>
 #include <vector>
 
 #include "cpu/communicator.h"
@@ -45,9 +44,6 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
     move.rows = params->rows;
     move.products = params->products;
     move.zero_rest = params->zero_rest;
-    if (move.products != nullptr && !move.zero_rest) {
-      std::fill_n(move.products, params->route.capacity, 0.0f);
-    }
     moves.push_back(move);
   }
   MoveRows(run, params_.route, sent, moves);

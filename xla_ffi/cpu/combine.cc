@@ -11,6 +11,7 @@
 
 #include "cpu/communicator.h"
 #include "cpu/op.h"
+#include "cpu/pages.h"
 #include "cpu/row_math.h"
 #include "cpu/threads.h"
 #include "cpu/token_sums.h"

@@ -1,8 +1,5 @@
 #include "cpu/row_math.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <limits>
 
@@ -20,10 +17,21 @@ JAX_DEEPEP_INLINE void Scale(void* to, const void* from, float scale, int64_t si
   for (int64_t i = 0; i < size; ++i) out[i] = Type::Store(Type::Load(in[i]) * scale);
 }
 
+// Of each group of 2 * kWidth numbers, the sums of its first and its second half.
+template <int kGroups, int kWidth>
+JAX_DEEPEP_INLINE void FoldGroups(const float* from, float* to) {
+  for (int group = 0; group < kGroups; ++group) {
+    for (int i = 0; i < kWidth; ++i) {
+      to[group * kWidth + i] = from[2 * group * kWidth + i] + from[(2 * group + 1) * kWidth + i];
+    }
+  }
+}
+
 // In blocks of 2048 elements: 256 running sums of eight products each, then a fixed tree, and the
-// blocks one after the other. A warp of a GPU does it in the same order (FoldSums).
-template <typename Type>
-JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
+// blocks one after the other. A warp of a GPU does it in the same order (FoldSums). `visit` gets
+// every element of a.
+template <typename Type, typename Visit>
+JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size, Visit visit) {
   constexpr int kLanes = 32, kPerLane = 8, kSums = kLanes * kPerLane;
   const auto* left = static_cast<const typename Type::Storage*>(a);
   const auto* right = static_cast<const typename Type::Storage*>(b);
@@ -34,23 +42,39 @@ JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
     int64_t i = begin;
     for (; i + kSums <= end; i += kSums) {
       for (int sum = 0; sum < kSums; ++sum) {
-        sums[sum] += Type::Load(left[i + sum]) * Type::Load(right[i + sum]);
+        const float value = Type::Load(left[i + sum]);
+        sums[sum] += value * Type::Load(right[i + sum]);
+        visit(i + sum, value);
       }
     }
     for (int sum = 0; i + sum < end; ++sum) {
-      sums[sum] += Type::Load(left[i + sum]) * Type::Load(right[i + sum]);
+      const float value = Type::Load(left[i + sum]);
+      sums[sum] += value * Type::Load(right[i + sum]);
+      visit(i + sum, value);
     }
-    for (int width = kPerLane / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < kSums; lane += kPerLane) {
-        for (int sum = lane; sum < lane + width; ++sum) sums[sum] += sums[sum + width];
-      }
+    alignas(64) float fours[kLanes * 4], twos[kLanes * 2], ones[kLanes];
+    FoldGroups<kLanes, 4>(sums, fours);
+    FoldGroups<kLanes, 2>(fours, twos);
+    FoldGroups<kLanes, 1>(twos, ones);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) ones[lane] += ones[lane + width];
     }
-    for (int width = kSums / 2; width >= kPerLane; width /= 2) {
-      for (int sum = 0; sum < width; sum += kPerLane) sums[sum] += sums[sum + width];
-    }
-    total += sums[0];
+    total += ones[0];
   }
   return total;
+}
+
+template <typename Type>
+JAX_DEEPEP_INLINE float Dot(const void* a, const void* b, int64_t size) {
+  return Dot<Type>(a, b, size, [](int64_t, float) {});
+}
+
+template <typename Type>
+JAX_DEEPEP_INLINE float ScaleAndDot(void* to, const void* from, float scale, const void* b,
+                                    int64_t size) {
+  auto* const __restrict out = static_cast<typename Type::Storage*>(to);
+  return Dot<Type>(from, b, size,
+                   [=](int64_t i, float value) { out[i] = Type::Store(value * scale); });
 }
 
 // Columns that are summed over all terms at once: few enough for sums to stay in registers.
@@ -136,6 +160,18 @@ JAX_DEEPEP_ALL_ISAS float DotFloat16(const void* a, const void* b, int64_t size)
 JAX_DEEPEP_ALL_ISAS float DotBFloat16(const void* a, const void* b, int64_t size) {
   return Dot<BFloat16>(a, b, size);
 }
+JAX_DEEPEP_ALL_ISAS float ScaleAndDotFloat32(void* to, const void* from, float scale, const void* b,
+                                             int64_t size) {
+  return ScaleAndDot<Float32>(to, from, scale, b, size);
+}
+JAX_DEEPEP_ALL_ISAS float ScaleAndDotFloat16(void* to, const void* from, float scale, const void* b,
+                                             int64_t size) {
+  return ScaleAndDot<Float16>(to, from, scale, b, size);
+}
+JAX_DEEPEP_ALL_ISAS float ScaleAndDotBFloat16(void* to, const void* from, float scale,
+                                              const void* b, int64_t size) {
+  return ScaleAndDot<BFloat16>(to, from, scale, b, size);
+}
 JAX_DEEPEP_ALL_ISAS void SumFloat32(void* out, const void* bias, float zero, const Term* terms,
                                     int num_terms, int64_t size) {
   SumRows<Float32>(out, bias, zero, terms, num_terms, size);
@@ -214,6 +250,21 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size) {
   return 0.0f;
 }
 
+float ScaleAndDotRows(RowType type, void* to, const void* from, float scale, const void* b,
+                      int64_t size) {
+  switch (type) {
+    case RowType::kFloat32:
+      return ScaleAndDotFloat32(to, from, scale, b, size);
+    case RowType::kFloat16:
+      return ScaleAndDotFloat16(to, from, scale, b, size);
+    case RowType::kBFloat16:
+      return ScaleAndDotBFloat16(to, from, scale, b, size);
+    case RowType::kInt32:
+      break;
+  }
+  return 0.0f;
+}
+
 void SumTerms(RowType type, void* out, const void* bias, const Term* terms, int num_terms,
               int64_t size) {
   SumFrom(type, out, bias, 0.0f, terms, num_terms, size);
@@ -268,17 +319,6 @@ void FillAsFailed(RowType type, void* values, int64_t count) {
 
 void FillNaN(float* values, int64_t count) {
   std::fill_n(values, count, std::numeric_limits<float>::quiet_NaN());
-}
-
-void PreferLargePages(void* memory, size_t bytes) {
-  constexpr size_t kWorthIt = 4 << 20;
-  if (bytes < kWorthIt) return;
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto begin = reinterpret_cast<uintptr_t>(memory);
-  const uintptr_t first = (begin + page - 1) / page * page;
-  const uintptr_t last = (begin + bytes) / page * page;
-  // Only a hint: if it fails, small pages are used.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
 }  // namespace jax_deepep

@@ -18,6 +18,10 @@ void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t siz
 // The sum over i of a[i] * b[i] in float32, in a fixed order that does not depend on the machine.
 float DotRows(RowType type, const void* a, const void* b, int64_t size);
 
+// Both: to[i] = from[i] * scale, and the sum over i of from[i] * b[i]. Rows do not overlap.
+float ScaleAndDotRows(RowType type, void* to, const void* from, float scale, const void* b,
+                      int64_t size);
+
 // One summand of a token: a row on some rank, and its weight.
 struct Term {
   const void* row;
@@ -45,10 +49,6 @@ void SumNodeInFloat32(RowType type, float* out, const Term* terms, int num_terms
 // NaN in the 8-bit floats e4m3 and E8M0.
 void FillAsFailed(RowType type, void* values, int64_t count);
 void FillNaN(float* values, int64_t count);
-
-// Ask for large pages if `bytes` is large: a new result is otherwise faulted in 4 KiB at a time,
-// which costs more than the copy.
-void PreferLargePages(void* memory, size_t bytes);
 
 }  // namespace jax_deepep
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "cpu/communicator.h"
+#include "cpu/pages.h"
 #include "cpu/row_math.h"
 #include "cpu/threads.h"
 #include "cpu/wire_rows.h"
@@ -21,6 +22,30 @@ int64_t RowsPerRange(int64_t num_rows, int64_t row_bytes) {
   constexpr int64_t kBytesPerRange = 4 << 20;
   const int64_t even = num_rows / (8 * NumCores());
   return std::max(kRowsPerRange, std::min(kBytesPerRange / row_bytes, even));
+}
+
+// Clear the rows after the last group, where they must be zero, and their products.
+void ClearRest(const RouteShape& route, const std::vector<RowMove>& moves,
+               const std::vector<int64_t>& end_of_groups) {
+  constexpr size_t kPiece = 1 << 20;
+  std::vector<ByteRange> pieces;
+  const auto add_rest = [&](void* array, int64_t begin, size_t row_bytes) {
+    if (array == nullptr) return;
+    void* const rest = static_cast<char*>(array) + begin * row_bytes;
+    const size_t bytes = (route.capacity - begin) * row_bytes;
+    for (const ByteRange range : RangesToClear(rest, bytes)) {
+      for (size_t at = 0; at < range.bytes; at += kPiece) {
+        pieces.push_back({range.begin + at, std::min(kPiece, range.bytes - at)});
+      }
+    }
+  };
+  for (size_t i = 0; i < moves.size(); ++i) {
+    if (moves[i].zero_rest) add_rest(moves[i].rows, end_of_groups[i], route.rows().bytes());
+    add_rest(moves[i].products, end_of_groups[i], sizeof(float));
+  }
+  ParallelFor(pieces.size(), 1, kPiece, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memset(pieces[i].begin, 0, pieces[i].bytes);
+  });
 }
 
 }  // namespace
@@ -95,10 +120,11 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
   for (size_t i = 0; i < moves.size(); ++i) {
     const int32_t* sizes = moves[i].group_sizes;
     end_of_groups[i] = std::accumulate(sizes, sizes + num_groups, int64_t{0});
-    const int64_t rows = moves[i].zero_rest ? route.capacity : end_of_groups[i];
-    first_row[i + 1] = first_row[i] + rows;
-    PreferLargePages(moves[i].rows, rows * row_bytes);
+    first_row[i + 1] = first_row[i] + end_of_groups[i];
+    PreferLargePages(moves[i].rows, route.capacity * row_bytes);
   }
+  // Before rows are written, which makes pages resident that they share with the rest.
+  ClearRest(route, moves, end_of_groups);
   const int64_t num_rows = first_row.back();
   const auto row_of = [&](int32_t code) {
     return sent.RowOf(code / shape.max_tokens, code % shape.max_tokens);
@@ -119,7 +145,7 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
           if (row + 1 < end_of_groups[i] && move.source[row + 1] != kNone) {
             FetchRow(row_of(move.source[row + 1]), sent.row_bytes());
           }
-          const int32_t code = row < end_of_groups[i] ? move.source[row] : kNone;
+          const int32_t code = move.source[row];
           if (code == kNone) {
             std::memset(to, 0, row_bytes);
             if (move.products != nullptr) move.products[row] = 0.0f;
@@ -131,16 +157,20 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
             DecodeRow(format.type, wire, from, row_decoded);
             from = row_decoded;
           }
-          if (move.weights != nullptr) {
+          if (move.weights != nullptr && move.products != nullptr) {
+            const char* y = static_cast<const char*>(move.y) + offset;
+            move.products[row] =
+                ScaleAndDotRows(format.type, to, from, move.weights[row], y, format.size);
+          } else if (move.weights != nullptr) {
             ScaleRow(format.type, to, from, move.weights[row], format.size);
-          } else if (from != to) {
+          } else {
             // No non-temporal stores: the cache still holds the page that the kernel has just
             // cleared.
-            std::memcpy(to, from, row_bytes);
-          }
-          if (move.products != nullptr) {
-            move.products[row] =
-                DotRows(format.type, from, static_cast<const char*>(move.y) + offset, format.size);
+            if (from != to) std::memcpy(to, from, row_bytes);
+            if (move.products != nullptr) {
+              const char* y = static_cast<const char*>(move.y) + offset;
+              move.products[row] = DotRows(format.type, from, y, format.size);
+            }
           }
         }
       });
