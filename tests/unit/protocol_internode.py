@@ -10,6 +10,10 @@ With `returns`, as combine: a rank also puts sums of what it has read in its nod
 Why staging needs no banks: a rank puts data of op n after `left` of op n - 1 of the rank that has staging.
 That one stores it at the end of a successful op, when all readers of its staging have left.
 
+Over a network, puts are *asynchronous*: what they send is read after they return, up to when the peer has it.
+So a rank puts from memory of its communicator (a copy of what XLA will reuse, and what it publishes), and
+waits for `left` of the op before ahead of its first write there.
+
 The promises are those of protocol_throughput.py, and for staging the stronger one: *whether or not* the op
 succeeds, all that is loaded from it is of the current op. A rank that returns sums checks for failed peers
 first: otherwise an op of the other node could succeed with sums of memory that XLA has reused.
@@ -25,6 +29,9 @@ from protocol_world import LOADS, Violation, World
 
 FINISH = "Finish: IsLastBlock"
 
+# What a rank puts to other nodes: indices of World.at.source.
+ROWS, COUNTS, PUBLISHED, SUMS = range(4)
+
 
 @dataclass(frozen=True)
 class Internode:
@@ -38,6 +45,9 @@ class Internode:
         checks_sums: a rank that returns sums checks for failed peers first.
         bounded: a wait for another node ends after timeout_s.
         leaves_early: `left` is put to other nodes before the ranks of the own node have left.
+        asynchronous: puts are, see above.
+        waits_first: `left` of the op before is awaited first, where puts are asynchronous.
+        copies: what XLA will reuse is copied, where puts are asynchronous.
     """
 
     returns: bool = False
@@ -47,16 +57,21 @@ class Internode:
     checks_sums: bool = True
     bounded: bool = True
     leaves_early: bool = False
+    asynchronous: bool = False
+    waits_first: bool = True
+    copies: bool = True
 
     # --- Inside the node, as in protocol_throughput.py.
 
     def push_counts(self, world: World, rank: int) -> Iterator[World]:
         for peer in world.of_node(rank):
             world.store(rank, world.at.counts(peer, rank), world.ranks[rank].op)
+        world.seen[world.at.source(rank, COUNTS)] = world.ranks[rank].op
         yield world
 
     def signal_arrival(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
+        world.seen[world.at.source(rank, PUBLISHED)] = op
         for peer in world.of_node(rank):
             world.store(rank, world.at.published(peer, rank), op)
             world.store(rank, world.at.arrived(peer, rank), op, release=True)
@@ -84,16 +99,16 @@ class Internode:
         yield from self._wait(world, rank, flags, world.ranks[rank].op - 1)
 
     def put(self, world: World, rank: int) -> Iterator[World]:
-        op = world.ranks[rank].op
+        world.seen[world.at.source(rank, ROWS)] = world.ranks[rank].op
         for peer in world.of_other_nodes(rank):
-            world.store(rank, world.at.staging(peer, rank), op)
-            world.store(rank, world.at.counts(peer, rank), op)
+            self._put(world, rank, world.at.staging(peer, rank), ROWS)
+            self._put(world, rank, world.at.counts(peer, rank), COUNTS)
         yield world
 
     def put_flags(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
         for peer in world.of_other_nodes(rank):
-            world.store(rank, world.at.published(peer, rank), op)
+            self._put(world, rank, world.at.published(peer, rank), PUBLISHED)
             world.store(rank, world.at.arrived(peer, rank), op, release=self.releases)
         yield world
 
@@ -134,8 +149,9 @@ class Internode:
 
     def return_sums(self, world: World, rank: int) -> Iterator[World]:
         me = world.ranks[rank]
+        world.seen[world.at.source(rank, SUMS)] = 2 * me.op + me.wrong
         for peer in world.of_other_nodes(rank):
-            world.store(rank, world.at.sums(peer, rank), 2 * me.op + me.wrong)
+            self._put(world, rank, world.at.sums(peer, rank), SUMS)
         yield world
 
     def check_sums(self, world: World, rank: int) -> Iterator[World]:
@@ -208,7 +224,19 @@ class Internode:
         for peer in world.of_other_nodes(rank):
             world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=self.releases)
 
+    def leave(self, world: World, rank: int) -> Iterator[World]:
+        if self.asynchronous and not self.copies:  # XLA reuses what the puts still read
+            world.seen[world.at.source(rank, ROWS)] = 0
+        yield from leave(world, rank)
+
     # --- Helpers.
+
+    def _put(self, world: World, rank: int, word: int, source: int) -> None:
+        at = world.at.source(rank, source)
+        if self.asynchronous:
+            world.put(rank, word, at)
+        else:
+            world.store(rank, word, world.seen[at])
 
     def _wait(
         self,
@@ -289,6 +317,7 @@ class Internode:
                 yield later
 
     def protocol(self) -> Protocol:
+        waits_first = self.asynchronous and self.waits_first
         sums = [
             Step("Return sums", self.return_sums, LOCAL),
             Step("Return: IsLastBlock", fence, LOCAL),
@@ -298,7 +327,7 @@ class Internode:
             Step("First loads of sums", self.first_sums, LOCAL),
             Step("Last loads of sums", self.last_sums, LOAD),
         ]
-        return Protocol(
+        protocol = Protocol(
             [
                 Step("Begin", begin, LOOK),
                 Step("Write operands", write_operands, LOCAL),
@@ -324,7 +353,8 @@ class Internode:
                 Step("Finish: FenceSystem", fence, LOCAL),
                 Step("Finish: Stopped again", look_again, LOOK),
                 Step("Finish: succeed or fail", self.succeed_or_fail, LOCAL),
-                Step("Leave", leave, LOCAL),
+                Step("Leave", self.leave, LOCAL),
                 *FAIL_STEPS,
             ]
         )
+        return protocol.moved("WaitUntilFree", after="Begin") if waits_first else protocol

@@ -37,6 +37,8 @@ int Attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
+constexpr uint64_t kLongestTestNs = 60'000'000'000;  // of the puts to other nodes
+
 template <typename T>
 T ReadVolatile(const T& value) {
   return *static_cast<const volatile T*>(&value);
@@ -45,8 +47,9 @@ T ReadVolatile(const T& value) {
 }  // namespace
 
 CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& window,
-                                   const std::vector<LocalDevice>& devices, int num_sms)
-    : config_(std::move(config)), window_(window), requested_sms_(num_sms) {
+                                   const std::vector<LocalDevice>& devices, int num_sms,
+                                   const RemoteTransport& remote)
+    : config_(std::move(config)), window_(window), remote_(remote), requested_sms_(num_sms) {
   Check(UnsupportedReasonOfLimits(shape()));
   size_t next_device = 0;
   for (const Location& location : config_.locations) {
@@ -64,7 +67,7 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& 
     rank->facts.pool_bytes = rank->pool.bytes();
     int64_t bytes = static_cast<int64_t>(ControlBytes(shape()));
     for (const KernelSet* kernels : KernelsFor(shape(), window)) {
-      bytes += kernels->window_bytes(shape(), window);
+      bytes += Kernels(kernels->mode).window_bytes(shape(), window);
     }
     Check(rank->control.Create(device.ordinal, bytes));
     void* status = nullptr;
@@ -92,7 +95,6 @@ CudaCommunicator::~CudaCommunicator() {
   StopWatching(this);
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
-    if (rank->remote) rank->remote->Close();
     cudaStreamDestroy(rank->stream);
     for (int channel = 0; channel < kNumChannels; ++channel) {
       cudaStreamDestroy(rank->op_streams[channel]);
@@ -137,7 +139,8 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
       if (rank->location.group != location.group) continue;
       const bool reads = IsOnNodeOf(location.rank, rank->location.rank);
       if (reads) readers.push_back(rank->ordinal);
-      if (reads || HasIndexOf(location.rank, rank->location.rank)) writers.push_back(rank->ordinal);
+      const bool puts = maps_other_nodes() && HasIndexOf(location.rank, rank->location.rank);
+      if (reads || puts) writers.push_back(rank->ordinal);
     }
     if (writers.empty()) continue;
     OnDevice current(writers.front());
@@ -154,22 +157,15 @@ void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>
   }
 }
 
-bool CudaCommunicator::IsOnNodeOf(int rank, int other) const {
-  return rank / shape().node_size() == other / shape().node_size();
-}
-
-bool CudaCommunicator::HasIndexOf(int rank, int other) const {
-  return rank % shape().node_size() == other % shape().node_size();
-}
-
-void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
+void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu,
+                             const std::vector<int>& processes) {
   size_t next_device = 0;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     OpFrame& frame = rank->frame;
     frame.shape = shape();
     frame.window = window_;
-    frame.staging = StagingLayout(shape());
+    frame.staging = StagingLayout(shape(), remote_.puts_are_asynchronous);
     frame.rank = rank->location.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
     void* status = nullptr;
@@ -181,7 +177,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool->data();
     }
-    if (shape().num_nodes() > 1) ConnectToOtherNodes(*rank);
+    if (has_several_nodes()) ConnectToOtherNodes(*rank, processes);
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
     if (requested_sms_ > 0) rank->most_blocks = std::min(rank->most_blocks, requested_sms_);
@@ -190,23 +186,35 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     frame.pool[frame.rank] = rank->facts.pool;
   }
   Load(LoadRankKernels);
-  for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(kernels->load);
+  if (has_several_nodes()) Load(remote_.load);
+  for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(Kernels(kernels->mode).load);
   TestPeers();
+  if (has_several_nodes()) TestNodes();
   WatchForFailure(this);
 }
 
-void CudaCommunicator::ConnectToOtherNodes(LocalRank& rank) const {
+void CudaCommunicator::ConnectToOtherNodes(LocalRank& rank,
+                                           const std::vector<int>& processes) const {
   OpFrame& frame = rank.frame;
   const int own_node = frame.NodeOf(frame.rank);
-  rank.remote = std::make_unique<MappedRemoteMemory>();
-  Check(rank.remote->Init(own_node, shape().num_nodes()));
+  rank.remote = remote_.make_memory();
   Check(rank.remote->Register(rank.control.data(), rank.control.bytes()));
-  for (int node = 0; node < shape().num_nodes(); ++node) {
+  RemoteRoute route = {};
+  route.memory = rank.remote->Address();
+  for (const Location& location : config_.locations) {
+    const int node = frame.NodeOf(location.rank);
+    if (location.group != rank.location.group || frame.RankOnNode(node) != location.rank) continue;
+    const auto found = std::lower_bound(processes.begin(), processes.end(), location.process);
+    route.processes[node] = static_cast<int32_t>(found - processes.begin());
     if (node == own_node) continue;
-    const int peer = frame.RankOnNode(node);
-    rank.remote->Attach(node, peers_.at({rank.location.group, peer})->control.data());
-    frame.control[peer] = reinterpret_cast<DeviceControl*>(rank.remote->FlagAddress(node));
+    if (maps_other_nodes()) {
+      static_cast<MappedRemoteMemory&>(*rank.remote)
+          .Attach(node, peers_.at({location.group, location.rank})->control.data());
+    }
+    frame.control[location.rank] = reinterpret_cast<DeviceControl*>(rank.remote->FlagAddress(node));
   }
+  auto* control = reinterpret_cast<DeviceControl*>(rank.control.data());
+  Check(cudaMemcpy(&control->route, &route, sizeof(route), cudaMemcpyHostToDevice), "cudaMemcpy");
 }
 
 // The driver may say that there is peer access where the machine does not support it (GPUs passed
@@ -223,6 +231,27 @@ void CudaCommunicator::TestPeers() const {
           " wrote to the memory of rank " + std::to_string(found - 1) +
           " reads back differently, although the driver maps it; check the IOMMU and ACS settings "
           "of the host, or of the virtual machine");
+    }
+  }
+}
+
+// All ranks of this process at once: each waits for those of other nodes.
+void CudaCommunicator::TestNodes() const {
+  const auto word = static_cast<uint64_t>(config_.id + 1) << 32;
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    OpFrame frame = rank->frame;
+    frame.timeout_ns = std::min(frame.timeout_ns, kLongestTestNs);
+    Check(remote_.test_nodes(frame, word, rank->stream), "the test of other nodes");
+  }
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    Check(cudaStreamSynchronize(rank->stream), "the test of other nodes");
+    if (const uint32_t found = ReadVolatile(rank->status->unreachable); found != 0) {
+      throw std::runtime_error("a word that rank " + std::to_string(found - 1) + " puts to rank " +
+                               std::to_string(rank->location.rank) +
+                               ", on another node, does not arrive (" + rank->remote->Describe() +
+                               "); python -m jax_deepep.bench check tests all links");
     }
   }
 }
