@@ -21,6 +21,7 @@
 #include "handlers/call_site.h"
 #include "handlers/registry.h"
 #include "source_digest.h"
+#include "transport/cuda_driver.h"
 
 namespace jax_deepep {
 namespace {

@@ -114,8 +114,22 @@ class NvshmemMemory : public RemoteMemory {
 }  // namespace
 }  // namespace jax_deepep
 
-extern "C" __attribute__((visibility("default"))) const jax_deepep::RemoteTransport*
-jax_deepep_remote_transport() {
+#define JAX_DEEPEP_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Initialise NVSHMEM in this process alone, on a GPU: for a process that only tries that. Returns
+// an error or null.
+JAX_DEEPEP_EXPORT const char* jax_deepep_nvshmem_probe(int device) {
+  static std::string error;
+  if (const cudaError_t status = cudaSetDevice(device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  std::string id;
+  error = jax_deepep::TheProcess().MakeId(&id);
+  if (error.empty()) error = jax_deepep::TheProcess().Init(id, 0, 1);
+  return error.empty() ? nullptr : error.c_str();
+}
+
+JAX_DEEPEP_EXPORT const jax_deepep::RemoteTransport* jax_deepep_remote_transport() {
   using namespace jax_deepep;
   static const KernelSet throughput = KernelSet::Of<Internode>();
   static const RemoteTransport transport = {
