@@ -1,10 +1,10 @@
-"""The commands: python -m jax_deepep.bench [ops | moe | overlap | routing | formats | model]."""
+"""The commands: python -m jax_deepep.bench [ops | moe | overlap | routing | formats | model | check]."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("ops", "moe", "overlap", "routing", "formats", "model")
+COMMANDS = ("ops", "moe", "overlap", "routing", "formats", "model", "check")
 
 
 def main(arguments: Sequence[str]) -> int:

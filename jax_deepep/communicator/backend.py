@@ -182,6 +182,8 @@ def _why_not_between_hosts(exchange: Exchange, found: Topology, config: Communic
     reason = "" if config.implementation == "xla" else nvshmem.unsupported_reason(found, exchange.process)
     if config.mode == "low_latency":
         reason = _of_one_node(found.num_nodes)
+    if config.implementation == "auto" and not reason:
+        reason = 'NVSHMEM has not been tested on GPUs yet: implementation="native" takes it there'
     if reason:
         summary.add("unsupported", [exchange.process], reason)
     return exchange.agree("hosts", summary).get("unsupported", "")

@@ -82,7 +82,8 @@ class Communicator:
         hidden_size: H, elements of a row.
         implementation: "native" for CUDA or CPU kernels, "xla" for JAX collectives, which run on every
             platform; "auto" is native where the platform supports it and, on GPUs, every group is inside
-            one host, however many hosts the mesh has. The attribute holds the choice.
+            one host, however many hosts the mesh has. The attribute holds the choice. Groups of GPUs that
+            span hosts are native on request, by NVSHMEM, with one process per GPU.
         mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
             float16, narrow integers); "throughput" for everything else. "auto" chooses for every dispatch
@@ -95,8 +96,7 @@ class Communicator:
         ranks_per_node: consecutive ranks of a group on one node, a divisor of R; None = the consecutive ranks
             of a host, where all hosts have as many, else R. A row goes to another node once, and `combine`
             adds up the sums of a node before they leave it, rounded once: its bits depend on this number.
-            The attribute holds the choice. On CPU other nodes are reached by TCP; on GPUs groups that span
-            hosts are "xla".
+            The attribute holds the choice. On CPU other nodes are reached by TCP.
 
     `config` keeps the arguments as given.
 

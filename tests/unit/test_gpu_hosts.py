@@ -66,7 +66,7 @@ def agreement(
     monkeypatch.setattr(backend, "unsupported_reason_here", lambda config: "")
     arguments = {
         "mesh": mesh_named("expert"), "axis_name": "expert", "num_experts": 8, "num_experts_per_tok": 2,
-        "max_tokens": 4, "hidden_size": 8, "implementation": "auto", "mode": "auto", "num_sms": None,
+        "max_tokens": 4, "hidden_size": 8, "implementation": "native", "mode": "auto", "num_sms": None,
         "timeout_s": 10.0, "ranks_per_node": None, **arguments,
     }  # fmt: skip
     return backend.agree(Exchange(hosts), topology, arguments, CommunicatorConfig(**arguments))
@@ -74,7 +74,14 @@ def agreement(
 
 def test_rows_go_to_other_hosts_by_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvshmem, "unsupported_reason", lambda topology, process: "")
-    assert agreement(monkeypatch, topology_of([0, 1, 2, 3])) == Agreement("", 2, True)
+    topology = topology_of([0, 1, 2, 3])
+    assert agreement(monkeypatch, topology, implementation="native") == Agreement("", 2, True)
+    reason, *rest = agreement(monkeypatch, topology, implementation="auto")
+    assert (
+        reason
+        == f'{SPANS}, and NVSHMEM has not been tested on GPUs yet: implementation="native" takes it there'
+    )
+    assert rest == [2, False]
 
 
 def test_why_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
