@@ -14,9 +14,13 @@ from jax.sharding import AxisType, Mesh
 from meshes import expert_axes, groups_of, mesh_named
 
 import jax_deepep as ep
+from jax_deepep import launch_variables
 
-# Of every group that is divided further than a problem says: JAX_DEEPEP_NODES=2 runs all suites on two nodes.
+# Of every group that is divided further than a problem says: JAX_DEEPEP_NODES=2 runs all suites on two nodes,
+# and JAX_DEEPEP_HOSTS=2 pretends that they are hosts: on GPUs rows go between them by NVSHMEM.
 NUM_NODES = int(os.environ.get("JAX_DEEPEP_NODES", "1"))
+if (rank := launch_variables.rank_in_job()) is not None and (hosts := os.environ.get("JAX_DEEPEP_HOSTS")):
+    os.environ["JAX_DEEPEP_HOST_ID"] = f"pretended {rank[0] * int(hosts) // rank[1]}"
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 

@@ -1,10 +1,10 @@
-"""The commands: python -m jax_deepep.bench [ops | moe | matmuls | overlap | routing | formats | model]."""
+"""The commands of python -m jax_deepep.bench: see COMMANDS."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("ops", "moe", "matmuls", "overlap", "routing", "formats", "model")
+COMMANDS = ("ops", "moe", "matmuls", "overlap", "routing", "formats", "model", "check")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -3,15 +3,17 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from jax_deepep.communicator import native_module
+from jax_deepep.communicator import native_module, nvshmem
 from jax_deepep.communicator.build_identity import texts_of_build
 from jax_deepep.communicator.config import CommunicatorConfig, is_timeout, texts_of
-from jax_deepep.communicator.native import NativeHalf, address_in_pool, make_native_half, window_of
+from jax_deepep.communicator.cuda_half import address_in_pool, window_of
+from jax_deepep.communicator.native import make_native_half
+from jax_deepep.communicator.native_half import NativeHalf
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.process_exchange import Exchange, Summary
 from jax_deepep.communicator.topology import Topology, host_identity
@@ -41,6 +43,20 @@ class Backend:
         return "JAX collectives over the mesh axes" if self.half is None else self.half.transport()
 
 
+class Agreement(NamedTuple):
+    """What the processes of a mesh have found about it together.
+
+    Attributes:
+        unsupported_reason: why a process cannot have native ops, or an empty string.
+        ranks_per_node: declared or found; None for all of a group.
+        between_hosts: GPUs: whether rows go to other hosts, as `Topology.between_hosts`.
+    """
+
+    unsupported_reason: str
+    ranks_per_node: int | None
+    between_hosts: bool = False
+
+
 def begin_exchange(topology: Topology, timeout_s: Any) -> Exchange:
     """Begin the exchange in which the processes of a mesh make a communicator.
 
@@ -65,7 +81,7 @@ def agree(
     topology: Topology,
     arguments: Mapping[str, Any],
     config: CommunicatorConfig | Exception,
-) -> tuple[str, int | None]:
+) -> Agreement:
     """Compare the arguments, and find the nodes if no argument declares them.
 
     Args:
@@ -73,10 +89,6 @@ def agree(
         topology: of the mesh; any groups, where `arguments` are wrong.
         arguments: of the communicator, valid or not.
         config: the same, or the error that they cause.
-
-    Returns:
-        Why a process cannot have native ops, or an empty string; and the ranks of a node, None for all of a
-        group.
 
     Raises:
         CommunicatorError: processes have different arguments, or run different builds of this package.
@@ -92,20 +104,26 @@ def agree(
     begins = compare_hosts(exchange, topology, host, summary, finds_nodes=arguments["ranks_per_node"] is None)
     exchange.report(summary)
     findings = exchange.verdict()
-    if "first node ends" not in findings:
-        reason = topology.uneven_nodes()
-        reason = findings.get("unsupported") or findings.get("group between hosts") or reason
-        return reason, arguments["ranks_per_node"]
-    ranks_per_node = int(findings["first node ends"])
-    if text := _uneven_hosts(exchange, topology, begins, ranks_per_node):
-        return findings.get("unsupported") or f"{findings['group between hosts']}, and {text}", None
-    found = dataclasses.replace(topology, num_nodes=topology.num_ranks // ranks_per_node)
+    ranks_per_node = arguments["ranks_per_node"]
+    unsupported = findings.get("unsupported", "")
+    spans_hosts = findings.get("group between hosts", "")
+    found = topology
+    if "first node ends" in findings:
+        ranks_per_node = int(findings["first node ends"])
+        if text := _uneven_hosts(exchange, topology, begins, ranks_per_node):
+            return Agreement(unsupported or f"{spans_hosts}, and {text}", None)
+        found = dataclasses.replace(topology, num_nodes=topology.num_ranks // ranks_per_node)
+    elif not spans_hosts:
+        return Agreement(unsupported or topology.uneven_nodes(), ranks_per_node)
+    if topology.platform == "cuda" and isinstance(config, CommunicatorConfig) and not unsupported:
+        reason = findings.get("node between hosts") or _why_not_between_hosts(exchange, found, config)
+        return Agreement(f"{spans_hosts}, and {reason}" if reason else "", ranks_per_node, not reason)
+    if found is topology or topology.platform == "cuda":
+        return Agreement(unsupported or spans_hosts, ranks_per_node)
     if all(found.uses_puts(group) for group in range(len(found.groups))):
-        return findings.get("unsupported") or found.uneven_nodes(), ranks_per_node
-    # On CPU the devices of a process alternate with others', and no rank has neighbours on its host.
-    is_cpu = topology.platform == "cpu"
-    reason = findings.get("unsupported") or findings["group between hosts"]
-    return reason, None if is_cpu else ranks_per_node
+        return Agreement(unsupported or found.uneven_nodes(), ranks_per_node)
+    # The devices of a process alternate with others', and no rank has neighbours on its host.
+    return Agreement(unsupported or spans_hosts, None)
 
 
 def compare_hosts(
@@ -123,11 +141,18 @@ def compare_hosts(
     """
     here = exchange.process
     neighbours = topology.neighbours_of(here) if finds_nodes else {}
-    others = {*topology.leaders_of(here).values(), *neighbours.values()} - {here}
+    # Where GPUs of a group are on several hosts, each of its nodes must be on one.
+    declared_on_gpus = topology.num_nodes > 1 and topology.platform == "cuda"
+    nodes = dataclasses.replace(topology, between_hosts=declared_on_gpus)
+    leaders = {*topology.leaders_of(here).values(), *nodes.leaders_of(here).values()}
+    others = (leaders | {*neighbours.values()}) - {here}
     hosts = exchange.read("host", others) | {here: host}
     if spanning := topology.group_between_hosts(here, hosts):
         group, text = spanning
         summary.add("group between hosts", [group, here], text)
+    if nodes.between_hosts and (spanning := nodes.group_between_hosts(here, hosts)):
+        text = f"a node of {topology.ranks_per_node} ranks (ranks_per_node) is on several hosts: leave it out"
+        summary.add("node between hosts", [spanning[0], here], text)
     begins = {rank for (_, rank), before in neighbours.items() if hosts[before] != host}
     for rank in sorted(begins)[:1]:
         summary.add("first node ends", [rank], str(rank))
@@ -149,6 +174,26 @@ def _uneven_hosts(exchange: Exchange, topology: Topology, begins: set[int], rank
         )
         summary.add("uneven hosts", [rank], text)
     return exchange.agree("nodes", summary).get("uneven hosts", "")
+
+
+def _why_not_between_hosts(exchange: Exchange, found: Topology, config: CommunicatorConfig) -> str:
+    """Return why GPU groups of several hosts cannot have native ops, or an empty string."""
+    summary = Summary()
+    reason = "" if config.implementation == "xla" else nvshmem.unsupported_reason(found, exchange.process)
+    if config.mode == "low_latency":
+        reason = _of_one_node(found.num_nodes)
+    if config.implementation == "auto" and not reason:
+        reason = 'NVSHMEM has not been tested on GPUs yet: implementation="native" takes it there'
+    if reason:
+        summary.add("unsupported", [exchange.process], reason)
+    return exchange.agree("hosts", summary).get("unsupported", "")
+
+
+def _of_one_node(num_nodes: int) -> str:
+    return (
+        f'mode: expected "auto" or "throughput" for groups of {num_nodes} nodes on GPUs, got "low_latency"; '
+        "leave it out"
+    )
 
 
 def choose(config: CommunicatorConfig, unsupported_reason: str, exchange: Exchange) -> Backend:
@@ -198,10 +243,7 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
 
 def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
     if config.topology.num_nodes > 1 and config.mode == "low_latency":
-        return (
-            f'mode: expected "auto" or "throughput" for groups of {config.topology.num_nodes} nodes on GPUs, '
-            'got "low_latency"; leave it out'
-        )
+        return _of_one_node(config.topology.num_nodes)
     module = native_module.load("cuda")
     for device in config.topology.local_devices(jax.process_index()):
         limit = (device.memory_stats() or {}).get("bytes_limit")

@@ -1,7 +1,6 @@
 """The communicator: an expert-parallel group and its resources, made once, outside of jit."""
 
 import contextlib
-import dataclasses
 import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
@@ -22,7 +21,7 @@ from jax_deepep.communicator.config import (
     config_or_error,
     groups_of,
 )
-from jax_deepep.communicator.native import CudaHalf
+from jax_deepep.communicator.cuda_half import CudaHalf
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.topology import Topology
 from jax_deepep.cpu_threads import warn_of_too_few_threads
@@ -83,7 +82,8 @@ class Communicator:
         hidden_size: H, elements of a row.
         implementation: "native" for CUDA or CPU kernels, "xla" for JAX collectives, which run on every
             platform; "auto" is native where the platform supports it and, on GPUs, every group is inside
-            one host, however many hosts the mesh has. The attribute holds the choice.
+            one host, however many hosts the mesh has. The attribute holds the choice. Groups of GPUs that
+            span hosts are native on request, by NVSHMEM, with one process per GPU.
         mode: "low_latency" for decoding: one message per op and peer, into memory of the communicator that on
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
             float16, narrow integers); "throughput" for everything else. "auto" chooses for every dispatch
@@ -96,8 +96,7 @@ class Communicator:
         ranks_per_node: consecutive ranks of a group on one node, a divisor of R; None = the consecutive ranks
             of a host, where all hosts have as many, else R. A row goes to another node once, and `combine`
             adds up the sums of a node before they leave it, rounded once: its bits depend on this number.
-            The attribute holds the choice. On CPU other nodes are reached by TCP; on GPUs groups that span
-            hosts are "xla".
+            The attribute holds the choice. On CPU other nodes are reached by TCP.
 
     `config` keeps the arguments as given.
 
@@ -144,14 +143,14 @@ class Communicator:
                 stacklevel=3,
             )
         with begin_exchange(topology, self.timeout_s) as exchange:
-            unsupported_reason, ranks_per_node = agree(exchange, topology, arguments, config)
+            agreement = agree(exchange, topology, arguments, config)
             # Not earlier: if only one process raised, the others would wait for it.
             if isinstance(config, Exception):
                 raise config
-            chosen = dataclasses.replace(config, ranks_per_node=ranks_per_node)
-            backend = choose(chosen, unsupported_reason, exchange)
-        for argument in dataclasses.fields(config):  # integers of any type are ints there
-            self._set(argument.name, getattr(config, argument.name))
+            chosen = config.on_nodes(agreement.ranks_per_node, agreement.between_hosts)
+            backend = choose(chosen, agreement.unsupported_reason, exchange)
+        for name in arguments:  # integers of any type are ints there
+            self._set(name, getattr(config, name))
         self._set("config", config)
         self._set("topology", chosen.topology)
         self._set("ranks_per_node", chosen.topology.ranks_per_node)

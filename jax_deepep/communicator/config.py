@@ -1,5 +1,6 @@
 """The checked arguments of a communicator, and what follows from them alone."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -55,6 +56,7 @@ class CommunicatorConfig:
     num_sms: int | None
     timeout_s: float
     ranks_per_node: int | None
+    _between_hosts: bool = dataclasses.field(init=False, default=False)
 
     def __post_init__(self) -> None:
         check_mesh(self.mesh)
@@ -101,6 +103,12 @@ class CommunicatorConfig:
                 f"{self.ranks_per_node}; leave it out, and nodes are the hosts."
             )
 
+    def on_nodes(self, ranks_per_node: int | None, between_hosts: bool) -> "CommunicatorConfig":
+        """Return the same with the nodes that the processes have agreed on, see `Topology`."""
+        chosen = dataclasses.replace(self, ranks_per_node=ranks_per_node)
+        object.__setattr__(chosen, "_between_hosts", between_hosts)
+        return chosen
+
     @property
     def axis_names(self) -> tuple[str, ...]:
         """The expert-parallel axes as a tuple, outermost first."""
@@ -137,7 +145,8 @@ class CommunicatorConfig:
     @functools.cached_property
     def topology(self) -> Topology:
         """The groups of the mesh, and their nodes."""
-        return Topology.of(self.mesh, self.axis_names, self.ranks_per_node)
+        topology = Topology.of(self.mesh, self.axis_names, self.ranks_per_node)
+        return dataclasses.replace(topology, between_hosts=self._between_hosts)
 
     @functools.cached_property
     def fingerprint(self) -> int:

@@ -85,7 +85,7 @@ class CudaCommunicator(NativeCommunicator, Protocol):
 
     def attach_peer(self, process: int, exports: Sequence[Export]) -> None: ...
 
-    def start(self, ranks_per_gpu: Sequence[int]) -> None: ...
+    def start(self, ranks_per_gpu: Sequence[int], processes: Sequence[int]) -> None: ...
 
 
 class NativeModule(Protocol):
@@ -156,6 +156,15 @@ class CudaModule(NativeModule, Protocol):
         limit_bytes: int,
         window: tuple[int, int],
     ) -> str: ...
+
+    def load_remote_library(self, path: str) -> None:
+        """Load what carries puts between hosts."""
+
+    def make_remote_id(self) -> bytes:
+        """Make what all processes pass to `connect_processes`, in one of them."""
+
+    def connect_processes(self, id: bytes, process: int, num_processes: int, device: int) -> None:
+        """Connect all processes, of which this one has an index and a GPU: collective and unbounded."""
 
     @property
     def launch_op(self) -> Any:

@@ -22,11 +22,13 @@ class Topology:
             expert-parallel axes is a group, and a device's rank is its column.
         axis_names: the expert-parallel axes, outermost first.
         num_nodes: nodes of a group, each of as many consecutive ranks.
+        between_hosts: GPUs: whether nodes are on different hosts, where no memory can be mapped.
     """
 
     groups: np.ndarray
     axis_names: tuple[str, ...]
     num_nodes: int = 1
+    between_hosts: bool = False
 
     @classmethod
     def of(cls, mesh: Mesh, axis_names: Sequence[str], ranks_per_node: int | None = None) -> "Topology":
@@ -103,10 +105,10 @@ class Topology:
     def uses_puts(self, group: int) -> bool:
         """Return whether rows go between the nodes of a group by puts: each process is on one node of it.
 
-        Otherwise all of its processes share memory, and nodes only determine how sums are rounded. Only CPUs
-        have puts.
+        Otherwise all of its processes share memory. Then nodes of CPUs only determine how sums are rounded,
+        and those of GPUs put to memory that is mapped.
         """
-        if self.num_nodes == 1 or self.platform != "cpu":
+        if self.num_nodes == 1 or not (self.platform == "cpu" or self.between_hosts):
             return False
         of_nodes = {(self.node_of(rank), p) for rank, p in enumerate(self.process_of[group].tolist())}
         processes = {process for _, process in of_nodes}

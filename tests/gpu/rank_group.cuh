@@ -21,9 +21,11 @@
 #include "cuda/low_latency/window.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
+#include "cuda/remote_transport.h"
 #include "interface/op_signature.h"
 #include "rank_arrays.cuh"
 #include "routing/group_rows.h"
+#include "simulated_network.h"
 
 namespace jax_deepep {
 namespace {
@@ -62,7 +64,7 @@ class Group {
     // Rows of float32 as well.
     const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 48)};
     const WindowLayout window(shape, size);
-    const StagingLayout staging(shape);
+    const StagingLayout staging(shape, kPutsAreAsynchronous);
     const int64_t control_bytes =
         shape.num_nodes() > 1 ? static_cast<int64_t>(ControlBytes(shape)) + staging.bytes(shape)
                               : window.offset + window.bytes();
@@ -73,13 +75,15 @@ class Group {
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       OnDeviceOf(rank);
       if (device_each || rank == 0) {
-        for (auto* load : {LoadRankKernels, KernelsOf(Mode::kThroughput, shape).load,
-                           KernelsOf(Mode::kLowLatency, shape).load}) {
+        for (auto* load :
+             {LoadRankKernels, MappedTransport().load, KernelsOf(Mode::kThroughput, shape).load,
+              KernelsOf(Mode::kLowLatency, shape).load}) {
           const char* error = load(facts_.shared_bytes);
           Check(error == nullptr, std::string("kernels load: ") + (error ? error : ""));
         }
       }
       controls_.push_back(std::make_unique<Array>(control_bytes));
+      network_.Register(rank, controls_.back()->device<char>(), control_bytes);
       CheckCuda(cudaMemset(controls_.back()->device<void>(), 0, control_bytes), "cudaMemset");
       operands_.push_back(std::make_unique<Array>(4));
       *operands_.back()->host<int32_t>() = rank;
@@ -92,6 +96,7 @@ class Group {
                 "host");
       *statuses_.back() = HostStatus{};
     }
+    RemoteRoute route = {};  // as PutFlag of NVSHMEM takes it, where that is simulated
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       OpFrame frame;
       frame.shape = shape;
@@ -104,8 +109,16 @@ class Group {
       for (int peer = 0; peer < shape.num_ranks; ++peer) {
         const bool of_node = frame.NodeOf(peer) == frame.NodeOf(rank);
         if (!of_node && frame.RankOnNode(frame.NodeOf(peer)) != peer) continue;
-        frame.control[peer] = controls_[peer]->device<DeviceControl>();
+        route.processes[frame.NodeOf(peer)] = peer;
+        if (of_node || !kPutsAreAsynchronous) {
+          frame.control[peer] = controls_[peer]->device<DeviceControl>();
+        }
       }
+      route.processes[frame.NodeOf(rank)] = rank;
+      route.memory = controls_[rank]->device<char>();
+      CheckCuda(
+          cudaMemcpy(&frame.control[rank]->route, &route, sizeof(route), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
       frames_.push_back(frame);
     }
     // Loaded here: a kernel that is loaded while ranks wait for each other may wait for them.
@@ -136,7 +149,8 @@ class Group {
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void Abort(int rank) {
-    const char* error = LaunchAbort(frames_[rank], Failure::kNotLaunched, streams_[rank]);
+    const auto abort = frames_[rank].shape.num_nodes() > 1 ? MappedTransport().abort : &LaunchAbort;
+    const char* error = abort(frames_[rank], Failure::kNotLaunched, streams_[rank]);
     Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
   }
   void DelayRank(int rank, uint64_t nanoseconds) {
@@ -184,6 +198,7 @@ class Group {
   bool device_each_;
   uint64_t num_launches_ = 0;
   DeviceFacts facts_;
+  SimulatedNetwork network_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
   std::vector<cudaStream_t> streams_;
   std::vector<HostStatus*> statuses_;

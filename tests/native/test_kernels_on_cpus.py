@@ -1,6 +1,7 @@
 """Runs the CUDA kernels with several ranks where there is no GPU: see cuda_on_cpu/block_threads.h.
 
-The same program as tests/gpu/test_cuda_ranks.py, and the same bits: those of the ops on CPU.
+The same program as tests/gpu/test_cuda_ranks.py, and the same bits: those of the ops on CPU. Between nodes
+puts go over a simulated NVSHMEM, which carries them out late; nightly also over mapped memory.
 """
 
 import pathlib
@@ -17,6 +18,7 @@ HOST_CODE = (
     "xla_ffi/cpu/*.cc",
     "xla_ffi/cuda/block_count.cc",
     "xla_ffi/cuda/kernels.cc",
+    "xla_ffi/cuda/internode/*.cc",
     "xla_ffi/transport/*_memory.cc",
 )
 # Shared memory of blocks is thread_local, without code that initialises it.
@@ -34,17 +36,24 @@ def run(command: list[str], timeout: float) -> str:
     return ran.stdout
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> str:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("-DJAX_DEEPEP_NVSHMEM", id="nvshmem"),
+        pytest.param("-UJAX_DEEPEP_NVSHMEM", id="mapped", marks=pytest.mark.nightly),
+    ],
+)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("kernels")
+    flags = (*FLAGS, request.param, *INCLUDES)
     objects = []
     for source in files(KERNELS):
         objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
         as_cpp = ["-include", str(SHIM / "shared_memory.h"), "-x", "c++", "-c", str(source)]
-        run(["g++", *FLAGS, *INCLUDES, *as_cpp, "-o", objects[-1]], timeout=280)
+        run(["g++", *flags, *as_cpp, "-o", objects[-1]], timeout=280)
     path = str(folder / "cuda_ranks")
     sources = map(str, files(HOST_CODE))
-    run(["g++", *FLAGS, *INCLUDES, *sources, *objects, "-ldl", "-o", path], timeout=280)
+    run(["g++", *flags, *sources, *objects, "-ldl", "-o", path], timeout=280)
     return path
 
 

@@ -10,6 +10,10 @@ With `returns`, as combine: a rank also puts sums of what it has read in its nod
 Why staging needs no banks: a rank puts data of op n after `left` of op n - 1 of the rank that has staging.
 That one stores it at the end of a successful op, when all readers of its staging have left.
 
+Over a network, puts are *asynchronous*: what they send is read after they return, up to when the peer has it.
+So a rank puts from memory of its communicator (a copy of what XLA will reuse, and what it publishes), and
+waits for `left` of the op before ahead of its first write there.
+
 The promises are those of protocol_throughput.py, and for staging the stronger one: *whether or not* the op
 succeeds, all that is loaded from it is of the current op. A rank that returns sums checks for failed peers
 first: otherwise an op of the other node could succeed with sums of memory that XLA has reused.
@@ -29,7 +33,10 @@ from protocol_throughput import (
     compare_ops,
     flags_of_peers,
     go_on_unless_stopped,
+    leave,
     load_late,
+    push_counts,
+    signal_arrival,
     signal_leaving,
     succeed_or_fail,
     wait_for_arrivals,
@@ -41,6 +48,10 @@ from protocol_world import Violation, World
 
 def flags_of_other_nodes(world: World, rank: int, flag: Callable[[int, int], int]) -> dict[int, int]:
     return {peer: flag(rank, peer) for peer in world.of_other_nodes(rank)}
+
+
+# What a rank puts to other nodes: indices of World.at.source.
+ROWS, COUNTS, PUBLISHED, SUMS = range(4)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class Internode:
         checks_sums: a rank that returns sums checks for failed peers first.
         bounded: a wait for another node ends after timeout_s.
         leaves_early: `left` is put to other nodes before the ranks of the own node have left.
+        asynchronous: puts are, see above.
+        waits_first: `left` of the op before is awaited first, where puts are asynchronous.
+        copies: what XLA will reuse is copied, where puts are asynchronous.
     """
 
     returns: bool = False
@@ -64,6 +78,19 @@ class Internode:
     checks_sums: bool = True
     bounded: bool = True
     leaves_early: bool = False
+    asynchronous: bool = False
+    waits_first: bool = True
+    copies: bool = True
+
+    # --- Inside the node, as in protocol_throughput.py.
+
+    def push_counts(self, world: World, rank: int) -> Iterator[World]:
+        world.seen[world.at.source(rank, COUNTS)] = world.ranks[rank].op
+        yield from push_counts(world, rank)
+
+    def signal_arrival(self, world: World, rank: int) -> Iterator[World]:
+        world.seen[world.at.source(rank, PUBLISHED)] = world.ranks[rank].op
+        yield from signal_arrival(world, rank)
 
     # --- Between nodes.
 
@@ -75,16 +102,16 @@ class Internode:
         yield from wait_for_flags(world, rank, flags, world.ranks[rank].op - 1)
 
     def put(self, world: World, rank: int) -> Iterator[World]:
-        op = world.ranks[rank].op
+        world.seen[world.at.source(rank, ROWS)] = world.ranks[rank].op
         for peer in world.of_other_nodes(rank):
-            world.store(rank, world.at.staging(peer, rank), op)
-            world.store(rank, world.at.counts(peer, rank), op)
+            self._put(world, rank, world.at.staging(peer, rank), ROWS)
+            self._put(world, rank, world.at.counts(peer, rank), COUNTS)
         yield world
 
     def put_flags(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
         for peer in world.of_other_nodes(rank):
-            world.store(rank, world.at.published(peer, rank), op)
+            self._put(world, rank, world.at.published(peer, rank), PUBLISHED)
             world.store(rank, world.at.arrived(peer, rank), op, release=self.releases)
         yield world
 
@@ -124,8 +151,9 @@ class Internode:
 
     def return_sums(self, world: World, rank: int) -> Iterator[World]:
         me = world.ranks[rank]
+        world.seen[world.at.source(rank, SUMS)] = 2 * me.op + me.wrong
         for peer in world.of_other_nodes(rank):
-            world.store(rank, world.at.sums(peer, rank), 2 * me.op + me.wrong)
+            self._put(world, rank, world.at.sums(peer, rank), SUMS)
         yield world
 
     def check_sums(self, world: World, rank: int) -> Iterator[World]:
@@ -166,7 +194,19 @@ class Internode:
         for peer in world.of_other_nodes(rank):
             world.store(rank, world.at.left(peer, rank), world.ranks[rank].op, release=self.releases)
 
+    def leave(self, world: World, rank: int) -> Iterator[World]:
+        if self.asynchronous and not self.copies:  # XLA reuses what the puts still read
+            world.seen[world.at.source(rank, ROWS)] = 0
+        yield from leave(world, rank)
+
     # --- Helpers.
+
+    def _put(self, world: World, rank: int, word: int, source: int) -> None:
+        at = world.at.source(rank, source)
+        if self.asynchronous:
+            world.put(rank, word, at)
+        else:
+            world.store(rank, word, world.seen[at])
 
     def _sources(self, world: World, rank: int) -> Iterator[tuple[int, int]]:
         """Each rank of another node, with the rank of this node that has its index."""
@@ -191,6 +231,7 @@ class Internode:
                 world.change(rank, wrong=True)
 
     def protocol(self) -> Protocol:
+        waits_first = self.asynchronous and self.waits_first
         sums = [
             Step("Return sums", self.return_sums, LOCAL),
             Step("Return: IsLastBlock", fence, LOCAL),
@@ -215,8 +256,12 @@ class Internode:
             *(sums if self.returns else []),
             *FINISH_STEPS,
         ]
-        return (
+        protocol = (
             Protocol(steps)
+            .replaced("Push counts", self.push_counts)
+            .replaced("Publish: StoreReleaseSystem(arrived)", self.signal_arrival)
             .replaced("Finish: StoreReleaseSystem(left)", self.signal_leaving)
             .replaced("Finish: succeed or fail", self.succeed_or_fail)
+            .replaced("Leave", self.leave)
         )
+        return protocol.moved("WaitUntilFree", after="Begin") if waits_first else protocol

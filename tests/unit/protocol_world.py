@@ -6,6 +6,8 @@ A store waits in its rank's queue until it is seen. Any may be the next, except 
 * a release store is seen after all loads and stores before it;
 * stores after a fence are seen after all loads and stores before the fence.
 
+The value of a put is that of its source when the put is seen: a network reads what it sends late.
+
 Neither a release nor a fence makes anything visible at once: nothing here is sequentially consistent. An
 acquire load is ordered before later loads, not after earlier ones. Every word has one home, so that all its
 readers agree.
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 
 BEGIN, END = 0, 1 << 20  # indices in the list of steps
 
-Item = tuple[int, int, bool]  # a store in a queue: word, value, whether it is a release
+Item = tuple[int, int, bool]  # a store in a queue: word, value (or -1 - source), whether it is a release
 FENCE: Item = (-1, 0, False)
 LOADS: Item = (-2, 0, False)  # of peers' words, in flight
 
@@ -93,6 +95,10 @@ class Words:
 
     def returned(self, home: int, writer: int) -> int:
         return self._at(11, home, writer)
+
+    def source(self, rank: int, index: int) -> int:
+        """Memory of the rank from which it puts, in its order."""
+        return self._at(12 + index, rank, 0)
 
     def operand(self, rank: int) -> int:
         """2 n: of op n; 2 n + 1: reused after it. In XLA's memory; peers only load it."""
@@ -193,6 +199,10 @@ class World:
     def store(self, rank: int, word: int, value: int, *, release: bool = False) -> None:
         self.queues[rank] += ((word, value, release),)
 
+    def put(self, rank: int, word: int, source: int) -> None:
+        """Store what the word `source` of the rank's own memory has when this is seen."""
+        self.queues[rank] += ((word, -1 - source, False),)
+
     def fence(self, rank: int) -> None:
         if self.queues[rank] and self.queues[rank][-1] != FENCE:
             self.queues[rank] += (FENCE,)
@@ -233,7 +243,7 @@ class World:
                 if kept and kept[-1] != FENCE:
                     kept.append(item)
             elif item != LOADS and (i < bound or i in needed):
-                self.seen[item[0]] = item[1]
+                self.seen[item[0]] = item[1] if item[1] >= 0 else self.seen[-1 - item[1]]
             else:
                 kept.append(item)
         self.queues[rank] = tuple(kept)

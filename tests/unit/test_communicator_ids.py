@@ -7,7 +7,7 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep.communicator import native, native_module
+from jax_deepep.communicator import native_half, native_module
 
 SIZES = {"num_experts": 8, "num_experts_per_tok": 3, "max_tokens": 6, "hidden_size": 8}
 NUM_THREADS, NUM_MADE = 4, 12
@@ -42,7 +42,7 @@ def test_threads_that_make_communicators_get_different_ids(
 
 def test_the_registry_rejects_a_used_id() -> None:
     comm = ep.Communicator(mesh_named("one device"), **SIZES, implementation="native")
-    again = native.arguments_of(comm.config, comm.id)
+    again = native_half.arguments_of(comm.config, comm.id)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"#{again['id']}: expected an id that is new"):
             native_module.load("cpu").Communicator(**again)

@@ -8,6 +8,7 @@ from protocol_search import Protocol, find_violation
 
 DISPATCH = Internode().protocol()
 COMBINE = Internode(returns=True).protocol()
+OVER_A_NETWORK = Internode(returns=True, asynchronous=True).protocol()
 
 
 class Run(NamedTuple):
@@ -41,14 +42,17 @@ def search(protocol: Protocol, run: Run) -> tuple[str | None, list[str], int]:
     )
 
 
-@pytest.mark.parametrize("verb", ["dispatch", "combine"])
+PROTOCOLS = {"dispatch": DISPATCH, "combine": COMBINE, "combine over a network": OVER_A_NETWORK}
+
+
+@pytest.mark.parametrize("verb", PROTOCOLS)
 @pytest.mark.parametrize(
     "run",
     [*RUNS, *(pytest.param(run, marks=pytest.mark.nightly) for run in NIGHTLY)],
     ids=lambda run: "-".join(map(str, run)),
 )
 def test_promises_are_kept(run: Run, verb: str) -> None:
-    broken_promise, steps, num_states = search(DISPATCH if verb == "dispatch" else COMBINE, run)
+    broken_promise, steps, num_states = search(PROTOCOLS[verb], run)
     assert broken_promise is None, "\n".join(steps)
     assert num_states > 100 * run.num_nodes * run.ranks_per_node
 
@@ -78,6 +82,12 @@ MUTATIONS = {
     "waits for other nodes are unbounded": (Internode(bounded=False).protocol(), Run(2, 1, 1), "progress"),
     "sums are returned without a check for failed peers": (
         Internode(returns=True, checks_sums=False).protocol(), Run(2, 2, 1, failing=(0,)), "data"
+    ),
+    "puts read memory that the next op has written": (
+        Internode(asynchronous=True, waits_first=False).protocol(), Run(2, 1, 2), "addresses"
+    ),
+    "puts read memory that XLA has reused": (
+        Internode(asynchronous=True, copies=False).protocol(), Run(2, 1, 1), "addresses"
     ),
     "sums are returned without a fence before that check": (
         COMBINE.moved("Last loads", after="Return: Stopped").moved("Return sums", after="Last loads"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from meshes import mesh_named
 
 import jax_deepep as ep
-from jax_deepep.communicator import backend, native, native_module
+from jax_deepep.communicator import backend, cuda_half, native, native_module
 from jax_deepep.communicator.native_types import CpuCommunicator
 from jax_deepep.communicator.process_exchange import Summary
 
@@ -105,6 +106,7 @@ class Exchange:
     """One that fails in a named phase. The other process, number 1, offers the same as this one."""
 
     process = 0
+    processes = (0, 1)
     id = 7
 
     def __init__(self, fails_at: str = "") -> None:
@@ -150,7 +152,8 @@ class NativeOnGpu:
         if self.fails:
             raise RuntimeError(f"process {process} cannot be mapped")
 
-    def start(self, ranks_per_gpu: list[int]) -> None:
+    def start(self, ranks_per_gpu: list[int], processes: Sequence[int]) -> None:
+        assert processes == Exchange.processes
         self.ranks_per_gpu = ranks_per_gpu
 
 
@@ -162,11 +165,12 @@ def is_open(descriptor: int) -> bool:
     return True
 
 
-class HalfOnGpu(native.CudaHalf):
+class HalfOnGpu(cuda_half.CudaHalf):
     """With a mock of the native communicator."""
 
     def __init__(self, config: Any, id: int) -> None:
         self.native = config.stand_in
+        self._between_hosts = False
 
 
 @pytest.fixture
@@ -199,9 +203,9 @@ def test_ranks_on_a_gpu_are_counted_by_host_and_address(
     """Those of the whole mesh on this host, in any group; on another host the same address is another GPU."""
     on_gpu = on_gpus.stand_in
     on_gpu.fails = False
-    names = [native.name_of_gpu(gpu) for gpu in ("00", "01")]
+    names = [cuda_half.name_of_gpu(gpu) for gpu in ("00", "01")]
     monkeypatch.setenv("JAX_DEEPEP_HOST_ID", "another host")
-    elsewhere = [native.name_of_gpu(gpu) for gpu in ("00", "01")]
+    elsewhere = [cuda_half.name_of_gpu(gpu) for gpu in ("00", "01")]
     monkeypatch.delenv("JAX_DEEPEP_HOST_ID")
     exchange = Exchange()
     exchange.of_others = {names[1]: [1, 2], elsewhere[0]: [5]}

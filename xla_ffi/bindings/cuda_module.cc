@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -16,9 +17,11 @@
 #include "bindings/module_tables.h"
 #include "bindings/op_launcher.h"
 #include "cuda/communicator.h"
+#include "cuda/remote_library.h"
 #include "handlers/call_site.h"
 #include "handlers/registry.h"
 #include "source_digest.h"
+#include "transport/cuda_driver.h"
 
 namespace jax_deepep {
 namespace {
@@ -54,14 +57,16 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint,
                                        int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
                                        int32_t ranks_per_node, double timeout_s,
                                        const std::vector<DeviceTuple>& devices, int num_sms,
-                                       const WindowTuple& window) {
+                                       const WindowTuple& window, bool between_hosts) {
+  const RemoteTransport* remote = between_hosts ? RemoteLibrary() : &MappedTransport();
+  if (remote == nullptr) throw std::runtime_error("load_remote_library has not been called");
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
   std::shared_ptr<CudaCommunicator> comm(
       new CudaCommunicator(
           MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups, num_experts,
                      num_topk, max_tokens, hidden_size, ranks_per_node, timeout_s),
-          WindowSize{window.first, window.second}, local_devices, num_sms),
+          WindowSize{window.first, window.second}, local_devices, num_sms, *remote),
       &Destroy);
   Register(comm);
   return comm;
@@ -98,6 +103,31 @@ void AttachPeer(CudaCommunicator& comm, int process, const std::vector<ExportTup
   comm.AttachPeer(process, memories);
 }
 
+void Check(const std::string& error) {
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+RemoteProcess& ProcessOfRemoteLibrary() {
+  if (RemoteLibrary() == nullptr) throw std::runtime_error("load_remote_library was not called");
+  return *RemoteLibrary()->process();
+}
+
+nb::bytes MakeRemoteId() {
+  std::string id;
+  {
+    nb::gil_scoped_release release;
+    Check(ProcessOfRemoteLibrary().MakeId(&id));
+  }
+  return nb::bytes(id.data(), id.size());
+}
+
+void ConnectProcesses(const nb::bytes& id, int process, int num_processes, int device) {
+  const std::string text(id.c_str(), id.size());
+  nb::gil_scoped_release release;
+  OnDevice current(device);
+  Check(ProcessOfRemoteLibrary().Init(text, process, num_processes));
+}
+
 // Seconds and SMs of the last op of each rank.
 std::vector<std::pair<double, int>> LastOps(const CudaCommunicator& comm) {
   std::vector<std::pair<double, int>> ops;
@@ -122,15 +152,23 @@ NB_MODULE(_cuda, module) {
   module.def("unsupported_reason", &UnsupportedReason, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),
              nb::arg("window"), WithoutGil());
+  module.def(
+      "load_remote_library",
+      [](const std::string& path) { Check(LoadRemoteLibrary(path, JAX_DEEPEP_SOURCE_DIGEST)); },
+      nb::arg("path"), WithoutGil());
+  module.def("make_remote_id", &MakeRemoteId);
+  module.def("connect_processes", &ConnectProcesses, nb::arg("id"), nb::arg("process"),
+             nb::arg("num_processes"), nb::arg("device"));
   nb::class_<CudaCommunicator>(module, "Communicator")
       .def(nb::new_(&Make), nb::arg("id"), nb::arg("fingerprint"), nb::arg("locations"),
            nb::arg("process"), nb::arg("num_ranks"), nb::arg("num_groups"), nb::arg("num_experts"),
            nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("hidden_size"),
            nb::arg("ranks_per_node"), nb::arg("timeout_s"), nb::arg("devices"), nb::arg("num_sms"),
-           nb::arg("window"), WithoutGil())
+           nb::arg("window"), nb::arg("between_hosts"), WithoutGil())
       .def("exports", &Exports, WithoutGil())
       .def("attach_peer", &AttachPeer, nb::arg("process"), nb::arg("exports"), WithoutGil())
-      .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), WithoutGil())
+      .def("start", &CudaCommunicator::Start, nb::arg("ranks_per_gpu"), nb::arg("processes"),
+           WithoutGil())
       .def_prop_ro("most_blocks", &CudaCommunicator::most_blocks)
       .def_prop_ro("between_nodes", &CudaCommunicator::between_nodes)
       .def_prop_ro("last_ops", &LastOps, WithoutGil())

@@ -1,7 +1,5 @@
 #include "cuda/communicator.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -19,10 +17,6 @@ namespace {
 
 void Check(const std::string& error) {
   if (!error.empty()) throw std::runtime_error(error);
-}
-
-void Check(const char* error, const char* what) {
-  if (error != nullptr) throw std::runtime_error(std::string(what) + " failed: " + error);
 }
 
 void Check(cudaError_t error, const char* what) {
@@ -45,8 +39,9 @@ T ReadVolatile(const T& value) {
 }  // namespace
 
 CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& window,
-                                   const std::vector<LocalDevice>& devices, int num_sms)
-    : config_(std::move(config)), window_(window), requested_sms_(num_sms) {
+                                   const std::vector<LocalDevice>& devices, int num_sms,
+                                   const RemoteTransport& remote)
+    : config_(std::move(config)), window_(window), remote_(remote), requested_sms_(num_sms) {
   Check(UnsupportedReasonOfLimits(shape()));
   size_t next_device = 0;
   for (const Location& location : config_.locations) {
@@ -64,7 +59,7 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& 
     rank->facts.pool_bytes = rank->pool.bytes();
     int64_t bytes = static_cast<int64_t>(ControlBytes(shape()));
     for (const KernelSet* kernels : KernelsFor(shape(), window)) {
-      bytes += kernels->window_bytes(shape(), window);
+      bytes += Kernels(kernels->mode).window_bytes(shape(), window);
     }
     Check(rank->control.Create(device.ordinal, bytes));
     void* status = nullptr;
@@ -92,7 +87,6 @@ CudaCommunicator::~CudaCommunicator() {
   StopWatching(this);
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
-    if (rank->remote) rank->remote->Close();
     cudaStreamDestroy(rank->stream);
     for (int channel = 0; channel < kNumChannels; ++channel) {
       cudaStreamDestroy(rank->op_streams[channel]);
@@ -108,68 +102,15 @@ void CudaCommunicator::FreePinned::operator()(HostStatus* status) const {
   cudaFreeHost(status);
 }
 
-std::vector<ExportedMemory> CudaCommunicator::Exports() const {
-  std::vector<ExportedMemory> exports;
-  for (const auto& rank : ranks_) {
-    OnDevice current(rank->ordinal);
-    for (const DeviceMemory* memory : {&rank->control, &rank->pool}) {
-      exports.emplace_back();
-      const std::string error = memory->Export(&exports.back());
-      if (error.empty()) continue;
-      for (const ExportedMemory& exported : exports) {
-        if (exported.descriptor >= 0) close(exported.descriptor);
-      }
-      throw std::runtime_error(error);
-    }
-  }
-  return exports;
-}
-
-void CudaCommunicator::AttachPeer(int process, const std::vector<ExportedMemory>& memories) {
-  size_t next = 0;
-  for (const Location& location : config_.locations) {
-    if (location.process != process) continue;
-    const ExportedMemory& control = memories.at(next++);
-    const ExportedMemory& pool = memories.at(next++);
-    std::vector<int> readers;  // devices here of its node in its group
-    std::vector<int> writers;  // these, and those of other nodes that put to it
-    for (const auto& rank : ranks_) {
-      if (rank->location.group != location.group) continue;
-      const bool reads = IsOnNodeOf(location.rank, rank->location.rank);
-      if (reads) readers.push_back(rank->ordinal);
-      if (reads || HasIndexOf(location.rank, rank->location.rank)) writers.push_back(rank->ordinal);
-    }
-    if (writers.empty()) continue;
-    OnDevice current(writers.front());
-    auto peer = std::make_unique<Peer>();
-    std::string error = peer->control.Import(control, writers, /*writable=*/true);
-    if (error.empty() && !readers.empty()) peer->pool = ImportShared(pool, readers, &error);
-    if (!error.empty()) {
-      throw std::runtime_error("the memory of rank " + std::to_string(location.rank) +
-                               " (process " + std::to_string(process) +
-                               ") cannot be mapped here: " + error + "; " +
-                               WhyNoPeerAccess(pool.gpu, writers));
-    }
-    peers_[{location.group, location.rank}] = std::move(peer);
-  }
-}
-
-bool CudaCommunicator::IsOnNodeOf(int rank, int other) const {
-  return rank / shape().node_size() == other / shape().node_size();
-}
-
-bool CudaCommunicator::HasIndexOf(int rank, int other) const {
-  return rank % shape().node_size() == other % shape().node_size();
-}
-
-void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
+void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu,
+                             const std::vector<int>& processes) {
   size_t next_device = 0;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     OpFrame& frame = rank->frame;
     frame.shape = shape();
     frame.window = window_;
-    frame.staging = StagingLayout(shape());
+    frame.staging = StagingLayout(shape(), remote_.puts_are_asynchronous);
     frame.rank = rank->location.rank;
     frame.timeout_ns = static_cast<uint64_t>(config_.timeout_s * 1e9);
     void* status = nullptr;
@@ -181,7 +122,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
       frame.control[peer] = reinterpret_cast<DeviceControl*>(memory.control.data());
       frame.pool[peer] = memory.pool->data();
     }
-    if (shape().num_nodes() > 1) ConnectToOtherNodes(*rank);
+    if (has_several_nodes()) ConnectToOtherNodes(*rank, processes);
     rank->most_blocks = MostBlocks(Attribute(cudaDevAttrMultiProcessorCount, rank->ordinal),
                                    ranks_per_gpu.at(next_device++));
     if (requested_sms_ > 0) rank->most_blocks = std::min(rank->most_blocks, requested_sms_);
@@ -190,41 +131,11 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu) {
     frame.pool[frame.rank] = rank->facts.pool;
   }
   Load(LoadRankKernels);
-  for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(kernels->load);
+  if (has_several_nodes()) Load(remote_.load);
+  for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(Kernels(kernels->mode).load);
   TestPeers();
+  if (has_several_nodes()) TestNodes();
   WatchForFailure(this);
-}
-
-void CudaCommunicator::ConnectToOtherNodes(LocalRank& rank) const {
-  OpFrame& frame = rank.frame;
-  const int own_node = frame.NodeOf(frame.rank);
-  rank.remote = std::make_unique<MappedRemoteMemory>();
-  Check(rank.remote->Init(own_node, shape().num_nodes()));
-  Check(rank.remote->Register(rank.control.data(), rank.control.bytes()));
-  for (int node = 0; node < shape().num_nodes(); ++node) {
-    if (node == own_node) continue;
-    const int peer = frame.RankOnNode(node);
-    rank.remote->Attach(node, peers_.at({rank.location.group, peer})->control.data());
-    frame.control[peer] = reinterpret_cast<DeviceControl*>(rank.remote->FlagAddress(node));
-  }
-}
-
-// The driver may say that there is peer access where the machine does not support it (GPUs passed
-// through to a virtual machine): then words read back differently.
-void CudaCommunicator::TestPeers() const {
-  for (const auto& rank : ranks_) {
-    OnDevice current(rank->ordinal);
-    const auto word = static_cast<uint64_t>(config_.id + 1) << 32;
-    Check(LaunchTestPeers(rank->frame, word, rank->stream), "the test of peer access");
-    Check(cudaStreamSynchronize(rank->stream), "the test of peer access");
-    if (const uint32_t found = ReadVolatile(rank->status->unreachable); found != 0) {
-      throw std::runtime_error(
-          "peer access does not work: what rank " + std::to_string(rank->location.rank) +
-          " wrote to the memory of rank " + std::to_string(found - 1) +
-          " reads back differently, although the driver maps it; check the IOMMU and ACS settings "
-          "of the host, or of the virtual machine");
-    }
-  }
 }
 
 void CudaCommunicator::Load(const char* (*load)(int max_shared_bytes)) {

@@ -19,12 +19,12 @@
 #include "cuda/device_control.h"
 #include "cuda/kernels.h"
 #include "cuda/op_frame.h"
+#include "cuda/remote_transport.h"
 #include "cuda/unsupported_reason.h"
 #include "interface/communicator_config.h"
 #include "interface/op_signature.h"
 #include "interface/verb_traits.h"
 #include "transport/cuda_peer.h"
-#include "transport/remote_memory.h"
 
 namespace jax_deepep {
 
@@ -43,10 +43,12 @@ struct OpLaunch {
 class CudaCommunicator {
  public:
   // Ops may take low-latency mode if the window has tokens. `devices` are those of this process, in
-  // the order of config.locations. Then call AttachPeer for every process that shares a group with
-  // this one, itself included, and Start. Throws std::runtime_error.
+  // the order of config.locations. `remote` carries puts in groups of several nodes. Then call
+  // AttachPeer for every process that shares memory with this one, itself included, and Start.
+  // Throws std::runtime_error.
   CudaCommunicator(CommunicatorConfig config, const WindowSize& window,
-                   const std::vector<LocalDevice>& devices, int num_sms);
+                   const std::vector<LocalDevice>& devices, int num_sms,
+                   const RemoteTransport& remote = MappedTransport());
   ~CudaCommunicator();
 
   // For each device of this process in order: its control block, then XLA's pool. The caller
@@ -57,8 +59,9 @@ class CudaCommunicator {
   void AttachPeer(int process, const std::vector<ExportedMemory>& memories);
 
   // Set up the frames of kernels and load them. `ranks_per_gpu` has, for each device of this
-  // process in order, how many ranks of the whole mesh are on it. Throws std::runtime_error.
-  void Start(const std::vector<int>& ranks_per_gpu);
+  // process in order, how many ranks of the whole mesh are on it; `processes` are those of the mesh
+  // in ascending order. Collective between nodes. Throws std::runtime_error.
+  void Start(const std::vector<int>& ranks_per_gpu, const std::vector<int>& processes);
 
   const CommunicatorConfig& config() const { return config_; }
   const GroupShape& shape() const { return config_.shape; }
@@ -68,7 +71,7 @@ class CudaCommunicator {
   // Enqueue a rank's part of an op. Returns an error, of which peers are notified, or empty.
   template <typename Params>
   std::string Launch(Params params, Mode mode, const OpLaunch& launch) {
-    const KernelSet& kernels = KernelsOf(mode, shape());
+    const KernelSet& kernels = Kernels(mode);
     std::vector<PeerArray> read_by_peers;
     if (kernels.reads_peers) read_by_peers = VerbTraits<Params>::ReadByPeers(shape(), &params);
     OpSignature op = SignatureOf(params, launch.call);
@@ -148,7 +151,7 @@ class CudaCommunicator {
     DeviceFacts facts;
     DeviceMemory control;
     DeviceMemory pool;
-    std::unique_ptr<MappedRemoteMemory> remote;  // null on one node
+    std::unique_ptr<RemoteMemory> remote;  // null on one node
     std::unique_ptr<HostStatus, FreePinned> status;
     OpFrame frame;                  // without what an op adds
     int most_blocks = 1;            // of an op; num_sms if given
@@ -168,10 +171,19 @@ class CudaCommunicator {
   };
 
   LocalRank* RankOn(int64_t device) const;
-  void ConnectToOtherNodes(LocalRank& rank) const;
+  bool has_several_nodes() const { return shape().num_nodes() > 1; }
+  bool maps_other_nodes() const { return &remote_ == &MappedTransport(); }
+  const KernelSet& Kernels(Mode mode) const {
+    return has_several_nodes() ? *remote_.kernels(mode) : KernelsOf(mode, shape());
+  }
+  void ConnectToOtherNodes(LocalRank& rank, const std::vector<int>& processes) const;
   // Ranks read each other's arrays on one node, and put to those of other nodes with their index.
-  bool IsOnNodeOf(int rank, int other) const;
-  bool HasIndexOf(int rank, int other) const;
+  bool IsOnNodeOf(int rank, int other) const {
+    return shape().NodeOf(rank) == shape().NodeOf(other);
+  }
+  bool HasIndexOf(int rank, int other) const {
+    return shape().RankOnNode(rank, shape().NodeOf(other)) == other;
+  }
   int NumBlocks(const LocalRank& rank, const KernelSet& kernels, const OpBytes& bytes,
                 const OpLaunch& launch) const;
   static bool AreInPool(const LocalRank& rank, const std::vector<PeerArray>& read_by_peers);
@@ -180,6 +192,7 @@ class CudaCommunicator {
   OpFrame FrameOf(const LocalRank& rank, const OpSignature& op, const OpLaunch& launch);
   void Abort(const LocalRank& rank, Failure failure, const OpSignature& op, const OpLaunch& launch);
   void TestPeers() const;
+  void TestNodes() const;
   // Mark the communicator as broken on the devices of this process. False if that failed.
   bool MarkBroken(Failure failure);
   // The first rank of this process whose device has reported a failure, or null.
@@ -187,6 +200,7 @@ class CudaCommunicator {
 
   const CommunicatorConfig config_;
   const WindowSize window_;
+  const RemoteTransport& remote_;
   const int requested_sms_;
   std::vector<std::unique_ptr<LocalRank>> ranks_;
   std::map<std::pair<int, int>, std::unique_ptr<Peer>> peers_;  // by group and rank

@@ -110,6 +110,12 @@ struct Channel {
   uint32_t num_returned;         // and whose sums
 };
 
+// Where the puts of this rank to other nodes go, if their memory is not mapped here.
+struct RemoteRoute {
+  char* memory;                  // the transport's address of this rank's own memory
+  int32_t processes[kMaxRanks];  // of the peer on each node
+};
+
 struct DeviceControl {
   // Written by peers, which forward the reports of others.
   FailureReport reports[kMaxRanks];
@@ -120,6 +126,7 @@ struct DeviceControl {
   uint32_t failed;      // kFailing while peers and host are notified, then kFailed
   uint64_t last_op_ns;  // from the first instruction of the op that ended last, to its end
   uint64_t last_op_blocks;
+  RemoteRoute route;  // when the communicator starts
 
   Channel channels[kNumChannels];
 };

@@ -1,8 +1,8 @@
 #include "cuda/kernels.h"
 
-#include "cuda/internode/internode.h"
 #include "cuda/intranode/throughput.h"
 #include "cuda/low_latency/low_latency.h"
+#include "cuda/remote_transport.h"
 
 namespace jax_deepep {
 
@@ -11,9 +11,9 @@ const KernelSet& KernelsOf(Mode mode, const GroupShape& shape) {
       KernelSet::Of<Throughput>(),
       KernelSet::Of<LowLatency>(),
   };
-  static const KernelSet internode = KernelSet::Of<Internode>();
-  if (mode == Internode::kMode && shape.num_nodes() > 1) return internode;
-  return sets[static_cast<int>(mode)];
+  const KernelSet* between_nodes =
+      shape.num_nodes() > 1 ? MappedTransport().kernels(mode) : nullptr;
+  return between_nodes != nullptr ? *between_nodes : sets[static_cast<int>(mode)];
 }
 
 std::vector<const KernelSet*> KernelsFor(const GroupShape& shape, const WindowSize& window) {

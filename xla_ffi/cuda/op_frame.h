@@ -37,12 +37,10 @@ struct OpFrame {
   DeviceControl* control[kMaxRanks] = {};
   const char* pool[kMaxRanks] = {};  // XLA's memory of every rank of this node, read-only
 
-  JAX_DEEPEP_HOST_DEVICE int NodeOf(int of_rank) const { return of_rank / shape.node_size(); }
+  JAX_DEEPEP_HOST_DEVICE int NodeOf(int of_rank) const { return shape.NodeOf(of_rank); }
   JAX_DEEPEP_HOST_DEVICE int first_of_node() const { return rank - rank % shape.node_size(); }
   // The rank of a node with this rank's index: the only one of another node to which it puts.
-  JAX_DEEPEP_HOST_DEVICE int RankOnNode(int node) const {
-    return node * shape.node_size() + rank % shape.node_size();
-  }
+  JAX_DEEPEP_HOST_DEVICE int RankOnNode(int node) const { return shape.RankOnNode(rank, node); }
 
   // What the op uses of a rank's control block.
   JAX_DEEPEP_HOST_DEVICE Channel& ChannelOf(int owner) const {

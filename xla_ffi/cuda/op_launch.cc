@@ -83,7 +83,8 @@ void CudaCommunicator::Abort(const LocalRank& rank, Failure failure, const OpSig
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const bool in_order = cudaStreamIsCapturing(launch.stream, &capture) == cudaSuccess &&
                         capture == cudaStreamCaptureStatusNone;
-  LaunchAbort(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
+  const auto abort = has_several_nodes() ? remote_.abort : &LaunchAbort;
+  abort(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
 }
 
 void CudaCommunicator::NotifyNotLaunched(const OpSignature& op, const OpLaunch& launch) {
@@ -145,8 +146,7 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   const bool on_own_stream = starts && AreInPool(*rank, read_by_peers);
   std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
   if (error.empty()) {
-    const KernelSet& kernels =
-        KernelsOf(low_latency ? Mode::kLowLatency : Mode::kThroughput, shape());
+    const KernelSet& kernels = Kernels(low_latency ? Mode::kLowLatency : Mode::kThroughput);
     const int blocks = NumBlocks(*rank, kernels, bytes, launch);
     KernelStream stream(launch.stream);
     if (on_own_stream) {

@@ -11,11 +11,9 @@ struct Abort {
   Failure failure;
 };
 
-template <bool kSeveralNodes>
 __global__ void AbortKernel(const __grid_constant__ Abort op) {
-  using Op = RankOpOf<kSeveralNodes>;
-  __shared__ typename Op::Shared shared;
-  Op(op.frame, &shared).Abort(op.failure);
+  __shared__ RankOp::Shared shared;
+  RankOp(op.frame, &shared).Abort(op.failure);
 }
 
 struct TestPeers {
@@ -26,7 +24,7 @@ struct TestPeers {
 __global__ void TestPeersKernel(const __grid_constant__ TestPeers op) {
   const OpFrame& frame = op.frame;
   for (int peer = threadIdx.x; peer < frame.shape.num_ranks; peer += blockDim.x) {
-    if (frame.control[peer] == nullptr) continue;
+    if (frame.NodeOf(peer) != frame.NodeOf(frame.rank)) continue;
     auto* word = static_cast<volatile uint64_t*>(&frame.control[peer]->tests[frame.rank]);
     *word = op.word + peer;
     FenceSystem();
@@ -40,8 +38,7 @@ __global__ void TestPeersKernel(const __grid_constant__ TestPeers op) {
 
 const char* LaunchAbort(const OpFrame& frame, Failure failure, cudaStream_t stream) {
   Abort op{frame, failure};
-  const auto kernel = frame.shape.num_nodes() > 1 ? AbortKernel<true> : AbortKernel<false>;
-  return LaunchKernel(kernel, op, 1, 1, 0, stream);
+  return LaunchKernel(AbortKernel, op, 1, 1, 0, stream);
 }
 
 const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t stream) {
@@ -51,10 +48,7 @@ const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t st
 
 const char* LoadRankKernels(int /*max_shared_bytes*/) {
   const char* error = LoadKernel(TestPeersKernel, 0);
-  for (auto* kernel : {AbortKernel<false>, AbortKernel<true>}) {
-    if (error == nullptr) error = LoadKernel(kernel, 0);
-  }
-  return error;
+  return error != nullptr ? error : LoadKernel(AbortKernel, 0);
 }
 
 }  // namespace jax_deepep

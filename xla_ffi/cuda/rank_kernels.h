@@ -1,4 +1,5 @@
-// Single-block kernels that the host runs for a rank besides its ops.
+// Single-block kernels that the host runs for a rank besides its ops. Those that write to other
+// nodes are in cuda/remote_transport.h.
 #ifndef JAX_DEEPEP_CUDA_RANK_KERNELS_H_
 #define JAX_DEEPEP_CUDA_RANK_KERNELS_H_
 
@@ -10,12 +11,12 @@
 
 namespace jax_deepep {
 
-// Abort the op in `frame`: notify the group and this rank's host that the rank cannot continue.
-// Enqueues one kernel; returns an error or null.
+// Abort the op in `frame`, of a group of one node: notify the group and this rank's host that the
+// rank cannot continue. Enqueues one kernel; returns an error or null.
 const char* LaunchAbort(const OpFrame& frame, Failure failure, cudaStream_t stream);
 
-// Write a word to the control block of every rank and read it back; if it reads back differently,
-// set frame.status->unreachable to 1 + the rank. Likewise.
+// Write a word to the control block of every rank of this node and read it back; if it reads back
+// differently, set frame.status->unreachable to 1 + the rank. Likewise.
 const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t stream);
 
 // Load both into the current device.

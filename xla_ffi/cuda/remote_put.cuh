@@ -1,5 +1,19 @@
-// The one way to write to another node, on the device: PutFlag, here over mapped memory. A
-// transport implements it together with transport/remote_memory.h.
+// The one way to write to another node, on the device: PutFlag. Every transport has its own, and
+// its kernels are compiled with it; transport/remote_memory.h is its side on the host.
+//
+//     template <typename By>
+//     void PutFlag(const OpFrame& frame, int node, void* to, const void* from, int64_t bytes,
+//                  uint64_t* flag = nullptr, uint64_t value = 0)
+//
+// Copies `bytes`, a multiple of 2, to the rank of `node` with this rank's index, and then stores
+// `value` in its `flag`. An address `to` or `flag` in this rank's own memory, control block or
+// staging, stands for the same place of that rank's. Flags are seen after all that this rank has
+// put before: puts of other threads, if the caller has synchronised with them. `flag` may be null,
+// and `bytes` 0.
+//
+// If kPutsAreAsynchronous, what is put may be read until the peer has it. `from` may be any memory
+// nevertheless: what does not belong to the communicator is copied. What does must not change
+// before the peer has left the op.
 #ifndef JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
 #define JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
 
@@ -58,39 +72,26 @@ __device__ __forceinline__ void CopyOneByOne(char* to, const char* from, int64_t
   }
 }
 
-// Copy `bytes`, a multiple of 2, to the rank of `node` with this rank's index, and then store
-// `value` in its `flag`. An address `to` or `flag` in this rank's own memory, control block or
-// staging, stands for the same place of that rank's. Flags are seen after all that this rank has
-// put before: puts of other threads, if the caller has synchronised with them. `flag` may be null,
-// and `bytes` 0.
 template <typename By>
-__device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to, const void* from,
-                                        int64_t bytes, uint64_t* flag = nullptr,
-                                        uint64_t value = 0) {
-  char* const own = reinterpret_cast<char*>(frame.control[frame.rank]);
-  char* const theirs = reinterpret_cast<char*>(frame.control[frame.RankOnNode(node)]);
-  if (bytes > 0) {
-    char* const at = theirs + (static_cast<char*>(to) - own);
-    const char* const source = static_cast<const char*>(from);
-    const auto bits = reinterpret_cast<uintptr_t>(at) | reinterpret_cast<uintptr_t>(source) |
-                      static_cast<uintptr_t>(bytes);
-    if (bits % sizeof(uint4) == 0) {
-      CopyWords<By>(reinterpret_cast<uint4*>(at), reinterpret_cast<const uint4*>(source),
-                    static_cast<int>(bytes / static_cast<int64_t>(sizeof(uint4))));
-    } else if (bits % sizeof(uint64_t) == 0) {
-      CopyOneByOne<By, uint64_t>(at, source, bytes);
-    } else {
-      CopyOneByOne<By, uint16_t>(at, source, bytes);
-    }
-  }
-  if (flag == nullptr) return;
-  By::Sync();
-  if (By::Index() == 0) {
-    auto* at = reinterpret_cast<uint64_t*>(theirs + (reinterpret_cast<char*>(flag) - own));
-    StoreReleaseSystem(at, value);  // pairs with the acquire load of a wait, on the peer
+__device__ __forceinline__ void CopyBytes(char* to, const char* from, int64_t bytes) {
+  const auto bits = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) |
+                    static_cast<uintptr_t>(bytes);
+  if (bits % sizeof(uint4) == 0) {
+    CopyWords<By>(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(from),
+                  static_cast<int>(bytes / static_cast<int64_t>(sizeof(uint4))));
+  } else if (bits % sizeof(uint64_t) == 0) {
+    CopyOneByOne<By, uint64_t>(to, from, bytes);
+  } else {
+    CopyOneByOne<By, uint16_t>(to, from, bytes);
   }
 }
 
 }  // namespace jax_deepep
+
+#ifdef JAX_DEEPEP_NVSHMEM
+#include "nvshmem/put.cuh"
+#else
+#include "cuda/internode/mapped_put.cuh"
+#endif
 
 #endif  // JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_

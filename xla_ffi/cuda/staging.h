@@ -1,8 +1,10 @@
 // Staging: memory of a rank's communicator into which the ranks of other nodes with the same index
 // put rows. It is behind the rank's control block, and has a slot for each channel and other node:
 //
-//     dispatch, cached_dispatch   tokens for each rank of this node [L][T], records [T][K], rows
-//     [T] combine                     destination [T][K], gradients [T][K], sums [T]
+//     dispatch, cached_dispatch: tokens for each rank of this node [L][T], records [T][K], rows [T]
+//     combine: destination [T][K], gradients [T][K], sums [T]
+//
+// Where puts are asynchronous, as many slots follow, from which this rank puts.
 #ifndef JAX_DEEPEP_CUDA_STAGING_H_
 #define JAX_DEEPEP_CUDA_STAGING_H_
 
@@ -16,6 +18,14 @@
 
 namespace jax_deepep {
 
+// Whether puts to other nodes return before they are done: a property of the transport that kernels
+// are compiled for, see cuda/remote_put.cuh.
+#ifdef JAX_DEEPEP_NVSHMEM
+inline constexpr bool kPutsAreAsynchronous = true;
+#else
+inline constexpr bool kPutsAreAsynchronous = false;
+#endif
+
 // The arrays of a slot, in the order above.
 enum class Staged { kFirst, kSecond, kRows };
 
@@ -23,10 +33,12 @@ struct StagingLayout {
   int64_t offset = 0;  // from the beginning of the control block
   int64_t slot_bytes = 0;
   int64_t second_offset = 0, rows_offset = 0;  // in a slot
-  int32_t slots = 0;                           // of a channel
+  int32_t slots = 0;                           // of a channel, in which others put
+  bool sends = false;                          // whether this rank puts from slots, too
 
   StagingLayout() = default;
-  explicit StagingLayout(const GroupShape& shape) {
+  StagingLayout(const GroupShape& shape, bool puts_are_asynchronous)
+      : sends(puts_are_asynchronous) {
     slots = shape.num_nodes() - 1;
     if (slots == 0) return;
     const int64_t tokens = shape.max_tokens, entries = tokens * shape.num_topk;
@@ -45,7 +57,11 @@ struct StagingLayout {
   // Of one rank, behind its control block.
   int64_t bytes(const GroupShape& shape) const {
     if (slots == 0) return 0;
-    return offset - static_cast<int64_t>(ControlBytes(shape)) + kNumChannels * slots * slot_bytes;
+    return end() - static_cast<int64_t>(ControlBytes(shape));
+  }
+  // From the beginning of the control block.
+  JAX_DEEPEP_HOST_DEVICE int64_t end() const {
+    return offset + int64_t{sends ? 2 : 1} * kNumChannels * slots * slot_bytes;
   }
 
   // In the memory of a rank of `node`, from the beginning of its control block: the slot of what
@@ -53,6 +69,10 @@ struct StagingLayout {
   JAX_DEEPEP_HOST_DEVICE int64_t SlotOffset(int channel, int node, int source) const {
     const int slot = source < node ? source : source - 1;
     return offset + (int64_t{channel} * slots + slot) * slot_bytes;
+  }
+  // The slot from which a rank of `node` puts to the node `destination`.
+  JAX_DEEPEP_HOST_DEVICE int64_t SendOffset(int channel, int node, int destination) const {
+    return SlotOffset(kNumChannels + channel, node, destination);
   }
   // From the beginning of the slot.
   JAX_DEEPEP_HOST_DEVICE int64_t In(Staged array) const {

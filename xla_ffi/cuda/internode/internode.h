@@ -16,7 +16,7 @@ struct Internode {
   static constexpr int64_t kFlags = 0;
   static constexpr bool kReadsPeers = true;
   static int64_t WindowBytes(const GroupShape& shape, const WindowSize&) {
-    return StagingLayout(shape).bytes(shape);
+    return StagingLayout(shape, kPutsAreAsynchronous).bytes(shape);
   }
   static int64_t LeastSharedBytes(const GroupShape& shape, const WindowSize&);
   static int NumBlocks(const OpBytes& bytes, int most) { return BlocksFor(bytes, most); }

@@ -8,7 +8,8 @@
 // source of another node has put, a rank reads in the staging of the rank of its own node that has
 // the source's index.
 //
-// 1. WaitUntilFree: nobody reads what this rank has put in the op before.
+// 1. WaitUntilFree: nobody reads what this rank has put in the op before. If puts are asynchronous,
+//    Begin waits for that: they may read what this rank is about to overwrite.
 // 2. Exchange: the last block tells the other nodes (`arrived`) that all rows have been put, waits
 //    for theirs, passes on what the ranks of its node need at hand (the counts of dispatch), and
 //    tells them (`staged`).
@@ -46,6 +47,9 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
       : OfNode(frame, &shared->of_node), pushed_(shared->pushed) {
     for (int node = threadIdx.x; node < kMaxRanks; node += blockDim.x) pushed_[node] = 0;
   }
+
+  // As in RankOp.
+  __device__ bool Begin() { return OfNode::Begin() && (!kPutsAreAsynchronous || WaitUntilFree()); }
 
   __device__ int num_nodes() const { return frame_.shape.num_nodes(); }
   __device__ int node() const { return frame_.NodeOf(frame_.rank); }

@@ -1,0 +1,146 @@
+// Puts between nodes by NVSHMEM: this and the kernels of cuda/internode are a library of their own,
+// with relocatable device code, that only communicators between hosts load.
+//
+// NVSHMEM exists once per process, with one GPU, which is a processing element (PE). It is never
+// finalised: that waits for all PEs, and hangs if one is dead.
+#include <cuda_runtime.h>
+#include <nvshmem.h>
+#include <nvshmemx.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "cuda/internode/internode.h"
+#include "cuda/internode/node_kernels.h"
+#include "cuda/remote_transport.h"
+#include "source_digest.h"
+
+namespace jax_deepep {
+namespace {
+
+constexpr int kInitialized = 2;  // of nvshmemx_init_status: this, or more
+
+std::string Version() {
+  int major = 0, minor = 0, patch = 0;
+  nvshmemx_vendor_get_version_info(&major, &minor, &patch);
+  return "NVSHMEM " + std::to_string(major) + "." + std::to_string(minor) + "." +
+         std::to_string(patch);
+}
+
+class NvshmemProcess : public RemoteProcess {
+ public:
+  std::string MakeId(std::string* id) override {
+    nvshmemx_uniqueid_t unique = NVSHMEMX_UNIQUEID_INITIALIZER;
+    if (const int status = nvshmemx_get_uniqueid(&unique); status != 0) {
+      return "nvshmemx_get_uniqueid failed: status " + std::to_string(status);
+    }
+    id->assign(reinterpret_cast<const char*>(&unique), sizeof(unique));
+    return "";
+  }
+
+  std::string Init(const std::string& id, int process, int num_processes) override {
+    if (nvshmemx_init_status() >= kInitialized) return CompareWith(process, num_processes);
+    nvshmemx_uniqueid_t unique;
+    if (id.size() != sizeof(unique)) return "the id of NVSHMEM has the wrong size";
+    std::memcpy(&unique, id.data(), sizeof(unique));
+    nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
+    if (nvshmemx_set_attr_uniqueid_args(process, num_processes, &unique, &attributes) != 0) {
+      return "nvshmemx_set_attr_uniqueid_args failed";
+    }
+    size_t free_before = 0, free_after = 0, total = 0;
+    cudaMemGetInfo(&free_before, &total);
+    // nvshmemx_init_attr would end the process if this fails.
+    int provided = 0;
+    const nvshmemi_version_t version = {NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION,
+                                        NVSHMEM_VENDOR_PATCH_VERSION};
+    nvshmemx_init_init_attr_ver_only(attributes);
+    const int status = nvshmemi_init_thread(NVSHMEM_THREAD_SERIALIZED, &provided,
+                                            NVSHMEMX_INIT_WITH_UNIQUEID, &attributes, version);
+    if (status != 0) {
+      return "NVSHMEM could not be initialised (status " + std::to_string(status) +
+             "); set NVSHMEM_DEBUG=INFO to see why";
+    }
+    ours_ = true;
+    cudaMemGetInfo(&free_after, &total);
+    taken_bytes_ = free_before > free_after ? free_before - free_after : 0;
+    return CompareWith(process, num_processes);
+  }
+
+  std::string Describe() const {
+    std::string text = "puts by " + Version() + ", initialised by " +
+                       (ours_ ? "jax_deepep" : "other code of this process");
+    if (ours_) text += ", which took " + std::to_string(taken_bytes_ >> 20) + " MiB of GPU memory";
+    return text;
+  }
+
+ private:
+  // Only one initialisation of a process counts, whoever has made it.
+  static std::string CompareWith(int process, int num_processes) {
+    const int pe = nvshmem_my_pe(), num_pes = nvshmem_n_pes();
+    if (pe == process && num_pes == num_processes) return "";
+    return "NVSHMEM is initialised in this process already, as PE " + std::to_string(pe) + " of " +
+           std::to_string(num_pes) + ", where the mesh needs PE " + std::to_string(process) +
+           " of " + std::to_string(num_processes) +
+           "; make all communicators between hosts over meshes of the same processes";
+  }
+
+  bool ours_ = false;
+  size_t taken_bytes_ = 0;
+};
+
+NvshmemProcess& TheProcess() {
+  static auto* const process = new NvshmemProcess;  // outlives threads
+  return *process;
+}
+
+class NvshmemMemory : public RemoteMemory {
+ public:
+  std::string Register(char* memory, size_t bytes) override {
+    address_ = static_cast<char*>(nvshmemx_buffer_register_symmetric(memory, bytes, 0));
+    if (address_ != nullptr) return "";
+    return "NVSHMEM cannot register " + std::to_string(bytes >> 20) +
+           " MiB of the communicator for puts; set NVSHMEM_CUMEM_GRANULARITY=2M, and "
+           "NVSHMEM_DEBUG=INFO to see why";
+  }
+  char* Address() const override { return address_; }
+  char* FlagAddress(int /*node*/) const override { return nullptr; }
+  std::string Describe() const override { return TheProcess().Describe(); }
+
+ private:
+  char* address_ = nullptr;
+};
+
+}  // namespace
+}  // namespace jax_deepep
+
+#define JAX_DEEPEP_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Initialise NVSHMEM in this process alone, on a GPU: for a process that only tries that. Returns
+// an error or null.
+JAX_DEEPEP_EXPORT const char* jax_deepep_nvshmem_probe(int device) {
+  static std::string error;
+  if (const cudaError_t status = cudaSetDevice(device); status != cudaSuccess) {
+    return cudaGetErrorString(status);
+  }
+  std::string id;
+  error = jax_deepep::TheProcess().MakeId(&id);
+  if (error.empty()) error = jax_deepep::TheProcess().Init(id, 0, 1);
+  return error.empty() ? nullptr : error.c_str();
+}
+
+JAX_DEEPEP_EXPORT const jax_deepep::RemoteTransport* jax_deepep_remote_transport() {
+  using namespace jax_deepep;
+  static const KernelSet throughput = KernelSet::Of<Internode>();
+  static const RemoteTransport transport = {
+      JAX_DEEPEP_SOURCE_DIGEST,
+      kPutsAreAsynchronous,
+      [](Mode mode) { return mode == Mode::kThroughput ? &throughput : nullptr; },
+      &LoadNodeKernels,
+      &LaunchAbortBetweenNodes,
+      &LaunchTestNodes,
+      []() -> RemoteProcess* { return &TheProcess(); },
+      []() -> std::unique_ptr<RemoteMemory> { return std::make_unique<NvshmemMemory>(); },
+  };
+  return &transport;
+}
