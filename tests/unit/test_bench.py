@@ -127,7 +127,7 @@ def test_wrong_arguments(capsys) -> None:
     assert main(["ops", "--capacity", "0"]) == 2
     assert 'capacity: expected "worst", "fitting", rows' in capsys.readouterr().err
     assert main(["opps", "--tokens", "1"]) == 2
-    expected = "command: expected ops, moe, matmuls, overlap, routing, formats or model, got 'opps'"
+    expected = "command: expected ops, moe, matmuls, overlap, routing, formats, model or check, got 'opps'"
     assert expected in capsys.readouterr().err
 
 
