@@ -197,11 +197,6 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
 
 
 def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
-    if config.topology.num_nodes > 1 and config.mode == "low_latency":
-        return (
-            f'mode: expected "auto" or "throughput" for groups of {config.topology.num_nodes} nodes on GPUs, '
-            'got "low_latency"; leave it out'
-        )
     module = native_module.load("cuda")
     for device in config.topology.local_devices(jax.process_index()):
         limit = (device.memory_stats() or {}).get("bytes_limit")

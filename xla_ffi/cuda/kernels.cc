@@ -3,6 +3,7 @@
 #include "cuda/internode/internode.h"
 #include "cuda/intranode/throughput.h"
 #include "cuda/low_latency/low_latency.h"
+#include "cuda/low_latency_nodes/low_latency_nodes.h"
 
 namespace jax_deepep {
 
@@ -11,15 +12,16 @@ const KernelSet& KernelsOf(Mode mode, const GroupShape& shape) {
       KernelSet::Of<Throughput>(),
       KernelSet::Of<LowLatency>(),
   };
-  static const KernelSet internode = KernelSet::Of<Internode>();
-  if (mode == Internode::kMode && shape.num_nodes() > 1) return internode;
-  return sets[static_cast<int>(mode)];
+  static const KernelSet between_nodes[kNumModes] = {
+      KernelSet::Of<Internode>(),
+      KernelSet::Of<LowLatencyNodes>(),
+  };
+  return (shape.num_nodes() > 1 ? between_nodes : sets)[static_cast<int>(mode)];
 }
 
 std::vector<const KernelSet*> KernelsFor(const GroupShape& shape, const WindowSize& window) {
   std::vector<const KernelSet*> sets = {&KernelsOf(Mode::kThroughput, shape)};
-  if (window.num_tokens > 0 && shape.num_nodes() == 1)
-    sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
+  if (window.num_tokens > 0) sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
   return sets;
 }
 
