@@ -1,10 +1,10 @@
-"""The protocol of ops in low-latency mode between nodes: one message per rank of another node.
+"""The protocol of low-latency ops between nodes: xla_ffi/cuda/low_latency_nodes/signalled_node_op.cuh.
 
 Rank r has the index r % L in its node. Inside a node ranks push to each other as in protocol_low_latency.py.
 To other nodes a rank puts only to those with its index, and sends each of them one flag per op (`arrived`):
 
 * dispatch: its rows and entries. The rank that gets them passes the entries on to the ranks of its node, and
-  tells them so (`passed_on`); those read the rows where they are, in that rank's memory.
+  tells them so (`staged`); those read the rows where they are, in that rank's memory.
 * combine: once all ranks of its node have pushed their sums to it, what it has added up of them.
 
 A put copies from an area of the rank's own memory (`sent`), possibly only when it is seen, into an area of
@@ -138,11 +138,11 @@ class LowLatencyNodes:
             for source in world.of_other_nodes(rank) if self.passes_on else []:
                 world.store(rank, at.header(op % self.window_banks, peer, source), op)
             if peer != rank:
-                world.store(rank, at.passed_on(peer, rank), op, release=True)
+                world.store(rank, at.staged_in_turn(peer, rank), op, release=True)
         yield world
 
-    def wait_until_passed_on(self, world: World, rank: int) -> Iterator[World]:
-        flags = {peer: world.at.passed_on(rank, peer) for peer in world.of_node(rank)}
+    def wait_until_staged(self, world: World, rank: int) -> Iterator[World]:
+        flags = {peer: world.at.staged_in_turn(rank, peer) for peer in world.of_node(rank)}
         yield from self._wait(world, rank, flags, begins_loads=True)
 
     # --- What a rank loads, once early and once late.
@@ -265,9 +265,9 @@ class LowLatencyNodes:
                 Step("Send: IsLastBlock", fence, LOCAL),
                 Step("Send: PutFlag(arrived)", self.put_flags, LOCAL),
                 Step("PassOn: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
-                Step("PassOn: StoreReleaseSystem(passed_on)", self.pass_on, LOCAL),
+                Step("PassOn: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
                 Step("WaitForSignals", self.wait_for_signals, LOAD),
-                Step("WaitUntilPassedOn", self.wait_until_passed_on, LOAD),
+                Step("WaitUntilStaged", self.wait_until_staged, LOAD),
                 Step("First loads", self.first_loads, LOCAL),
                 Step("Last loads", self.last_loads, LOAD),
                 Step("End of dispatch", self.end_dispatch, LOCAL),

@@ -88,7 +88,8 @@ class Words:
         """Which op that was."""
         return self._at(18 + bank, home, writer)
 
-    def passed_on(self, home: int, writer: int) -> int:
+    def staged_in_turn(self, home: int, writer: int) -> int:
+        """`staged`, in ops that take banks in turn."""
         return self._at(14, home, writer)
 
     # Between nodes in throughput mode, in place of the words of low-latency mode:

@@ -122,7 +122,7 @@ def test_every_part_is_needed(name: str) -> None:
 
 
 PUT_ARRIVED, RETURN = "Send: PutFlag(arrived)", "Return: PutFlag(arrived)"
-PASSED_ON = "PassOn: StoreReleaseSystem(passed_on)"
+PASSED_ON = "PassOn: StoreReleaseSystem(staged)"
 LOW_LATENCY_MUTATIONS = {
     "windows have one bank": (LowLatencyNodes(window_banks=1).protocol(), Run(2, 2, 2, failing=()), "data"),
     "what other nodes put has one bank": (
@@ -149,7 +149,7 @@ LOW_LATENCY_MUTATIONS = {
         LowLatencyNodes(passes_on=False).protocol(), Run(2, 2, 1, failing=()), "data"
     ),
     "no rank waits until entries are passed on": (
-        LOW_LATENCY["dispatch"].without("WaitUntilPassedOn"), Run(2, 2, 1, failing=()), "data"
+        LOW_LATENCY["dispatch"].without("WaitUntilStaged"), Run(2, 2, 1, failing=()), "data"
     ),
     "only ops with rows for other nodes send flags": (
         LowLatencyNodes(flags_all=False).protocol(), Run(2, 1, 2), "stays broken"

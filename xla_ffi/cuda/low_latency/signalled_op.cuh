@@ -53,8 +53,7 @@ struct Sent {
   RankSet has_row;  // those whose slot has a row
 };
 
-// The slots of this rank's window that hold what the ranks of its node have pushed, or others:
-// At(i) for i < count.
+// Slots of this rank's window: At(i) for i < count.
 struct AllSlots {
   int count;
   __device__ int At(int index) const { return index; }

@@ -3,16 +3,15 @@
 //
 //     received   a slot for each node: what the rank there with this rank's index has put here; in
 //                combine, the slot of the own node has its sums
-//     sent       from where this rank puts, and nothing else is put: a slot for each other node,
-//     and
-//                that of the own node for what goes to several
+//     sent       what this rank puts: a slot for each other node, and that of the own node for what
+//                goes to several. But for words of the control block, puts have no other source.
 //
 // A slot has a header, values, and a row for each token:
 //
-//     dispatch          entries, SlotEntry [T][K] (the expert of all, or kNone); tokens of the
-//     source cached_dispatch   tokens of the source combine           whether there is a sum, int32
-//     [T], and the gradients of weights as every rank
-//                       of the node has pushed them, float [T][L][min(K, local experts) or K]; sums
+//     dispatch          entries, SlotEntry [T][K]: the expert of all, or kNone; tokens
+//     cached_dispatch   tokens
+//     combine           whether there is a sum, int32 [T]; gradients of weights as each rank of
+//                       the node has pushed them, float [T][L][min(K, local experts) or K]; sums
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_NODES_PUT_AREAS_H_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_NODES_PUT_AREAS_H_
 

@@ -7,17 +7,16 @@
 // puts, and only to the rank with its index there, its proxy: into its `received` area, from its
 // own `sent` area (put_areas.h). There is one flag per op and node: `arrived`.
 //
-// 1. dispatch: the rows and entries of this rank's tokens. The proxy waits for what other nodes
-// have
-//    put there, pushes the entries to the windows of the ranks of its node, as if they were its own
-//    tokens', and tells them so (`staged`). They read the rows in the memory of the proxy.
+// 1. dispatch: the rows and entries of this rank's tokens. The proxy waits for those of all nodes,
+//    pushes the entries to the windows of the ranks of its node, as if they were its own tokens',
+//    and tells them so (`staged`). They read the rows in the memory of the proxy.
 // 2. cached_dispatch: the same without entries.
 // 3. combine: a rank pushes the sum of a token to the rank of its own node with the index of the
 //    token's rank. That one adds up those of its node, and puts the results to the token's rank.
 //
 // A rank that ends op n has heard that all ranks have begun it: from those of its node and, through
-// them, from all others. So two banks of each memory are enough, as on one node; and they are
-// enough for a put that reads its source after PutFlag has returned.
+// them, from all others. So two banks of each memory are enough, as on one node, also for puts that
+// read their source after PutFlag has returned.
 //
 // A wait for what others must wait for in turn is longer, so that whoever waits for a missing rank
 // itself reports it.
@@ -189,7 +188,9 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
       __syncthreads();
       PutFlag<ByBlock>(frame_, to_node, SlotOfNode(frame_.rank, PutArea::kReceived, node()), slot,
                        bytes);
-      Publication* published = &channel_.published[frame_.rank];  // by this rank in Announce
+      // By this rank in Announce. It is for error texts, as the total is for counters: if they are
+      // read late, those of the next op are put.
+      Publication* published = &channel_.published[frame_.rank];
       PutFlag<ByBlock>(frame_, to_node, published, published, sizeof(Publication));
       // Pairs with the acquire load in HasArrived, on the peer.
       PutTotalAndFlag(to_node, channel_.arrived);
