@@ -271,6 +271,4 @@ _KINDS_IN_LOW_LATENCY = {
 
 
 def is_run_in_low_latency(problem: Problem) -> bool:
-    if problem.num_nodes > 1:  # for which there is no such mode on GPUs
-        return False
     return "cuda" in os.environ.get("JAX_PLATFORMS", "") or problem.name in _KINDS_IN_LOW_LATENCY

@@ -180,20 +180,11 @@ def _why_not_between_hosts(exchange: Exchange, found: Topology, config: Communic
     """Return why GPU groups of several hosts cannot have native ops, or an empty string."""
     summary = Summary()
     reason = "" if config.implementation == "xla" else nvshmem.unsupported_reason(found, exchange.process)
-    if config.mode == "low_latency":
-        reason = _of_one_node(found.num_nodes)
     if config.implementation == "auto" and not reason:
         reason = 'NVSHMEM has not been tested on GPUs yet: implementation="native" takes it there'
     if reason:
         summary.add("unsupported", [exchange.process], reason)
     return exchange.agree("hosts", summary).get("unsupported", "")
-
-
-def _of_one_node(num_nodes: int) -> str:
-    return (
-        f'mode: expected "auto" or "throughput" for groups of {num_nodes} nodes on GPUs, got "low_latency"; '
-        "leave it out"
-    )
 
 
 def choose(config: CommunicatorConfig, unsupported_reason: str, exchange: Exchange) -> Backend:
@@ -242,8 +233,6 @@ def unsupported_reason_here(config: CommunicatorConfig) -> str:
 
 
 def _unsupported_reason_of_gpus(config: CommunicatorConfig) -> str:
-    if config.topology.num_nodes > 1 and config.mode == "low_latency":
-        return _of_one_node(config.topology.num_nodes)
     module = native_module.load("cuda")
     for device in config.topology.local_devices(jax.process_index()):
         limit = (device.memory_stats() or {}).get("bytes_limit")

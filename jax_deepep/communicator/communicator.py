@@ -88,7 +88,7 @@ class Communicator:
             GPUs grows with `max_tokens` (see `buffer_bytes`), and rows of at most 2 · H bytes (bfloat16,
             float16, narrow integers); "throughput" for everything else. "auto" chooses for every dispatch
             from its tokens per device when it is traced (`handle.mode`; `describe()` tells the rule).
-            Results are the same bits in both.
+            Results are the same bits in both. Between nodes of GPUs it is "throughput".
         num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
         timeout_s: seconds, the longest any wait on a peer may last; between nodes of GPUs a wait for a rank
@@ -237,7 +237,7 @@ class Communicator:
         if self.mode != "auto":
             return f"{self.mode}, as asked"
         if self.platform == "cuda" and self.topology.num_nodes > 1:
-            return "throughput (auto: low_latency is for one node)"
+            return "throughput (auto: low_latency between nodes has not been measured)"
         tokens = self.config.most_low_latency_tokens
         if tokens == 0:
             return f"throughput (auto: {self.num_experts} experts are too many for low_latency)"

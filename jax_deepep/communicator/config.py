@@ -122,8 +122,8 @@ class CommunicatorConfig:
     @property
     def most_low_latency_tokens(self) -> int:
         """The most tokens per device of an op in low-latency mode; 0 if no op takes it."""
-        if self.topology.platform == "cuda" and self.topology.num_nodes > 1:
-            return 0
+        if self.mode == "auto" and self.topology.platform == "cuda" and self.topology.num_nodes > 1:
+            return 0  # not measured yet
         if self.mode == "auto":
             of_group = AUTO_LOW_LATENCY_TOKENS // max(self.size, 2)
             return min(self.max_tokens, of_group, AUTO_LOW_LATENCY_MARKS // self.num_experts)

@@ -94,10 +94,10 @@ class CudaHalf(NativeHalf):
             "low_latency": "rows are pushed to peers' windows",
             "auto": "peers' arrays are read in place, or rows are pushed to peers' windows",
         }
-        way = f"{ways[self._config.mode]}, over NVLink or in one GPU"
-        if between := self.native.between_nodes:
-            way = f"between nodes {between}; in a node {ways['throughput']}, over NVLink or in one GPU"
-        return f"{way}; {sms}"
+        between = self.native.between_nodes
+        mode = "throughput" if between and self._config.mode == "auto" else self._config.mode
+        way = f"{ways[mode]}, over NVLink or in one GPU"
+        return f"{f'between nodes {between}; in a node ' if between else ''}{way}; {sms}"
 
 
 def address_in_pool(device: jax.Device) -> AddressInPool:

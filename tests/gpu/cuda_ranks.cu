@@ -185,7 +185,7 @@ void CheckSoak(int num_blocks, int steps, int ranks_per_node = 0) {
   const auto comm = CpuCommunicator(problem.shape);
   Group group(problem.shape, num_blocks, 5.0 * kLonger);
   for (int step = 0; step < steps && failures == 0; ++step) {
-    problem.low_latency = ranks_per_node == 0 && random() % 2 == 0;  // each mode follows either
+    problem.low_latency = random() % 2 == 0;  // each mode follows either
     group.Take(problem.low_latency);
     const int channel = random() % kNumChannels;
     std::vector<DispatchParams> dispatches;
@@ -219,6 +219,7 @@ void CheckSoak(int num_blocks, int steps, int ranks_per_node = 0) {
       CheckSame(ranks[rank]->out, ranks[rank]->out.bytes(), where + ", out");
     }
   }
+  CheckTraffic(group, num_ranks, "soak");
 }
 
 }  // namespace
@@ -254,9 +255,11 @@ int main(int argc, char** argv) {
       }
     } else if (what == "channels") {
       for (const bool first : {false, true}) {
-        for (const bool second : {false, true}) CheckChannels(2, kOnGpu ? 200 : 5, first, second);
+        for (const bool second : {false, true}) {
+          for (const int ranks_per_node : {0, 2})
+            CheckChannels(2, kOnGpu ? 200 : 5, first, second, ranks_per_node);
+        }
       }
-      CheckChannels(2, kOnGpu ? 200 : 5, false, false, /*ranks_per_node=*/2);
     } else if (what == "soak" && i + 1 < argc) {
       const int steps = std::atoi(argv[++i]);
       for (const int ranks_per_node : {0, 2, 4}) CheckSoak(3, steps, ranks_per_node);

@@ -157,7 +157,7 @@ void CheckMistakes(int num_blocks, bool low_latency, int ranks_per_node = 0) {
       Check(difference == (report.other_rank == 1 ? 8 : -8), "and where they differ");
     }
   }
-  if (problem.shape.num_nodes() == 1) {
+  {
     Group group(problem.shape, num_blocks, kTimeout, low_latency);
     dispatch(group, 0);
     group.Take(!low_latency);

@@ -18,7 +18,6 @@
 #include "cuda/block_count.h"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
-#include "cuda/low_latency/window.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
 #include "cuda/remote_transport.h"
@@ -63,11 +62,10 @@ class Group {
       : num_blocks_(num_blocks), low_latency_(low_latency), device_each_(device_each) {
     // Rows of float32 as well.
     const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 48)};
-    const WindowLayout window(shape, size);
     const StagingLayout staging(shape, kPutsAreAsynchronous);
-    const int64_t control_bytes =
-        shape.num_nodes() > 1 ? static_cast<int64_t>(ControlBytes(shape)) + staging.bytes(shape)
-                              : window.offset + window.bytes();
+    auto control_bytes = static_cast<int64_t>(ControlBytes(shape));
+    for (const KernelSet* kernels : KernelsFor(shape, size))
+      control_bytes += kernels->window_bytes(shape, size);
     int shared_bytes = 0;
     CheckCuda(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
               "attribute");
@@ -116,6 +114,7 @@ class Group {
       }
       route.processes[frame.NodeOf(rank)] = rank;
       route.memory = controls_[rank]->device<char>();
+      route.bytes = control_bytes;
       CheckCuda(
           cudaMemcpy(&frame.control[rank]->route, &route, sizeof(route), cudaMemcpyHostToDevice),
           "cudaMemcpy");
@@ -250,6 +249,22 @@ void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all,
   }
   if (all) end = problem.route.capacity;
   CheckSame(array, Rank::Rows(problem, end), what);
+}
+
+// Every row that a rank has received was sent by the rank where it was.
+void CheckTraffic(const Group& group, int num_ranks, const std::string& name) {
+  for (int channel = 0; channel < kNumChannels; ++channel) {
+    std::vector<Channel> of;
+    for (int rank = 0; rank < num_ranks; ++rank) of.push_back(group.Counters(rank, channel));
+    for (int from = 0; from < num_ranks; ++from) {
+      for (int to = 0; to < num_ranks; ++to) {
+        const uint64_t sent = of[from].rows_pushed[to] + of[from].rows_taken[to];
+        const uint64_t received = of[to].rows_received[from] + of[to].rows_pulled[from];
+        Check(sent == received, name + ": " + std::to_string(sent) + " rows sent, " +
+                                    std::to_string(received) + " received");
+      }
+    }
+  }
 }
 
 // In low-latency mode, only the rank of each expert matters.

@@ -33,24 +33,29 @@ int64_t TokensFor(const Problem& problem, Rank& rank, int node) {
   return count;
 }
 
-// Every row crosses once per node that it has experts on, from the source to the rank there with
-// the source's index.
-void CheckCrossings(const Problem& problem, int num_blocks) {
+// In ops of both modes, every row crosses once per node that it has experts on, from the source to
+// the rank there with the source's index; and what is received was sent.
+void CheckCrossings(Problem problem, int num_blocks) {
   const int num_ranks = problem.shape.num_ranks, node_size = problem.shape.node_size();
   std::mt19937 random(7);
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < num_ranks; ++rank)
     ranks.push_back(std::make_unique<Rank>(problem, random));
   Group group(problem.shape, num_blocks, 5.0 * kLonger);
-  for (int rank = 0; rank < num_ranks; ++rank)
-    group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
-  group.Wait();
+  for (const bool low_latency : {true, false}) {
+    problem.low_latency = low_latency;
+    group.Take(low_latency);
+    for (int rank = 0; rank < num_ranks; ++rank)
+      group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+    group.Wait();
+  }
+  CheckTraffic(group, num_ranks, problem.name);
   for (int rank = 0; rank < num_ranks; ++rank) {
     for (int peer = 0; peer < num_ranks; ++peer) {
       if (peer / node_size == rank / node_size) continue;
       const bool puts = peer % node_size == rank % node_size;
       const auto expected =
-          static_cast<uint64_t>(puts ? TokensFor(problem, *ranks[rank], peer / node_size) : 0);
+          static_cast<uint64_t>(puts ? 2 * TokensFor(problem, *ranks[rank], peer / node_size) : 0);
       const std::string what = std::string(problem.name) + ": rows to another node are ";
       Check(group.Counters(rank).rows_pushed[peer] == expected, what + "put once");
       Check(group.Counters(peer).rows_received[rank] == expected, what + "counted where they are");
@@ -91,7 +96,10 @@ void CheckNodes(int num_blocks) {
       problems.push_back(OnNodes(2, problem));
     }
   }
-  for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2);
+  for (const bool low_latency : {false, true}) {
+    for (const Problem& problem : problems) CheckProblem(problem, num_blocks, 2, low_latency);
+  }
+  problems.push_back(MakeProblem("one node", 3, 9, 4, 21, 64, kBF16, kExpert));
   for (const Problem& problem : problems) {
     if (!problem.route.rows().is_quantized()) CheckCrossings(problem, num_blocks);
   }
@@ -104,20 +112,27 @@ void CheckManyNodes() {
            MakeProblem("8 x 8", 64, 128, 8, 20, 128, RowType::kBFloat16, kExpert),
            MakeProblem("8 x 8, by token", 64, 128, 32, 12, 72, RowType::kFloat32, kToken),
        }) {
-    CheckProblem(OnNodes(8, problem), 1, 2);
+    for (const bool low_latency : {false, true})
+      CheckProblem(OnNodes(8, problem), 1, 2, low_latency);
   }
-  CheckProblem(OnNodes(1, MakeProblem("70 x 1", 70, 140, 16, 6, 64, RowType::kBFloat16, kExpert)),
-               1, 2);
-  CheckProblem(OnNodes(2, MakeProblem("36 x 2", 72, 144, 32, 6, 37, RowType::kFloat16, kExpert)), 1,
-               2);
+  for (const Problem& problem :
+       {OnNodes(1, MakeProblem("70 x 1", 70, 140, 16, 6, 64, RowType::kBFloat16, kExpert)),
+        OnNodes(2, MakeProblem("36 x 2", 72, 144, 32, 6, 37, RowType::kFloat16, kExpert))}) {
+    for (const bool low_latency : {false, true}) CheckProblem(problem, 1, 2, low_latency);
+  }
 }
 
 // A rank that waits for a missing one itself reports it, whichever node it is on.
 void CheckFaultsOfNodes() {
-  for (const bool late : {false, true}) CheckFaults(4, 2, late, false, /*ranks_per_node=*/2);
-  CheckFaults(kOnGpu ? 72 : 6, 1, /*late=*/false, false, /*ranks_per_node=*/kOnGpu ? 8 : 2);
-  CheckMistakes(2, false, /*ranks_per_node=*/1);
-  CheckTwoAtOnce(3, kOnGpu ? 200 : 10, false, /*ranks_per_node=*/1);
+  for (const bool low_latency : {false, true}) {
+    for (const bool late : {false, true})
+      CheckFaults(4, 2, late, low_latency, /*ranks_per_node=*/2);
+    CheckFaults(kOnGpu ? 72 : 6, 1, /*late=*/false, low_latency,
+                /*ranks_per_node=*/kOnGpu ? 8 : 2);
+    if (low_latency) CheckFaults(3, 2, /*late=*/false, low_latency, /*ranks_per_node=*/1);
+    CheckMistakes(2, low_latency, /*ranks_per_node=*/1);
+    CheckTwoAtOnce(3, kOnGpu ? 200 : 10, low_latency, /*ranks_per_node=*/1);
+  }
 }
 
 }  // namespace

@@ -23,7 +23,9 @@ def test_the_library(tmp_path: pathlib.Path) -> None:
     options = subprocess.run(["nvcc", "--help"], capture_output=True, text=True, check=True).stdout
     flags += ["-Ofc=max"] if "--Ofast-compile" in options else []
     includes = [f"-I{FOLDER}/include", f"-I{ROOT}/xla_ffi", f"-I{tmp_path}"]
-    sources = [ROOT / "xla_ffi/nvshmem/transport.cu", *sorted((ROOT / "xla_ffi/cuda/internode").glob("*.cu"))]
+    code = ROOT / "xla_ffi"
+    sources = [code / "nvshmem/transport.cu", *code.glob("cuda/internode/*.cu")]
+    sources += code.glob("cuda/low_latency_nodes/*.cu")
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
     compile_one = ["nvcc", *flags, *includes, "-rdc=true", "-c", "-o"]
     compilers = [

@@ -80,7 +80,21 @@ class Words:
     def signal(self, bank: int, home: int, writer: int) -> int:
         return self._at(16 + bank, home, writer)
 
-    # Between nodes, where no op is in low-latency mode:
+    # Between nodes in low-latency mode, with at most two banks of the words above:
+
+    def received(self, bank: int, home: int, writer: int) -> int:
+        """What a rank of another node has put there."""
+        return self._at(10 + bank, home, writer)
+
+    def tag(self, bank: int, home: int, writer: int) -> int:
+        """Which op that was."""
+        return self._at(18 + bank, home, writer)
+
+    def staged_in_turn(self, home: int, writer: int) -> int:
+        """`staged`, in ops that take banks in turn."""
+        return self._at(14, home, writer)
+
+    # Between nodes in throughput mode, in place of the words of low-latency mode:
 
     def staging(self, home: int, writer: int) -> int:
         """What a rank of another node has put there."""
@@ -212,6 +226,15 @@ class World:
 
     def end_loads(self, rank: int) -> None:
         self.queues[rank] = tuple(item for item in self.queues[rank] if item != LOADS)
+
+    def overwrite(self, rank: int, words: set[int], value: int) -> None:
+        """Let stores of the rank to these words that are not seen yet store another value.
+
+        They copy from memory that the rank overwrites.
+        """
+        self.queues[rank] = tuple(
+            (item[0], value, item[2]) if item[0] in words else item for item in self.queues[rank]
+        )
 
     def forget(self, rank: int, *words: int) -> None:
         """Drop stores that no other rank reads."""

@@ -88,10 +88,6 @@ def test_why_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     topology = topology_of([0, 1, 2, 3])
     monkeypatch.setattr(nvshmem, "unsupported_reason", lambda topology, process: "it is missing")
     assert agreement(monkeypatch, topology) == Agreement(f"{SPANS}, and it is missing", 2, False)
-    monkeypatch.setattr(nvshmem, "unsupported_reason", lambda topology, process: "")
-    reason, *rest = agreement(monkeypatch, topology, mode="low_latency")
-    assert reason.startswith(f'{SPANS}, and mode: expected "auto" or "throughput" for groups of 2 nodes')
-    assert rest == [2, False]
 
 
 def test_a_declared_node_is_on_one_host(monkeypatch: pytest.MonkeyPatch) -> None:

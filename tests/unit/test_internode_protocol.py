@@ -4,11 +4,18 @@ from typing import NamedTuple
 
 import pytest
 from protocol_internode import Internode
+from protocol_low_latency_nodes import LowLatencyNodes
 from protocol_search import Protocol, find_violation
 
 DISPATCH = Internode().protocol()
 COMBINE = Internode(returns=True).protocol()
 OVER_A_NETWORK = Internode(returns=True, asynchronous=True).protocol()
+
+LOW_LATENCY = {
+    "dispatch": LowLatencyNodes().protocol(),
+    "combine": LowLatencyNodes(kinds=("combine",)).protocol(),
+    "both": LowLatencyNodes(kinds=("dispatch", "combine")).protocol(),
+}
 
 
 class Run(NamedTuple):
@@ -28,6 +35,14 @@ NIGHTLY = [
     Run(3, 1, 2),
     Run(2, 2, 2, failing=(0,)),
     *(Run(2, 2, 1, failing=pair) for pair in ((0, 1), (0, 2), (0, 3))),
+]
+
+LOW_LATENCY_RUNS = [Run(2, 1, 4, True), Run(3, 1, 1), Run(2, 2, 4, failing=()), Run(2, 2, 1, failing=(0,))]
+LOW_LATENCY_NIGHTLY = [
+    Run(3, 1, 2),
+    *(Run(2, 2, num_ops, failing=(0,)) for num_ops in (2, 3)),
+    *(Run(2, 2, 1, failing=pair) for pair in ((0, 1), (0, 2), (0, 3))),
+    Run(3, 2, 2, failing=()),
 ]
 
 
@@ -53,6 +68,18 @@ PROTOCOLS = {"dispatch": DISPATCH, "combine": COMBINE, "combine over a network":
 )
 def test_promises_are_kept(run: Run, verb: str) -> None:
     broken_promise, steps, num_states = search(PROTOCOLS[verb], run)
+    assert broken_promise is None, "\n".join(steps)
+    assert num_states > 100 * run.num_nodes * run.ranks_per_node
+
+
+@pytest.mark.parametrize("verb", LOW_LATENCY)
+@pytest.mark.parametrize(
+    "run",
+    [*LOW_LATENCY_RUNS, *(pytest.param(run, marks=pytest.mark.nightly) for run in LOW_LATENCY_NIGHTLY)],
+    ids=lambda run: "-".join(map(str, run)),
+)
+def test_promises_of_low_latency_are_kept(run: Run, verb: str) -> None:
+    broken_promise, steps, num_states = search(LOW_LATENCY[verb], run)
     assert broken_promise is None, "\n".join(steps)
     assert num_states > 100 * run.num_nodes * run.ranks_per_node
 
@@ -100,5 +127,61 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_every_part_is_needed(name: str) -> None:
     protocol, run, promise = MUTATIONS[name]
+    broken_promise, steps, _ = search(protocol, run)
+    assert broken_promise == promise, "\n".join(steps)
+
+
+PUT_ARRIVED, RETURN = "Send: PutFlag(arrived)", "Return: PutFlag(arrived)"
+PASSED_ON = "PassOn: StoreReleaseSystem(staged)"
+LOW_LATENCY_MUTATIONS = {
+    "windows have one bank": (LowLatencyNodes(window_banks=1).protocol(), Run(2, 2, 2, failing=()), "data"),
+    "what other nodes put has one bank": (
+        LowLatencyNodes(received_banks=1).protocol(), Run(2, 1, 2), "data"
+    ),
+    "sums that other nodes put have one bank": (
+        LowLatencyNodes(kinds=("combine",), received_banks=1).protocol(), Run(2, 1, 2), "data"
+    ),
+    "what is put has one bank": (LowLatencyNodes(sent_banks=1).protocol(), Run(2, 1, 2), "data"),
+    "sums that are put have one bank": (
+        LowLatencyNodes(kinds=("combine",), sent_banks=1).protocol(), Run(2, 1, 2), "data"
+    ),
+    "tags have one bank": (LowLatencyNodes(tag_banks=1).protocol(), Run(2, 1, 2), "no false alarm"),
+    "rows are put after the flag": (
+        LOW_LATENCY["dispatch"].moved("Put rows", after=PUT_ARRIVED), Run(2, 1, 1), "data"
+    ),
+    "flags between nodes are no release stores, and no fence precedes them": (
+        LowLatencyNodes(releases=False).protocol().without("Send: IsLastBlock"), Run(2, 1, 1), "data"
+    ),
+    "entries are passed on before other nodes have put": (
+        LOW_LATENCY["dispatch"].moved(PASSED_ON, after=PUT_ARRIVED), Run(2, 2, 1, failing=()), "data"
+    ),
+    "entries are not passed on": (
+        LowLatencyNodes(passes_on=False).protocol(), Run(2, 2, 1, failing=()), "data"
+    ),
+    "no rank waits until entries are passed on": (
+        LOW_LATENCY["dispatch"].without("WaitUntilStaged"), Run(2, 2, 1, failing=()), "data"
+    ),
+    "only ops with rows for other nodes send flags": (
+        LowLatencyNodes(flags_all=False).protocol(), Run(2, 1, 2), "stays broken"
+    ),
+    "sums are returned before the ranks of the node have pushed theirs": (
+        LOW_LATENCY["both"].moved("Combine: WaitForSignals", after=RETURN)
+        .moved("Combine: first loads", after="Combine: WaitForSignals")
+        .moved("Combine: last loads", after="Combine: first loads"),
+        Run(2, 2, 3, failing=()),
+        "data",
+    ),
+    "an op begins on a broken communicator": (
+        LowLatencyNodes(looks=False).protocol(), Run(2, 1, 2), "no false alarm"
+    ),
+    "waits for other nodes are unbounded": (
+        LowLatencyNodes(bounded=False).protocol(), Run(2, 1, 1), "progress"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOW_LATENCY_MUTATIONS)
+def test_every_part_of_low_latency_is_needed(name: str) -> None:
+    protocol, run, promise = LOW_LATENCY_MUTATIONS[name]
     broken_promise, steps, _ = search(protocol, run)
     assert broken_promise == promise, "\n".join(steps)

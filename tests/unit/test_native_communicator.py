@@ -35,18 +35,16 @@ class Gpu:
         return self._stats
 
 
-def config_on(device: Gpu, implementation: str = "auto", mode: str = "auto", num_nodes: int = 1) -> Any:
+def config_on(device: Gpu, implementation: str = "auto") -> Any:
     topology = SimpleNamespace(
         platforms={"cuda"},
         platform="cuda",
         num_ranks=1,
-        num_nodes=num_nodes,
         local_devices=lambda process: [device],
     )
     return SimpleNamespace(
         topology=topology,
         implementation=implementation,
-        mode=mode,
         most_low_latency_tokens=6,
         low_latency_row_bytes=32,
         **SIZES,
@@ -65,14 +63,6 @@ def cuda_module(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_no_reason_against_native_ops(cuda_module: SimpleNamespace) -> None:
     assert backend.unsupported_reason_here(config_on(Gpu({"bytes_limit": 1}))) == ""
-
-
-def test_low_latency_mode_is_for_one_node(cuda_module: SimpleNamespace) -> None:
-    gpu = Gpu({"bytes_limit": 1})
-    assert backend.unsupported_reason_here(config_on(gpu, num_nodes=2)) == ""
-    assert backend.unsupported_reason_here(config_on(gpu, mode="low_latency")) == ""
-    reason = backend.unsupported_reason_here(config_on(gpu, mode="low_latency", num_nodes=2))
-    assert reason.startswith('mode: expected "auto" or "throughput" for groups of 2 nodes on GPUs, got "low')
 
 
 def test_the_module_is_asked_about_sizes_and_pool(cuda_module: SimpleNamespace) -> None:

@@ -9,6 +9,7 @@ from meshes import fetch, per_device
 from op_calls import MESH, SIZE, SIZES, combine, communicator, dispatch, trace
 
 import jax_deepep as ep
+from jax_deepep import jax_compat
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -117,6 +118,15 @@ def test_auto_takes_low_latency_mode_for_few_tokens(implementation: str) -> None
             return ep.combine(received.tokens.astype(jnp.float32), handle)
 
         trace(run)
+
+
+def test_auto_is_throughput_mode_between_nodes_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    for mode, taken in (("auto", "throughput"), ("low_latency", "low_latency")):
+        comm = ep.Communicator(MESH, **SIZES, implementation="xla", ranks_per_node=1, mode=mode)
+        assert (comm.config.topology.num_nodes, comm.config.mode_of(1)) == (SIZE, taken)
+        expected = f"{taken}, as asked" if mode == taken else "between nodes has not been measured"
+        assert expected in comm.describe()
 
 
 @pytest.mark.parametrize(("num_experts", "most"), [(512, 512), (8192, 32), (2**19, 0)])

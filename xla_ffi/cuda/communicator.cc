@@ -250,7 +250,7 @@ Traffic CudaCommunicator::TakeTraffic() {
       uint64_t sent = 0, received = 0, waited_ns = 0;
       for (const Channel& channel : channels) {
         sent += channel.rows_taken[peer] + channel.rows_pushed[peer];
-        received += channel.rows_received[peer];
+        received += channel.rows_received[peer] + channel.rows_pulled[peer];
         waited_ns += channel.waited_ns[peer];
       }
       uint64_t* before = &rank->taken_before[3 * peer];

@@ -174,7 +174,7 @@ class CudaCommunicator {
   bool has_several_nodes() const { return shape().num_nodes() > 1; }
   bool maps_other_nodes() const { return &remote_ == &MappedTransport(); }
   const KernelSet& Kernels(Mode mode) const {
-    return has_several_nodes() ? *remote_.kernels(mode) : KernelsOf(mode, shape());
+    return has_several_nodes() ? remote_.kernels(mode) : KernelsOf(mode, shape());
   }
   void ConnectToOtherNodes(LocalRank& rank, const std::vector<int>& processes) const;
   // Ranks read each other's arrays on one node, and put to those of other nodes with their index.

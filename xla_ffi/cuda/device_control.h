@@ -100,10 +100,11 @@ struct Channel {
   uint32_t num_invalid;   // entries of topk_idx that this op ignored
   uint64_t ended;         // blocks, lost blocks and invalid entries: see SignalledOp::Finish
   uint64_t rows_pushed[kMaxRanks];    // rows that this rank has pushed to each peer, in total
-  uint64_t rows_received[kMaxRanks];  // entry s by s, if it is on another node
+  uint64_t rows_received[kMaxRanks];  // that each has pushed; entry s by s, if on another node
+  uint64_t rows_pulled[kMaxRanks];    // that this rank has read from each
   uint64_t waited_ns[kMaxRanks];
 
-  // Between nodes: see internode/node_op.cuh.
+  // Between nodes: see internode/node_op.cuh and low_latency_nodes/signalled_node_op.cuh.
   uint64_t staged[kMaxRanks];    // by s of this node: what other nodes put there can be read
   uint64_t returned[kMaxRanks];  // by s of another node: its sums are here
   uint32_t num_put;              // blocks whose rows have been put to other nodes
@@ -113,6 +114,7 @@ struct Channel {
 // Where the puts of this rank to other nodes go, if their memory is not mapped here.
 struct RemoteRoute {
   char* memory;                  // the transport's address of this rank's own memory
+  int64_t bytes;                 // of that
   int32_t processes[kMaxRanks];  // of the peer on each node
 };
 

@@ -29,18 +29,6 @@
 
 namespace jax_deepep {
 
-// The ranks that read each other in an op: all of the EP group, or those of a node of it.
-struct WholeGroup {
-  static constexpr bool kSeveralNodes = false;
-  __device__ static int First(const OpFrame&) { return 0; }
-  __device__ static int End(const OpFrame& frame) { return frame.shape.num_ranks; }
-};
-struct RanksOfNode {
-  static constexpr bool kSeveralNodes = true;
-  __device__ static int First(const OpFrame& frame) { return frame.first_of_node(); }
-  __device__ static int End(const OpFrame& frame) { return First(frame) + frame.shape.node_size(); }
-};
-
 // What a wait is for.
 struct ForArrivals {
   static constexpr bool kArrivals = true;  // peers whose ops are to be compared
@@ -156,7 +144,7 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
       for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
         Channel& channel = frame_.ChannelOf(peer);
         channel.rows_taken[frame_.rank] =
-            *static_cast<volatile uint64_t*>(&channel_.rows_received[peer]);
+            *static_cast<volatile uint64_t*>(&channel_.rows_pulled[peer]);
         // Pairs with the acquire load in WaitForAll, on the peer: this rank's reads come before.
         StoreReleaseSystem(&channel.left[frame_.rank], step());
       }

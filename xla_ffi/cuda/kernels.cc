@@ -11,15 +11,12 @@ const KernelSet& KernelsOf(Mode mode, const GroupShape& shape) {
       KernelSet::Of<Throughput>(),
       KernelSet::Of<LowLatency>(),
   };
-  const KernelSet* between_nodes =
-      shape.num_nodes() > 1 ? MappedTransport().kernels(mode) : nullptr;
-  return between_nodes != nullptr ? *between_nodes : sets[static_cast<int>(mode)];
+  return shape.num_nodes() > 1 ? MappedTransport().kernels(mode) : sets[static_cast<int>(mode)];
 }
 
 std::vector<const KernelSet*> KernelsFor(const GroupShape& shape, const WindowSize& window) {
   std::vector<const KernelSet*> sets = {&KernelsOf(Mode::kThroughput, shape)};
-  if (window.num_tokens > 0 && shape.num_nodes() == 1)
-    sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
+  if (window.num_tokens > 0) sets.push_back(&KernelsOf(Mode::kLowLatency, shape));
   return sets;
 }
 

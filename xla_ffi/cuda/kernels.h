@@ -79,7 +79,7 @@ struct KernelSet {
   }
 };
 
-// The kernels of a mode for groups of this shape: those of throughput mode differ between nodes.
+// The kernels of a mode for groups of this shape: there are others between nodes.
 const KernelSet& KernelsOf(Mode mode, const GroupShape& shape);
 
 // Those that ops of a communicator may take.

@@ -11,6 +11,19 @@
 
 namespace jax_deepep {
 
+// The ranks that read each other in an op, or push to each other: all of the EP group, or those of
+// a node of it.
+struct WholeGroup {
+  static constexpr bool kSeveralNodes = false;
+  __device__ static int First(const OpFrame&) { return 0; }
+  __device__ static int End(const OpFrame& frame) { return frame.shape.num_ranks; }
+};
+struct RanksOfNode {
+  static constexpr bool kSeveralNodes = true;
+  __device__ static int First(const OpFrame& frame) { return frame.first_of_node(); }
+  __device__ static int End(const OpFrame& frame) { return First(frame) + frame.shape.node_size(); }
+};
+
 // With kSeveralNodes, a rank that aborts also notifies the ranks of other nodes with its index.
 template <bool kSeveralNodes>
 class RankOpOf {
@@ -69,8 +82,21 @@ class RankOpOf {
   __device__ void CountTaken(const int32_t* taken) {
     __syncthreads();
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(&channel_.rows_received[rank]),
-                static_cast<unsigned long long>(taken[rank]));
+      AddTo(&channel_.rows_pulled[rank], taken[rank]);
+    }
+  }
+
+  // --- Between nodes.
+
+  __device__ int num_nodes() const { return frame_.shape.num_nodes(); }
+  __device__ int node() const { return frame_.NodeOf(frame_.rank); }
+
+  // Call use(node), the next node first, so that no two nodes put to the same one at once.
+  template <typename Use>
+  __device__ void ForOtherNodes(Use use) const {
+    for (int i = 1; i < num_nodes(); ++i) {
+      const int after = node() + i;
+      use(after < num_nodes() ? after : after - num_nodes());
     }
   }
 
@@ -104,6 +130,20 @@ class RankOpOf {
   }
 
   __device__ int num_ranks() const { return frame_.shape.num_ranks; }
+
+  __device__ static void AddTo(uint64_t* total, int32_t count) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
+  }
+
+  // By a block: put to a node how many rows this rank has put there in total, then the flag.
+  __device__ void PutTotalAndFlag(int to_node, uint64_t* flags) const {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      PutFlag<ByThread>(frame_, to_node, &channel_.rows_received[frame_.rank],
+                        &channel_.rows_pushed[frame_.RankOnNode(to_node)], sizeof(uint64_t),
+                        &flags[frame_.rank], step());
+    }
+  }
 
   // Whether the op is lost: this rank or a peer has aborted. The same answer for all threads.
   __device__ bool Stopped() {

@@ -19,9 +19,8 @@ struct RemoteTransport {
   const char* source_digest;
   bool puts_are_asynchronous;
 
-  // The kernels of a mode for groups of several nodes, or null. All launches return an error or
-  // null.
-  const KernelSet* (*kernels)(Mode mode);
+  // The kernels of a mode for groups of several nodes. All launches return an error or null.
+  const KernelSet& (*kernels)(Mode mode);
   const char* (*load)(int max_shared_bytes);  // of the two that follow
   // As LaunchAbort of cuda/rank_kernels.h.
   const char* (*abort)(const OpFrame& frame, Failure failure, cudaStream_t stream);

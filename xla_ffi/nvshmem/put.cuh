@@ -35,7 +35,7 @@ __device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to
     const int64_t offset = static_cast<char*>(to) - own;
     int64_t from_offset = static_cast<const char*>(from) - own;
     const int own_node = frame.NodeOf(frame.rank);
-    if (from_offset < 0 || from_offset >= frame.staging.end()) {
+    if (from_offset < 0 || from_offset >= route.bytes) {
       from_offset = frame.staging.SendOffset(frame.channel, own_node, node) + offset -
                     frame.staging.SlotOffset(frame.channel, node, own_node);
       CopyBytes<By>(own + from_offset, static_cast<const char*>(from), bytes);

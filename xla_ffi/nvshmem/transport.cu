@@ -13,6 +13,7 @@
 
 #include "cuda/internode/internode.h"
 #include "cuda/internode/node_kernels.h"
+#include "cuda/low_latency_nodes/low_latency_nodes.h"
 #include "cuda/remote_transport.h"
 #include "source_digest.h"
 
@@ -131,11 +132,12 @@ JAX_DEEPEP_EXPORT const char* jax_deepep_nvshmem_probe(int device) {
 
 JAX_DEEPEP_EXPORT const jax_deepep::RemoteTransport* jax_deepep_remote_transport() {
   using namespace jax_deepep;
-  static const KernelSet throughput = KernelSet::Of<Internode>();
+  static const KernelSet sets[kNumModes] = {KernelSet::Of<Internode>(),
+                                            KernelSet::Of<LowLatencyNodes>()};
   static const RemoteTransport transport = {
       JAX_DEEPEP_SOURCE_DIGEST,
       kPutsAreAsynchronous,
-      [](Mode mode) { return mode == Mode::kThroughput ? &throughput : nullptr; },
+      [](Mode mode) -> const KernelSet& { return sets[static_cast<int>(mode)]; },
       &LoadNodeKernels,
       &LaunchAbortBetweenNodes,
       &LaunchTestNodes,

@@ -2,16 +2,18 @@
 
 #include "cuda/internode/internode.h"
 #include "cuda/internode/node_kernels.h"
+#include "cuda/low_latency_nodes/low_latency_nodes.h"
 #include "cuda/remote_transport.h"
 
 namespace jax_deepep {
 
 const RemoteTransport& MappedTransport() {
-  static const KernelSet throughput = KernelSet::Of<Internode>();
+  static const KernelSet sets[kNumModes] = {KernelSet::Of<Internode>(),
+                                            KernelSet::Of<LowLatencyNodes>()};
   static const RemoteTransport transport = {
       /*source_digest=*/"",
       kPutsAreAsynchronous,
-      [](Mode mode) { return mode == Mode::kThroughput ? &throughput : nullptr; },
+      [](Mode mode) -> const KernelSet& { return sets[static_cast<int>(mode)]; },
       &LoadNodeKernels,
       &LaunchAbortBetweenNodes,
       &LaunchTestNodes,

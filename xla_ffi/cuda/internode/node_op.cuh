@@ -51,18 +51,6 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   // As in RankOp.
   __device__ bool Begin() { return OfNode::Begin() && (!kPutsAreAsynchronous || WaitUntilFree()); }
 
-  __device__ int num_nodes() const { return frame_.shape.num_nodes(); }
-  __device__ int node() const { return frame_.NodeOf(frame_.rank); }
-
-  // Call use(node), the next node first, so that no two nodes put to the same one at once.
-  template <typename Use>
-  __device__ void ForOtherNodes(Use use) const {
-    for (int i = 1; i < num_nodes(); ++i) {
-      const int after = node() + i;
-      use(after < num_nodes() ? after : after - num_nodes());
-    }
-  }
-
   // --- Staging.
 
   // Where this rank puts an array for `node`, as an address for Put.
@@ -185,7 +173,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   __device__ void CountTaken(const int32_t* taken) const {
     __syncthreads();
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
-      AddTo(&channel_.rows_received[PeerOf(rank)], taken[rank]);
+      AddTo(&channel_.rows_pulled[PeerOf(rank)], taken[rank]);
     }
   }
 
@@ -233,24 +221,12 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     return reinterpret_cast<char*>(frame_.control[owner]) + offset;
   }
 
-  __device__ static void AddTo(uint64_t* total, int32_t count) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
-  }
   __device__ void CountPushed() const {
     __syncthreads();
     for (int to_node = threadIdx.x; to_node < num_nodes(); to_node += blockDim.x) {
       if (pushed_[to_node] == 0) continue;
       AddTo(&channel_.rows_pushed[frame_.RankOnNode(to_node)], pushed_[to_node]);
       pushed_[to_node] = 0;
-    }
-  }
-  // By a block: how many rows it has put in total, then the flag.
-  __device__ void PutTotalAndFlag(int to_node, uint64_t* flags) const {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      PutFlag<ByThread>(frame_, to_node, &channel_.rows_received[frame_.rank],
-                        &channel_.rows_pushed[frame_.RankOnNode(to_node)], sizeof(uint64_t),
-                        &flags[frame_.rank], step());
     }
   }
 

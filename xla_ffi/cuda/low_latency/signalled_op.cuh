@@ -18,14 +18,15 @@
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_SIGNALLED_OP_CUH_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_SIGNALLED_OP_CUH_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/low_latency/slot.cuh"
 #include "cuda/low_latency/window.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/rank_op.cuh"
-#include "cuda/row_copies.cuh"
 #include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
@@ -35,64 +36,14 @@ struct SignalledFrame {
   WindowLayout window;
   int32_t num_parts = 1;
   int32_t num_slots = 1;  // of a source, in this op: T, and at least 1
-};
 
-static_assert(sizeof(Packet) == kPacketBytes && sizeof(SlotEntry) == sizeof(Packet::value));
-
-// Words of 16 bytes of a row that a lane has in flight: there are many warps with a part each.
-inline constexpr int kWordsOfPart = 4;
-
-// A slot of a window, on this rank or on a peer.
-class Slot {
- public:
-  __device__ Slot(char* memory, int32_t row_offset) : memory_(memory), row_offset_(row_offset) {}
-
-  __device__ Signal* signals() const { return reinterpret_cast<Signal*>(memory_); }
-  __device__ Packet* packets() const {
-    return reinterpret_cast<Packet*>(memory_ + kMaxParts * sizeof(Signal));
-  }
-  // The value of a packet without regard to its tag.
-  __device__ float& value(int index) const {
-    return reinterpret_cast<SlotEntry*>(packets() + index)->value;
-  }
-  __device__ char* row() const { return memory_ + row_offset_; }
-
- private:
-  char* memory_;
-  int32_t row_offset_;
-};
-
-// A part of a row, whose first chunk a warp loads early. `Row` as in RowChunk.
-template <typename Row>
-struct LoadedPart {
-  using Chunk = RowChunk<Row, kWordsOfPart>;
-  Row row;
-  GroupRange range;
-  Chunk chunk;
-
-  __device__ LoadedPart(const Row& row, int granule, int part, int num_parts)
-      : row(row), range(GroupRange::Part(row.shape.num_groups(), granule, part, num_parts)) {}
-  __device__ void Load() { chunk.Load(row, range.first, range.end); }
-
-  // Call to(store) for every chunk: store(row) stores it, or a part of it, in another row.
-  template <typename To>
-  __device__ __forceinline__ void CopyTo(To to) {
-    for (int base = range.first; base < range.end; base += Chunk::kGroups) {
-      if (base > range.first) chunk.Load(row, base, range.end);
-      chunk.CopyTo(row, base, range.end, to);
-    }
+  // With rows in one part if they must be whole.
+  static SignalledFrame Of(const OpFrame& frame, const RowFormat& rows, int num_tokens,
+                           bool whole = false) {
+    return {WindowLayout(frame.shape, frame.window),
+            whole ? 1 : NumParts(frame.shape, num_tokens, rows), std::max(num_tokens, 1)};
   }
 };
-
-// The same of a row that is encoded while it is copied.
-template <typename Type, bool kWhole, WireFormat kFormat>
-using EncodedPart = PartToEncode<Type, kWhole, kFormat, kWordsOfPart, /*kOutOfLine=*/true>;
-
-// Call use(bit) for the bits of a mask, in ascending order.
-template <typename Use>
-__device__ __forceinline__ void ForBits(uint32_t mask, Use use) {
-  for (; mask != 0; mask &= mask - 1) use(__ffs(mask) - 1);
-}
 
 // A part of a slot that a warp has written, the same slot on several ranks.
 struct Sent {
@@ -102,15 +53,41 @@ struct Sent {
   RankSet has_row;  // those whose slot has a row
 };
 
-class SignalledOp : public RankOp {
+// Slots of this rank's window: At(i) for i < count.
+struct AllSlots {
+  int count;
+  __device__ int At(int index) const { return index; }
+};
+
+// What a wait is for: see ForArrivals in group_op.cuh.
+struct ForSources {
+  static constexpr bool kIndirect = false;
+  static constexpr Failure kFailure = Failure::kNotArrived;
+};
+
+// `Peers` push to each other.
+template <typename Peers>
+class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
+ protected:
+  using OfRank = RankOpOf<Peers::kSeveralNodes>;
+  using OfRank::channel_, OfRank::frame_, OfRank::shared_;
+  using OfRank::Fail, OfRank::IsBroken, OfRank::num_ranks;
+
  public:
+  using OfRank::Enter, OfRank::step;
+  static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
+  using Frame = SignalledFrame;
+
   struct Shared {
-    RankOp::Shared of_rank;
+    typename OfRank::Shared of_rank;
     Sent sent[kWarps];
   };
 
-  __device__ SignalledOp(const OpFrame& frame, const SignalledFrame& signalled, Shared* shared)
-      : RankOp(frame, &shared->of_rank), signalled_(signalled), sent_(shared->sent) {}
+  __device__ SignalledOpOf(const OpFrame& frame, const Frame& signalled, Shared* shared)
+      : OfRank(frame, &shared->of_rank), signalled_(signalled), sent_(shared->sent) {}
+
+  __device__ int first_peer() const { return Peers::First(frame_); }
+  __device__ int end_peer() const { return Peers::End(frame_); }
 
   // As in RankOp.
   __device__ bool Begin() {
@@ -118,7 +95,7 @@ class SignalledOp : public RankOp {
     return Entered();
   }
   __device__ bool Entered() {
-    const bool entered = RankOp::Entered();
+    const bool entered = OfRank::Entered();
     bank_offset_ = signalled_.window.BankOffset(frame_.channel, step());
     return entered;
   }
@@ -132,16 +109,16 @@ class SignalledOp : public RankOp {
   __device__ void Announce() {
     if (FirstItem() != NumWarps() - 1) return;
     const int lane = threadIdx.x % 32;
-    for (int peer = 0; peer < num_ranks(); ++peer) {
+    for (int peer = first_peer(); peer < end_peer(); ++peer) {
       auto* words = reinterpret_cast<uint64_t*>(&frame_.ChannelOf(peer).published[frame_.rank]);
-      if (lane < Publication::kWords) words[lane] = WordToPublish(lane);
+      if (lane < Publication::kWords) words[lane] = this->WordToPublish(lane);
     }
     __syncwarp();
-    for (int peer = lane; peer < num_ranks(); peer += 32) {
+    for (int peer = first_peer() + lane; peer < end_peer(); peer += 32) {
       // Pairs with the acquire loads in WaitForAll of group_op.cuh and in FailWithOtherOp, on the
       // peer.
       StoreReleaseSystem(&frame_.ChannelOf(peer).arrived[frame_.rank], step());
-      RankOp::Announce(peer);
+      OfRank::Announce(peer);
     }
   }
 
@@ -175,9 +152,9 @@ class SignalledOp : public RankOp {
         SetRank(&sent.to, kNone);
       }
       __syncthreads();
-      for (int i = threadIdx.x; i < kWarps * num_ranks(); i += kThreads) {
+      for (int i = threadIdx.x; i < kWarps * (end_peer() - first_peer()); i += kThreads) {
         const Sent& of_warp = sent_[i % kWarps];
-        const int peer = i / kWarps;
+        const int peer = first_peer() + i / kWarps;
         if (!of_warp.to.Has(peer)) continue;
         const bool has_row = of_warp.has_row.Has(peer);
         // Pairs with the acquire load in Wait, on the owner.
@@ -202,10 +179,11 @@ class SignalledOp : public RankOp {
     return packet.tag == Tag();
   }
 
-  // Push a part of the row of a token to the ranks of all lanes. They get its signals, or all do.
+  // Push a part of the row of a token to the ranks of all lanes, and copy it to `copy`, unless that
+  // is null. They get its signals, or all do.
   template <typename Part>
   __device__ __forceinline__ void PushRow(Part& from, int token, int part, int32_t rank,
-                                          bool to_all, Sent* sent) const {
+                                          bool to_all, Sent* sent, char* copy = nullptr) const {
     const int lane = threadIdx.x % 32;
     const int64_t offset = SlotOffset(frame_.rank, token);
     if (lane == 0) {
@@ -214,10 +192,11 @@ class SignalledOp : public RankOp {
     }
     for (int base = 0; base < num_ranks(); base += 32) {
       const uint32_t ranks = RanksOfLanes(rank, base);
-      if (ranks != 0) {
+      if (ranks != 0 || (base == 0 && copy != nullptr)) {
         if (base > 0) from.Load();  // the first chunk may be another by now
         from.CopyTo([&](auto store) {
           ForBits(ranks, [&](int i) { store(SlotAt(base + i, offset).row()); });
+          if (base == 0 && copy != nullptr) store(copy);
         });
       }
       if (lane == 0) {
@@ -238,9 +217,25 @@ class SignalledOp : public RankOp {
   __device__ void CountPushed(int peer) const { Count(&channel_.rows_pushed[peer]); }
   __device__ void CountReceived(int peer) const { Count(&channel_.rows_received[peer]); }
 
+  // Where combine pushes the sums for the tokens of a rank: the owner of a slot, and its source.
+  __device__ int AdderOf(int owner) const { return owner; }
+  __device__ int SourceForAdder(int /*owner*/) const { return frame_.rank; }
+
+  // Call receive(slots), which returns whether the slots of this rank's window have arrived, for
+  // all of them. pass(...) is for several nodes.
+  template <typename Pass, typename Receive>
+  __device__ __forceinline__ bool ReceiveFromAll(Pass /*pass*/, Receive receive) {
+    return receive(AllSlots{num_ranks() * signalled_.num_slots});
+  }
+  // Whether the row of a token arrives in this rank's window, with a signal; and where it is then.
+  __device__ bool IsPushed(int /*source*/) const { return true; }
+  __device__ const char* RowFrom(const Slot& slot, int /*source*/, int /*token*/) const {
+    return slot.row();
+  }
+
   // Wait until look() of every lane returns kNone instead of the rank that it waits for. Returns
   // false for all lanes if the op is lost.
-  template <typename Look>
+  template <typename For = ForSources, typename Look>
   __device__ __forceinline__ bool WaitUntil(Look look) {
     constexpr int kLooksBetweenChecks = 32;  // a check takes longer than a peer's store
     constexpr int kUnknown = -2;
@@ -252,9 +247,9 @@ class SignalledOp : public RankOp {
       if (i == 0) began_ns = NanosecondClock();
       Trouble trouble = Trouble::kNone;
       if (source != kNone && i % kLooksBetweenChecks == kLooksBetweenChecks - 1) {
-        trouble = Check(source, began_ns);
+        trouble = Check<For>(source, began_ns);
       }
-      if (__any_sync(~0u, trouble != Trouble::kNone)) return EndWait(source, trouble);
+      if (__any_sync(~0u, trouble != Trouble::kNone)) return EndWait<For>(source, trouble);
     }
   }
 
@@ -293,27 +288,32 @@ class SignalledOp : public RankOp {
     const uint64_t ended = shared_.ended;
     if ((ended & 0xffff) != gridDim.x) return;
     channel_.ended = 0;
-    End((ended >> 16 & 0xffff) != 0, [&] { succeed(static_cast<uint32_t>(ended >> 32)); }, fail);
+    this->End((ended >> 16 & 0xffff) != 0, [&] { succeed(static_cast<uint32_t>(ended >> 32)); },
+              fail);
   }
 
   // Count entries of topk_idx that the op ignores.
   __device__ void CountInvalid(int count) { atomicAdd(&shared_.num_invalid, count); }
 
- private:
+ protected:
   __device__ static void Count(uint64_t* counter) {
     atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
   }
 
+ private:
   enum class Trouble : int { kNone, kStopped, kLate, kOtherOp };
 
   // Whether the wait of a lane for a rank must end.
+  template <typename For>
   __device__ __noinline__ Trouble Check(int source, uint64_t began_ns) const {
     if (IsBroken()) return Trouble::kStopped;
-    if (IsInOtherOp(source)) return Trouble::kOtherOp;
-    return NanosecondClock() - began_ns > frame_.timeout_ns ? Trouble::kLate : Trouble::kNone;
+    if (this->IsInOtherOp(source)) return Trouble::kOtherOp;
+    const uint64_t limit_ns = frame_.timeout_ns + (For::kIndirect ? frame_.timeout_ns / 4 : 0);
+    return NanosecondClock() - began_ns > limit_ns ? Trouble::kLate : Trouble::kNone;
   }
 
   // The end of a wait of all lanes, for `source` each or kNone. False: the op is lost.
+  template <typename For>
   __device__ __noinline__ bool EndWait(int source, Trouble trouble) {
     const int lane = threadIdx.x % 32;
     if (__any_sync(~0u, trouble == Trouble::kStopped)) return false;
@@ -324,7 +324,7 @@ class SignalledOp : public RankOp {
     }
     RankSet missing;
     for (int i = 0; i < RankSet::kWords; ++i) missing.words[i] = RanksOfLanes(source, 32 * i);
-    if (lane == 0) Fail(Failure::kNotArrived, missing);
+    if (lane == 0) Fail(For::kFailure, missing);
     return false;
   }
 
@@ -341,6 +341,8 @@ class SignalledOp : public RankOp {
   Sent* sent_;
   int64_t bank_offset_ = 0;  // of this op
 };
+
+using SignalledOp = SignalledOpOf<WholeGroup>;
 
 static_assert(sizeof(SignalledOp::Shared) <= kStaticSharedBytes);
 

@@ -1,5 +1,6 @@
 // Windows: memory of a rank's communicator into which its peers push rows, for each channel two
-// banks that its ops take in turn. It is behind the rank's control block, and is never cleared.
+// banks that its ops take in turn. It is behind the rank's control block and, between nodes, the
+// staging of throughput mode, and is never cleared.
 //
 // A bank has a slot for each (source, token):
 //
@@ -15,6 +16,7 @@
 
 #include "cuda/device_control.h"
 #include "cuda/op_frame.h"
+#include "cuda/staging.h"
 #include "interface/geometry.h"
 #include "interface/host_device.h"
 
@@ -49,7 +51,8 @@ struct WindowLayout {
 
   WindowLayout() = default;
   WindowLayout(const GroupShape& shape, const WindowSize& size)
-      : offset(RoundUpTo(ControlBytes(shape), 256)),
+      : offset(RoundUpTo(
+            ControlBytes(shape) + StagingLayout(shape, kPutsAreAsynchronous).bytes(shape), 256)),
         num_ranks(shape.num_ranks),
         num_slots(size.num_tokens),
         row_offset(static_cast<int32_t>(

@@ -1,0 +1,241 @@
+// cached_dispatch in low-latency mode: every rank pushes rows along known routes, and its
+// peers copy what they receive to the rows of the tokens; scaled and multiplied with other rows, it
+// is the gradient of combine. `Group` is SignalledOp, or SignalledNodeOp between nodes.
+#ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_CACHED_DISPATCH_CUH_
+#define JAX_DEEPEP_CUDA_LOW_LATENCY_CACHED_DISPATCH_CUH_
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/divisor.h"
+#include "cuda/kernel_choice.cuh"
+#include "cuda/kernel_launch.h"
+#include "cuda/kernels.h"
+#include "cuda/low_latency/signalled_op.cuh"
+#include "cuda/row_copies.cuh"
+#include "cuda/row_products.cuh"
+#include "cuda/warp_items.cuh"
+
+namespace jax_deepep {
+namespace {
+
+template <typename Group>
+struct LowLatencyCachedDispatch {
+  OpFrame frame;
+  CachedDispatchParams params;
+  typename Group::Frame signalled;
+  int64_t row_bytes;
+  WireRow wire;
+  Divisor num_slots, num_parts;
+};
+
+// How rows cross links: as they are, or in a wire format. `Element` as in PlainRow.
+template <typename Element, bool kWholeRows>
+struct PlainRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = PlainRow<Element, kWhole>;
+  using Sent = LoadedPart<Row>;
+  template <typename Op>
+  __device__ static Row At(const Op& op, const char* row) {
+    return {row, {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
+  }
+  template <typename Op>
+  __device__ static Sent ToSend(const Op& op, const char* row, int part) {
+    return InSlot(op, row, part);
+  }
+  template <typename Op>
+  __device__ static LoadedPart<Row> InSlot(const Op& op, const char* row, int part) {
+    return {At(op, row), 1, part, op.signalled.num_parts};
+  }
+};
+template <typename Type, bool kWholeRows, WireFormat kFormat>
+struct EncodedRows {
+  static constexpr bool kWhole = kWholeRows;
+  using Row = EncodedRow<Type, kWhole, kFormat>;
+  using Sent = EncodedPart<Type, kWhole, kFormat>;
+  template <typename Op>
+  __device__ static Row At(const Op& op, const char* row) {
+    return {row, op.wire};
+  }
+  template <typename Op>
+  __device__ static Sent ToSend(const Op& op, const char* row, int part) {
+    return {row, op.wire, part, op.signalled.num_parts};
+  }
+  template <typename Op>
+  __device__ static LoadedPart<Row> InSlot(const Op& op, const char* row, int part) {
+    return {At(op, row), GroupsOfBlock(op.wire.format), part, op.signalled.num_parts};
+  }
+};
+
+template <typename Rows, typename Group>
+__device__ void PushRows(const LowLatencyCachedDispatch<Group>& op, Group& group) {
+  const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
+  group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item, Sent* sent) {
+    const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
+    typename Rows::Sent row =
+        Rows::ToSend(op, static_cast<const char*>(op.params.x) + token * op.row_bytes, part);
+    const bool exists = token < op.params.route.num_tokens;
+    if (exists) row.Load();
+    const bool inside = exists && lane < num_topk;
+    const int32_t rank = inside ? op.params.destination[int64_t{token} * num_topk + lane] : kNone;
+    group.PushRow(row, token, part, rank, /*to_all=*/true, sent);
+  });
+}
+
+// Call use(received row, row of the lane or kNone, part) for some slots. False if the op is lost.
+template <typename Group, typename Slots, typename Use>
+__device__ bool ForSlots(const LowLatencyCachedDispatch<Group>& op, Group& group, Slots of,
+                         Use use) {
+  const int lane = threadIdx.x % 32;
+  const int num_items = of.count * op.signalled.num_parts;
+  const PairTable table(op.frame.shape, op.params.route);
+  for (int item = FirstItem(); item < num_items; item += NumWarps()) {
+    const int slot = of.At(op.num_parts.Quotient(item)), part = op.num_parts.Remainder(item);
+    const int source = op.num_slots.Quotient(slot);
+    const int32_t* line = op.params.pairs + int64_t{1 + slot} * table.line_ints();
+    const bool exists = op.params.route.num_tokens > 0 && lane < table.max_rows;
+    const int32_t row = exists ? line[1 + lane] : kNone;
+    const int token = op.num_slots.Remainder(slot);
+    const Slot at = group.SlotOf(op.frame.rank, source, token);
+    bool has_row;
+    if (group.IsPushed(source)) {
+      if (!group.Wait(true, at, part, source, &has_row)) return false;
+    } else {  // it is here, and read if it is needed
+      has_row = __any_sync(~0u, row != kNone);
+    }
+    if (has_row && part == 0 && lane == 0) group.CountReceived(source);
+    if (!__any_sync(~0u, has_row && row != kNone)) continue;
+    use(group.RowFrom(at, source, token), row, part);
+  }
+  return true;
+}
+
+// `work` is called as in ForSlots.
+template <typename Group, typename Rows, typename Work>
+__device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
+  __shared__ typename Group::Shared shared;
+  const CachedDispatchParams& params = op.params;
+  Group group(op.frame, op.signalled, &shared);
+  bool lost = !group.Begin();
+  if (!lost && group.sends()) {
+    PushRows<Rows>(op, group);
+    group.Announce();
+    if constexpr (Group::kSeveralNodes) group.SendRows();
+  }
+  if (!lost && group.receives()) {
+    lost = !group.ReceiveFromAll([](int, auto) {},
+                                 [&](auto some) { return ForSlots(op, group, some, work); });
+    WriteZeros<Rows::kWhole>(params, op.frame.shape, op.row_bytes);
+  }
+  group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params); });
+}
+
+template <typename Group, typename Rows>
+__global__ void __launch_bounds__(kThreads, 1)
+    CopyKernel(const __grid_constant__ LowLatencyCachedDispatch<Group> op) {
+  Run<Group, Rows>(op, [&](const char* received, int32_t row, int part) {
+    auto words = Rows::InSlot(op, received, part);
+    words.Load();
+    words.CopyTo([&](auto store) {
+      ForBits(__ballot_sync(~0u, row != kNone), [&](int lane) {
+        store(static_cast<char*>(op.params.rows) + __shfl_sync(~0u, row, lane) * op.row_bytes);
+      });
+    });
+  });
+}
+
+template <typename Group, typename Type, typename Rows>
+__global__ void __launch_bounds__(kThreads, 1)
+    ScaleKernel(const __grid_constant__ LowLatencyCachedDispatch<Group> op) {
+  __shared__ int32_t of_warps[kWarps][32];
+  int32_t* rows = of_warps[threadIdx.x / 32];
+  Run<Group, Rows>(op, [&](const char* received, int32_t row, int) {
+    // Dropped rows leave gaps.
+    const int lane = threadIdx.x % 32;
+    const uint32_t live = __ballot_sync(~0u, row != kNone);
+    __syncwarp();
+    if (row != kNone) rows[__popc(live & ((1u << lane) - 1))] = row;
+    __syncwarp();
+    const int32_t nth = lane < __popc(live) ? rows[lane] : kNone;
+    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, Rows::At(op, received), nth,
+                                 __popc(live));
+  });
+}
+
+// The host's side, of a mode whose kernels use `Group`.
+template <typename Group>
+class LowLatencyCachedDispatchKernels {
+ public:
+  static const char* Launch(const OpFrame& frame, const CachedDispatchParams& params,
+                            int num_blocks, const KernelStream& stream) {
+    const RowFormat rows = params.route.rows();
+    const int num_tokens = params.route.num_tokens;
+    const bool scales = params.weights != nullptr || params.y != nullptr;
+    // A dot product needs the whole row.
+    const auto signalled = Group::Frame::Of(frame, rows, num_tokens, /*whole=*/scales);
+    LowLatencyCachedDispatch<Group> op{frame,
+                                       params,
+                                       signalled,
+                                       rows.bytes(),
+                                       WireRow{rows.wire, rows.size},
+                                       Divisor(signalled.num_slots),
+                                       Divisor(signalled.num_parts)};
+    if (!scales) {
+      return LaunchKernel(CopyKernelFor(rows), op, num_blocks, kThreads, 0, stream);
+    }
+    if (params.weights == nullptr || params.y == nullptr ||
+        params.route.layout != Layout::kExpertMajor) {
+      return "weights, y: expected both or neither, and with expert-major rows";
+    }
+    const Kernel kernel = ScaleKernelFor(rows);
+    if (kernel == nullptr)
+      return "x: expected floats with weights or y, got integers, which are only copied";
+    return LaunchKernel(kernel, op, num_blocks, kThreads, 0, stream);
+  }
+
+  static const char* Load() {
+    const char* error = LoadKernels(CopyKernelFor, 0);
+    return error != nullptr ? error : LoadKernels(ScaleKernelFor, 0);
+  }
+
+ private:
+  using Kernel = void (*)(LowLatencyCachedDispatch<Group>);
+
+  template <WireFormat kFormat>
+  struct EncodedCopies {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return CopyKernel<Group, EncodedRows<Type, kWhole, kFormat>>;
+    }
+  };
+  struct PlainProducts {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return ScaleKernel<Group, Type, PlainRows<typename Type::Element, kWhole>>;
+    }
+  };
+  template <WireFormat kFormat>
+  struct EncodedProducts {
+    template <typename Type, bool kWhole>
+    static Kernel Of() {
+      return ScaleKernel<Group, Type, EncodedRows<Type, kWhole, kFormat>>;
+    }
+  };
+
+  static Kernel CopyKernelFor(const RowFormat& rows) {
+    if (rows.is_quantized()) return InstanceForFp8<EncodedCopies>(rows);
+    return IsWholeCopy(rows) ? CopyKernel<Group, PlainRows<uint16_t, true>>
+                             : CopyKernel<Group, PlainRows<uint16_t, false>>;
+  }
+
+  static Kernel ScaleKernelFor(const RowFormat& rows) {
+    if (rows.is_quantized()) return InstanceForFp8<EncodedProducts>(rows);
+    return InstanceFor<PlainProducts>(rows);
+  }
+};
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_LOW_LATENCY_CACHED_DISPATCH_CUH_

@@ -1,0 +1,281 @@
+// How the ranks of an EP group on several nodes synchronise in low-latency mode.
+//
+//     Begin | push and put rows | Send | ReceiveFromAll | Finish                   dispatch
+//     Begin | push sums | add those of the node | Return | WaitForSums | Finish    combine
+//
+// Inside a node ranks push to each other as in low_latency/signalled_op.cuh. To another node a rank
+// puts, and only to the rank with its index there, its proxy: into its `received` area, from its
+// own `sent` area (put_areas.h). There is one flag per op and node: `arrived`.
+//
+// 1. dispatch: the rows and entries of this rank's tokens. The proxy waits for those of all nodes,
+//    pushes the entries to the windows of the ranks of its node, as if they were its own tokens',
+//    and tells them so (`staged`). They read the rows in the memory of the proxy.
+// 2. cached_dispatch: the same without entries.
+// 3. combine: a rank pushes the sum of a token to the rank of its own node with the index of the
+//    token's rank. That one adds up those of its node, and puts the results to the token's rank.
+//
+// A rank that ends op n has heard that all ranks have begun it: from those of its node and, through
+// them, from all others. So two banks of each memory are enough, as on one node, also for puts that
+// read their source after PutFlag has returned.
+//
+// A wait for what others must wait for in turn is longer, so that whoever waits for a missing rank
+// itself reports it.
+//
+// tests/unit/protocol_low_latency_nodes.py models this protocol.
+#ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_NODES_SIGNALLED_NODE_OP_CUH_
+#define JAX_DEEPEP_CUDA_LOW_LATENCY_NODES_SIGNALLED_NODE_OP_CUH_
+
+#include <cstdint>
+
+#include "cuda/low_latency/signalled_op.cuh"
+#include "cuda/low_latency_nodes/put_areas.h"
+#include "cuda/memory_order.cuh"
+#include "cuda/op_frame.h"
+#include "cuda/remote_put.cuh"
+#include "cuda/warp_items.cuh"
+
+namespace jax_deepep {
+
+struct SignalledNodeFrame : SignalledFrame {
+  PutAreas areas;
+  int32_t wire_bytes = 0;  // of a row
+
+  // A row crosses nodes at once, so that one warp has all of it.
+  static SignalledNodeFrame Of(const OpFrame& frame, const RowFormat& rows, int num_tokens,
+                               bool /*whole*/ = false) {
+    return {SignalledFrame::Of(frame, rows, num_tokens, /*whole=*/true),
+            PutAreas(frame.shape, frame.window), static_cast<int32_t>(rows.wire_bytes())};
+  }
+};
+
+class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
+  using OfNode = SignalledOpOf<RanksOfNode>;
+
+ public:
+  using Frame = SignalledNodeFrame;
+  using OfRank::ForOtherNodes, OfRank::node, OfRank::num_nodes;
+
+  __device__ SignalledNodeOp(const OpFrame& frame, const Frame& signalled, Shared* shared)
+      : OfNode(frame, signalled, shared), areas_(signalled.areas), signalled_(signalled) {}
+
+  // --- The areas.
+
+  __device__ char* SlotOfNode(int owner, PutArea area, int of_node) const {
+    return reinterpret_cast<char*>(frame_.control[owner]) +
+           areas_.SlotOffset(frame_.channel, step(), area, of_node);
+  }
+  // What follows the header.
+  template <typename T>
+  __device__ T* Values(PutArea area, int of_node) const {
+    return reinterpret_cast<T*>(SlotOfNode(frame_.rank, area, of_node) + sizeof(PutHeader));
+  }
+  __device__ SlotEntry* SentEntries() const { return Values<SlotEntry>(PutArea::kSent, node()); }
+  __device__ char* RowAt(PutArea area, int of_node, int token) const {
+    return SlotOfNode(frame_.rank, area, of_node) + OffsetOfRow(token);
+  }
+
+  // --- What a rank sends.
+
+  // As in SignalledOp, and put it to all other nodes of the ranks.
+  template <typename Part>
+  __device__ __forceinline__ void PushRow(Part& from, int token, int part, int32_t rank,
+                                          bool to_all, Sent* sent) const {
+    const int32_t to = rank != kNone ? frame_.NodeOf(rank) : kNone;
+    const bool leaves = __any_sync(~0u, to != kNone && to != node());
+    char* copy = leaves ? RowAt(PutArea::kSent, node(), token) : nullptr;
+    OfNode::PushRow(from, token, part, to == node() ? rank : kNone, to_all, sent, copy);
+    if (!leaves) return;
+    __syncwarp();
+    for (int base = 0; base < num_nodes(); base += 32) {
+      ForBits(RanksOfLanes(to, base), [&](int i) {
+        if (base + i != node()) PutRow(base + i, token, copy);
+      });
+    }
+  }
+
+  // Put a row, from the `sent` area. By a warp.
+  __device__ void PutRow(int to_node, int token, const char* row) const {
+    PutFlag<ByWarp>(frame_, to_node, RowAt(PutArea::kReceived, node(), token), row,
+                    signalled_.wire_bytes);
+    if (threadIdx.x % 32 == 0) CountPushed(frame_.RankOnNode(to_node));
+  }
+
+  // After all PutRow of this block. Every op calls one of these, once.
+  __device__ void SendEntries() {
+    const int64_t entries = int64_t{signalled_.num_slots} * frame_.shape.num_topk;
+    Send([&](int) { return node(); }, entries * static_cast<int64_t>(sizeof(SlotEntry)));
+  }
+  __device__ void SendRows() {
+    Send([&](int) { return node(); }, 0);
+  }
+  __device__ void Return(int64_t bytes_of_values) {
+    Send([](int to_node) { return to_node; }, bytes_of_values);
+  }
+
+  // --- What it receives.
+
+  // Call receive(slots), as in SignalledOp. On the rank that they were put to, pass(source,
+  // entry_of) passes on the entries of a rank of another node, by a block.
+  template <typename Pass, typename Receive>
+  __device__ __forceinline__ bool ReceiveFromAll(Pass pass, Receive receive) {
+    const int before = first_peer() * signalled_.num_slots;
+    const int here = (end_peer() - first_peer()) * signalled_.num_slots;
+    const int others = num_ranks() * signalled_.num_slots - here;
+    // What was pushed first: those who did not arrive are reported by those who wait for them.
+    return PassOn(pass) && __syncthreads_and(receive(SlotsFrom{here, 0, before})) != 0 &&
+           WaitUntilStaged() && receive(SlotsFrom{others, before, here});
+  }
+  __device__ bool IsPushed(int source) const { return frame_.NodeOf(source) == node(); }
+  __device__ const char* RowFrom(const Slot& slot, int source, int token) const {
+    if (IsPushed(source)) return slot.row();
+    return SlotOfNode(ProxyOf(source), PutArea::kReceived, frame_.NodeOf(source)) +
+           OffsetOfRow(token);
+  }
+  __device__ void CountReceived(int source) const {
+    if (IsPushed(source)) {
+      OfNode::CountReceived(source);
+    } else {
+      Count(&channel_.rows_pulled[ProxyOf(source)]);
+    }
+  }
+
+  __device__ int AdderOf(int owner) const { return ProxyOf(owner); }
+  __device__ int SourceForAdder(int owner) const { return frame_.RankOnNode(frame_.NodeOf(owner)); }
+  // By every block: the sums of other nodes for this rank's tokens.
+  __device__ bool WaitForSums() { return WaitForOtherNodes<ForSums>(); }
+
+  template <typename Succeed, typename Fill>
+  __device__ void Finish(bool lost, Succeed succeed, Fill fail) {
+    OfNode::Finish(
+        lost,
+        [&](uint32_t num_invalid) {
+          if (receives()) Leave();
+          succeed(num_invalid);
+        },
+        fail);
+  }
+
+ private:
+  // `count` slots, without `gap` of them from `first` on.
+  struct SlotsFrom {
+    int count, first, gap;
+    __device__ int At(int index) const { return index < first ? index : index + gap; }
+  };
+  // A rank that has returned its sums may wait for those of its node.
+  struct ForSums : ForSources {
+    static constexpr bool kIndirect = true;
+  };
+  struct ForProxies : ForSums {
+    static constexpr Failure kFailure = Failure::kNotLeft;  // they have arrived
+  };
+
+  // The rank of this node with the index of a rank.
+  __device__ int ProxyOf(int rank) const { return first_peer() + rank % frame_.shape.node_size(); }
+  __device__ int64_t OffsetOfRow(int token) const {
+    return areas_.rows_offset + int64_t{token} * areas_.row_stride;
+  }
+
+  // The last block puts the header and the values of the slot slot_for(node) to every other node,
+  // and then the flag.
+  template <typename SlotFor>
+  __device__ void Send(SlotFor slot_for, int64_t bytes_of_values) {
+    if (!IsLastBlock(&channel_.num_put)) return;
+    const int64_t bytes = sizeof(PutHeader) + (bytes_of_values + 15) / 16 * 16;
+    ForOtherNodes([&](int to_node) {
+      auto* slot =
+          reinterpret_cast<PutHeader*>(SlotOfNode(frame_.rank, PutArea::kSent, slot_for(to_node)));
+      if (threadIdx.x == 0) slot->tag = Tag();
+      __syncthreads();
+      PutFlag<ByBlock>(frame_, to_node, SlotOfNode(frame_.rank, PutArea::kReceived, node()), slot,
+                       bytes);
+      // By this rank in Announce. It is for error texts, as the total is for counters: if they are
+      // read late, those of the next op are put.
+      Publication* published = &channel_.published[frame_.rank];
+      PutFlag<ByBlock>(frame_, to_node, published, published, sizeof(Publication));
+      // Pairs with the acquire load in HasArrived, on the peer.
+      PutTotalAndFlag(to_node, channel_.arrived);
+    });
+  }
+
+  // Whether all that a rank of another node puts to this one in this op is here.
+  __device__ bool HasArrived(int source) const {
+    if (LoadAcquireSystem(&channel_.arrived[source]) < step()) return false;
+    const auto& header = *reinterpret_cast<const PutHeader*>(
+        SlotOfNode(frame_.rank, PutArea::kReceived, frame_.NodeOf(source)));
+    if (LoadAcquireSystem(&header.tag) == Tag()) return true;
+    // It is in another op. As if it had announced that here: see IsInOtherOp.
+    StorePacket(reinterpret_cast<Packet*>(&channel_.announced[source]),
+                {channel_.published[source].op_hash, step()});
+    return false;
+  }
+
+  // By a block.
+  template <typename For>
+  __device__ bool WaitForOtherNodes() {
+    bool all = true;
+    if (threadIdx.x < 32) {
+      for (int base = 0; base < num_nodes() && all; base += 32) {
+        const int from = base + static_cast<int>(threadIdx.x);
+        const bool waits = from < num_nodes() && from != node();
+        const int source = waits ? frame_.RankOnNode(from) : kNone;
+        all = WaitUntil<For>([&] { return waits && !HasArrived(source) ? source : kNone; });
+      }
+    }
+    return __syncthreads_and(all) != 0;
+  }
+
+  // The block with the fewest items passes on what other nodes have put here.
+  template <typename Pass>
+  __device__ bool PassOn(Pass pass) {
+    if (blockIdx.x != gridDim.x - 1) return true;
+    if (!WaitForOtherNodes<ForSources>()) return false;
+    ForOtherNodes([&](int from_node) {
+      const auto* entries = Values<SlotEntry>(PutArea::kReceived, from_node);
+      pass(frame_.RankOnNode(from_node), [entries](int i) {
+        return SlotEntry{LoadFresh(&entries[i].expert), LoadFresh(&entries[i].value)};
+      });
+    });
+    __syncthreads();
+    for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += kThreads) {
+      // Pairs with the acquire load in WaitUntilStaged, on the peer.
+      StoreReleaseSystem(&frame_.ChannelOf(peer).staged[frame_.rank], step());
+    }
+    return true;
+  }
+
+  __device__ bool WaitUntilStaged() {
+    bool all = true;
+    if (threadIdx.x < 32) {
+      for (int base = first_peer(); base < end_peer() && all; base += 32) {
+        const int peer = base + static_cast<int>(threadIdx.x);
+        all = WaitUntil<ForProxies>([&] {
+          const bool waits = peer < end_peer();
+          return waits && LoadAcquireSystem(&channel_.staged[peer]) < step() ? peer : kNone;
+        });
+      }
+    }
+    return __syncthreads_and(all) != 0;
+  }
+
+  // By the last block of an op that succeeds.
+  __device__ void Leave() const {
+    for (int to_node = threadIdx.x; to_node < num_nodes(); to_node += kThreads) {
+      // All have begun this op, so that they have left those before it; and no op of this mode uses
+      // the staging of throughput mode, in which a rank waits for this.
+      if (to_node != node()) channel_.left[frame_.RankOnNode(to_node)] = step();
+    }
+    for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += kThreads) {
+      frame_.ChannelOf(peer).rows_taken[frame_.rank] =
+          *static_cast<volatile uint64_t*>(&channel_.rows_pulled[peer]);
+    }
+  }
+
+  const PutAreas& areas_;
+  const Frame& signalled_;
+};
+
+static_assert(sizeof(SignalledNodeOp::Shared) <= kStaticSharedBytes);
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_LOW_LATENCY_NODES_SIGNALLED_NODE_OP_CUH_
