@@ -197,11 +197,11 @@ class Group {
   bool device_each_;
   uint64_t num_launches_ = 0;
   DeviceFacts facts_;
-  SimulatedNetwork network_;
   std::vector<std::unique_ptr<Array>> controls_, operands_;
   std::vector<cudaStream_t> streams_;
   std::vector<HostStatus*> statuses_;
   std::vector<OpFrame> frames_;
+  SimulatedNetwork network_;  // the last: what is on its way arrives before memory is freed
 };
 
 // Run one verb of all ranks on the CPU.

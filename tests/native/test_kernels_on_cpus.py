@@ -1,7 +1,7 @@
 """Runs the CUDA kernels with several ranks where there is no GPU: see cuda_on_cpu/block_threads.h.
 
 The same program as tests/gpu/test_cuda_ranks.py, and the same bits: those of the ops on CPU. Between nodes
-puts go over a simulated NVSHMEM, which carries them out late; nightly also over mapped memory.
+puts go over mapped memory; nightly also over a simulated NVSHMEM, which carries them out late.
 """
 
 import pathlib
@@ -39,8 +39,8 @@ def run(command: list[str], timeout: float) -> str:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("-DJAX_DEEPEP_NVSHMEM", id="nvshmem"),
-        pytest.param("-UJAX_DEEPEP_NVSHMEM", id="mapped", marks=pytest.mark.nightly),
+        pytest.param("-UJAX_DEEPEP_NVSHMEM", id="mapped"),
+        pytest.param("-DJAX_DEEPEP_NVSHMEM", id="nvshmem", marks=pytest.mark.nightly),
     ],
 )
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
