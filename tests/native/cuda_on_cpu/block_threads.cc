@@ -154,7 +154,7 @@ class Block {
     LeaveTurn();
     if (ready_.empty()) std::this_thread::yield();  // for other blocks
     // Threads that wait for a peer, perhaps until a time limit, leave the cores to others.
-    constexpr int kTurnsBetweenPauses = 256;
+    constexpr int kTurnsBetweenPauses = 64;
     if (++num_turns_ % kTurnsBetweenPauses == 0) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
