@@ -69,7 +69,7 @@ def test_sizes_that_kernels_do_not_support(module: ModuleType, sizes: dict, word
     with pytest.raises(RuntimeError, match=words):
         module.Communicator(
             id=-1, fingerprint=0, locations=[], process=0, num_groups=1, hidden_size=1,
-            ranks_per_node=0, timeout_s=1.0, devices=[], num_sms=0, **sizes, **limits,
+            ranks_per_node=0, timeout_s=1.0, devices=[], num_sms=0, between_hosts=False, **sizes, **limits,
         )  # fmt: skip
 
 

@@ -5,6 +5,10 @@
 
 namespace jax_deepep {
 
+int64_t LowLatencyNodes::LeastSharedBytes(const GroupShape& shape, const WindowSize& size) {
+  return LowLatencyDispatchKernels<SignalledNodeOp>::LeastSharedBytes(shape, size);
+}
+
 template <>
 const char* VerbKernels<LowLatencyNodes, DispatchParams>::Launch(const OpFrame& frame,
                                                                  const DispatchParams& params,

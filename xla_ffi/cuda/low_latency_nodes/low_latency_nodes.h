@@ -19,6 +19,7 @@ struct LowLatencyNodes : LowLatency {
     return areas.offset + areas.bytes() - static_cast<int64_t>(ControlBytes(shape)) -
            StagingLayout(shape, kPutsAreAsynchronous).bytes(shape);
   }
+  static int64_t LeastSharedBytes(const GroupShape& shape, const WindowSize& size);
 };
 
 }  // namespace jax_deepep
