@@ -7,6 +7,7 @@
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -69,10 +70,13 @@ class NvshmemProcess : public RemoteProcess {
   }
 
   std::string Describe() const {
-    std::string text = "puts by " + Version() + ", initialised by " +
-                       (ours_ ? "jax_deepep" : "other code of this process");
-    if (ours_) text += ", which took " + std::to_string(taken_bytes_ >> 20) + " MiB of GPU memory";
-    return text;
+    const char* transport = std::getenv("NVSHMEM_REMOTE_TRANSPORT");
+    std::string text = "puts by " + Version() + " (transport " +
+                       (transport == nullptr ? "ibrc, the default" : transport) +
+                       "), initialised by " + (ours_ ? "jax_deepep" : "other code of this process");
+    if (!ours_) return text;
+    return text + ", which took " + std::to_string(taken_bytes_ >> 20) +
+           " MiB of GPU memory outside of XLA's pool";
   }
 
  private:
