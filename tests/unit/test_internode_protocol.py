@@ -7,6 +7,8 @@ from protocol_internode import Internode
 from protocol_low_latency_nodes import LowLatencyNodes
 from protocol_search import Protocol, find_violation
 
+pytestmark = pytest.mark.any_python
+
 DISPATCH = Internode().protocol()
 COMBINE = Internode(returns=True).protocol()
 OVER_A_NETWORK = Internode(returns=True, asynchronous=True).protocol()
