@@ -43,10 +43,13 @@ class Fault:
         return self.run.wait_for_report(process, f"{self.label}: {name}")
 
     @property
+    def is_over_tcp(self) -> bool:
+        return self.run.platform == "cpu" and self.run.environment == BETWEEN_NODES
+
+    @property
     def is_seen(self) -> bool:
         """Whether the survivors need not wait to know of it."""
-        between_nodes = self.run.platform == "cpu" and self.run.environment == BETWEEN_NODES
-        return between_nodes and self.label.startswith("dies")
+        return self.is_over_tcp and self.label.startswith("dies")
 
     def assert_aborted(self, report: dict[str, Any]) -> None:
         """Check what a rank found on the broken communicator: NaN and zeros, at once and for ever."""
@@ -78,8 +81,12 @@ class Fault:
         assert re.search(wanted, error), error
 
     def assert_survivors_agree(self) -> None:
-        """Check that the survivors lost the same step, and that all of its results are NaN."""
-        assert len({self.report(process, "steps before")["steps"] for process in self.survivors}) == 1
+        """Check that the survivors lost the same step, and that all of its results are NaN.
+
+        What a rank sends last reaches some before others: over TCP one may have completed the step.
+        """
+        steps = [self.report(process, "steps before")["steps"] for process in self.survivors]
+        assert max(steps) - min(steps) <= (1 if self.is_over_tcp else 0)
         for process in self.survivors:
             assert self.report(process, "broke in a step")["gradients"]
             self.assert_aborted(self.report(process, "aborted"))
