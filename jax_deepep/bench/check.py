@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,7 +225,3 @@ def main(arguments: Sequence[str]) -> int:
         comm.close()
     end_jax()
     return 0 if comm is not None else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

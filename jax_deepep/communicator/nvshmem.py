@@ -36,8 +36,7 @@ sys.exit((probe(int(sys.argv[3])) or b"").decode() or 0)
 """
 _PROBE_S = 60.0
 
-# Stated where a user decides.
-ONE_GPU_EACH = (
+_ONE_GPU_EACH = (
     "start one process for each GPU, for example python -m jax_deepep.launch -n GPUS_OF_A_HOST --hosts HOSTS "
     "-- python train.py"
 )
@@ -49,7 +48,7 @@ def unsupported_reason(topology: Topology, process: int) -> str:
     if num_devices != 1:
         return (
             f"NVSHMEM, which carries rows between hosts, has one GPU per process, and "
-            f"{topology.describe_process(process)} has {num_devices}: {ONE_GPU_EACH}"
+            f"{topology.describe_process(process)} has {num_devices}: {_ONE_GPU_EACH}"
         )
     if not LIBRARY.exists():
         return (

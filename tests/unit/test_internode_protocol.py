@@ -60,28 +60,22 @@ def search(protocol: Protocol, run: Run) -> tuple[str | None, list[str], int]:
 
 
 PROTOCOLS = {"dispatch": DISPATCH, "combine": COMBINE, "combine over a network": OVER_A_NETWORK}
+CASES = [
+    pytest.param(protocol, run, marks=marks, id=f"{mode}-{'-'.join(map(str, run))}-{verb}")
+    for mode, protocols, runs, marks in [
+        ("throughput", PROTOCOLS, RUNS, ()),
+        ("throughput", PROTOCOLS, NIGHTLY, pytest.mark.nightly),
+        ("low latency", LOW_LATENCY, LOW_LATENCY_RUNS, ()),
+        ("low latency", LOW_LATENCY, LOW_LATENCY_NIGHTLY, pytest.mark.nightly),
+    ]
+    for run in runs
+    for verb, protocol in protocols.items()
+]
 
 
-@pytest.mark.parametrize("verb", PROTOCOLS)
-@pytest.mark.parametrize(
-    "run",
-    [*RUNS, *(pytest.param(run, marks=pytest.mark.nightly) for run in NIGHTLY)],
-    ids=lambda run: "-".join(map(str, run)),
-)
-def test_promises_are_kept(run: Run, verb: str) -> None:
-    broken_promise, steps, num_states = search(PROTOCOLS[verb], run)
-    assert broken_promise is None, "\n".join(steps)
-    assert num_states > 100 * run.num_nodes * run.ranks_per_node
-
-
-@pytest.mark.parametrize("verb", LOW_LATENCY)
-@pytest.mark.parametrize(
-    "run",
-    [*LOW_LATENCY_RUNS, *(pytest.param(run, marks=pytest.mark.nightly) for run in LOW_LATENCY_NIGHTLY)],
-    ids=lambda run: "-".join(map(str, run)),
-)
-def test_promises_of_low_latency_are_kept(run: Run, verb: str) -> None:
-    broken_promise, steps, num_states = search(LOW_LATENCY[verb], run)
+@pytest.mark.parametrize(("protocol", "run"), CASES)
+def test_promises_are_kept(protocol: Protocol, run: Run) -> None:
+    broken_promise, steps, num_states = search(protocol, run)
     assert broken_promise is None, "\n".join(steps)
     assert num_states > 100 * run.num_nodes * run.ranks_per_node
 
@@ -124,14 +118,6 @@ MUTATIONS = {
         "data",
     ),
 }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_every_part_is_needed(name: str) -> None:
-    protocol, run, promise = MUTATIONS[name]
-    broken_promise, steps, _ = search(protocol, run)
-    assert broken_promise == promise, "\n".join(steps)
-
 
 PUT_ARRIVED, RETURN = "Send: PutFlag(arrived)", "Return: PutFlag(arrived)"
 PASSED_ON = "PassOn: StoreReleaseSystem(staged)"
@@ -182,8 +168,14 @@ LOW_LATENCY_MUTATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOW_LATENCY_MUTATIONS)
-def test_every_part_of_low_latency_is_needed(name: str) -> None:
-    protocol, run, promise = LOW_LATENCY_MUTATIONS[name]
+@pytest.mark.parametrize(
+    ("protocol", "run", "promise"),
+    [
+        pytest.param(*mutation, id=f"{mode}: {name}")
+        for mode, mutations in (("throughput", MUTATIONS), ("low latency", LOW_LATENCY_MUTATIONS))
+        for name, mutation in mutations.items()
+    ],
+)
+def test_every_part_is_needed(protocol: Protocol, run: Run, promise: str) -> None:
     broken_promise, steps, _ = search(protocol, run)
     assert broken_promise == promise, "\n".join(steps)

@@ -9,12 +9,9 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
 
-#include "cuda/internode/internode.h"
-#include "cuda/internode/node_kernels.h"
-#include "cuda/low_latency_nodes/low_latency_nodes.h"
+#include "cuda/internode/node_transport.h"
 #include "cuda/remote_transport.h"
 #include "source_digest.h"
 
@@ -136,17 +133,7 @@ JAX_DEEPEP_EXPORT const char* jax_deepep_nvshmem_probe(int device) {
 
 JAX_DEEPEP_EXPORT const jax_deepep::RemoteTransport* jax_deepep_remote_transport() {
   using namespace jax_deepep;
-  static const KernelSet sets[kNumModes] = {KernelSet::Of<Internode>(),
-                                            KernelSet::Of<LowLatencyNodes>()};
-  static const RemoteTransport transport = {
-      JAX_DEEPEP_SOURCE_DIGEST,
-      kPutsAreAsynchronous,
-      [](Mode mode) -> const KernelSet& { return sets[static_cast<int>(mode)]; },
-      &LoadNodeKernels,
-      &LaunchAbortBetweenNodes,
-      &LaunchTestNodes,
-      []() -> RemoteProcess* { return &TheProcess(); },
-      []() -> std::unique_ptr<RemoteMemory> { return std::make_unique<NvshmemMemory>(); },
-  };
+  static const RemoteTransport transport = NodeTransport<NvshmemMemory>(
+      JAX_DEEPEP_SOURCE_DIGEST, []() -> RemoteProcess* { return &TheProcess(); });
   return &transport;
 }
