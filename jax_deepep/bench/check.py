@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,26 +201,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Check and print; return the exit status."""
     options = parse(arguments)
-    os.environ.setdefault("NVSHMEM_DEBUG", "WARN")  # it says why it fails
     start_jax(options.devices)
     everyones = {p: Facts(**f) for p, f in exchange_with_all("facts", vars(Facts.here())).items()}
     devices = np.array(jax.devices())
     hosts = [everyones[device.process_index].host for device in devices]
-    lines = [("hosts", text) for text in describe_hosts(everyones)]
+    for text in describe_hosts(everyones):
+        _say("hosts", text)
     comm, text = make_communicator(devices[np.newaxis], options)
-    lines.append(("all devices", text))
+    _say("all devices", text)
     by_host = of_hosts(hosts)
     if comm is None and by_host is not None and len(by_host) > 1:
         inside, text = make_communicator(devices[by_host], options)
-        lines.append(("in a host", text))
+        _say("in a host", text)
         if inside is not None:
             inside.close()
     table = measure(comm, hosts, options.tokens, options.hidden) if comm is not None else None
-    if jax.process_index() == 0:
-        print("\n".join(f"{name:<12} {text}" for name, text in lines), flush=True)
-        if table is not None:
-            print(f"\n{table.markdown()}", flush=True)
+    if table is not None and jax.process_index() == 0:
+        print(f"\n{table.markdown()}", flush=True)
     if comm is not None:
         comm.close()
     end_jax()
     return 0 if comm is not None else 1
+
+
+def _say(name: str, text: str) -> None:
+    """Print a line at once: what comes next may take until its deadline."""
+    if jax.process_index() == 0:
+        print(f"{name:<12} {text}", flush=True)

@@ -187,15 +187,16 @@ class Topology:
 
 
 def machine_identity() -> str:
-    """Return a text that is equal for processes under the same kernel, in any container.
-
-    The variable JAX_DEEPEP_HOST_ID makes a process appear to be on another machine, of that name: for tests.
-    """
+    """Return a text that is equal for processes under the same kernel, in any container."""
     with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    return f"{boot}/{os.environ.get('JAX_DEEPEP_HOST_ID', '')}"
+        return file.read().strip()
 
 
 def host_identity() -> str:
-    """Return a text that is equal for processes that can share memory and abstract Unix sockets."""
-    return f"{machine_identity()}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"
+    """Return a text that is equal for processes that can share memory and abstract Unix sockets.
+
+    The variable JAX_DEEPEP_HOST_ID makes a process appear to be on another host, of that name: for tests. Its
+    GPUs remain those of this machine.
+    """
+    pretended = os.environ.get("JAX_DEEPEP_HOST_ID", "")
+    return f"{machine_identity()}/{pretended}/{os.readlink('/proc/self/ns/net')}/user {os.getuid()}"

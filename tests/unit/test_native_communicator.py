@@ -187,15 +187,18 @@ def test_no_descriptor_is_left_open(on_gpus: SimpleNamespace, fails_at: str) -> 
     assert not [descriptor for descriptor in everything if is_open(descriptor)]
 
 
-def test_ranks_on_a_gpu_are_counted_by_host_and_address(
+def test_ranks_on_a_gpu_are_counted_by_machine_and_address(
     on_gpus: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the whole mesh on this host, in any group; on another host the same address is another GPU."""
+    """Those of the whole mesh, in any group; on another machine the same address is another GPU."""
     on_gpu = on_gpus.stand_in
     on_gpu.fails = False
     names = [cuda_half.name_of_gpu(gpu) for gpu in ("00", "01")]
-    monkeypatch.setenv("JAX_DEEPEP_HOST_ID", "another host")
-    elsewhere = [cuda_half.name_of_gpu(gpu) for gpu in ("00", "01")]
+    with monkeypatch.context() as on_another_machine:
+        on_another_machine.setattr(cuda_half, "machine_identity", lambda: "another machine")
+        elsewhere = [cuda_half.name_of_gpu(gpu) for gpu in ("00", "01")]
+    monkeypatch.setenv("JAX_DEEPEP_HOST_ID", "pretended")  # a GPU is shared nevertheless
+    assert names == [cuda_half.name_of_gpu(gpu) for gpu in ("00", "01")]
     monkeypatch.delenv("JAX_DEEPEP_HOST_ID")
     exchange = Exchange()
     exchange.of_others = {names[1]: [1, 2], elsewhere[0]: [5]}

@@ -62,6 +62,12 @@ __device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t e
 
 __device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
+// Memory that is mapped at two addresses: what was written at one is read at the other after this,
+// by the thread that calls it.
+__device__ __forceinline__ void FenceAliases() {
+  asm volatile("fence.proxy.alias;" ::: "memory");
+}
+
 // 16 bytes that are stored, and arrive on a peer, at once.
 struct alignas(16) Packet {
   uint64_t value, tag;

@@ -41,6 +41,7 @@ __device__ __forceinline__ void PutFlag(const OpFrame& frame, int node, void* to
       CopyBytes<By>(own + from_offset, static_cast<const char*>(from), bytes);
       By::Sync();  // a fence of the thread that puts orders the copies of all
     }
+    FenceAliases();  // written at this rank's address, read at NVSHMEM's
     PutBytes(By(), route.memory + offset, route.memory + from_offset, bytes, process);
   }
   if (flag == nullptr) return;

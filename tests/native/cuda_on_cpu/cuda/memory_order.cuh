@@ -52,6 +52,8 @@ inline uint64_t CompareAndSwap(uint64_t* address, uint64_t expected, uint64_t va
   __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   return expected;
 }
+inline void FenceAliases() {}
+
 inline void FenceSystem() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 template <typename T>
