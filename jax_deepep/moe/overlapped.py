@@ -48,11 +48,14 @@ class Applied(NamedTuple):
     num_received: jax.Array
 
 
-def apply_experts(config: MoEConfig, batches: Sequence[Batch], options: dict[str, Any]) -> list[Applied]:
+def apply_experts(
+    config: MoEConfig, choice: Any, batches: Sequence[Batch], options: dict[str, Any]
+) -> list[Applied]:
     """Send the tokens of one or two batches through the experts.
 
     Args:
         config: static.
+        choice: the result of `grouped_matmul.chosen`.
         batches: of the same shapes.
         options: layout="expert", capacity, expert_capacity and alignment of each dispatch.
 
@@ -68,7 +71,7 @@ def apply_experts(config: MoEConfig, batches: Sequence[Batch], options: dict[str
     combine_wire = checked_wire("combine", config.combine_wire, batches[0].x)
     steps = Steps(
         requests[0].shape, requests[0].wire, combine_wire,
-        config.activation, config.experts_by, options["alignment"],
+        config.activation, choice, options["alignment"],
     )  # fmt: skip
     if implementation_of(steps.shape) is not native:
         return [_apply_plainly(steps, batch) for batch in batches]

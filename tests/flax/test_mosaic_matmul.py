@@ -149,7 +149,13 @@ def test_panels_hold_every_tile_once(down: int, across: int, panel: int) -> None
 
 def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [alignment_for("mosaic", rows) for rows in (1, 100, 128, 10_000)] == [64, 64, 128, 128]
-    assert chosen("auto", "cuda", hidden_size=64, intermediate_size=128) != "mosaic"
+    fitting = {"dtype": jnp.bfloat16, "mean_rows": 64, "hidden_size": 64, "intermediate_size": 128}
+    assert chosen("auto", "cuda", **fitting) == "mosaic"
+    assert chosen("auto", "cuda", **fitting | {"mean_rows": 1}, alignment=64) == "mosaic"
+    for unfit in (
+        {"mean_rows": 63}, {"dtype": jnp.float32}, {"alignment": 32}, {"intermediate_size": 96}
+    ):  # fmt: skip
+        assert chosen("auto", "cuda", **fitting | unfit) == "triton"
     with pytest.raises(
         ValueError, match="grouped_matmul: expected 'mosaic' on NVIDIA GPUs only, got it on cpu; use"
     ):
@@ -159,9 +165,12 @@ def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         device_kind, compute_capability = "NVIDIA B200", "10.0"
 
     monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
+    assert chosen("auto", "cuda", **fitting) == "triton"
     with pytest.raises(ValueError, match=r"compute capability 9\.0 only .*, got it on NVIDIA B200 of 10\.0;"):
         chosen("mosaic", "cuda")
+    monkeypatch.undo()
     monkeypatch.setattr(jax_compat, "pallas_mosaic_gpu", lambda: None)
+    assert chosen("auto", "cuda", **fitting) == "triton"
     with pytest.raises(ValueError, match=r"expected a JAX with the Mosaic GPU backend .* 0\.\S+ without it;"):
         chosen("mosaic", "cuda")
 

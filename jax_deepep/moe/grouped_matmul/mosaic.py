@@ -50,7 +50,8 @@ def missing_reason(device: jax.Device) -> str | None:
 
 def unsupported_reason(dtype: Any, **sizes: int) -> str | None:
     """Return why `dtype`, `hidden_size`, `intermediate_size` or `alignment` is unsupported, or None."""
-    if dtype not in DTYPES:
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in DTYPES:
         return (
             f'rows: expected {" or ".join(DTYPES)} with grouped_matmul="mosaic", got {dtype}; {INSTEAD}, or '
             "give the layer one of these as dtype."
