@@ -26,14 +26,10 @@ SHAPES = {
     "qwen": Problem(8192, 2048, 8, 128, 2, capacity="1x", intermediate=768),
 }
 TILES = {
-    "default": Tiles(),
+    "default": None,
     "panel 4": Tiles(panel=4),
-    "panel 16": Tiles(panel=16),
-    "stored 256": Tiles(stored=256, slots=1),
-    "columns 192": Tiles(columns=192, stages=5, slots=1),
-    "columns 128": Tiles(columns=128, stages=6),
-    "depth 128": Tiles(depth=128),
-    "rounds 4": Tiles(rounds=4),
+    "4 phases": Tiles(phases=4),
+    "stored at once": Tiles(deferred=False),
 }
 DENSE, TRITON, MOSAIC, RAGGED_DOT = "dense", "triton", "mosaic", "ragged_dot"
 MATMULS = (DENSE, TRITON, MOSAIC, RAGGED_DOT)
