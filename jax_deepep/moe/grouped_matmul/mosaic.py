@@ -94,14 +94,21 @@ def mosaic_matmul(
         ValueError: another dtype, or `block`, H or F is not a multiple of 64.
         TypeError: matrices of another dtype than rows.
     """
-    sizes = {"hidden_size": matrices.shape[1], "intermediate_size": matrices.shape[2], "alignment": block}
+    check_operands(rows, [matrices], block)
+    return _matmul(block, tiles, *vary_together(frozenset(), rows, matrices, group_sizes))
+
+
+def check_operands(rows: jax.Array, matrices: Sequence[jax.Array], block: int) -> None:
+    """Raise unless rows in blocks can be multiplied with [L, H, F] matrices: see `mosaic_matmul`."""
+    hidden_size, intermediate_size = matrices[0].shape[1:]
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "alignment": block}
     if (reason := unsupported_reason(rows.dtype, **sizes)) is not None:
         raise ValueError(reason)
-    if matrices.dtype != rows.dtype:
-        raise TypeError(
-            f"matrices: expected the dtype of rows, {rows.dtype}, got {matrices.dtype}; cast one of them."
-        )
-    return _matmul(block, tiles, *vary_together(frozenset(), rows, matrices, group_sizes))
+    for matrix in matrices:
+        if matrix.dtype != rows.dtype:
+            raise TypeError(
+                f"matrices: expected the dtype of rows, {rows.dtype}, got {matrix.dtype}; cast one of them."
+            )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -157,7 +164,7 @@ def times(
                 def of_step(step: Any) -> Copies:
                     along = pl.ds(step * DEPTH, DEPTH)
                     of_matrix = (these_columns, along) if transposed else (along, these_columns)
-                    return [(rows.at[place.rows, along], 0, ()), (matrix.at[of_matrix], 1, ())]
+                    return rows.at[place.rows, along], matrix.at[of_matrix]
 
                 return of_step
 
@@ -178,7 +185,8 @@ def times(
 def whole(result: Any) -> Callable[..., Stores]:
     """Return `Tile.stores` of tiles that store their sum in `result`."""
 
-    def stores(total: jax.Array, own_rows: Any, further: Any) -> Stores:
+    def stores(sums: Sequence[jax.Array], own_rows: Any, further: Any) -> Stores:
+        (total,) = sums
         for column in range(0, total.shape[1], STORED):
             values = total[:, column : column + STORED].astype(result.dtype)
             yield values, result.at[own_rows, pl.ds(column, STORED)]
@@ -212,7 +220,8 @@ def by_row_blocks(
     across: int,
     transposed: bool,
     tiles: Tiles,
-    **choices: Any,
+    sums: int = 1,
+    plain: bool = True,
 ) -> list[jax.Array]:
     """Compute results whose rows are those of the groups; they are not written after the last group.
 
@@ -227,7 +236,7 @@ def by_row_blocks(
         across: tiles with the same rows.
         transposed: whether the right operand of a step is.
         tiles: the panel, and what `multiply` needs.
-        choices: further fields of `Product`.
+        sums, plain: see `Product`.
     """
     num_experts, num_rows = len(group_sizes), len(operands[0])
     high = largest_tile(block, LARGEST_ROWS)
@@ -243,8 +252,8 @@ def by_row_blocks(
         return tile(Place(pl.ds(below * high, high), beside, lambda: refs[0][below]), refs[2:])
 
     product = Product(
-        name, high, columns, (False, transposed), num_tiles=lambda refs: down(refs) * np.int32(across),
-        tile=of_index, **{"copies": 2} | choices,
+        name, high, columns, sums, (False, transposed), lambda refs: down(refs) * np.int32(across), of_index,
+        plain,
     )  # fmt: skip
     return multiply(product, (experts, ends, *operands), [(num_rows, width) for width in widths], tiles)
 
@@ -278,14 +287,14 @@ def outer(
 
             def of_step(step: Any) -> Copies:
                 along = pl.ds((first + step) * DEPTH, DEPTH)
-                return [(rows.at[along, these_rows], 0, ()), (gradient.at[along, these_columns], 1, ())]
+                return rows.at[along, these_rows], gradient.at[along, these_columns]
 
             return of_step
 
         return Tile([Part(num_steps[expert], begin)], whole(out.at[expert, these_rows, these_columns]))
 
     num_tiles = np.int32(num_experts) * per_expert
-    product = Product("grouped_outer", high, wide, (True, False), 2, lambda refs: num_tiles, tile)
+    product = Product("grouped_outer", high, wide, 1, (True, False), lambda refs: num_tiles, tile)
     operands = (largest_first, firsts, num_steps, rows, gradient)
     (out,) = multiply(product, operands, [(num_experts, height, width)], tiles)
     return out

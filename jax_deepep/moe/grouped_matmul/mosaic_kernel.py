@@ -34,7 +34,7 @@ H200_SMS = 132  # also of an H100: where programs are lowered without a GPU
 SIMULATED_SMS = 2
 
 Stores = Iterator[tuple[jax.Array, Any]]  # values [64, STORED], and where they go in global memory
-Copies = Sequence[tuple[Any, int, tuple[Any, ...]]]  # global memory, to ring 0 or 1, to which part of a stage
+Copies = Sequence[Any]  # in global memory: the left operand, and the right ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Tile:
 
     Attributes:
         parts: of its sum.
-        stores: (the sum of 64 rows, which of the rows of the tile these are, a function that returns these
-            rows of the next of `further`) → what is stored of it.
-        further: what else is copied to the left ring after the steps of the sum, [rows, DEPTH] each.
+        stores: (the sums of 64 rows, which of the rows of the tile these are, a function that returns these
+            rows of the next few of `further`, at most two) → what is stored of it.
+        further: what else is copied after the steps of the only sum, [rows, DEPTH] each.
     """
 
     parts: Sequence[Part]
-    stores: Callable[[jax.Array, Any, Callable[[], jax.Array]], Stores]
-    further: Sequence[Copies] = ()
+    stores: Callable[[Sequence[jax.Array], Any, Callable[[int], list[jax.Array]]], Stores]
+    further: Sequence[Any] = ()
 
     @property
     def num_steps(self) -> Any:
@@ -102,18 +102,18 @@ class Product:
     Attributes:
         name: of the kernel.
         rows, columns: of the sum of a tile, which has terms [rows, DEPTH] · [DEPTH, columns].
+        sums: of a tile, with the same left operands.
         transposed: whether the left and right operands of a step are the transposes of these in memory.
-        copies: how many each step, and each of `Tile.further`, has.
         num_tiles: (references to all operands and results) → how many tiles there are.
         tile: (these references, its index) → a tile; those with the longest sums first.
-        plain: whether a tile stores its sum, and nothing else.
+        plain: whether a tile stores its only sum, and nothing else.
     """
 
     name: str
     rows: int
     columns: int
+    sums: int
     transposed: tuple[bool, bool]
-    copies: int
     num_tiles: Callable[[Sequence[Any]], Any]
     tile: Callable[[Sequence[Any], Any], Tile]
     plain: bool = True
@@ -180,7 +180,7 @@ def multiply(
     dtype = operands[-1].dtype
     workers = product.rows // SMALLEST_TILE
     results = (workers, SLOTS, SMALLEST_TILE, STORED)
-    stage_bytes = DEPTH * (product.rows + product.columns) * dtype.itemsize
+    stage_bytes = DEPTH * (product.rows + product.sums * product.columns) * dtype.itemsize
     room = SHARED_BYTES - int(np.prod(results)) * dtype.itemsize
     stages = max(0, min(tiles.stages, room // stage_bytes))
     if stages < 2:  # the ring has a step that is multiplied and one that is being copied
@@ -207,9 +207,9 @@ def multiply(
         kernel_name=product.name,
         scratch_types={
             "left": shared((stages, *left)),
-            "right": shared((stages, *right)),
+            "right": shared((stages, product.sums, *right)),
             "results": shared(results),
-            "full": gpu.Barrier(num_arrivals=product.copies, num_barriers=stages),
+            "full": gpu.Barrier(num_arrivals=1 + product.sums, num_barriers=stages),
             "free": gpu.Barrier(num_arrivals=workers, num_barriers=stages),
         },
         compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
@@ -245,26 +245,29 @@ def _kernel(
     def copy_tile(number: Any, first: Any) -> Any:
         tile = tile_of(number)
 
-        def copy(copies: Copies, step: Any) -> Any:
+        def copy(sources: Sequence[Any], destinations: Sequence[Any], step: Any) -> Any:
             stage = stage_of(step)
 
             @pl.when(step >= stages)
             def _() -> None:
                 gpu.barrier_wait(free.at[stage])
 
-            for source, ring, part in copies:
-                destination = (left, right)[ring].at[(stage, *part)]
-                gpu.copy_gmem_to_smem(source, destination, full.at[stage])
+            for source, destination in zip(sources, destinations, strict=True):
+                gpu.copy_gmem_to_smem(source, destination.at[stage], full.at[stage])
             return step + 1
 
+        rights = [right.at[:, number] for number in range(product.sums)]
+
         def copy_of(of_step: Callable[[Any], Copies]) -> Callable[[Any, Any], Any]:
-            return lambda index, step: copy(of_step(index), step)
+            return lambda index, step: copy(of_step(index), (left, *rights), step)
 
         step = first
         for part in tile.parts:
             step = _loop(part.num_steps, copy_of(part.begin()), step)
-        for copies in tile.further:
-            step = copy(copies, step)
+        half = product.rows // 2  # two copies, as a step with one sum has
+        parts = [pl.ds(0, half), pl.ds(half, half)]
+        for rows in tile.further:
+            step = copy([rows.at[part] for part in parts], [left.at[:, part] for part in parts], step)
         return step
 
     def store(number: int, values: jax.Array, destination: Any) -> None:
@@ -277,15 +280,12 @@ def _kernel(
         gpu.commit_smem()
         gpu.copy_smem_to_gmem(slot, destination)
 
-    def nothing_further() -> jax.Array:
-        raise NotImplementedError
-
     def multiply_tile(
         tile: Tile, first: Any, store_beside: Callable[[Any], None] = lambda index: None
-    ) -> tuple[Any, jax.Array]:
-        """Return the step after the sum, and the sum."""
+    ) -> tuple[Any, list[jax.Array]]:
+        """Return the step after the sums, and the sums."""
 
-        def sum_of(total: Any) -> Any:
+        def sums_of(*totals: Any) -> Any:
             def add(index: Any, step: Any) -> Any:
                 stage = stage_of(step)
                 gpu.barrier_wait(full.at[stage])
@@ -293,12 +293,13 @@ def _kernel(
                     own_left = left.at[stage, :, own_rows].transpose((1, 0))
                 else:
                     own_left = left.at[stage, own_rows]
-                whole_right = right.at[stage]
-                if product.transposed[1]:
-                    whole_right = whole_right.transpose((1, 0))
-                gpu.wgmma(total, own_left, whole_right)
+                for number, total in enumerate(totals):
+                    whole_right = right.at[stage, number]
+                    if product.transposed[1]:
+                        whole_right = whole_right.transpose((1, 0))
+                    gpu.wgmma(total, own_left, whole_right)
                 store_beside(index)
-                gpu.wgmma_wait(1)  # the step before has been multiplied
+                gpu.wgmma_wait(product.sums)  # the step before has been multiplied
 
                 @pl.when(index > 0)
                 def _() -> None:
@@ -307,37 +308,41 @@ def _kernel(
                 return step + 1
 
             _loop(tile.num_steps, add, first)
-            return total[...]
+            return [total[...] for total in totals]
 
-        total = pl.run_scoped(sum_of, gpu.ACC((SMALLEST_TILE, product.columns), jnp.float32))
+        zero = gpu.ACC((SMALLEST_TILE, product.columns), jnp.float32)
+        totals = pl.run_scoped(sums_of, *[zero] * product.sums)
         after = first + tile.num_steps
 
         @pl.when(tile.num_steps > 0)
         def _() -> None:
             gpu.barrier_arrive(free.at[stage_of(after - 1)])
 
-        return after, total
+        return after, totals
 
     def multiply_and_store(number: Any, first: Any) -> Any:
         tile = tile_of(number)
-        after, total = multiply_tile(tile, first)
+        after, totals = multiply_tile(tile, first)
         steps = iter(range(len(tile.further)))
 
-        def further() -> jax.Array:
-            stage = stage_of(after + next(steps))
-            gpu.barrier_wait(full.at[stage])
-            rows: jax.Array = left[stage, own_rows]
-            gpu.barrier_arrive(free.at[stage])
+        def further(count: int) -> list[jax.Array]:
+            own = [stage_of(after + next(steps)) for _ in range(count)]
+            for stage in own:
+                gpu.barrier_wait(full.at[stage])
+            rows = [left[stage, own_rows] for stage in own]
+            gpu.commit_smem()  # TMA writes there next
+            for stage in own:
+                gpu.barrier_arrive(free.at[stage])
             return rows
 
-        for index, stored in enumerate(tile.stores(total, own_rows, further)):
+        for index, stored in enumerate(tile.stores(totals, own_rows, further)):
             store(index, *stored)
         return after + len(tile.further)
 
     num_stores = product.columns // STORED
 
     def store_one(index: int, number: Any, total: jax.Array) -> None:
-        stores = tile_of(number).stores(total, own_rows, nothing_further)
+        stores = tile_of(number).stores([total], own_rows, lambda count: [])
         store(index, *next(itertools.islice(stores, index, None)))
 
     def multiply_and_defer(number: Any, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
@@ -353,7 +358,7 @@ def _kernel(
             for index in range(num_stores):
                 store_before(index, step == index)
 
-        after, total = multiply_tile(tile, first, store_beside)
+        after, (total,) = multiply_tile(tile, first, store_beside)
         for index in range(num_stores):
             store_before(index, tile.num_steps <= index)
         return after, total.astype(before.dtype)
