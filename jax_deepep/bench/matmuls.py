@@ -28,7 +28,7 @@ SHAPES = {
 }
 TILES = {
     "default": None,
-    "panel 4": Tiles(panel=4),
+    "1 phase": Tiles(),
     "4 phases": Tiles(phases=4),
     "stored at once": Tiles(deferred=False),
 }
