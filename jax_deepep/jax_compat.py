@@ -175,6 +175,15 @@ def pallas_mosaic_gpu() -> Any:
     return mosaic_gpu
 
 
+def let_mosaic_add_tangents() -> None:
+    """Let kernels of Mosaic GPU compute derivatives: JAX lowers there all that silu needs but `add_any`."""
+    from jax._src.ad_util import add_any_p
+    from jax._src.pallas.mosaic_gpu import core, lowering
+
+    rules = lowering.mosaic_lowering_rules[core.WGxWG_SEMANTICS]
+    rules.setdefault(add_any_p, rules[jax.lax.add_p])
+
+
 def mosaic_gpu_interpreter() -> Any:
     """Return what simulates kernels of Mosaic GPU on a CPU, their argument `interpret`; races are errors."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams

@@ -18,9 +18,10 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.moe import MoEConfig, init_parameters, moe
 from jax_deepep.moe.experts import routed_experts
 from jax_deepep.moe.grouped_matmul import alignment_for
+from jax_deepep.moe.grouped_matmul.mosaic import mosaic_matmul
 from jax_deepep.moe.parameters import of_experts
 
-GATHERED = "gathered"
+GATHERED, UNFUSED = "gathered", "mosaic, not fused"
 FORWARD, FORWARD_BACKWARD = "forward", "forward + backward"
 Program = tuple[Callable[..., Any], tuple[Any, ...]]  # a function to be jitted, and its operands
 
@@ -40,10 +41,13 @@ def capacity_factor_of(problem: Problem) -> float | None:
     return None if problem.capacity == WORST else float(problem.capacity.removesuffix("x"))
 
 
-def rows_of_one_device(problem: Problem, alignment: int) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Return rows [C, H], the experts' weights and group sizes [L] of uniform routing.
+def rows_of_one_device(
+    problem: Problem, alignment: int
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, jax.Array]:
+    """Return rows [C, H], the experts' weights, group sizes [L] of uniform routing, and a gradient [C, H].
 
-    Padding rows are zero and rows after the last group NaN, as a dispatch may leave them.
+    Padding rows are zero and rows after the last group NaN, as a dispatch may leave them; their gradient is
+    zero, as not every case here can have NaN there.
     """
     assert problem.intermediate is not None
     random = np.random.default_rng(0)
@@ -65,33 +69,38 @@ def rows_of_one_device(problem: Problem, alignment: int) -> tuple[jax.Array, dic
     first = np.cumsum(group_sizes) - group_sizes
     position = np.concatenate([start + np.arange(count) for start, count in zip(first, counts, strict=True)])
     key, dtype = jax.random.key(0), jnp.dtype(problem.dtype)
-    rows = jnp.full((capacity, problem.hidden), jnp.nan, dtype).at[: group_sizes.sum()].set(0)
-    rows = rows.at[position].set(jax.random.normal(key, (live, problem.hidden), dtype))
+
+    @jax.jit
+    def drawn(key: jax.Array, rest: float) -> jax.Array:
+        rows = jnp.full((capacity, problem.hidden), rest, dtype).at[: group_sizes.sum()].set(0)
+        return rows.at[position].set(jax.random.normal(key, (live, problem.hidden), dtype))
+
     shape = (num_local, problem.hidden, problem.intermediate)
     shapes = {"wi_0": shape, "wi_1": shape, "wo": (num_local, problem.intermediate, problem.hidden)}
     weights = {name: of_experts(key, shape, dtype) for name, shape in shapes.items()}
-    return rows, weights, jnp.asarray(group_sizes, jnp.int32)
+    return drawn(key, jnp.nan), weights, jnp.asarray(group_sizes, jnp.int32), drawn(jax.random.key(1), 0.0)
 
 
 def experts_programs(problem: Problem, name: str) -> dict[str, Program]:
     """Return the experts of one device with the grouped matmul `name`: forward, and with all gradients."""
     mean_rows = problem.tokens * problem.topk * problem.devices / problem.experts
-    alignment = alignment_for("blocks" if name == GATHERED else name, mean_rows)
-    choice = partial(gathered_matmul, block=alignment) if name == GATHERED else name
-    rows, weights, group_sizes = rows_of_one_device(problem, alignment)
-    live = jnp.arange(len(rows))[:, None] < group_sizes.sum()
+    functions = {GATHERED: ("blocks", gathered_matmul), UNFUSED: ("mosaic", mosaic_matmul)}
+    aligned_as, function = functions.get(name, (name, None))
+    alignment = alignment_for(aligned_as, mean_rows)
+    choice = name if function is None else partial(function, block=alignment)
+    rows, weights, group_sizes, of_out = rows_of_one_device(problem, alignment)
 
     def forward(rows, weights, group_sizes):
         return routed_experts(
             rows, group_sizes, weights, activation=jax.nn.silu, choice=choice, alignment=alignment
         )
 
-    def step(rows, weights, group_sizes):
+    def step(rows, weights, group_sizes, of_out):
         out, pull_back = jax.vjp(lambda rows, weights: forward(rows, weights, group_sizes), rows, weights)
-        return pull_back(jnp.where(live, out, 0))
+        return *pull_back(of_out), out
 
     operands = (rows, weights, group_sizes)
-    return {FORWARD: (forward, operands), FORWARD_BACKWARD: (step, operands)}
+    return {FORWARD: (forward, operands), FORWARD_BACKWARD: (step, (*operands, of_out))}
 
 
 def dense_moe(problem: Problem, parameters: dict[str, jax.Array], x: jax.Array, mesh: Mesh) -> jax.Array:

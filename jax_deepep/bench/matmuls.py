@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_deepep.bench.command_line import SIZES, add_sizes, add_trials, positive_int
+from jax_deepep.bench.experts import HALVES, half_cases, networks, router
 from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.processes import end_jax, start_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
@@ -26,17 +27,15 @@ SHAPES = {
     "qwen": Problem(8192, 2048, 8, 128, 2, capacity="1x", intermediate=768),
 }
 TILES = {
-    "default": Tiles(),
-    "panel 4": Tiles(panel=4),
-    "panel 16": Tiles(panel=16),
-    "stored 256": Tiles(stored=256, slots=1),
-    "columns 192": Tiles(columns=192, stages=5, slots=1),
-    "columns 128": Tiles(columns=128, stages=6),
-    "depth 128": Tiles(depth=128),
-    "rounds 4": Tiles(rounds=4),
+    "default": None,
+    "1 phase": Tiles(),
+    "4 phases": Tiles(phases=4),
+    "stored at once": Tiles(deferred=False),
 }
 DENSE, TRITON, MOSAIC, RAGGED_DOT = "dense", "triton", "mosaic", "ragged_dot"
 MATMULS = (DENSE, TRITON, MOSAIC, RAGGED_DOT)
+PRODUCTS, NETWORK, ROUTER = "products", "network", "router"
+PARTS = (PRODUCTS, NETWORK, ROUTER)
 UNIFORM, SKEWED = "uniform", "skewed"
 GROUPS = (UNIFORM, SKEWED)
 # Which operands a product has, of these: rows [C, H], matrices [L, H, F], hidden [C, F], second [L, F, H]
@@ -45,6 +44,7 @@ OPERANDS = {
     "down": ("hidden", "second"),
     "gradient of rows": ("hidden", "matrices"),
     "gradient of matrices": ("rows", "hidden"),
+    **HALVES,
 }
 EINSUM = {
     "up": "erh,ehf->erf",
@@ -54,10 +54,13 @@ EINSUM = {
 }
 
 MEANING = """\
-Products of one device's experts: up [C, H] · [H, F], down [C, F] · [F, H], and both gradients of up.
+Products of one device's experts: up [C, H] · [H, F], down [C, F] · [F, H], and both gradients of up; then
+those of a network of gate, up and down with what lies between them, fused and not.
 Every row is live; "uniform" groups have one size, sizes of "skewed" ones follow 1 / n.
-dense: one batched matmul of as many FLOPs, in groups of one size.
+dense: batched matmuls of as many FLOPs, in groups of one size.
 mosaic: with several tiles, as `jax_deepep.moe.grouped_matmul.mosaic_kernel.Tiles` describes them.
+network: the whole of it on the rows of a uniform routing, with room for C rows; TF/s count rows of tokens.
+router: x · gate and its gradients; error: the largest one from float64, relative to the largest logit.
 queued: per call, with several in flight.
 deviation: the largest difference from the first case with these groups, relative to its largest element.
 """
@@ -67,18 +70,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_deepep.bench matmuls",
-        description="Time the products of grouped matmuls on one device.",
+        description="Time what one device of a layer computes, without communication.",
         epilog=MEANING,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for name, choices in (
         ("shapes", list(SHAPES)),
+        ("parts", PARTS),
         ("products", list(OPERANDS)),
         ("groups", GROUPS),
-        ("matmuls", MATMULS),
         ("tiles", list(TILES)),
     ):
         parser.add_argument(f"--{name}", nargs="+", choices=choices, default=choices, help="(all)")
+    fast = MATMULS[:-1]
+    parser.add_argument("--matmuls", nargs="+", choices=MATMULS, default=fast, help=f"({', '.join(fast)})")
     add_sizes(parser, list(SIZES), {})  # they replace those of the shapes
     parser.add_argument("--queued", type=positive_int, default=8, help="calls in flight (%(default)s)")
     add_trials(parser, 5)
@@ -126,6 +131,9 @@ def dense_product_of(name: str, num_experts: int) -> Callable[..., jax.Array]:
 
 def cases_of(options: argparse.Namespace, product: str, num_experts: int, block: int) -> dict[str, Any]:
     """Return the functions to be compared, dense and triton first."""
+    if product in HALVES:
+        all_cases = half_cases(product, dense_product_of("up", num_experts), block)
+        return {name: case for name, case in all_cases.items() if name.partition(",")[0] in options.matmuls}
     cases: dict[str, Any] = {}
     if DENSE in options.matmuls:
         cases[DENSE] = dense_product_of(product, num_experts)
@@ -148,7 +156,9 @@ def operands_of(problem: Problem) -> dict[str, jax.Array]:
     shapes = {
         "rows": (rows, hidden),
         "matrices": (num_experts, hidden, intermediate),
+        "others": (num_experts, hidden, intermediate),
         "hidden": (rows, intermediate),
+        "gate": (rows, intermediate),
         "second": (num_experts, intermediate, hidden),
     }
     keys = jax.random.split(jax.random.key(0), len(shapes))
@@ -189,9 +199,12 @@ def _compiled(case: Any, operands: Any) -> Any:
 
 
 @jax.jit
-def _deviation(values: jax.Array, reference: jax.Array) -> jax.Array:
-    difference = jnp.abs(values.astype(jnp.float32) - reference.astype(jnp.float32))
-    return jnp.max(difference) / jnp.max(jnp.abs(reference.astype(jnp.float32)))
+def _deviation(values: Any, reference: Any) -> jax.Array:
+    def of_array(value: jax.Array, reference: jax.Array) -> jax.Array:
+        difference = jnp.abs(value.astype(jnp.float32) - reference.astype(jnp.float32))
+        return jnp.max(difference) / jnp.max(jnp.abs(reference.astype(jnp.float32)))
+
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(of_array, values, reference))))
 
 
 def results_of(options: argparse.Namespace, shape: str, problem: Problem) -> Iterator[list[Result]]:
@@ -216,7 +229,7 @@ def results_of(options: argparse.Namespace, shape: str, problem: Problem) -> Ite
         for groups in options.groups:
             group_sizes = jnp.asarray(group_sizes_of(groups, num_experts, rows, block))
             of_product = (*(operands[name] for name in OPERANDS[product]), group_sizes)
-            flops = 2.0 * rows * operands["matrices"][0].size
+            flops = 2.0 * rows * operands["matrices"][0].size * (2 if "others" in OPERANDS[product] else 1)
             part = f"{shape}, {product}, {groups}"
             yield measure(options, problem, part, compiled, of_product, flops)
 
@@ -229,8 +242,13 @@ def main(arguments: Sequence[str]) -> int:
     report = Report(options, MEANING)
     try:
         for shape in options.shapes:
-            for results in results_of(options, shape, dataclasses.replace(SHAPES[shape], **given)):
-                report.add(results)
+            problem = dataclasses.replace(SHAPES[shape], **given)
+            if PRODUCTS in options.parts:
+                for results in results_of(options, shape, problem):
+                    report.add(results)
+            for part, measured in ((NETWORK, networks), (ROUTER, router)):
+                if part in options.parts:
+                    report.add(measured(problem, shape, options))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

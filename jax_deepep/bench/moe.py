@@ -88,7 +88,7 @@ def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Ite
     matmuls = options.matmuls
     if matmuls is None:
         on_cpu = jax.devices()[0].platform == "cpu"
-        matmuls = ["ragged_dot", GATHERED, "blocks"] if on_cpu else ["ragged_dot", "triton"]
+        matmuls = ["ragged_dot", GATHERED, "blocks"] if on_cpu else ["ragged_dot", "triton", "mosaic"]
     for name in matmuls:
         yield timed(EXPERTS, name, experts_programs(problem, name))
     for name in options.layers:

@@ -51,7 +51,9 @@ def apply_to_chunk(
 ) -> tuple[jax.Array, PerToken, Counts]:
     """Return (output [T, H], the fields of `MoEAux` with a value per token, `Counts`)."""
     batches = _split(tokens, config.batches_per_chunk)
-    capacity, alignment = config.rows(len(batches[0].x))
+    num_tokens = len(batches[0].x)
+    choice, alignment = config.experts_by(num_tokens, call.dtype)
+    capacity = config.capacity(num_tokens, alignment)
     options = {
         "layout": "expert",
         "capacity": capacity,
@@ -79,7 +81,7 @@ def apply_to_chunk(
         weights = {name: value.astype(call.dtype) for name, value in parameters.items() if name not in ROUTER}
         return Batch(weights, x.astype(call.dtype), topk_idx, topk_weights)
 
-    results = apply_experts(config, list(map(to_experts, batches, routings)), options)
+    results = apply_experts(config, choice, list(map(to_experts, batches, routings)), options)
     finished = [
         _finish(config, call, sequences, device, *parts)
         for parts in zip(batches, routings, results, strict=True)
@@ -118,7 +120,7 @@ def _finish(
     if mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(mask[:, None], out, jnp.zeros((), out.dtype))
     drops = None
-    if config.may_drop(len(tokens.x)):
+    if config.may_drop:
         dropped = jnp.where(applied.destination < 0, routing.counted, -1)
         drops = gating.expert_load(dropped, config.num_experts)
     logits = routing.logits if call.router_logits else None

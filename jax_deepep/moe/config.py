@@ -18,7 +18,7 @@ from jax_deepep.communicator import Communicator
 from jax_deepep.deprecation import renamed_function
 from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.experts import Activation, check_activation
-from jax_deepep.moe.grouped_matmul import Choice, alignment_for, chosen
+from jax_deepep.moe.grouped_matmul import Choice, alignment_for, check_choice, chosen
 from jax_deepep.ops.wire import Wire, checked_wire
 from jax_deepep.quantization.formats import Format
 
@@ -58,8 +58,9 @@ class MoEConfig:
         grouped_matmul: how the experts are applied: "blocks" (`jax_deepep.moe.blocks`) for CPUs,
             "ragged_dot" (`jax.lax.ragged_dot`), "triton" (`jax_deepep.moe.grouped_matmul.triton`) for NVIDIA
             GPUs, "mosaic" (`jax_deepep.moe.grouped_matmul.mosaic`) for H100 and H200, or your own grouped
-            matmul (`jax_deepep.moe.grouped_matmul`). "auto" is blocks on CPUs, triton on NVIDIA GPUs where it
-            supports the sizes, and ragged_dot elsewhere.
+            matmul (`jax_deepep.moe.grouped_matmul`). "auto" is blocks on CPUs; on NVIDIA GPUs mosaic, triton
+            or ragged_dot, the first that supports GPU, dtype and sizes (mosaic from 64 rows per expert on
+            average, or with an `alignment` that is a multiple of 64); and ragged_dot elsewhere.
         num_chunks: a device's tokens are processed in this many chunks, one after the other, each recomputed
             for its gradient: only one chunk's rows are in memory. None = chosen per call, see `chunks_of`.
         two_batch_overlap: a device's tokens (of each chunk) are processed in two halves, of which one
@@ -132,7 +133,7 @@ class MoEConfig:
                 f"num_experts: expected a multiple of the {self.comm.size} devices, at most the "
                 f"{self.comm.num_experts} physical experts, got {self.num_experts}; change one of them."
             )
-        chosen(self.grouped_matmul, self.comm.platform)
+        check_choice(self.grouped_matmul, self.comm.platform)
         for axis, size, names in (
             (self._fsdp, self.hidden_size, "hidden_size"),
             (self._tensor, self.intermediate_size, "intermediate_size"),
@@ -286,14 +287,21 @@ class MoEConfig:
         _, axes = self.parameters[name]
         return P(*(None if axis is None else self.axis_rules[axis] for axis in axes))
 
-    @property
-    def experts_by(self) -> Any:
-        """The name or function that `grouped_matmul` stands for on this platform, with these sizes."""
+    def experts_by(self, num_tokens: int, dtype: Any) -> tuple[Any, int]:
+        """Return what `grouped_matmul` and `alignment` stand for.
+
+        Args:
+            num_tokens: of every device in one dispatch.
+            dtype: of the computation.
+        """
         parts = 1 if self._tensor is None else self.mesh.shape[self._tensor]
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size // parts}
         if self.alignment is not None:
             sizes["alignment"] = self.alignment
-        return chosen(self.grouped_matmul, self.comm.platform, **sizes)
+        mean_rows = num_tokens * self.comm.num_experts_per_tok / self.comm.num_local_experts
+        known = {"dtype": dtype, "mean_rows": mean_rows, **sizes}
+        choice = chosen(self.grouped_matmul, self.comm.platform, **known)
+        return choice, self.alignment or alignment_for(choice, mean_rows)
 
     @property
     def batches_per_chunk(self) -> int:
@@ -328,18 +336,14 @@ class MoEConfig:
         names = ("num_experts_per_tok", "num_local_experts")
         return {"num_ranks": self.comm.size} | {name: getattr(self.comm, name) for name in names}
 
-    def may_drop(self, num_tokens: int) -> bool:
-        """Return whether a dispatch of `num_tokens` tokens of every device can drop some."""
-        return self.rows(num_tokens)[0] is not None or self.expert_capacity is not None
+    @property
+    def may_drop(self) -> bool:
+        """Whether a dispatch can drop tokens."""
+        return self.capacity_factor is not None or self.expert_capacity is not None
 
-    def rows(self, num_tokens: int) -> tuple[int | None, int]:
-        """Return (`capacity`, `alignment`) of a dispatch of `num_tokens` tokens of every device."""
-        comm = self.comm
-        fair_share = num_tokens * comm.num_experts_per_tok
-        alignment = self.alignment
-        if alignment is None:
-            alignment = alignment_for(self.experts_by, fair_share / comm.num_local_experts)
+    def capacity(self, num_tokens: int, alignment: int) -> int | None:
+        """Return `capacity` of a dispatch of `num_tokens` tokens of every device."""
         if self.capacity_factor is None:
-            return None, alignment
+            return None
         sizes = {"num_tokens": num_tokens, "alignment": alignment, **self._sizes_of_comm}
-        return bounded_rows(capacity_factor=self.capacity_factor, **sizes), alignment
+        return bounded_rows(capacity_factor=self.capacity_factor, **sizes)

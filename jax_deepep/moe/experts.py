@@ -1,6 +1,7 @@
 """The experts' networks, on expert-major rows and on all tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.blocks import apply_to_blocks
-from jax_deepep.moe.grouped_matmul import GroupedMatmul, grouped_matmul
+from jax_deepep.moe.grouped_matmul import GroupedMatmul, fused, grouped_matmul
 
 Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
+Products = tuple[jax.Array, ...]
 
-HIDDEN = "moe_hidden"  # the name of products with wi_0 and wi_1 in policies of jax.checkpoint
+HIDDEN, EXPERT_OUT = "moe_hidden", "moe_expert_out"  # in policies of jax.checkpoint
 
 
 def check_activation(activation: Any) -> None:
@@ -62,12 +64,8 @@ def routed_experts(
     if choice == "blocks":
         weights = {name: weights[name] for name in ("wi_0", "wi_1", "wo") if name in weights}
         return apply_to_blocks(partial(_network, activation), alignment, rows, weights, group_sizes)
-    multiply = grouped_matmul(choice, alignment)
-    products = [
-        checkpoint_name(multiply(rows, matrix, group_sizes), HIDDEN)
-        for matrix in input_matrices(weights).values()
-    ]
-    return after_products(products, group_sizes, weights["wo"], activation=activation, multiply=multiply)
+    halves = halves_of(choice, alignment, activation, rows.dtype)
+    return halves.whole(rows, tuple(input_matrices(weights).values()), weights["wo"], group_sizes)
 
 
 def input_matrices(weights: Weights) -> dict[str, jax.Array]:
@@ -75,19 +73,70 @@ def input_matrices(weights: Weights) -> dict[str, jax.Array]:
     return {name: weights[name] for name in ("wi_0", "wi_1") if name in weights}
 
 
-def after_products(
-    products: Sequence[jax.Array],
-    group_sizes: jax.Array,
-    wo: jax.Array,
-    *,
-    activation: Activation,
-    multiply: GroupedMatmul,
-) -> jax.Array:
-    """Do the rest of `routed_experts`, without blocks, from products with `input_matrices`, [C, F] each."""
-    hidden = activation(products[0])
-    for product in products[1:]:
-        hidden *= product
-    return checkpoint_name(multiply(hidden.astype(products[0].dtype), wo, group_sizes), "moe_expert_out")
+@dataclasses.dataclass(frozen=True)
+class Halves:
+    """The experts' networks in two halves, without blocks. Group sizes are int32 [L].
+
+    Attributes:
+        multiply: the grouped matmul.
+        activation: elementwise.
+    """
+
+    multiply: GroupedMatmul
+    activation: Activation
+
+    def first(
+        self, rows: jax.Array, matrices: Products, group_sizes: jax.Array
+    ) -> tuple[Products, jax.Array | None]:
+        """Return rows · each of the matrices, [C, F] each, and what else `second` may need."""
+        products = (self.multiply(rows, matrix, group_sizes) for matrix in matrices)
+        return tuple(checkpoint_name(product, HIDDEN) for product in products), None
+
+    def second(
+        self, products: Products, hidden: jax.Array | None, wo: jax.Array, group_sizes: jax.Array
+    ) -> jax.Array:
+        """Return the rest of the network of `products` [C, H]. Differentiable but for `hidden`."""
+        del hidden
+        value = self.activation(products[0])
+        for product in products[1:]:
+            value *= product
+        value = value.astype(products[0].dtype)
+        return checkpoint_name(self.multiply(value, wo, group_sizes), EXPERT_OUT)
+
+    def whole(self, rows: jax.Array, matrices: Products, wo: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """Return the result of both halves."""
+        return self.second(*self.first(rows, matrices, group_sizes), wo, group_sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedHalves(Halves):
+    """The same in the kernels of `grouped_matmul.fused`."""
+
+    alignment: int
+
+    @property
+    def _network(self) -> fused.Network:
+        return self.activation, self.alignment
+
+    def first(self, rows, matrices, group_sizes):
+        """Return the products and the operand of wo."""
+        return checkpoint_name(fused.first(self._network, rows, matrices, group_sizes), HIDDEN)
+
+    def second(self, products, hidden, wo, group_sizes):
+        """Return the product with wo."""
+        return checkpoint_name(fused.second(self._network, products, hidden, wo, group_sizes), EXPERT_OUT)
+
+    def whole(self, rows, matrices, wo, group_sizes):
+        """Return the result; without a gradient, the products are not written."""
+        return fused.whole(self._network, super().whole, rows, matrices, wo, group_sizes)
+
+
+def halves_of(choice: Any, alignment: int, activation: Activation, dtype: Any) -> Halves:
+    """Return the networks of experts whose rows are of `dtype`, for any choice but "blocks"."""
+    multiply = grouped_matmul(choice, alignment)
+    if choice == "mosaic" and fused.can_fuse(activation, dtype):
+        return FusedHalves(multiply, activation, alignment)
+    return Halves(multiply, activation)
 
 
 def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array:

@@ -5,8 +5,9 @@ Every device runs
     route → dispatch → the experts' networks → combine (+ shared experts)
 
 Policies of `jax.checkpoint` can name: "moe_dispatched", the received rows [C, H] and their routes, without
-which the backward pass dispatches again; "moe_hidden", the products with wi_0 and wi_1, [C, F] each;
-"moe_expert_out", the operand of combine [C, H]. The last two do not exist with grouped_matmul="blocks".
+which the backward pass dispatches again; "moe_hidden", the products with wi_0 and wi_1, [C, F] each, and with
+grouped_matmul="mosaic" what is computed from them, if it is needed; "moe_expert_out", the operand of combine
+[C, H]. The last two do not exist with grouped_matmul="blocks".
 """
 
 import functools

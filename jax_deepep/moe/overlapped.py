@@ -48,11 +48,14 @@ class Applied(NamedTuple):
     num_received: jax.Array
 
 
-def apply_experts(config: MoEConfig, batches: Sequence[Batch], options: dict[str, Any]) -> list[Applied]:
+def apply_experts(
+    config: MoEConfig, choice: Any, batches: Sequence[Batch], options: dict[str, Any]
+) -> list[Applied]:
     """Send the tokens of one or two batches through the experts.
 
     Args:
         config: static.
+        choice: the result of `grouped_matmul.chosen`.
         batches: of the same shapes.
         options: layout="expert", capacity, expert_capacity and alignment of each dispatch.
 
@@ -68,7 +71,7 @@ def apply_experts(config: MoEConfig, batches: Sequence[Batch], options: dict[str
     combine_wire = checked_wire("combine", config.combine_wire, batches[0].x)
     steps = Steps(
         requests[0].shape, requests[0].wire, combine_wire,
-        config.activation, config.experts_by, options["alignment"],
+        config.activation, choice, options["alignment"],
     )  # fmt: skip
     if implementation_of(steps.shape) is not native:
         return [_apply_plainly(steps, batch) for batch in batches]
@@ -88,10 +91,10 @@ def _apply_plainly(steps: Steps, batch: Batch) -> Applied:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _apply(steps: Steps, batches: list[Batch]) -> list[Applied]:
-    return _forward(steps, batches)[0]
+    return _forward(steps, batches, saves=False)[0]
 
 
-def _forward(steps: Steps, batches: list[Batch]) -> tuple[list[Applied], list[Saved]]:
+def _forward(steps: Steps, batches: list[Batch], saves: bool = True) -> tuple[list[Applied], list[Saved]]:
     a, *others = batches
     biases: list[Any] = [None] * len(batches)
     pull_backs: list[Any] = [None] * len(batches)
@@ -100,7 +103,7 @@ def _forward(steps: Steps, batches: list[Batch]) -> tuple[list[Applied], list[Sa
         at_a, (biases, pull_backs) = steps.dispatch(a, shared, *(batch.x for batch in batches))
     else:
         at_a, _ = steps.dispatch(a)
-    experts_a = partial(steps.experts_saved, a, at_a.handle)
+    experts_a = partial(steps.experts_saved, a, at_a.handle, saves)
     if not others:
         y_a, of_a = experts_a(at_a.tokens)
         out_a, _ = steps.combine(y_a, at_a.handle, biases[0])
@@ -108,7 +111,7 @@ def _forward(steps: Steps, batches: list[Batch]) -> tuple[list[Applied], list[Sa
     else:
         (b,) = others
         at_b, (y_a, of_a) = steps.dispatch(b, experts_a, at_a.tokens)
-        experts_b = partial(steps.experts_saved, b, at_b.handle)
+        experts_b = partial(steps.experts_saved, b, at_b.handle, saves)
         out_a, (y_b, of_b) = steps.combine(y_a, at_a.handle, biases[0], experts_b, at_b.tokens)
         out_b, _ = steps.combine(y_b, at_b.handle, biases[1])
         outs, saved = [out_a, out_b], [of_a._replace(y=y_a), of_b._replace(y=y_b)]

@@ -8,14 +8,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.experts import (
-    HIDDEN,
     Activation,
-    after_products,
+    Halves,
+    Products,
+    halves_of,
     input_matrices,
     routed_experts,
     shared_experts,
 )
-from jax_deepep.moe.grouped_matmul import grouped_matmul
 from jax_deepep.ops import pairs, verbs
 from jax_deepep.ops.handle import Handle, RouteShape
 from jax_deepep.ops.pairs import Beside
@@ -66,7 +66,7 @@ class Saved(NamedTuple):
         matrices: the weights that multiply received rows, [L, H, F] each; none in blocks.
         y: the operand of combine.
         pull_back: the cotangent of y → those of the products with `matrices` (in blocks, of the rows), and of
-            the other weights of the routed experts.
+            the other weights of the routed experts; None where there are no gradients.
         pull_back_shared: the cotangent of the output of the shared experts → those of x and of their weights;
             None without shared experts.
     """
@@ -74,7 +74,7 @@ class Saved(NamedTuple):
     received: Received
     matrices: Weights
     y: jax.Array
-    pull_back: Callable[[jax.Array], tuple[tuple[jax.Array, ...], Weights]]
+    pull_back: Callable[[jax.Array], tuple[Products, Weights]] | None
     pull_back_shared: Callable[[jax.Array], tuple[jax.Array, Weights]] | None = None
 
 
@@ -88,7 +88,7 @@ class ExpertGradients(NamedTuple):
     """
 
     rows: jax.Array
-    products: tuple[jax.Array, ...]
+    products: Products
     weights: Weights
 
 
@@ -132,29 +132,34 @@ class Steps:
             activation=self.activation, choice=self.choice, alignment=self.alignment,
         )  # fmt: skip
 
-    def experts_saved(self, batch: Batch, handle: Handle[Any], tokens: jax.Array) -> tuple[jax.Array, Saved]:
-        """Return (the output of the routed experts, what their gradients need)."""
-        sizes = handle.group_sizes
-        multiply = grouped_matmul(self.choice, self.alignment)
+    def _halves(self, tokens: jax.Array) -> Halves:
+        return halves_of(self.choice, self.alignment, self.activation, tokens.dtype)
+
+    def experts_saved(
+        self, batch: Batch, handle: Handle[Any], saves: bool, tokens: jax.Array
+    ) -> tuple[jax.Array, Saved]:
+        """Return (the output of the routed experts, what their gradients need if it `saves` that)."""
+        sizes, received = handle.group_sizes, Received(tokens, handle)
+        if not saves:
+            y = self.experts(tokens, batch.weights, sizes)
+            return y, Saved(received, {}, y, None)
         matrices = {} if self.choice == "blocks" else input_matrices(batch.weights)
         others = {
             name: value
             for name, value in batch.weights.items()
             if name not in matrices and name not in batch.shared
         }
-
-        def rest(products: tuple[jax.Array, ...], others: Weights) -> jax.Array:
-            if not matrices:
-                return self.experts(products[0], others, sizes)
-            return after_products(
-                products, sizes, others["wo"], activation=self.activation, multiply=multiply
+        if not matrices:
+            y, pull_back = jax.vjp(
+                lambda rows, others: self.experts(rows[0], others, sizes), (tokens,), others
             )
-
-        products = tuple(
-            checkpoint_name(multiply(tokens, matrix, sizes), HIDDEN) for matrix in matrices.values()
+            return y, Saved(received, matrices, y, pull_back)
+        halves = self._halves(tokens)
+        products, hidden = halves.first(tokens, tuple(matrices.values()), sizes)
+        y, pull_back = jax.vjp(
+            lambda products, others: halves.second(products, hidden, others["wo"], sizes), products, others
         )
-        y, pull_back = jax.vjp(rest, products or (tokens,), others)
-        return y, Saved(Received(tokens, handle), matrices, y, pull_back)
+        return y, Saved(received, matrices, y, pull_back)
 
     def combine(
         self, y: jax.Array, handle: Handle[Any], bias: jax.Array | None,
@@ -180,16 +185,16 @@ class Steps:
 
     def gradients_of_experts(self, saved: Saved, of_y: jax.Array) -> ExpertGradients:
         """Return those of the routed experts but for `saved.matrices`."""
+        assert saved.pull_back is not None
         products, others = saved.pull_back(of_y)
         if not saved.matrices:
             return ExpertGradients(products[0], (), others)
-        multiply, sizes = grouped_matmul(self.choice, self.alignment), saved.received.handle.group_sizes
-
-        def of_rows(matrix: jax.Array, product: jax.Array) -> jax.Array:
-            return _gradient(lambda rows: multiply(rows, matrix, sizes), saved.received.tokens, product)
-
-        first, *further = map(of_rows, saved.matrices.values(), products)
-        return ExpertGradients(sum(further, first), products, others)
+        tokens, handle = saved.received
+        matrices, halves = tuple(saved.matrices.values()), self._halves(tokens)
+        of_rows = _gradient(
+            lambda rows: halves.first(rows, matrices, handle.group_sizes)[0], tokens, products
+        )
+        return ExpertGradients(of_rows, products, others)
 
     def gradients_of_dispatch(
         self, saved: Saved, of_experts: ExpertGradients, weights: jax.Array,
@@ -217,19 +222,17 @@ class Steps:
         of_matrices, others = computed or ({}, None)
         return verb.gradients(saved.received, call.operands, results), of_matrices, others
 
-    def _gradients_of_matrices(self, saved: Saved, products: tuple[jax.Array, ...]) -> Weights:
-        multiply, sizes = grouped_matmul(self.choice, self.alignment), saved.received.handle.group_sizes
-
-        def of_matrix(matrix: jax.Array, product: jax.Array) -> jax.Array:
-            return _gradient(lambda by: multiply(saved.received.tokens, by, sizes), matrix, product)
-
-        gradients = map(of_matrix, saved.matrices.values(), products)
+    def _gradients_of_matrices(self, saved: Saved, products: Products) -> Weights:
+        tokens, handle = saved.received
+        halves = self._halves(tokens)
+        gradients = _gradient(
+            lambda matrices: halves.first(tokens, matrices, handle.group_sizes)[0],
+            tuple(saved.matrices.values()),
+            products,
+        )
         return dict(zip(saved.matrices, gradients, strict=True))
 
 
-def _gradient(
-    function: Callable[[jax.Array], jax.Array], operand: jax.Array, cotangent: jax.Array
-) -> jax.Array:
+def _gradient(function: Callable[[Any], Products], operand: Any, cotangent: Products) -> Any:
     _, transposed = jax.vjp(function, operand)
-    gradient: jax.Array = transposed(cotangent)[0]
-    return gradient
+    return transposed(cotangent)[0]

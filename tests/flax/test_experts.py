@@ -14,6 +14,7 @@ from moe_layer import assert_close
 from jax_deepep import jax_compat
 from jax_deepep.moe.experts import routed_experts
 from jax_deepep.moe.grouped_matmul import alignment_for, chosen
+from jax_deepep.moe.routing import router_logits
 
 BLOCK, L, H, F = 16, 5, 32, 48
 ROWS = np.array([7, 0, 33, 16, 1])  # of each expert
@@ -190,3 +191,12 @@ def test_unsupported_sizes() -> None:
                 rows if alignment == BLOCK else jnp.ones((BLOCK, H)), sizes, own,
                 activation=jax.nn.silu, choice=choice, alignment=alignment,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_experts", [64, 256])
+def test_the_router_is_as_exact_as_float32_can_be(num_experts: int) -> None:
+    """On NVIDIA GPUs by a dot algorithm of bfloat16 parts, elsewhere by HIGHEST."""
+    x, gate = numbers(64, 2048), numbers(2048, num_experts) / 2048**0.5
+    logits = jax.jit(partial(router_logits, jax_compat.platform_of(jax.devices()[0])))(x, gate)
+    exact = np.asarray(x, np.float64) @ np.asarray(gate, np.float64)
+    assert np.abs(np.asarray(logits, np.float64) - exact).max() < 3e-6 * np.abs(exact).max()

@@ -59,12 +59,13 @@ def by_hand(config: MoEConfig) -> Any:
         if config.tensor_axes:  # along which tokens, and so the router, are the same
             x, topk_weights = (lax.pcast(v, config.tensor_axes, to="varying") for v in (x, topk_weights))
         matrices = {name: value for name, value in parameters.items() if name != "gate"}
-        capacity, alignment = config.rows(len(x))
+        choice, alignment = config.experts_by(len(x), x.dtype)
+        capacity = config.capacity(len(x), alignment)
         options = {"comm": config.comm, "capacity": capacity, "alignment": alignment}
         dispatched, handle = ep.dispatch(ep.quantize_dequantize(x, "fp8"), topk_idx, topk_weights, **options)
         y = routed_experts(
             dispatched.tokens, dispatched.group_sizes, matrices,
-            activation=config.activation, choice=config.experts_by, alignment=alignment,
+            activation=config.activation, choice=choice, alignment=alignment,
         )  # fmt: skip
         out = rounded_backward(ep.combine(y, handle))
         if config.shared_intermediate_size:

@@ -1,5 +1,6 @@
 """The grouped matmul for Hopper GPUs: simulated where there is no GPU, and lowered for one."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,13 +10,15 @@ import pytest
 
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
+from jax_deepep.moe.experts import FusedHalves, Halves, halves_of
 from jax_deepep.moe.grouped_matmul import alignment_for, chosen
-from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul, outer
-from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels
+from jax_deepep.moe.grouped_matmul.fused import can_fuse
+from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
+from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels, own_tiles
 
 DEVICE = jax.devices()[0]
 SIMULATED = DEVICE.platform == "cpu"
-SMALL = Tiles(columns=64, stages=2, stored=128, slots=1, panel=2, rounds=2)
+SMALL = Tiles(columns=64, stages=2, panel=2, phases=2, deferred=False)
 
 runs_here = pytest.mark.skipif(
     not SIMULATED and missing_reason(DEVICE) is not None, reason="needs a Hopper GPU, or none"
@@ -23,7 +26,7 @@ runs_here = pytest.mark.skipif(
 can_transpose = pytest.mark.skipif(
     SIMULATED and jax.__version_info__ < (0, 12), reason="JAX's simulator cannot transpose before 0.12"
 )
-blocks = pytest.mark.parametrize(("block", "tiles"), [(128, Tiles()), (64, SMALL)], ids=["128", "64"])
+blocks = pytest.mark.parametrize(("block", "tiles"), [(128, None), (64, SMALL)], ids=["128", "64"])
 
 
 def problem(block: int, dtype: Any, hidden: int = 192, intermediate: int = 128) -> tuple[jax.Array, ...]:
@@ -56,7 +59,7 @@ def expected(rows, matrices, group_sizes, gradient) -> tuple[np.ndarray, ...]:
     )
 
 
-def with_gradients(tiles: Tiles, block: int = 128) -> Any:
+def with_gradients(tiles: Tiles | None, block: int = 128) -> Any:
     """Return a jitted function of what `problem` returns, with the results of `expected`."""
 
     def run(rows, matrices, group_sizes, gradient):
@@ -77,7 +80,7 @@ def assert_rounded(got: jax.Array, exact: np.ndarray) -> None:
 
 @runs_here
 @blocks
-def test_a_product(block: int, tiles: Tiles) -> None:
+def test_a_product(block: int, tiles: Tiles | None) -> None:
     """On a CPU, data races are errors of the simulator."""
     operands = problem(block, jnp.bfloat16)
     out = jax.jit(lambda *operands: mosaic_matmul(*operands, block=block, tiles=tiles))(*operands[:3])
@@ -87,7 +90,7 @@ def test_a_product(block: int, tiles: Tiles) -> None:
 @runs_here
 @can_transpose
 @blocks
-def test_gradients(block: int, tiles: Tiles) -> None:
+def test_gradients(block: int, tiles: Tiles | None) -> None:
     """That of the matrices of empty groups is zero."""
     operands = problem(block, jnp.float16)
     results = with_gradients(tiles, block)(*operands)
@@ -96,15 +99,114 @@ def test_gradients(block: int, tiles: Tiles) -> None:
     assert not np.asarray(results[2][1]).any()
 
 
+def network_problem(block: int, dtype: Any, gated: bool, hidden: int, intermediate: int) -> tuple[Any, ...]:
+    """Return rows, input matrices, wo, group sizes and a gradient, with NaN after the groups."""
+    rows, matrices, sizes, _ = problem(block, dtype, hidden, intermediate)
+    random = np.random.default_rng(1)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape), dtype)
+
+    shape = matrices.shape
+    wi = tuple(normal(*shape) / hidden**0.5 for _ in range(1 + gated))
+    wo = normal(shape[0], shape[2], shape[1]) / intermediate**0.5
+    live = jnp.arange(len(rows))[:, None] < sizes.sum()
+    return rows, wi, wo, sizes, jnp.where(live, normal(*rows.shape), jnp.nan)
+
+
+def expected_network(rows, wi, wo, sizes, gradient) -> tuple[Any, ...]:
+    """Return the result and the gradients, rounded where `fused` says, in exact products otherwise."""
+    dtype, live = rows.dtype, int(sizes.sum())
+    rows, gradient = rows[:live], gradient[:live]
+    expert = np.repeat(np.arange(len(wo)), sizes)
+
+    def wide(value: jax.Array) -> np.ndarray:
+        return np.asarray(value, np.float64)
+
+    def rounded(value: Any) -> jax.Array:
+        return jnp.asarray(np.asarray(value, np.float32), dtype)
+
+    def times(rows: Any, matrices: Any) -> np.ndarray:
+        return np.einsum("ch,chf->cf", wide(rows), wide(matrices)[expert])
+
+    def outer(rows: Any, others: Any) -> jax.Array:
+        groups = (expert == e for e in range(len(wo)))
+        return rounded(np.stack([wide(rows)[group].T @ wide(others)[group] for group in groups]))
+
+    def activated(*products: jax.Array) -> jax.Array:
+        first, *others = products
+        return jax.nn.silu(first) * others[0] if others else jax.nn.silu(first)
+
+    products = [rounded(times(rows, matrix)).astype(jnp.float32) for matrix in wi]
+    hidden, pull_back = jax.vjp(activated, *products)
+    of_hidden = rounded(times(gradient, wo.swapaxes(1, 2))).astype(jnp.float32)
+    of_products = [rounded(of) for of in pull_back(of_hidden)]
+    of_rows = sum(times(of, matrix.swapaxes(1, 2)) for of, matrix in zip(of_products, wi, strict=True))
+    return (
+        rounded(times(rounded(hidden), wo)), rounded(of_rows),
+        tuple(outer(rows, of) for of in of_products), outer(rounded(hidden), gradient),
+    )  # fmt: skip
+
+
+def run_network(with_gradients: bool, block: int) -> Any:
+    def run(rows, wi, wo, sizes, gradient):
+        def network(rows, wi, wo):
+            halves = halves_of("mosaic", block, jax.nn.silu, rows.dtype)
+            assert isinstance(halves, FusedHalves)
+            return halves.whole(rows, wi, wo, sizes)
+
+        if not with_gradients:
+            return (network(rows, wi, wo),)
+        out, pull_back = jax.vjp(network, rows, wi, wo)
+        return out, *pull_back(gradient)
+
+    return jax.jit(run)
+
+
+def assert_nearly_all_equal(results: Any, exact: Any) -> None:
+    """Compare: float32 sums may round a value differently than exact ones, by a unit of the last place."""
+    for got, value in zip(jax.tree.leaves(results), jax.tree.leaves(exact), strict=True):
+        got, value = (np.asarray(array[: len(value)], np.float32) for array in (got, value))
+        assert (got == value).mean() > 0.99
+        np.testing.assert_allclose(got, value, rtol=2**-7, atol=2**-7 * np.abs(value).max())
+
+
+@runs_here
+def test_a_network() -> None:
+    """Without a gradient, its products are not stored."""
+    operands = network_problem(64, jnp.bfloat16, True, 64, 192)
+    assert_nearly_all_equal(run_network(False, 64)(*operands), expected_network(*operands)[:1])
+
+
 @runs_here
 @can_transpose
-def test_gradients_of_matrices_in_float32() -> None:
-    rows, matrices, group_sizes, gradient = problem(64, jnp.bfloat16, 64, 64)
-    of_matrices = jax.jit(lambda *operands: outer(64, *operands, dtype=jnp.float32))(
-        rows, gradient, group_sizes
-    )
-    assert of_matrices.dtype == jnp.float32
-    assert_rounded(of_matrices, expected(rows, matrices, group_sizes, gradient)[2])
+@pytest.mark.parametrize(("block", "gated"), [(128, True), (64, False)], ids=["gated", "plain"])
+def test_gradients_of_a_network(block: int, gated: bool) -> None:
+    operands = network_problem(block, jnp.bfloat16, gated, 64, 64)
+    assert_nearly_all_equal(run_network(True, block)(*operands), expected_network(*operands))
+
+
+@pytest.mark.gpu
+@runs_here
+def test_a_network_on_a_gpu() -> None:
+    operands = network_problem(1024, jnp.bfloat16, True, 2048, 768)
+    run, exact = run_network(True, 128), expected_network(*operands)
+    results = [run(*operands) for _ in range(3)]
+    assert_nearly_all_equal(results[0], exact)
+    live = int(operands[3].sum())
+    for again in results[1:]:
+        for first, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(again), strict=True):
+            np.testing.assert_array_equal(*(np.asarray(value[:live], np.float32) for value in (first, other)))
+
+
+def test_which_activations_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that Pallas lowers for GPUs; others take the plain networks."""
+    monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    assert can_fuse(jax.nn.silu, jnp.bfloat16)
+    assert can_fuse(jax.nn.gelu, jnp.float16)
+    for activation in (partial(jax.nn.gelu, approximate=False), lambda x: x * jnp.arange(3.0)[1]):
+        halves = halves_of("mosaic", 128, activation, jnp.bfloat16)
+        assert type(halves) is Halves
 
 
 @pytest.mark.gpu
@@ -119,9 +221,7 @@ def test_on_a_gpu(name: str) -> None:
             assert_rounded(got, of_float64)
 
 
-@pytest.mark.parametrize(
-    ("name", "tiles"), [("ds", "default"), ("ds", "stored 256"), ("qwen", "columns 192")]
-)
+@pytest.mark.parametrize(("name", "tiles"), [("ds", "default"), ("qwen", "stored at once")])
 def test_lowering(name: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All products of large shapes, for GPUs on a machine without one."""
     monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
@@ -147,9 +247,25 @@ def test_panels_hold_every_tile_once(down: int, across: int, panel: int) -> None
     ]
 
 
+@pytest.mark.parametrize("num_tiles", [0, 1, 5, 37])
+@pytest.mark.parametrize("phases", [1, 3])
+def test_blocks_have_every_tile_once(num_tiles: int, phases: int) -> None:
+    sms, found = 4, []
+    for block in range(sms * phases):
+        count, index_of = own_tiles(jnp.int32(block), sms * phases, jnp.int32(num_tiles), phases)
+        found += [int(index_of(jnp.int32(number))) for number in range(int(count))]
+    assert sorted(found) == list(range(num_tiles))
+
+
 def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [alignment_for("mosaic", rows) for rows in (1, 100, 128, 10_000)] == [64, 64, 128, 128]
-    assert chosen("auto", "cuda", hidden_size=64, intermediate_size=128) != "mosaic"
+    fitting = {"dtype": jnp.bfloat16, "mean_rows": 64, "hidden_size": 64, "intermediate_size": 128}
+    assert chosen("auto", "cuda", **fitting) == "mosaic"
+    assert chosen("auto", "cuda", **fitting | {"mean_rows": 1}, alignment=64) == "mosaic"
+    for unfit in (
+        {"mean_rows": 63}, {"dtype": jnp.float32}, {"alignment": 32}, {"intermediate_size": 96}
+    ):  # fmt: skip
+        assert chosen("auto", "cuda", **fitting | unfit) == "triton"
     with pytest.raises(
         ValueError, match="grouped_matmul: expected 'mosaic' on NVIDIA GPUs only, got it on cpu; use"
     ):
@@ -159,9 +275,12 @@ def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         device_kind, compute_capability = "NVIDIA B200", "10.0"
 
     monkeypatch.setattr(jax, "devices", lambda: [Blackwell()])
+    assert chosen("auto", "cuda", **fitting) == "triton"
     with pytest.raises(ValueError, match=r"compute capability 9\.0 only .*, got it on NVIDIA B200 of 10\.0;"):
         chosen("mosaic", "cuda")
+    monkeypatch.undo()
     monkeypatch.setattr(jax_compat, "pallas_mosaic_gpu", lambda: None)
+    assert chosen("auto", "cuda", **fitting) == "triton"
     with pytest.raises(ValueError, match=r"expected a JAX with the Mosaic GPU backend .* 0\.\S+ without it;"):
         chosen("mosaic", "cuda")
 

@@ -5,6 +5,7 @@ from own_processes import is_a_command_for_one_process
 
 from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
+from jax_deepep.bench.experts import PRECISIONS
 from jax_deepep.bench.matmuls import GROUPS, OPERANDS, TILES, cases_of, group_sizes_of, parse
 
 pytestmark = is_a_command_for_one_process
@@ -18,15 +19,20 @@ def test_the_command(tmp_path) -> None:
     cases = "--matmuls dense triton ragged_dot --trials 1 --queued 1"
     assert main(["matmuls", *SHAPE, *cases.split(), "--json", str(path)]) == 0
     _, results = report.read_json(path)
-    assert [result.case for result in results] == [
+    products, (small, large), router = results[:-5], results[-5:-3], results[-3:]
+    assert [result.case for result in products] == [
         name
         for product in OPERANDS
         for name in 2 * ["dense", "triton", *(["ragged_dot"] if product == "up" else [])]
     ]
-    for result in results:
+    for result in products:
         assert result.values["TF/s"] > 0
         assert result.values["of dense"] > 0
-        assert float(result.values["deviation"] or 0) < 1e-2
+        assert float(result.values["deviation"] or 0) < 2e-2
+    assert [small.case, large.case] == ["triton, C=1.25x", "triton, C=worst"]
+    assert large.values["of C=1.25x"] > 0
+    assert [result.case for result in router] == list(PRECISIONS)
+    assert float(router[0].values["error"]) < 3e-6
     assert set(cases_of(parse([]), "down", 2, 128)) == {"dense", "triton", *(f"mosaic, {t}" for t in TILES)}
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import jax
 
 from jax_deepep import jax_compat
+from jax_deepep.moe.grouped_matmul import mosaic, triton
 from jax_deepep.moe.grouped_matmul.mosaic import missing_reason, mosaic_matmul
-from jax_deepep.moe.grouped_matmul.triton import triton_matmul, unsupported_reason
+from jax_deepep.moe.grouped_matmul.triton import triton_matmul
 
 GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Choice = Literal["auto", "blocks", "ragged_dot", "triton", "mosaic"] | GroupedMatmul
@@ -25,50 +26,77 @@ LARGEST_BLOCK = 128  # rows
 SMALLEST_BLOCK = {"blocks": 8, "triton": 16, "mosaic": 64}
 
 
-def chosen(choice: Any, platform: str, **sizes: int) -> Any:
-    """Return the name or function that `choice` stands for on a platform.
-
-    Args:
-        choice: a name of NAMES, or a function.
-        platform: of the devices.
-        sizes: `hidden_size`, `intermediate_size` and `alignment` as far as known; "auto" depends on them.
+def check_choice(choice: Any, platform: str) -> None:
+    """Raise unless `choice` is a function, or a name of NAMES that `platform`, its GPU and this JAX have.
 
     Raises:
-        ValueError: an unknown name, or one that this platform, its GPU or this JAX does not have.
+        ValueError: it is not.
     """
-    if not callable(choice) and choice not in NAMES:
+    if callable(choice):
+        return
+    if choice not in NAMES:
         raise ValueError(
             f"grouped_matmul: expected {', '.join(map(repr, NAMES))}, or a function of (rows, matrices, "
             f"group_sizes), got {choice!r}; pass one of them."
         )
-    if not callable(choice) and choice in FOR_NVIDIA_GPUS and platform != "cuda":
+    if choice in FOR_NVIDIA_GPUS and platform != "cuda":
         raise ValueError(
             f"grouped_matmul: expected {choice!r} on NVIDIA GPUs only, got it on {platform}; use 'auto' here."
         )
     if choice == "mosaic" and (why := missing_reason(jax.devices()[0])) is not None:
         raise ValueError(why)
-    needs_triton = choice == "triton" or (choice == "auto" and platform == "cuda")
-    if needs_triton and jax_compat.pallas_triton() is None:
-        reason = (
-            'grouped_matmul: expected a JAX with the Triton backend of Pallas for "triton", got JAX '
-            f'{jax.__version__} without it; use grouped_matmul="ragged_dot"'
-        )
-        if choice == "triton":
-            raise ValueError(f"{reason}.")
-        warnings.warn(f'{reason}, as "auto" does now.', stacklevel=1)  # one location: shown once
-        return "ragged_dot"
-    if choice == "auto" and platform == "cuda":
-        return "triton" if unsupported_reason(**sizes) is None else "ragged_dot"
-    if choice == "auto":
+    if choice == "triton" and jax_compat.pallas_triton() is None:
+        raise ValueError(f"{_without_triton()}.")
+
+
+def chosen(choice: Any, platform: str, *, dtype: Any = None, mean_rows: float = 0, **sizes: int) -> Any:
+    """Return the name or function that `choice` stands for on a platform.
+
+    "auto" on NVIDIA GPUs is "mosaic" where it is supported and experts have at least 64 rows on average, or
+    an `alignment` that it can use is given; else "triton" where it is supported; else "ragged_dot".
+
+    With fewer rows most of the rows would be padding: mosaic pads groups to multiples of 64, triton to
+    multiples of 16. All that dispatch, activation and combine do with a row costs time in proportion, while
+    the matmuls of such groups read every matrix once or twice, with either, and take as long as that.
+
+    Args:
+        choice: a name of NAMES, or a function.
+        platform: of the devices.
+        dtype: of the rows.
+        mean_rows: of an expert.
+        sizes: `hidden_size`, `intermediate_size` and `alignment` as far as known.
+
+    Raises:
+        ValueError: an unknown name, or one that this platform, its GPU or this JAX does not have.
+    """
+    check_choice(choice, platform)
+    if callable(choice) or choice != "auto":
+        return choice
+    if platform != "cuda":
         return "blocks" if platform == "cpu" else "ragged_dot"
-    return choice
+    enough = "alignment" in sizes or mean_rows >= SMALLEST_BLOCK["mosaic"]
+    fits = dtype is not None and mosaic.unsupported_reason(dtype, **sizes) is None
+    if enough and fits and missing_reason(jax.devices()[0]) is None:
+        return "mosaic"
+    if jax_compat.pallas_triton() is None:
+        warnings.warn(f'{_without_triton()}, as "auto" does now.', stacklevel=1)  # one location: shown once
+        return "ragged_dot"
+    return "triton" if triton.unsupported_reason(**sizes) is None else "ragged_dot"
+
+
+def _without_triton() -> str:
+    return (
+        'grouped_matmul: expected a JAX with the Triton backend of Pallas for "triton", got JAX '
+        f'{jax.__version__} without it; use grouped_matmul="ragged_dot"'
+    )
 
 
 def alignment_for(choice: Any, mean_rows: float) -> int:
     """Return the multiple to which row groups of `mean_rows` rows on average should be padded.
 
     A power of two where rows are multiplied in blocks: a group is padded by half a block on average, but
-    small blocks use the processor less well.
+    small blocks use the processor less well. (By estimate "mosaic" takes 1.5 times as long per row in blocks
+    of 64 as in blocks of 128, which costs more than 32 further rows of padding from 128 rows per group.)
     """
     if choice not in SMALLEST_BLOCK:
         return 1

@@ -4,8 +4,9 @@ Groups begin at multiples of a block of rows (the `alignment` of the dispatch), 
 result belongs to one expert, or, after the last group, to none and is not computed.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,14 @@ from jax.experimental import pallas as pl
 
 from jax_deepep import jax_compat
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import (
+    DEPTH,
     LARGEST_ROWS,
     SMALLEST_TILE,
+    STORED,
+    Copies,
+    Part,
     Product,
+    Stores,
     Tile,
     Tiles,
     in_panels,
@@ -29,7 +35,10 @@ from jax_deepep.ops.checks import vary_together
 HOPPER = "9.0"
 DTYPES = ("bfloat16", "float16")
 INSTEAD = 'use grouped_matmul="triton"'
-DEFAULT = Tiles()
+TIMES = Tiles()
+OUTER = Tiles(
+    phases=4
+)  # sums differ in length: in a model, 0.89 of full speed with groups of 1 / n, not 0.78
 
 
 def missing_reason(device: jax.Device) -> str | None:
@@ -50,7 +59,8 @@ def missing_reason(device: jax.Device) -> str | None:
 
 def unsupported_reason(dtype: Any, **sizes: int) -> str | None:
     """Return why `dtype`, `hidden_size`, `intermediate_size` or `alignment` is unsupported, or None."""
-    if dtype not in DTYPES:
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in DTYPES:
         return (
             f'rows: expected {" or ".join(DTYPES)} with grouped_matmul="mosaic", got {dtype}; {INSTEAD}, or '
             "give the layer one of these as dtype."
@@ -65,7 +75,7 @@ def unsupported_reason(dtype: Any, **sizes: int) -> str | None:
 
 
 def mosaic_matmul(
-    rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int, tiles: Tiles = DEFAULT
+    rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array, *, block: int, tiles: Tiles | None = None
 ) -> jax.Array:
     """Multiply the rows of each group with its matrix: see `grouped_matmul`.
 
@@ -74,7 +84,7 @@ def mosaic_matmul(
         matrices: [L, H, F], of the same dtype.
         group_sizes: int32 [L], multiples of `block`.
         block: a multiple of 64, better of 128.
-        tiles: how the three products are divided.
+        tiles: how the three products are divided; None = as suits each.
 
     Returns:
         [C, F], summed in float32; not written after the last group. The gradient of the matrices is zero for
@@ -84,21 +94,28 @@ def mosaic_matmul(
         ValueError: another dtype, or `block`, H or F is not a multiple of 64.
         TypeError: matrices of another dtype than rows.
     """
-    sizes = {"hidden_size": matrices.shape[1], "intermediate_size": matrices.shape[2], "alignment": block}
+    check_operands(rows, [matrices], block)
+    return _matmul(block, tiles, *vary_together(frozenset(), rows, matrices, group_sizes))
+
+
+def check_operands(rows: jax.Array, matrices: Sequence[jax.Array], block: int) -> None:
+    """Raise unless rows in blocks can be multiplied with [L, H, F] matrices: see `mosaic_matmul`."""
+    hidden_size, intermediate_size = matrices[0].shape[1:]
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "alignment": block}
     if (reason := unsupported_reason(rows.dtype, **sizes)) is not None:
         raise ValueError(reason)
-    if matrices.dtype != rows.dtype:
-        raise TypeError(
-            f"matrices: expected the dtype of rows, {rows.dtype}, got {matrices.dtype}; cast one of them."
-        )
-    return _matmul(block, tiles, *vary_together(frozenset(), rows, matrices, group_sizes))
+    for matrix in matrices:
+        if matrix.dtype != rows.dtype:
+            raise TypeError(
+                f"matrices: expected the dtype of rows, {rows.dtype}, got {matrix.dtype}; cast one of them."
+            )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _matmul(
-    block: int, tiles: Tiles, rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array
+    block: int, tiles: Tiles | None, rows: jax.Array, matrices: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    return times(block, rows, matrices, group_sizes, transposed=False, tiles=tiles)
+    return times(block, [(rows, matrices)], group_sizes, transposed=False, tiles=tiles)
 
 
 def _forward(block, tiles, rows, matrices, group_sizes):
@@ -107,8 +124,8 @@ def _forward(block, tiles, rows, matrices, group_sizes):
 
 def _backward(block, tiles, residuals, gradient):
     rows, matrices, group_sizes = residuals
-    of_rows = times(block, gradient, matrices, group_sizes, transposed=True, tiles=tiles)
-    return of_rows, outer(block, rows, gradient, group_sizes, dtype=matrices.dtype, tiles=tiles), None
+    of_rows = times(block, [(gradient, matrices)], group_sizes, transposed=True, tiles=tiles)
+    return of_rows, outer(block, rows, gradient, group_sizes, tiles=tiles), None
 
 
 _matmul.defvjp(_forward, _backward)
@@ -116,48 +133,129 @@ _matmul.defvjp(_forward, _backward)
 
 def times(
     block: int,
-    rows: jax.Array,
-    matrices: jax.Array,
+    pairs: Sequence[tuple[jax.Array, jax.Array]],
     group_sizes: jax.Array,
     *,
     transposed: bool,
-    tiles: Tiles = DEFAULT,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Multiply the rows of each group with its matrix, or with its transpose."""
-    num_experts, *shape = matrices.shape
-    inner, width = shape[::-1] if transposed else shape
-    high, wide = largest_tile(block, LARGEST_ROWS), largest_tile(width, tiles.columns)
-    depth, across = largest_tile(inner, tiles.depth), width // wide
+    """Multiply the rows of each group with its matrix, or with its transpose; add the products of all pairs.
+
+    Args:
+        block: of the rows.
+        pairs: rows [C, H] and matrices [L, H, F] each; transposed, rows [C, F] and the same matrices.
+        group_sizes: int32 [L].
+        transposed: see above.
+        tiles: None = `TIMES`.
+    """
+    tiles = tiles or TIMES
+    matrices = pairs[0][1]
+    inner, width = matrices.shape[:0:-1] if transposed else matrices.shape[1:]
+    wide = largest_tile(width, tiles.columns)
+
+    def tile(place: Place, refs: Sequence[Any]) -> Tile:
+        *operands, out = refs
+        these_columns = pl.ds(place.beside * wide, wide)
+
+        def part(rows: Any, matrices: Any) -> Part:
+            def begin() -> Any:
+                matrix = matrices.at[place.expert()]
+
+                def of_step(step: Any) -> Copies:
+                    along = pl.ds(step * DEPTH, DEPTH)
+                    of_matrix = (these_columns, along) if transposed else (along, these_columns)
+                    return rows.at[place.rows, along], matrix.at[of_matrix]
+
+                return of_step
+
+            return Part(inner // DEPTH, begin)
+
+        parts = [part(*pair) for pair in zip(operands[::2], operands[1::2], strict=True)]
+        return Tile(parts, whole(out.at[place.rows, these_columns]))
+
+    name = "grouped_matmul_transposed" if transposed else "grouped_matmul"
+    operands = [operand for pair in pairs for operand in pair]
+    (out,) = by_row_blocks(
+        name, block, group_sizes, operands, [width], tile,
+        columns=wide, across=width // wide, transposed=transposed, tiles=tiles,
+    )  # fmt: skip
+    return out
+
+
+def whole(result: Any) -> Callable[..., Stores]:
+    """Return `Tile.stores` of tiles that store their sum in `result`."""
+
+    def stores(sums: Sequence[jax.Array], own_rows: Any, further: Any) -> Stores:
+        (total,) = sums
+        for column in range(0, total.shape[1], STORED):
+            values = total[:, column : column + STORED].astype(result.dtype)
+            yield values, result.at[own_rows, pl.ds(column, STORED)]
+
+    return stores
+
+
+class Place(NamedTuple):
+    """Where a tile is in a product by blocks of rows.
+
+    Attributes:
+        rows: its rows.
+        beside: its index among those with the same rows.
+        expert: reads which expert has these rows.
+    """
+
+    rows: Any
+    beside: Any
+    expert: Callable[[], Any]
+
+
+def by_row_blocks(
+    name: str,
+    block: int,
+    group_sizes: jax.Array,
+    operands: Sequence[jax.Array],
+    widths: Sequence[int],
+    tile: Callable[[Place, Sequence[Any]], Tile],
+    *,
+    columns: int,
+    across: int,
+    transposed: bool,
+    tiles: Tiles,
+    sums: int = 1,
+    plain: bool = True,
+) -> list[jax.Array]:
+    """Compute results whose rows are those of the groups; they are not written after the last group.
+
+    Args:
+        name: of the kernel.
+        block: of the rows.
+        group_sizes: int32 [L].
+        operands: of the product; the first has as many rows as the results.
+        widths: of the results.
+        tile: (its place, references to operands and results) → a tile.
+        columns: of its sum.
+        across: tiles with the same rows.
+        transposed: whether the right operand of a step is.
+        tiles: the panel, and what `multiply` needs.
+        sums, plain: see `Product`.
+    """
+    num_experts, num_rows = len(group_sizes), len(operands[0])
+    high = largest_tile(block, LARGEST_ROWS)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32) // high
-    blocks = jnp.arange(len(rows) // high, dtype=jnp.int32)
+    blocks = jnp.arange(num_rows // high, dtype=jnp.int32)
     experts = jnp.sum(blocks[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
 
     def down(refs: Any) -> Any:
-        _, ends, *_ = refs
-        return ends[num_experts - 1]
+        return refs[1][num_experts - 1]
 
-    def tile(refs: Any, index: Any) -> Tile:
-        experts, _, rows, matrices, out = refs
+    def of_index(refs: Any, index: Any) -> Tile:
         below, beside = in_panels(index, down(refs), across, tiles.panel)
-        these_rows, these_columns = pl.ds(below * high, high), pl.ds(beside * wide, wide)
+        return tile(Place(pl.ds(below * high, high), beside, lambda: refs[0][below]), refs[2:])
 
-        def operands() -> Any:
-            matrix = matrices.at[experts[below]]
-
-            def of_step(step: Any) -> tuple[Any, Any]:
-                along = pl.ds(step * depth, depth)
-                of_matrix = (these_columns, along) if transposed else (along, these_columns)
-                return rows.at[these_rows, along], matrix.at[of_matrix]
-
-            return of_step
-
-        return Tile(inner // depth, operands, out.at[these_rows, these_columns])
-
-    name = "grouped_matmul_transposed" if transposed else "grouped_matmul"
     product = Product(
-        name, high, wide, depth, (False, transposed), lambda refs: down(refs) * np.int32(across), tile
-    )
-    return multiply(product, (experts, ends, rows, matrices), (len(rows), width), rows.dtype, tiles)
+        name, high, columns, sums, (False, transposed), lambda refs: down(refs) * np.int32(across), of_index,
+        plain,
+    )  # fmt: skip
+    return multiply(product, (experts, ends, *operands), [(num_rows, width) for width in widths], tiles)
 
 
 def outer(
@@ -166,15 +264,15 @@ def outer(
     gradient: jax.Array,
     group_sizes: jax.Array,
     *,
-    dtype: Any,
-    tiles: Tiles = DEFAULT,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
-    """Sum rowsᵀ gradient over the rows of each group, as `dtype`: of the operands, or float32."""
+    """Sum rowsᵀ gradient over the rows of each group. `tiles` None = `OUTER`."""
+    tiles = tiles or OUTER
     (num_experts,), height, width = group_sizes.shape, rows.shape[1], gradient.shape[1]
     high, wide = largest_tile(height, LARGEST_ROWS), largest_tile(width, tiles.columns)
-    depth, down, across = largest_tile(block, tiles.depth), height // high, width // wide
+    down, across = height // high, width // wide
     per_expert = np.int32(down * across)
-    num_steps = group_sizes.astype(jnp.int32) // depth
+    num_steps = group_sizes.astype(jnp.int32) // DEPTH
     firsts = jnp.cumsum(num_steps, dtype=jnp.int32) - num_steps
     largest_first = jnp.argsort(-num_steps).astype(jnp.int32)
 
@@ -184,18 +282,19 @@ def outer(
         below, beside = in_panels(lax.rem(index, per_expert), np.int32(down), across, tiles.panel)
         these_rows, these_columns = pl.ds(below * high, high), pl.ds(beside * wide, wide)
 
-        def operands() -> Any:
+        def begin() -> Any:
             first = firsts[expert]
 
-            def of_step(step: Any) -> tuple[Any, Any]:
-                along = pl.ds((first + step) * depth, depth)
+            def of_step(step: Any) -> Copies:
+                along = pl.ds((first + step) * DEPTH, DEPTH)
                 return rows.at[along, these_rows], gradient.at[along, these_columns]
 
             return of_step
 
-        return Tile(num_steps[expert], operands, out.at[expert, these_rows, these_columns])
+        return Tile([Part(num_steps[expert], begin)], whole(out.at[expert, these_rows, these_columns]))
 
     num_tiles = np.int32(num_experts) * per_expert
-    product = Product("grouped_outer", high, wide, depth, (True, False), lambda refs: num_tiles, tile)
+    product = Product("grouped_outer", high, wide, 1, (True, False), lambda refs: num_tiles, tile)
     operands = (largest_first, firsts, num_steps, rows, gradient)
-    return multiply(product, operands, (num_experts, height, width), dtype, tiles)
+    (out,) = multiply(product, operands, [(num_experts, height, width)], tiles)
+    return out

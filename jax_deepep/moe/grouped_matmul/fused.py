@@ -1,0 +1,277 @@
+"""Networks of experts for Hopper GPUs in few kernels, whose work is that of the rows in groups.
+
+What lies between the matmuls is computed from tiles of their sums, before these are stored:
+
+    forward     hidden = activation(rows · wi_0) ⊙ (rows · wi_1)    one kernel, which stores both products too
+                y = hidden · wo                                     where gradients need them
+    backward    the gradients of the products, and hidden again     one kernel: of y's gradient · woᵀ
+                the gradient of rows, the sum over both matrices    one kernel
+                the gradient of each matrix                         one kernel each
+
+Products, the gradient of hidden, and what is stored are rounded to the dtype of the rows; everything between
+them is in float32: the activation, its derivative, and their products.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jax_deepep import jax_compat
+from jax_deepep.moe.grouped_matmul.mosaic import TIMES, Place, by_row_blocks, check_operands, outer, times
+from jax_deepep.moe.grouped_matmul.mosaic_kernel import (
+    DEPTH,
+    SMALLEST_TILE,
+    STORED,
+    Copies,
+    Part,
+    Stores,
+    Tile,
+    largest_tile,
+)
+from jax_deepep.ops.checks import vary_together
+
+Activation = Callable[[jax.Array], jax.Array]
+Arrays = tuple[jax.Array, ...]
+Network = tuple[Activation, int]  # activation, rows per block
+
+
+def _hidden(activation: Activation, *products: jax.Array) -> jax.Array:
+    """Return activation(products[0]) ⊙ products[1], or without the latter, in float32."""
+    first, *others = (product.astype(jnp.float32) for product in products)
+    hidden = activation(first).astype(jnp.float32)
+    return hidden * others[0] if others else hidden
+
+
+def _hidden_and_gradients(
+    activation: Activation, of_hidden: jax.Array, *products: jax.Array
+) -> tuple[Arrays, jax.Array]:
+    """Return (the gradients of the products, `_hidden`), in float32.
+
+    By forward differentiation, as the activation is elementwise: Pallas does not lower all of the reverse.
+    """
+    first, *others = (product.astype(jnp.float32) for product in products)
+    of_hidden = of_hidden.astype(jnp.float32)
+    of_value = of_hidden * others[0] if others else of_hidden
+    value, of_first = jax.jvp(lambda x: activation(x).astype(jnp.float32), (first,), (of_value,))
+    if not others:
+        return (of_first,), value
+    return (of_first, of_hidden * value), value * others[0]
+
+
+def products_and_hidden(
+    network: Network, rows: jax.Array, matrices: Arrays, group_sizes: jax.Array, *, keeps: bool = True
+) -> tuple[Arrays, jax.Array]:
+    """Multiply the rows of each group with its matrices, and apply the activation.
+
+    Args:
+        network: static.
+        rows: [C, H].
+        matrices: `wi_0` and optionally `wi_1`, [L, H, F] each.
+        group_sizes: int32 [L].
+        keeps: whether the products are returned.
+
+    Returns:
+        (the products, hidden), [C, F] each.
+    """
+    activation, block = network
+    inner, width = matrices[0].shape[1:]
+    wide = largest_tile(width, TIMES.columns // len(matrices))
+
+    def tile(place: Place, refs: Sequence[Any]) -> Tile:
+        rows, matrices, outs = refs[0], refs[1 : 1 + number], refs[1 + number :]
+        these_columns = pl.ds(place.beside * wide, wide)
+
+        def begin() -> Any:
+            expert = place.expert()
+
+            def of_step(step: Any) -> Copies:
+                along = pl.ds(step * DEPTH, DEPTH)
+                return (
+                    rows.at[place.rows, along],
+                    *(matrix.at[expert, along, these_columns] for matrix in matrices),
+                )
+
+            return of_step
+
+        def stores(sums: Sequence[jax.Array], own_rows: Any, further: Any) -> Stores:
+            for column in range(0, wide, STORED):
+                products = [total[:, column : column + STORED].astype(dtype) for total in sums]
+                kept = products if keeps else []
+                for values, out in zip((*kept, _hidden(activation, *products)), outs, strict=True):
+                    own_columns = pl.ds(column, STORED)
+                    yield values.astype(dtype), out.at[place.rows, these_columns].at[own_rows, own_columns]
+
+        return Tile([Part(inner // DEPTH, begin)], stores)
+
+    number, dtype = len(matrices), rows.dtype
+    *products, hidden = by_row_blocks(
+        "grouped_hidden", block, group_sizes, [rows, *matrices], [width] * (1 + number * keeps), tile,
+        columns=wide, across=width // wide, transposed=False, tiles=TIMES, sums=number, plain=False,
+    )  # fmt: skip
+    return tuple(products), hidden
+
+
+def gradients_of_products(
+    network: Network, of_y: jax.Array, wo: jax.Array, products: Arrays, group_sizes: jax.Array
+) -> tuple[Arrays, jax.Array]:
+    """Return (the gradients of the products, hidden), [C, F] each, from the gradient of hidden · wo."""
+    jax_compat.let_mosaic_add_tangents()
+    activation, block = network
+    width, inner = wo.shape[1:]
+    wide = largest_tile(width, TIMES.columns)
+
+    def tile(place: Place, refs: Sequence[Any]) -> Tile:
+        of_y, wo, products, outs = refs[0], refs[1], refs[2 : 2 + number], refs[2 + number :]
+        these_columns = pl.ds(place.beside * wide, wide)
+
+        def begin() -> Any:
+            matrix = wo.at[place.expert()]
+
+            def of_step(step: Any) -> Copies:
+                along = pl.ds(step * DEPTH, DEPTH)
+                return of_y.at[place.rows, along], matrix.at[these_columns, along]
+
+            return of_step
+
+        chunks = [pl.ds(place.beside * wide + column, STORED) for column in range(0, wide, STORED)]
+
+        def stores(sums: Sequence[jax.Array], own_rows: Any, further: Any) -> Stores:
+            (total,) = sums
+            for index, chunk in enumerate(chunks):
+                of_hidden = total[:, index * STORED : (index + 1) * STORED].astype(dtype)
+                gradients, hidden = _hidden_and_gradients(activation, of_hidden, *further(number))
+                for values, out in zip((*gradients, hidden), outs, strict=True):
+                    yield values.astype(dtype), out.at[place.rows, chunk].at[own_rows]
+
+        needed = [product.at[place.rows, chunk] for chunk in chunks for product in products]
+        return Tile([Part(inner // DEPTH, begin)], stores, needed)
+
+    number, dtype = len(products), of_y.dtype
+    *gradients, hidden = by_row_blocks(
+        "grouped_hidden_gradient", block, group_sizes, [of_y, wo, *products], [width] * (1 + number), tile,
+        columns=wide, across=width // wide, transposed=True, tiles=TIMES, plain=False,
+    )  # fmt: skip
+    return tuple(gradients), hidden
+
+
+def can_fuse(activation: Activation, dtype: Any) -> bool:
+    """Return whether Pallas can lower an activation and its derivative inside of the kernels."""
+    return _lowers(activation, jnp.dtype(dtype), jax_compat.platform_of(jax.devices()[0]))
+
+
+@functools.lru_cache(maxsize=64)
+def _lowers(activation: Activation, dtype: Any, platform: str) -> bool:
+    size = SMALLEST_TILE
+
+    def kernels(rows: jax.Array, matrices: Arrays, group_sizes: jax.Array) -> Any:
+        network = (activation, size)
+        products, hidden = products_and_hidden(network, rows, matrices, group_sizes)
+        return gradients_of_products(network, hidden, matrices[0], products, group_sizes)
+
+    rows, matrix = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((size, size), (1, size, size)))
+    sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
+    try:
+        jax.jit(kernels).trace(rows, (matrix, matrix), sizes).lower(lowering_platforms=(platform,))
+    except Exception:  # whatever Pallas raises for what it cannot lower
+        return False
+    return True
+
+
+def first(
+    network: Network, rows: jax.Array, matrices: Arrays, group_sizes: jax.Array
+) -> tuple[Arrays, jax.Array]:
+    """Return (the products, hidden). Differentiable, but for hidden: its gradient is in that of `second`.
+
+    Raises:
+        ValueError, TypeError: as `mosaic_matmul`.
+    """
+    check_operands(rows, matrices, network[1])
+    return _first(network, *vary_together(frozenset(), rows, matrices, group_sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _first(
+    network: Network, rows: jax.Array, matrices: Arrays, group_sizes: jax.Array
+) -> tuple[Arrays, jax.Array]:
+    return products_and_hidden(network, rows, matrices, group_sizes)
+
+
+def _first_forward(network, rows, matrices, group_sizes):
+    return products_and_hidden(network, rows, matrices, group_sizes), (rows, matrices, group_sizes)
+
+
+def _first_backward(network, residuals, gradients):
+    rows, matrices, group_sizes = residuals
+    of_products, _ = gradients
+    _, block = network
+    pairs = list(zip(of_products, matrices, strict=True))
+    of_rows = times(block, pairs, group_sizes, transposed=True)
+    return of_rows, tuple(outer(block, rows, of, group_sizes) for of in of_products), None
+
+
+_first.defvjp(_first_forward, _first_backward)
+
+
+def second(
+    network: Network, products: Arrays, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    """Return hidden · wo [C, H], with the gradients of `products`, from which hidden was computed, and wo."""
+    return _second(network, *vary_together(frozenset(), products, hidden, wo, group_sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _second(
+    network: Network, products: Arrays, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    _, block = network
+    return times(block, [(hidden, wo)], group_sizes, transposed=False)
+
+
+def _second_forward(network, products, hidden, wo, group_sizes):
+    return _second(network, products, hidden, wo, group_sizes), (products, wo, group_sizes)
+
+
+def _second_backward(network, residuals, of_y):
+    (_, block), (products, wo, group_sizes) = network, residuals
+    of_products, hidden = gradients_of_products(network, of_y, wo, products, group_sizes)
+    return of_products, None, outer(block, hidden, of_y, group_sizes), None
+
+
+_second.defvjp(_second_forward, _second_backward)
+
+
+def whole(
+    network: Network, both: Callable[..., jax.Array], rows: jax.Array, matrices: Arrays, wo: jax.Array,
+    group_sizes: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Return both(rows, matrices, wo, group_sizes), the halves; without a gradient, no products are written.
+
+    Raises:
+        ValueError, TypeError: as `mosaic_matmul`.
+    """
+    check_operands(rows, matrices, network[1])
+    return _whole(network, both, *vary_together(frozenset(), rows, matrices, wo, group_sizes))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _whole(
+    network: Network, both: Any, rows: jax.Array, matrices: Arrays, wo: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    _, hidden = products_and_hidden(network, rows, matrices, group_sizes, keeps=False)
+    return times(network[1], [(hidden, wo)], group_sizes, transposed=False)
+
+
+def _whole_forward(network, both, rows, matrices, wo, group_sizes):
+    return jax.vjp(lambda *operands: both(*operands, group_sizes), rows, matrices, wo)
+
+
+def _whole_backward(network, both, pull_back, of_y):
+    return *pull_back(of_y), None
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
