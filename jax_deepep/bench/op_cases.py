@@ -58,7 +58,7 @@ class OpCases:
         Rows cross links in the format `wire`, and sums as mxfp8 where combine does not take it.
         """
         problem = inputs.problem
-        mode = comm.config.mode_of(problem.tokens)
+        mode = comm.mode_of(problem.tokens)
         shape = RouteShape(comm, problem.layout, problem.tokens, problem.capacity_rows, 1, None, mode)
         ops = implementation_of(shape)
         weighted, of_sums = shape.layout == "expert", _format_of_sums(wire)

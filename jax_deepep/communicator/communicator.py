@@ -17,6 +17,7 @@ from jax_deepep.communicator.config import (
     CommunicatorConfig,
     Implementation,
     Mode,
+    OpMode,
     check_mesh,
     config_or_error,
     groups_of,
@@ -122,6 +123,7 @@ class Communicator:
     topology: Topology = field(init=False)
     id: int = field(init=False)
     fingerprint: int = field(init=False)
+    _chosen: CommunicatorConfig = field(init=False)  # with the nodes that were found
     _backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
@@ -152,6 +154,7 @@ class Communicator:
         for name in arguments:  # integers of any type are ints there
             self._set(name, getattr(config, name))
         self._set("config", config)
+        self._set("_chosen", chosen)
         self._set("topology", chosen.topology)
         self._set("ranks_per_node", chosen.topology.ranks_per_node)
         self._set("fingerprint", chosen.fingerprint)
@@ -196,6 +199,10 @@ class Communicator:
         """L = E / R, experts that one device owns."""
         return self.num_experts // self.size
 
+    def mode_of(self, num_tokens: int) -> OpMode:
+        """Return the mode of a dispatch of `num_tokens` per device, and of the ops that take its handle."""
+        return self._chosen.mode_of(num_tokens)
+
     @property
     def buffer_bytes(self) -> int:
         """Bytes of memory that this process holds for the communicator between ops."""
@@ -238,7 +245,7 @@ class Communicator:
             return f"{self.mode}, as asked"
         if self.platform == "cuda" and self.topology.num_nodes > 1:
             return "throughput (auto: low_latency between nodes has not been measured)"
-        tokens = self.config.most_low_latency_tokens
+        tokens = self._chosen.most_low_latency_tokens
         if tokens == 0:
             return f"throughput (auto: {self.num_experts} experts are too many for low_latency)"
         return f"auto: low_latency for dispatches of up to {tokens} tokens per device, throughput for others"

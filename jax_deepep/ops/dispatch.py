@@ -255,7 +255,7 @@ def _route_shape(
             f"capacity: expected at most {INT32_MAX // comm.size} rows on each of {comm.size} devices (row "
             f"numbers are int32), got {capacity}; pass a smaller capacity."
         )
-    mode = comm.config.mode_of(num_tokens)
+    mode = comm.mode_of(num_tokens)
     return RouteShape(comm, layout, num_tokens, capacity, alignment, expert_capacity, mode)
 
 

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 from implementations import IMPLEMENTATIONS
 from meshes import fetch, per_device
-from op_calls import MESH, SIZE, SIZES, combine, communicator, dispatch, trace
+from op_calls import MESH, SIZE, SIZES, combine, dispatch, trace
+from op_calls import communicator as communicator_of
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
+from jax_deepep.communicator import communicator
+from jax_deepep.communicator.backend import Agreement
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def comm(request: pytest.FixtureRequest) -> ep.Communicator:
-    return communicator(request.param)
+    return communicator_of(request.param)
 
 
 DISPATCH = [
@@ -85,7 +88,7 @@ def test_a_wrong_argument_of_dispatch(comm, wrong: dict, error: type[Exception],
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rows_that_low_latency_mode_does_not_send(implementation: str) -> None:
-    comm = communicator(implementation, mode="low_latency")
+    comm = communicator_of(implementation, mode="low_latency")
     words = (
         r'%s: expected rows of at most 16 bytes with mode="low_latency" and hidden_size=8, got 8 float32, 32 '
         r'bytes; cast them to bfloat16, or make the communicator with mode="throughput"'
@@ -120,11 +123,17 @@ def test_auto_takes_low_latency_mode_for_few_tokens(implementation: str) -> None
         trace(run)
 
 
-def test_auto_is_throughput_mode_between_nodes_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("declared", [1, None])
+def test_auto_is_throughput_mode_between_nodes_of_gpus(
+    declared: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes that were declared, or found: kernels of the other mode would lack the scratch that they need."""
     monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
+    monkeypatch.setattr(communicator, "agree", lambda *_: Agreement("", ranks_per_node=1))
     for mode, taken in (("auto", "throughput"), ("low_latency", "low_latency")):
-        comm = ep.Communicator(MESH, **SIZES, implementation="xla", ranks_per_node=1, mode=mode)
-        assert (comm.config.topology.num_nodes, comm.config.mode_of(1)) == (SIZE, taken)
+        comm = ep.Communicator(MESH, **SIZES, implementation="xla", ranks_per_node=declared, mode=mode)
+        assert (comm.topology.num_nodes, comm.mode_of(1)) == (SIZE, taken)
+        assert comm.config.ranks_per_node == declared
         expected = f"{taken}, as asked" if mode == taken else "between nodes has not been measured"
         assert expected in comm.describe()
 
@@ -135,8 +144,8 @@ def test_auto_keeps_low_latency_mode_within_shared_memory(num_experts: int, most
     sizes = {"num_experts": num_experts, "num_experts_per_tok": 1, "max_tokens": 4096, "hidden_size": 8}
     comm = ep.Communicator(mesh, "expert", **sizes, implementation="xla")
     assert comm.config.most_low_latency_tokens == most
-    assert comm.config.mode_of(most + 1) == "throughput"
-    assert comm.config.mode_of(0) == ("low_latency" if most else "throughput")
+    assert comm.mode_of(most + 1) == "throughput"
+    assert comm.mode_of(0) == ("low_latency" if most else "throughput")
     assert ("are too many for low_latency" in comm.describe()) == (most == 0)
 
 

@@ -144,7 +144,14 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   const bool starts = launch.part == Part::kStart && !low_latency;
   // XLA reuses the memory of copies in the order of its own stream: with copies, the op runs there.
   const bool on_own_stream = starts && AreInPool(*rank, read_by_peers);
-  std::string error = CopyOperandsToPool(*rank, read_by_peers, launch);
+  std::string error;
+  if (low_latency && op.num_tokens > window_.num_tokens) {
+    error = "an op of " + std::to_string(op.num_tokens) +
+            " tokens in low_latency mode, and the windows of " + name() + " have room for " +
+            std::to_string(window_.num_tokens) + ": lower it for this one";
+  } else {
+    error = CopyOperandsToPool(*rank, read_by_peers, launch);
+  }
   if (error.empty()) {
     const KernelSet& kernels = Kernels(low_latency ? Mode::kLowLatency : Mode::kThroughput);
     const int blocks = NumBlocks(*rank, kernels, bytes, launch);
