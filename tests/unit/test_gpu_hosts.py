@@ -79,7 +79,7 @@ def test_rows_go_to_other_hosts_by_nvshmem(monkeypatch: pytest.MonkeyPatch) -> N
     reason, *rest = agreement(monkeypatch, topology, implementation="auto")
     assert (
         reason
-        == f'{SPANS}, and NVSHMEM has not been tested on GPUs yet: implementation="native" takes it there'
+        == f'{SPANS}, and NVSHMEM has not been tested over a network yet: implementation="native" takes it there'
     )
     assert rest == [2, False]
 
