@@ -256,9 +256,12 @@ class Internode:
             *(sums if self.returns else []),
             *FINISH_STEPS,
         ]
+        return self._complete(Protocol(steps), waits_first)
+
+    def _complete(self, protocol: Protocol, waits_first: bool) -> Protocol:
+        """With the steps of one node that do more between nodes, and the wait where it belongs."""
         protocol = (
-            Protocol(steps)
-            .replaced("Push counts", self.push_counts)
+            protocol.replaced("Push counts", self.push_counts)
             .replaced("Publish: StoreReleaseSystem(arrived)", self.signal_arrival)
             .replaced("Finish: StoreReleaseSystem(left)", self.signal_leaving)
             .replaced("Finish: succeed or fail", self.succeed_or_fail)

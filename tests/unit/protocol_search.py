@@ -55,7 +55,8 @@ class Protocol:
     def failing_only_on(self, *ranks: int) -> "Protocol":
         """The same in runs where no other rank fails unless it is notified: a smaller search.
 
-        A rank that waits may then have no step to take.
+        A rank that waits may then have no step to take. If no rank may fail and none has a step, that is a
+        deadlock.
         """
         return Protocol(self.steps, frozenset(ranks))
 
@@ -151,6 +152,7 @@ def find_violation(
 def _successors(
     protocol: Protocol, world: World, run: list[str], concurrent: bool, at_once: bool, on_demand: bool
 ) -> Iterator[tuple[str, World]]:
+    waits_only = protocol.may_fail == frozenset() and any(rank.at != END for rank in world.ranks)
     for rank, me in enumerate(world.ranks):
         if concurrent and not me.failed and me.at != END:
             after = world.copy()
@@ -170,6 +172,7 @@ def _successors(
             if not successors and protocol.may_fail is None:
                 raise Violation("progress")
             run.pop()
+            waits_only = waits_only and not successors
             yield from ((name, after) for after in successors)
         if not on_demand:
             for i, (word, _, _) in enumerate(world.queues[rank]):
@@ -177,3 +180,5 @@ def _successors(
                     after = world.copy()
                     after.see(rank, i)
                     yield f"rank {rank}: word {word} is seen", after
+    if waits_only:
+        raise Violation("progress")

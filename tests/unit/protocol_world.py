@@ -43,7 +43,7 @@ class Words:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self.count = 20 * num_ranks * num_ranks
+        self.count = 23 * num_ranks * num_ranks
 
     def _at(self, table: int, home: int, writer: int) -> int:
         return (table * self.num_ranks + home) * self.num_ranks + writer
@@ -113,6 +113,28 @@ class Words:
     def source(self, rank: int, index: int) -> int:
         """Memory of the rank from which it puts, in its order."""
         return self._at(12 + index, rank, 0)
+
+    # The same in chunks; the first four are flags.
+
+    def put_chunk(self, home: int, writer: int) -> int:
+        return self._at(16, home, writer)
+
+    def staged_chunk(self, home: int, writer: int) -> int:
+        return self._at(17, home, writer)
+
+    def taken_chunk(self, home: int, writer: int) -> int:
+        return self._at(18, home, writer)
+
+    def credit(self, home: int, writer: int) -> int:
+        return self._at(19, home, writer)
+
+    def chunk(self, slot: int, home: int, writer: int) -> int:
+        """What a rank of another node has put into one of two slots: rows, or sums."""
+        return self._at(20 + slot, home, writer)
+
+    def chunk_source(self, rank: int, slot: int) -> int:
+        """Memory from which the rank puts a chunk."""
+        return self._at(22, rank, slot)
 
     def operand(self, rank: int) -> int:
         """2 n: of op n; 2 n + 1: reused after it. In XLA's memory; peers only load it."""

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import pytest
+from protocol_chunks import Chunked
 from protocol_internode import Internode
 from protocol_low_latency_nodes import LowLatencyNodes
 from protocol_search import Protocol, find_violation
@@ -39,6 +40,19 @@ NIGHTLY = [
     *(Run(2, 2, 1, failing=pair) for pair in ((0, 1), (0, 2), (0, 3))),
 ]
 
+CHUNKS = {"rows": Chunked().protocol(), "rows over a network": Chunked(asynchronous=True).protocol()}
+CHUNKS_OF_SUMS = {
+    "sums": Chunked(returns=True).protocol(),
+    "sums over a network": Chunked(returns=True, asynchronous=True).protocol(),
+}
+MORE_CHUNKS = {
+    "5 of rows": Chunked(num_chunks=5).protocol(),
+    "4 of sums over a network": Chunked(num_chunks=4, returns=True, asynchronous=True).protocol(),
+}
+CHUNKS_NIGHTLY = [
+    Run(2, 1, 2, True), Run(2, 1, 3), Run(3, 1, 1), Run(2, 2, 2, failing=()), Run(2, 2, 1, failing=(0,))
+]  # fmt: skip
+
 LOW_LATENCY_RUNS = [Run(2, 1, 4, True), Run(3, 1, 1), Run(2, 2, 4, failing=()), Run(2, 2, 1, failing=(0,))]
 LOW_LATENCY_NIGHTLY = [
     Run(3, 1, 2),
@@ -65,6 +79,9 @@ CASES = [
     for mode, protocols, runs, marks in [
         ("throughput", PROTOCOLS, RUNS, ()),
         ("throughput", PROTOCOLS, NIGHTLY, pytest.mark.nightly),
+        ("chunks", CHUNKS | CHUNKS_OF_SUMS | MORE_CHUNKS, [Run(2, 1, 2)], ()),
+        ("chunks", CHUNKS, [Run(2, 2, 1, failing=())], ()),
+        ("chunks", CHUNKS | CHUNKS_OF_SUMS, CHUNKS_NIGHTLY, pytest.mark.nightly),
         ("low latency", LOW_LATENCY, LOW_LATENCY_RUNS, ()),
         ("low latency", LOW_LATENCY, LOW_LATENCY_NIGHTLY, pytest.mark.nightly),
     ]
@@ -114,6 +131,52 @@ MUTATIONS = {
     ),
     "sums are returned without a fence before that check": (
         COMBINE.moved("Last loads", after="Return: Stopped").moved("Return sums", after="Last loads"),
+        Run(2, 2, 1, failing=(0,)),
+        "data",
+    ),
+}  # fmt: skip
+
+TWO_CHUNKS = Chunked(num_chunks=2)
+CHUNK_MUTATIONS = {
+    "no credit is awaited": (Chunked(credits_before=None).protocol(), Run(2, 1, 1), "addresses"),
+    "puts read a slot that the next chunk has written": (
+        Chunked(credits_before=None, asynchronous=True).protocol(), Run(2, 1, 1), "addresses"
+    ),
+    "the credit of an earlier chunk is awaited": (
+        Chunked(num_chunks=4, credits_before=3).protocol(), Run(2, 1, 1), "addresses"
+    ),
+    "the credit of a chunk that has not been put is awaited": (
+        Chunked(num_chunks=4, credits_before=1).protocol(), Run(2, 1, 1, failing=()), "progress"
+    ),
+    "a credit is missing": (
+        Chunked(returns_credits=False).protocol(), Run(2, 1, 1, failing=()), "progress"
+    ),
+    "a credit is returned before the chunk is read": (
+        Chunked().protocol().moved("Credit 0", after="WaitUntilStaged"), Run(2, 1, 1), "addresses"
+    ),
+    "a credit for sums is returned before they are read": (
+        Chunked(returns=True).protocol().moved("Credit 0", after="Put 1: PutFlag"), Run(2, 1, 1), "addresses"
+    ),
+    "a credit is returned before the node has read the chunk": (
+        Chunked(awaits_node=False).protocol(), Run(2, 2, 1, failing=()), "addresses"
+    ),
+    "flags of chunks do not count ops": (Chunked(most_chunks=0).protocol(), Run(2, 1, 2), "addresses"),
+    "the last chunk of an op has the flag of the first one of the next": (
+        Chunked(most_chunks=2, returns=True).protocol(), Run(2, 1, 2), "addresses"
+    ),
+    "a chunk is put after its flag": (
+        Chunked().protocol().moved("Put 2", after="Put 2: PutFlag"), Run(2, 1, 1), "addresses"
+    ),
+    "a rank says that it has staged a chunk before other nodes have put it": (
+        TWO_CHUNKS.protocol().moved("Staged 1", after="Begin loads"),
+        Run(2, 2, 1, failing=()),
+        "addresses",
+    ),
+    "no rank waits until its peers have staged a chunk": (
+        TWO_CHUNKS.protocol().without("Wait until staged 1"), Run(2, 2, 1, failing=()), "addresses"
+    ),
+    "a later chunk of sums is returned without a check for failed peers": (
+        Chunked(num_chunks=2, returns=True, checks_chunks=False).protocol(),
         Run(2, 2, 1, failing=(0,)),
         "data",
     ),
@@ -172,7 +235,11 @@ LOW_LATENCY_MUTATIONS = {
     ("protocol", "run", "promise"),
     [
         pytest.param(*mutation, id=f"{mode}: {name}")
-        for mode, mutations in (("throughput", MUTATIONS), ("low latency", LOW_LATENCY_MUTATIONS))
+        for mode, mutations in (
+            ("throughput", MUTATIONS),
+            ("chunks", CHUNK_MUTATIONS),
+            ("low latency", LOW_LATENCY_MUTATIONS),
+        )
         for name, mutation in mutations.items()
     ],
 )
