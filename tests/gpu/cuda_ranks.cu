@@ -2,7 +2,7 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [faults] [channels] [soak STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [faults] [channels] [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -240,6 +240,10 @@ int main(int argc, char** argv) {
       if (kOnGpu) CheckManyNodes();
     } else if (what == "short-nodes") {
       CheckNodes(2);
+    } else if (what == "chunks") {
+      for (const int num_blocks : {1, 3}) {
+        if (kOnGpu || num_blocks > 1) CheckChunks(num_blocks);
+      }
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {

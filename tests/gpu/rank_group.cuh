@@ -52,6 +52,9 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1,
   Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
 
+// The most bytes for rows in a slot of staging; 0: as many as communicators have.
+int64_t most_staged_bytes = 0;
+
 // All ranks of one EP group: on one device, or on a device each.
 class Group {
  public:
@@ -62,7 +65,7 @@ class Group {
       : num_blocks_(num_blocks), low_latency_(low_latency), device_each_(device_each) {
     // Rows of float32 as well.
     const WindowSize size{shape.max_tokens, std::max(4 * shape.hidden_size, 48)};
-    const StagingLayout staging(shape, kPutsAreAsynchronous);
+    const StagingLayout staging(shape, kPutsAreAsynchronous, most_staged_bytes);
     auto control_bytes = static_cast<int64_t>(ControlBytes(shape));
     for (const KernelSet* kernels : KernelsFor(shape, size))
       control_bytes += kernels->window_bytes(shape, size);

@@ -105,6 +105,34 @@ void CheckNodes(int num_blocks) {
   }
 }
 
+// Rows that cross in chunks: of a token or a few, and in three or four.
+void CheckChunks(int num_blocks) {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  constexpr auto kF32 = RowType::kFloat32, kBF16 = RowType::kBFloat16, kI32 = RowType::kInt32;
+  std::vector<Problem> problems = {
+      OnNodes(1, MakeProblem("2 x 1", 2, 8, 3, 19, 256, kBF16, kExpert)),
+      OnNodes(2, MakeProblem("2 x 2", 4, 16, 4, 17, 64, kF32, kExpert, 4)),
+      OnNodes(2, MakeProblem("3 x 2, odd rows, by token", 6, 18, 4, 14, 37, kBF16, kToken)),
+      OnNodes(2, MakeProblem("2 x 2, capacities", 4, 16, 6, 25, 128, kBF16, kExpert, 4, 64, 5)),
+      OnNodes(2, MakeProblem("2 x 2, integers", 4, 16, 6, 15, 64, kI32, kExpert, 4, 64)),
+      OnNodes(1, MakeProblem("12 x 1", 12, 24, 3, 9, 64, kBF16, kExpert)),
+  };
+  problems.push_back(OnNodes(2, MakeProblem("2 x 2, skewed", 4, 16, 3, 20, 64, kBF16, kExpert)));
+  problems.back().skewed = problems.back().invalid = true;
+  problems.push_back(OnNodes(2, MakeProblem("2 x 2, fp8", 4, 16, 4, 14, 256, kBF16, kExpert)));
+  problems.back().route.wire = WireFormat::kFp8;
+  problems.push_back(OnNodes(2, MakeProblem("2 x 2, mxfp8", 4, 16, 4, 14, 64, kBF16, kToken)));
+  problems.back().route.wire = WireFormat::kMxfp8;
+  for (const int parts : {64, 3}) {
+    for (const Problem& problem : problems) {
+      most_staged_bytes = problem.route.num_tokens * problem.shape.max_row_bytes() / parts;
+      CheckProblem(problem, num_blocks, 3);
+      if (!problem.route.rows().is_quantized()) CheckCrossings(problem, num_blocks);
+    }
+  }
+  most_staged_bytes = 0;
+}
+
 // Groups of the most ranks. With one block per rank: all must be resident.
 void CheckManyNodes() {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;

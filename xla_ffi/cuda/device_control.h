@@ -105,10 +105,15 @@ struct Channel {
   uint64_t waited_ns[kMaxRanks];
 
   // Between nodes: see internode/node_op.cuh and low_latency_nodes/signalled_node_op.cuh.
-  uint64_t staged[kMaxRanks];    // by s of this node: what other nodes put there can be read
-  uint64_t returned[kMaxRanks];  // by s of another node: its sums are here
-  uint32_t num_put;              // blocks whose rows have been put to other nodes
-  uint32_t num_returned;         // and whose sums
+  uint64_t staged[kMaxRanks];  // by s of this node: what other nodes put there can be read
+  uint32_t num_put;            // blocks whose rows have been put to other nodes
+  // Of chunks of rows or sums: see MarkOf in internode/node_op.cuh.
+  uint64_t chunk_put[kMaxRanks];     // by s of another node: the last that is here
+  uint64_t chunk_staged[kMaxRanks];  // by s of this node: the last that is there
+  uint64_t chunk_taken[kMaxRanks];   // by s of this node: the last that s has read here
+  uint64_t credit[kMaxRanks];        // by s of another node: the last that has been read there
+  // Blocks that have put a chunk, and read one; of even chunks and of odd ones.
+  uint32_t num_chunk_put[2], num_chunk_read[2];
 };
 
 // Where the puts of this rank to other nodes go, if their memory is not mapped here.

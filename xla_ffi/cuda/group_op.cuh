@@ -164,14 +164,18 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
 
   template <typename For>
   __device__ bool WaitForPeers(const uint64_t* flags) {
+    return WaitForPeers<For>(flags, step() - For::kOpsBefore);
+  }
+  template <typename For>
+  __device__ bool WaitForPeers(const uint64_t* flags, uint64_t value) {
     const int first = first_peer(), end = end_peer();
-    return WaitForAll<For>(flags, [=](int rank) { return rank >= first && rank < end; });
+    return WaitForAll<For>(flags, value, [=](int rank) { return rank >= first && rank < end; });
   }
 
-  // Wait until the flags of all ranks with awaits(rank) have reached this step. Each arrival is
+  // Wait until the flags of all ranks with awaits(rank) have reached a value. Each arrival is
   // checked immediately: if a rank has arrived at another op, the wait ends.
   template <typename For, typename Awaits>
-  __device__ bool WaitForAll(const uint64_t* flags, Awaits awaits) {
+  __device__ bool WaitForAll(const uint64_t* flags, uint64_t value, Awaits awaits) {
     constexpr bool kArrivals = For::kArrivals;
     if (threadIdx.x < 32) {
       const uint64_t limit_ns = frame_.timeout_ns + (For::kIndirect ? frame_.timeout_ns / 4 : 0);
@@ -184,7 +188,7 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
         bool here = !(rank < num_ranks() && awaits(rank)), differs = false, late = false;
         while (true) {
           // Pairs with the release stores in Publish and Finish, on the peer.
-          if (!here && LoadAcquireSystem(&flags[rank]) >= step() - For::kOpsBefore) {
+          if (!here && LoadAcquireSystem(&flags[rank]) >= value) {
             here = true;
             if (kArrivals) {
               differs = channel_.published[rank].op_hash != frame_.op_hash;

@@ -22,6 +22,7 @@ struct OpFrame {
   GroupShape shape;
   WindowSize window;
   StagingLayout staging;
+  Chunks chunks;  // of the op's rows or sums between nodes
   int32_t rank = 0;
   int32_t channel = 0;
   Part part = Part::kWhole;  // in throughput mode always
@@ -62,7 +63,8 @@ inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
 // Static shared memory that a kernel with dynamic shared memory may use.
-inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) + 512;
+inline constexpr int kStaticSharedBytes =
+    kMaxOperands * kMaxRanks * sizeof(void*) + 2 * kMaxRanks * sizeof(int32_t) + 512;
 
 }  // namespace jax_deepep
 

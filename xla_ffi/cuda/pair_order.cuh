@@ -10,6 +10,12 @@
 
 namespace jax_deepep {
 
+// The pairs that a rank reads, in their order, and those of them that are its own.
+struct AllPairs {
+  int count, own_begin, own_end;
+  __device__ int At(int index) const { return index; }
+};
+
 class PairOrder {
  public:
   // `count` pairs, of which [own_begin, own_end) are of this rank; `num_warps` share them.

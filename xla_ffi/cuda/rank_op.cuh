@@ -136,12 +136,12 @@ class RankOpOf {
   }
 
   // By a block: put to a node how many rows this rank has put there in total, then the flag.
-  __device__ void PutTotalAndFlag(int to_node, uint64_t* flags) const {
+  __device__ void PutTotalAndFlag(int to_node, uint64_t* flags, uint64_t value) const {
     __syncthreads();
     if (threadIdx.x == 0) {
       PutFlag<ByThread>(frame_, to_node, &channel_.rows_received[frame_.rank],
                         &channel_.rows_pushed[frame_.RankOnNode(to_node)], sizeof(uint64_t),
-                        &flags[frame_.rank], step());
+                        &flags[frame_.rank], value);
     }
   }
 

@@ -4,6 +4,9 @@
 //     dispatch, cached_dispatch: tokens for each rank of this node [L][T], records [T][K], rows [T]
 //     combine: destination [T][K], gradients [T][K], sums [T]
 //
+// Between more than kNodesOfWholeOps nodes there is less room for rows and sums: they cross in
+// chunks of tokens, which take two parts of it in turn.
+//
 // Where puts are asynchronous, as many slots follow, from which this rank puts.
 #ifndef JAX_DEEPEP_CUDA_STAGING_H_
 #define JAX_DEEPEP_CUDA_STAGING_H_
@@ -29,15 +32,39 @@ inline constexpr bool kPutsAreAsynchronous = false;
 // The arrays of a slot, in the order above.
 enum class Staged { kFirst, kSecond, kRows };
 
+// Up to so many nodes the rows of a whole op have room; beyond, staging takes no more memory than
+// with so many, but for room that is worth a message.
+inline constexpr int kNodesOfWholeOps = 8;
+inline constexpr int64_t kLeastBytesForRows = 1 << 20;  // of a slot
+
+// How the rows of an op cross: `count` chunks of so many tokens, but for the last.
+struct Chunks {
+  int32_t count = 1;
+  int32_t tokens = 0;
+  int64_t row_bytes = 0;
+  int64_t part_bytes = 0;
+
+  JAX_DEEPEP_HOST_DEVICE int32_t First(int chunk) const { return chunk * tokens; }
+  // Of a token's row, from the beginning of a slot's rows; counted from token 0, negative offsets
+  // included.
+  JAX_DEEPEP_HOST_DEVICE int64_t OffsetOf(int chunk, int64_t token) const {
+    return (chunk & 1) * part_bytes + (token - First(chunk)) * row_bytes;
+  }
+};
+// More than an op has.
+inline constexpr uint64_t kMostChunks = 1 << 20;
+
 struct StagingLayout {
   int64_t offset = 0;  // from the beginning of the control block
   int64_t slot_bytes = 0;
   int64_t second_offset = 0, rows_offset = 0;  // in a slot
+  int64_t bytes_for_rows = 0;                  // of a slot
   int32_t slots = 0;                           // of a channel, in which others put
   bool sends = false;                          // whether this rank puts from slots, too
 
   StagingLayout() = default;
-  StagingLayout(const GroupShape& shape, bool puts_are_asynchronous)
+  // Tests may give the bytes for rows of a slot.
+  StagingLayout(const GroupShape& shape, bool puts_are_asynchronous, int64_t most_for_rows = 0)
       : sends(puts_are_asynchronous) {
     slots = shape.num_nodes() - 1;
     if (slots == 0) return;
@@ -51,7 +78,23 @@ struct StagingLayout {
       const WireRow row{static_cast<WireFormat>(format), shape.hidden_size};
       row_bytes = std::max<int64_t>(row_bytes, row.bytes());
     }
-    slot_bytes = RoundUp(rows_offset + tokens * row_bytes, 256);
+    bytes_for_rows = tokens * row_bytes;
+    if (slots >= kNodesOfWholeOps) {
+      const int64_t share = bytes_for_rows * (kNodesOfWholeOps - 1) / slots;
+      bytes_for_rows = std::min(bytes_for_rows, std::max(share, kLeastBytesForRows));
+    }
+    if (most_for_rows > 0) bytes_for_rows = std::min(bytes_for_rows, most_for_rows);
+    bytes_for_rows = std::max(bytes_for_rows, 2 * RoundUp(row_bytes, 256));
+    slot_bytes = RoundUp(rows_offset + bytes_for_rows, 256);
+  }
+
+  // Of an op with such rows.
+  Chunks ChunksOf(int32_t num_tokens, int64_t row_bytes) const {
+    if (slots == 0 || num_tokens * row_bytes <= bytes_for_rows)
+      return {1, num_tokens, row_bytes, 0};
+    const int64_t part_bytes = bytes_for_rows / 2 / 256 * 256;
+    const auto tokens = static_cast<int32_t>(part_bytes / row_bytes);
+    return {(num_tokens + tokens - 1) / tokens, tokens, row_bytes, part_bytes};
   }
 
   // Of one rank, behind its control block.

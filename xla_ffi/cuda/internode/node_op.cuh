@@ -1,7 +1,7 @@
 // How the ranks of an EP group on several nodes synchronise in one op, on the device.
 //
 //     Begin | write what peers read | Publish | WaitUntilFree | PutRows | Exchange
-//           | WaitForArrivals | read peers [| PutRow | Return | WaitForSums | read sums] | Finish
+//           | WaitForArrivals | read peers [| PutRow | SignalChunk | wait | read sums] | Finish
 //
 // Inside a node, ranks read each other as in group_op.cuh. Between nodes they put, and only to the
 // rank of the other node with the same index in it: its control block and its staging. What a
@@ -14,18 +14,25 @@
 //    for theirs, passes on what the ranks of its node need at hand (the counts of dispatch), and
 //    tells them (`staged`).
 // 3. WaitForArrivals: of the node, and until each of its ranks has staged.
-// 4. Return, in combine: a rank has put sums to another node (`returned`). First it checks for
+// 4. SignalChunk, in combine: a rank has put sums to another node (`chunk_put`). First it checks
+// for
 //    failed peers, because that node cannot: otherwise its op might succeed with sums of memory
 //    that XLA has reused.
 // 5. Finish: at the end of a successful op, `left` tells the other nodes that the staging is free.
 //
-// tests/unit/protocol_internode.py models this protocol.
+// Rows that have no room in the staging together cross in chunks (ForChunks, ForChunksOfSums),
+// which take two parts of it in turn. A chunk is put when the peer has returned the credit of the
+// chunk before the last: when all who read that one have. The last two need none: that is `left`.
+// All rows that have room are one chunk, with the flags above alone.
+//
+// tests/unit/protocol_internode.py and protocol_chunks.py model this protocol.
 #ifndef JAX_DEEPEP_CUDA_INTERNODE_NODE_OP_CUH_
 #define JAX_DEEPEP_CUDA_INTERNODE_NODE_OP_CUH_
 
 #include <cstdint>
 
 #include "cuda/group_op.cuh"
+#include "cuda/internode/chunk_pairs.cuh"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/remote_put.cuh"
@@ -41,10 +48,15 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   struct Shared {
     OfNode::Shared of_node;
     int32_t pushed[kMaxRanks];  // rows that this block has put to each node
+    // Of the pairs of a chunk: how many are of earlier sources, and the first one of each.
+    int32_t pairs_before[kMaxRanks + 1], first_pair[kMaxRanks];
   };
 
   __device__ NodeOp(const OpFrame& frame, Shared* shared)
-      : OfNode(frame, &shared->of_node), pushed_(shared->pushed) {
+      : OfNode(frame, &shared->of_node),
+        pushed_(shared->pushed),
+        pairs_before_(shared->pairs_before),
+        first_pair_(shared->first_pair) {
     for (int node = threadIdx.x; node < kMaxRanks; node += blockDim.x) pushed_[node] = 0;
   }
 
@@ -70,30 +82,34 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
 
   // --- Between nodes.
 
-  __device__ bool WaitUntilFree() { return WaitForAll<ForStagingToBeFree>(channel_.left, Puts()); }
+  __device__ bool WaitUntilFree() {
+    return WaitForAll<ForStagingToBeFree>(channel_.left, step() - 1, Puts());
+  }
 
   template <typename By>
   __device__ void Put(int to_node, void* to, const void* from, int64_t bytes) const {
     PutFlag<By>(frame_, to_node, to, from, bytes);
   }
   // By a warp.
-  __device__ void PutRow(int to_node, int64_t offset, const char* row, int64_t bytes) const {
-    Put<ByWarp>(to_node, At<char>(to_node, Staged::kRows) + offset, row, bytes);
+  __device__ void PutRow(int to_node, int chunk, int token, const char* row, int64_t bytes) const {
+    char* to = At<char>(to_node, Staged::kRows) + frame_.chunks.OffsetOf(chunk, token);
+    Put<ByWarp>(to_node, to, row, bytes);
     if (threadIdx.x % 32 == 0) atomicAdd(&pushed_[to_node], 1);
   }
 
-  // Put rows of this rank's tokens, once to every other node that node_of(token, k) names for one
-  // of the token's entries.
+  // Put rows of a chunk of this rank's tokens, once to every other node that node_of(token, k)
+  // names for one of the token's entries.
   template <typename NodeOf>
-  __device__ void PutRows(const char* rows, int64_t row_bytes, int num_tokens, NodeOf node_of) {
-    const int lane = threadIdx.x % 32;
-    for (int token = FirstItem(); token < num_tokens; token += NumWarps()) {
+  __device__ void PutRows(int chunk, const char* rows, int num_tokens, NodeOf node_of) {
+    const int lane = threadIdx.x % 32, end = EndOf(chunk, num_tokens);
+    const int64_t row_bytes = frame_.chunks.row_bytes;
+    for (int token = frame_.chunks.First(chunk) + FirstItem(); token < end; token += NumWarps()) {
       const int to = lane < frame_.shape.num_topk ? node_of(int64_t{token}, lane) : kNone;
       for (int base = 0; base < num_nodes(); base += 32) {
         for (uint32_t nodes = RanksOfLanes(to, base); nodes != 0; nodes &= nodes - 1) {
           const int to_node = base + __ffs(nodes) - 1;
           if (to_node == node()) continue;
-          PutRow(to_node, token * row_bytes, rows + token * row_bytes, row_bytes);
+          PutRow(to_node, chunk, token, rows + token * row_bytes, row_bytes);
         }
       }
     }
@@ -109,9 +125,9 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
       put(to_node);
       Publication* published = &channel_.published[frame_.rank];  // by this rank in Publish
       Put<ByBlock>(to_node, published, published, sizeof(Publication));
-      PutTotalAndFlag(to_node, channel_.arrived);
+      PutTotalAndFlag(to_node, channel_.arrived, step());
     });
-    if (!WaitForAll<ForOtherNodesToArrive>(channel_.arrived, Puts())) return;
+    if (!WaitForAll<ForOtherNodesToArrive>(channel_.arrived, step(), Puts())) return;
     pass_on();
     __syncthreads();
     for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
@@ -156,18 +172,86 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     return frame_.NodeOf(source) == node() ? frame_.rank : frame_.rank - first_peer();
   }
 
-  // After the last PutRow of sums: the last block calls put(node) for every other node.
+  // --- Chunks of tokens.
+
+  // The end of a chunk's tokens.
+  __device__ int EndOf(int chunk, int num_tokens) const {
+    return min(frame_.chunks.First(chunk + 1), num_tokens);
+  }
+
+  // Call use(chunk) when a chunk of the sources' rows can be read, in order. The first one has been
+  // put before WaitForArrivals; put(chunk) is called for the others. False: the op is lost.
+  template <typename PutRowsOf, typename Use>
+  __device__ bool ForChunks(PutRowsOf put, Use use) {
+    const int count = frame_.chunks.count;
+    for (int chunk = 0; chunk < count; ++chunk) {
+      // While the ranks of the node read this one.
+      if (chunk + 1 < count) {
+        if (!WaitForCredit(chunk + 1)) return false;
+        put(chunk + 1);
+        SignalChunk(chunk + 1, [](int) {});
+      }
+      if (chunk > 0 && !WaitForRows(chunk)) return false;
+      use(chunk);
+      if (NeedsCredit(chunk) && IsLastReader(chunk)) {
+        for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
+          // Pairs with the acquire load of the wait below, on the peer.
+          StoreReleaseSystem(&frame_.ChannelOf(peer).chunk_taken[frame_.rank], MarkOf(chunk));
+        }
+        if (!WaitForPeers<ForPeersToStage>(channel_.chunk_taken, MarkOf(chunk))) return false;
+        PutFlags(channel_.credit, MarkOf(chunk));
+      }
+    }
+    return true;
+  }
+
+  // The same for sums: put(chunk) puts this node's, and ends with SignalChunk. use(chunk) is called
+  // when those of the other nodes are here; work(chunk) before that.
+  template <typename PutSums, typename Work, typename Use>
+  __device__ bool ForChunksOfSums(PutSums put, Work work, Use use) {
+    const int count = frame_.chunks.count;
+    put(0);
+    for (int chunk = 0; chunk < count; ++chunk) {
+      if (chunk + 1 < count) {
+        if (!WaitForCredit(chunk + 1)) return false;
+        put(chunk + 1);
+      }
+      work(chunk);
+      if (!WaitForAll<ForPeersToStage>(channel_.chunk_put, MarkOf(chunk), Puts())) return false;
+      use(chunk);
+      if (NeedsCredit(chunk) && IsLastReader(chunk)) PutFlags(channel_.credit, MarkOf(chunk));
+    }
+    return true;
+  }
+
+  // After all rows or sums of a chunk have been put: the last block calls put(node) for every other
+  // node, and tells it.
   template <typename PutLast>
-  __device__ void Return(PutLast put) {
+  __device__ void SignalChunk(int chunk, PutLast put) {
     CountPushed();
     // Pairs with the fence in Fail, on a peer: see Finish.
-    if (!IsLastBlock(&channel_.num_returned) || Stopped()) return;
+    if (!IsLastBlock(&channel_.num_chunk_put[chunk % 2]) || Stopped()) return;
     ForOtherNodes([&](int to_node) {
       put(to_node);
-      PutTotalAndFlag(to_node, channel_.returned);
+      PutTotalAndFlag(to_node, channel_.chunk_put, MarkOf(chunk));
     });
   }
-  __device__ bool WaitForSums() { return WaitForAll<ForSums>(channel_.returned, Puts()); }
+
+  // The pairs that this rank reads in a chunk; only once use(chunk) of ForChunks is called. `all`
+  // are those of the op; range_of(source, begin, end) those of a source's tokens [begin, end). What
+  // this node's ranks have is read with the first chunk.
+  template <typename RangeOf>
+  __device__ ChunkPairs PairsOf(int chunk, int num_tokens, const AllPairs& all,
+                                RangeOf range_of) const {
+    if (frame_.chunks.count == 1) return {all};
+    return MakeChunkPairs(
+        pairs_before_, first_pair_, num_ranks(), frame_.rank, [&](int source) -> PairRange {
+          if (frame_.NodeOf(source) != node()) {
+            return range_of(source, frame_.chunks.First(chunk), EndOf(chunk, num_tokens));
+          }
+          return chunk == 0 ? range_of(source, 0, num_tokens) : PairRange{0, 0};
+        });
+  }
 
   // As RankOp::CountTaken; by the rank whose memory was read.
   __device__ void CountTaken(const int32_t* taken) const {
@@ -182,12 +266,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     OfNode::Finish(
         [&] {
           // All readers of this rank's staging have left.
-          if (threadIdx.x == 0) {
-            ForOtherNodes([&](int to_node) {
-              PutFlag<ByThread>(frame_, to_node, nullptr, nullptr, 0, &channel_.left[frame_.rank],
-                                step());
-            });
-          }
+          PutFlags(channel_.left, step());
           succeed();
         },
         fail);
@@ -204,7 +283,49 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   struct ForPeersToStage : ForLeaving {
     static constexpr bool kIndirect = true;
   };
-  struct ForSums : ForPeersToStage {};
+
+  // The value of flags of a chunk of this op.
+  __device__ uint64_t MarkOf(int chunk) const { return step() * kMostChunks + chunk; }
+  // The last two chunks are followed by `left`.
+  __device__ bool NeedsCredit(int chunk) const { return chunk + 2 < frame_.chunks.count; }
+
+  // Wait until the part of the staging that a chunk takes is free on other nodes.
+  __device__ bool WaitForCredit(int chunk) {
+    return chunk < 2 || WaitForAll<ForPeersToStage>(channel_.credit, MarkOf(chunk - 2), Puts());
+  }
+
+  // Wait until a later chunk of rows can be read, in the memory of all ranks of this node.
+  __device__ bool WaitForRows(int chunk) {
+    if (blockIdx.x == 0) {
+      if (!WaitForAll<ForPeersToStage>(channel_.chunk_put, MarkOf(chunk), Puts())) return false;
+      for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
+        // Pairs with the acquire load of the wait below, on the peer.
+        StoreReleaseSystem(&frame_.ChannelOf(peer).chunk_staged[frame_.rank], MarkOf(chunk));
+      }
+    }
+    if (!WaitForPeers<ForPeersToStage>(channel_.chunk_staged, MarkOf(chunk))) return false;
+    for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
+      if (frame_.NodeOf(rank) == node()) continue;
+      operands_[kStagedRows][rank] =
+          From<char>(rank, Staged::kRows) + frame_.chunks.OffsetOf(chunk, 0);
+    }
+    __syncthreads();
+    return true;
+  }
+
+  // Whether this block is the last of its rank to have read a chunk. Blocks are at most one chunk
+  // apart here, and where they put: the one after needs a credit that all blocks have a part in.
+  __device__ bool IsLastReader(int chunk) {
+    return IsLastBlock(&channel_.num_chunk_read[chunk % 2]);
+  }
+
+  // By a block: tell the ranks of the other nodes.
+  __device__ void PutFlags(uint64_t* flags, uint64_t value) const {
+    if (threadIdx.x != 0) return;
+    ForOtherNodes([&](int to_node) {
+      PutFlag<ByThread>(frame_, to_node, nullptr, nullptr, 0, &flags[frame_.rank], value);
+    });
+  }
 
   // Whether a rank puts to this one.
   struct FromOtherNodes {
@@ -230,7 +351,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     }
   }
 
-  int32_t* pushed_;
+  int32_t *pushed_, *pairs_before_, *first_pair_;
 };
 
 static_assert(sizeof(NodeOp::Shared) <= kStaticSharedBytes);

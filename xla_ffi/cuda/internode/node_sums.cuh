@@ -40,29 +40,31 @@ __device__ void PutDestinations(const Combine& op, Group& group) {
       [] {});
 }
 
-// Step 3 between nodes, for the tokens of the rank with this rank's index on `node`.
+// Step 3 between nodes, for a chunk of the tokens of the rank with this rank's index on `node`.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           typename Group>
-__device__ void SumNode(const Combine& op, const Group& group, int node, int32_t* taken,
+__device__ void SumNode(const Combine& op, const Group& group, int node, int chunk, int32_t* taken,
                         Term* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const GroupRange all = {0, shape.num_groups()};
-  const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
+  const int first = op.frame.chunks.First(chunk), num_topk = op.frame.shape.num_topk;
+  const int end = group.EndOf(chunk, params.route.num_tokens);
   const int lane = threadIdx.x % 32, owner = op.frame.RankOnNode(node);
   const bool own = owner == op.frame.rank;
   const int32_t* destinations =
       own ? params.destination : group.template From<int32_t>(owner, Staged::kFirst);
   ForWarpItems(
-      num_tokens,
-      [&](int token) {
-        const bool inside = token < num_tokens && lane < num_topk;
-        return inside ? LoadFresh(destinations + int64_t{token} * num_topk + lane) : kNone;
+      end - first,
+      [&](int item) {
+        const bool inside = first + item < end && lane < num_topk;
+        return inside ? LoadFresh(destinations + int64_t{first + item} * num_topk + lane) : kNone;
       },
-      [&](int token, int32_t destination) {
-        return InputsOf<kQuantized>(op, group, owner, token, destination, taken);
+      [&](int item, int32_t destination) {
+        return InputsOf<kQuantized>(op, group, owner, first + item, destination, taken);
       },
-      [&](int token, const Inputs& inputs) {
+      [&](int item, const Inputs& inputs) {
+        const int token = first + item;
         if (params.gradients != nullptr && lane < num_topk) {
           NodeGradients(op, node)[int64_t{token} * num_topk + lane] = inputs.gradient;
         }
@@ -77,14 +79,13 @@ __device__ void SumNode(const Combine& op, const Group& group, int node, int32_t
         }
         __syncwarp();
         if (own) return;
-        group.PutRow(node, token * op.of_sums.node_bytes, to,
-                     kQuantized ? op.wire.bytes() : op.row_bytes);
+        group.PutRow(node, chunk, token, to, kQuantized ? op.wire.bytes() : op.row_bytes);
       });
 }
 
 // The inputs of a token's sum over nodes. `destination` is that of the lane's entry.
 template <bool kQuantized, typename Group>
-__device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int token,
+__device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int chunk, int token,
                                 int32_t destination) {
   const CombineParams& params = op.params;
   const int lane = threadIdx.x % 32, num_nodes = op.frame.shape.num_nodes();
@@ -116,7 +117,7 @@ __device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int token
     inputs.encoded = kQuantized && node != own_node;
     inputs.row = node == own_node ? NodeSum(op, node, token)
                                   : group.template From<char>(source, Staged::kRows) +
-                                        token * op.of_sums.node_bytes;
+                                        op.frame.chunks.OffsetOf(chunk, token);
   }
   return inputs;
 }
@@ -128,36 +129,44 @@ __device__ void SumNodes(const Combine& op, Group& group, int32_t* taken, Term* 
   const RowShape<kWhole> shape{params.route.row_size};
   const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
   const int lane = threadIdx.x % 32, own_node = op.frame.NodeOf(op.frame.rank);
-  group.ForOtherNodes([&](int node) {
-    SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, node, taken, terms);
-  });
-  group.Return([&](int node) {
-    if (params.gradients == nullptr) return;
-    group.template Put<ByBlock>(node, group.template At<float>(node, Staged::kSecond),
-                                NodeGradients(op, node),
-                                int64_t{num_tokens} * num_topk * sizeof(float));
-  });
+  const auto put = [&](int chunk) {
+    group.ForOtherNodes([&](int node) {
+      SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, node, chunk, taken, terms);
+    });
+    group.SignalChunk(chunk, [&](int node) {
+      if (params.gradients == nullptr) return;
+      const int64_t first = int64_t{op.frame.chunks.First(chunk)} * num_topk;
+      const int64_t end = int64_t{group.EndOf(chunk, num_tokens)} * num_topk;
+      group.template Put<ByBlock>(node, group.template At<float>(node, Staged::kSecond) + first,
+                                  NodeGradients(op, node) + first, (end - first) * sizeof(float));
+    });
+  };
   // While the other nodes' sums arrive. A warp has the same tokens here and below.
-  SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, own_node, taken, terms);
-  if (!group.WaitForSums()) return;
-  ForWarpItems(
-      num_tokens,
-      [&](int token) {
-        const bool inside = token < num_tokens && lane < num_topk;
-        return inside ? params.destination[int64_t{token} * num_topk + lane] : kNone;
-      },
-      [&](int token, int32_t destination) {
-        return InputsOfNodes<kQuantized>(op, group, token, destination);
-      },
-      [&](int token, const Inputs& inputs) {
-        if (params.gradients != nullptr && lane < num_topk) {
-          params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
-        }
-        char* to = static_cast<char*>(params.out) + token * op.row_bytes;
-        AddUp<Type, kWhole, false, SumOfRows, kQuantized, kFormat>(
-            inputs, shape, {0, shape.num_groups()}, terms, op.wire,
-            StoreRounded<Type, kWhole>{to, shape});
-      });
+  const auto sum_own = [&](int chunk) {
+    SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, own_node, chunk, taken, terms);
+  };
+  group.ForChunksOfSums(put, sum_own, [&](int chunk) {
+    const int first = op.frame.chunks.First(chunk), end = group.EndOf(chunk, num_tokens);
+    ForWarpItems(
+        end - first,
+        [&](int item) {
+          const bool inside = first + item < end && lane < num_topk;
+          return inside ? params.destination[int64_t{first + item} * num_topk + lane] : kNone;
+        },
+        [&](int item, int32_t destination) {
+          return InputsOfNodes<kQuantized>(op, group, chunk, first + item, destination);
+        },
+        [&](int item, const Inputs& inputs) {
+          const int token = first + item;
+          if (params.gradients != nullptr && lane < num_topk) {
+            params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
+          }
+          char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+          AddUp<Type, kWhole, false, SumOfRows, kQuantized, kFormat>(
+              inputs, shape, {0, shape.num_groups()}, terms, op.wire,
+              StoreRounded<Type, kWhole>{to, shape});
+        });
+  });
 }
 
 }  // namespace

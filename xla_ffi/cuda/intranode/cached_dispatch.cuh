@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/divisor.h"
+#include "cuda/internode/chunk_pairs.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -38,11 +39,11 @@ class Pairs {
   __device__ explicit Pairs(const CachedDispatch& op)
       : op_(op), table_(op.frame.shape, op.params.route) {
     count_ = expert_major() ? op.params.pairs[0] : CountRows();
-    own_begin_ = FirstOf(op.frame.rank);
-    own_end_ = FirstOf(op.frame.rank + 1);
+    own_begin_ = FirstOf(op.frame.rank, 0);
+    own_end_ = FirstOf(op.frame.rank + 1, 0);
   }
 
-  __device__ PairOrder Order() const { return {count_, own_begin_, own_end_, op_.num_warps}; }
+  __device__ AllPairs All() const { return {count_, own_begin_, own_end_}; }
   __device__ bool expert_major() const { return op_.params.route.layout == Layout::kExpertMajor; }
   __device__ int32_t SourceOf(int pair) const {
     return expert_major() ? Line(pair)[0] : op_.params.source[pair];
@@ -54,23 +55,15 @@ class Pairs {
     return lane < table_.max_rows ? Line(pair)[1 + lane] : kNone;
   }
 
+  // The first pair of this token of a rank, or of a later one.
+  __device__ int FirstOf(int rank, int token) const {
+    return FirstPairFrom(int64_t{rank} * op_.frame.shape.max_tokens + token, 0, count_,
+                         [&](int pair) { return SourceOf(pair); });
+  }
+
  private:
   __device__ const int32_t* Line(int pair) const {
     return op_.params.pairs + int64_t{1 + pair} * table_.line_ints();
-  }
-  // The first pair of this rank or a later one.
-  __device__ int FirstOf(int rank) const {
-    const int64_t first_code = int64_t{rank} * op_.frame.shape.max_tokens;
-    int low = 0, high = count_;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (SourceOf(middle) < first_code) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
   }
   // Token-major: rows of tokens come first, then padding rows.
   __device__ int CountRows() const {
@@ -126,13 +119,13 @@ __device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t sou
   if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
 }
 
-// Copy rows.
-template <typename Rows, typename Group>
+// Copy rows: those of `some` of the pairs, all or those of a chunk.
+template <typename Rows, typename Group, typename Some>
 __device__ void Copy(const CachedDispatch& op, const Group& group, const Pairs& pairs,
-                     int32_t* taken) {
-  const PairOrder order = pairs.Order();
+                     const Some& some, int32_t* taken) {
+  const PairOrder order(some.count, some.own_begin, some.own_end, op.num_warps);
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
-    const int pair = order.At(item);
+    const int pair = some.At(order.At(item));
     const int32_t source = pairs.SourceOf(pair);
     const int64_t row = pairs.RowOfLane(pair);
     if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
@@ -142,13 +135,13 @@ __device__ void Copy(const CachedDispatch& op, const Group& group, const Pairs& 
   }
 }
 
-// Scale rows by their weights, and compute their products with y. Expert-major.
-template <typename Type, typename Rows, typename Group>
+// The same, scaled by their weights, and compute their products with y. Expert-major.
+template <typename Type, typename Rows, typename Group, typename Some>
 __device__ void Scale(const CachedDispatch& op, const Group& group, const Pairs& pairs,
-                      int32_t* taken) {
-  const PairOrder order = pairs.Order();
+                      const Some& some, int32_t* taken) {
+  const PairOrder order(some.count, some.own_begin, some.own_end, op.num_warps);
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
-    const int pair = order.At(item);
+    const int pair = some.At(order.At(item));
     const int32_t source = pairs.SourceOf(pair);
     const int32_t row = pairs.RowOfLane(pair);
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
@@ -159,22 +152,35 @@ __device__ void Scale(const CachedDispatch& op, const Group& group, const Pairs&
   }
 }
 
-// Put to every other node, once each, the rows of tokens that it has rows for.
+// Put to every other node, once each, the rows of a chunk of tokens that it has rows for.
 template <typename Group>
-__device__ void PutToNodes(const CachedDispatch& op, Group& group) {
+__device__ void PutRows(const CachedDispatch& op, Group& group, int chunk) {
   const CachedDispatchParams& params = op.params;
   const int num_topk = op.frame.shape.num_topk;
   const int per_node = params.route.capacity * op.frame.shape.node_size();
-  if (group.WaitUntilFree()) {
-    const bool encoded = params.encoded != nullptr;
-    group.PutRows(static_cast<const char*>(encoded ? params.encoded : params.x),
-                  encoded ? op.wire.bytes() : op.row_bytes, params.route.num_tokens,
-                  [&](int64_t token, int k) {
-                    const int32_t destination = params.destination[token * num_topk + k];
-                    return destination != kNone ? destination / per_node : kNone;
-                  });
+  group.PutRows(chunk,
+                static_cast<const char*>(params.encoded != nullptr ? params.encoded : params.x),
+                params.route.num_tokens, [&](int64_t token, int k) {
+                  const int32_t destination = params.destination[token * num_topk + k];
+                  return destination != kNone ? destination / per_node : kNone;
+                });
+}
+
+// Call work(some) with all pairs of this rank, those of other nodes in the chunks in which they
+// cross.
+template <typename Group, typename Work>
+__device__ void ForPairs(const CachedDispatch& op, Group& group, const Pairs& pairs, Work work) {
+  if constexpr (!Group::kSeveralNodes) {
+    work(pairs.All());
+  } else {
+    const auto range_of = [&](int source, int begin, int end) -> PairRange {
+      return {pairs.FirstOf(source, begin), pairs.FirstOf(source, end)};
+    };
+    group.ForChunks([&](int chunk) { PutRows(op, group, chunk); },
+                    [&](int chunk) {
+                      work(group.PairsOf(chunk, op.params.route.num_tokens, pairs.All(), range_of));
+                    });
   }
-  group.Exchange([](int) {}, [] {});
 }
 
 // `work` is Copy or Scale.
@@ -189,10 +195,13 @@ __device__ void Run(const CachedDispatch& op, Work work) {
   if (group.Begin()) {
     Rows::Encode(op);
     group.Publish();
-    if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
+    if constexpr (Group::kSeveralNodes) {
+      if (group.WaitUntilFree()) PutRows(op, group, 0);
+      group.Exchange([](int) {}, [] {});
+    }
     const Pairs pairs(op);
     if (group.WaitForArrivals()) {
-      work(group, pairs, taken);
+      ForPairs(op, group, pairs, [&](const auto& some) { work(group, pairs, some, taken); });
       WriteZeros<Rows::kWhole>(op.params, op.frame.shape, op.row_bytes);
       group.CountTaken(taken);
     }
@@ -203,17 +212,15 @@ __device__ void Run(const CachedDispatch& op, Work work) {
 template <typename Group, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ CachedDispatch op) {
-  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, int32_t* taken) {
-    Copy<Rows>(op, group, pairs, taken);
-  });
+  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, const auto& some,
+                           int32_t* taken) { Copy<Rows>(op, group, pairs, some, taken); });
 }
 
 template <typename Group, typename Type, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ CachedDispatch op) {
-  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, int32_t* taken) {
-    Scale<Type, Rows>(op, group, pairs, taken);
-  });
+  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, const auto& some,
+                           int32_t* taken) { Scale<Type, Rows>(op, group, pairs, some, taken); });
 }
 
 // The host's side, of a mode whose kernels use `Group`.
@@ -229,6 +236,7 @@ class CachedDispatchKernels {
                       WireRow{rows.wire, rows.size},
                       Divisor(frame.shape.max_tokens),
                       Divisor(num_blocks * kWarps)};
+    op.frame.chunks = frame.staging.ChunksOf(params.route.num_tokens, rows.wire_bytes());
     op.frame.offsets[kRows] =
         device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
     if (params.weights == nullptr && params.y == nullptr) {

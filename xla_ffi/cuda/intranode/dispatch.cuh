@@ -24,6 +24,7 @@
 #include "cuda/dispatch_plan.cuh"
 #include "cuda/dispatch_results.cuh"
 #include "cuda/divisor.h"
+#include "cuda/internode/chunk_pairs.cuh"
 #include "cuda/intranode/dispatch_count.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
@@ -134,22 +135,20 @@ struct EncodedRows {
   }
 };
 
-// Pull the rows of this rank, a warp for each token.
-template <typename Rows, typename Group>
-__device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan) {
+// Pull the rows of this rank, or those of `pairs`, a warp for each token.
+template <typename Rows, typename Group, typename Pairs>
+__device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, const Pairs& pairs) {
   const GroupShape& shape = op.frame.shape;
   const RouteShape& route = op.params.route;
-  const int rank = op.frame.rank, lane = threadIdx.x % 32;
-  const int num_pairs = plan.pairs_before[shape.num_ranks];
+  const int lane = threadIdx.x % 32, num_pairs = pairs.count;
   const PairTable table(shape, route);
-  const PairOrder order(num_pairs, plan.pairs_before[rank], plan.pairs_before[rank + 1],
-                        op.num_warps);
+  const PairOrder order(num_pairs, pairs.own_begin, pairs.own_end, op.num_warps);
   ForWarpItems(
       num_pairs,
       [&](int item) {
         Pair pair{0, 0, 0, {kNone}};
         if (item >= num_pairs) return pair;
-        pair.number = order.At(item);
+        pair.number = pairs.At(order.At(item));
         int low = 0, high = shape.num_ranks;  // pairs_before[low] <= number < pairs_before[high]
         while (high - low > 1) {
           const int middle = (low + high) / 2;
@@ -178,8 +177,20 @@ __device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan) {
       });
 }
 
-// Put to every other node the records, the tokens for each of its ranks, and, once each, the rows
-// of tokens that it has experts for.
+// Put to every other node, once each, the rows of a chunk of tokens that it has experts for.
+template <typename Group>
+__device__ void PutRows(const Dispatch& op, Group& group, int chunk) {
+  const GroupShape& shape = op.frame.shape;
+  const bool encoded = op.params.encoded != nullptr;
+  const int per_node = op.local_experts.divisor() * shape.node_size();
+  group.PutRows(chunk, static_cast<const char*>(encoded ? op.params.encoded : op.params.x),
+                op.params.route.num_tokens, [&](int64_t token, int k) {
+                  const int32_t expert = op.params.topk_idx[token * shape.num_topk + k];
+                  return expert >= 0 && expert < shape.num_experts ? expert / per_node : kNone;
+                });
+}
+
+// Put the records, the tokens for each rank of the node, and the rows of the first chunk.
 template <typename Group>
 __device__ void PutToNodes(const Dispatch& op, Group& group) {
   const GroupShape& shape = op.frame.shape;
@@ -192,13 +203,7 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
           node, group.template At<EntryRecord>(node, Staged::kSecond) + first_entry,
           Records(op) + first_entry, (block.end - block.begin) * num_topk * sizeof(EntryRecord));
     });
-    const bool encoded = op.params.encoded != nullptr;
-    const int per_node = op.local_experts.divisor() * op.frame.shape.node_size();
-    group.PutRows(static_cast<const char*>(encoded ? op.params.encoded : op.params.x),
-                  encoded ? op.wire.bytes() : op.row_bytes, num_tokens, [&](int64_t token, int k) {
-                    const int32_t expert = op.params.topk_idx[token * num_topk + k];
-                    return expert >= 0 && expert < shape.num_experts ? expert / per_node : kNone;
-                  });
+    PutRows(op, group, 0);
   }
   group.Exchange(
       [&](int node) {
@@ -212,6 +217,30 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
             NumCountColumns(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
       },
       [&] { group.PassOnCounts(); });
+}
+
+// Pull the rows of this rank, of other nodes in the chunks in which they cross.
+template <typename Rows, typename Group>
+__device__ void PullAll(const Dispatch& op, Group& group, const Plan& plan) {
+  const int rank = op.frame.rank, num_tokens = op.params.route.num_tokens;
+  const int32_t* before = plan.pairs_before;
+  const AllPairs all{before[op.frame.shape.num_ranks], before[rank], before[rank + 1]};
+  if constexpr (!Group::kSeveralNodes) {
+    Pull<Rows>(op, group, plan, all);
+  } else {
+    const auto range_of = [&](int source, int begin, int end) -> PairRange {
+      const int32_t* list = group.template Operand<int32_t>(source, kLists) +
+                            int64_t{group.ListOf(source)} * num_tokens;
+      const int first = before[source], last = before[source + 1];
+      const auto token_of = [&](int number) { return LoadFresh(list + number - first); };
+      return {FirstPairFrom(begin, first, last, token_of),
+              FirstPairFrom(end, first, last, token_of)};
+    };
+    group.ForChunks([&](int chunk) { PutRows(op, group, chunk); },
+                    [&](int chunk) {
+                      Pull<Rows>(op, group, plan, group.PairsOf(chunk, num_tokens, all, range_of));
+                    });
+  }
 }
 
 template <typename Group, typename Rows>
@@ -229,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
     if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
     if (group.WaitForArrivals()) {
       MakePlan(op, plan);
-      Pull<Rows>(op, group, plan);
+      PullAll<Rows>(op, group, plan);
       WriteDestinations(op, plan);
       WriteRest<Rows::kWhole>(op, plan);
       group.CountTaken(plan.taken);
@@ -269,6 +298,8 @@ class DispatchKernels {
     op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *
                                                                 shape.num_topk *
                                                                 sizeof(EntryRecord);
+    op.frame.chunks =
+        frame.staging.ChunksOf(params.route.num_tokens, params.route.rows().wire_bytes());
     const int warp_bytes =
         NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
     op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);

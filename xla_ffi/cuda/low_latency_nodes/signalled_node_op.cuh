@@ -193,7 +193,7 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
       Publication* published = &channel_.published[frame_.rank];
       PutFlag<ByBlock>(frame_, to_node, published, published, sizeof(Publication));
       // Pairs with the acquire load in HasArrived, on the peer.
-      PutTotalAndFlag(to_node, channel_.arrived);
+      PutTotalAndFlag(to_node, channel_.arrived, step());
     });
   }
 
