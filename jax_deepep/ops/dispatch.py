@@ -244,16 +244,20 @@ def _route_shape(
         num_local_experts=comm.num_local_experts,
         alignment=alignment,
     )
-    capacity = worst_case if capacity is None else checked_integer("capacity", capacity, minimum=0)
+    asked, capacity = (
+        capacity,
+        worst_case if capacity is None else checked_integer("capacity", capacity, minimum=0),
+    )
     if capacity % alignment:
         raise ValueError(
             f"capacity: expected a multiple of alignment={alignment}, got {capacity}; pass "
             f"{capacity - capacity % alignment + alignment}, for example."
         )
     if comm.size * capacity > INT32_MAX:
+        got = f"None, which stands for the worst case of {capacity}" if asked is None else capacity
         raise ValueError(
             f"capacity: expected at most {INT32_MAX // comm.size} rows on each of {comm.size} devices (row "
-            f"numbers are int32), got {capacity}; pass a smaller capacity."
+            f"numbers are int32), got {got}; pass a smaller capacity, or dispatch the tokens in several ops."
         )
     mode = comm.mode_of(num_tokens)
     return RouteShape(comm, layout, num_tokens, capacity, alignment, expert_capacity, mode)

@@ -2,7 +2,8 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [faults] [channels] [soak STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [faults] [channels] [soak
+//     STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -262,11 +263,17 @@ int main(int argc, char** argv) {
         for (const bool second : {false, true}) {
           for (const int ranks_per_node : {0, 2})
             CheckChannels(2, kOnGpu ? 200 : 5, first, second, ranks_per_node);
+          most_staged_bytes = 4 * 128 * 4;  // chunks of four tokens, or of two
+          if (!first) CheckChannels(2, kOnGpu ? 200 : 2, first, second, 2);
+          most_staged_bytes = 0;
         }
       }
     } else if (what == "soak" && i + 1 < argc) {
       const int steps = std::atoi(argv[++i]);
       for (const int ranks_per_node : {0, 2, 4}) CheckSoak(3, steps, ranks_per_node);
+      most_staged_bytes = 6 * 256 * 4;  // chunks of six tokens
+      CheckSoak(3, steps, 2);
+      most_staged_bytes = 0;
     } else {
       std::printf("unknown: %s\n", what.c_str());
       return 2;

@@ -157,6 +157,9 @@ void CheckFaultsOfNodes() {
       CheckFaults(4, 2, late, low_latency, /*ranks_per_node=*/2);
     if (kOnGpu) CheckFaults(72, 1, /*late=*/false, low_latency, /*ranks_per_node=*/8);
     if (low_latency) CheckFaults(3, 2, /*late=*/false, low_latency, /*ranks_per_node=*/1);
+    most_staged_bytes = 1;
+    if (!low_latency) CheckFaults(4, 2, /*late=*/false, low_latency, /*ranks_per_node=*/2);
+    most_staged_bytes = 0;
     CheckMistakes(2, low_latency, /*ranks_per_node=*/1);
     CheckTwoAtOnce(3, kOnGpu ? 200 : 10, low_latency, /*ranks_per_node=*/1);
   }

@@ -1,12 +1,15 @@
 """The number of rows in the worst case."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import oracle
 import pytest
 
 from jax_deepep.capacity import bounded_rows, num_groups, round_up, worst_case_rows
+from jax_deepep.ops.dispatch import _route_shape
 
 
 @pytest.mark.parametrize(
@@ -38,6 +41,34 @@ def test_worst_case(
         alignment=alignment,
     )
     assert rows == expected
+
+
+def test_the_worst_case_of_many_devices_does_not_overflow() -> None:
+    """It is refused by name where the rows of all devices are too many for int32."""
+
+    def capacity_of(num_local_experts: int, num_tokens: int = 4096) -> int:
+        config = SimpleNamespace(mode_of=lambda num_tokens: "throughput")
+        comm: Any = SimpleNamespace(
+            size=512, num_experts_per_tok=8, num_local_experts=num_local_experts, config=config
+        )
+        return _route_shape(
+            comm,
+            num_tokens=num_tokens,
+            layout="expert",
+            capacity=None,
+            expert_capacity=None,
+            alignment=1,
+        ).capacity
+
+    assert capacity_of(1) == 512 * 4096
+    assert capacity_of(2, 4095) == 512 * 4095 * 2
+    words = (
+        r"capacity: expected at most 4194303 rows on each of 512 devices \(row numbers are int32\), got "
+        r"None, which stands for the worst case of 4194304; pass a smaller capacity, or dispatch the tokens "
+        r"in several ops"
+    )
+    with pytest.raises(ValueError, match=words):
+        capacity_of(2)
 
 
 @pytest.mark.parametrize("alignment", [1, 2, 3, 8])

@@ -14,10 +14,9 @@
 //    for theirs, passes on what the ranks of its node need at hand (the counts of dispatch), and
 //    tells them (`staged`).
 // 3. WaitForArrivals: of the node, and until each of its ranks has staged.
-// 4. SignalChunk, in combine: a rank has put sums to another node (`chunk_put`). First it checks
-// for
-//    failed peers, because that node cannot: otherwise its op might succeed with sums of memory
-//    that XLA has reused.
+// 4. SignalChunk, in combine: a rank has put sums to another node. First it checks for failed
+//    peers, because that node cannot: otherwise its op might succeed with sums of memory that XLA
+//    has reused.
 // 5. Finish: at the end of a successful op, `left` tells the other nodes that the staging is free.
 //
 // Rows that have no room in the staging together cross in chunks (ForChunks, ForChunksOfSums),
@@ -198,7 +197,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
           // Pairs with the acquire load of the wait below, on the peer.
           StoreReleaseSystem(&frame_.ChannelOf(peer).chunk_taken[frame_.rank], MarkOf(chunk));
         }
-        if (!WaitForPeers<ForPeersToStage>(channel_.chunk_taken, MarkOf(chunk))) return false;
+        if (!WaitForPeers<ForChunk>(channel_.chunk_taken, MarkOf(chunk))) return false;
         PutFlags(channel_.credit, MarkOf(chunk));
       }
     }
@@ -217,7 +216,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
         put(chunk + 1);
       }
       work(chunk);
-      if (!WaitForAll<ForPeersToStage>(channel_.chunk_put, MarkOf(chunk), Puts())) return false;
+      if (!WaitForAll<ForChunk>(channel_.chunk_put, MarkOf(chunk), Puts())) return false;
       use(chunk);
       if (NeedsCredit(chunk) && IsLastReader(chunk)) PutFlags(channel_.credit, MarkOf(chunk));
     }
@@ -284,6 +283,8 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     static constexpr bool kIndirect = true;
   };
 
+  struct ForChunk : ForPeersToStage {};
+
   // The value of flags of a chunk of this op.
   __device__ uint64_t MarkOf(int chunk) const { return step() * kMostChunks + chunk; }
   // The last two chunks are followed by `left`.
@@ -291,19 +292,19 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
 
   // Wait until the part of the staging that a chunk takes is free on other nodes.
   __device__ bool WaitForCredit(int chunk) {
-    return chunk < 2 || WaitForAll<ForPeersToStage>(channel_.credit, MarkOf(chunk - 2), Puts());
+    return chunk < 2 || WaitForAll<ForChunk>(channel_.credit, MarkOf(chunk - 2), Puts());
   }
 
   // Wait until a later chunk of rows can be read, in the memory of all ranks of this node.
   __device__ bool WaitForRows(int chunk) {
     if (blockIdx.x == 0) {
-      if (!WaitForAll<ForPeersToStage>(channel_.chunk_put, MarkOf(chunk), Puts())) return false;
+      if (!WaitForAll<ForChunk>(channel_.chunk_put, MarkOf(chunk), Puts())) return false;
       for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
         // Pairs with the acquire load of the wait below, on the peer.
         StoreReleaseSystem(&frame_.ChannelOf(peer).chunk_staged[frame_.rank], MarkOf(chunk));
       }
     }
-    if (!WaitForPeers<ForPeersToStage>(channel_.chunk_staged, MarkOf(chunk))) return false;
+    if (!WaitForPeers<ForChunk>(channel_.chunk_staged, MarkOf(chunk))) return false;
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
       if (frame_.NodeOf(rank) == node()) continue;
       operands_[kStagedRows][rank] =
