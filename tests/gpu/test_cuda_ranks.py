@@ -58,7 +58,7 @@ def test_every_verb_gives_the_bits_of_the_cpu(program: pathlib.Path) -> None:
 
 
 def test_declared_nodes(program: pathlib.Path) -> None:
-    run(str(program), "nodes")
+    run(str(program), "nodes", "chunks")
 
 
 def test_ranks_that_arrive_late_or_never_or_at_another_op(program: pathlib.Path) -> None:
@@ -77,4 +77,4 @@ def test_many_steps_with_random_delays(program: pathlib.Path) -> None:
 def test_compute_sanitizer_finds_nothing(program: pathlib.Path, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     assert pathlib.Path(sanitizer).exists(), "needs compute-sanitizer: put a CUDA toolkit on PATH"
-    run(sanitizer, "--tool", tool, "--error-exitcode", "1", str(program), "short", "short-nodes")
+    run(sanitizer, "--tool", tool, "--error-exitcode", "1", str(program), "short", "short-nodes", "chunks")

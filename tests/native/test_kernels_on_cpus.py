@@ -64,7 +64,7 @@ def test_kernels(program: str) -> None:
         [program, "faults"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        assert "0 failures" in run([program, "short", "short-nodes", "channels"], timeout=280)
+        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "channels"], timeout=280)
         output, _ = faults.communicate(timeout=280)
     finally:
         faults.kill()

@@ -30,8 +30,8 @@
 
 #include <cstdint>
 
+#include "cuda/chunk_pairs.cuh"
 #include "cuda/group_op.cuh"
-#include "cuda/internode/chunk_pairs.cuh"
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/remote_put.cuh"

@@ -6,8 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/chunk_pairs.cuh"
 #include "cuda/divisor.h"
-#include "cuda/internode/chunk_pairs.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"

@@ -20,11 +20,11 @@
 
 #include <algorithm>
 
+#include "cuda/chunk_pairs.cuh"
 #include "cuda/dispatch_op.cuh"
 #include "cuda/dispatch_plan.cuh"
 #include "cuda/dispatch_results.cuh"
 #include "cuda/divisor.h"
-#include "cuda/internode/chunk_pairs.cuh"
 #include "cuda/intranode/dispatch_count.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"

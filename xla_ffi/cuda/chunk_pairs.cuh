@@ -1,6 +1,6 @@
 // The pairs of a chunk of tokens between nodes: of every source a range, and their order.
-#ifndef JAX_DEEPEP_CUDA_INTERNODE_CHUNK_PAIRS_CUH_
-#define JAX_DEEPEP_CUDA_INTERNODE_CHUNK_PAIRS_CUH_
+#ifndef JAX_DEEPEP_CUDA_CHUNK_PAIRS_CUH_
+#define JAX_DEEPEP_CUDA_CHUNK_PAIRS_CUH_
 
 #include <cstdint>
 
@@ -64,4 +64,4 @@ __device__ ChunkPairs MakeChunkPairs(int32_t* before, int32_t* first, int num_ra
 
 }  // namespace jax_deepep
 
-#endif  // JAX_DEEPEP_CUDA_INTERNODE_CHUNK_PAIRS_CUH_
+#endif  // JAX_DEEPEP_CUDA_CHUNK_PAIRS_CUH_
