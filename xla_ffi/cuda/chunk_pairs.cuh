@@ -13,14 +13,13 @@ struct PairRange {
   int begin, end;
 };
 
-// As AllPairs, and the same if the chunk has all tokens.
+// As AllPairs.
 struct ChunkPairs : AllPairs {
-  const int32_t* before = nullptr;  // [num_ranks + 1] pairs of earlier sources in the chunk
-  const int32_t* first = nullptr;   // [num_ranks] the number of the first one of each source
-  int num_ranks = 0;
+  const int32_t* before;  // [num_ranks + 1] pairs of earlier sources in the chunk; shared memory
+  const int32_t* first;   // [num_ranks] the number of the first one of each source
+  int num_ranks;
 
   __device__ int At(int index) const {
-    if (before == nullptr) return index;
     int low = 0, high = num_ranks;  // before[low] <= index < before[high]
     while (high - low > 1) {
       const int middle = (low + high) / 2;

@@ -53,6 +53,7 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
  public:
   using OfRank::step;
   static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
+  static constexpr bool kInChunks = false;  // see NodeOpOf
 
   struct Shared {
     typename OfRank::Shared of_rank;

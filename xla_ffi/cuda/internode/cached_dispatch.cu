@@ -11,12 +11,17 @@ const char* VerbKernels<Internode, CachedDispatchParams>::Launch(const OpFrame& 
                                                                  int num_blocks,
                                                                  const DeviceFacts& device,
                                                                  const KernelStream& stream) {
-  return CachedDispatchKernels<NodeOp>::Launch(frame, params, num_blocks, device, stream);
+  const RouteShape& route = params.route;
+  const auto launch = frame.staging.ChunksOf(route.num_tokens, route.rows().wire_bytes()).count == 1
+                          ? &CachedDispatchKernels<NodeOp>::Launch
+                          : &CachedDispatchKernels<ChunkedNodeOp>::Launch;
+  return launch(frame, params, num_blocks, device, stream);
 }
 
 template <>
 const char* VerbKernels<Internode, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
-  return CachedDispatchKernels<NodeOp>::Load();
+  const char* error = CachedDispatchKernels<NodeOp>::Load();
+  return error != nullptr ? error : CachedDispatchKernels<ChunkedNodeOp>::Load();
 }
 
 }  // namespace jax_deepep

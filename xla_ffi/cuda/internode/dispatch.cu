@@ -15,12 +15,17 @@ const char* VerbKernels<Internode, DispatchParams>::Launch(const OpFrame& frame,
                                                            int num_blocks,
                                                            const DeviceFacts& device,
                                                            const KernelStream& stream) {
-  return DispatchKernels<NodeOp>::Launch(frame, params, num_blocks, device, stream);
+  const RouteShape& route = params.route;
+  const auto launch = frame.staging.ChunksOf(route.num_tokens, route.rows().wire_bytes()).count == 1
+                          ? &DispatchKernels<NodeOp>::Launch
+                          : &DispatchKernels<ChunkedNodeOp>::Launch;
+  return launch(frame, params, num_blocks, device, stream);
 }
 
 template <>
 const char* VerbKernels<Internode, DispatchParams>::Load(int max_shared_bytes) {
-  return DispatchKernels<NodeOp>::Load(max_shared_bytes);
+  const char* error = DispatchKernels<NodeOp>::Load(max_shared_bytes);
+  return error != nullptr ? error : DispatchKernels<ChunkedNodeOp>::Load(max_shared_bytes);
 }
 
 }  // namespace jax_deepep

@@ -40,10 +40,15 @@
 
 namespace jax_deepep {
 
-class NodeOp : public GroupOpOf<RanksOfNode> {
+// With kChunked, rows or sums may cross in several chunks; kernels of ops of one are compiled
+// without, and take no registers for that.
+template <bool kChunked>
+class NodeOpOf : public GroupOpOf<RanksOfNode> {
   using OfNode = GroupOpOf<RanksOfNode>;
 
  public:
+  static constexpr bool kInChunks = kChunked;
+
   struct Shared {
     OfNode::Shared of_node;
     int32_t pushed[kMaxRanks];  // rows that this block has put to each node
@@ -51,7 +56,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     int32_t pairs_before[kMaxRanks + 1], first_pair[kMaxRanks];
   };
 
-  __device__ NodeOp(const OpFrame& frame, Shared* shared)
+  __device__ NodeOpOf(const OpFrame& frame, Shared* shared)
       : OfNode(frame, &shared->of_node),
         pushed_(shared->pushed),
         pairs_before_(shared->pairs_before),
@@ -173,8 +178,10 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
 
   // --- Chunks of tokens.
 
+  __device__ int num_chunks() const { return kChunked ? frame_.chunks.count : 1; }
   // The end of a chunk's tokens.
   __device__ int EndOf(int chunk, int num_tokens) const {
+    if (!kChunked) return num_tokens;
     return min(frame_.chunks.First(chunk + 1), num_tokens);
   }
 
@@ -182,7 +189,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   // put before WaitForArrivals; put(chunk) is called for the others. False: the op is lost.
   template <typename PutRowsOf, typename Use>
   __device__ bool ForChunks(PutRowsOf put, Use use) {
-    const int count = frame_.chunks.count;
+    const int count = num_chunks();
     for (int chunk = 0; chunk < count; ++chunk) {
       // While the ranks of the node read this one.
       if (chunk + 1 < count) {
@@ -208,7 +215,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   // when those of the other nodes are here; work(chunk) before that.
   template <typename PutSums, typename Work, typename Use>
   __device__ bool ForChunksOfSums(PutSums put, Work work, Use use) {
-    const int count = frame_.chunks.count;
+    const int count = num_chunks();
     put(0);
     for (int chunk = 0; chunk < count; ++chunk) {
       if (chunk + 1 < count) {
@@ -236,13 +243,11 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
     });
   }
 
-  // The pairs that this rank reads in a chunk; only once use(chunk) of ForChunks is called. `all`
-  // are those of the op; range_of(source, begin, end) those of a source's tokens [begin, end). What
-  // this node's ranks have is read with the first chunk.
+  // The pairs that this rank reads in a chunk; only once use(chunk) of ForChunks is called.
+  // range_of(source, begin, end): those of a source's tokens [begin, end). What this node's ranks
+  // have is read with the first chunk.
   template <typename RangeOf>
-  __device__ ChunkPairs PairsOf(int chunk, int num_tokens, const AllPairs& all,
-                                RangeOf range_of) const {
-    if (frame_.chunks.count == 1) return {all};
+  __device__ ChunkPairs PairsOf(int chunk, int num_tokens, RangeOf range_of) const {
     return MakeChunkPairs(
         pairs_before_, first_pair_, num_ranks(), frame_.rank, [&](int source) -> PairRange {
           if (frame_.NodeOf(source) != node()) {
@@ -288,7 +293,7 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
   // The value of flags of a chunk of this op.
   __device__ uint64_t MarkOf(int chunk) const { return step() * kMostChunks + chunk; }
   // The last two chunks are followed by `left`.
-  __device__ bool NeedsCredit(int chunk) const { return chunk + 2 < frame_.chunks.count; }
+  __device__ bool NeedsCredit(int chunk) const { return chunk + 2 < num_chunks(); }
 
   // Wait until the part of the staging that a chunk takes is free on other nodes.
   __device__ bool WaitForCredit(int chunk) {
@@ -354,6 +359,9 @@ class NodeOp : public GroupOpOf<RanksOfNode> {
 
   int32_t *pushed_, *pairs_before_, *first_pair_;
 };
+
+using NodeOp = NodeOpOf<false>;
+using ChunkedNodeOp = NodeOpOf<true>;
 
 static_assert(sizeof(NodeOp::Shared) <= kStaticSharedBytes);
 

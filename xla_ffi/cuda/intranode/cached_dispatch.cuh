@@ -166,20 +166,19 @@ __device__ void PutRows(const CachedDispatch& op, Group& group, int chunk) {
                 });
 }
 
-// Call work(some) with all pairs of this rank, those of other nodes in the chunks in which they
-// cross.
+// Call work(some) with the pairs of this rank, those of other nodes in the chunks in which their
+// rows cross.
 template <typename Group, typename Work>
 __device__ void ForPairs(const CachedDispatch& op, Group& group, const Pairs& pairs, Work work) {
-  if constexpr (!Group::kSeveralNodes) {
-    work(pairs.All());
-  } else {
+  if constexpr (Group::kInChunks) {
     const auto range_of = [&](int source, int begin, int end) -> PairRange {
       return {pairs.FirstOf(source, begin), pairs.FirstOf(source, end)};
     };
-    group.ForChunks([&](int chunk) { PutRows(op, group, chunk); },
-                    [&](int chunk) {
-                      work(group.PairsOf(chunk, op.params.route.num_tokens, pairs.All(), range_of));
-                    });
+    group.ForChunks(
+        [&](int chunk) { PutRows(op, group, chunk); },
+        [&](int chunk) { work(group.PairsOf(chunk, op.params.route.num_tokens, range_of)); });
+  } else {
+    work(pairs.All());
   }
 }
 

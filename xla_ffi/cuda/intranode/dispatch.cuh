@@ -219,15 +219,12 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
       [&] { group.PassOnCounts(); });
 }
 
-// Pull the rows of this rank, of other nodes in the chunks in which they cross.
+// Pull the rows of this rank, those of other nodes in the chunks in which they cross.
 template <typename Rows, typename Group>
 __device__ void PullAll(const Dispatch& op, Group& group, const Plan& plan) {
   const int rank = op.frame.rank, num_tokens = op.params.route.num_tokens;
   const int32_t* before = plan.pairs_before;
-  const AllPairs all{before[op.frame.shape.num_ranks], before[rank], before[rank + 1]};
-  if constexpr (!Group::kSeveralNodes) {
-    Pull<Rows>(op, group, plan, all);
-  } else {
+  if constexpr (Group::kInChunks) {
     const auto range_of = [&](int source, int begin, int end) -> PairRange {
       const int32_t* list = group.template Operand<int32_t>(source, kLists) +
                             int64_t{group.ListOf(source)} * num_tokens;
@@ -238,8 +235,11 @@ __device__ void PullAll(const Dispatch& op, Group& group, const Plan& plan) {
     };
     group.ForChunks([&](int chunk) { PutRows(op, group, chunk); },
                     [&](int chunk) {
-                      Pull<Rows>(op, group, plan, group.PairsOf(chunk, num_tokens, all, range_of));
+                      Pull<Rows>(op, group, plan, group.PairsOf(chunk, num_tokens, range_of));
                     });
+  } else {
+    const int num_pairs = before[op.frame.shape.num_ranks];
+    Pull<Rows>(op, group, plan, AllPairs{num_pairs, before[rank], before[rank + 1]});
   }
 }
 
