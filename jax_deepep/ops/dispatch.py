@@ -244,17 +244,15 @@ def _route_shape(
         num_local_experts=comm.num_local_experts,
         alignment=alignment,
     )
-    asked, capacity = (
-        capacity,
-        worst_case if capacity is None else checked_integer("capacity", capacity, minimum=0),
-    )
+    is_worst_case = capacity is None
+    capacity = worst_case if capacity is None else checked_integer("capacity", capacity, minimum=0)
     if capacity % alignment:
         raise ValueError(
             f"capacity: expected a multiple of alignment={alignment}, got {capacity}; pass "
             f"{capacity - capacity % alignment + alignment}, for example."
         )
     if comm.size * capacity > INT32_MAX:
-        got = f"None, which stands for the worst case of {capacity}" if asked is None else capacity
+        got = f"None, which stands for the worst case of {capacity}" if is_worst_case else capacity
         raise ValueError(
             f"capacity: expected at most {INT32_MAX // comm.size} rows on each of {comm.size} devices (row "
             f"numbers are int32), got {got}; pass a smaller capacity, or dispatch the tokens in several ops."

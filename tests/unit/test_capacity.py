@@ -47,9 +47,11 @@ def test_the_worst_case_of_many_devices_does_not_overflow() -> None:
     """It is refused by name where the rows of all devices are too many for int32."""
 
     def capacity_of(num_local_experts: int, num_tokens: int = 4096) -> int:
-        config = SimpleNamespace(mode_of=lambda num_tokens: "throughput")
         comm: Any = SimpleNamespace(
-            size=512, num_experts_per_tok=8, num_local_experts=num_local_experts, config=config
+            size=512,
+            num_experts_per_tok=8,
+            num_local_experts=num_local_experts,
+            mode_of=lambda num_tokens: "throughput",
         )
         return _route_shape(
             comm,
