@@ -115,7 +115,6 @@ class Words:
         return self._at(12 + index, rank, 0)
 
     # The same in chunks; the first four are flags.
-
     def put_chunk(self, home: int, writer: int) -> int:
         return self._at(16, home, writer)
 
