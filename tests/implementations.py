@@ -25,11 +25,13 @@ def cases(
     *values: Iterable,
     in_xla: Callable[..., bool],
     in_low_latency: Callable[..., bool] = lambda *_: False,
+    nightly: Callable[..., bool] = lambda implementation, *_: False,
 ) -> pytest.MarkDecorator:
     """Parametrize a test by the product of `values`, named in `names`, and by its implementation.
 
     A program takes ten times as long to compile with "xla", which runs only the cases that `in_xla` selects.
-    Low-latency mode counts as an implementation, and runs the cases of `in_low_latency`.
+    Low-latency mode counts as an implementation, and runs the cases of `in_low_latency`. Cases of an
+    implementation that `nightly` selects run nightly only.
     """
 
     def runs(implementation: str, case: tuple) -> bool:
@@ -42,7 +44,12 @@ def cases(
     return pytest.mark.parametrize(
         (*names.split(), "implementation"),
         [
-            pytest.param(*case, implementation, marks=marks, id="-".join([*map(named, case), implementation]))
+            pytest.param(
+                *case,
+                implementation,
+                marks=(*marks, pytest.mark.nightly) if nightly(implementation, *case) else marks,
+                id="-".join([*map(named, case), implementation]),
+            )
             for case in itertools.product(*values)
             for implementation, marks in {**_MARKS, LOW_LATENCY: ()}.items()
             if runs(implementation, case)
