@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -153,10 +154,13 @@ class Block {
     ready_.push_back(IndexOf(*current));
     LeaveTurn();
     if (ready_.empty()) std::this_thread::yield();  // for other blocks
-    // Threads that wait for a peer, perhaps until a time limit, leave the cores to others.
-    constexpr int kTurnsBetweenPauses = 64;
+    // Threads that wait for a peer leave the cores to others; those that wait for long, perhaps until a time
+    // limit, look less often.
+    constexpr int kTurnsBetweenPauses = 64, kPausesOfAMillisecond = 16, kMostMilliseconds = 10;
     if (++num_turns_ % kTurnsBetweenPauses == 0) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      const int num_pauses = num_turns_ / kTurnsBetweenPauses;
+      std::this_thread::sleep_for(
+          std::chrono::milliseconds(std::min(1 + num_pauses / kPausesOfAMillisecond, kMostMilliseconds)));
     }
   }
 
