@@ -20,7 +20,7 @@ from cpu_budgets import CpuBudgets
 
 from jax_deepep.launch import launched_rank
 
-# The version of the Python that runs the tests marked `any_python` instead of this one: `.ci/run` sets it.
+# The job of `.ci/run`, which sets this, that runs the tests marked `any_python` instead of the present one.
 ANY_PYTHON = os.environ.get("JAX_DEEPEP_ANY_PYTHON")
 DEADLINE_S = 300.0  # of a test with its fixtures; a hang becomes a traceback of every thread
 
@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if unsupported_reason := _why_no_gpu():
         _skip(items, "gpu", unsupported_reason)
     if ANY_PYTHON:
-        _skip(items, "any_python", f"depends on neither Python nor JAX: runs under Python {ANY_PYTHON}")
+        _skip(items, "any_python", f"depends on neither Python nor JAX: runs in the job {ANY_PYTHON!r}")
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
