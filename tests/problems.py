@@ -248,19 +248,29 @@ PROBLEMS = _ROUTINGS + _NO_TOKENS + _ROWS + _LIMITS + _TOKEN_MAJOR + _MESHES + _
 # A program takes ten times as long to compile with implementation="xla". So that runs a problem of every kind
 # that differs in its JAX code, and all others that have the shape of one of them: they run its program.
 _KINDS_IN_XLA = {
-    "random", "top 1", "invalid entries", "fewer tokens than max_tokens", "four experts",
-    "many experts per device", "no tokens", "no tokens, one device", "hidden 37, bfloat16",
-    "hidden 37, float16", "capacity", "capacity 0", "expert capacity", "alignment 8",
-    "both capacities, alignment 4", "token-major, random", "token-major, invalid entries",
-    "token-major, many experts per device", "token-major, capacity, alignment 8", "token-major, no tokens",
-    "expert, expert, Explicit", "expert × data, expert, Explicit", "node × expert, token, Auto",
-    "one device, expert, Auto", "one device, token, Explicit", "2 nodes, expert-major",
+    "random", "invalid entries", "fewer tokens than max_tokens", "many experts per device", "no tokens",
+    "no tokens, one device", "hidden 37, bfloat16", "capacity", "capacity 0", "both capacities, alignment 4",
+    "token-major, random", "token-major, invalid entries", "token-major, capacity, alignment 8",
+    "token-major, no tokens", "expert × data, expert, Explicit", "node × expert, token, Auto",
+    "one device, expert, Auto", "2 nodes, expert-major",
 }  # fmt: skip
-_SHAPES_IN_XLA = {problem.shape for problem in PROBLEMS if problem.name in _KINDS_IN_XLA}
+# The code that those above run, with other sizes, dtypes and kinds of mesh axes.
+_NIGHTLY_KINDS_IN_XLA = {
+    "top 1", "four experts", "hidden 37, float16", "expert capacity", "alignment 8",
+    "token-major, many experts per device", "expert, expert, Explicit", "one device, token, Explicit",
+}  # fmt: skip
+_SHAPES_IN_XLA, _NIGHTLY_SHAPES_IN_XLA = (
+    {problem.shape for problem in PROBLEMS if problem.name in kinds}
+    for kinds in (_KINDS_IN_XLA, _NIGHTLY_KINDS_IN_XLA)
+)
 
 
 def is_run_in_xla(problem: Problem) -> bool:
-    return problem.shape in _SHAPES_IN_XLA
+    return problem.shape in _SHAPES_IN_XLA | _NIGHTLY_SHAPES_IN_XLA
+
+
+def is_nightly(implementation: str, problem: Problem) -> bool:
+    return implementation == "xla" and problem.shape not in _SHAPES_IN_XLA
 
 
 # On CPU the modes differ in their JAX code alone.

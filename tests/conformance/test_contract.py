@@ -4,9 +4,11 @@ import numpy as np
 import oracle
 from implementations import assert_same_bits, assert_same_sums, cases
 from outcomes import outcome
-from problems import PROBLEMS, Inputs, Problem, is_run_in_low_latency, is_run_in_xla
+from problems import PROBLEMS, Inputs, Problem, is_nightly, is_run_in_low_latency, is_run_in_xla
 
-pytestmark = cases("problem", PROBLEMS, in_xla=is_run_in_xla, in_low_latency=is_run_in_low_latency)
+pytestmark = cases(
+    "problem", PROBLEMS, in_xla=is_run_in_xla, in_low_latency=is_run_in_low_latency, nightly=is_nightly
+)
 
 
 def joined(inputs: Inputs, attribute: str) -> np.ndarray:

@@ -8,9 +8,11 @@ import oracle
 from implementations import EXACT, assert_same_bits, assert_same_sums, cases
 from moe_layer import assert_close
 from outcomes import outcome
-from problems import PROBLEMS, Inputs, Problem, is_run_in_low_latency, is_run_in_xla
+from problems import PROBLEMS, Inputs, Problem, is_nightly, is_run_in_low_latency, is_run_in_xla
 
-pytestmark = cases("problem", PROBLEMS, in_xla=is_run_in_xla, in_low_latency=is_run_in_low_latency)
+pytestmark = cases(
+    "problem", PROBLEMS, in_xla=is_run_in_xla, in_low_latency=is_run_in_low_latency, nightly=is_nightly
+)
 
 
 def test_gradients_of_dispatch(problem: Problem, implementation: str) -> None:

@@ -83,8 +83,18 @@ def _in_low_latency(case: Case) -> bool:
     return is_run_in_low_latency(case.problem) or case.problem.name in {"expert-major", "token-major"}
 
 
+# Every format of theirs is in another case as well.
+_NIGHTLY_IN_XLA = {
+    "expert-major, fp8 fp8 fp8 fp8", "expert-major, mxfp8 fp8_ue8m0 fp8_ue8m0 mxfp8",
+    "token-major, nvfp4 mxfp8 mxfp8 nvfp4",
+}  # fmt: skip
+
 pytestmark = cases(
-    "case", CASES, in_xla=lambda case: case.problem.name in _IN_XLA, in_low_latency=_in_low_latency
+    "case",
+    CASES,
+    in_xla=lambda case: case.problem.name in _IN_XLA,
+    in_low_latency=_in_low_latency,
+    nightly=lambda implementation, case: implementation == "xla" and case.name in _NIGHTLY_IN_XLA,
 )
 
 

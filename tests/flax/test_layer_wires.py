@@ -111,7 +111,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("mesh_name", "choices", "is_exact"), CASES.values(), ids=CASES)
+NIGHTLY = {"blocks", "shared experts"}  # what they check one by one, another checks together
+
+
+@pytest.mark.parametrize(
+    ("mesh_name", "choices", "is_exact"),
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.nightly if name in NIGHTLY else ())
+        for name, case in CASES.items()
+    ],
+)
 def test_those_of_a_layer_on_rounded_rows(mesh_name: str, choices: dict[str, Any], is_exact: bool) -> None:
     config = config_of(mesh_name, **choices, **WIRES)
     got, expected = (results_of(layer(config), config) for layer in (of_function, by_hand))

@@ -125,27 +125,26 @@ def process_0_dies(fault: Fault) -> None:
 
 
 # Those of a run follow each other in the same processes, on CPU; on GPUs, each has separate processes.
-RUNS = [
-    ["dies_in_a_loop:2", "dies_after_the_op:1"],
-    ["dies_during_ops:2:1", "dies_before_the_op:1"],
-    ["dies_during_ops:1:0", "dies_before_the_op:2"],
-    ["raises_before_the_op:3", "raises_during_an_op:1"],
-    [
+RUNS = {
+    ("dies_in_a_loop:2", "dies_after_the_op:1"): (),
+    ("dies_during_ops:2:1", "dies_before_the_op:1"): (),
+    ("dies_during_ops:1:0", "dies_before_the_op:2"): pytest.mark.nightly,
+    ("raises_before_the_op:3", "raises_during_an_op:1"): (),
+    (
         "compiles_beside:1",
-        "stalls_before_the_op:0",
         "stalls_before_the_op:2",
         "stalls_during_ops:0:0",
-        "stalls_during_ops:1:1",
         "calls_share_a_number:0",
         "process_0_dies:0",
-    ],
-]
-RUNS_BETWEEN_NODES = [
-    (["dies_during_ops:2:1", "dies_before_the_op:1"], ()),
-    (["stalls_before_the_op:2", "stalls_during_ops:1:1"], ()),
-    (["dies_in_a_loop:2", "dies_after_the_op:1"], pytest.mark.nightly),
-    (["raises_before_the_op:3", "raises_during_an_op:1"], pytest.mark.nightly),
-]
+    ): (),
+    ("stalls_before_the_op:0", "stalls_during_ops:1:1"): pytest.mark.nightly,
+}
+RUNS_BETWEEN_NODES = {
+    ("dies_during_ops:2:1", "dies_before_the_op:1"): (),
+    ("stalls_before_the_op:2", "stalls_during_ops:1:1"): (),
+    ("dies_in_a_loop:2", "dies_after_the_op:1"): pytest.mark.nightly,
+    ("raises_before_the_op:3", "raises_during_an_op:1"): pytest.mark.nightly,
+}
 ON_CPU_ONLY = ("dies_in_a_loop", "raises_during_an_op", "calls_share_a_number")
 CHECKS: dict[str, Callable[[Fault], None]] = {
     check.__name__: check
@@ -161,13 +160,16 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
 @pytest.mark.parametrize(
     ("labels", "platform", "environment"),
     [
-        *(pytest.param(run, "cpu", {}, id=f"cpu-{run[0]}") for run in RUNS),
         *(
-            pytest.param(run, "cpu", BETWEEN_NODES, id=f"cpu, between nodes-{run[0]}", marks=marks)
-            for run, marks in RUNS_BETWEEN_NODES
+            pytest.param(run, "cpu", environment, id=f"{platform}-{run[0]}", marks=marks)
+            for platform, environment, runs in (
+                ("cpu", {}, RUNS),
+                ("cpu, between nodes", BETWEEN_NODES, RUNS_BETWEEN_NODES),
+            )
+            for run, marks in runs.items()
         ),
         *(
-            pytest.param([label], "cuda", environment, id=f"{platform}-{label}", marks=pytest.mark.gpu)
+            pytest.param((label,), "cuda", environment, id=f"{platform}-{label}", marks=pytest.mark.gpu)
             for label in ON_GPUS
             for platform, environment in (
                 ("cuda", THROUGHPUT),
@@ -178,19 +180,19 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
         ),
         *(
             pytest.param(
-                [run[0]], "cuda", BETWEEN_NODES, id=f"cuda, between nodes-{run[0]}", marks=pytest.mark.gpu
+                run[:1], "cuda", BETWEEN_NODES, id=f"cuda, between nodes-{run[0]}", marks=pytest.mark.gpu
             )
-            for run, _ in RUNS_BETWEEN_NODES
+            for run in RUNS_BETWEEN_NODES
             if not run[0].startswith(ON_CPU_ONLY)
         ),
     ],
 )
-def test_faults(labels: list[str], platform: str, environment: dict[str, str]) -> None:
+def test_faults(labels: tuple[str, ...], platform: str, environment: dict[str, str]) -> None:
     faults = [(label, label.split(":")[0], int(label.split(":")[1])) for label in labels]
     live = list(range(max(NUM_PROCESSES, *(victim + 1 for _, _, victim in faults), 0)))
     codes = {}
     with RankProcesses(
-        "faults", len(live), tuple(labels), platform=platform, environment=environment,
+        "faults", len(live), labels, platform=platform, environment=environment,
         deadline_s=min(DEADLINE_S * len(labels), 250.0),
     ) as run:  # fmt: skip
         for label, name, victim in faults:

@@ -74,10 +74,14 @@ def operands_of(implementation: str, problem: Problem = LAYER) -> tuple[np.ndarr
 
 
 @cases(
-    "problem check_vma", PROBLEMS, [True, False],
-    in_xla=lambda problem, vma: problem is LAYER and vma, in_low_latency=lambda problem, vma: vma,
+    "problem check_vma remat", PROBLEMS, [True, False], [True, False],
+    in_xla=lambda problem, vma, remat: problem is LAYER and vma,
+    in_low_latency=lambda problem, vma, remat: vma,
+    # By pairs: every problem with both values of either; one problem with all of both.
+    nightly=lambda implementation, problem, vma, remat: (
+        vma != remat and not (problem is LAYER and implementation != "xla")
+    ),
 )  # fmt: skip
-@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
 def test_the_bits_of_whole_ops(problem: Problem, check_vma: bool, remat: bool, implementation: str) -> None:
     comm = communicator(implementation, problem)
     results = [

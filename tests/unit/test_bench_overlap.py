@@ -49,6 +49,7 @@ def test_ops_agree() -> None:
         assert_close(fetch(of_case[IN_FLIGHT]()), fetch(of_case[PLAIN]()))
 
 
+@pytest.mark.nightly  # it compiles what tests above compare
 @is_a_command_for_one_process
 def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "overlap.json"

@@ -105,9 +105,10 @@ def most_of_any_process(num_processes: int) -> tuple[int, int]:
     return max(job.store.num_messages.values()), max(job.store.num_bytes.values())
 
 
-def test_ten_thousand_processes_cost_each_one_no_more_than_ten_do() -> None:
+@pytest.mark.parametrize("num_processes", [1000, pytest.param(10_000, marks=pytest.mark.nightly)])
+def test_many_processes_cost_each_one_no_more_than_ten_do(num_processes: int) -> None:
     """Except for the parent that a process with eight children has, hosts, and longer numbers."""
-    messages, size = most_of_any_process(10_000)
+    messages, size = most_of_any_process(num_processes)
     messages_of_ten, size_of_ten = most_of_any_process(10)
     assert messages <= messages_of_ten + 3 * 3 + 2
     assert size <= 1.25 * size_of_ten
