@@ -11,6 +11,12 @@ import pytest
 # Test ids contain these names, for -k.
 _MARKS = {"native": (), "xla": (pytest.mark.collectives,)}
 IMPLEMENTATIONS = [pytest.param(name, marks=marks) for name, marks in _MARKS.items()]
+# Of cases on CPUs that others nearly cover; runs on GPUs are rare.
+NIGHTLY = () if "cuda" in os.environ.get("JAX_PLATFORMS", "") else (pytest.mark.nightly,)
+# What JAX does with functions is known of JAX's own ops, of which "xla" consists.
+XLA_NIGHTLY = [
+    pytest.param(name, marks=(*marks, *(NIGHTLY if name == "xla" else ()))) for name, marks in _MARKS.items()
+]
 LOW_LATENCY = "low_latency"  # native, in that mode
 EXACT = {"native", LOW_LATENCY}  # gives the contract's bits; the others give them up to float32 rounding
 
@@ -31,7 +37,7 @@ def cases(
 
     A program takes ten times as long to compile with "xla", which runs only the cases that `in_xla` selects.
     Low-latency mode counts as an implementation, and runs the cases of `in_low_latency`. Cases of an
-    implementation that `nightly` selects run nightly only.
+    implementation that `nightly` selects run nightly only, but for runs on GPUs.
     """
 
     def runs(implementation: str, case: tuple) -> bool:
@@ -47,7 +53,7 @@ def cases(
             pytest.param(
                 *case,
                 implementation,
-                marks=(*marks, pytest.mark.nightly) if nightly(implementation, *case) else marks,
+                marks=(*marks, *NIGHTLY) if nightly(implementation, *case) else marks,
                 id="-".join([*map(named, case), implementation]),
             )
             for case in itertools.product(*values)

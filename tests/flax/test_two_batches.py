@@ -59,7 +59,10 @@ def both_ways(config: MoEConfig) -> list[MoEConfig]:
     return [dataclasses.replace(config, **how) for how in ({"two_batch_overlap": True}, {"num_chunks": 2})]
 
 
-@pytest.mark.parametrize(("mesh_name", "choices", "shape"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("mesh_name", "choices", "shape"),
+    [pytest.param(*case, id=name, marks=() if name else pytest.mark.nightly) for name, case in CASES.items()],
+)
 def test_the_bits_of_one_half_after_the_other(mesh_name: str, choices: Any, shape: tuple[int, ...]) -> None:
     """Outputs, what was dropped, and all gradients; without the router, whose sums XLA rounds differently."""
     config = config_of(mesh_name, **choices)

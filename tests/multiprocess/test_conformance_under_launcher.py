@@ -21,18 +21,26 @@ pytestmark = starts_its_own_processes
 
 CONFORMANCE = str(Path(__file__).parent.parent / "conformance")
 WHOLE = "JAX_DEEPEP_WHOLE_CONFORMANCE" in os.environ
-SELECTION = [] if WHOLE else ["-k", "native and (some or drop or invalid or node or signs)"]
+SELECTION = "native and (invalid or skewed or signs or drop)"
+NIGHTLY_SELECTION = "native and (some or drop or invalid or node or signs)"
 DEADLINE_S = 1500 if WHOLE else 200
 
 
 # The bits of four processes are compared with those of one in `test_layouts.py`.
 @pytest.mark.parametrize(
-    ("num_processes", "num_devices"),
-    [(2, 4), *(pytest.param(*layout, marks=pytest.mark.nightly) for layout in ((4, 2), (8, 1)))],
+    ("num_processes", "num_devices", "selection"),
+    [
+        (2, 4, SELECTION),
+        *(
+            pytest.param(*layout, NIGHTLY_SELECTION, marks=pytest.mark.nightly)
+            for layout in ((2, 4), (4, 2), (8, 1))
+        ),
+    ],
 )
-def test_conformance(num_processes: int, num_devices: int) -> None:
+def test_conformance(num_processes: int, num_devices: int, selection: str) -> None:
     faulthandler.cancel_dump_traceback_later()  # this test has its own deadline
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CONFORMANCE, *SELECTION]
+    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CONFORMANCE]
+    suite += [] if WHOLE else ["-k", selection]
     options = ["-n", num_processes, "--platform", "cpu", "--devices-per-process", num_devices, "--"]
     with launcher(*map(str, options), *suite, cwd=ROOT) as process:
         try:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from implementations import IMPLEMENTATIONS, assert_same_bits, assert_same_sums
+from implementations import XLA_NIGHTLY, assert_same_bits, assert_same_sums
 from meshes import captured, compiled, device_axis, fetch, per_device, put_on_mesh, run_per_device
 from moe_layer import LAYER, assert_close, communicator, layer_inputs, moe, training_step
 from problems import inputs_of
@@ -20,7 +20,7 @@ import jax_deepep as ep
 MESH, AXIS = LAYER.mesh, LAYER.axis_name
 NUM_LAYERS = 3
 
-pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+pytestmark = pytest.mark.parametrize("implementation", XLA_NIGHTLY)
 
 
 def layer_gradients(layer, *operands_and_g):
