@@ -64,9 +64,7 @@ __device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;
 
 // Memory that is mapped at two addresses: what was written at one is read at the other after this,
 // by the thread that calls it.
-__device__ __forceinline__ void FenceAliases() {
-  asm volatile("fence.proxy.alias;" ::: "memory");
-}
+__device__ __forceinline__ void FenceAliases() { asm volatile("fence.proxy.alias;" ::: "memory"); }
 
 // 16 bytes that are stored, and arrive on a peer, at once.
 struct alignas(16) Packet {
