@@ -4,6 +4,7 @@ The same program as tests/gpu/test_cuda_ranks.py, and the same bits: those of th
 puts go over mapped memory; nightly also over a simulated NVSHMEM, which carries them out late.
 """
 
+import faulthandler
 import pathlib
 import subprocess
 
@@ -36,6 +37,9 @@ def run(command: list[str], timeout: float) -> str:
     return ran.stdout
 
 
+TIMEOUT_S = 900  # of a process, beside two suites that compile
+
+
 @pytest.fixture(
     scope="module",
     params=[
@@ -44,16 +48,17 @@ def run(command: list[str], timeout: float) -> str:
     ],
 )
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    faulthandler.cancel_dump_traceback_later()  # what runs here has deadlines of its own
     folder = tmp_path_factory.mktemp("kernels")
     flags = (*FLAGS, request.param, *INCLUDES)
     objects = []
     for source in files(KERNELS):
         objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
         as_cpp = ["-include", str(SHIM / "shared_memory.h"), "-x", "c++", "-c", str(source)]
-        run(["g++", *flags, *as_cpp, "-o", objects[-1]], timeout=280)
+        run(["g++", *flags, *as_cpp, "-o", objects[-1]], timeout=TIMEOUT_S)
     path = str(folder / "cuda_ranks")
     sources = map(str, files(HOST_CODE))
-    run(["g++", *flags, *sources, *objects, "-ldl", "-o", path], timeout=280)
+    run(["g++", *flags, *sources, *objects, "-ldl", "-o", path], timeout=TIMEOUT_S)
     return path
 
 
@@ -64,8 +69,8 @@ def test_kernels(program: str) -> None:
         [program, "faults"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "channels"], timeout=280)
-        output, _ = faults.communicate(timeout=280)
+        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "channels"], timeout=TIMEOUT_S)
+        output, _ = faults.communicate(timeout=TIMEOUT_S)
     finally:
         faults.kill()
     assert faults.returncode == 0, output[-4000:]
@@ -74,4 +79,4 @@ def test_kernels(program: str) -> None:
 
 @pytest.mark.nightly
 def test_many_steps_with_random_delays(program: str) -> None:
-    assert "0 failures" in run([program, "soak", "20"], timeout=280)
+    assert "0 failures" in run([program, "soak", "20"], timeout=TIMEOUT_S)
