@@ -1,4 +1,4 @@
-"""Ops between nodes whose rows cross in chunks, as their specification: xla_ffi/cuda/internode/chunks.cuh.
+"""Ops between nodes whose rows cross in chunks, as their specification: xla_ffi/cuda/internode/node_op.cuh.
 
 The protocol of protocol_internode.py, where the staging of a rank has not room for the rows of all tokens of
 each peer, but two *slots*. Chunk c of an op is put into slot c % 2. The rank that has the staging returns a
@@ -24,12 +24,10 @@ from protocol_search import LOAD, LOCAL, LOOK, Protocol, Step
 from protocol_throughput import (
     FINISH,
     FINISH_STEPS,
-    PUBLISH_STEPS,
     flags_of_peers,
     go_on_unless_stopped,
     leave,
     load_late,
-    wait_for_arrivals,
     wait_for_flags,
     writers_of_loads,
 )
@@ -249,15 +247,7 @@ class Chunked(Internode):
         first_rows = Step("Put 0", partial(self.put_chunk, chunk=0), LOCAL)
         protocol = Protocol(
             [
-                *PUBLISH_STEPS,
-                Step("WaitUntilFree", self.wait_until_free, LOAD),
-                Step("Put rows", self.put, LOCAL),
-                *([] if self.returns else [first_rows]),
-                Step("Exchange: IsLastBlock", fence, LOCAL),
-                Step("Exchange: PutFlag(arrived)", self.put_flags, LOCAL),
-                Step("Exchange: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
-                Step("Exchange: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
-                Step("WaitForArrivals", partial(wait_for_arrivals, begins_loads=False), LOAD),
+                *self.steps_until_arrivals([] if self.returns else [first_rows]),
                 Step("WaitUntilStaged", self.wait_until_staged_first, LOAD),
                 *(step for chunk in range(self.num_chunks) for step in steps_of(chunk)),
                 *FINISH_STEPS,

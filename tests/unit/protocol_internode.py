@@ -19,7 +19,7 @@ succeeds, all that is loaded from it is of the current op. A rank that returns s
 first: otherwise an op of the other node could succeed with sums of memory that XLA has reused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -230,6 +230,20 @@ class Internode:
             if sums % 2:
                 world.change(rank, wrong=True)
 
+    def steps_until_arrivals(self, after_rows: Sequence[Step] = ()) -> list[Step]:
+        """The steps up to WaitForArrivals, with further ones after rows have been put."""
+        return [
+            *PUBLISH_STEPS,
+            Step("WaitUntilFree", self.wait_until_free, LOAD),
+            Step("Put rows", self.put, LOCAL),
+            *after_rows,
+            Step("Exchange: IsLastBlock", fence, LOCAL),
+            Step("Exchange: PutFlag(arrived)", self.put_flags, LOCAL),
+            Step("Exchange: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
+            Step("Exchange: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
+            Step("WaitForArrivals", partial(wait_for_arrivals, begins_loads=False), LOAD),
+        ]
+
     def protocol(self) -> Protocol:
         waits_first = self.asynchronous and self.waits_first
         sums = [
@@ -242,14 +256,7 @@ class Internode:
             Step("Last loads of sums", self.last_sums, LOAD),
         ]
         steps = [
-            *PUBLISH_STEPS,
-            Step("WaitUntilFree", self.wait_until_free, LOAD),
-            Step("Put rows", self.put, LOCAL),
-            Step("Exchange: IsLastBlock", fence, LOCAL),
-            Step("Exchange: PutFlag(arrived)", self.put_flags, LOCAL),
-            Step("Exchange: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
-            Step("Exchange: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
-            Step("WaitForArrivals", partial(wait_for_arrivals, begins_loads=False), LOAD),
+            *self.steps_until_arrivals(),
             Step("WaitUntilStaged", self.wait_until_staged, LOAD),
             Step("First loads", self.first_loads, LOCAL),
             Step("Last loads", self.last_loads, LOAD),
