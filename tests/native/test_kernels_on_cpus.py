@@ -24,6 +24,7 @@ HOST_CODE = (
 )
 # Shared memory of blocks is thread_local, without code that initialises it.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-extern-tls-init", "-pthread")
+TIMEOUT_S = 900  # of a process, beside two suites that compile
 INCLUDES = (f"-I{SHIM}", f"-I{ROOT / 'tests/gpu'}", f"-I{ROOT / 'xla_ffi'}")
 
 
@@ -31,13 +32,10 @@ def files(patterns: tuple[str, ...]) -> list[pathlib.Path]:
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-def run(command: list[str], timeout: float) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+def run(command: list[str]) -> str:
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
     return ran.stdout
-
-
-TIMEOUT_S = 900  # of a process, beside two suites that compile
 
 
 @pytest.fixture(
@@ -55,10 +53,10 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     for source in files(KERNELS):
         objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
         as_cpp = ["-include", str(SHIM / "shared_memory.h"), "-x", "c++", "-c", str(source)]
-        run(["g++", *flags, *as_cpp, "-o", objects[-1]], timeout=TIMEOUT_S)
+        run(["g++", *flags, *as_cpp, "-o", objects[-1]])
     path = str(folder / "cuda_ranks")
     sources = map(str, files(HOST_CODE))
-    run(["g++", *flags, *sources, *objects, "-ldl", "-o", path], timeout=TIMEOUT_S)
+    run(["g++", *flags, *sources, *objects, "-ldl", "-o", path])
     return path
 
 
@@ -69,7 +67,7 @@ def test_kernels(program: str) -> None:
         [program, "faults"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "channels"], timeout=TIMEOUT_S)
+        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "channels"])
         output, _ = faults.communicate(timeout=TIMEOUT_S)
     finally:
         faults.kill()
@@ -79,4 +77,4 @@ def test_kernels(program: str) -> None:
 
 @pytest.mark.nightly
 def test_many_steps_with_random_delays(program: str) -> None:
-    assert "0 failures" in run([program, "soak", "20"], timeout=TIMEOUT_S)
+    assert "0 failures" in run([program, "soak", "20"])

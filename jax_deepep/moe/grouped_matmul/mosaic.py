@@ -36,9 +36,8 @@ HOPPER = "9.0"
 DTYPES = ("bfloat16", "float16")
 INSTEAD = 'use grouped_matmul="triton"'
 TIMES = Tiles()
-OUTER = Tiles(
-    phases=4
-)  # sums differ in length: in a model, 0.89 of full speed with groups of 1 / n, not 0.78
+# Sums differ in length: in a model, 0.89 of full speed with groups of 1 / n, not 0.78.
+OUTER = Tiles(phases=4)
 
 
 def missing_reason(device: jax.Device) -> str | None:
