@@ -11,8 +11,10 @@ import pytest
 # Test ids contain these names, for -k.
 _MARKS = {"native": (), "xla": (pytest.mark.collectives,)}
 IMPLEMENTATIONS = [pytest.param(name, marks=marks) for name, marks in _MARKS.items()]
+# The suite's own default is "cpu" (conftest.py); ranks that share a GPU have no JAX_PLATFORMS.
+ON_GPUS = os.environ.get("JAX_PLATFORMS", "") != "cpu"
 # Of cases on CPUs that others nearly cover; runs on GPUs are rare.
-NIGHTLY = () if "cuda" in os.environ.get("JAX_PLATFORMS", "") else (pytest.mark.nightly,)
+NIGHTLY = () if ON_GPUS else (pytest.mark.nightly,)
 # What JAX does with functions is known of JAX's own ops, of which "xla" consists.
 XLA_NIGHTLY = [
     pytest.param(name, marks=(*marks, *(NIGHTLY if name == "xla" else ()))) for name, marks in _MARKS.items()

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import routings
-from implementations import LOW_LATENCY
+from implementations import LOW_LATENCY, ON_GPUS
 from jax.sharding import AxisType, Mesh
 from meshes import expert_axes, groups_of, mesh_named
 
@@ -281,4 +281,4 @@ _KINDS_IN_LOW_LATENCY = {
 
 
 def is_run_in_low_latency(problem: Problem) -> bool:
-    return "cuda" in os.environ.get("JAX_PLATFORMS", "") or problem.name in _KINDS_IN_LOW_LATENCY
+    return ON_GPUS or problem.name in _KINDS_IN_LOW_LATENCY
