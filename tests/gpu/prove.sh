@@ -10,6 +10,8 @@
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
 #     links-N    the same, N ranks with a GPU each
+#     nodes-N    the same, N ranks that share the GPU, on two declared nodes
+#     hosts-N    the same on two pretended hosts, by NVSHMEM
 #     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
 #     layers-N   tests/flax, N ranks with a GPU each
@@ -40,9 +42,7 @@ spread() {
 suite="python3 -m pytest -q tests/conformance tests/transforms -m 'not collectives'"
 
 build() {
-  [ -x "$out/$1" ] || nvcc -std=c++17 -O2 -arch=native -fmad=false -Ixla_ffi -Xcompiler -ffp-contract=off,-pthread \
-    -o "$out/$1" "tests/gpu/$1.cu" xla_ffi/cuda/{block_count,kernels}.cc xla_ffi/cuda/rank_kernels.cu xla_ffi/cuda/*/*.cu xla_ffi/cpu/*.cc \
-    xla_ffi/transport/*_memory.cc -lpthread
+  [ -x "$out/$1" ] || python3 tests/rank_programs.py "$1" "$out"
 }
 
 part() {
@@ -53,6 +53,9 @@ part() {
     soak) build cuda_ranks && "$out/cuda_ranks" soak 20000 ;;
     suite-*) share "$ranks" bash -c "$suite" ;;
     graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" share "$ranks" bash -c "$suite" ;;
+    nodes-*) JAX_DEEPEP_NODES=2 share "$ranks" bash -c "$suite" ;;
+    hosts-*) JAX_DEEPEP_HOSTS=2 JAX_DEEPEP_NODES=2 NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=lo \
+      share "$ranks" bash -c "$suite" ;;
     links-*) spread "$ranks" bash -c "$suite" ;;
     alone-*) spread "$ranks" bash -c "CUDA_VISIBLE_DEVICES=\$JAX_LOCAL_DEVICE_IDS JAX_LOCAL_DEVICE_IDS=0 $suite" ;;
     layers-*) spread "$ranks" python3 -m pytest -q tests/flax ;;

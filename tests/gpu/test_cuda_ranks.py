@@ -8,44 +8,14 @@ import shutil
 import subprocess
 
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-SOURCES = (
-    "tests/gpu/cuda_ranks.cu",
-    "xla_ffi/cuda/block_count.cc",
-    "xla_ffi/cuda/kernels.cc",
-    "xla_ffi/cuda/rank_kernels.cu",
-    "xla_ffi/cuda/*/*.cu",
-    "xla_ffi/cpu/*.cc",
-    "xla_ffi/transport/*_memory.cc",
-)
-FLAGS = (
-    "-std=c++17",
-    "-O2",
-    "-lineinfo",
-    "-fmad=false",
-    "-Xcompiler",
-    "-ffp-contract=off,-pthread",
-    "-lpthread",
-)
+from rank_programs import compile_with_nvcc
 
 pytestmark = pytest.mark.gpu
 
 
-def nvcc() -> str:
-    found = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    assert pathlib.Path(found).exists(), "needs nvcc: put a CUDA toolkit on PATH"
-    return found
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("cuda") / "cuda_ranks"
-    sources = [str(source) for pattern in SOURCES for source in sorted(ROOT.glob(pattern))]
-    command = [nvcc(), *FLAGS, "-arch=native", f"-I{ROOT / 'xla_ffi'}", *sources, "-o", str(path)]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert built.returncode == 0, built.stderr[-4000:]
-    return path
+    return compile_with_nvcc("cuda_ranks", tmp_path_factory.mktemp("cuda"))
 
 
 def run(*command: str) -> None:

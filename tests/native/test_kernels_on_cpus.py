@@ -5,31 +5,17 @@ puts go over mapped memory; nightly also over a simulated NVSHMEM, which carries
 """
 
 import faulthandler
-import pathlib
 import subprocess
 
 import pytest
+from rank_programs import HOST_CODE, KERNELS, ROOT, files
 
 pytestmark = pytest.mark.any_python
-ROOT = pathlib.Path(__file__).parents[2]
 SHIM = ROOT / "tests/native/cuda_on_cpu"
-KERNELS = ("tests/gpu/cuda_ranks.cu", "xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/*/*.cu")
-HOST_CODE = (
-    "tests/native/cuda_on_cpu/*.cc",
-    "xla_ffi/cpu/*.cc",
-    "xla_ffi/cuda/block_count.cc",
-    "xla_ffi/cuda/kernels.cc",
-    "xla_ffi/cuda/internode/*.cc",
-    "xla_ffi/transport/*_memory.cc",
-)
 # Shared memory of blocks is thread_local, without code that initialises it.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-extern-tls-init", "-pthread")
 TIMEOUT_S = 900  # of a process, beside two suites that compile
 INCLUDES = (f"-I{SHIM}", f"-I{ROOT / 'tests/gpu'}", f"-I{ROOT / 'xla_ffi'}")
-
-
-def files(patterns: tuple[str, ...]) -> list[pathlib.Path]:
-    return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
 def run(command: list[str]) -> str:
@@ -50,12 +36,12 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("kernels")
     flags = (*FLAGS, request.param, *INCLUDES)
     objects = []
-    for source in files(KERNELS):
+    for source in files("tests/gpu/cuda_ranks.cu", *KERNELS):
         objects.append(str(folder / f"{source.parent.name}_{source.stem}.o"))
         as_cpp = ["-include", str(SHIM / "shared_memory.h"), "-x", "c++", "-c", str(source)]
         run(["g++", *flags, *as_cpp, "-o", objects[-1]])
     path = str(folder / "cuda_ranks")
-    sources = map(str, files(HOST_CODE))
+    sources = map(str, files("tests/native/cuda_on_cpu/*.cc", *HOST_CODE))
     run(["g++", *flags, *sources, *objects, "-ldl", "-o", path])
     return path
 
