@@ -30,6 +30,15 @@ SOURCE = HERE.parent.parent
 REPORT = "REPORT "  # begins a line of findings, as `report` of ranks/rank_side.py writes it
 
 
+def pretended_hosts(ranks_per_host: int) -> dict[str, str]:
+    """Return the environment of ranks on several hosts: on GPUs NVSHMEM, over memory by default."""
+    return {
+        "RANKS_PER_HOST": str(ranks_per_host),
+        "NVSHMEM_REMOTE_TRANSPORT": os.environ.get("NVSHMEM_REMOTE_TRANSPORT", "none"),
+        "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo",
+    }
+
+
 @dataclass
 class RankProcess:
     rank: int

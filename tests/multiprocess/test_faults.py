@@ -11,7 +11,7 @@ import pytest
 from implementations import CAPTURE_ALL_OPS
 from observed_fault import BETWEEN_NODES, TIMEOUT_S, Fault
 from own_processes import starts_its_own_processes
-from rank_processes import RankProcesses
+from rank_processes import RankProcesses, pretended_hosts
 
 pytestmark = starts_its_own_processes
 
@@ -21,6 +21,7 @@ DEADLINE_S = 60.0  # of one fault, which takes about 12 s on two cores
 
 KILLED = -signal.SIGKILL
 THROUGHPUT = {"OPS_MODE": "throughput"}
+LOW_LATENCY = {"OPS_MODE": "low_latency"}
 
 
 def dies_before_the_op(fault: Fault) -> None:
@@ -179,11 +180,15 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
             )
         ),
         *(
-            pytest.param(
-                run[:1], "cuda", BETWEEN_NODES, id=f"cuda, between nodes-{run[0]}", marks=pytest.mark.gpu
-            )
+            pytest.param(run[:1], "cuda", environment, id=f"{platform}-{run[0]}", marks=pytest.mark.gpu)
             for run in RUNS_BETWEEN_NODES
             if not run[0].startswith(ON_CPU_ONLY)
+            for platform, environment in (
+                ("cuda, between nodes", BETWEEN_NODES),
+                ("cuda, between nodes, low latency", BETWEEN_NODES | LOW_LATENCY),
+                ("cuda, between hosts", pretended_hosts(1)),
+                ("cuda, between hosts, low latency", pretended_hosts(1) | LOW_LATENCY),
+            )
         ),
     ],
 )

@@ -23,6 +23,9 @@ ARGUMENTS = sys.argv[4:]
 REPORT = "REPORT "  # begins a line of findings, for ../rank_processes.py
 BARRIER_S = 60
 
+if ranks_per_host := os.environ.get("RANKS_PER_HOST"):
+    os.environ["JAX_DEEPEP_HOST_ID"] = f"pretended {RANK // int(ranks_per_host)}"
+
 
 def join() -> None:
     """Connect to the coordinator; the first thing that a script does. On GPUs, ranks take them in turns."""
