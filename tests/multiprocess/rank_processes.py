@@ -111,7 +111,7 @@ class RankProcesses:
         }
         environment |= {
             leftovers.RUN: self.id,
-            "JAX_PLATFORMS": self.platform,
+            "JAX_PLATFORMS": {"cuda": "cuda,cpu"}.get(self.platform, self.platform),  # callbacks run on CPUs
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.05",  # of a GPU, in addition to the test's own process
             "PYTHONPATH": os.pathsep.join(
                 [str(SOURCE), str(SOURCE / "tests"), str(HERE), os.environ.get("PYTHONPATH", "")]
