@@ -54,6 +54,7 @@ def test_a_saved_model_writes_text(tmp_path: Path) -> None:
     assert re.search(rf"^prefill +{sum(map(len, prompts))} tokens, ", output, re.M)
     assert re.search(rf"^decode +{5 * len(prompts)} tokens, ", output, re.M)
     assert "without a cache" in output
+    assert "\n0 collectives of XLA in a step\n" in output
 
 
 def test_packed_documents_and_padded_prompts() -> None:
