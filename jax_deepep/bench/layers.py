@@ -129,6 +129,37 @@ def dense_moe(problem: Problem, parameters: dict[str, jax.Array], x: jax.Array, 
     return jax.shard_map(per_device, mesh=mesh, in_specs=(specs, P(AXIS)), out_specs=P(AXIS))(parameters, x)
 
 
+def config_of(problem: Problem, comm: Communicator, **choices: Any) -> MoEConfig:
+    """Return the configuration of a layer; `choices` are further fields."""
+    assert problem.intermediate is not None
+    capacity_factor = capacity_factor_of(problem)
+    sizes = (problem.experts, problem.topk, problem.hidden, problem.intermediate)
+    return MoEConfig(comm, *sizes, capacity_factor=capacity_factor, **choices)
+
+
+def tokens_of(problem: Problem, mesh: Mesh) -> jax.Array:
+    """Return random tokens [R * T, H] of all devices."""
+    draw = partial(jax.random.normal, shape=(problem.devices * problem.tokens, problem.hidden))
+    split = NamedSharding(mesh, P(AXIS))
+    return jax.jit(lambda key: draw(key).astype(problem.dtype), out_shardings=split)(jax.random.key(1))
+
+
+def decode_step(
+    problem: Problem, mesh: Mesh, comm: Communicator, depth: int, matmul: Any
+) -> dict[str, Program]:
+    """Return what a model of `depth` layers does with its experts to decode: one after the other, forward."""
+    config = config_of(problem, comm, grouped_matmul=matmul)
+    keys = jax.random.split(jax.random.key(0), depth)
+    parameters = [init_parameters(config, key, jnp.dtype(problem.dtype)) for key in keys]
+
+    def step(parameters, x):
+        for of_layer in parameters:
+            x = x + moe(config, of_layer, x)[0]
+        return x
+
+    return {FORWARD: (step, (parameters, tokens_of(problem, mesh)))}
+
+
 def layer_programs(
     problem: Problem,
     mesh: Mesh,
@@ -141,24 +172,10 @@ def layer_programs(
 
     `choices` are further fields of `MoEConfig`.
     """
-    assert problem.intermediate is not None
     maker = comm or problem.communicator(mesh, "xla")
-    config = MoEConfig(
-        maker,
-        problem.experts,
-        problem.topk,
-        problem.hidden,
-        problem.intermediate,
-        num_chunks=num_chunks,
-        grouped_matmul=matmul,
-        capacity_factor=capacity_factor_of(problem),
-        **choices,
-    )
+    config = config_of(problem, maker, num_chunks=num_chunks, grouped_matmul=matmul, **choices)
     parameters = init_parameters(config, jax.random.key(0), jnp.dtype(problem.dtype))
-    draw = partial(jax.random.normal, shape=(problem.devices * problem.tokens, problem.hidden))
-    x = jax.jit(lambda key: draw(key).astype(problem.dtype), out_shardings=NamedSharding(mesh, P(AXIS)))(
-        jax.random.key(1)
-    )
+    x = tokens_of(problem, mesh)
 
     def forward(parameters, x):
         return moe(config, parameters, x)[0] if comm else dense_moe(problem, parameters, x, mesh)

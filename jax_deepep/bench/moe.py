@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jax_deepep.bench.command_line import add_layer, add_trials, positive_int, start_layer
 from jax_deepep.bench.kernel_trace import CPU_REASON, kernel_shares
-from jax_deepep.bench.layers import GATHERED, Program, experts_programs, layer_programs
+from jax_deepep.bench.layers import GATHERED, Program, decode_step, experts_programs, layer_programs
 from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.processes import end_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
@@ -20,12 +20,14 @@ from jax_deepep.moe.grouped_matmul import NAMES
 DEFAULT = Problem(256, 256, topk=4, experts=32, dtype="float32", intermediate=512)
 DENSE = "dense"
 LAYERS = ("native", "xla", DENSE)
-EXPERTS, LAYER = "experts of one device", "layer"
+EXPERTS, LAYER, DECODE = "experts of one device", "layer", "decode step"
+DECODE_CASES = {"native": "auto", "native, throughput": "throughput", "xla": "auto"}  # modes of their ops
 
 MEANING = """\
 A jitted program from its launch until its results are ready, of the slowest rank; median (p10–p90).
 queued: per call, with several in flight, as in a training loop.
 forward + backward: with the gradients of all parameters and of x.
+decode step: layers one after the other, forward, as in a step of decoding T sequences per device.
 temporary MiB: memory that XLA allocates on a device for forward + backward besides operands and results.
 """
 
@@ -51,6 +53,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--chunks", nargs="+", type=positive_int, default=[1], help="num_chunks of native (1)"
     )
+    parser.add_argument(
+        "--decode-layers", type=positive_int, metavar="N",
+        help="also a decode step of N layers: native in both modes, and xla unless --layers leaves it out",
+    )  # fmt: skip
     parser.add_argument("--queued", type=positive_int, default=6, help="calls in flight (%(default)s)")
     add_trials(parser, 10)
     add_outputs(parser)
@@ -99,6 +105,13 @@ def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Ite
             with problem.communicator(mesh, name, max_tokens=-(-problem.tokens // chunks)) as comm:
                 programs = layer_programs(problem, mesh, comm, chunks, options.layer_matmul)
                 yield timed(LAYER, name if chunks == 1 else f"{name}, {chunks} chunks", programs)
+    for case, mode in DECODE_CASES.items() if options.decode_layers else ():
+        name = case.partition(",")[0]
+        if name not in options.layers:
+            continue
+        with problem.communicator(mesh, name, mode=mode) as comm:
+            programs = decode_step(problem, mesh, comm, options.decode_layers, options.layer_matmul)
+            yield timed(f"{DECODE}, {options.decode_layers} layers", case, programs)
 
 
 def show_shares(results: Sequence[Result]) -> None:
