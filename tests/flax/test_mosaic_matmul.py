@@ -11,7 +11,7 @@ import pytest
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
 from jax_deepep.moe.experts import FusedHalves, Halves, halves_of
-from jax_deepep.moe.grouped_matmul import alignment_for, chosen
+from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused
 from jax_deepep.moe.grouped_matmul.fused import can_fuse
 from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels, own_tiles
@@ -212,6 +212,10 @@ def test_which_activations_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     for activation in (partial(jax.nn.gelu, approximate=False), lambda x: x * jnp.arange(3.0)[1]):
         halves = halves_of("mosaic", 128, activation, jnp.bfloat16)
         assert type(halves) is Halves
+    monkeypatch.setattr(fused, "products_and_hidden", None)
+    fused._lowers.cache_clear()
+    with pytest.raises(TypeError):  # a fault of the kernels is no reason for slower ones
+        can_fuse(jax.nn.silu, jnp.bfloat16)
 
 
 @pytest.mark.gpu

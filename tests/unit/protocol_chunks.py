@@ -14,7 +14,7 @@ wait in a circle: what waits for chunk c is preceded by all that its peers do be
 for chunks up to c - 2 to be read, and reading one waits for nothing but that it has been put.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,10 +83,8 @@ class Chunked(Internode):
         yield world
 
     def put_chunk_flag(self, world: World, rank: int, chunk: int) -> Iterator[World]:
-        for peer in world.of_other_nodes(rank):
-            flag = world.at.put_chunk(peer, rank)
-            world.store(rank, flag, self.mark(world, rank, chunk), release=self.releases)
-        yield world
+        peers = world.of_other_nodes(rank)
+        yield from self._tell(world, rank, chunk, peers, world.at.put_chunk, release=self.releases)
 
     def check_chunk(self, world: World, rank: int, chunk: int) -> Iterator[World]:
         checks = self.checks_chunks or chunk == 0
@@ -101,10 +99,7 @@ class Chunked(Internode):
         yield from wait_for_flags(world, rank, flags, mark, begins_loads=begins_loads)
 
     def pass_chunk_on(self, world: World, rank: int, chunk: int) -> Iterator[World]:
-        for peer in world.of_node(rank):
-            word = world.at.staged_chunk(peer, rank)
-            world.store(rank, word, self.mark(world, rank, chunk), release=True)
-        yield world
+        yield from self._tell(world, rank, chunk, world.of_node(rank), world.at.staged_chunk)
 
     def wait_until_chunk_is_staged(self, world: World, rank: int, chunk: int) -> Iterator[World]:
         flags = flags_of_peers(world, rank, world.at.staged_chunk)
@@ -134,10 +129,7 @@ class Chunked(Internode):
         yield world
 
     def signal_taken(self, world: World, rank: int, chunk: int) -> Iterator[World]:
-        for peer in world.of_node(rank):
-            word = world.at.taken_chunk(peer, rank)
-            world.store(rank, word, self.mark(world, rank, chunk), release=True)
-        yield world
+        yield from self._tell(world, rank, chunk, world.of_node(rank), world.at.taken_chunk)
 
     def wait_until_taken(self, world: World, rank: int, chunk: int) -> Iterator[World]:
         if not self.awaits_node:
@@ -147,11 +139,8 @@ class Chunked(Internode):
         yield from wait_for_flags(world, rank, flags, self.mark(world, rank, chunk))
 
     def return_credit(self, world: World, rank: int, chunk: int) -> Iterator[World]:
-        for peer in world.of_other_nodes(rank) if self.returns_credits else []:
-            world.store(
-                rank, world.at.credit(peer, rank), self.mark(world, rank, chunk), release=self.releases
-            )
-        yield world
+        peers = world.of_other_nodes(rank) if self.returns_credits else []
+        yield from self._tell(world, rank, chunk, peers, world.at.credit, release=self.releases)
 
     def leave(self, world: World, rank: int) -> Iterator[World]:
         if self.asynchronous and not self.copies:
@@ -160,6 +149,20 @@ class Chunked(Internode):
         yield from leave(world, rank)
 
     # --- Helpers.
+
+    def _tell(
+        self,
+        world: World,
+        rank: int,
+        chunk: int,
+        peers: Iterable[int],
+        flag: Callable[[int, int], int],
+        release: bool = True,
+    ) -> Iterator[World]:
+        """Store the mark of a chunk in a flag of each peer."""
+        for peer in peers:
+            world.store(rank, flag(peer, rank), self.mark(world, rank, chunk), release=release)
+        yield world
 
     def _check_chunk(self, world: World, rank: int, chunk: int) -> None:
         at, slot, op = world.at, chunk % NUM_SLOTS, world.ranks[rank].op

@@ -25,12 +25,7 @@ set(NVCC_CANDIDATES)
 if(DEFINED ENV{CUDACXX})
   add_nvcc_candidate(NAMES $ENV{CUDACXX})
 else()
-  # pip hides the packages of the target environment from the build, but not its location.
-  execute_process(
-    COMMAND ${Python_EXECUTABLE} -c
-            "import glob, os, sys, sysconfig; print(';'.join(p for folder in [*sys.path, *map(sysconfig.get_path, ('purelib', 'platlib'))] for p in glob.glob(os.path.join(folder, 'nvidia', '*', 'bin'))))"
-    OUTPUT_VARIABLE NVCC_WHEEL_FOLDERS
-    OUTPUT_STRIP_TRAILING_WHITESPACE)
+  find_wheel_folders(NVCC_WHEEL_FOLDERS */bin)
   if(DEFINED ENV{CUDA_HOME})
     add_nvcc_candidate(NAMES nvcc PATHS $ENV{CUDA_HOME}/bin NO_DEFAULT_PATH)
   endif()

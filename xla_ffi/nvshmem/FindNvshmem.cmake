@@ -11,12 +11,7 @@ set(NVSHMEM_CANDIDATES)
 if(DEFINED ENV{NVSHMEM_HOME})
   set(NVSHMEM_CANDIDATES $ENV{NVSHMEM_HOME})
 else()
-  # pip hides the packages of the target environment from the build, but not its location.
-  execute_process(
-    COMMAND ${Python_EXECUTABLE} -c
-            "import glob, os, sys, sysconfig; print(';'.join(p for folder in [*sys.path, *map(sysconfig.get_path, ('purelib', 'platlib'))] for p in glob.glob(os.path.join(folder, 'nvidia', 'nvshmem'))))"
-    OUTPUT_VARIABLE NVSHMEM_CANDIDATES
-    OUTPUT_STRIP_TRAILING_WHITESPACE)
+  find_wheel_folders(NVSHMEM_CANDIDATES nvshmem)
 endif()
 foreach(CANDIDATE ${NVSHMEM_CANDIDATES})
   if(EXISTS ${CANDIDATE}/include/nvshmem.h AND EXISTS ${CANDIDATE}/lib/libnvshmem_device.a

@@ -166,6 +166,15 @@ def can_fuse(activation: Activation, dtype: Any) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _lowers(activation: Activation, dtype: Any, platform: str) -> bool:
+    try:
+        _lower(activation, dtype, platform)
+    except Exception:  # whatever Pallas raises for what it cannot lower
+        _lower(lambda x: x, dtype, platform)  # raises if the activation is not the reason
+        return False
+    return True
+
+
+def _lower(activation: Activation, dtype: Any, platform: str) -> None:
     size = SMALLEST_TILE
 
     def kernels(rows: jax.Array, matrices: Arrays, group_sizes: jax.Array) -> Any:
@@ -175,11 +184,7 @@ def _lowers(activation: Activation, dtype: Any, platform: str) -> bool:
 
     rows, matrix = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((size, size), (1, size, size)))
     sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
-    try:
-        jax.jit(kernels).trace(rows, (matrix, matrix), sizes).lower(lowering_platforms=(platform,))
-    except Exception:  # whatever Pallas raises for what it cannot lower
-        return False
-    return True
+    jax.jit(kernels).trace(rows, (matrix, matrix), sizes).lower(lowering_platforms=(platform,))
 
 
 def first(
