@@ -15,13 +15,16 @@ from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.processes import end_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
 from jax_deepep.bench.trials import Timer, interleaved, queued, wall_clock
+from jax_deepep.communicator import Implementation
 from jax_deepep.moe.grouped_matmul import NAMES
 
 DEFAULT = Problem(256, 256, topk=4, experts=32, dtype="float32", intermediate=512)
 DENSE = "dense"
 LAYERS = ("native", "xla", DENSE)
 EXPERTS, LAYER, DECODE = "experts of one device", "layer", "decode step"
-DECODE_CASES = {"native": "auto", "native, throughput": "throughput", "xla": "auto"}  # modes of their ops
+DECODE_CASES: dict[str, tuple[Implementation, str]] = {  # with the mode
+    "native": ("native", "auto"), "native, throughput": ("native", "throughput"), "xla": ("xla", "auto"),
+}  # fmt: skip
 
 MEANING = """\
 A jitted program from its launch until its results are ready, of the slowest rank; median (p10–p90).
@@ -105,11 +108,10 @@ def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Ite
             with problem.communicator(mesh, name, max_tokens=-(-problem.tokens // chunks)) as comm:
                 programs = layer_programs(problem, mesh, comm, chunks, options.layer_matmul)
                 yield timed(LAYER, name if chunks == 1 else f"{name}, {chunks} chunks", programs)
-    for case, mode in DECODE_CASES.items() if options.decode_layers else ():
-        name = case.partition(",")[0]
-        if name not in options.layers:
+    for case, (implementation, mode) in DECODE_CASES.items() if options.decode_layers else ():
+        if implementation not in options.layers:
             continue
-        with problem.communicator(mesh, name, mode=mode) as comm:
+        with problem.communicator(mesh, implementation, mode=mode) as comm:
             programs = decode_step(problem, mesh, comm, options.decode_layers, options.layer_matmul)
             yield timed(f"{DECODE}, {options.decode_layers} layers", case, programs)
 

@@ -8,8 +8,16 @@ from own_processes import is_a_command_for_one_process
 
 from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
-from jax_deepep.bench.layers import GATHERED, experts_programs, layer_programs
+from jax_deepep.bench.layers import (
+    FORWARD,
+    GATHERED,
+    config_of,
+    decode_step,
+    experts_programs,
+    layer_programs,
+)  # fmt: skip
 from jax_deepep.bench.problem import AXIS, Problem
+from jax_deepep.moe import moe
 
 PROBLEM = Problem(8, 16, 2, 8, jax.device_count(), dtype="float32", intermediate=32)
 
@@ -29,6 +37,16 @@ def test_layers_agree() -> None:
         assert_close(results_of(programs), expected)
 
 
+def test_a_decode_step_is_layers_one_after_the_other() -> None:
+    mesh = mesh_named("expert")
+    with PROBLEM.communicator(mesh, "native") as comm:
+        step, (parameters, x) = decode_step(PROBLEM, mesh, comm, 2, "blocks")[FORWARD]
+        config = config_of(PROBLEM, comm, grouped_matmul="blocks")
+        layer = jax.jit(lambda parameters, x: x + moe(config, parameters, x)[0])
+        expected = layer(parameters[1], layer(parameters[0], x))
+        assert_close([fetch(jax.jit(step)(parameters, x))], [fetch(expected)])
+
+
 def test_grouped_matmuls_agree() -> None:
     """Groups are padded differently, rows after the last one are arbitrary: weights' gradients compare."""
     of_weights = {
@@ -44,16 +62,18 @@ def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "moe.json"
     shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}
     sizes = [text for name, size in shape.items() for text in (f"--{name}", str(size))]
-    cases = "--matmuls blocks triton --layers native --chunks 2 --trials 2 --queued 2"
+    cases = "--matmuls blocks triton --layers native --chunks 2 --decode-layers 2 --trials 2 --queued 2"
     assert main(["moe", *sizes, *cases.split(), "--json", str(path)]) == 0
 
-    _, [blocks, triton, layer] = report.read_json(path)
+    _, [blocks, triton, layer, *steps] = report.read_json(path)
     passes = ("forward", "forward, queued", "forward + backward", "forward + backward, queued")
     assert tuple(blocks.seconds) == passes
     assert {spread.trials for spread in blocks.seconds.values()} == {2}
     assert "hidden_size: expected a multiple of 16 with grouped_matmul=" in triton.failure
     assert layer.case == "native, 2 chunks"
     assert layer.values["temporary MiB"] > 0
+    assert [step.case for step in steps] == ["native", "native, throughput"]
+    assert {(step.part, *step.seconds) for step in steps} == {("decode step, 2 layers", *passes[:2])}
     output = capsys.readouterr().out
     assert "T=8 H=24 F=32 K=2 E=8 R=2 float32 C=worst" in output
     assert "kernels are traced on GPUs only" in output
