@@ -1,5 +1,6 @@
 // cached_dispatch between nodes: see intranode/cached_dispatch.cuh.
 #include "cuda/internode/internode.h"
+#include "cuda/internode/launch_in_chunks.cuh"
 #include "cuda/internode/node_op.cuh"
 #include "cuda/intranode/cached_dispatch.cuh"
 
@@ -11,17 +12,14 @@ const char* VerbKernels<Internode, CachedDispatchParams>::Launch(const OpFrame& 
                                                                  int num_blocks,
                                                                  const DeviceFacts& device,
                                                                  const KernelStream& stream) {
-  const RouteShape& route = params.route;
-  const auto launch = frame.staging.ChunksOf(route.num_tokens, route.rows().wire_bytes()).count == 1
-                          ? &CachedDispatchKernels<NodeOp>::Launch
-                          : &CachedDispatchKernels<ChunkedNodeOp>::Launch;
-  return launch(frame, params, num_blocks, device, stream);
+  const int64_t row_bytes = params.route.rows().wire_bytes();
+  return LaunchInChunks<CachedDispatchKernels>(frame, params, row_bytes, num_blocks, device,
+                                               stream);
 }
 
 template <>
 const char* VerbKernels<Internode, CachedDispatchParams>::Load(int /*max_shared_bytes*/) {
-  const char* error = CachedDispatchKernels<NodeOp>::Load();
-  return error != nullptr ? error : CachedDispatchKernels<ChunkedNodeOp>::Load();
+  return LoadBoth<CachedDispatchKernels>();
 }
 
 }  // namespace jax_deepep

@@ -1,5 +1,6 @@
 // dispatch between nodes: see intranode/dispatch.cuh.
 #include "cuda/internode/internode.h"
+#include "cuda/internode/launch_in_chunks.cuh"
 #include "cuda/internode/node_op.cuh"
 #include "cuda/intranode/dispatch.cuh"
 
@@ -15,17 +16,13 @@ const char* VerbKernels<Internode, DispatchParams>::Launch(const OpFrame& frame,
                                                            int num_blocks,
                                                            const DeviceFacts& device,
                                                            const KernelStream& stream) {
-  const RouteShape& route = params.route;
-  const auto launch = frame.staging.ChunksOf(route.num_tokens, route.rows().wire_bytes()).count == 1
-                          ? &DispatchKernels<NodeOp>::Launch
-                          : &DispatchKernels<ChunkedNodeOp>::Launch;
-  return launch(frame, params, num_blocks, device, stream);
+  const int64_t row_bytes = params.route.rows().wire_bytes();
+  return LaunchInChunks<DispatchKernels>(frame, params, row_bytes, num_blocks, device, stream);
 }
 
 template <>
 const char* VerbKernels<Internode, DispatchParams>::Load(int max_shared_bytes) {
-  const char* error = DispatchKernels<NodeOp>::Load(max_shared_bytes);
-  return error != nullptr ? error : DispatchKernels<ChunkedNodeOp>::Load(max_shared_bytes);
+  return LoadBoth<DispatchKernels>(max_shared_bytes);
 }
 
 }  // namespace jax_deepep

@@ -235,7 +235,6 @@ class CachedDispatchKernels {
                       WireRow{rows.wire, rows.size},
                       Divisor(frame.shape.max_tokens),
                       Divisor(num_blocks * kWarps)};
-    op.frame.chunks = frame.staging.ChunksOf(params.route.num_tokens, rows.wire_bytes());
     op.frame.offsets[kRows] =
         device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
     if (params.weights == nullptr && params.y == nullptr) {

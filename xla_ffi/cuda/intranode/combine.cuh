@@ -110,7 +110,6 @@ class CombineKernels {
                CombineSums(frame.shape, params.route),
                Divisor(frame.shape.max_tokens),
                Divisor(params.route.capacity)};
-    op.frame.chunks = frame.staging.ChunksOf(params.route.num_tokens, op.of_sums.node_bytes);
     if (!rows.is_quantized()) op.frame.offsets[kRows] = device.OffsetOf(params.y);
     if (!rows.is_quantized() && params.weights != nullptr)
       op.frame.offsets[kWeights] = device.OffsetOf(params.weights);

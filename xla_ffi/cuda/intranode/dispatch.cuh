@@ -298,8 +298,6 @@ class DispatchKernels {
     op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *
                                                                 shape.num_topk *
                                                                 sizeof(EntryRecord);
-    op.frame.chunks =
-        frame.staging.ChunksOf(params.route.num_tokens, params.route.rows().wire_bytes());
     const int warp_bytes =
         NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
     op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);
