@@ -25,7 +25,6 @@ from jax_deepep.ops.implementations import implementation_of
 from jax_deepep.ops.wire import Wire
 from jax_deepep.quantization.block_scaled import BlockScaled
 
-Tokens = jax.Array | BlockScaled
 Results = TypeVar("Results")
 
 DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policies of jax.checkpoint
@@ -34,7 +33,7 @@ DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policie
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dispatch(
     shape: RouteShape, wire: Wire, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[Tokens, Handle[Any]]:
+) -> tuple[Any, Handle[Any]]:
     """Compute the routes of `topk_idx` and copy `x` along them."""
     implementation = implementation_of(shape, known_routes=False)
     return implementation.dispatch(
@@ -44,7 +43,7 @@ def dispatch(
 
 def _dispatch_forward(
     shape: RouteShape, wire: Wire, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[tuple[Tokens, Handle[Any]], Routes]:
+) -> tuple[tuple[Any, Handle[Any]], Routes]:
     # Named here, because a policy of jax.checkpoint saves residuals: it can keep the received rows, so that
     # the backward pass recomputes the rest without another exchange.
     tokens, handle = checkpoint_name(dispatch(shape, wire, x, topk_idx, topk_weights), DISPATCHED)
@@ -52,7 +51,7 @@ def _dispatch_forward(
 
 
 def _dispatch_backward(
-    shape: RouteShape, wire: Wire, routes: Routes, gradients: tuple[Tokens, Handle[Any]]
+    shape: RouteShape, wire: Wire, routes: Routes, gradients: tuple[Any, Handle[Any]]
 ) -> tuple[jax.Array | None, None, jax.Array | None]:
     tokens, handle = gradients
     rows = received_gradients(shape, tokens, handle.weights)
@@ -65,14 +64,15 @@ def _dispatch_backward(
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def _has_gradient(tokens: Tokens) -> bool:
+def _has_gradient(tokens: Any) -> bool:
     return not isinstance(tokens, BlockScaled) and jnp.issubdtype(tokens.dtype, jnp.floating)
 
 
-def received_gradients(shape: RouteShape, tokens: Tokens, weights: jax.Array) -> jax.Array:
+def received_gradients(shape: RouteShape, tokens: Any, weights: jax.Array) -> jax.Array:
     """Return the rows that the gradient of a dispatch sums, from the gradients of its results."""
     if _has_gradient(tokens):
-        return tokens
+        rows: jax.Array = tokens
+        return rows
     # combine returns the weights' gradients beside sums of float rows: here of the narrowest, unused.
     return weights[:, None] if shape.layout == "expert" else weights[:, :1]
 
@@ -91,7 +91,7 @@ def without_integer_tangents(results: Results) -> Results:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def cached_dispatch(shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes) -> Tokens:
+def cached_dispatch(shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes) -> Any:
     """Copy other data along known routes."""
     tokens, _ = implementation_of(shape).cached_dispatch(
         shape, x, routes, wire=wire.format, keep_quantized=wire.keep_quantized
@@ -101,12 +101,12 @@ def cached_dispatch(shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes)
 
 def _cached_dispatch_forward(
     shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes
-) -> tuple[Tokens, Routes]:
+) -> tuple[Any, Routes]:
     return cached_dispatch(shape, wire, x, routes), routes
 
 
 def _cached_dispatch_backward(
-    shape: RouteShape, wire: Wire, routes: Routes, tokens: Tokens
+    shape: RouteShape, wire: Wire, routes: Routes, tokens: Any
 ) -> tuple[jax.Array | None, None]:
     if not _has_gradient(tokens):
         return None, None

@@ -178,7 +178,8 @@ def checked_request(
         check_sent_rows("x", x, comm.hidden_size)
     wire = checked_wire("dispatch", wire, x)
     if isinstance(x, BlockScaled):
-        x, wire = pack(x), Wire(x.format, keep_quantized=True)
+        wire = Wire(x.format, keep_quantized=True)
+        x = pack(x)
     elif wire.keep_quantized:
         x, wire = without_gradient(x), Wire(wire.format, keep_quantized=True)
     else:

@@ -6,7 +6,9 @@ and cached_dispatch without weights and y, also copy rows of integers of at most
 
     dispatch(shape, x, topk_idx, topk_weights, *, wire=None, keep_quantized=False)
         -> (tokens [C, W], Handle)
-    cached_dispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False, wire=None, keep_quantized=False)
+    cached_dispatch(
+        shape, x, routes, *, weights=None, y=None, zero_rest=False, wire=None, keep_quantized=False
+    )
         -> (rows [C, W], products float32 [C] or None)
         rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; rows without a token are
         zero inside the groups and, with `zero_rest`, after them too.
@@ -14,8 +16,8 @@ and cached_dispatch without weights and y, also copy rows of integers of at most
         -> (out [T, W], gradients float32 [T, K] or None)
         out as in `jax_deepep.combine`; gradients[t, k] is `row_gradients` of that entry's row.
 
-With `wire`, a block-scaled format, dispatch and cached_dispatch move quantize_dequantize(x) in place of x, and
-with `keep_quantized` quantize(x), as `BlockScaled` [C, H]; then x may be uint8, what `pack` makes of such rows.
+With `wire`, a block-scaled format, dispatch and cached_dispatch move quantize_dequantize(x) in place of x;
+with `keep_quantized` quantize(x), as `BlockScaled` [C, H], and x may be what `pack` makes of such rows.
 combine quantises the sum of a device for another one.
 """
 
@@ -25,7 +27,6 @@ import jax
 
 from jax_deepep.ops import native, no_rows, reference
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
-from jax_deepep.quantization.block_scaled import BlockScaled
 from jax_deepep.quantization.formats import Format
 
 
@@ -41,7 +42,7 @@ class Implementation(Protocol):
         *,
         wire: Format | None = None,
         keep_quantized: bool = False,
-    ) -> tuple[jax.Array | BlockScaled, Handle[Any]]: ...
+    ) -> tuple[Any, Handle[Any]]: ...
 
     def cached_dispatch(
         self,
@@ -54,7 +55,7 @@ class Implementation(Protocol):
         zero_rest: bool = False,
         wire: Format | None = None,
         keep_quantized: bool = False,
-    ) -> tuple[jax.Array | BlockScaled, jax.Array | None]: ...
+    ) -> tuple[Any, jax.Array | None]: ...
 
     def combine(
         self,

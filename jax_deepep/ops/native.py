@@ -179,7 +179,7 @@ def dispatched(
     *,
     wire: Format | None,
     keep_quantized: bool,
-) -> tuple[jax.Array | BlockScaled, Handle[Any]]:
+) -> tuple[Any, Handle[Any]]:
     """Return the results of a dispatch of rows of `width` elements as `dispatch` does."""
     tokens = received_rows(results, width, wire=wire, keep_quantized=keep_quantized)
     leaves = results[3:]
@@ -208,7 +208,7 @@ def dispatch(
     *,
     wire: Format | None = None,
     keep_quantized: bool = False,
-) -> tuple[jax.Array | BlockScaled, Handle[Any]]:
+) -> tuple[Any, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     call = dispatch_call(shape, x, topk_idx, topk_weights, wire=wire, keep_quantized=keep_quantized)
     return dispatched(shape, x.shape[1], call.run(), wire=wire, keep_quantized=keep_quantized)
@@ -287,7 +287,7 @@ def cached_dispatch(
     zero_rest: bool = False,
     wire: Format | None = None,
     keep_quantized: bool = False,
-) -> tuple[jax.Array | BlockScaled, jax.Array | None]:
+) -> tuple[Any, jax.Array | None]:
     """Implement `implementations.cached_dispatch`."""
     call = cached_dispatch_call(
         shape, x, routes, weights=weights, y=y, zero_rest=zero_rest, wire=wire, keep_quantized=keep_quantized

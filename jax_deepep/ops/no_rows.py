@@ -43,7 +43,7 @@ def dispatch(
     *,
     wire: Format | None = None,
     keep_quantized: bool = False,
-) -> tuple[jax.Array | BlockScaled, Handle[Any]]:
+) -> tuple[Any, Handle[Any]]:
     """Implement `implementations.dispatch` for T = 0; with tokens, dropped rows must be counted."""
     assert shape.num_tokens == 0
     num_topk, groups = shape.comm.num_experts_per_tok, num_groups(shape.layout, shape.comm.num_local_experts)
@@ -78,7 +78,7 @@ def cached_dispatch(
     zero_rest: bool = False,
     wire: Format | None = None,
     keep_quantized: bool = False,
-) -> tuple[jax.Array | BlockScaled, jax.Array | None]:
+) -> tuple[Any, jax.Array | None]:
     """Implement `implementations.cached_dispatch`; all rows are zero."""
     rows = _rows(shape, x, wire, keep_quantized)
     return rows, None if y is None else _full(0, (shape.capacity,), jnp.float32, like=x)

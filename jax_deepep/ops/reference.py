@@ -13,7 +13,7 @@ from jax import lax
 
 from jax_deepep.capacity import num_groups, round_up
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
-from jax_deepep.quantization.block_scaled import BlockScaled, quantize
+from jax_deepep.quantization.block_scaled import quantize
 from jax_deepep.quantization.formats import Format
 from jax_deepep.quantization.packed_rows import unpack
 
@@ -52,7 +52,7 @@ def dispatch(
     *,
     wire: Format | None = None,
     keep_quantized: bool = False,
-) -> tuple[jax.Array | BlockScaled, Handle[Any]]:
+) -> tuple[Any, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     comm, capacity = shape.comm, shape.capacity
     num_ranks, num_local = comm.size, comm.num_local_experts
@@ -152,7 +152,7 @@ def cached_dispatch(
     zero_rest: bool = False,
     wire: Format | None = None,
     keep_quantized: bool = False,
-) -> tuple[jax.Array | BlockScaled, jax.Array | None]:
+) -> tuple[Any, jax.Array | None]:
     """Implement `implementations.cached_dispatch`; here the rows after the groups are always zero."""
     del zero_rest
     if wire is None:

@@ -33,11 +33,11 @@ def _dispatch_gradients(wire: Wire, operands: Any, _: Any, results: Sequence[jax
 @functools.cache
 def dispatch(wire: Wire) -> Verb:
     """Return `autodiff.dispatch` as a pair."""
-    rows = {"wire": wire.format, "keep_quantized": wire.keep_quantized}
+    format, keep_quantized = wire.format, wire.keep_quantized
     return Verb(
-        call=functools.partial(native.dispatch_call, **rows),
+        call=functools.partial(native.dispatch_call, wire=format, keep_quantized=keep_quantized),
         outputs=lambda shape, operands, results: native.dispatched(
-            shape, operands[0].shape[1], results, **rows
+            shape, operands[0].shape[1], results, wire=format, keep_quantized=keep_quantized
         ),
         saved=lambda operands, outputs: outputs[1].routes,
         transpose=functools.partial(_transpose_dispatch, wire),
@@ -55,11 +55,11 @@ def _transpose_cached_dispatch(wire: Wire, shape: RouteShape, routes: Routes, to
 @functools.cache
 def cached_dispatch(wire: Wire) -> Verb:
     """Return `autodiff.cached_dispatch` as a pair."""
-    rows = {"wire": wire.format, "keep_quantized": wire.keep_quantized}
+    format, keep_quantized = wire.format, wire.keep_quantized
     return Verb(
-        call=functools.partial(native.cached_dispatch_call, **rows),
+        call=functools.partial(native.cached_dispatch_call, wire=format, keep_quantized=keep_quantized),
         outputs=lambda shape, operands, results: native.received_rows(
-            results, operands[0].shape[1], **rows
+            results, operands[0].shape[1], wire=format, keep_quantized=keep_quantized
         ),
         saved=lambda operands, outputs: operands[1],
         transpose=functools.partial(_transpose_cached_dispatch, wire),

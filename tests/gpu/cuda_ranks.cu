@@ -2,8 +2,8 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [faults] [channels] [soak
-//     STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [formats] [faults] [channels]
+//         [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "rank_faults.cuh"
+#include "rank_formats.cuh"
 #include "rank_group.cuh"
 #include "rank_nodes.cuh"
 
@@ -244,6 +245,10 @@ int main(int argc, char** argv) {
     } else if (what == "chunks") {
       for (const int num_blocks : {1, 3}) {
         if (kOnGpu || num_blocks > 1) CheckChunks(num_blocks);
+      }
+    } else if (what == "formats") {
+      for (const int num_blocks : {2, 3}) {
+        if (kOnGpu || num_blocks == 2) CheckFormats(num_blocks);
       }
     } else if (what == "faults") {
       for (const bool late : {false, true}) {

@@ -51,8 +51,7 @@ void ClearRest(const RouteShape& route, const std::vector<RowMove>& moves,
 }  // namespace
 
 SentRows::SentRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& x)
-    : are_encoded_(route.rows().is_quantized() &&
-                   (run.spans_processes() || route.keeps_quantized)),
+    : are_encoded_(route.rows().is_quantized() && (run.spans_processes() || route.keeps_quantized)),
       row_bytes_(are_encoded_ ? route.rows().wire_bytes() : route.rows().bytes()) {
   const RowFormat format = route.rows();
   const WireRow wire = format.wire_row();

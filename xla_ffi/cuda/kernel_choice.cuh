@@ -30,6 +30,7 @@ auto InstanceFor(const RowFormat& rows) {
       return whole ? Instances::template Of<BFloat16, true>()
                    : Instances::template Of<BFloat16, false>();
     case RowType::kInt32:
+    case RowType::kEncoded:
       break;
   }
   return decltype(Instances::template Of<Float32, true>()){nullptr};
@@ -55,6 +56,7 @@ auto WireInstanceFor(const RowFormat& rows) {
     case RowType::kBFloat16:
       return Instances<WireFormat::kNone>::template Of<BFloat16, false>();
     case RowType::kInt32:
+    case RowType::kEncoded:
       break;
   }
   return Kernel{nullptr};
@@ -73,16 +75,17 @@ auto InstanceForFp8(const RowFormat& rows) {
   return WireInstanceFor<Instances, true, WireFormat::kFp8>(rows);
 }
 
-// Load kernel_for(rows) for rows of floats of every kind that has a kernel of its own. Returns an
-// error or null.
+// Load kernel_for(rows) for rows of floats, and encoded ones, of every kind that has a kernel of
+// its own. Returns an error or null.
 template <typename KernelFor>
 const char* LoadKernels(KernelFor kernel_for, int max_shared_bytes) {
-  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
+  for (const RowType type :
+       {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16, RowType::kEncoded}) {
     for (const int size : {kGroup, 2}) {
       for (int wire = 0; wire < kNumWireFormats; ++wire) {
-        const RowFormat rows = {type, size, static_cast<WireFormat>(wire)};
-        const char* error = LoadKernel(kernel_for(rows), max_shared_bytes);
-        if (error != nullptr) return error;
+        const auto kernel = kernel_for({type, size, static_cast<WireFormat>(wire)});
+        if (kernel == nullptr) continue;
+        if (const char* error = LoadKernel(kernel, max_shared_bytes)) return error;
       }
     }
   }

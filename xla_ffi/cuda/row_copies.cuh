@@ -3,7 +3,9 @@
 #define JAX_DEEPEP_CUDA_ROW_COPIES_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/kept_rows.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 #include "cuda/wire_rows.cuh"
@@ -82,7 +84,7 @@ struct RowChunk {
       typename Row::Stored groups[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) groups[i] = row.Decode(loaded[first + i]);
-      to([&](char* other) {
+      to([&](auto other) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int group = base + (first + i) * 32 + lane;
@@ -93,11 +95,31 @@ struct RowChunk {
   }
 };
 
-// Copy a row to the rows of `rows`, `row_bytes` each, whose indices lanes of this warp have, or -1.
+// Received rows in one array.
+template <bool kWhole>
+struct RowArray {
+  char* rows;
+  int64_t row_bytes;
+
+  __device__ __forceinline__ char* At(int64_t row) const { return rows + row * row_bytes; }
+  // By a warp.
+  __device__ void Zero(int64_t row) const { ZeroRow(At(row), WordsOf<kWhole>(row_bytes)); }
+};
+
+// Call use(rows) with how rows are received: as `Rows`, or as `Kept` if they stay encoded. Kernels
+// have both, unless they are the same, because instances only differ in what they encode.
+template <typename Rows, typename Kept, typename Use>
+__device__ __forceinline__ auto ForReceived(const RouteShape& route, Use use) {
+  if constexpr (!std::is_same_v<Rows, Kept>) {
+    if (route.keeps_quantized) return use(Kept{});
+  }
+  return use(Rows{});
+}
+
+// Copy a row to those of `rows`, as RowArray, whose indices lanes of this warp have, or -1.
 // `destination()`, the lane's index, is called once the first loads are in flight.
-template <typename Row, typename Destination>
-__device__ void CopyRowToLanes(const Row& row, char* rows, int64_t row_bytes,
-                               Destination destination) {
+template <typename Row, typename Rows, typename Destination>
+__device__ void CopyRowToLanes(const Row& row, const Rows& rows, Destination destination) {
   int64_t mine = -1;
   uint32_t all = 0;
   const int num_groups = row.shape.num_groups();
@@ -110,7 +132,7 @@ __device__ void CopyRowToLanes(const Row& row, char* rows, int64_t row_bytes,
     }
     chunk.CopyTo(row, base, num_groups, [&](auto store) {
       for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
-        store(rows + __shfl_sync(~0u, mine, __ffs(lanes) - 1) * row_bytes);
+        store(rows.At(__shfl_sync(~0u, mine, __ffs(lanes) - 1)));
       }
     });
   }

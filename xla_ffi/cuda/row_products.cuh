@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/kept_rows.cuh"
 #include "cuda/memory_order.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/cached_dispatch.h"
@@ -116,9 +117,9 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
 }
 
 // Clear the padding rows, and with zero_rest the rows after the last group.
-template <bool kWhole>
+template <typename Rows>
 __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape& shape,
-                           int64_t row_bytes) {
+                           const Rows& received) {
   const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
   const int lane = threadIdx.x % 32;
   int64_t end = params.route.capacity;
@@ -132,8 +133,7 @@ __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape&
     const bool empty = row < params.route.capacity && params.source[row] == kNone;
     if (empty && params.products != nullptr) params.products[row] = 0.0f;
     for (uint32_t lanes = __ballot_sync(~0u, empty && row < end); lanes != 0; lanes &= lanes - 1) {
-      const int64_t at = base + __ffs(lanes) - 1;
-      ZeroRow(static_cast<char*>(params.rows) + at * row_bytes, WordsOf<kWhole>(row_bytes));
+      received.Zero(base + __ffs(lanes) - 1);
     }
   }
 }
@@ -141,7 +141,7 @@ __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape&
 // The results of a cached dispatch that failed. By one block.
 __device__ inline void WriteFailure(const CachedDispatchParams& params) {
   const int64_t capacity = params.route.capacity;
-  FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
+  FillReceivedAsFailed(params.route, params.rows, params.kept);
   if (params.products != nullptr) FillAsFailed(RowType::kFloat32, params.products, capacity);
 }
 

@@ -5,18 +5,15 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                            ffi::AnyBuffer, ffi::AnyBuffer x, ffi::AnyBuffer source,
-                            ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
-                            ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
-                            ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> rows,
-                            ffi::Result<ffi::AnyBuffer> scales,
-                            ffi::Result<ffi::AnyBuffer> row_scale,
-                            ffi::Result<ffi::AnyBuffer> products,
-                            ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>,
-                            int64_t layout, int64_t wire, bool keep_quantized, bool zero_rest,
-                            bool weighted, bool with_products, bool with_pairs, bool with_encoded,
-                            SiteAttribute) {
+LaunchResult CachedDispatch(
+    CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer, ffi::AnyBuffer x,
+    ffi::AnyBuffer source, ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
+    ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs, ffi::RemainingArgs,
+    ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> scales,
+    ffi::Result<ffi::AnyBuffer> row_scale, ffi::Result<ffi::AnyBuffer> products,
+    ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire,
+    bool keep_quantized, bool zero_rest, bool weighted, bool with_products, bool with_pairs,
+    bool with_encoded, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;

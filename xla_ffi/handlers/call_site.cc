@@ -153,8 +153,8 @@ KeptArrays DecodeKept(const ffi::AnyBuffer& data, const ffi::AnyBuffer& scales,
   const WireRow wire = rows.wire_row();
   if (error->empty() && !rows.is_quantized()) *error = "wire: expected a format of kept rows";
   CheckBuffer(data, ffi::U8, count * wire.data_bytes(), "data", error);
-  CheckBuffer(scales, rows.wire == WireFormat::kFp8 ? ffi::F32 : ffi::U8,
-              count * wire.num_blocks(), "scales", error);
+  CheckBuffer(scales, rows.wire == WireFormat::kFp8 ? ffi::F32 : ffi::U8, count * wire.num_blocks(),
+              "scales", error);
   const bool has_row_scale = wire.row_scale_bytes() > 0;
   if (has_row_scale) CheckBuffer(row_scale, ffi::F32, count, "row_scale", error);
   return {data.untyped_data(), scales.untyped_data(), DataIf<void>(has_row_scale, row_scale)};

@@ -43,7 +43,9 @@ inline int64_t DispatchScratchInts(const GroupShape& group, const RouteShape& ro
 template <>
 struct VerbTraits<DispatchParams> {
   static constexpr char kName[] = "dispatch";
-  static int64_t Flags(const DispatchParams& params) { return params.route.keeps_quantized ? 1 : 0; }
+  static int64_t Flags(const DispatchParams& params) {
+    return params.route.keeps_quantized ? 1 : 0;
+  }
   static std::vector<PeerArray> ReadByPeers(const GroupShape&, DispatchParams* params) {
     return {RowsOnWire(params->encoded, &params->x, params->route), params->scratch};
   }

@@ -84,10 +84,29 @@ class Pairs {
   int count_, own_begin_, own_end_;
 };
 
-// How rows cross links: as they are, or in a wire format. `Element` as in PlainRow.
-template <typename Element, bool kWholeRows>
-struct PlainRows {
+// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`.
+struct KeptRows {
+  using Row = KeptRow;
+  using Kept = KeptRows;
+  __device__ static void Encode(const CachedDispatch&) {}
+  __device__ static KeptRowArrays Received(const CachedDispatch& op) {
+    return {op.params.kept, {op.wire}};
+  }
+  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
+    return {rows + token * op.wire.bytes(), {op.wire}};
+  }
+};
+template <bool kWholeRows>
+struct DecodedRows {
   static constexpr bool kWhole = kWholeRows;
+  __device__ static RowArray<kWhole> Received(const CachedDispatch& op) {
+    return {static_cast<char*>(op.params.rows), op.row_bytes};
+  }
+};
+template <typename Element, bool kWholeRows>  // as in PlainRow
+struct PlainRows : DecodedRows<kWholeRows> {
+  static constexpr bool kWhole = kWholeRows;
+  using Kept = PlainRows;
   using Row = PlainRow<Element, kWhole>;
   __device__ static void Encode(const CachedDispatch&) {}
   __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
@@ -96,8 +115,9 @@ struct PlainRows {
   }
 };
 template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows {
+struct EncodedRows : DecodedRows<kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
+  using Kept = KeptRows;
   using Row = EncodedRow<Type, kWhole, kFormat>;
   __device__ static void Encode(const CachedDispatch& op) {
     const CachedDispatchParams& params = op.params;
@@ -130,8 +150,7 @@ __device__ void Copy(const CachedDispatch& op, const Group& group, const Pairs& 
     const int64_t row = pairs.RowOfLane(pair);
     if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
     CountTaken(taken, op, source);
-    CopyRowToLanes(RowAt<Rows>(op, group, source), static_cast<char*>(op.params.rows), op.row_bytes,
-                   [row] { return row; });
+    CopyRowToLanes(RowAt<Rows>(op, group, source), Rows::Received(op), [row] { return row; });
   }
 }
 
@@ -182,8 +201,8 @@ __device__ void ForPairs(const CachedDispatch& op, Group& group, const Pairs& pa
   }
 }
 
-// `work` is Copy or Scale.
-template <typename Group, typename Rows, typename Work>
+// `work` is Copy or Scale, of rows that are received as `Rows` or `Kept`.
+template <typename Group, typename Rows, typename Kept, typename Work>
 __device__ void Run(const CachedDispatch& op, Work work) {
   __shared__ typename Group::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
@@ -200,8 +219,11 @@ __device__ void Run(const CachedDispatch& op, Work work) {
     }
     const Pairs pairs(op);
     if (group.WaitForArrivals()) {
-      ForPairs(op, group, pairs, [&](const auto& some) { work(group, pairs, some, taken); });
-      WriteZeros<Rows::kWhole>(op.params, op.frame.shape, op.row_bytes);
+      ForReceived<Rows, Kept>(op.params.route, [&](auto rows) {
+        ForPairs(op, group, pairs,
+                 [&](const auto& some) { work(rows, group, pairs, some, taken); });
+        WriteZeros(op.params, op.frame.shape, rows.Received(op));
+      });
       group.CountTaken(taken);
     }
   }
@@ -211,15 +233,20 @@ __device__ void Run(const CachedDispatch& op, Work work) {
 template <typename Group, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ CachedDispatch op) {
-  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, const auto& some,
-                           int32_t* taken) { Copy<Rows>(op, group, pairs, some, taken); });
+  using Kept = typename Rows::Kept;
+  Run<Group, Rows, Kept>(
+      op, [&](auto rows, const Group& group, const Pairs& pairs, const auto& some, int32_t* taken) {
+        Copy<decltype(rows)>(op, group, pairs, some, taken);
+      });
 }
 
 template <typename Group, typename Type, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ CachedDispatch op) {
-  Run<Group, Rows>(op, [&](const Group& group, const Pairs& pairs, const auto& some,
-                           int32_t* taken) { Scale<Type, Rows>(op, group, pairs, some, taken); });
+  Run<Group, Rows, Rows>(
+      op, [&](auto, const Group& group, const Pairs& pairs, const auto& some, int32_t* taken) {
+        Scale<Type, Rows>(op, group, pairs, some, taken);
+      });
 }
 
 // The host's side, of a mode whose kernels use `Group`.
@@ -280,6 +307,7 @@ class CachedDispatchKernels {
   };
 
   static Kernel CopyKernelFor(const RowFormat& rows) {
+    if (rows.type == RowType::kEncoded) return CopyKernel<Group, KeptRows>;
     if (rows.is_quantized()) return InstanceForEachFormat<EncodedCopies>(rows);
     return IsWholeCopy(rows) ? CopyKernel<Group, PlainRows<uint16_t, true>>
                              : CopyKernel<Group, PlainRows<uint16_t, false>>;

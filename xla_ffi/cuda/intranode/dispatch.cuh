@@ -111,19 +111,34 @@ __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTa
   return nth == 0 ? row : kNone;
 }
 
-// How rows cross links: as they are, or in a wire format.
+// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`.
+struct KeptRows {
+  using Kept = KeptRows;
+  __device__ static void Encode(const Dispatch&) {}
+  __device__ static KeptRowArrays Received(const Dispatch& op) {
+    return {op.params.kept, {op.wire}};
+  }
+  __device__ static KeptRow At(const Dispatch& op, const char* rows, int64_t token) {
+    return {rows + token * op.wire.bytes(), {op.wire}};
+  }
+};
 template <bool kWholeRows>
 struct PlainRows {
   static constexpr bool kWhole = kWholeRows;
+  using Kept = PlainRows;
   __device__ static void Encode(const Dispatch&) {}
+  __device__ static RowArray<kWhole> Received(const Dispatch& op) {
+    return {static_cast<char*>(op.params.tokens), op.row_bytes};
+  }
   __device__ static PlainRow<uint16_t, kWhole> At(const Dispatch& op, const char* rows,
                                                   int64_t token) {
     return {rows + token * op.row_bytes, WordsOf<kWhole>(op.row_bytes)};
   }
 };
 template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows {
+struct EncodedRows : PlainRows<kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
+  using Kept = KeptRows;
   __device__ static void Encode(const Dispatch& op) {
     const DispatchParams& params = op.params;
     EncodeRows<Type, kWhole, kFormat>(op.wire, params.x, op.row_bytes, params.route.num_tokens,
@@ -172,8 +187,8 @@ __device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, c
       },
       [&](int, const Pair& pair) {
         const char* rows = group.template Operand<char>(pair.source, kRows);
-        CopyRowToLanes(Rows::At(op, rows, pair.token), static_cast<char*>(op.params.tokens),
-                       op.row_bytes, [&] { return WriteRoute(op, plan, table, pair); });
+        CopyRowToLanes(Rows::At(op, rows, pair.token), Rows::Received(op),
+                       [&] { return WriteRoute(op, plan, table, pair); });
       });
 }
 
@@ -258,9 +273,11 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
     if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
     if (group.WaitForArrivals()) {
       MakePlan(op, plan);
-      PullAll<Rows>(op, group, plan);
+      ForReceived<Rows, typename Rows::Kept>(op.params.route, [&](auto rows) {
+        PullAll<decltype(rows)>(op, group, plan);
+        WriteRest(op, plan, rows.Received(op));
+      });
       WriteDestinations(op, plan);
-      WriteRest<Rows::kWhole>(op, plan);
       group.CountTaken(plan.taken);
     }
   }
@@ -323,6 +340,7 @@ class DispatchKernels {
   };
 
   static Kernel KernelFor(const RowFormat& rows) {
+    if (rows.type == RowType::kEncoded) return DispatchKernel<Group, KeptRows>;
     if (rows.is_quantized()) return InstanceForEachFormat<Encoded>(rows);
     return IsWholeCopy(rows) ? DispatchKernel<Group, PlainRows<true>>
                              : DispatchKernel<Group, PlainRows<false>>;

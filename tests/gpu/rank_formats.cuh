@@ -1,0 +1,61 @@
+// Rows in wire formats that stay encoded where they are received, with the CPU's bits.
+#ifndef JAX_DEEPEP_TESTS_GPU_RANK_FORMATS_CUH_
+#define JAX_DEEPEP_TESTS_GPU_RANK_FORMATS_CUH_
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "rank_group.cuh"
+#include "rank_nodes.cuh"
+
+namespace jax_deepep {
+namespace {
+
+// Encoded by the sender, or before the op.
+void CheckKept(Problem problem, WireFormat wire, int num_blocks) {
+  const std::string sizes = problem.name;
+  problem.route.wire = wire;
+  problem.route.keeps_quantized = true;
+  for (const bool encoded_before : {false, true}) {
+    if (encoded_before) problem.route.row_type = RowType::kEncoded;
+    const std::string name = sizes + kWireNames[static_cast<int>(wire)] +
+                             (encoded_before ? ", encoded before" : ", encoded by the sender");
+    problem.name = name.c_str();
+    for (const bool low_latency : {false, true}) CheckProblem(problem, num_blocks, 2, low_latency);
+  }
+}
+
+void CheckFormats(int num_blocks) {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  constexpr auto kF32 = RowType::kFloat32, kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
+  for (const WireFormat wire :
+       {WireFormat::kFp8, WireFormat::kFp8E8m0, WireFormat::kMxfp8, WireFormat::kNvfp4}) {
+    for (const Problem& problem : {
+             // Parts of rows at 16 bytes, at fewer and anywhere.
+             MakeProblem("kept, ", 2, 8, 3, 40, 2048, kBF16, kExpert, 4),
+             MakeProblem("kept, 136 elements, ", 3, 9, 4, 21, 136, kBF16, kExpert, 4),
+             MakeProblem("kept, 38 elements, ", 3, 9, 4, 21, 38, kF16, kToken, 4),
+             MakeProblem("kept, 2 elements, ", 2, 4, 2, 5, 2, kF32, kExpert, 4),
+             MakeProblem("kept, capacity, ", 4, 16, 6, 50, 128, kBF16, kExpert, 4, 64),
+             OnNodes(2, MakeProblem("kept, 2 x 2, ", 4, 16, 4, 30, 256, kBF16, kExpert, 4)),
+             OnNodes(2, MakeProblem("kept, 2 x 2, by token, ", 4, 16, 4, 21, 38, kF16, kToken)),
+         }) {
+      CheckKept(problem, wire, num_blocks);
+    }
+    if (kOnGpu)
+      CheckKept(MakeProblem("kept, long, ", 2, 8, 3, 40, 7168, kBF16, kToken), wire, num_blocks);
+    // In chunks of tokens.
+    const Problem chunks =
+        OnNodes(2, MakeProblem("kept, chunks, ", 4, 16, 4, 14, 256, kBF16, kExpert));
+    most_staged_bytes = 4 * chunks.shape.max_row_bytes();
+    CheckKept(chunks, wire, num_blocks);
+    most_staged_bytes = 0;
+  }
+}
+
+}  // namespace
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_TESTS_GPU_RANK_FORMATS_CUH_
