@@ -250,6 +250,8 @@ int main(int argc, char** argv) {
       for (const int num_blocks : {2, 3}) {
         if (kOnGpu || num_blocks == 2) CheckFormats(num_blocks);
       }
+      for (const int num_blocks : {1, 3}) CheckParts(num_blocks);
+      CheckMissingParts();
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "rank_faults.cuh"
 #include "rank_group.cuh"
 #include "rank_nodes.cuh"
 
@@ -25,6 +26,58 @@ void CheckKept(Problem problem, WireFormat wire, int num_blocks) {
     problem.name = name.c_str();
     for (const bool low_latency : {false, true}) CheckProblem(problem, num_blocks, 2, low_latency);
   }
+}
+
+// Rows that are encoded in parts, which peers read early: parts of four tokens, in one node.
+void CheckParts(int num_blocks) {
+  constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
+  constexpr auto kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
+  least_part_tokens = 4;
+  std::vector<Problem> problems = {
+      MakeProblem("parts", 2, 8, 3, 43, 256, kBF16, kExpert, 4),
+      MakeProblem("parts, by token", 4, 16, 4, 37, 38, kF16, kToken),
+      MakeProblem("larger parts", 2, 4, 2, 70, 128, kBF16, kToken),  // 16 of them would not do
+      MakeProblem("parts, one rank", 1, 4, 2, 21, 136, kBF16, kExpert),
+      MakeProblem("parts, capacity", 3, 9, 4, 50, 128, kBF16, kExpert, 4, 64, 5),
+  };
+  problems.push_back(MakeProblem("parts, skewed", 3, 9, 3, 30, 128, kBF16, kExpert));
+  problems.back().skewed = problems.back().invalid = true;
+  problems.push_back(MakeProblem("parts, nowhere", 2, 4, 2, 22, 128, kBF16, kExpert));
+  problems.back().none = 1.0;
+  for (Problem& problem : problems) {
+    problem.route.wire = WireFormat::kFp8;
+    CheckProblem(problem, num_blocks, 3);
+  }
+  CheckKept(problems[0], WireFormat::kNvfp4, num_blocks);
+  least_part_tokens = EncodedParts::kLeastTokens;
+}
+
+// A rank arrives, and its peers never hear of its later parts: they report it, and all fail.
+void CheckMissingParts() {
+  constexpr int kRanks = 3;
+  least_part_tokens = 4;
+  Problem problem =
+      MakeProblem("missing parts", kRanks, 6, 3, 40, 128, RowType::kBFloat16, Layout::kExpertMajor);
+  problem.route.wire = WireFormat::kFp8;
+  const std::string name = problem.name;
+  std::mt19937 random(5);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < kRanks; ++rank)
+    ranks.push_back(std::make_unique<Rank>(problem, random));
+  Group group(problem.shape, 2, 0.3 * kLonger);
+  group.TakeLargerParts(kRanks - 1);
+  for (int rank = 0; rank < kRanks; ++rank)
+    group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+  group.Wait();
+  for (int rank = 0; rank < kRanks; ++rank) {
+    const HostStatus& status = group.status(rank);
+    Check(status.failed == 1 && status.report.failure == Failure::kNotLeft, name + ": fails");
+    Check(status.report.missing.Has(kRanks - 1) && !status.report.missing.Has(0),
+          name + ": the rank whose parts are missing");
+    Check(static_cast<int>(status.reporter) < kRanks - 1, name + ": reported by who waited");
+    Check(AllFailed(problem, ranks[rank]->tokens), name + ": results are NaN");
+  }
+  least_part_tokens = EncodedParts::kLeastTokens;
 }
 
 void CheckFormats(int num_blocks) {

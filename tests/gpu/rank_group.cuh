@@ -55,6 +55,9 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1,
 // The most bytes for rows in a slot of staging; 0: as many as communicators have.
 int64_t most_staged_bytes = 0;
 
+// The fewest tokens of a part that is encoded while peers read.
+int32_t least_part_tokens = EncodedParts::kLeastTokens;
+
 // All ranks of one EP group: on one device, or on a device each.
 class Group {
  public:
@@ -103,6 +106,7 @@ class Group {
       frame.shape = shape;
       frame.window = size;
       frame.staging = staging;
+      frame.least_part_tokens = least_part_tokens;
       frame.rank = rank;
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
       frame.expected_rank = operands_[rank]->device<int32_t>();
@@ -167,6 +171,9 @@ class Group {
 
   // Run later ops in this mode.
   void Take(bool low_latency) { low_latency_ = low_latency; }
+
+  // Let a rank encode its rows in larger parts than its peers, to whom it signals fewer.
+  void TakeLargerParts(int rank) { frames_[rank].least_part_tokens = 8 * least_part_tokens; }
 
   // Let the program run a rank as another one.
   void TakeFor(int rank, int32_t expected) {

@@ -5,9 +5,9 @@ encoded what they have of it (`encoded`), and a warp waits for the part of a ran
 
 * The search of protocol_throughput.py, with two parts. A rank has one warp there.
 * A warp that waits for a part, of whichever rank, has encoded what it has of all parts up to that one. So no
-  warps wait for each other in a circle: of those that wait, consider one that waits for the earliest part. All
-  warps of that rank have encoded this part, or will. `is_stuck` runs warps of several ranks. What a warp does
-  never hinders another, so that one order of steps shows whether any ends.
+  warps wait for each other in a circle: of those that wait, consider one that waits for the earliest part.
+  All warps of that rank have encoded this part, or will. `is_stuck` runs warps of several ranks. What a warp
+  does never hinders another, so that one order of steps shows whether any ends.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Rows that are encoded while peers read keep the promises of throughput mode, and nothing waits in a circle."""
+"""Rows that are encoded while peers read keep the promises of the mode, and nothing waits in a circle."""
 
 import itertools
 from functools import partial

@@ -2,6 +2,8 @@
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
+// Rows that a rank encodes may be ready later, in parts: SignalRow | WaitForPart | read them.
+//
 // Begin, SyncGrid and WaitForArrivals return false if the op is lost: skip to Finish then.
 //
 // 1. Publish: the last block of a rank notifies every peer, after all writes of the rank.
@@ -16,8 +18,9 @@
 // too. It forwards the report before it leaves: a rank that leaves a failed op has notified all
 // others.
 //
-// tests/unit/protocol_throughput.py models this protocol step by step, and searches all runs of a
-// few ranks. Between nodes, the ranks of a node synchronise in this way: see internode/node_op.cuh.
+// tests/unit/protocol_throughput.py and protocol_parts.py model this protocol step by step, and
+// search all runs of a few ranks. Between nodes, the ranks of a node synchronise in this way: see
+// internode/node_op.cuh.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
@@ -124,6 +127,55 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return true;
   }
 
+  // Count a row of this rank that is encoded, and with the last one of a part let peers read it. By
+  // a warp, after its stores. Publish does so for the first part.
+  __device__ static void SignalRow(const OpFrame& frame, uint64_t step, int row, int num_rows) {
+    const int log2_tokens = frame.parts.log2_tokens, part = row >> log2_tokens;
+    if (part == 0) return;
+    Channel& own = frame.ChannelOf(frame.rank);
+    const uint32_t size = min(num_rows - (part << log2_tokens), 1 << log2_tokens);
+    bool is_last = false;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      is_last = AddAcquireRelease(&own.num_encoded[part], 1) >= size - 1;
+      if (is_last) own.num_encoded[part] = 0;
+    }
+    __syncwarp();
+    if (!__any_sync(~0u, is_last)) return;
+    for (int peer = Peers::First(frame) + threadIdx.x % 32; peer < Peers::End(frame); peer += 32) {
+      // Pairs with the acquire load in WaitForPart, on the peer. The counter orders the other
+      // warps' writes before it.
+      StoreReleaseSystem(&frame.ChannelOf(peer).encoded[frame.rank][part], step);
+    }
+  }
+
+  // Wait until a rank has encoded a part of its rows; by a warp. Returns which parts it has, as
+  // bits, or 0 if the op is lost.
+  __device__ uint32_t WaitForPart(int rank, int part) {
+    const uint64_t* flags = channel_.encoded[rank];
+    const int lane = threadIdx.x % 32;
+    bool lost = false;
+    if (lane == 0 && LoadAcquireSystem(&flags[part]) < step()) {
+      // The rank may itself wait for an earlier part of another one: that wait ends before.
+      const uint64_t limit_ns = frame_.timeout_ns + frame_.timeout_ns / 4 * part / kMostParts;
+      const uint64_t began_ns = NanosecondClock();
+      while (!lost && LoadAcquireSystem(&flags[part]) < step()) {
+        lost = IsBroken();
+        if (lost || NanosecondClock() - began_ns <= limit_ns) continue;
+        RankSet missing = {};
+        missing.words[rank / 32] = 1u << rank % 32;
+        Fail(Failure::kNotLeft, missing);  // it has arrived
+        lost = true;
+      }
+    }
+    if (__any_sync(~0u, lost)) return 0;
+    // Pairs with the release stores in SignalRow, on the peer.
+    const bool here = lane < kMostParts && LoadAcquireSystem(&flags[lane]) >= step();
+    const uint32_t parts = __ballot_sync(~0u, here);
+    __syncwarp();
+    return parts;
+  }
+
   // The operand `index` of a rank. Only after WaitForArrivals.
   template <typename T>
   __device__ const T* Operand(int rank, int index) const {
@@ -179,7 +231,9 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
   __device__ bool WaitForAll(const uint64_t* flags, uint64_t value, Awaits awaits) {
     constexpr bool kArrivals = For::kArrivals;
     if (threadIdx.x < 32) {
-      const uint64_t limit_ns = frame_.timeout_ns + (For::kIndirect ? frame_.timeout_ns / 4 : 0);
+      // A rank that has not left may also wait for a part.
+      const bool is_indirect = For::kIndirect || (!kArrivals && frame_.parts.count > 1);
+      const uint64_t limit_ns = frame_.timeout_ns + (is_indirect ? frame_.timeout_ns / 4 : 0);
       const uint64_t began_ns = NanosecondClock();
       RankSet missing = {};  // of lane 0
       int different = kNone;

@@ -138,17 +138,24 @@ __device__ void CopyRowToLanes(const Row& row, const Rows& rows, Destination des
   }
 }
 
-// Encode rows of `row_bytes` each, a warp for each.
+// Encode a row of those of `row_bytes` each, by a warp.
+template <typename Type, bool kWhole, WireFormat kFormat>
+__device__ __forceinline__ void EncodeRow(const WireRow& wire, const void* rows, int64_t row_bytes,
+                                          int row, void* encoded) {
+  constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
+  char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
+  PartToEncode<Type, kWhole, kFormat, kAhead, false> part(
+      static_cast<const char*>(rows) + row * row_bytes, wire, 0, 1);
+  part.Load();
+  part.CopyTo([to](auto store) { store(to); });
+}
+
+// Encode all rows, a warp for each.
 template <typename Type, bool kWhole, WireFormat kFormat>
 __device__ void EncodeRows(const WireRow& wire, const void* rows, int64_t row_bytes, int num_rows,
                            void* encoded) {
-  constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
   for (int row = FirstItem(); row < num_rows; row += NumWarps()) {
-    char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
-    PartToEncode<Type, kWhole, kFormat, kAhead, false> part(
-        static_cast<const char*>(rows) + row * row_bytes, wire, 0, 1);
-    part.Load();
-    part.CopyTo([to](auto store) { store(to); });
+    EncodeRow<Type, kWhole, kFormat>(wire, rows, row_bytes, row, encoded);
   }
 }
 
