@@ -28,7 +28,8 @@ void CheckKept(Problem problem, WireFormat wire, int num_blocks) {
   }
 }
 
-// Rows that are encoded in parts, which peers read early: parts of four tokens, in one node.
+// Rows that are encoded, and sums of pairs, in parts that peers read early: of four tokens, in one
+// node.
 void CheckParts(int num_blocks) {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
   constexpr auto kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
@@ -45,11 +46,13 @@ void CheckParts(int num_blocks) {
   problems.push_back(MakeProblem("parts, nowhere", 2, 4, 2, 22, 128, kBF16, kExpert));
   problems.back().none = 1.0;
   for (Problem& problem : problems) {
-    problem.route.wire = WireFormat::kFp8;
-    CheckProblem(problem, num_blocks, 3);
+    for (const WireFormat wire : {WireFormat::kNone, WireFormat::kFp8}) {
+      problem.route.wire = wire;
+      CheckProblem(problem, num_blocks, 3);
+    }
   }
   CheckKept(problems[0], WireFormat::kNvfp4, num_blocks);
-  least_part_tokens = EncodedParts::kLeastTokens;
+  least_part_tokens = TokenParts::kLeastTokens;
 }
 
 // A rank arrives, and its peers never hear of its later parts: they report it, and all fail.
@@ -77,7 +80,7 @@ void CheckMissingParts() {
     Check(static_cast<int>(status.reporter) < kRanks - 1, name + ": reported by who waited");
     Check(AllFailed(problem, ranks[rank]->tokens), name + ": results are NaN");
   }
-  least_part_tokens = EncodedParts::kLeastTokens;
+  least_part_tokens = TokenParts::kLeastTokens;
 }
 
 void CheckFormats(int num_blocks) {

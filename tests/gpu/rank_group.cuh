@@ -52,11 +52,19 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1,
   Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
 
+struct Memory {
+  char* data;
+  int64_t bytes;
+};
+__global__ void FillWithOnes(Memory memory) {
+  for (int64_t i = threadIdx.x; i < memory.bytes; i += blockDim.x) memory.data[i] = '\xff';
+}
+
 // The most bytes for rows in a slot of staging; 0: as many as communicators have.
 int64_t most_staged_bytes = 0;
 
 // The fewest tokens of a part that is encoded while peers read.
-int32_t least_part_tokens = EncodedParts::kLeastTokens;
+int32_t least_part_tokens = TokenParts::kLeastTokens;
 
 // All ranks of one EP group: on one device, or on a device each.
 class Group {
@@ -162,6 +170,17 @@ class Group {
   void DelayRank(int rank, uint64_t nanoseconds) {
     OnDeviceOf(rank);
     LaunchDelay(nanoseconds, streams_[rank]);
+  }
+
+  // Let a rank's next op find no results of the last one in scratch, where peers might take them
+  // for its own.
+  void FillScratch(int rank, const Rank& of_rank) {
+    OnDeviceOf(rank);
+    for (const Array* array : {&of_rank.scratch, &of_rank.sums, &of_rank.encoded}) {
+      Memory memory = {array->device<char>(), static_cast<int64_t>(array->bytes())};
+      const char* error = LaunchKernel(FillWithOnes, memory, 1, kThreads, 0, streams_[rank]);
+      Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+    }
   }
 
   // Make its device the current one.
@@ -312,8 +331,10 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
         std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
     RunOnCpu(*comm, run++, on_cpu);
     for (int repeat = 0; repeat < repeats; ++repeat) {
-      for (int rank = 0; rank < num_ranks; ++rank)
+      for (int rank = 0; rank < num_ranks; ++rank) {
+        group.FillScratch(rank, *ranks[rank]);
         group.Launch(rank, make(std::true_type(), *ranks[rank]));
+      }
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {

@@ -2,7 +2,7 @@
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
-// Rows that a rank encodes may be ready later, in parts: SignalRow | WaitForPart | read them.
+// Rows that a rank encodes or sums may be ready later, in parts: SignalShare | WaitForPart | read.
 //
 // Begin, SyncGrid and WaitForArrivals return false if the op is lost: skip to Finish then.
 //
@@ -127,50 +127,62 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return true;
   }
 
-  // Count a row of this rank that is encoded, and with the last one of a part let peers read it. By
-  // a warp, after its stores. Publish does so for the first part.
-  __device__ static void SignalRow(const OpFrame& frame, uint64_t step, int row, int num_rows) {
-    const int log2_tokens = frame.parts.log2_tokens, part = row >> log2_tokens;
+  // Count one of the `size` shares (rows, or what a warp has of it) of a part of this rank's rows
+  // as written, and with the last one let peers read them. By a warp, after its stores. Publish
+  // does so for the first part.
+  __device__ static void SignalShare(const OpFrame& frame, uint64_t step, int part, uint32_t size) {
     if (part == 0) return;
     Channel& own = frame.ChannelOf(frame.rank);
-    const uint32_t size = min(num_rows - (part << log2_tokens), 1 << log2_tokens);
     bool is_last = false;
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      is_last = AddAcquireRelease(&own.num_encoded[part], 1) >= size - 1;
-      if (is_last) own.num_encoded[part] = 0;
+      is_last = AddAcquireRelease(&own.num_in_part[part], 1) >= size - 1;
+      if (is_last) own.num_in_part[part] = 0;
     }
     __syncwarp();
     if (!__any_sync(~0u, is_last)) return;
     for (int peer = Peers::First(frame) + threadIdx.x % 32; peer < Peers::End(frame); peer += 32) {
-      // Pairs with the acquire load in WaitForPart, on the peer. The counter orders the other
-      // warps' writes before it.
-      StoreReleaseSystem(&frame.ChannelOf(peer).encoded[frame.rank][part], step);
+      // Pairs with the acquire loads in WaitForPart and PartsOf, on the peer. The counter orders
+      // the other warps' writes before it.
+      StoreReleaseSystem(&frame.ChannelOf(peer).part_ready[frame.rank][part], step);
     }
   }
 
-  // Wait until a rank has encoded a part of its rows; by a warp. Returns which parts it has, as
-  // bits, or 0 if the op is lost.
-  __device__ uint32_t WaitForPart(int rank, int part) {
-    const uint64_t* flags = channel_.encoded[rank];
-    const int lane = threadIdx.x % 32;
-    bool lost = false;
-    if (lane == 0 && LoadAcquireSystem(&flags[part]) < step()) {
-      // The rank may itself wait for an earlier part of another one: that wait ends before.
-      const uint64_t limit_ns = frame_.timeout_ns + frame_.timeout_ns / 4 * part / kMostParts;
-      const uint64_t began_ns = NanosecondClock();
-      while (!lost && LoadAcquireSystem(&flags[part]) < step()) {
-        lost = IsBroken();
-        if (lost || NanosecondClock() - began_ns <= limit_ns) continue;
-        RankSet missing = {};
-        missing.words[rank / 32] = 1u << rank % 32;
-        Fail(Failure::kNotLeft, missing);  // it has arrived
-        lost = true;
+  // Wait until all ranks with awaits(rank) have written a part of their rows; by a warp. False: the
+  // op is lost.
+  template <typename Awaits>
+  __device__ bool WaitForPart(int part, Awaits awaits) {
+    // A rank may itself wait for an earlier part of another one: that wait ends before.
+    const uint64_t limit_ns = frame_.timeout_ns + frame_.timeout_ns / 4 * part / kMostParts;
+    uint64_t began_ns = 0;
+    for (int base = 0; base < num_ranks(); base += 32) {
+      const int rank = base + static_cast<int>(threadIdx.x) % 32;
+      bool here = !(rank < num_ranks() && awaits(rank));
+      while (true) {
+        // Pairs with the release stores in SignalShare, on the peer.
+        here = here || LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
+        if (__all_sync(~0u, here)) break;
+        if (began_ns == 0) began_ns = NanosecondClock();
+        if (__any_sync(~0u, !here && IsBroken())) return false;
+        const bool late = !here && NanosecondClock() - began_ns > limit_ns;
+        if (const uint32_t lanes = __ballot_sync(~0u, late); lanes != 0) {
+          RankSet missing = {};
+          missing.words[base / 32] = lanes;
+          if (threadIdx.x % 32 == 0) Fail(Failure::kNotLeft, missing);  // they have arrived
+          __syncwarp();
+          return false;
+        }
       }
     }
-    if (__any_sync(~0u, lost)) return 0;
-    // Pairs with the release stores in SignalRow, on the peer.
-    const bool here = lane < kMostParts && LoadAcquireSystem(&flags[lane]) >= step();
+    __syncwarp();
+    return true;
+  }
+
+  // Which parts a rank has written, as bits, besides the first; by a warp.
+  __device__ uint32_t PartsOf(int rank) {
+    const int part = threadIdx.x % 32;
+    const bool here =
+        part < kMostParts && LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
     const uint32_t parts = __ballot_sync(~0u, here);
     __syncwarp();
     return parts;

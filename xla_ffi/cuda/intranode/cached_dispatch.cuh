@@ -271,7 +271,7 @@ class CachedDispatchKernels {
                       Divisor(frame.shape.max_tokens),
                       Divisor(num_blocks * kWarps)};
     if (!Group::kSeveralNodes && params.encoded != nullptr) {
-      op.frame.parts = EncodedParts::Of(params.route.num_tokens, frame.least_part_tokens);
+      op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
     }
     op.frame.chunks = frame.staging.ChunksOf(params.route.num_tokens, rows.wire_bytes());
     op.frame.offsets[kRows] =

@@ -323,7 +323,7 @@ class DispatchKernels {
                                                                 shape.num_topk *
                                                                 sizeof(EntryRecord);
     if (!Group::kSeveralNodes && params.encoded != nullptr) {
-      op.frame.parts = EncodedParts::Of(params.route.num_tokens, frame.least_part_tokens);
+      op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
     }
     op.frame.chunks =
         frame.staging.ChunksOf(params.route.num_tokens, params.route.rows().wire_bytes());

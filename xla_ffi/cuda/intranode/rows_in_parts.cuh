@@ -16,9 +16,11 @@ namespace jax_deepep {
 // because it is called in several places.
 template <typename Rows, typename Group, typename Op>
 __device__ __noinline__ int EncodeRowsBefore(const Op& op, uint64_t step, int row, int end) {
+  const TokenParts& parts = op.frame.parts;
   for (; row < end; row += NumWarps()) {
     Rows::EncodeRow(op, row);
-    Group::SignalRow(op.frame, step, row, op.params.route.num_tokens);
+    const int part = parts.PartOf(row);
+    Group::SignalShare(op.frame, step, part, parts.SizeOf(part, op.params.route.num_tokens));
   }
   return row;
 }
@@ -39,7 +41,7 @@ class RowsInParts {
   // Encode the parts before this one; the first is encoded before Publish, which signals it.
   __device__ void EncodeBefore(int part) {
     if constexpr (Rows::kEncodes) {
-      const int end = min(part << op_.frame.parts.log2_tokens, op_.params.route.num_tokens);
+      const int end = min(op_.frame.parts.First(part), op_.params.route.num_tokens);
       if (next_ < end) next_ = EncodeRowsBefore<Rows, Group>(op_, group_.step(), next_, end);
     }
   }
@@ -49,13 +51,13 @@ class RowsInParts {
   __device__ bool WaitFor(int rank, int token) {
     if constexpr (Rows::kEncodes) {
       if (op_.frame.parts.count == 1) return true;
-      const int part = token >> op_.frame.parts.log2_tokens;
+      const int part = op_.frame.parts.PartOf(token);
       EncodeBefore(part + 2);  // one more than it must, for who waits for that
       if (part == 0 || (seen_[rank] >> part & 1) != 0) return true;
-      const uint32_t parts = group_.WaitForPart(rank, part);
+      if (!group_.WaitForPart(part, [rank](int other) { return other == rank; })) return false;
+      const uint32_t parts = group_.PartsOf(rank);
       if (threadIdx.x % 32 == 0) seen_[rank] = static_cast<uint16_t>(parts);
       __syncwarp();
-      return parts != 0;
     }
     return true;
   }
