@@ -68,6 +68,7 @@ void CheckConformance(int num_blocks) {
     add(MakeProblem("", 3, 9, 4, 21, 38, kF16, kToken));
     add(MakeProblem("", 2, 4, 2, 5, 2, kF16, kExpert));
     add(MakeProblem("", 2, 4, 1, 9, 4104, kBF16, kExpert));
+    add(MakeProblem("", 2, 4, 1, 9, 3616, kBF16, kExpert));
     if (!kOnGpu) continue;
     add(MakeProblem("", 4, 16, 4, 37, 640, kF16, kExpert, 4, 64));
     add(MakeProblem("", 4, 16, 4, 37, 648, kF32, kToken));

@@ -90,7 +90,7 @@ void CheckFormats(int num_blocks) {
        {WireFormat::kFp8, WireFormat::kFp8E8m0, WireFormat::kMxfp8, WireFormat::kNvfp4}) {
     for (const Problem& problem : {
              // Parts of rows at 16 bytes, at fewer and anywhere.
-             MakeProblem("kept, ", 2, 8, 3, 40, 2048, kBF16, kExpert, 4),
+             MakeProblem("kept, ", 2, 8, 3, 20, 3616, kBF16, kExpert, 4),
              MakeProblem("kept, 136 elements, ", 3, 9, 4, 21, 136, kBF16, kExpert, 4),
              MakeProblem("kept, 38 elements, ", 3, 9, 4, 21, 38, kF16, kToken, 4),
              MakeProblem("kept, 2 elements, ", 2, 4, 2, 5, 2, kF32, kExpert, 4),

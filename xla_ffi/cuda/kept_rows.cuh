@@ -62,7 +62,7 @@ struct KeptShape {
 struct KeptRow {
   using Loaded = uint4;
   using Stored = uint4;
-  static constexpr int kInFlight = 15;  // of 7168 bytes and their scales, all
+  static constexpr int kInFlight = 8;  // as many bytes as of rows that are decoded
   static constexpr int kAtOnce = kInFlight;
   const char* row;
   KeptShape shape;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/encode_rows.cuh"
 #include "cuda/kept_rows.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
@@ -23,6 +24,7 @@ struct PlainRow {
   using Stored = Packed<Element>;
   static constexpr int kInFlight = kGroupsInFlight;
   static constexpr int kAtOnce = kInFlight;  // groups that are decoded at once
+  static constexpr bool kIsSlow = false;     // in many instructions
   const char* row;
   RowShape<kWhole> shape;
 
@@ -39,7 +41,8 @@ template <typename Type, bool kWhole, WireFormat kFormat>
 struct EncodedRow {
   using Loaded = EncodedGroup;
   using Stored = Packed<typename Type::Element>;
-  static constexpr int kInFlight = kWhole ? kGroupsInFlight : 2;  // slow rows: for less code
+  static constexpr bool kIsSlow = !kWhole;
+  static constexpr int kInFlight = kIsSlow ? 2 : kGroupsInFlight;  // for less code
   // All at once need more registers.
   static constexpr int kAtOnce = kWhole ? kGroupsInFlight / 2 : kInFlight;
   RowOnWire<kWhole, kFormat> row;
@@ -142,12 +145,16 @@ __device__ void CopyRowToLanes(const Row& row, const Rows& rows, Destination des
 template <typename Type, bool kWhole, WireFormat kFormat>
 __device__ __forceinline__ void EncodeRow(const WireRow& wire, const void* rows, int64_t row_bytes,
                                           int row, void* encoded) {
-  constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
+  const char* from = static_cast<const char*>(rows) + row * row_bytes;
   char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
-  PartToEncode<Type, kWhole, kFormat, kAhead, false> part(
-      static_cast<const char*>(rows) + row * row_bytes, wire, 0, 1);
-  part.Load();
-  part.CopyTo([to](auto store) { store(to); });
+  if constexpr (kWhole && kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4) {
+    EncodeWholeRow<Type, kFormat>(wire, from, to);
+  } else {
+    constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
+    PartToEncode<Type, kWhole, kFormat, kAhead, false> part(from, wire, 0, 1);
+    part.Load();
+    part.CopyTo([to](auto store) { store(to); });
+  }
 }
 
 // Encode all rows, a warp for each.

@@ -46,6 +46,18 @@ __device__ inline void PrefetchChunk(const char* y, int64_t row_bytes, int32_t r
   }
 }
 
+// A group of the row, decoded; of a slow row, of which loads that are made early would need more
+// registers than there are, by a function of its own.
+template <typename From>
+__device__ __noinline__ typename From::Stored DecodedOutOfLine(const From& from, int group) {
+  return from.Decode(from.Load(group));
+}
+template <typename From>
+__device__ __forceinline__ typename From::Stored DecodedGroup(const From& from, int group) {
+  if constexpr (From::kIsSlow) return DecodedOutOfLine(from, group);
+  return from.Decode(from.Load(group));
+}
+
 // Write the row `from` to the rows of the first `num_rows` lanes, scaled by their weights, and its
 // products with their rows of y.
 template <typename Type, bool kWhole, typename From>
@@ -78,7 +90,7 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
 #pragma unroll
     for (int i = 0; i < kGroupsPerLane; ++i) {
       const int at = base + i * 32;
-      if (at < num_groups) x[i] = from.Decode(from.Load(at));
+      if (at < num_groups) x[i] = DecodedGroup(from, at);
     }
     load(y_row(0), 0, kPart, y[0]);
     for (int j = 0; j < num_rows; ++j) {
