@@ -11,7 +11,8 @@ from typing import Literal
 
 from jax_deepep.bench.copies import Copies
 from jax_deepep.bench.problem import Problem
-from jax_deepep.quantization.formats import FORMATS, Format
+from jax_deepep.quantization.formats import Format
+from jax_deepep.quantization.packed_rows import packed_size
 
 Op = Literal["dispatch", "combine"]
 Mode = Literal["throughput", "low_latency"]
@@ -79,14 +80,10 @@ MACHINES = {"nvlink4": NVLINK4, "nvlink5": NVLINK5}
 
 
 def row_bytes(problem: Problem, wire: Format | None) -> int:
-    """Return the bytes of a row on links, plain for None: `WireRow` of xla_ffi/interface/wire_format.h."""
-    hidden = problem.hidden
+    """Return the bytes of a row on links, plain for None."""
     if wire is None:
         return problem.row_bytes
-    of = FORMATS[wire]
-    scales = of.num_blocks(hidden) * (4 if of.scale_type == "float32" else 1)
-    parts = [-(-hidden // of.values_per_byte), scales, 4 if of.has_row_scale else 0]
-    return sum(-(-part // 16) * 16 for part in parts)
+    return packed_size(wire, problem.hidden)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from jax_deepep.ops.wire import OF_COMBINE
 from jax_deepep.quantization.formats import Format
 
 PAIR = "dispatch + combine"
+KEPT = "dispatch, kept quantised"
 # How many times each op moves the received rows.
-PASSES = {"dispatch": 1, "combine": 1, PAIR: 2, "dispatch backward": 1, "combine backward": 1}
+PASSES = {"dispatch": 1, KEPT: 1, "combine": 1, PAIR: 2, "dispatch backward": 1, "combine backward": 1}
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class OpCases:
     Attributes:
         shape: the static part.
         dispatched: the operands of combine and the gradients; their speed does not depend on the values.
-        cases: by the names in PASSES.
+        cases: by the names in PASSES; KEPT only if it is asked for.
         programs: the same, compiled separately.
         round_trip: [R·T, H], the result of dispatch + combine.
     """
@@ -51,11 +52,18 @@ class OpCases:
 
     @classmethod
     def of(
-        cls, comm: Communicator, stopwatch: Stopwatch, inputs: Inputs, wire: Format | None = None
+        cls,
+        comm: Communicator,
+        stopwatch: Stopwatch,
+        inputs: Inputs,
+        wire: Format | None = None,
+        *,
+        keep_quantized: bool = False,
     ) -> "OpCases":
         """Compile and run a dispatch, and make the cases that depend on it.
 
-        Rows cross links in the format `wire`, and sums as mxfp8 where combine does not take it.
+        Rows cross links in the format `wire`, and sums as mxfp8 where combine does not take it. With
+        `keep_quantized` there is also a dispatch whose rows stay in the format.
         """
         problem = inputs.problem
         mode = comm.mode_of(problem.tokens)
@@ -66,6 +74,10 @@ class OpCases:
         def dispatch(after, x, topk_idx, topk_weights):
             tokens, handle = ops.dispatch(shape, x, after_start(topk_idx, after), topk_weights, wire=wire)
             return tokens, handle.routes, handle.weights
+
+        def kept(after, x, topk_idx, topk_weights):
+            topk_idx = after_start(topk_idx, after)
+            return ops.dispatch(shape, x, topk_idx, topk_weights, wire=wire, keep_quantized=True)[0]
 
         def combine(after, y, routes, weights):
             routes = routes._replace(destination=after_start(routes.destination, after))
@@ -80,12 +92,15 @@ class OpCases:
             scaled = {"weights": weights, "y": y} if weighted else {}
             return ops.cached_dispatch(shape, out, routes, zero_rest=True, wire=wire, **scaled)
 
-        sent = Case(dispatch, (inputs.x, inputs.topk_idx, inputs.topk_weights))
+        tokens = (inputs.x, inputs.topk_idx, inputs.topk_weights)
+        sent = Case(dispatch, tokens)
         programs = {"dispatch": stopwatch.program(sent)}
         dispatched = Dispatched(*programs["dispatch"]())
         received = (dispatched.tokens, dispatched.routes, dispatched.weights)
-        cases = {
-            "dispatch": sent,
+        cases = {"dispatch": sent}
+        if keep_quantized and wire is not None:
+            cases[KEPT] = Case(kept, tokens)
+        cases |= {
             "combine": Case(combine, received),
             PAIR: chain(shape, inputs, 1, wire),
             "dispatch backward": Case(dispatch_backward, received),

@@ -74,6 +74,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="of the native ops, one after the other (auto)")  # fmt: skip
     parser.add_argument("--wires", nargs="+", type=_format, default=[None], metavar="FORMAT",
                         help="formats in which rows cross links: none, fp8, … (none)")  # fmt: skip
+    parser.add_argument("--keep-quantized", action="store_true",
+                        help="with formats, time a dispatch whose rows stay quantised too")  # fmt: skip
     parser.add_argument("--num-sms", type=_numbers_of_sms, default=[8, 16, None], metavar="S,…",
                         help="GPUs: SMs of each rank; auto: chosen by the op (8,16,auto)")  # fmt: skip
     parser.add_argument("--chain", type=positive_ints, metavar="N,M",
@@ -149,7 +151,9 @@ def measure(
         for name in options.implementations:
             of_native = {"num_sms": num_sms, "mode": mode} if name == "native" else {}
             comm = problem.communicator(mesh, name, timeout_s=TIMEOUT_S, **of_native)
-            tested[name] = OpCases.of(stack.enter_context(comm), stopwatch, inputs, wire)
+            tested[name] = OpCases.of(
+                stack.enter_context(comm), stopwatch, inputs, wire, keep_quantized=options.keep_quantized
+            )
         first = tested.get("native") or next(iter(tested.values()))
         for other in tested.values():
             if other is not first:
@@ -163,7 +167,8 @@ def measure(
             memcpy = Memcpy(inputs.bytes_moved * max(PASSES.values()))
             stack.callback(memcpy.close)
 
-        for op, passes in PASSES.items():
+        for op in first.cases:
+            passes = PASSES[op]
             hosts = {name: stopwatch.host_of(ops.programs[op]) for name, ops in tested.items()}
             values: dict[str, int | float] = {}
             if on_device and op != PAIR:  # device time is that of the last op

@@ -4,7 +4,8 @@ Let S be the linear map that copies tokens to rows. Dispatch computes rows = S x
 computes out = bias + Sᵀ (w · y), row by row. Hence
 
     dispatch:  x̄ = Sᵀ r̄ows (a combine with w = 1),  w̄_topk = w̄_rows copied back to [T, K];
-               rows of integers have no r̄ows and no x̄, and their weights have gradients all the same
+               rows of integers, and those that stay quantised, have no r̄ows and no x̄, and their weights
+               have gradients all the same
     combine:   ȳ = w · S ōut (a dispatch along the known routes, scaled),  w̄_rows = ⟨S ōut, y⟩,
                b̄ias = ōut
 
@@ -18,11 +19,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.dtypes import float0
 
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.ops.implementations import implementation_of
 from jax_deepep.ops.wire import Wire
+from jax_deepep.quantization.block_scaled import BlockScaled
 
 Results = TypeVar("Results")
 
@@ -32,15 +33,17 @@ DISPATCHED = "moe_dispatched"  # the name of received rows and routes in policie
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dispatch(
     shape: RouteShape, wire: Wire, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[jax.Array, Handle[Any]]:
+) -> tuple[Any, Handle[Any]]:
     """Compute the routes of `topk_idx` and copy `x` along them."""
     implementation = implementation_of(shape, known_routes=False)
-    return implementation.dispatch(shape, x, topk_idx, topk_weights, wire=wire.format)
+    return implementation.dispatch(
+        shape, x, topk_idx, topk_weights, wire=wire.format, keep_quantized=wire.keep_quantized
+    )
 
 
 def _dispatch_forward(
     shape: RouteShape, wire: Wire, x: jax.Array, topk_idx: jax.Array, topk_weights: jax.Array
-) -> tuple[tuple[jax.Array, Handle[Any]], Routes]:
+) -> tuple[tuple[Any, Handle[Any]], Routes]:
     # Named here, because a policy of jax.checkpoint saves residuals: it can keep the received rows, so that
     # the backward pass recomputes the rest without another exchange.
     tokens, handle = checkpoint_name(dispatch(shape, wire, x, topk_idx, topk_weights), DISPATCHED)
@@ -48,23 +51,28 @@ def _dispatch_forward(
 
 
 def _dispatch_backward(
-    shape: RouteShape, wire: Wire, routes: Routes, gradients: tuple[jax.Array, Handle[Any]]
+    shape: RouteShape, wire: Wire, routes: Routes, gradients: tuple[Any, Handle[Any]]
 ) -> tuple[jax.Array | None, None, jax.Array | None]:
     tokens, handle = gradients
     rows = received_gradients(shape, tokens, handle.weights)
     x, topk_weights = implementation_of(shape).combine(
         shape, rows, routes, row_gradients=handle.weights, wire=wire.backward
     )
-    return None if tokens.dtype == float0 else x, None, topk_weights
+    return x if _has_gradient(tokens) else None, None, topk_weights
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def received_gradients(shape: RouteShape, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+def _has_gradient(tokens: Any) -> bool:
+    return not isinstance(tokens, BlockScaled) and jnp.issubdtype(tokens.dtype, jnp.floating)
+
+
+def received_gradients(shape: RouteShape, tokens: Any, weights: jax.Array) -> jax.Array:
     """Return the rows that the gradient of a dispatch sums, from the gradients of its results."""
-    if jnp.issubdtype(tokens.dtype, jnp.floating):
-        return tokens
+    if _has_gradient(tokens):
+        rows: jax.Array = tokens
+        return rows
     # combine returns the weights' gradients beside sums of float rows: here of the narrowest, unused.
     return weights[:, None] if shape.layout == "expert" else weights[:, :1]
 
@@ -83,22 +91,24 @@ def without_integer_tangents(results: Results) -> Results:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def cached_dispatch(shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes) -> jax.Array:
+def cached_dispatch(shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes) -> Any:
     """Copy other data along known routes."""
-    tokens, _ = implementation_of(shape).cached_dispatch(shape, x, routes, wire=wire.format)
+    tokens, _ = implementation_of(shape).cached_dispatch(
+        shape, x, routes, wire=wire.format, keep_quantized=wire.keep_quantized
+    )
     return tokens
 
 
 def _cached_dispatch_forward(
     shape: RouteShape, wire: Wire, x: jax.Array, routes: Routes
-) -> tuple[jax.Array, Routes]:
+) -> tuple[Any, Routes]:
     return cached_dispatch(shape, wire, x, routes), routes
 
 
 def _cached_dispatch_backward(
-    shape: RouteShape, wire: Wire, routes: Routes, tokens: jax.Array
+    shape: RouteShape, wire: Wire, routes: Routes, tokens: Any
 ) -> tuple[jax.Array | None, None]:
-    if tokens.dtype == float0:
+    if not _has_gradient(tokens):
         return None, None
     x, _ = implementation_of(shape).combine(shape, tokens, routes, wire=wire.backward)
     return x, None

@@ -20,9 +20,9 @@ from jax_deepep.ops.checks import (
 from jax_deepep.ops.handle import ExpertMajor, Handle, Received, RouteShape, TokenMajor
 from jax_deepep.ops.reverse_mode import only_in_reverse
 from jax_deepep.ops.wire import Wire, check_block_scaled, checked_wire
-from jax_deepep.quantization.block_scaled import BlockScaled, quantize
+from jax_deepep.quantization.block_scaled import BlockScaled, without_gradient
 from jax_deepep.quantization.formats import Format
-from jax_deepep.quantization.packed_rows import pack, unpack
+from jax_deepep.quantization.packed_rows import pack
 
 
 @overload
@@ -133,10 +133,10 @@ def dispatch(
     request = checked_request("dispatch", x, topk_idx, topk_weights, comm, options, wire, handle)
     if handle is not None:
         tokens = autodiff.cached_dispatch(request.shape, request.wire, *request.operands)
-        return received(request.unpacked(tokens), handle), handle
+        return received(tokens, handle), handle
     results = autodiff.dispatch(request.shape, request.wire, *request.operands)
     tokens, handle = autodiff.without_integer_tangents(results)
-    return received(request.unpacked(tokens), handle), handle
+    return received(tokens, handle), handle
 
 
 class Request(NamedTuple):
@@ -146,17 +146,11 @@ class Request(NamedTuple):
         shape: of the routes.
         wire: formats of the op and its gradient.
         operands: of `autodiff.cached_dispatch` with a handle, of `autodiff.dispatch` without.
-        packed: the format of x, if it is block-scaled and goes as bytes.
     """
 
     shape: RouteShape
     wire: Wire
     operands: Any
-    packed: Format | None
-
-    def unpacked(self, tokens: jax.Array) -> jax.Array | BlockScaled:
-        """Return received rows as `dispatch` does."""
-        return tokens if self.packed is None else unpack(tokens, self.packed, self.shape.comm.hidden_size)
 
 
 def checked_request(
@@ -183,20 +177,18 @@ def checked_request(
     else:
         check_sent_rows("x", x, comm.hidden_size)
     wire = checked_wire("dispatch", wire, x)
-    if wire.keep_quantized:
-        assert wire.format is not None
-        assert not isinstance(x, BlockScaled)
-        x, wire = quantize(x, wire.format), Wire(None)
-    packed = x.format if isinstance(x, BlockScaled) else None
     if isinstance(x, BlockScaled):
+        wire = Wire(x.format, keep_quantized=True)
         x = pack(x)
+    elif wire.keep_quantized:
+        x, wire = without_gradient(x), Wire(wire.format, keep_quantized=True)
     else:
         check_fits_mode("x", x, comm)
     axes = check_call_site(comm, op)
     if handle is not None:
         _check_along(handle, x, topk_idx, topk_weights, options)
         operands = only_in_reverse(op, vary_together(axes, x, handle.routes))
-        return Request(handle.route_shape, wire, operands, packed)
+        return Request(handle.route_shape, wire, operands)
     if topk_idx is None or topk_weights is None:
         raise TypeError(
             "topk_idx, topk_weights: expected arrays, got None; pass both, or handle= of an earlier "
@@ -213,7 +205,7 @@ def checked_request(
     check_array("topk_weights", topk_weights, (num_tokens, num_topk), dtype=jnp.float32, **routing)
     shape = _route_shape(comm, num_tokens=num_tokens, **options)
     operands = only_in_reverse(op, vary_together(axes, x, topk_idx, topk_weights))
-    return Request(shape, wire, operands, packed)
+    return Request(shape, wire, operands)
 
 
 def _route_shape(
@@ -292,6 +284,8 @@ def _check_along(
 
 def received(tokens: jax.Array | BlockScaled, handle: Handle[Any]) -> ExpertMajor | TokenMajor:
     """Return received rows in the type of their layout."""
+    if isinstance(tokens, BlockScaled):
+        tokens = jax.lax.stop_gradient(tokens)  # scales are floats, but have no gradient
     mask = handle.source >= 0
     if handle.route_shape.layout == "expert":
         return ExpertMajor(tokens, handle.group_sizes, handle.num_rows, handle.weights, mask)

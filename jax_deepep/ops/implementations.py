@@ -4,9 +4,11 @@ An implementation is a module with three functions on per-device values. `RouteS
 static sizes; optional operands that are None stay out of the computation. Rows are W ≤ H floats; dispatch,
 and cached_dispatch without weights and y, also copy rows of integers of at most 4 · H bytes.
 
-    dispatch(shape, x, topk_idx, topk_weights, *, wire=None)
+    dispatch(shape, x, topk_idx, topk_weights, *, wire=None, keep_quantized=False)
         -> (tokens [C, W], Handle)
-    cached_dispatch(shape, x, routes, *, weights=None, y=None, zero_rest=False, wire=None)
+    cached_dispatch(
+        shape, x, routes, *, weights=None, y=None, zero_rest=False, wire=None, keep_quantized=False
+    )
         -> (rows [C, W], products float32 [C] or None)
         rows = weights · x[routes.source]; products = ⟨x[routes.source], y⟩ per row; rows without a token are
         zero inside the groups and, with `zero_rest`, after them too.
@@ -15,6 +17,7 @@ and cached_dispatch without weights and y, also copy rows of integers of at most
         out as in `jax_deepep.combine`; gradients[t, k] is `row_gradients` of that entry's row.
 
 With `wire`, a block-scaled format, dispatch and cached_dispatch move quantize_dequantize(x) in place of x;
+with `keep_quantized` quantize(x), as `BlockScaled` [C, H], and x may be what `pack` makes of such rows.
 combine quantises the sum of a device for another one.
 """
 
@@ -38,7 +41,8 @@ class Implementation(Protocol):
         topk_weights: jax.Array,
         *,
         wire: Format | None = None,
-    ) -> tuple[jax.Array, Handle[Any]]: ...
+        keep_quantized: bool = False,
+    ) -> tuple[Any, Handle[Any]]: ...
 
     def cached_dispatch(
         self,
@@ -50,7 +54,8 @@ class Implementation(Protocol):
         y: jax.Array | None = None,
         zero_rest: bool = False,
         wire: Format | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]: ...
+        keep_quantized: bool = False,
+    ) -> tuple[Any, jax.Array | None]: ...
 
     def combine(
         self,

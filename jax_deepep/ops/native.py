@@ -17,7 +17,8 @@ from jax_deepep.communicator import native_module
 from jax_deepep.jax_compat import ShapedArray
 from jax_deepep.ops.custom_call import Call, code_of, define_primitive
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
-from jax_deepep.quantization.formats import Format
+from jax_deepep.quantization.block_scaled import BlockScaled
+from jax_deepep.quantization.formats import FORMATS, Format
 
 
 def _sizes(shape: RouteShape) -> dict[str, int]:
@@ -60,9 +61,9 @@ def _sums_of(shape: RouteShape, y: ShapedArray | jax.Array, wire: Format | None)
     )
 
 
-def _is_encoded(shape: RouteShape, wire: Format | None) -> bool:
+def _is_encoded(shape: RouteShape, x: jax.Array, wire: Format | None) -> bool:
     """Return whether rows of x are encoded in scratch, from where peers read them."""
-    return wire is not None and _has_scratch(shape)
+    return wire is not None and _has_scratch(shape) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def _encoded_rows(x: ShapedArray, wire: Format | None, with_encoded: bool) -> tuple[int, ...]:
@@ -71,6 +72,34 @@ def _encoded_rows(x: ShapedArray, wire: Format | None, with_encoded: bool) -> tu
         return (1,)
     size = native_module.numbers().wire_row_bytes(wire=code_of(wire), size=x.shape[1])
     return (x.shape[0], size // 4)
+
+
+def _received_types(
+    shape: RouteShape, x: ShapedArray, wire: Format | None, keep_quantized: bool
+) -> list[ShapedArray]:
+    """Return the types of received rows, their scales and their row scales."""
+    array, capacity = partial(jax_compat.array_like, x), shape.capacity
+    if not keep_quantized:
+        return [array((capacity, x.shape[1]), x.dtype), array((1,), jnp.float32), array((1,), jnp.float32)]
+    assert wire is not None
+    of, hidden_size = FORMATS[wire], shape.comm.hidden_size
+    scale_type = jnp.float32 if of.scale_type == "float32" else jnp.uint8
+    return [
+        array((capacity, hidden_size // of.values_per_byte), jnp.uint8),
+        array((capacity, of.num_blocks(hidden_size)), scale_type),
+        array((capacity if of.has_row_scale else 1,), jnp.float32),
+    ]
+
+
+def received_rows(
+    results: Sequence[jax.Array], width: int, *, wire: Format | None, keep_quantized: bool
+) -> jax.Array | BlockScaled:
+    """Return received rows, of `width` elements, as the ops do, from the first results of a call."""
+    rows, scales, row_scale = results[:3]
+    if not keep_quantized:
+        return rows[:, :width]
+    assert wire is not None
+    return BlockScaled(rows, scales, row_scale if FORMATS[wire].has_row_scale else None, format=wire)
 
 
 def _or_placeholder(value: jax.Array | None, dtype: Any) -> jax.Array:
@@ -93,6 +122,7 @@ def _dispatch_types(
     *,
     shape: RouteShape,
     wire: Format | None,
+    keep_quantized: bool,
     with_pairs: bool,
     with_scratch: bool,
     with_encoded: bool,
@@ -103,7 +133,7 @@ def _dispatch_types(
     numbers, sizes = native_module.numbers(), _sizes(shape)
     array = partial(jax_compat.array_like, x)
     return [
-        array((capacity, x.shape[1]), x.dtype),  # tokens, then the leaves of Handle, `pairs` near the end
+        *_received_types(shape, x, wire, keep_quantized),  # then the leaves of Handle, `pairs` near the end
         array((capacity,), jnp.int32),  # source
         array(topk_idx.shape, jnp.int32),  # destination
         array((capacity,) if expert_major else (capacity, num_topk), jnp.float32),  # weights
@@ -119,7 +149,7 @@ def _dispatch_types(
     ]
 
 
-dispatch_p = define_primitive("dispatch", _dispatch_types, num_results=13)
+dispatch_p = define_primitive("dispatch", _dispatch_types, num_results=15)
 
 
 def dispatch_call(
@@ -129,23 +159,33 @@ def dispatch_call(
     topk_weights: jax.Array,
     *,
     wire: Format | None = None,
+    keep_quantized: bool = False,
 ) -> Call:
     """Return the custom call of `dispatch`."""
     flags = {
         "wire": wire,
+        "keep_quantized": keep_quantized,
         "with_pairs": _keeps_pairs(shape),
         "with_scratch": _has_scratch(shape),
-        "with_encoded": _is_encoded(shape, wire),
+        "with_encoded": _is_encoded(shape, x, wire),
     }
     return Call((_whole_words(x), topk_idx, topk_weights), dispatch_p, shape, tuple(flags.items()))
 
 
-def dispatched(shape: RouteShape, width: int, results: Sequence[jax.Array]) -> tuple[jax.Array, Handle[Any]]:
+def dispatched(
+    shape: RouteShape,
+    width: int,
+    results: Sequence[jax.Array],
+    *,
+    wire: Format | None,
+    keep_quantized: bool,
+) -> tuple[Any, Handle[Any]]:
     """Return the results of a dispatch of rows of `width` elements as `dispatch` does."""
-    tokens, *leaves = results
+    tokens = received_rows(results, width, wire=wire, keep_quantized=keep_quantized)
+    leaves = results[3:]
     source, destination, weights, local_experts, group_sizes, num_rows, *counts, pairs, _, _ = leaves
     num_received, num_dropped, num_invalid = counts
-    return tokens[:, :width], Handle(
+    return tokens, Handle(
         source=source,
         destination=destination,
         weights=weights,
@@ -167,9 +207,11 @@ def dispatch(
     topk_weights: jax.Array,
     *,
     wire: Format | None = None,
-) -> tuple[jax.Array, Handle[Any]]:
+    keep_quantized: bool = False,
+) -> tuple[Any, Handle[Any]]:
     """Implement `implementations.dispatch`."""
-    return dispatched(shape, x.shape[1], dispatch_call(shape, x, topk_idx, topk_weights, wire=wire).run())
+    call = dispatch_call(shape, x, topk_idx, topk_weights, wire=wire, keep_quantized=keep_quantized)
+    return dispatched(shape, x.shape[1], call.run(), wire=wire, keep_quantized=keep_quantized)
 
 
 def _cached_dispatch_types(
@@ -184,6 +226,7 @@ def _cached_dispatch_types(
     *,
     shape: RouteShape,
     wire: Format | None,
+    keep_quantized: bool,
     zero_rest: bool,
     weighted: bool,
     with_products: bool,
@@ -192,13 +235,13 @@ def _cached_dispatch_types(
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, x)
     return [
-        array((shape.capacity, x.shape[1]), x.dtype),  # rows
+        *_received_types(shape, x, wire, keep_quantized),  # rows
         array((shape.capacity if with_products else 1,), jnp.float32),  # products
         array(_encoded_rows(x, wire, with_encoded), jnp.int32),  # encoded
     ]
 
 
-cached_dispatch_p = define_primitive("cached_dispatch", _cached_dispatch_types, num_results=3)
+cached_dispatch_p = define_primitive("cached_dispatch", _cached_dispatch_types, num_results=5)
 
 
 def cached_dispatch_call(
@@ -210,6 +253,7 @@ def cached_dispatch_call(
     y: jax.Array | None = None,
     zero_rest: bool = False,
     wire: Format | None = None,
+    keep_quantized: bool = False,
 ) -> Call:
     """Return the custom call of `cached_dispatch`."""
     operands = (
@@ -223,11 +267,12 @@ def cached_dispatch_call(
     )
     flags = {
         "wire": wire,
+        "keep_quantized": keep_quantized,
         "zero_rest": zero_rest,
         "weighted": weights is not None,
         "with_products": y is not None,
         "with_pairs": routes.pairs is not None,
-        "with_encoded": _is_encoded(shape, wire),
+        "with_encoded": _is_encoded(shape, x, wire),
     }
     return Call(operands, cached_dispatch_p, shape, tuple(flags.items()))
 
@@ -241,11 +286,15 @@ def cached_dispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
     wire: Format | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    keep_quantized: bool = False,
+) -> tuple[Any, jax.Array | None]:
     """Implement `implementations.cached_dispatch`."""
-    call = cached_dispatch_call(shape, x, routes, weights=weights, y=y, zero_rest=zero_rest, wire=wire)
-    rows, products, _ = call.run()
-    return rows[:, : x.shape[1]], products if y is not None else None
+    call = cached_dispatch_call(
+        shape, x, routes, weights=weights, y=y, zero_rest=zero_rest, wire=wire, keep_quantized=keep_quantized
+    )
+    *received, products, _ = call.run()
+    rows = received_rows(received, x.shape[1], wire=wire, keep_quantized=keep_quantized)
+    return rows, products if y is not None else None
 
 
 def _combine_types(

@@ -13,13 +13,26 @@ import jax.numpy as jnp
 from jax_deepep import jax_compat
 from jax_deepep.capacity import num_groups
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
+from jax_deepep.quantization.block_scaled import BlockScaled
 from jax_deepep.quantization.formats import Format
+from jax_deepep.quantization.packed_rows import packed_size, unpack
 
 
 def _full(value: int, shape: tuple[int, ...], dtype: Any, *, like: jax.Array) -> jax.Array:
     """Return an array full of `value` that varies over the mesh as `like` does."""
     array: jax.Array = jax_compat.as_varying(jnp.full(shape, value, dtype), jax_compat.varying_axes(like))
     return array
+
+
+def _rows(
+    shape: RouteShape, x: jax.Array, wire: Format | None, keep_quantized: bool
+) -> jax.Array | BlockScaled:
+    """Return received rows, all zero."""
+    if not keep_quantized:
+        return _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x)
+    assert wire is not None
+    packed = _full(0, (shape.capacity, packed_size(wire, shape.comm.hidden_size)), jnp.uint8, like=x)
+    return unpack(packed, wire, shape.comm.hidden_size)
 
 
 def dispatch(
@@ -29,7 +42,8 @@ def dispatch(
     topk_weights: jax.Array,
     *,
     wire: Format | None = None,
-) -> tuple[jax.Array, Handle[Any]]:
+    keep_quantized: bool = False,
+) -> tuple[Any, Handle[Any]]:
     """Implement `implementations.dispatch` for T = 0; with tokens, dropped rows must be counted."""
     assert shape.num_tokens == 0
     num_topk, groups = shape.comm.num_experts_per_tok, num_groups(shape.layout, shape.comm.num_local_experts)
@@ -51,7 +65,7 @@ def dispatch(
         num_invalid=ints(0),
         route_shape=shape,
     )
-    return _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x), handle
+    return _rows(shape, x, wire, keep_quantized), handle
 
 
 def cached_dispatch(
@@ -63,9 +77,10 @@ def cached_dispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
     wire: Format | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    keep_quantized: bool = False,
+) -> tuple[Any, jax.Array | None]:
     """Implement `implementations.cached_dispatch`; all rows are zero."""
-    rows = _full(0, (shape.capacity, x.shape[1]), x.dtype, like=x)
+    rows = _rows(shape, x, wire, keep_quantized)
     return rows, None if y is None else _full(0, (shape.capacity,), jnp.float32, like=x)
 
 

@@ -181,13 +181,13 @@ def dispatch_start(
         along = handle
         return InFlight(
             "dispatch", request.shape, verbs.cached_dispatch(request.wire), operands,
-            lambda tokens: (received(request.unpacked(tokens), along), along),
+            lambda tokens: (received(tokens, along), along),
             partial(_run, autodiff.cached_dispatch, request.wire), True,
         )  # fmt: skip
 
     def finish(outputs: Any) -> tuple[Any, Handle[Any]]:
         tokens, handle = autodiff.without_integer_tangents(outputs)
-        return received(request.unpacked(tokens), handle), handle
+        return received(tokens, handle), handle
 
     return InFlight(
         "dispatch", request.shape, verbs.dispatch(request.wire), operands, finish,

@@ -15,6 +15,7 @@ from jax_deepep.capacity import num_groups, round_up
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.quantization.block_scaled import quantize
 from jax_deepep.quantization.formats import Format
+from jax_deepep.quantization.packed_rows import unpack
 
 NOT_A_ROW = -1
 
@@ -50,7 +51,8 @@ def dispatch(
     topk_weights: jax.Array,
     *,
     wire: Format | None = None,
-) -> tuple[jax.Array, Handle[Any]]:
+    keep_quantized: bool = False,
+) -> tuple[Any, Handle[Any]]:
     """Implement `implementations.dispatch`."""
     comm, capacity = shape.comm, shape.capacity
     num_ranks, num_local = comm.size, comm.num_local_experts
@@ -127,8 +129,17 @@ def dispatch(
         num_invalid=num_invalid,
         route_shape=shape,
     )
-    tokens, _ = cached_dispatch(shape, x, handle.routes, wire=wire)
+    tokens, _ = cached_dispatch(shape, x, handle.routes, wire=wire, keep_quantized=keep_quantized)
     return tokens, handle
+
+
+def _copy_rows(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
+    """Return x [T, ...] in the rows of its tokens, zeros in others."""
+    everyones_x = _gather(shape, x).reshape(-1, *x.shape[1:])
+    device, token = jnp.divmod(routes.source, shape.comm.max_tokens)
+    rows = jnp.take(everyones_x, device * shape.num_tokens + token, axis=0, mode="clip")
+    live = (routes.source >= 0).reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(live, rows, jnp.zeros((), x.dtype))
 
 
 def cached_dispatch(
@@ -140,22 +151,22 @@ def cached_dispatch(
     y: jax.Array | None = None,
     zero_rest: bool = False,
     wire: Format | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+    keep_quantized: bool = False,
+) -> tuple[Any, jax.Array | None]:
     """Implement `implementations.cached_dispatch`; here the rows after the groups are always zero."""
     del zero_rest
-    source = routes.source
     if wire is None:
-        everyones_x = _gather(shape, x).reshape(-1, x.shape[1])
+        rows = _copy_rows(shape, x, routes)
     else:
-        rows = jax.tree.map(lambda leaf: _gather(shape, leaf), quantize(x, wire))
-        everyones_x = rows.dequantize(x.dtype).reshape(-1, x.shape[1])
-    device, token = jnp.divmod(source, shape.comm.max_tokens)
-    live = (source >= 0)[:, None]
-    rows = jnp.take(everyones_x, device * shape.num_tokens + token, axis=0, mode="clip")
-    rows = jnp.where(live, rows, jnp.zeros((), x.dtype))
+        is_packed = jnp.issubdtype(x.dtype, jnp.integer)
+        quantized = unpack(x, wire, shape.comm.hidden_size) if is_packed else quantize(x, wire)
+        copied = jax.tree.map(lambda leaf: _copy_rows(shape, leaf, routes), quantized)
+        if keep_quantized:
+            return copied, None
+        rows = copied.dequantize(x.dtype)
     products = None
     if y is not None:
-        live_y = jnp.where(live, y, jnp.zeros((), y.dtype)).astype(jnp.float32)
+        live_y = jnp.where((routes.source >= 0)[:, None], y, jnp.zeros((), y.dtype)).astype(jnp.float32)
         products = jnp.sum(rows.astype(jnp.float32) * live_y, axis=1)
     if weights is not None:
         rows = (rows.astype(jnp.float32) * weights[:, None]).astype(x.dtype)

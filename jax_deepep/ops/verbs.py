@@ -13,6 +13,7 @@ from jax_deepep.ops.custom_call import Call
 from jax_deepep.ops.handle import Handle, Routes, RouteShape
 from jax_deepep.ops.pairs import Verb
 from jax_deepep.ops.wire import Wire
+from jax_deepep.quantization.block_scaled import BlockScaled
 
 
 def _transpose_dispatch(
@@ -23,34 +24,45 @@ def _transpose_dispatch(
     return native.combine_call(shape, rows, routes, row_gradients=handle.weights, wire=wire.backward)
 
 
-def _dispatch_gradients(operands: Any, _: Any, results: Sequence[jax.Array]) -> Any:
+def _dispatch_gradients(wire: Wire, operands: Any, _: Any, results: Sequence[jax.Array]) -> Any:
     x, topk_weights, _sums = results
-    return x if jnp.issubdtype(operands[0].dtype, jnp.floating) else None, None, topk_weights
+    has_gradient = jnp.issubdtype(operands[0].dtype, jnp.floating) and not wire.keep_quantized
+    return x if has_gradient else None, None, topk_weights
 
 
 @functools.cache
 def dispatch(wire: Wire) -> Verb:
     """Return `autodiff.dispatch` as a pair."""
+    format, keep_quantized = wire.format, wire.keep_quantized
     return Verb(
-        call=functools.partial(native.dispatch_call, wire=wire.format),
-        outputs=lambda shape, operands, results: native.dispatched(shape, operands[0].shape[1], results),
+        call=functools.partial(native.dispatch_call, wire=format, keep_quantized=keep_quantized),
+        outputs=lambda shape, operands, results: native.dispatched(
+            shape, operands[0].shape[1], results, wire=format, keep_quantized=keep_quantized
+        ),
         saved=lambda operands, outputs: outputs[1].routes,
         transpose=functools.partial(_transpose_dispatch, wire),
-        gradients=_dispatch_gradients,
+        gradients=functools.partial(_dispatch_gradients, wire),
         name=DISPATCHED,
     )
+
+
+def _transpose_cached_dispatch(wire: Wire, shape: RouteShape, routes: Routes, tokens: Any) -> Call:
+    # Of quantised rows, which have no gradient, only the types of the call matter.
+    rows = tokens.data if isinstance(tokens, BlockScaled) else tokens
+    return native.combine_call(shape, rows, routes, wire=wire.backward)
 
 
 @functools.cache
 def cached_dispatch(wire: Wire) -> Verb:
     """Return `autodiff.cached_dispatch` as a pair."""
+    format, keep_quantized = wire.format, wire.keep_quantized
     return Verb(
-        call=functools.partial(native.cached_dispatch_call, wire=wire.format),
-        outputs=lambda shape, operands, results: results[0][:, : operands[0].shape[1]],
-        saved=lambda operands, outputs: operands[1],
-        transpose=lambda shape, routes, tokens: native.combine_call(
-            shape, tokens, routes, wire=wire.backward
+        call=functools.partial(native.cached_dispatch_call, wire=format, keep_quantized=keep_quantized),
+        outputs=lambda shape, operands, results: native.received_rows(
+            results, operands[0].shape[1], wire=format, keep_quantized=keep_quantized
         ),
+        saved=lambda operands, outputs: operands[1],
+        transpose=functools.partial(_transpose_cached_dispatch, wire),
         gradients=lambda operands, of_call, results: (results[0], None),
     )
 
@@ -81,7 +93,7 @@ def _transpose_combine(wire: Wire, shape: RouteShape, saved: Any, out: jax.Array
 
 def _combine_gradients(operands: Any, of_call: Sequence[jax.Array], results: Sequence[jax.Array]) -> Any:
     _, weights, bias, _ = operands
-    y_gradient, weight_gradient, _encoded = results
+    y_gradient, _, _, weight_gradient, _encoded = results
     of_bias = None if bias is None else of_call[0]
     return y_gradient, None if weights is None else weight_gradient, of_bias, None
 

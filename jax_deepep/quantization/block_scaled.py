@@ -125,6 +125,17 @@ def quantize(x: jax.Array, format: Format) -> BlockScaled:
     return _quantize(of, jnp.asarray(x))
 
 
+@jax.custom_jvp
+def without_gradient(x: jax.Array) -> jax.Array:
+    """Return x; it raises what `quantize` does if the result is differentiated."""
+    return x
+
+
+@without_gradient.defjvp
+def _without_gradient_jvp(primals: Any, tangents: Any) -> NoReturn:
+    _no_gradient("quantize")
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def quantize_dequantize(x: jax.Array, format: Format) -> jax.Array:
     """Return `quantize(x, format).dequantize(x.dtype)`, with the gradient of the identity (straight-through).

@@ -1,11 +1,30 @@
-"""Block-scaled rows as plain bytes, which dispatch copies like any rows of integers."""
+"""Block-scaled rows as bytes, as they cross links: `WireRow` of xla_ffi/interface/wire_format.h."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep.quantization.block_scaled import BlockScaled
-from jax_deepep.quantization.formats import FORMATS, Format
+from jax_deepep.quantization.formats import FORMATS, BlockFormat, Format
+
+_UNIT = 16  # bytes, to whose multiple each part of a row is padded
+
+
+def _part_sizes(of: BlockFormat, hidden_size: int) -> list[int]:
+    """Return the bytes of data, scales and row scale of a row, without padding."""
+    scale = 4 if of.scale_type == "float32" else 1
+    sizes = [-(-hidden_size // of.values_per_byte), of.num_blocks(hidden_size) * scale]
+    return [*sizes, 4] if of.has_row_scale else sizes
+
+
+def _padded(size: int) -> int:
+    """Return the bytes that a part of `size` bytes takes in a row."""
+    return -(-size // _UNIT) * _UNIT
+
+
+def packed_size(format: Format, hidden_size: int) -> int:
+    """Return the bytes of a row."""
+    return sum(_padded(size) for size in _part_sizes(FORMATS[format], hidden_size))
 
 
 def _as_bytes(values: jax.Array) -> jax.Array:
@@ -23,23 +42,27 @@ def _as_floats(values: jax.Array) -> jax.Array:
 
 
 def pack(rows: BlockScaled) -> jax.Array:
-    """Return uint8 [C, B]: in every row its data, its scales and its row scale."""
+    """Return uint8 [C, B]: in every row its data, its scales and its row scale, each padded with zeros."""
     parts = [rows.data, rows.scales]
     if rows.row_scale is not None:
         parts.append(rows.row_scale[:, None])
-    return jnp.concatenate([_as_bytes(part) for part in parts], axis=1)
+    as_bytes = [_as_bytes(part) for part in parts]
+    return jnp.concatenate(
+        [jnp.pad(part, ((0, 0), (0, _padded(part.shape[1]) - part.shape[1]))) for part in as_bytes], axis=1
+    )
 
 
 def unpack(packed: jax.Array, format: Format, hidden_size: int) -> BlockScaled:
     """Return the rows of which `pack` made uint8 [C, B]."""
-    of = FORMATS[format]
-    data_bytes, num_blocks = hidden_size // of.values_per_byte, of.num_blocks(hidden_size)
-    is_float = of.scale_type == "float32"
-    end = data_bytes + num_blocks * (4 if is_float else 1)
-    scales = packed[:, data_bytes:end]
+    of, at = FORMATS[format], 0
+    parts = []
+    for size in _part_sizes(of, hidden_size):
+        parts.append(packed[:, at : at + size])
+        at += _padded(size)
+    data, scales, *row_scale = parts
     return BlockScaled(
-        packed[:, :data_bytes],
-        _as_floats(scales) if is_float else scales,
-        _as_floats(packed[:, end : end + 4])[:, 0] if of.has_row_scale else None,
+        data,
+        _as_floats(scales) if of.scale_type == "float32" else scales,
+        _as_floats(row_scale[0])[:, 0] if row_scale else None,
         format=format,
     )

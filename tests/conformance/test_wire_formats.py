@@ -152,7 +152,10 @@ def outcome(case: Case, implementation: str) -> tuple[Inputs, dict[str, Any]]:
         (tokens, weights), backward = jax.vjp(sent, x, topk_weights)
         _, handle = dispatch(x, topk_weights)
         out, of_out = jax.vjp(combined, y, topk_weights, bias)
-        kept, _ = dispatch(x, topk_weights, ep.Wire(case.dispatch, keep_quantized=True))
+        keep_quantized = ep.Wire(case.dispatch, keep_quantized=True)
+        kept, _ = dispatch(x, topk_weights, keep_quantized)
+        kept_along, _ = ep.dispatch(x2, handle=handle, wire=keep_quantized)
+        as_it_is, _ = dispatch(ep.quantize(x, case.dispatch), topk_weights, None)
         along, _ = ep.dispatch(ep.quantize(x2, case.dispatch), handle=handle)
         repeated, of_repeated = jax.vjp(again, x2)
         return {
@@ -161,6 +164,8 @@ def outcome(case: Case, implementation: str) -> tuple[Inputs, dict[str, Any]]:
             "again": repeated,
             "of_again": of_repeated(y),
             "kept": kept.tokens,
+            "kept_along": kept_along.tokens,
+            "as_it_is": as_it_is.tokens,
             "along": along.tokens,
             "out": out,
             "of_out": of_out(g),
@@ -193,7 +198,8 @@ def test_rows_are_those_of_quantize(case: Case, implementation: str) -> None:
 
 def test_quantized_rows_arrive_byte_for_byte(case: Case, implementation: str) -> None:
     inputs, results = outcome(case, implementation)
-    for name, x in (("kept", inputs.x), ("along", inputs.x2)):
+    sent = {"kept": inputs.x, "as_it_is": inputs.x, "kept_along": inputs.x2, "along": inputs.x2}
+    for name, x in sent.items():
         rows = quantization_oracle.quantize(x, case.dispatch)
         got = results[name]
         for leaf in ("data", "scales", "row_scale"):

@@ -2,8 +2,8 @@
 // that arrive late or never, and many steps with random delays. No Python, so that
 // compute-sanitizer can watch.
 //
-//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [faults] [channels] [soak
-//     STEPS]
+//     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [formats] [faults] [channels]
+//         [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "rank_faults.cuh"
+#include "rank_formats.cuh"
 #include "rank_group.cuh"
 #include "rank_nodes.cuh"
 
@@ -67,6 +68,7 @@ void CheckConformance(int num_blocks) {
     add(MakeProblem("", 3, 9, 4, 21, 38, kF16, kToken));
     add(MakeProblem("", 2, 4, 2, 5, 2, kF16, kExpert));
     add(MakeProblem("", 2, 4, 1, 9, 4104, kBF16, kExpert));
+    add(MakeProblem("", 2, 4, 1, 9, 3616, kBF16, kExpert));
     if (!kOnGpu) continue;
     add(MakeProblem("", 4, 16, 4, 37, 640, kF16, kExpert, 4, 64));
     add(MakeProblem("", 4, 16, 4, 37, 648, kF32, kToken));
@@ -245,6 +247,12 @@ int main(int argc, char** argv) {
       for (const int num_blocks : {1, 3}) {
         if (kOnGpu || num_blocks > 1) CheckChunks(num_blocks);
       }
+    } else if (what == "formats") {
+      for (const int num_blocks : {2, 3}) {
+        if (kOnGpu || num_blocks == 2) CheckFormats(num_blocks);
+      }
+      for (const int num_blocks : {1, 3}) CheckParts(num_blocks);
+      CheckMissingParts();
     } else if (what == "faults") {
       for (const bool late : {false, true}) {
         for (const bool low_latency : {false, true}) {

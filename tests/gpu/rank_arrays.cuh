@@ -79,7 +79,7 @@ struct Problem {
   bool low_latency = false;
 
   // Whether rows are encoded in scratch before peers read them.
-  bool encodes() const { return route.rows().is_quantized() && !low_latency; }
+  bool encodes() const { return route.rows().is_encoded_here() && !low_latency; }
 };
 
 Problem MakeProblem(const char* name, int ranks, int experts, int topk, int tokens, int hidden,
@@ -116,6 +116,10 @@ void FillRandom(RowType type, void* rows, size_t count, std::mt19937& random) {
     for (size_t i = 0; i < count; ++i) static_cast<uint32_t*>(rows)[i] = random();
     return;
   }
+  if (type == RowType::kEncoded) {
+    for (size_t i = 0; i < count; ++i) static_cast<char*>(rows)[i] = static_cast<char>(random());
+    return;
+  }
   std::normal_distribution<float> normal;
   for (size_t i = 0; i < count; ++i) {
     const float value = normal(random);
@@ -136,13 +140,26 @@ RouteShape RouteOfCombine(const Problem& problem) {
   return route;
 }
 
+// Call use(array, bytes of a row there) for the parts of received rows that stay encoded, which
+// all lie in one array, or for that of other rows.
+template <typename Use>
+void ForReceived(const Problem& problem, Use use) {
+  const RowFormat rows = problem.route.rows();
+  if (!rows.keeps_quantized) return use(int64_t{0}, rows.bytes());
+  int64_t at = 0;
+  KeptArrays().ForParts(rows.wire_row(), [&](char*, int64_t bytes, int64_t) {
+    use(at, bytes);
+    at += (problem.route.capacity * bytes + 255) / 256 * 256;
+  });
+}
+
 // The operands and results of all verbs on one rank.
 struct Rank {
   Rank(const Problem& problem, std::mt19937& random)
       : x(Rows(problem, problem.route.num_tokens)),
         topk_idx(Entries(problem)),
         topk_weights(Entries(problem)),
-        tokens(Rows(problem, problem.route.capacity)),
+        tokens(Received(problem)),
         source(problem.route.capacity * 4),
         destination(Entries(problem)),
         weights(PerRow(problem)),
@@ -159,11 +176,12 @@ struct Rank {
         gradients(Entries(problem)),
         sums(CombineSums(problem.shape, RouteOfCombine(problem)).bytes()),
         encoded(problem.route.num_tokens * problem.route.rows().wire_bytes()),
-        rows(Rows(problem, problem.route.capacity)),
+        rows(Received(problem)),
         products(problem.route.capacity * 4),
         rank_operand(4) {
     const RowType type = problem.route.row_type;
-    const size_t size = problem.route.row_size;
+    // An encoded row is filled with bytes.
+    const size_t size = type == RowType::kEncoded ? Rows(problem, 1) : problem.route.row_size;
     FillRandom(type, x.host<void>(), problem.route.num_tokens * size, random);
     FillRandom(type, y.host<void>(), problem.route.capacity * size, random);
     FillRandom(type, bias.host<void>(), problem.route.num_tokens * size, random);
@@ -197,6 +215,11 @@ struct Rank {
   }
 
   static size_t Rows(const Problem& p, int64_t count) { return count * p.route.rows().bytes(); }
+  static size_t Received(const Problem& p) {
+    size_t end = 0;
+    ForReceived(p, [&](int64_t at, int64_t bytes) { end = at + p.route.capacity * bytes; });
+    return end;
+  }
   static size_t Entries(const Problem& p) {
     return size_t{4} * p.route.num_tokens * p.shape.num_topk;
   }
@@ -219,6 +242,19 @@ T* Data(Array& array) {
   return array.host<T>();
 }
 
+// Let the results of dispatch or cached_dispatch be in an array.
+template <bool kDevice>
+void ReceiveIn(const Problem& problem, Array& array, void** rows, KeptArrays* kept) {
+  if (!problem.route.keeps_quantized) {
+    *rows = Data<kDevice, void>(array);
+    return;
+  }
+  void** parts[] = {&kept->data, &kept->scales, &kept->row_scale};
+  int next = 0;
+  ForReceived(problem,
+              [&](int64_t at, int64_t) { *parts[next++] = Data<kDevice, char>(array) + at; });
+}
+
 template <bool kDevice>
 DispatchParams DispatchOf(const Problem& problem, Rank& rank) {
   DispatchParams params;
@@ -227,7 +263,7 @@ DispatchParams DispatchOf(const Problem& problem, Rank& rank) {
   params.x = Data<kDevice, void>(rank.x);
   params.topk_idx = Data<kDevice, int32_t>(rank.topk_idx);
   params.topk_weights = Data<kDevice, float>(rank.topk_weights);
-  params.tokens = Data<kDevice, void>(rank.tokens);
+  ReceiveIn<kDevice>(problem, rank.tokens, &params.tokens, &params.kept);
   params.source = Data<kDevice, int32_t>(rank.source);
   params.destination = Data<kDevice, int32_t>(rank.destination);
   params.weights = Data<kDevice, float>(rank.weights);
@@ -283,7 +319,7 @@ CachedDispatchParams CachedDispatchOf(const Problem& problem, Rank& rank, bool s
   params.group_sizes = Data<kDevice, int32_t>(rank.group_sizes);
   params.weights = scaled ? Data<kDevice, float>(rank.weights) : nullptr;
   params.y = scaled ? Data<kDevice, void>(rank.y) : nullptr;
-  params.rows = Data<kDevice, void>(rank.rows);
+  ReceiveIn<kDevice>(problem, rank.rows, &params.rows, &params.kept);
   params.products = scaled ? Data<kDevice, float>(rank.products) : nullptr;
   if (kDevice && (expert_major || problem.low_latency)) params.pairs = rank.pairs.device<int32_t>();
   if (kDevice) params.destination = rank.destination.device<int32_t>();

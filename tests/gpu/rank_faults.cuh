@@ -23,8 +23,14 @@ namespace {
 // Whether rows are as FillAsFailed leaves them.
 bool AllFailed(const Problem& problem, Array& array) {
   const std::vector<char> bytes = array.FromDevice();
-  if (problem.route.row_type == RowType::kInt32) {
-    return std::all_of(bytes.begin(), bytes.end(), [](char byte) { return byte == '\xff'; });
+  if (problem.route.row_type == RowType::kInt32 || problem.route.keeps_quantized) {
+    bool all = true;
+    ForReceived(problem, [&](int64_t at, int64_t row_bytes) {
+      const char* begin = bytes.data() + at;
+      all = all && std::all_of(begin, begin + problem.route.capacity * row_bytes,
+                               [](char byte) { return byte == '\xff'; });
+    });
+    return all;
   }
   const size_t count = bytes.size() / BytesOf(problem.route.row_type);
   for (size_t i = 0; i < count; ++i) {
@@ -102,6 +108,20 @@ void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency,
   group.Wait();
   for (int rank = 0; rank < last; ++rank) {
     Check(AllFailed(integers, ranks[rank]->tokens), name + "integers have all bits set");
+  }
+  // And those that stay encoded.
+  Problem kept = problem;
+  kept.route.row_size = 106;  // parts of rows, and ends of arrays, anywhere
+  kept.route.wire = WireFormat::kNvfp4;
+  kept.route.keeps_quantized = true;
+  for (int rank = 0; rank < last; ++rank) {
+    Array& tokens = ranks[rank]->tokens;
+    CheckCuda(cudaMemset(tokens.device<void>(), 0x55, tokens.bytes()), "cudaMemset");
+    group.Launch(rank, DispatchOf<true>(kept, *ranks[rank]));
+  }
+  group.Wait();
+  for (int rank = 0; rank < last; ++rank) {
+    Check(AllFailed(kept, ranks[rank]->tokens), name + "encoded rows have all bits set");
   }
   // The device still works.
   CheckProblem(

@@ -52,8 +52,19 @@ void LaunchDelay(uint64_t nanoseconds, cudaStream_t stream, int num_blocks = 1,
   Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
 }
 
+struct Memory {
+  char* data;
+  int64_t bytes;
+};
+__global__ void FillWithOnes(Memory memory) {
+  for (int64_t i = threadIdx.x; i < memory.bytes; i += blockDim.x) memory.data[i] = '\xff';
+}
+
 // The most bytes for rows in a slot of staging; 0: as many as communicators have.
 int64_t most_staged_bytes = 0;
+
+// The fewest tokens of a part that is encoded while peers read.
+int32_t least_part_tokens = TokenParts::kLeastTokens;
 
 // All ranks of one EP group: on one device, or on a device each.
 class Group {
@@ -103,6 +114,7 @@ class Group {
       frame.shape = shape;
       frame.window = size;
       frame.staging = staging;
+      frame.least_part_tokens = least_part_tokens;
       frame.rank = rank;
       frame.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
       frame.expected_rank = operands_[rank]->device<int32_t>();
@@ -160,6 +172,17 @@ class Group {
     LaunchDelay(nanoseconds, streams_[rank]);
   }
 
+  // Let a rank's next op find no results of the last one in scratch, where peers might take them
+  // for its own.
+  void FillScratch(int rank, const Rank& of_rank) {
+    OnDeviceOf(rank);
+    for (const Array* array : {&of_rank.scratch, &of_rank.sums, &of_rank.encoded}) {
+      Memory memory = {array->device<char>(), static_cast<int64_t>(array->bytes())};
+      const char* error = LaunchKernel(FillWithOnes, memory, 1, kThreads, 0, streams_[rank]);
+      Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
+    }
+  }
+
   // Make its device the current one.
   void OnDeviceOf(int rank) const {
     if (device_each_) CheckCuda(cudaSetDevice(rank), "cudaSetDevice");
@@ -167,6 +190,9 @@ class Group {
 
   // Run later ops in this mode.
   void Take(bool low_latency) { low_latency_ = low_latency; }
+
+  // Let a rank encode its rows in larger parts than its peers, to whom it signals fewer.
+  void TakeLargerParts(int rank) { frames_[rank].least_part_tokens = 8 * least_part_tokens; }
 
   // Let the program run a rank as another one.
   void TakeFor(int rank, int32_t expected) {
@@ -233,10 +259,10 @@ std::shared_ptr<Communicator> CpuCommunicator(const GroupShape& shape) {
   return std::make_shared<Communicator>(config);
 }
 
-void CheckSame(Array& array, size_t bytes, const std::string& what) {
+void CheckSame(Array& array, size_t bytes, const std::string& what, size_t begin = 0) {
   const std::vector<char> got = array.FromDevice();
   const char* expected = array.host<char>();
-  for (size_t i = 0; i < bytes; ++i) {
+  for (size_t i = begin; i < begin + bytes; ++i) {
     if (got[i] == expected[i]) continue;
     Check(false, what + ": byte " + std::to_string(i) + " of " + std::to_string(bytes));
     return;
@@ -251,7 +277,8 @@ void CheckSameRows(const Problem& problem, Array& array, Rank& rank, bool all,
     end += rank.group_sizes.host<int32_t>()[group];
   }
   if (all) end = problem.route.capacity;
-  CheckSame(array, Rank::Rows(problem, end), what);
+  ForReceived(problem,
+              [&](int64_t at, int64_t row_bytes) { CheckSame(array, end * row_bytes, what, at); });
 }
 
 // Every row that a rank has received was sent by the rank where it was.
@@ -304,8 +331,10 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
         std::string(problem.name) + (low_latency ? ", low latency, " : ", ") + verb;
     RunOnCpu(*comm, run++, on_cpu);
     for (int repeat = 0; repeat < repeats; ++repeat) {
-      for (int rank = 0; rank < num_ranks; ++rank)
+      for (int rank = 0; rank < num_ranks; ++rank) {
+        group.FillScratch(rank, *ranks[rank]);
         group.Launch(rank, make(std::true_type(), *ranks[rank]));
+      }
     }
     group.Wait();
     for (int rank = 0; rank < num_ranks; ++rank) {
@@ -328,6 +357,7 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
        "dispatch");
   if (failures > 0) return;
   for (const bool zero_rest : {false, true}) {
+    if (zero_rest && problem.route.keeps_quantized) continue;
     each(
         [&](auto device, Rank& rank) {
           return CachedDispatchOf<device.value>(problem, rank, false, zero_rest);
@@ -337,7 +367,8 @@ void CheckProblem(Problem problem, int num_blocks, int repeats, bool low_latency
         },
         "cached_dispatch");
   }
-  if (problem.route.row_type == RowType::kInt32) return;  // integers are only dispatched
+  if (problem.route.row_type == RowType::kInt32 || problem.route.keeps_quantized)
+    return;  // integers and encoded rows are only dispatched
   if (expert_major) {
     each([&](auto device,
              Rank& rank) { return CachedDispatchOf<device.value>(problem, rank, true, true); },

@@ -31,6 +31,10 @@ def test_declared_nodes(program: pathlib.Path) -> None:
     run(str(program), "nodes", "chunks")
 
 
+def test_rows_that_stay_encoded(program: pathlib.Path) -> None:
+    run(str(program), "formats")
+
+
 def test_ranks_that_arrive_late_or_never_or_at_another_op(program: pathlib.Path) -> None:
     run(str(program), "faults")
 

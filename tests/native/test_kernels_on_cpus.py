@@ -53,7 +53,7 @@ def test_kernels(program: str) -> None:
         [program, "faults"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "channels"])
+        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "formats", "channels"])
         output, _ = faults.communicate(timeout=TIMEOUT_S)
     finally:
         faults.kill()

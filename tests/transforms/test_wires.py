@@ -106,6 +106,12 @@ def kept_in_parts(options, x, topk_weights, topk_idx):
     return ep.dispatch_done(ep.dispatch_start(x, topk_idx, topk_weights, wire=wire, **options))
 
 
+def kept_along_in_parts(options, x, topk_weights, topk_idx):
+    _, handle = ep.dispatch(topk_idx, topk_idx, topk_weights, **options)
+    wire = ep.Wire("fp8", keep_quantized=True)
+    return ep.dispatch_done(ep.dispatch_start(x, handle=handle, wire=wire))
+
+
 def copied(options, x, topk_weights, topk_idx):
     return ep.dispatch(x, topk_idx, topk_weights, **options)
 
@@ -217,7 +223,10 @@ def test_the_bits_of_whole_ops_in_low_latency_mode() -> None:
     jax.tree.map(assert_same_bits, got, expected_of(whole, LOW_LATENCY))
 
 
-RECEIVED = {send.__name__: functools.partial(received_from, send) for send in (kept, kept_in_parts, copied)}
+RECEIVED = {
+    send.__name__: functools.partial(received_from, send)
+    for send in (kept, kept_in_parts, kept_along_in_parts, copied)
+}
 
 
 def check_rounded(layer: Layer, got: Any, expected: Any) -> None:

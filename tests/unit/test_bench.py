@@ -13,11 +13,12 @@ from own_processes import is_a_command_for_one_process, starts_its_own_processes
 from jax_deepep.bench import report
 from jax_deepep.bench.__main__ import main
 from jax_deepep.bench.kernel_trace import shares_of
-from jax_deepep.bench.op_cases import PAIR, PASSES, OpCases, check_agreement
+from jax_deepep.bench.op_cases import KEPT, PAIR, PASSES, OpCases, check_agreement
 from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.report import Result, Spread
 from jax_deepep.bench.trials import slopes
 
+OPS = [op for op in PASSES if op != KEPT]  # without formats
 SHAPE = "--tokens 16 --hidden 32 --topk 2 --experts 8 --layout expert"
 
 
@@ -30,7 +31,7 @@ def test_ops(tmp_path, capsys) -> None:
 
     _, results = report.read_json(paths["json"])
     ops = {result.case: result for result in results if result.part == "ops"}
-    assert list(ops) == list(PASSES)
+    assert list(ops) == OPS
     rows, row_bytes = 2 * 16 * 2, 32 * 2
     for name, result in ops.items():
         assert result.bytes_moved == PASSES[name] * rows * row_bytes
@@ -46,9 +47,18 @@ def test_ops(tmp_path, capsys) -> None:
     assert chain.values["captured"] == "no"
     assert chain.values["lengths"] == "1, 3"
     assert list(chain.seconds) == ["pair"]
-    assert paths["markdown"].read_text().count("\n| ") == (2 + len(PASSES)) + (2 + 1)
+    assert paths["markdown"].read_text().count("\n| ") == (2 + len(OPS)) + (2 + 1)
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
     assert "T=16 H=32 K=2 E=8 R=2 bfloat16 expert-major C=worst" in capsys.readouterr().out
+
+
+@is_a_command_for_one_process
+def test_ops_with_a_format(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    options = ["--devices", "2", "--trials", "2", "--limit-s", "0.1", "--no-chain", "--wires", "none", "fp8"]
+    assert main([*SHAPE.split(), *options, "--keep-quantized", "--json", str(path)]) == 0
+    _, results = report.read_json(path)
+    assert [result.case for result in results] == [*OPS, *PASSES]
 
 
 @starts_its_own_processes
@@ -63,7 +73,7 @@ def test_ops_of_two_processes(tmp_path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     environment, results = report.read_json(path)
     assert environment["processes"] == 2
-    assert [result.case for result in results] == [*PASSES, f"native {PAIR}"] * 2
+    assert [result.case for result in results] == [*OPS, f"native {PAIR}"] * 2
     assert {result.part.partition(", ")[2] for result in results} == {"throughput", "low_latency"}
     assert {result.primary.trials for result in results if result.primary} == {2}
     assert {result.problem.devices for result in results} == {2}

@@ -6,6 +6,7 @@ from jax_deepep import capacity
 from jax_deepep.communicator import native_module
 from jax_deepep.ops import checks
 from jax_deepep.quantization.formats import FORMATS
+from jax_deepep.quantization.packed_rows import packed_size
 
 
 @pytest.mark.parametrize("layout", ["expert", "token"])
@@ -23,6 +24,15 @@ def test_the_longest_rows_of_integers(hidden_size: int) -> None:
     numbers = native_module.numbers()
     filled = capacity.round_up(checks.widest_integers(hidden_size, 1), numbers.payload_alignment)
     assert filled == numbers.max_row_bytes(hidden_size=hidden_size)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_rows_on_links(format: str) -> None:
+    numbers = native_module.numbers()
+    for hidden_size in (2, 38, 128, 1000, 7168):
+        assert packed_size(format, hidden_size) == numbers.wire_row_bytes(
+            wire=numbers.wires[format], size=hidden_size
+        )
 
 
 def test_all_modules_have_the_same() -> None:

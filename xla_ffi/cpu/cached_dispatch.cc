@@ -42,6 +42,7 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
     move.weights = params->weights;
     move.y = params->y;
     move.rows = params->rows;
+    move.kept = params->kept;
     move.products = params->products;
     move.zero_rest = params->zero_rest;
     moves.push_back(move);
@@ -53,7 +54,7 @@ bool VerbOp<CachedDispatchParams>::RunGroup(GroupRun& run) const {
 template <>
 void VerbOp<CachedDispatchParams>::Abort(const Communicator&) const {
   const RouteShape& route = params_.route;
-  FillAsFailed(route.rows().type, params_.rows, int64_t{route.capacity} * route.rows().size);
+  FillReceivedAsFailed(route, params_.rows, params_.kept);
   if (params_.products != nullptr) FillNaN(params_.products, route.capacity);
 }
 

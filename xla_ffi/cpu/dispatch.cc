@@ -244,6 +244,7 @@ bool VerbOp<DispatchParams>::RunGroup(GroupRun& run) const {
     move.source = params.source;
     move.group_sizes = params.group_sizes;
     move.rows = params.tokens;
+    move.kept = params.kept;
     moves.push_back(move);
   }
   MoveRows(run, route, sent, moves);
@@ -256,7 +257,7 @@ void VerbOp<DispatchParams>::Abort(const Communicator& comm) const {
   const RouteShape& route = params_.route;
   const int64_t capacity = route.capacity, num_topk = shape.num_topk;
   const bool expert_major = route.layout == Layout::kExpertMajor;
-  FillAsFailed(route.rows().type, params_.tokens, capacity * route.rows().size);
+  FillReceivedAsFailed(route, params_.tokens, params_.kept);
   FillNaN(params_.weights, expert_major ? capacity : capacity * num_topk);
   std::fill_n(params_.source, capacity, kNone);
   std::fill_n(params_.destination, route.num_tokens * num_topk, kNone);

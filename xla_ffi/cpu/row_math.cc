@@ -211,6 +211,7 @@ void SumFrom(RowType type, void* out, const void* bias, float zero, const Term* 
     case RowType::kBFloat16:
       return SumBFloat16(out, bias, zero, terms, num_terms, size);
     case RowType::kInt32:
+    case RowType::kEncoded:
       return;
   }
 }
@@ -232,6 +233,7 @@ void ScaleRow(RowType type, void* to, const void* from, float scale, int64_t siz
     case RowType::kBFloat16:
       return ScaleBFloat16(to, from, scale, size);
     case RowType::kInt32:
+    case RowType::kEncoded:
       return;  // only copied: handlers reject it
   }
 }
@@ -245,6 +247,7 @@ float DotRows(RowType type, const void* a, const void* b, int64_t size) {
     case RowType::kBFloat16:
       return DotBFloat16(a, b, size);
     case RowType::kInt32:
+    case RowType::kEncoded:
       break;
   }
   return 0.0f;
@@ -260,6 +263,7 @@ float ScaleAndDotRows(RowType type, void* to, const void* from, float scale, con
     case RowType::kBFloat16:
       return ScaleAndDotBFloat16(to, from, scale, b, size);
     case RowType::kInt32:
+    case RowType::kEncoded:
       break;
   }
   return 0.0f;
@@ -283,6 +287,7 @@ void SumRankInFloat32(RowType type, float* out, const Term* terms, int num_terms
     case RowType::kBFloat16:
       return SumRankBFloat16(out, terms, num_terms, size);
     case RowType::kInt32:
+    case RowType::kEncoded:
       return;
   }
 }
@@ -296,6 +301,7 @@ void SumNodeInFloat32(RowType type, float* out, const Term* terms, int num_terms
     case RowType::kBFloat16:
       return SumNodeBFloat16(out, terms, num_terms, size);
     case RowType::kInt32:
+    case RowType::kEncoded:
       return;
   }
 }
@@ -312,6 +318,7 @@ void FillAsFailed(RowType type, void* values, int64_t count) {
       std::fill_n(static_cast<uint16_t*>(values), count, BFloat16::Store(nan));
       return;
     case RowType::kInt32:
+    case RowType::kEncoded:
       std::fill_n(static_cast<int32_t*>(values), count, -1);
       return;
   }

@@ -51,15 +51,15 @@ void ClearRest(const RouteShape& route, const std::vector<RowMove>& moves,
 }  // namespace
 
 SentRows::SentRows(const GroupRun& run, const RouteShape& route, const std::vector<const void*>& x)
-    : are_encoded_(run.spans_processes() && route.rows().is_quantized()),
+    : are_encoded_(route.rows().is_quantized() && (run.spans_processes() || route.keeps_quantized)),
       row_bytes_(are_encoded_ ? route.rows().wire_bytes() : route.rows().bytes()) {
   const RowFormat format = route.rows();
-  const WireRow wire{format.wire, format.size};
+  const WireRow wire = format.wire_row();
   const int64_t num_tokens = route.num_tokens;
-  if (!run.spans_processes() && format.is_quantized()) {
+  if (!run.spans_processes() && format.is_encoded_here()) {
     const size_t bytes = x.size() * num_tokens * row_bytes_;
-    decoded_.reset(new char[bytes]);  // not cleared
-    PreferLargePages(decoded_.get(), bytes);
+    own_.reset(new char[bytes]);  // not cleared
+    PreferLargePages(own_.get(), bytes);
   }
   // The arrays whose rows are written elsewhere, and where.
   std::vector<std::pair<const char*, char*>> written;
@@ -67,27 +67,27 @@ SentRows::SentRows(const GroupRun& run, const RouteShape& route, const std::vect
     const auto* here = static_cast<const char*>(x[rank]);
     char* to = nullptr;
     if (run.spans_processes()) to = run.windows[rank].x;
-    if (decoded_ != nullptr) to = decoded_.get() + rank * num_tokens * row_bytes_;
+    if (own_ != nullptr) to = own_.get() + rank * num_tokens * row_bytes_;
     if (here != nullptr && to != nullptr) written.emplace_back(here, to);
-    // Ranks of one process read plain rows where they are.
-    sources_.push_back(here != nullptr && !format.is_quantized() ? here : to);
+    // Ranks of one process read rows where they are, if nothing is to be encoded.
+    sources_.push_back(here != nullptr && !format.is_encoded_here() ? here : to);
   }
 
   const int64_t num_rows = static_cast<int64_t>(written.size()) * num_tokens;
   const int64_t bytes = format.bytes() + row_bytes_;
   ParallelFor(num_rows, RowsPerRange(num_rows, bytes), bytes, [&](int64_t begin, int64_t end) {
-    std::vector<char> encoded(decoded_ != nullptr ? wire.bytes() : 0);
+    std::vector<char> encoded(format.is_encoded_here() && !are_encoded_ ? wire.bytes() : 0);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t token = index % num_tokens;
       const char* from = written[index / num_tokens].first + token * format.bytes();
       char* to = written[index / num_tokens].second + token * row_bytes_;
-      if (are_encoded_) {
+      if (!format.is_encoded_here()) {
+        std::memcpy(to, from, row_bytes_);
+      } else if (are_encoded_) {
         EncodeRow(format.type, wire, from, to);
-      } else if (format.is_quantized()) {
+      } else {
         EncodeRow(format.type, wire, from, encoded.data());
         DecodeRow(format.type, wire, encoded.data(), to);
-      } else {
-        std::memcpy(to, from, row_bytes_);
       }
     }
   });
@@ -111,8 +111,8 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
   const GroupShape& shape = run.comm.shape();
   const int num_groups = NumRowGroups(shape, route);
   const RowFormat format = route.rows();
-  const WireRow wire{format.wire, format.size};
-  const size_t row_bytes = format.bytes();
+  const WireRow wire = format.wire_row();
+  const size_t row_bytes = format.received_bytes();
 
   // One index over the rows of all ranks, so that a rank with many rows gets many threads.
   std::vector<int64_t> first_row(moves.size() + 1, 0);
@@ -121,7 +121,11 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
     const int32_t* sizes = moves[i].group_sizes;
     end_of_groups[i] = std::accumulate(sizes, sizes + num_groups, int64_t{0});
     first_row[i + 1] = first_row[i] + end_of_groups[i];
-    PreferLargePages(moves[i].rows, route.capacity * row_bytes);
+    if (format.keeps_quantized) {
+      PreferLargePages(moves[i].kept.data, int64_t{route.capacity} * wire.data_bytes());
+    } else {
+      PreferLargePages(moves[i].rows, route.capacity * row_bytes);
+    }
   }
   // Before rows are written, which makes pages resident that they share with the rest.
   ClearRest(route, moves, end_of_groups);
@@ -139,13 +143,24 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
           while (index >= first_row[i + 1]) ++i;
           const RowMove& move = moves[i];
           const int64_t row = index - first_row[i];
-          const int64_t offset = row * static_cast<int64_t>(row_bytes);
-          char* to = static_cast<char*>(move.rows) + offset;
           // The next row is elsewhere: the hardware prefetcher would be too late.
           if (row + 1 < end_of_groups[i] && move.source[row + 1] != kNone) {
             FetchRow(row_of(move.source[row + 1]), sent.row_bytes());
           }
           const int32_t code = move.source[row];
+          if (format.keeps_quantized) {
+            move.kept.ForParts(wire, [&](char* part, int64_t bytes, int64_t on_wire) {
+              char* to = part + row * bytes;
+              if (code == kNone) {
+                std::memset(to, 0, bytes);
+              } else {
+                std::memcpy(to, row_of(code) + on_wire, bytes);
+              }
+            });
+            continue;
+          }
+          const int64_t offset = row * static_cast<int64_t>(row_bytes);
+          char* to = static_cast<char*>(move.rows) + offset;
           if (code == kNone) {
             std::memset(to, 0, row_bytes);
             if (move.products != nullptr) move.products[row] = 0.0f;
@@ -198,6 +213,17 @@ void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent
       run.comm.CountRows(run.group, from, to, from_source[source]);
     }
   }
+}
+
+void FillReceivedAsFailed(const RouteShape& route, void* rows, const KeptArrays& kept) {
+  const RowFormat format = route.rows();
+  if (!format.keeps_quantized) {
+    return FillAsFailed(format.type, rows, int64_t{route.capacity} * format.size);
+  }
+  // All bits set: NaN of every format.
+  kept.ForParts(format.wire_row(), [&](char* part, int64_t bytes, int64_t) {
+    std::memset(part, 0xff, route.capacity * bytes);
+  });
 }
 
 }  // namespace jax_deepep

@@ -19,14 +19,16 @@ struct RowMove {
   const int32_t* group_sizes = nullptr;
   const float* weights = nullptr;
   const void* y = nullptr;
-  void* rows = nullptr;
+  void* rows = nullptr;  // or `kept`, of rows that stay encoded
+  KeptArrays kept;
   float* products = nullptr;
   bool zero_rest = false;
 };
 
 // The rows of all ranks where they are pulled from: in their arrays or, if the group spans
 // processes, in windows. With a wire format windows have encoded rows, which every reader decodes;
-// in one process each row is encoded and decoded once, however many ranks pull it.
+// in one process each row is encoded and decoded once, however many ranks pull it. Rows that stay
+// encoded are never decoded.
 class SentRows {
  public:
   // `x` [T, W] of every rank, null for ranks of other processes, which can read the rows of this
@@ -43,7 +45,7 @@ class SentRows {
  private:
   const bool are_encoded_;
   const int64_t row_bytes_;
-  std::unique_ptr<char[]> decoded_;
+  std::unique_ptr<char[]> own_;  // in one process, of rows that are encoded here
   std::vector<const char*> sources_;
 };
 
@@ -71,6 +73,9 @@ void PutTokens(const GroupRun& run, const RouteShape& route, const SentRows& sen
 // Let ranks of this process pull their rows.
 void MoveRows(const GroupRun& run, const RouteShape& route, const SentRows& sent,
               const std::vector<RowMove>& moves);
+
+// The rows [C] of an op that failed.
+void FillReceivedAsFailed(const RouteShape& route, void* rows, const KeptArrays& kept);
 
 }  // namespace jax_deepep
 

@@ -38,6 +38,7 @@ JAX_DEEPEP_INLINE void LoadChunk(RowType type, const void* row, int begin, int c
     case RowType::kBFloat16:
       return LoadAs<BFloat16>(row, begin, count, values);
     case RowType::kInt32:
+    case RowType::kEncoded:
       return;  // only copied: handlers reject it
   }
 }
@@ -64,6 +65,7 @@ JAX_DEEPEP_INLINE void StoreChunk(RowType type, float* values, void* row, int be
     case RowType::kBFloat16:
       return StoreAs<BFloat16>(values, row, begin, count);
     case RowType::kInt32:
+    case RowType::kEncoded:
       return;
   }
 }

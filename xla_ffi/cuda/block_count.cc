@@ -38,7 +38,7 @@ ExpectedRows ExpectedRowsOf(const GroupShape& shape, const RouteShape& route) {
 }
 
 OpBytes BytesOf(const GroupShape& shape, const RouteShape& route, double local_rows) {
-  const double row_bytes = static_cast<double>(route.rows().bytes());
+  const auto row_bytes = static_cast<double>(route.rows().received_bytes());
   const double pairs = ExpectedRowsOf(shape, route).pairs;
   const double from_peers = pairs * (shape.num_ranks - 1) / shape.num_ranks;
   const auto wire_bytes = static_cast<double>(route.rows().wire_bytes());

@@ -20,6 +20,7 @@ inline constexpr int kNumChannels = 2;  // ops of a communicator that may run at
 inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp each
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
+inline constexpr int kMostParts = 16;   // in which a rank writes what peers read
 
 // Why an op failed.
 enum class Failure : uint32_t {
@@ -88,17 +89,19 @@ struct Channel {
   uint64_t arrived[kMaxRanks];  // the last op for which the operands of s are ready
   uint64_t left[kMaxRanks];     // the last op in which s has completed its reads
   Publication published[kMaxRanks];
+  uint64_t part_ready[kMaxRanks][kMostParts];  // the last op for which s has written a part
   uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has read in total; set before left
 
   // Written by this rank.
-  uint64_t step;          // ops that this rank has completed
-  uint64_t active;        // OpFrame::launch of the op that is running, kInFlight, or 0
-  uint32_t num_waiting;   // blocks that wait in a grid barrier
-  uint32_t generation;    // grid barriers completed
-  uint32_t num_ready;     // blocks whose writes peers may read
-  uint32_t num_finished;  // blocks whose reads are done
-  uint32_t num_invalid;   // entries of topk_idx that this op ignored
-  uint64_t ended;         // blocks, lost blocks and invalid entries: see SignalledOp::Finish
+  uint64_t step;                     // ops that this rank has completed
+  uint64_t active;                   // OpFrame::launch of the op that is running, kInFlight, or 0
+  uint32_t num_waiting;              // blocks that wait in a grid barrier
+  uint32_t generation;               // grid barriers completed
+  uint32_t num_ready;                // blocks whose writes peers may read
+  uint32_t num_finished;             // blocks whose reads are done
+  uint32_t num_invalid;              // entries of topk_idx that this op ignored
+  uint32_t num_in_part[kMostParts];  // shares of each part that are written
+  uint64_t ended;  // blocks, lost blocks and invalid entries: see SignalledOp::Finish
   uint64_t rows_pushed[kMaxRanks];    // rows that this rank has pushed to each peer, in total
   uint64_t rows_received[kMaxRanks];  // that each has pushed; entry s by s, if on another node
   uint64_t rows_pulled[kMaxRanks];    // that this rank has read from each

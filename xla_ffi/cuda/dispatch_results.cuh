@@ -7,6 +7,7 @@
 
 #include "cuda/dispatch_op.cuh"
 #include "cuda/dispatch_plan.cuh"
+#include "cuda/kept_rows.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 
@@ -26,8 +27,8 @@ __device__ inline void MarkEmpty(const Dispatch& op, int64_t row) {
 }
 
 // Fill in the padding rows, and the counts.
-template <bool kWhole>
-__device__ void WriteRest(const Dispatch& op, const Plan& plan) {
+template <typename Rows>
+__device__ void WriteRest(const Dispatch& op, const Plan& plan, const Rows& received) {
   const DispatchParams& params = op.params;
   const int groups = params.route.layout == Layout::kExpertMajor ? op.local_experts.divisor() : 1;
   const int lane = threadIdx.x % 32, own = op.frame.rank * groups;
@@ -48,8 +49,7 @@ __device__ void WriteRest(const Dispatch& op, const Plan& plan) {
       const int64_t first = __shfl_sync(~0u, rest, of_lane);
       const int count = __shfl_sync(~0u, padded - rows, of_lane);
       for (int i = warp; i < count; i += NumWarps()) {
-        ZeroRow(static_cast<char*>(params.tokens) + (first + i) * op.row_bytes,
-                WordsOf<kWhole>(op.row_bytes));
+        received.Zero(first + i);
         if (lane == 0) MarkEmpty(op, first + i);
       }
     }
@@ -73,7 +73,7 @@ __device__ inline void WriteFailure(const Dispatch& op) {
   const int64_t capacity = params.route.capacity, num_topk = shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
   const int groups = expert_major ? op.local_experts.divisor() : 1;
-  FillAsFailed(params.route.row_type, params.tokens, capacity * params.route.row_size);
+  FillReceivedAsFailed(params.route, params.tokens, params.kept);
   FillAsFailed(RowType::kFloat32, params.weights, expert_major ? capacity : capacity * num_topk);
   FillByBlock(params.source, capacity, kNone);
   FillByBlock(params.destination, params.route.num_tokens * num_topk, kNone);

@@ -2,6 +2,8 @@
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
+// Rows that a rank encodes or sums may be ready later, in parts: SignalShare | WaitForPart | read.
+//
 // Begin, SyncGrid and WaitForArrivals return false if the op is lost: skip to Finish then.
 //
 // 1. Publish: the last block of a rank notifies every peer, after all writes of the rank.
@@ -16,8 +18,9 @@
 // too. It forwards the report before it leaves: a rank that leaves a failed op has notified all
 // others.
 //
-// tests/unit/protocol_throughput.py models this protocol step by step, and searches all runs of a
-// few ranks. Between nodes, the ranks of a node synchronise in this way: see internode/node_op.cuh.
+// tests/unit/protocol_throughput.py and protocol_parts.py model this protocol step by step, and
+// search all runs of a few ranks. Between nodes, the ranks of a node synchronise in this way: see
+// internode/node_op.cuh.
 #ifndef JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
@@ -124,6 +127,67 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return true;
   }
 
+  // Count one of the `size` shares (rows, or what a warp has of it) of a part of this rank's rows
+  // as written, and with the last one let peers read them. By a warp, after its stores. Publish
+  // does so for the first part.
+  __device__ static void SignalShare(const OpFrame& frame, uint64_t step, int part, uint32_t size) {
+    if (part == 0) return;
+    Channel& own = frame.ChannelOf(frame.rank);
+    bool is_last = false;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      is_last = AddAcquireRelease(&own.num_in_part[part], 1) >= size - 1;
+      if (is_last) own.num_in_part[part] = 0;
+    }
+    __syncwarp();
+    if (!__any_sync(~0u, is_last)) return;
+    for (int peer = Peers::First(frame) + threadIdx.x % 32; peer < Peers::End(frame); peer += 32) {
+      // Pairs with the acquire loads in WaitForPart and PartsOf, on the peer. The counter orders
+      // the other warps' writes before it.
+      StoreReleaseSystem(&frame.ChannelOf(peer).part_ready[frame.rank][part], step);
+    }
+  }
+
+  // Wait until all ranks with awaits(rank) have written a part of their rows; by a warp. False: the
+  // op is lost.
+  template <typename Awaits>
+  __device__ bool WaitForPart(int part, Awaits awaits) {
+    // A rank may itself wait for an earlier part of another one: that wait ends before.
+    const uint64_t limit_ns = frame_.timeout_ns + frame_.timeout_ns / 4 * part / kMostParts;
+    uint64_t began_ns = 0;
+    for (int base = 0; base < num_ranks(); base += 32) {
+      const int rank = base + static_cast<int>(threadIdx.x) % 32;
+      bool here = !(rank < num_ranks() && awaits(rank));
+      while (true) {
+        // Pairs with the release stores in SignalShare, on the peer.
+        here = here || LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
+        if (__all_sync(~0u, here)) break;
+        if (began_ns == 0) began_ns = NanosecondClock();
+        if (__any_sync(~0u, !here && IsBroken())) return false;
+        const bool late = !here && NanosecondClock() - began_ns > limit_ns;
+        if (const uint32_t lanes = __ballot_sync(~0u, late); lanes != 0) {
+          RankSet missing = {};
+          missing.words[base / 32] = lanes;
+          if (threadIdx.x % 32 == 0) Fail(Failure::kNotLeft, missing);  // they have arrived
+          __syncwarp();
+          return false;
+        }
+      }
+    }
+    __syncwarp();
+    return true;
+  }
+
+  // Which parts a rank has written, as bits, besides the first; by a warp.
+  __device__ uint32_t PartsOf(int rank) {
+    const int part = threadIdx.x % 32;
+    const bool here =
+        part < kMostParts && LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
+    const uint32_t parts = __ballot_sync(~0u, here);
+    __syncwarp();
+    return parts;
+  }
+
   // The operand `index` of a rank. Only after WaitForArrivals.
   template <typename T>
   __device__ const T* Operand(int rank, int index) const {
@@ -179,7 +243,9 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
   __device__ bool WaitForAll(const uint64_t* flags, uint64_t value, Awaits awaits) {
     constexpr bool kArrivals = For::kArrivals;
     if (threadIdx.x < 32) {
-      const uint64_t limit_ns = frame_.timeout_ns + (For::kIndirect ? frame_.timeout_ns / 4 : 0);
+      // A rank that has not left may also wait for a part.
+      const bool is_indirect = For::kIndirect || (!kArrivals && frame_.parts.count > 1);
+      const uint64_t limit_ns = frame_.timeout_ns + (is_indirect ? frame_.timeout_ns / 4 : 0);
       const uint64_t began_ns = NanosecondClock();
       RankSet missing = {};  // of lane 0
       int different = kNone;

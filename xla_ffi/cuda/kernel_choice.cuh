@@ -2,6 +2,7 @@
 #ifndef JAX_DEEPEP_CUDA_KERNEL_CHOICE_CUH_
 #define JAX_DEEPEP_CUDA_KERNEL_CHOICE_CUH_
 
+#include "cuda/encode_rows.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/row_values.cuh"
 #include "interface/geometry.h"
@@ -30,18 +31,19 @@ auto InstanceFor(const RowFormat& rows) {
       return whole ? Instances::template Of<BFloat16, true>()
                    : Instances::template Of<BFloat16, false>();
     case RowType::kInt32:
+    case RowType::kEncoded:
       break;
   }
   return decltype(Instances::template Of<Float32, true>()){nullptr};
 }
 
-// The same for rows in a wire format, Instances<kFormat>::Of<Type, kWhole>(). Whole groups of
+// The same for rows in a wire format, Instances<kFormat>::Of<Type, kWhole>(). Whole pieces of
 // bfloat16, which such rows usually are, have instances of their own: for the formats kFast, and
 // with kAnyIsWhole for any other. All other rows share slow ones.
 template <template <WireFormat> class Instances, bool kAnyIsWhole, WireFormat... kFast>
 auto WireInstanceFor(const RowFormat& rows) {
   using Kernel = decltype(Instances<WireFormat::kNone>::template Of<BFloat16, false>());
-  if (rows.type == RowType::kBFloat16 && IsWhole(rows)) {
+  if (rows.type == RowType::kBFloat16 && rows.size % kPieceElements == 0) {
     Kernel kernel = nullptr;
     ((kernel = rows.wire == kFast ? Instances<kFast>::template Of<BFloat16, true>() : kernel), ...);
     if (kernel != nullptr) return kernel;
@@ -55,6 +57,7 @@ auto WireInstanceFor(const RowFormat& rows) {
     case RowType::kBFloat16:
       return Instances<WireFormat::kNone>::template Of<BFloat16, false>();
     case RowType::kInt32:
+    case RowType::kEncoded:
       break;
   }
   return Kernel{nullptr};
@@ -73,16 +76,17 @@ auto InstanceForFp8(const RowFormat& rows) {
   return WireInstanceFor<Instances, true, WireFormat::kFp8>(rows);
 }
 
-// Load kernel_for(rows) for rows of floats of every kind that has a kernel of its own. Returns an
-// error or null.
+// Load kernel_for(rows) for rows of floats, and encoded ones, of every kind that has a kernel of
+// its own. Returns an error or null.
 template <typename KernelFor>
 const char* LoadKernels(KernelFor kernel_for, int max_shared_bytes) {
-  for (const RowType type : {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16}) {
-    for (const int size : {kGroup, 2}) {
+  for (const RowType type :
+       {RowType::kFloat32, RowType::kFloat16, RowType::kBFloat16, RowType::kEncoded}) {
+    for (const int size : {kPieceElements, 2}) {
       for (int wire = 0; wire < kNumWireFormats; ++wire) {
-        const RowFormat rows = {type, size, static_cast<WireFormat>(wire)};
-        const char* error = LoadKernel(kernel_for(rows), max_shared_bytes);
-        if (error != nullptr) return error;
+        const auto kernel = kernel_for({type, size, static_cast<WireFormat>(wire)});
+        if (kernel == nullptr) continue;
+        if (const char* error = LoadKernel(kernel, max_shared_bytes)) return error;
       }
     }
   }

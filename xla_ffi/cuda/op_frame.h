@@ -18,11 +18,39 @@ struct WindowSize {
   int32_t row_bytes = 0;
 };
 
+// The parts in which a rank writes what peers read, encoded rows or sums, while they read earlier
+// ones: of 2^log2_tokens tokens each. The same on all ranks.
+struct TokenParts {
+  int32_t count = 1;
+  int32_t log2_tokens = 30;
+
+  // With fewer tokens, reading parts early is worth less than waiting for them costs.
+  static constexpr int32_t kLeastTokens = 256;
+  static TokenParts Of(int32_t num_tokens, int32_t least_tokens) {
+    TokenParts parts{1, 0};
+    while (1 << parts.log2_tokens < least_tokens ||
+           int64_t{kMostParts} << parts.log2_tokens < num_tokens) {
+      ++parts.log2_tokens;
+    }
+    if (num_tokens > 0) parts.count = (num_tokens - 1 >> parts.log2_tokens) + 1;
+    return parts;
+  }
+
+  JAX_DEEPEP_HOST_DEVICE int32_t First(int part) const { return part << log2_tokens; }
+  JAX_DEEPEP_HOST_DEVICE int32_t PartOf(int token) const { return token >> log2_tokens; }
+  JAX_DEEPEP_HOST_DEVICE int32_t SizeOf(int part, int num_tokens) const {
+    const int32_t left = num_tokens - First(part);
+    return left < First(1) ? left : First(1);
+  }
+};
+
 struct OpFrame {
   GroupShape shape;
   WindowSize window;
   StagingLayout staging;
   Chunks chunks;  // of the op's rows or sums between nodes
+  TokenParts parts;
+  int32_t least_part_tokens = TokenParts::kLeastTokens;
   int32_t rank = 0;
   int32_t channel = 0;
   Part part = Part::kWhole;  // in throughput mode always
@@ -62,9 +90,15 @@ struct OpFrame {
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
+// Which parts of each rank a warp has seen, as bits; in shared memory.
+struct SeenParts {
+  uint16_t of_warps[kWarps][kMaxRanks];
+  static_assert(kMostParts <= 16);
+};
+
 // Static shared memory that a kernel with dynamic shared memory may use.
-inline constexpr int kStaticSharedBytes =
-    kMaxOperands * kMaxRanks * sizeof(void*) + 2 * kMaxRanks * sizeof(int32_t) + 512;
+inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) +
+                                          2 * kMaxRanks * sizeof(int32_t) + sizeof(SeenParts) + 512;
 
 }  // namespace jax_deepep
 

@@ -3,7 +3,10 @@
 #define JAX_DEEPEP_CUDA_ROW_COPIES_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cuda/encode_rows.cuh"
+#include "cuda/kept_rows.cuh"
 #include "cuda/row_values.cuh"
 #include "cuda/warp_items.cuh"
 #include "cuda/wire_rows.cuh"
@@ -21,6 +24,7 @@ struct PlainRow {
   using Stored = Packed<Element>;
   static constexpr int kInFlight = kGroupsInFlight;
   static constexpr int kAtOnce = kInFlight;  // groups that are decoded at once
+  static constexpr bool kIsSlow = false;     // in many instructions
   const char* row;
   RowShape<kWhole> shape;
 
@@ -37,7 +41,8 @@ template <typename Type, bool kWhole, WireFormat kFormat>
 struct EncodedRow {
   using Loaded = EncodedGroup;
   using Stored = Packed<typename Type::Element>;
-  static constexpr int kInFlight = kWhole ? kGroupsInFlight : 2;  // slow rows: for less code
+  static constexpr bool kIsSlow = !kWhole;
+  static constexpr int kInFlight = kIsSlow ? 2 : kGroupsInFlight;  // for less code
   // All at once need more registers.
   static constexpr int kAtOnce = kWhole ? kGroupsInFlight / 2 : kInFlight;
   RowOnWire<kWhole, kFormat> row;
@@ -82,7 +87,7 @@ struct RowChunk {
       typename Row::Stored groups[kAtOnce];
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) groups[i] = row.Decode(loaded[first + i]);
-      to([&](char* other) {
+      to([&](auto other) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const int group = base + (first + i) * 32 + lane;
@@ -93,11 +98,31 @@ struct RowChunk {
   }
 };
 
-// Copy a row to the rows of `rows`, `row_bytes` each, whose indices lanes of this warp have, or -1.
+// Received rows in one array.
+template <bool kWhole>
+struct RowArray {
+  char* rows;
+  int64_t row_bytes;
+
+  __device__ __forceinline__ char* At(int64_t row) const { return rows + row * row_bytes; }
+  // By a warp.
+  __device__ void Zero(int64_t row) const { ZeroRow(At(row), WordsOf<kWhole>(row_bytes)); }
+};
+
+// Call use(rows) with how rows are received: as `Rows`, or as `Kept` if they stay encoded. Kernels
+// have both, unless they are the same, because instances only differ in what they encode.
+template <typename Rows, typename Kept, typename Use>
+__device__ __forceinline__ auto ForReceived(const RouteShape& route, Use use) {
+  if constexpr (!std::is_same_v<Rows, Kept>) {
+    if (route.keeps_quantized) return use(Kept{});
+  }
+  return use(Rows{});
+}
+
+// Copy a row to those of `rows`, as RowArray, whose indices lanes of this warp have, or -1.
 // `destination()`, the lane's index, is called once the first loads are in flight.
-template <typename Row, typename Destination>
-__device__ void CopyRowToLanes(const Row& row, char* rows, int64_t row_bytes,
-                               Destination destination) {
+template <typename Row, typename Rows, typename Destination>
+__device__ void CopyRowToLanes(const Row& row, const Rows& rows, Destination destination) {
   int64_t mine = -1;
   uint32_t all = 0;
   const int num_groups = row.shape.num_groups();
@@ -110,23 +135,34 @@ __device__ void CopyRowToLanes(const Row& row, char* rows, int64_t row_bytes,
     }
     chunk.CopyTo(row, base, num_groups, [&](auto store) {
       for (uint32_t lanes = all; lanes != 0; lanes &= lanes - 1) {
-        store(rows + __shfl_sync(~0u, mine, __ffs(lanes) - 1) * row_bytes);
+        store(rows.At(__shfl_sync(~0u, mine, __ffs(lanes) - 1)));
       }
     });
   }
 }
 
-// Encode rows of `row_bytes` each, a warp for each.
+// Encode a row of those of `row_bytes` each, by a warp.
+template <typename Type, bool kWhole, WireFormat kFormat>
+__device__ __forceinline__ void EncodeRow(const WireRow& wire, const void* rows, int64_t row_bytes,
+                                          int row, void* encoded) {
+  const char* from = static_cast<const char*>(rows) + row * row_bytes;
+  char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
+  if constexpr (kWhole && kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4) {
+    EncodeWholeRow<Type, kFormat>(wire, from, to);
+  } else {
+    constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
+    PartToEncode<Type, kWhole, kFormat, kAhead, false> part(from, wire, 0, 1);
+    part.Load();
+    part.CopyTo([to](auto store) { store(to); });
+  }
+}
+
+// Encode all rows, a warp for each.
 template <typename Type, bool kWhole, WireFormat kFormat>
 __device__ void EncodeRows(const WireRow& wire, const void* rows, int64_t row_bytes, int num_rows,
                            void* encoded) {
-  constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
   for (int row = FirstItem(); row < num_rows; row += NumWarps()) {
-    char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
-    PartToEncode<Type, kWhole, kFormat, kAhead, false> part(
-        static_cast<const char*>(rows) + row * row_bytes, wire, 0, 1);
-    part.Load();
-    part.CopyTo([to](auto store) { store(to); });
+    EncodeRow<Type, kWhole, kFormat>(wire, rows, row_bytes, row, encoded);
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cuda/kept_rows.cuh"
 #include "cuda/memory_order.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/cached_dispatch.h"
@@ -45,6 +46,18 @@ __device__ inline void PrefetchChunk(const char* y, int64_t row_bytes, int32_t r
   }
 }
 
+// A group of the row, decoded; of a slow row, of which loads that are made early would need more
+// registers than there are, by a function of its own.
+template <typename From>
+__device__ __noinline__ typename From::Stored DecodedOutOfLine(const From& from, int group) {
+  return from.Decode(from.Load(group));
+}
+template <typename From>
+__device__ __forceinline__ typename From::Stored DecodedGroup(const From& from, int group) {
+  if constexpr (From::kIsSlow) return DecodedOutOfLine(from, group);
+  return from.Decode(from.Load(group));
+}
+
 // Write the row `from` to the rows of the first `num_rows` lanes, scaled by their weights, and its
 // products with their rows of y.
 template <typename Type, bool kWhole, typename From>
@@ -77,7 +90,7 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
 #pragma unroll
     for (int i = 0; i < kGroupsPerLane; ++i) {
       const int at = base + i * 32;
-      if (at < num_groups) x[i] = from.Decode(from.Load(at));
+      if (at < num_groups) x[i] = DecodedGroup(from, at);
     }
     load(y_row(0), 0, kPart, y[0]);
     for (int j = 0; j < num_rows; ++j) {
@@ -116,9 +129,9 @@ __device__ __forceinline__ void ScaleRow(const CachedDispatchParams& params, int
 }
 
 // Clear the padding rows, and with zero_rest the rows after the last group.
-template <bool kWhole>
+template <typename Rows>
 __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape& shape,
-                           int64_t row_bytes) {
+                           const Rows& received) {
   const int groups = params.route.layout == Layout::kExpertMajor ? shape.num_local_experts() : 1;
   const int lane = threadIdx.x % 32;
   int64_t end = params.route.capacity;
@@ -132,8 +145,7 @@ __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape&
     const bool empty = row < params.route.capacity && params.source[row] == kNone;
     if (empty && params.products != nullptr) params.products[row] = 0.0f;
     for (uint32_t lanes = __ballot_sync(~0u, empty && row < end); lanes != 0; lanes &= lanes - 1) {
-      const int64_t at = base + __ffs(lanes) - 1;
-      ZeroRow(static_cast<char*>(params.rows) + at * row_bytes, WordsOf<kWhole>(row_bytes));
+      received.Zero(base + __ffs(lanes) - 1);
     }
   }
 }
@@ -141,7 +153,7 @@ __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape&
 // The results of a cached dispatch that failed. By one block.
 __device__ inline void WriteFailure(const CachedDispatchParams& params) {
   const int64_t capacity = params.route.capacity;
-  FillAsFailed(params.route.row_type, params.rows, capacity * params.route.row_size);
+  FillReceivedAsFailed(params.route, params.rows, params.kept);
   if (params.products != nullptr) FillAsFailed(RowType::kFloat32, params.products, capacity);
 }
 

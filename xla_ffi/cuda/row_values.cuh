@@ -193,6 +193,13 @@ __device__ void FillByBlock(T* to, int64_t count, T value) {
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) to[i] = value;
 }
 
+// Set all bits of an array: NaN in every format. By all threads of a block, 16 bytes at a time.
+__device__ inline void FillWithOnes(void* array, int64_t bytes) {
+  const int64_t whole = bytes / static_cast<int64_t>(sizeof(uint4));
+  FillByBlock(static_cast<uint4*>(array), whole, uint4{~0u, ~0u, ~0u, ~0u});
+  FillByBlock(reinterpret_cast<char*>(static_cast<uint4*>(array) + whole), bytes % 16, '\xff');
+}
+
 // By all threads of a block, 16 bytes at a time, because one block fills what otherwise all write.
 // XLA's arrays are aligned to that. With NaN, or -1, as on the CPU.
 __device__ inline void FillAsFailed(RowType type, void* rows, int64_t count) {

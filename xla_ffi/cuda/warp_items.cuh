@@ -22,22 +22,30 @@ __device__ __forceinline__ uint32_t BitsBelow(int32_t rank, int base) {
   return rank >= base + 32 ? ~0u : rank > base ? (1u << (rank - base)) - 1 : 0u;
 }
 
-// Call use(item, prepared) for this warp's items of `count`, in order. `prepared` is what
-// prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,
-// so that their loads overlap with earlier items. Both are also called for items past the end.
+// Call use(item, prepared) for this warp's items from `item` to before `end`, in order; returns the
+// next one. `prepared` is what prepare(item, found) made of found = read(item): read is called two
+// items ahead and prepare one, so that their loads overlap with earlier items. Both are also called
+// for items past the end.
 template <typename Read, typename Prepare, typename Use>
-__device__ __forceinline__ void ForWarpItems(int count, Read read, Prepare prepare, Use use) {
+__device__ __forceinline__ int ForWarpItems(int item, int end, Read read, Prepare prepare,
+                                            Use use) {
   const int stride = NumWarps();
-  int item = FirstItem();
   const auto first = read(item);
   auto found = read(item + stride);
   auto next = prepare(item, first);
-  for (; item < count; item += stride) {
+  for (; item < end; item += stride) {
     const auto prepared = next;
     next = prepare(item + stride, found);
     found = read(item + 2 * stride);
     use(item, prepared);
   }
+  return item;
+}
+
+// The same for all of `count` items.
+template <typename Read, typename Prepare, typename Use>
+__device__ __forceinline__ void ForWarpItems(int count, Read read, Prepare prepare, Use use) {
+  ForWarpItems(FirstItem(), count, read, prepare, use);
 }
 
 }  // namespace jax_deepep

@@ -161,6 +161,14 @@ __device__ inline uint32_t LargestOf(const float* values) {
   return largest;
 }
 
+// Let what counts as 0 be 0, with its sign.
+__device__ __forceinline__ void FlushTiny(float* values) {
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    values[i] = FloatOf(Magnitude(values[i]) | (BitsOf(values[i]) & kSignBit));
+  }
+}
+
 // Encode a group of every lane; consecutive lanes have consecutive groups, and lane 0 the first of
 // a block. `values` are zeros past the row; `largest` is LargestOf(values). `of_row` is of nvfp4.
 template <WireFormat kFormat>
@@ -174,12 +182,7 @@ __device__ __forceinline__ GroupCodes Encode(const WireRow& wire, const RowScale
   }
   largest = Magnitude(FloatOf(largest));
   const BlockScale block = has_four_bits ? ScaleOf(of_row, largest) : ScaleOf(format, largest);
-  if (has_four_bits ? of_row.is_tiny : largest < kTinyBits) {
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      values[i] = FloatOf(Magnitude(values[i]) | (BitsOf(values[i]) & kSignBit));
-    }
-  }
+  if (has_four_bits ? of_row.is_tiny : largest < kTinyBits) FlushTiny(values);
   GroupCodes codes;
   codes.scale = block.stored;
 #pragma unroll

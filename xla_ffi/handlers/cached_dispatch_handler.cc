@@ -5,31 +5,32 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
-                            ffi::AnyBuffer, ffi::AnyBuffer x, ffi::AnyBuffer source,
-                            ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
-                            ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs,
-                            ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> rows,
-                            ffi::Result<ffi::AnyBuffer> products,
-                            ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>,
-                            int64_t layout, int64_t wire, bool zero_rest, bool weighted,
-                            bool with_products, bool with_pairs, bool with_encoded, SiteAttribute) {
+LaunchResult CachedDispatch(
+    CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer, ffi::AnyBuffer x,
+    ffi::AnyBuffer source, ffi::AnyBuffer destination, ffi::AnyBuffer group_sizes,
+    ffi::AnyBuffer weights, ffi::AnyBuffer y, ffi::AnyBuffer pairs, ffi::RemainingArgs,
+    ffi::Result<ffi::AnyBuffer> rows, ffi::Result<ffi::AnyBuffer> scales,
+    ffi::Result<ffi::AnyBuffer> row_scale, ffi::Result<ffi::AnyBuffer> products,
+    ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire,
+    bool keep_quantized, bool zero_rest, bool weighted, bool with_products, bool with_pairs,
+    bool with_encoded, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
   RowFormat format;
-  route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  route.num_tokens = DecodeRows(x, "x", wire, shape, &format, &error);
   CheckTokens(route.num_tokens, shape, &error);
-  format.wire = DecodeWire(wire, format, &error);
+  format.keeps_quantized = keep_quantized;
   route.SetRows(format);
   route.capacity = static_cast<int32_t>(source.element_count());
   params.zero_rest = zero_rest;
 
   const int64_t capacity = route.capacity;
-  if ((weighted || with_products) && format.type == RowType::kInt32) {
-    error = "x: expected floats with weights or y, got integers, which are only copied";
+  if ((weighted || with_products || zero_rest) &&
+      (format.type == RowType::kInt32 || keep_quantized)) {
+    error = "x: expected floats that are decoded with weights, y or zero_rest";
   }
   CheckBuffer(source, ffi::S32, capacity, "source", &error);
   CheckBuffer(destination, ffi::S32, int64_t{route.num_tokens} * shape.num_topk, "destination",
@@ -40,7 +41,11 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
     CheckRows(y, x, capacity, "y", &error);
     CheckBuffer(*products, ffi::F32, capacity, "products", &error);
   }
-  CheckRows(*rows, x, capacity, "rows", &error);
+  if (keep_quantized) {
+    params.kept = DecodeKept(*rows, *scales, *row_scale, format, capacity, &error);
+  } else {
+    CheckRows(*rows, x, capacity, "rows", &error);
+  }
   if (with_pairs) {
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
   }
@@ -55,7 +60,7 @@ LaunchResult CachedDispatch(CallSite* site, LaunchContext context, ffi::AnyBuffe
   params.pairs = DataIf<const int32_t>(with_pairs, pairs);
   params.weights = DataIf<const float>(weighted, weights);
   params.y = DataIf<const void>(with_products, y);
-  params.rows = rows->untyped_data();
+  params.rows = DataIf<void>(!keep_quantized, *rows);
   params.products = DataIf<float>(with_products, *products);
   params.encoded = DataIf<void>(with_encoded, *encoded);
   return Launch(site, context, rank, error, params);
@@ -79,12 +84,15 @@ std::unique_ptr<ffi::Ffi> MakeHandler<CachedDispatchParams>(
       .Arg<ffi::AnyBuffer>()  // y, if with_products
       .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
       .RemainingArgs()        // arrays in flight, if Part::kDone
-      .Ret<ffi::AnyBuffer>()  // rows
+      .Ret<ffi::AnyBuffer>()  // rows, or their data
+      .Ret<ffi::AnyBuffer>()  // scales, if keep_quantized
+      .Ret<ffi::AnyBuffer>()  // row_scale, if the format has one
       .Ret<ffi::AnyBuffer>()  // products, if with_products
       .Ret<ffi::AnyBuffer>()  // encoded, if with_encoded
       .Ret<ffi::AnyBuffer>()  // ended
       .Attr<int64_t>("layout")
       .Attr<int64_t>("wire")
+      .Attr<bool>("keep_quantized")
       .Attr<bool>("zero_rest")
       .Attr<bool>("weighted")
       .Attr<bool>("with_products")

@@ -84,8 +84,8 @@ ffi::ErrorOr<std::unique_ptr<CallSite>> InstantiateCallSite(ffi::RemainingArgs, 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(InstantiateHandler, InstantiateCallSite,
                               ffi::Ffi::BindInstantiate().RemainingArgs().RemainingRets().Attrs());
 
-int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
-                   RowFormat* format, std::string* error) {
+int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, int64_t wire,
+                   const GroupShape& shape, RowFormat* format, std::string* error) {
   const std::optional<RowType> type = RowTypeOf(rows.element_type());
   const auto dimensions = rows.dimensions();
   std::ostringstream text;
@@ -99,7 +99,20 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
       dimensions[1] * static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
   format->type = *type;
   format->size = static_cast<int32_t>(row_bytes / static_cast<int64_t>(BytesOf(*type)));
-  if (*type == RowType::kInt32) {
+  if (wire < 0 || wire >= kNumWireFormats) {
+    text << "wire: expected 0 to " << kNumWireFormats - 1 << ", got " << wire;
+  } else if (wire != 0) {
+    format->wire = static_cast<WireFormat>(wire);
+  }
+  if (*type == RowType::kInt32 && format->is_quantized()) {
+    format->type = RowType::kEncoded;
+    format->size = shape.hidden_size;
+    format->keeps_quantized = true;
+    if (rows.element_type() != ffi::U8 || row_bytes != format->bytes()) {
+      text << name << ": expected rows of " << format->bytes() << " U8 in the format "
+           << kWireNames[wire] << ", got " << dimensions[1] << " of " << rows.element_type();
+    }
+  } else if (*type == RowType::kInt32) {
     if (row_bytes % kPayloadAlignment != 0 || row_bytes > shape.max_row_bytes()) {
       text << name << ": expected rows of integers of a multiple of " << kPayloadAlignment
            << " bytes up to " << shape.max_row_bytes() << ", got " << row_bytes;
@@ -110,17 +123,6 @@ int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShap
   }
   if (error->empty()) *error = text.str();
   return static_cast<int32_t>(dimensions[0]);
-}
-
-WireFormat DecodeWire(int64_t wire, const RowFormat& rows, std::string* error) {
-  std::ostringstream text;
-  if (wire < 0 || wire >= kNumWireFormats) {
-    text << "wire: expected 0 to " << kNumWireFormats - 1 << ", got " << wire;
-  } else if (wire != 0 && rows.type == RowType::kInt32) {
-    text << "wire: expected None for rows of integers, got " << kWireNames[wire];
-  }
-  if (error->empty()) *error = text.str();
-  return static_cast<WireFormat>(wire);
 }
 
 void CheckTokens(int64_t num_tokens, const GroupShape& shape, std::string* error) {
@@ -143,6 +145,19 @@ void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t
                const char* name, std::string* error) {
   if (!error->empty()) return;  // `rows` may be invalid
   CheckBuffer(buffer, rows.element_type(), count * rows.dimensions()[1], name, error);
+}
+
+KeptArrays DecodeKept(const ffi::AnyBuffer& data, const ffi::AnyBuffer& scales,
+                      const ffi::AnyBuffer& row_scale, const RowFormat& rows, int64_t count,
+                      std::string* error) {
+  const WireRow wire = rows.wire_row();
+  if (error->empty() && !rows.is_quantized()) *error = "wire: expected a format of kept rows";
+  CheckBuffer(data, ffi::U8, count * wire.data_bytes(), "data", error);
+  CheckBuffer(scales, rows.wire == WireFormat::kFp8 ? ffi::F32 : ffi::U8, count * wire.num_blocks(),
+              "scales", error);
+  const bool has_row_scale = wire.row_scale_bytes() > 0;
+  if (has_row_scale) CheckBuffer(row_scale, ffi::F32, count, "row_scale", error);
+  return {data.untyped_data(), scales.untyped_data(), DataIf<void>(has_row_scale, row_scale)};
 }
 
 }  // namespace jax_deepep

@@ -14,13 +14,11 @@
 
 namespace jax_deepep {
 
-// Decode the type and size of `rows` [count, W] into `format`, and return their count; or set
-// `error`.
-int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, const GroupShape& shape,
-                   RowFormat* format, std::string* error);
-
-// The format in which rows cross links, from the attribute "wire"; or set `error`.
-WireFormat DecodeWire(int64_t wire, const RowFormat& rows, std::string* error);
+// Decode the type and size of `rows` [count, W], which cross links in the format `wire`, into
+// `format`, and return their count; or set `error`. With a format, rows of bytes are encoded
+// already.
+int32_t DecodeRows(const ffi::AnyBuffer& rows, const char* name, int64_t wire,
+                   const GroupShape& shape, RowFormat* format, std::string* error);
 
 // Check that an op has at most max_tokens tokens, for which memory of peers is laid out.
 void CheckTokens(int64_t num_tokens, const GroupShape& shape, std::string* error);
@@ -38,6 +36,11 @@ void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count
 // Check that `buffer` has `count` rows like those of `rows`, [.., W], likewise.
 void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t count,
                const char* name, std::string* error);
+
+// Check that the buffers can take `count` rows of a format that stay encoded, likewise.
+KeptArrays DecodeKept(const ffi::AnyBuffer& data, const ffi::AnyBuffer& scales,
+                      const ffi::AnyBuffer& row_scale, const RowFormat& rows, int64_t count,
+                      std::string* error);
 
 }  // namespace jax_deepep
 

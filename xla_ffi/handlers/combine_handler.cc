@@ -20,10 +20,9 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   route.num_tokens = static_cast<int32_t>(destination.element_count() / shape.num_topk);
   std::string error;
   RowFormat format;
-  route.capacity = DecodeRows(y, "y", shape, &format, &error);
-  format.wire = DecodeWire(wire, format, &error);
+  route.capacity = DecodeRows(y, "y", wire, shape, &format, &error);
   route.SetRows(format);
-  if (format.type == RowType::kInt32)
+  if (format.type == RowType::kInt32 || format.type == RowType::kEncoded)
     error = "y: expected floats, got integers, which are not summed";
 
   CheckTokens(route.num_tokens, shape, &error);

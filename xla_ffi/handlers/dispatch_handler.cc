@@ -8,6 +8,7 @@ namespace {
 LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
                       ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
                       ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> tokens,
+                      ffi::Result<ffi::AnyBuffer> scales, ffi::Result<ffi::AnyBuffer> row_scale,
                       ffi::Result<ffi::AnyBuffer> source, ffi::Result<ffi::AnyBuffer> destination,
                       ffi::Result<ffi::AnyBuffer> weights,
                       ffi::Result<ffi::AnyBuffer> local_experts,
@@ -16,18 +17,18 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
                       ffi::Result<ffi::AnyBuffer> num_dropped,
                       ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
                       ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<ffi::AnyBuffer> encoded,
-                      ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire, int64_t alignment,
-                      int64_t expert_capacity, bool with_pairs, bool with_scratch,
-                      bool with_encoded, SiteAttribute) {
+                      ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire,
+                      bool keep_quantized, int64_t alignment, int64_t expert_capacity,
+                      bool with_pairs, bool with_scratch, bool with_encoded, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
   RowFormat format;
-  route.num_tokens = DecodeRows(x, "x", shape, &format, &error);
+  route.num_tokens = DecodeRows(x, "x", wire, shape, &format, &error);
   CheckTokens(route.num_tokens, shape, &error);
-  format.wire = DecodeWire(wire, format, &error);
+  format.keeps_quantized = keep_quantized;
   route.SetRows(format);
   route.capacity = static_cast<int32_t>(source->element_count());
   route.alignment = static_cast<int32_t>(alignment);
@@ -38,7 +39,11 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   const bool expert_major = route.layout == Layout::kExpertMajor;
   CheckBuffer(topk_idx, ffi::S32, entries, "topk_idx", &error);
   CheckBuffer(topk_weights, ffi::F32, entries, "topk_weights", &error);
-  CheckRows(*tokens, x, capacity, "tokens", &error);
+  if (keep_quantized) {
+    params.kept = DecodeKept(*tokens, *scales, *row_scale, format, capacity, &error);
+  } else {
+    CheckRows(*tokens, x, capacity, "tokens", &error);
+  }
   CheckBuffer(*destination, ffi::S32, entries, "destination", &error);
   CheckBuffer(*weights, ffi::F32, expert_major ? capacity : capacity * shape.num_topk, "weights",
               &error);
@@ -60,7 +65,7 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
   params.x = x.untyped_data();
   params.topk_idx = static_cast<const int32_t*>(topk_idx.untyped_data());
   params.topk_weights = static_cast<const float*>(topk_weights.untyped_data());
-  params.tokens = tokens->untyped_data();
+  params.tokens = DataIf<void>(!keep_quantized, *tokens);
   params.source = static_cast<int32_t*>(source->untyped_data());
   params.destination = static_cast<int32_t*>(destination->untyped_data());
   params.weights = static_cast<float*>(weights->untyped_data());
@@ -89,7 +94,9 @@ std::unique_ptr<ffi::Ffi> MakeHandler<DispatchParams>(std::initializer_list<ffi:
       .Arg<ffi::AnyBuffer>()  // topk_idx
       .Arg<ffi::AnyBuffer>()  // topk_weights
       .RemainingArgs()        // arrays in flight, if Part::kDone
-      .Ret<ffi::AnyBuffer>()  // tokens
+      .Ret<ffi::AnyBuffer>()  // tokens, or their data
+      .Ret<ffi::AnyBuffer>()  // scales, if keep_quantized
+      .Ret<ffi::AnyBuffer>()  // row_scale, if the format has one
       .Ret<ffi::AnyBuffer>()  // source
       .Ret<ffi::AnyBuffer>()  // destination
       .Ret<ffi::AnyBuffer>()  // weights
@@ -105,6 +112,7 @@ std::unique_ptr<ffi::Ffi> MakeHandler<DispatchParams>(std::initializer_list<ffi:
       .Ret<ffi::AnyBuffer>()  // ended
       .Attr<int64_t>("layout")
       .Attr<int64_t>("wire")
+      .Attr<bool>("keep_quantized")
       .Attr<int64_t>("alignment")
       .Attr<int64_t>("expert_capacity")
       .Attr<bool>("with_pairs")

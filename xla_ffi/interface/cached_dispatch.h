@@ -23,7 +23,8 @@ struct CachedDispatchParams {
   const float* weights = nullptr;        // [C], or null for 1
   const void* y = nullptr;               // [C, W], or null where no products are wanted
   // Results.
-  void* rows = nullptr;       // [C, W]
+  void* rows = nullptr;       // [C, W], or null with keeps_quantized
+  KeptArrays kept;            // with keeps_quantized, in place of rows
   float* products = nullptr;  // [C], with y; 0 in rows without a token
   void* encoded = nullptr;    // scratch [T, wire_bytes], or null if not needed
 };
@@ -33,7 +34,7 @@ struct VerbTraits<CachedDispatchParams> {
   static constexpr char kName[] = "cached_dispatch";
   static int64_t Flags(const CachedDispatchParams& params) {
     return (params.zero_rest ? 1 : 0) | (params.weights != nullptr ? 2 : 0) |
-           (params.y != nullptr ? 4 : 0);
+           (params.y != nullptr ? 4 : 0) | (params.route.keeps_quantized ? 8 : 0);
   }
   static std::vector<PeerArray> ReadByPeers(const GroupShape&, CachedDispatchParams* params) {
     return {RowsOnWire(params->encoded, &params->x, params->route)};

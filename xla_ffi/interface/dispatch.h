@@ -18,7 +18,8 @@ struct DispatchParams {
   const int32_t* topk_idx = nullptr;    // [T, K] global expert, or kNone
   const float* topk_weights = nullptr;  // [T, K]
   // Results. Rows of `tokens` after the last group are not written.
-  void* tokens = nullptr;            // [C, W]
+  void* tokens = nullptr;            // [C, W], or null with keeps_quantized
+  KeptArrays kept;                   // with keeps_quantized, in place of tokens
   int32_t* source = nullptr;         // [C] source rank * max_tokens + token, or kNone
   int32_t* destination = nullptr;    // [T, K] rank * C + row, or kNone
   float* weights = nullptr;          // [C] expert-major, [C, K] token-major
@@ -42,7 +43,9 @@ inline int64_t DispatchScratchInts(const GroupShape& group, const RouteShape& ro
 template <>
 struct VerbTraits<DispatchParams> {
   static constexpr char kName[] = "dispatch";
-  static int64_t Flags(const DispatchParams&) { return 0; }
+  static int64_t Flags(const DispatchParams& params) {
+    return params.route.keeps_quantized ? 1 : 0;
+  }
   static std::vector<PeerArray> ReadByPeers(const GroupShape&, DispatchParams* params) {
     return {RowsOnWire(params->encoded, &params->x, params->route), params->scratch};
   }

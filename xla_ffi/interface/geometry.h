@@ -26,8 +26,10 @@ inline constexpr const char* kPartNames[] = {"whole", "start", "done"};  // in t
 inline constexpr int kNumParts = 3;
 
 // kInt32 is an opaque payload: integers of any width as words of 32 bits, which are only copied.
-enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32 };
+// Rows of kEncoded are in their wire format already, as WireRow.
+enum class RowType : int32_t { kFloat32, kFloat16, kBFloat16, kInt32, kEncoded };
 
+// Of an element; rows of kEncoded have RowFormat::bytes() alone.
 JAX_DEEPEP_HOST_DEVICE constexpr size_t BytesOf(RowType type) {
   return type == RowType::kFloat32 || type == RowType::kInt32 ? 4 : 2;
 }
@@ -73,14 +75,23 @@ struct RowFormat {
   RowType type = RowType::kFloat32;
   int32_t size = 0;  // W, elements of a row: see GroupShape::max_row_bytes
   WireFormat wire = WireFormat::kNone;
+  bool keeps_quantized = false;  // rows stay encoded where they are received; kEncoded: always
 
-  JAX_DEEPEP_HOST_DEVICE int64_t bytes() const {
-    return size * static_cast<int64_t>(BytesOf(type));
-  }
+  JAX_DEEPEP_HOST_DEVICE WireRow wire_row() const { return {wire, size}; }
   JAX_DEEPEP_HOST_DEVICE bool is_quantized() const { return wire != WireFormat::kNone; }
-  // On the wire.
+  // Whether the sender encodes them.
+  JAX_DEEPEP_HOST_DEVICE bool is_encoded_here() const {
+    return is_quantized() && type != RowType::kEncoded;
+  }
+  // As an operand, on the wire, and in the memory of who receives it.
+  JAX_DEEPEP_HOST_DEVICE int64_t bytes() const {
+    return type == RowType::kEncoded ? wire_bytes() : size * static_cast<int64_t>(BytesOf(type));
+  }
   JAX_DEEPEP_HOST_DEVICE int64_t wire_bytes() const {
-    return is_quantized() ? WireRow{wire, size}.bytes() : bytes();
+    return is_quantized() ? wire_row().bytes() : bytes();
+  }
+  JAX_DEEPEP_HOST_DEVICE int64_t received_bytes() const {
+    return keeps_quantized ? wire_bytes() : bytes();
   }
 };
 
@@ -95,12 +106,16 @@ struct RouteShape {
   int32_t capacity = 0;                // C, rows of the received arrays
   int32_t alignment = 1;               // row groups are padded to a multiple of this
   int64_t expert_capacity = kNoLimit;  // most rows of one expert
+  bool keeps_quantized = false;
 
-  JAX_DEEPEP_HOST_DEVICE RowFormat rows() const { return {row_type, row_size, wire}; }
+  JAX_DEEPEP_HOST_DEVICE RowFormat rows() const {
+    return {row_type, row_size, wire, keeps_quantized};
+  }
   void SetRows(const RowFormat& format) {
     row_type = format.type;
     row_size = format.size;
     wire = format.wire;
+    keeps_quantized = format.keeps_quantized;
   }
 };
 

@@ -89,11 +89,12 @@ inline std::string DescribeDifference(const OpSignature& mine, int my_rank,
       {"alignment", &OpSignature::alignment},
       {"expert_capacity", &OpSignature::expert_capacity},
   };
-  static constexpr const char* kRowTypes[] = {"float32", "float16", "bfloat16", "integers"};
+  static constexpr const char* kRowTypes[] = {"float32", "float16", "bfloat16", "integers",
+                                              "block-scaled"};
   const auto value_of = [](const OpSignature& of, const Field& field) -> std::string {
     const int64_t value = of.*field.value;
     if (field.value == &OpSignature::layout && value >= 0 && value < 2) return kLayoutNames[value];
-    if (field.value == &OpSignature::row_type && value >= 0 && value < 4) return kRowTypes[value];
+    if (field.value == &OpSignature::row_type && value >= 0 && value < 5) return kRowTypes[value];
     if (field.value == &OpSignature::wire && value >= 0 && value < kNumWireFormats) {
       return kWireNames[value];
     }

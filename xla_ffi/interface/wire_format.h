@@ -34,17 +34,39 @@ struct WireRow {
   JAX_DEEPEP_HOST_DEVICE int32_t data_bytes() const {
     return format == WireFormat::kNvfp4 ? (size + 1) / 2 : size;
   }
+  JAX_DEEPEP_HOST_DEVICE int32_t scales_bytes() const {
+    return num_blocks() * ScaleBytesOf(format);
+  }
+  JAX_DEEPEP_HOST_DEVICE int32_t row_scale_bytes() const {
+    return format == WireFormat::kNvfp4 ? 4 : 0;
+  }
   JAX_DEEPEP_HOST_DEVICE int32_t scales_offset() const { return RoundUpTo16(data_bytes()); }
   JAX_DEEPEP_HOST_DEVICE int32_t row_scale_offset() const {
-    return scales_offset() + RoundUpTo16(num_blocks() * ScaleBytesOf(format));
+    return scales_offset() + RoundUpTo16(scales_bytes());
   }
   JAX_DEEPEP_HOST_DEVICE int32_t bytes() const {
-    return row_scale_offset() + (format == WireFormat::kNvfp4 ? 16 : 0);
+    return row_scale_offset() + RoundUpTo16(row_scale_bytes());
   }
 
  private:
   JAX_DEEPEP_HOST_DEVICE static int32_t RoundUpTo16(int32_t value) {
     return (value + 15) / 16 * 16;
+  }
+};
+
+// Arrays of rows that stay encoded, the parts of a row each in its own, without padding.
+struct KeptArrays {
+  void* data = nullptr;       // [C, data_bytes]
+  void* scales = nullptr;     // [C, scales_bytes]
+  void* row_scale = nullptr;  // [C, row_scale_bytes]
+
+  // Call use(array, bytes of a row there, their offset in the row on the wire) for every part.
+  template <typename Use>
+  JAX_DEEPEP_HOST_DEVICE void ForParts(const WireRow& wire, Use use) const {
+    use(static_cast<char*>(data), wire.data_bytes(), 0);
+    use(static_cast<char*>(scales), wire.scales_bytes(), wire.scales_offset());
+    if (wire.row_scale_bytes() == 0) return;
+    use(static_cast<char*>(row_scale), wire.row_scale_bytes(), wire.row_scale_offset());
   }
 };
 

@@ -3,8 +3,8 @@
 // `Group` is GroupOp, or NodeOp between nodes.
 //
 // 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
-// wire
-//    format, for every pair of another rank, encoded.
+//    wire format, for every pair of another rank, encoded. On one node, the pairs of later tokens
+//    while peers pull: see sums_in_parts.cuh.
 // 2. Publish; wait for everyone.
 // 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
 //    encoded needs no sum: its row is read and weighted in place.
@@ -22,6 +22,7 @@
 #include "cuda/divisor.h"
 #include "cuda/internode/node_sums.cuh"
 #include "cuda/intranode/combine_sums.cuh"
+#include "cuda/intranode/sums_in_parts.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -37,8 +38,9 @@ namespace {
 
 // Step 3.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
-          typename Group>
-__device__ void SumTokens(const Combine& op, const Group& group, int32_t* taken, Term* terms) {
+          typename Group, typename Sums>
+__device__ void SumTokens(const Combine& op, const Group& group, Sums& sums, int32_t* taken,
+                          Term* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const int lane = threadIdx.x % 32;
@@ -53,6 +55,7 @@ __device__ void SumTokens(const Combine& op, const Group& group, int32_t* taken,
         return InputsOf<kQuantized>(op, group, op.frame.rank, token, destination, taken);
       },
       [&](int token, const Inputs& inputs) {
+        if (!sums.WaitFor(token)) return;
         if (params.gradients != nullptr && lane < num_topk) {
           params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
         }
@@ -73,24 +76,36 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
   const CombineParams& params = op.params;
   Group group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;
+  const bool encodes_rows = kQuantized && params.route.layout == Layout::kTokenMajor;
 
   if (group.Begin()) {
-    if (kQuantized && params.route.layout == Layout::kTokenMajor) {
-      // Every received row is the sum of a pair.
+    if (encodes_rows) {  // every received row is the sum of a pair
       EncodeRows<Type, kWhole, kFormat>(op.wire, params.y, op.row_bytes, params.group_sizes[0],
                                         params.sums);
-    } else if (Group::kSeveralNodes ? op.of_sums.num_rows > 0 : params.sums != nullptr) {
-      SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, Group::kSeveralNodes>(op, terms);
     }
-    group.Publish();
-    if constexpr (Group::kSeveralNodes) PutDestinations(op, group);
-    if (group.WaitForArrivals()) {
-      if constexpr (Group::kSeveralNodes) {
-        SumNodes<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, taken, terms);
-      } else {
-        SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, taken, terms);
+    if constexpr (Group::kSeveralNodes) {
+      if (!encodes_rows && op.of_sums.num_rows > 0) {
+        SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, true>(
+            op, terms, FirstItem(), params.pairs[0], [](int item) { return item; });
       }
-      group.CountTaken(taken);
+      group.Publish();
+      PutDestinations(op, group);
+      if (group.WaitForArrivals()) {
+        SumNodes<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, taken, terms);
+        group.CountTaken(taken);
+      }
+    } else {
+      __shared__ PairsOfParts pairs;
+      SumsInParts<Type, kWhole, kWeighted, kQuantized, kFormat, Group> sums(op, group, pairs,
+                                                                            terms);
+      if (sums.num_parts() > 0) pairs.Find(op);
+      sums.SumBefore(1);
+      group.Publish();
+      if (group.WaitForArrivals()) {
+        SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, sums, taken, terms);
+        sums.SumBefore(op.frame.parts.count);
+        group.CountTaken(taken);
+      }
     }
   }
   group.Finish([] {}, [&] { WriteFailure(params, op.frame.shape); });
@@ -116,6 +131,9 @@ class CombineKernels {
     if (params.sums != nullptr) op.frame.offsets[kSums] = device.OffsetOf(params.sums);
     if (params.row_gradients != nullptr) {
       op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
+    }
+    if (!Group::kSeveralNodes && params.pairs != nullptr && params.sums != nullptr) {
+      op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
     }
     const Kernel kernel = KernelFor(rows, params.weights != nullptr);
     if (kernel == nullptr) return "y: expected floats, got integers, which are not summed";

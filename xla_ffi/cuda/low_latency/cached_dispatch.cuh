@@ -30,12 +30,18 @@ struct LowLatencyCachedDispatch {
   Divisor num_slots, num_parts;
 };
 
-// How rows cross links: as they are, or in a wire format. `Element` as in PlainRow.
+// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`. `Element`
+// as in PlainRow.
 template <typename Element, bool kWholeRows>
 struct PlainRows {
   static constexpr bool kWhole = kWholeRows;
+  using Kept = PlainRows;
   using Row = PlainRow<Element, kWhole>;
   using Sent = LoadedPart<Row>;
+  template <typename Op>
+  __device__ static RowArray<kWhole> Received(const Op& op) {
+    return {static_cast<char*>(op.params.rows), op.row_bytes};
+  }
   template <typename Op>
   __device__ static Row At(const Op& op, const char* row) {
     return {row, {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
@@ -49,9 +55,21 @@ struct PlainRows {
     return {At(op, row), 1, part, op.signalled.num_parts};
   }
 };
+struct KeptRows : PlainRows<uint16_t, true> {
+  using Kept = KeptRows;
+  template <typename Op>
+  __device__ static KeptRowArrays Received(const Op& op) {
+    return {op.params.kept, {op.wire}};
+  }
+  template <typename Op>
+  __device__ static LoadedPart<KeptRow> InSlot(const Op& op, const char* row, int part) {
+    return {{row, {op.wire}}, 1, part, op.signalled.num_parts};
+  }
+};
 template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows {
+struct EncodedRows : PlainRows<typename Type::Element, kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
+  using Kept = KeptRows;
   using Row = EncodedRow<Type, kWhole, kFormat>;
   using Sent = EncodedPart<Type, kWhole, kFormat>;
   template <typename Op>
@@ -111,8 +129,8 @@ __device__ bool ForSlots(const LowLatencyCachedDispatch<Group>& op, Group& group
   return true;
 }
 
-// `work` is called as in ForSlots.
-template <typename Group, typename Rows, typename Work>
+// `work` is called as in ForSlots, with how rows are received: as `Rows` or `Kept`.
+template <typename Group, typename Rows, typename Kept, typename Work>
 __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
   __shared__ typename Group::Shared shared;
   const CachedDispatchParams& params = op.params;
@@ -124,9 +142,14 @@ __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
     if constexpr (Group::kSeveralNodes) group.SendRows();
   }
   if (!lost && group.receives()) {
-    lost = !group.ReceiveFromAll([](int, auto) {},
-                                 [&](auto some) { return ForSlots(op, group, some, work); });
-    WriteZeros<Rows::kWhole>(params, op.frame.shape, op.row_bytes);
+    ForReceived<Rows, Kept>(params.route, [&](auto rows) {
+      const auto use = [&](const char* received, int32_t row, int part) {
+        work(rows, received, row, part);
+      };
+      lost = !group.ReceiveFromAll([](int, auto) {},
+                                   [&](auto some) { return ForSlots(op, group, some, use); });
+      WriteZeros(params, op.frame.shape, rows.Received(op));
+    });
   }
   group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params); });
 }
@@ -134,13 +157,13 @@ __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
 template <typename Group, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ LowLatencyCachedDispatch<Group> op) {
-  Run<Group, Rows>(op, [&](const char* received, int32_t row, int part) {
-    auto words = Rows::InSlot(op, received, part);
+  using Kept = typename Rows::Kept;
+  Run<Group, Rows, Kept>(op, [&](auto rows, const char* received, int32_t row, int part) {
+    auto words = rows.InSlot(op, received, part);
     words.Load();
     words.CopyTo([&](auto store) {
-      ForBits(__ballot_sync(~0u, row != kNone), [&](int lane) {
-        store(static_cast<char*>(op.params.rows) + __shfl_sync(~0u, row, lane) * op.row_bytes);
-      });
+      ForBits(__ballot_sync(~0u, row != kNone),
+              [&](int lane) { store(rows.Received(op).At(__shfl_sync(~0u, row, lane))); });
     });
   });
 }
@@ -150,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ LowLatencyCachedDispatch<Group> op) {
   __shared__ int32_t of_warps[kWarps][32];
   int32_t* rows = of_warps[threadIdx.x / 32];
-  Run<Group, Rows>(op, [&](const char* received, int32_t row, int) {
+  Run<Group, Rows, Rows>(op, [&](auto, const char* received, int32_t row, int) {
     // Dropped rows leave gaps.
     const int lane = threadIdx.x % 32;
     const uint32_t live = __ballot_sync(~0u, row != kNone);
@@ -224,6 +247,7 @@ class LowLatencyCachedDispatchKernels {
   };
 
   static Kernel CopyKernelFor(const RowFormat& rows) {
+    if (rows.type == RowType::kEncoded) return CopyKernel<Group, KeptRows>;
     if (rows.is_quantized()) return InstanceForFp8<EncodedCopies>(rows);
     return IsWholeCopy(rows) ? CopyKernel<Group, PlainRows<uint16_t, true>>
                              : CopyKernel<Group, PlainRows<uint16_t, false>>;

@@ -52,35 +52,56 @@ __device__ const char* RowOfX(const Dispatch& op, int token) {
   return static_cast<const char*>(op.params.x) + token * op.row_bytes;
 }
 
-// How rows cross links: as they are, or in a wire format. This rank's own tokens come from x, or
-// from its own window.
+// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`. This
+// rank's own tokens come from x, or from its own window.
 template <bool kWholeRows>
 struct PlainRows {
   static constexpr bool kWhole = kWholeRows;
   static constexpr bool kPushesOwn = false;
+  using Kept = PlainRows;
   using Sent = LoadedPart<PlainRow<uint16_t, kWhole>>;
-  using Received = Sent;
+  using InWindow = Sent;
+  template <typename Op>
+  __device__ static RowArray<kWhole> Received(const Op& dispatch) {
+    return {static_cast<char*>(dispatch.op.params.tokens), dispatch.op.row_bytes};
+  }
   template <typename Op>
   __device__ static Sent ToSend(const Op& dispatch, const char* row, int part) {
     return {{row, WordsOf<kWhole>(dispatch.op.row_bytes)}, 1, part, dispatch.signalled.num_parts};
   }
   template <typename Op>
-  __device__ static Received InSlot(const Op& dispatch, const char* row, int part) {
+  __device__ static InWindow InSlot(const Op& dispatch, const char* row, int part) {
     return ToSend(dispatch, row, part);
   }
 };
+// Rows of kEncoded, or as others encode them.
+template <bool kAreEncoded>
+struct KeptRows : PlainRows<true> {
+  static constexpr bool kPushesOwn = !kAreEncoded;
+  using Kept = KeptRows;
+  using InWindow = LoadedPart<KeptRow>;
+  template <typename Op>
+  __device__ static KeptRowArrays Received(const Op& dispatch) {
+    return {dispatch.op.params.kept, {dispatch.op.wire}};
+  }
+  template <typename Op>
+  __device__ static InWindow InSlot(const Op& dispatch, const char* row, int part) {
+    return {{row, {dispatch.op.wire}}, 1, part, dispatch.signalled.num_parts};
+  }
+};
 template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows {
+struct EncodedRows : PlainRows<kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
   static constexpr bool kPushesOwn = true;
+  using Kept = KeptRows</*kAreEncoded=*/false>;
   using Sent = EncodedPart<Type, kWhole, kFormat>;
-  using Received = LoadedPart<EncodedRow<Type, kWhole, kFormat>>;
+  using InWindow = LoadedPart<EncodedRow<Type, kWhole, kFormat>>;
   template <typename Op>
   __device__ static Sent ToSend(const Op& dispatch, const char* row, int part) {
     return {row, dispatch.op.wire, part, dispatch.signalled.num_parts};
   }
   template <typename Op>
-  __device__ static Received InSlot(const Op& dispatch, const char* row, int part) {
+  __device__ static InWindow InSlot(const Op& dispatch, const char* row, int part) {
     const WireRow& wire = dispatch.op.wire;
     return {{row, wire}, GroupsOfBlock(wire.format), part, dispatch.signalled.num_parts};
   }
@@ -228,6 +249,7 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch<Group>& dispat
   const int lane = threadIdx.x % 32, num_topk = shape.num_topk, self = op.frame.rank;
   const int num_items = shape.num_ranks * params.route.num_tokens * dispatch.signalled.num_parts;
   const PairTable table(shape, params.route);
+  const auto received = Rows::Received(dispatch);
   for (int item = FirstItem(); item < num_items; item += NumWarps()) {
     const int slot = dispatch.num_parts.Quotient(item), part = dispatch.num_parts.Remainder(item);
     const int source = dispatch.num_slots.Quotient(slot);
@@ -243,7 +265,7 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch<Group>& dispat
         !group.Wait(true, at, part, source, &arrived)) {
       return false;
     }
-    typename Rows::Received words = Rows::InSlot(
+    typename Rows::InWindow words = Rows::InSlot(
         dispatch, in_window ? group.RowFrom(at, source, token) : RowOfX(op, token), part);
     if (has_row) words.Load();
     // Expert-major, each entry has a row; token-major, the token.
@@ -252,9 +274,7 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch<Group>& dispat
     const uint32_t here = __ballot_sync(~0u, is_here), live = __ballot_sync(~0u, row != kNone);
     if (live != 0) {
       words.CopyTo([&](auto store) {
-        ForBits(live, [&](int of_lane) {
-          store(static_cast<char*>(params.tokens) + __shfl_sync(~0u, row, of_lane) * op.row_bytes);
-        });
+        ForBits(live, [&](int of_lane) { store(received.At(__shfl_sync(~0u, row, of_lane))); });
       });
     }
     if (part != 0) continue;
@@ -314,8 +334,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         [&, marks = slots.marks](auto some) { return Collect(dispatch, group, some, marks); }));
     if (!lost) {
       PlanRows(dispatch, slots);
-      lost = !CopyRows<Rows>(dispatch, group, slots);
-      WriteRest<Rows::kWhole>(op, slots.plan);
+      ForReceived<Rows, typename Rows::Kept>(op.params.route, [&](auto rows) {
+        lost = !CopyRows<decltype(rows)>(dispatch, group, slots);
+        WriteRest(op, slots.plan, rows.Received(dispatch));
+      });
     }
   }
   group.Finish(
@@ -367,6 +389,9 @@ class LowLatencyDispatchKernels {
   };
 
   static Kernel KernelFor(const RowFormat& rows) {
+    if (rows.type == RowType::kEncoded) {
+      return LowLatencyDispatchKernel<Group, KeptRows</*kAreEncoded=*/true>>;
+    }
     if (rows.is_quantized()) return InstanceForFp8<Encoded>(rows);
     return IsWholeCopy(rows) ? LowLatencyDispatchKernel<Group, PlainRows<true>>
                              : LowLatencyDispatchKernel<Group, PlainRows<false>>;

@@ -79,9 +79,9 @@ struct WindowLayout {
 };
 
 // The number of parts of each row of an op: the same on all ranks. The scale of a row of nvfp4
-// depends on all of it.
+// depends on all of it; rows that stay encoded are copied in other groups than they are encoded in.
 inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, const RowFormat& rows) {
-  if (rows.wire == WireFormat::kNvfp4) return 1;
+  if (rows.wire == WireFormat::kNvfp4 || rows.keeps_quantized) return 1;
   const int64_t row_bytes = rows.bytes();
   constexpr int64_t kWarpsWanted = 1024, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);

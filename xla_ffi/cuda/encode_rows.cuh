@@ -1,0 +1,97 @@
+// The encoding of rows of many elements to eight bits each, in few instructions: see wire_rows.cuh.
+#ifndef JAX_DEEPEP_CUDA_ENCODE_ROWS_CUH_
+#define JAX_DEEPEP_CUDA_ENCODE_ROWS_CUH_
+
+#include <cstdint>
+
+#include "cuda/row_values.cuh"
+#include "cuda/wire_rows.cuh"
+#include "interface/number_formats.h"
+
+namespace jax_deepep {
+
+// Elements that a lane encodes at once, and stores as 16 bytes.
+inline constexpr int kPieceElements = 2 * kGroup;
+
+// Encode a row of whole pieces, by a warp. A block is in the lanes of 16 elements each, which share
+// its scale; each of them computes it for another round of the row.
+template <typename Type, WireFormat kFormat>
+__device__ __forceinline__ void EncodeWholeRow(const WireRow& wire, const char* from, char* to) {
+  static_assert(kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4);
+  using Group = Packed<typename Type::Element>;
+  constexpr int kRounds = 7;
+  constexpr int kLanes = BlockOf(kFormat) / kPieceElements;
+  constexpr int kScales = (kRounds + kLanes - 1) / kLanes;  // that a lane computes
+  const int lane = threadIdx.x % 32, of_block = lane % kLanes, first_lane = lane - of_block;
+  const int num_pieces = wire.size / kPieceElements, num_blocks = wire.num_blocks();
+  const RowShape<true> shape{wire.size};
+  char* const scales = to + wire.scales_offset();
+  for (int base = 0; base < num_pieces; base += 32 * kRounds) {
+    Group groups[kRounds][2];
+    uint32_t largest[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int piece = base + round * 32 + lane;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        groups[round][i] = piece < num_pieces
+                               ? LoadGroup<typename Type::Element>(from, 2 * piece + i, shape)
+                               : Group{};
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      largest[round] = max(Type::LargestOf(groups[round][0]), Type::LargestOf(groups[round][1]));
+#pragma unroll
+      for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+        largest[round] = max(largest[round], __shfl_xor_sync(~0u, largest[round], distance));
+      }
+    }
+    float factors[kScales];
+#pragma unroll
+    for (int i = 0; i < kScales; ++i) {
+      uint32_t mine = 0;
+#pragma unroll
+      for (int j = 0; j < kLanes && i * kLanes + j < kRounds; ++j) {
+        if (of_block == j) mine = largest[i * kLanes + j];
+      }
+      const BlockScale scale = ScaleOf(kFormat, Magnitude(FloatOf(mine)));
+      factors[i] = scale.factor;
+      const int round = i * kLanes + of_block;
+      const int block = (base + round * 32 + first_lane) / kLanes;
+      if (round >= kRounds || block >= num_blocks) continue;
+      if (kFormat == WireFormat::kFp8) {
+        reinterpret_cast<uint32_t*>(scales)[block] = scale.stored;
+      } else {
+        scales[block] = static_cast<char>(scale.stored);
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const float factor = __shfl_sync(~0u, factors[round / kLanes], first_lane + round % kLanes);
+      uint32_t codes[4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float values[kGroup];
+        Type::Unpack(groups[round][i], values);
+        // With the least scale of the other formats, what counts as 0 is rounded to 0 anyway.
+        if (kFormat == WireFormat::kMxfp8 && largest[round] < kTinyBits) FlushTiny(values);
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) values[j] = __fmul_rn(values[j], factor);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint32_t word = E4m3PairOf(values[4 * j], values[4 * j + 1]) |
+                                E4m3PairOf(values[4 * j + 2], values[4 * j + 3]) << 16;
+          codes[2 * i + j] = largest[round] < kInfinityBits ? word : 0;
+        }
+      }
+      const int piece = base + round * 32 + lane;
+      if (piece >= num_pieces) continue;
+      reinterpret_cast<uint4*>(to)[piece] = {codes[0], codes[1], codes[2], codes[3]};
+    }
+  }
+}
+
+}  // namespace jax_deepep
+
+#endif  // JAX_DEEPEP_CUDA_ENCODE_ROWS_CUH_
