@@ -1,7 +1,8 @@
-"""Rows that are encoded in parts while peers read earlier ones: throughput mode on one node, with a format.
+"""Rows that are written in parts while peers read earlier ones: throughput mode on one node.
 
-A rank arrives before it has encoded its rows. It tells its peers of each part, once all of its warps have
-encoded what they have of it (`encoded`), and a warp waits for the part of a rank before it reads a row of it.
+Rows that are encoded, or in combine sums of pairs, which a warp awaits of all ranks. A rank arrives before it
+has written its rows. It tells its peers of each part, once all of its warps have written what they have of it
+(`encoded`), and a warp waits for the part of a rank before it reads a row of it.
 
 * The search of protocol_throughput.py, with two parts. A rank has one warp there.
 * A warp that waits for a part, of whichever rank, has encoded what it has of all parts up to that one. So no
