@@ -30,18 +30,27 @@ from protocol_world import World
 NUM_PARTS = 2
 
 
+# Both in place of words of low-latency mode.
+
+
+def rows_of(world: World, rank: int, part: int) -> int:
+    """As `operand`, of the rows of a part."""
+    return world.at.slots(part, rank, rank)
+
+
 def flags_of_part(world: World, rank: int, part: int) -> dict[int, int]:
-    return flags_of_peers(world, rank, partial(world.at.encoded, part))
+    """`encoded`, which peers write."""
+    return flags_of_peers(world, rank, partial(world.at.header, part))
 
 
 def encode(world: World, rank: int, *, part: int) -> Iterator[World]:
-    world.store(rank, world.at.encoded_rows(part, rank), 2 * world.ranks[rank].op)
+    world.store(rank, rows_of(world, rank, part), 2 * world.ranks[rank].op)
     yield world
 
 
 def signal_part(world: World, rank: int, *, part: int, release: bool = True) -> Iterator[World]:
     for peer in world.of_node(rank):
-        world.store(rank, world.at.encoded(part, peer, rank), world.ranks[rank].op, release=release)
+        world.store(rank, world.at.header(part, peer, rank), world.ranks[rank].op, release=release)
     yield world
 
 
@@ -77,7 +86,7 @@ def check_routes(world: World, rank: int) -> None:
 def check_part(world: World, rank: int, *, part: int) -> None:
     """Load the currently visible rows of a part."""
     for peer in world.of_node(rank):
-        if world.seen[world.at.encoded_rows(part, peer)] != 2 * world.ranks[rank].op:
+        if world.seen[rows_of(world, peer, part)] != 2 * world.ranks[rank].op:
             world.change(rank, wrong=True)
 
 
@@ -95,14 +104,14 @@ def check_all(world: World, rank: int) -> None:
 def last_loads(world: World, rank: int) -> Iterator[World]:
     writers = writers_of_loads(world, rank)
     for peer in world.of_node(rank):
-        writers |= {world.at.encoded_rows(part, peer): peer for part in range(NUM_PARTS)}
+        writers |= {rows_of(world, peer, part): peer for part in range(NUM_PARTS)}
     yield from load_late(world, rank, writers, check_all)
 
 
 def leave(world: World, rank: int) -> Iterator[World]:
     """XLA reuses the rows as well."""
     for part in range(NUM_PARTS):
-        world.store(rank, world.at.encoded_rows(part, rank), 2 * world.ranks[rank].op + 1)
+        world.store(rank, rows_of(world, rank, part), 2 * world.ranks[rank].op + 1)
     [step] = [step for step in FINISH_STEPS if step.name == "Leave"]
     yield from step.run(world, rank)
 

@@ -80,15 +80,6 @@ class Words:
     def signal(self, bank: int, home: int, writer: int) -> int:
         return self._at(16 + bank, home, writer)
 
-    # In throughput mode on one node, where rows are encoded in parts:
-
-    def encoded(self, part: int, home: int, writer: int) -> int:
-        return self._at(8 + part, home, writer)
-
-    def encoded_rows(self, part: int, rank: int) -> int:
-        """As `operand`, of the rows of a part."""
-        return self._at(12 + part, rank, 0)
-
     # Between nodes in low-latency mode, with at most two banks of the words above:
 
     def received(self, bank: int, home: int, writer: int) -> int:
