@@ -32,7 +32,7 @@ struct TokenParts {
            int64_t{kMostParts} << parts.log2_tokens < num_tokens) {
       ++parts.log2_tokens;
     }
-    if (num_tokens > 0) parts.count = (num_tokens - 1 >> parts.log2_tokens) + 1;
+    if (num_tokens > 0) parts.count = ((num_tokens - 1) >> parts.log2_tokens) + 1;
     return parts;
   }
 

@@ -62,7 +62,7 @@ struct KeptArrays {
 
   // Call use(array, bytes of a row there, their offset in the row on the wire) for every part.
   template <typename Use>
-  JAX_DEEPEP_HOST_DEVICE void ForParts(const WireRow& wire, Use use) const {
+  void ForParts(const WireRow& wire, Use use) const {
     use(static_cast<char*>(data), wire.data_bytes(), 0);
     use(static_cast<char*>(scales), wire.scales_bytes(), wire.scales_offset());
     if (wire.row_scale_bytes() == 0) return;
