@@ -54,7 +54,10 @@ OpBytes BytesOf(const GroupShape& shape, Baseline kind, const BaselineParams& pa
 ffi::Error Run(CallSite* site, LaunchContext& context, const ffi::AnyBuffer& rank,
                std::string error, Baseline kind, const BaselineParams& params,
                std::initializer_list<PeerArray> read_by_peers, LaunchBaseline launch) {
-  const int64_t variant = (static_cast<int64_t>(kind) << 16) + params.warps * 64 + params.depth;
+  // In bits of the flags above that of a mode: the communicator would take it for one.
+  const auto variant =
+      static_cast<int64_t>((static_cast<int32_t>(kind) * 256 + params.warps) * 256 + params.depth) *
+      2 * OpSignature::kLowLatency;
   const OpSignature op(Verb::kBaseline, site->call, variant, params.route);
   if (error.empty()) {
     error = launch_op(*site->comm, op, BytesOf(site->comm->shape(), kind, params), read_by_peers,

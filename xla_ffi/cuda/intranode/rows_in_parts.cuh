@@ -33,9 +33,11 @@ class RowsInParts {
   // After Begin.
   __device__ RowsInParts(const Op& op, Group& group, SeenParts* seen)
       : op_(op), group_(group), seen_(seen->of_warps[threadIdx.x / 32]), next_(FirstItem()) {
-    if (!Rows::kEncodes) return;
-    for (int rank = threadIdx.x % 32; rank < op.frame.shape.num_ranks; rank += 32) seen_[rank] = 0;
-    __syncwarp();
+    if constexpr (Rows::kEncodes) {
+      const int num_ranks = op.frame.shape.num_ranks;
+      for (int rank = threadIdx.x % 32; rank < num_ranks; rank += 32) seen_[rank] = 0;
+      __syncwarp();
+    }
   }
 
   // Encode the parts before this one; the first is encoded before Publish, which signals it.
