@@ -4,7 +4,8 @@
 //
 // 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
 //    wire format, for every pair of another rank, encoded. On one node, the pairs of later tokens
-//    while peers pull: see sums_in_parts.cuh.
+//    while peers pull: a warp that waits for a part of the tokens has summed what it has of it, so
+//    that none wait in a circle (tests/unit/protocol_parts.py).
 // 2. Publish; wait for everyone.
 // 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
 //    encoded needs no sum: its row is read and weighted in place.
@@ -22,7 +23,7 @@
 #include "cuda/divisor.h"
 #include "cuda/internode/node_sums.cuh"
 #include "cuda/intranode/combine_sums.cuh"
-#include "cuda/intranode/sums_in_parts.cuh"
+#include "cuda/intranode/pairs_of_parts.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -36,30 +37,28 @@
 namespace jax_deepep {
 namespace {
 
-// Step 3.
+// Step 3, for this warp's tokens from `token` to before `end`; returns the next one.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
-          typename Group, typename Sums>
-__device__ void SumTokens(const Combine& op, const Group& group, Sums& sums, int32_t* taken,
-                          Term* terms) {
+          typename Group>
+__device__ __forceinline__ int SumTokens(const Combine& op, const Group& group, int token, int end,
+                                         int32_t* taken, Term* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
-  const int lane = threadIdx.x % 32;
-  const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;
-  ForWarpItems(
-      num_tokens,
-      [&](int token) {
-        const bool inside = token < num_tokens && lane < num_topk;
-        return inside ? params.destination[int64_t{token} * num_topk + lane] : kNone;
+  const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
+  return ForWarpItems(
+      token, end,
+      [&](int at) {
+        const bool inside = at < end && lane < num_topk;
+        return inside ? params.destination[int64_t{at} * num_topk + lane] : kNone;
       },
-      [&](int token, int32_t destination) {
-        return InputsOf<kQuantized>(op, group, op.frame.rank, token, destination, taken);
+      [&](int at, int32_t destination) {
+        return InputsOf<kQuantized>(op, group, op.frame.rank, at, destination, taken);
       },
-      [&](int token, const Inputs& inputs) {
-        if (!sums.WaitFor(token)) return;
+      [&](int at, const Inputs& inputs) {
         if (params.gradients != nullptr && lane < num_topk) {
-          params.gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
+          params.gradients[int64_t{at} * num_topk + lane] = inputs.gradient;
         }
-        char* to = static_cast<char*>(params.out) + token * op.row_bytes;
+        char* to = static_cast<char*>(params.out) + at * op.row_bytes;
         AddUp<Type, kWhole, kWeighted, SumOfRows, kQuantized, kFormat>(
             inputs, shape, {0, shape.num_groups()}, terms, op.wire,
             StoreRounded<Type, kWhole>{to, shape});
@@ -96,16 +95,31 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
       }
     } else {
       __shared__ PairsOfParts pairs;
-      SumsInParts<Type, kWhole, kWeighted, kQuantized, kFormat, Group> sums(op, group, pairs,
-                                                                            terms);
-      if (sums.num_parts() > 0) pairs.Find(op);
-      sums.SumBefore(1);
-      group.Publish();
-      if (group.WaitForArrivals()) {
-        SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, sums, taken, terms);
-        sums.SumBefore(op.frame.parts.count);
-        group.CountTaken(taken);
+      const int num_parts = op.frame.parts.count;
+      const bool sums_pairs = !encodes_rows && params.sums != nullptr;
+      if (sums_pairs) pairs.Find(op);
+      int item = FirstItem(), token = FirstItem();
+      // Sums are one part ahead of what is waited for, for who waits for them.
+      for (int part = -1; part < num_parts; ++part) {
+        if (const int next = part + 1; sums_pairs && next < num_parts) {
+          item = SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, false>(
+              op, terms, item, pairs.before[next + 1],
+              [&](int at) { return pairs.PairOf(op, next, at); });
+          Group::SignalShare(op.frame, group.step(), next, NumWarps());
+        }
+        if (part < 0) {
+          group.Publish();
+          if (!group.WaitForArrivals()) break;
+          continue;
+        }
+        const int end =
+            part + 1 < num_parts ? op.frame.parts.First(part + 1) : params.route.num_tokens;
+        if (token >= end) continue;
+        if (part > 0 && !group.WaitForPart(part, [](int) { return true; })) break;
+        token = SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, token, end,
+                                                                        taken, terms);
       }
+      group.CountTaken(taken);
     }
   }
   group.Finish([] {}, [&] { WriteFailure(params, op.frame.shape); });
