@@ -82,13 +82,9 @@ def _received_types(
     if not keep_quantized:
         return [array((capacity, x.shape[1]), x.dtype), array((1,), jnp.float32), array((1,), jnp.float32)]
     assert wire is not None
-    of, hidden_size = FORMATS[wire], shape.comm.hidden_size
-    scale_type = jnp.float32 if of.scale_type == "float32" else jnp.uint8
-    return [
-        array((capacity, hidden_size // of.values_per_byte), jnp.uint8),
-        array((capacity, of.num_blocks(hidden_size)), scale_type),
-        array((capacity if of.has_row_scale else 1,), jnp.float32),
-    ]
+    leaves = FORMATS[wire].leaves(shape.comm.hidden_size)
+    types = [array((capacity, *of_row), jnp.dtype(dtype)) for dtype, of_row in leaves.values()]
+    return types if "row_scale" in leaves else [*types, array((1,), jnp.float32)]
 
 
 def received_rows(

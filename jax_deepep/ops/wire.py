@@ -79,12 +79,9 @@ def check_block_scaled(x: BlockScaled, hidden_size: int) -> None:
     of, (*rows, width) = FORMATS[x.format], x.shape
     if len(rows) != 1 or width != hidden_size:
         raise ValueError(f"x: expected shape [T, hidden_size] = [any, {hidden_size}], got {list(x.shape)}.")
-    wanted = {
-        "data": ("uint8", [*rows, hidden_size // of.values_per_byte]),
-        "scales": ("float32" if of.scale_type == "float32" else "uint8", [*rows, of.num_blocks(hidden_size)]),
-        "row_scale": ("float32", rows) if of.has_row_scale else None,
-    }
-    for name, expected in wanted.items():
+    leaves = {name: (dtype, [*rows, *shape]) for name, (dtype, shape) in of.leaves(hidden_size).items()}
+    for name in ("data", "scales", "row_scale"):
+        expected = leaves.get(name)
         leaf: jax.Array | None = getattr(x, name)
         got = None if leaf is None else (leaf.dtype.name, list(leaf.shape))
         if got == expected:

@@ -28,6 +28,15 @@ class BlockFormat:
         """Return the blocks of a row of `hidden_size` elements."""
         return -(-hidden_size // self.block)
 
+    def leaves(self, hidden_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return the dtype of each leaf of `BlockScaled`, and its shape for one row of `hidden_size`."""
+        scale_dtype = "float32" if self.scale_type == "float32" else "uint8"
+        leaves: dict[str, tuple[str, tuple[int, ...]]] = {
+            "data": ("uint8", (-(-hidden_size // self.values_per_byte),)),
+            "scales": (scale_dtype, (self.num_blocks(hidden_size),)),
+        }
+        return leaves | {"row_scale": ("float32", ())} if self.has_row_scale else leaves
+
 
 FORMATS: dict[str, BlockFormat] = {
     of.name: of

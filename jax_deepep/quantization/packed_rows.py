@@ -1,5 +1,7 @@
 """Block-scaled rows as bytes, as they cross links: `WireRow` of xla_ffi/interface/wire_format.h."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,9 +14,8 @@ _UNIT = 16  # bytes, to whose multiple each part of a row is padded
 
 def _part_sizes(of: BlockFormat, hidden_size: int) -> list[int]:
     """Return the bytes of data, scales and row scale of a row, without padding."""
-    scale = 4 if of.scale_type == "float32" else 1
-    sizes = [-(-hidden_size // of.values_per_byte), of.num_blocks(hidden_size) * scale]
-    return [*sizes, 4] if of.has_row_scale else sizes
+    leaves = of.leaves(hidden_size).values()
+    return [math.prod(shape) * jnp.dtype(dtype).itemsize for dtype, shape in leaves]
 
 
 def _padded(size: int) -> int:
