@@ -133,13 +133,13 @@ def dispatch(
     return tokens, handle
 
 
-def _copy_rows(shape: RouteShape, x: jax.Array, routes: Routes) -> jax.Array:
-    """Return x [T, ...] in the rows of its tokens, zeros in others."""
-    everyones_x = _gather(shape, x).reshape(-1, *x.shape[1:])
+def _copy_rows(shape: RouteShape, everyones_x: jax.Array, routes: Routes) -> jax.Array:
+    """Return the gathered x [R, T, ...] in the rows of its tokens, zeros in others."""
     device, token = jnp.divmod(routes.source, shape.comm.max_tokens)
-    rows = jnp.take(everyones_x, device * shape.num_tokens + token, axis=0, mode="clip")
-    live = (routes.source >= 0).reshape(-1, *[1] * (x.ndim - 1))
-    return jnp.where(live, rows, jnp.zeros((), x.dtype))
+    tokens = everyones_x.reshape(-1, *everyones_x.shape[2:])
+    rows = jnp.take(tokens, device * shape.num_tokens + token, axis=0, mode="clip")
+    live = (routes.source >= 0).reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(live, rows, jnp.zeros((), rows.dtype))
 
 
 def cached_dispatch(
@@ -156,14 +156,15 @@ def cached_dispatch(
     """Implement `implementations.cached_dispatch`; here the rows after the groups are always zero."""
     del zero_rest
     if wire is None:
-        rows = _copy_rows(shape, x, routes)
+        everyones_x = _gather(shape, x)
     else:
         is_packed = jnp.issubdtype(x.dtype, jnp.integer)
         quantized = unpack(x, wire, shape.comm.hidden_size) if is_packed else quantize(x, wire)
-        copied = jax.tree.map(lambda leaf: _copy_rows(shape, leaf, routes), quantized)
+        gathered = jax.tree.map(lambda leaf: _gather(shape, leaf), quantized)
         if keep_quantized:
-            return copied, None
-        rows = copied.dequantize(x.dtype)
+            return jax.tree.map(lambda leaf: _copy_rows(shape, leaf, routes), gathered), None
+        everyones_x = gathered.dequantize(x.dtype)
+    rows = _copy_rows(shape, everyones_x, routes)
     products = None
     if y is not None:
         live_y = jnp.where((routes.source >= 0)[:, None], y, jnp.zeros((), y.dtype)).astype(jnp.float32)
