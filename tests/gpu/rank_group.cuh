@@ -21,6 +21,7 @@
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
 #include "cuda/remote_transport.h"
+#include "cuda/row_values.cuh"
 #include "interface/op_signature.h"
 #include "rank_arrays.cuh"
 #include "routing/group_rows.h"
@@ -56,9 +57,7 @@ struct Memory {
   char* data;
   int64_t bytes;
 };
-__global__ void FillWithOnes(Memory memory) {
-  for (int64_t i = threadIdx.x; i < memory.bytes; i += blockDim.x) memory.data[i] = '\xff';
-}
+__global__ void Overwrite(Memory memory) { FillWithOnes(memory.data, memory.bytes); }
 
 // The most bytes for rows in a slot of staging; 0: as many as communicators have.
 int64_t most_staged_bytes = 0;
@@ -178,7 +177,7 @@ class Group {
     OnDeviceOf(rank);
     for (const Array* array : {&of_rank.scratch, &of_rank.sums, &of_rank.encoded}) {
       Memory memory = {array->device<char>(), static_cast<int64_t>(array->bytes())};
-      const char* error = LaunchKernel(FillWithOnes, memory, 1, kThreads, 0, streams_[rank]);
+      const char* error = LaunchKernel(Overwrite, memory, 1, kThreads, 0, streams_[rank]);
       Check(error == nullptr, std::string("launch: ") + (error ? error : ""));
     }
   }

@@ -28,9 +28,10 @@ LaunchResult CachedDispatch(
   params.zero_rest = zero_rest;
 
   const int64_t capacity = route.capacity;
-  if ((weighted || with_products || zero_rest) &&
-      (format.type == RowType::kInt32 || keep_quantized)) {
-    error = "x: expected floats that are decoded with weights, y or zero_rest";
+  if ((weighted || with_products) && (format.type == RowType::kInt32 || keep_quantized)) {
+    error = "x: expected floats with weights or y, got rows that are only copied";
+  } else if (zero_rest && keep_quantized) {
+    error = "zero_rest: expected false for rows that stay quantised, got true";
   }
   CheckBuffer(source, ffi::S32, capacity, "source", &error);
   CheckBuffer(destination, ffi::S32, int64_t{route.num_tokens} * shape.num_topk, "destination",

@@ -26,6 +26,9 @@ struct CombineParams {
   void* out = nullptr;         // [T, W]
   float* gradients = nullptr;  // [T, K], with row_gradients; 0 for entries without a row
   void* sums = nullptr;        // scratch of CombineSums, or null likewise
+
+  // Expert-major, on one node: whether there are sums of pairs.
+  JAX_DEEPEP_HOST_DEVICE bool sums_pairs() const { return pairs != nullptr && sums != nullptr; }
 };
 
 // Scratch of a combine that uses scratch. Expert-major, by (rank, token): the sum of every

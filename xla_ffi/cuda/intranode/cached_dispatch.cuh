@@ -86,17 +86,6 @@ class Pairs {
 };
 
 // How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`.
-struct KeptRows {
-  using Row = KeptRow;
-  using Kept = KeptRows;
-  static constexpr bool kEncodes = false;
-  __device__ static KeptRowArrays Received(const CachedDispatch& op) {
-    return {op.params.kept, {op.wire}};
-  }
-  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
-    return {rows + token * op.wire.bytes(), {op.wire}};
-  }
-};
 template <bool kWholeRows>
 struct DecodedRows {
   static constexpr bool kWhole = kWholeRows;

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
     } else {
       __shared__ PairsOfParts pairs;
       const int num_parts = op.frame.parts.count;
-      const bool sums_pairs = !encodes_rows && params.sums != nullptr;
+      const bool sums_pairs = params.sums_pairs();
       if (sums_pairs) pairs.Find(op);
       int item = FirstItem(), token = FirstItem();
       // Sums are one part ahead of what is waited for, for who waits for them.
@@ -146,7 +146,7 @@ class CombineKernels {
     if (params.row_gradients != nullptr) {
       op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
     }
-    if (!Group::kSeveralNodes && params.pairs != nullptr && params.sums != nullptr) {
+    if (!Group::kSeveralNodes && params.sums_pairs()) {
       op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
     }
     const Kernel kernel = KernelFor(rows, params.weights != nullptr);

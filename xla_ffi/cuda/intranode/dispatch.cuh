@@ -113,16 +113,6 @@ __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTa
 }
 
 // How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`.
-struct KeptRows {
-  static constexpr bool kEncodes = false;
-  using Kept = KeptRows;
-  __device__ static KeptRowArrays Received(const Dispatch& op) {
-    return {op.params.kept, {op.wire}};
-  }
-  __device__ static KeptRow At(const Dispatch& op, const char* rows, int64_t token) {
-    return {rows + token * op.wire.bytes(), {op.wire}};
-  }
-};
 template <bool kWholeRows>
 struct PlainRows {
   static constexpr bool kWhole = kWholeRows;

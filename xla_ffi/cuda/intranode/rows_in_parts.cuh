@@ -7,10 +7,26 @@
 
 #include <cstdint>
 
+#include "cuda/kept_rows.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
+
+// Rows that are pulled as they cross links and stay encoded, of an op with `wire` and params.kept.
+struct KeptRows {
+  static constexpr bool kEncodes = false;
+  using Row = KeptRow;
+  using Kept = KeptRows;
+  template <typename Op>
+  __device__ static KeptRowArrays Received(const Op& op) {
+    return {op.params.kept, {op.wire}};
+  }
+  template <typename Op>
+  __device__ static Row At(const Op& op, const char* rows, int64_t token) {
+    return {rows + token * op.wire.bytes(), {op.wire}};
+  }
+};
 
 // Encode this warp's rows from `row` to before `end`; returns the next one. A function of its own,
 // because it is called in several places.
