@@ -58,7 +58,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode-layers", type=positive_int, metavar="N",
-        help="also a decode step of N layers: native in both modes, and xla unless --layers leaves it out",
+        help="also a decode step of N layers, by native in both modes and by xla, where --layers has them",
     )  # fmt: skip
     parser.add_argument("--queued", type=positive_int, default=6, help="calls in flight (%(default)s)")
     add_trials(parser, 10)

@@ -164,15 +164,11 @@ def run_network(with_gradients: bool, block: int) -> Any:
     return jax.jit(run)
 
 
-def assert_nearly_all_equal(results: Any, exact: Any) -> None:
-    """Compare: float32 sums may round a value differently than exact ones, by a unit of the last place.
-
-    Sums of 64 products hardly ever do; of 2048, on a GPU, 1.4 % do, and where the result of a step
-    were not rounded, more than a third would.
-    """
+def assert_nearly_all_equal(results: Any, exact: Any, least: float = 0.99) -> None:
+    """Compare: float32 sums may round a value differently than exact ones, by a unit of the last place."""
     for got, value in zip(jax.tree.leaves(results), jax.tree.leaves(exact), strict=True):
         got, value = (np.asarray(array[: len(value)], np.float32) for array in (got, value))
-        assert (got == value).mean() > 0.97
+        assert (got == value).mean() > least
         np.testing.assert_allclose(got, value, rtol=2**-7, atol=2**-7 * np.abs(value).max())
 
 
@@ -197,7 +193,8 @@ def test_a_network_on_a_gpu() -> None:
     operands = network_problem(1024, jnp.bfloat16, True, 2048, 768)
     run, exact = run_network(True, 128), expected_network(*operands)
     results = [run(*operands) for _ in range(3)]
-    assert_nearly_all_equal(results[0], exact)
+    # Of sums of 2048 products 1.4 % round differently; of a step that is not rounded more than a third would.
+    assert_nearly_all_equal(results[0], exact, least=0.97)
     live = int(operands[3].sum())
     for again in results[1:]:
         for first, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(again), strict=True):
