@@ -6,7 +6,7 @@ different orders on different ranks, or at once, as branches of a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -54,21 +54,31 @@ class Call:
         """Do all of the op, and return its results."""
         return self.bind(Site(), *self.operands)
 
-    def start(self, channel: int) -> tuple[list[jax.Array], jax.Array]:
-        """Begin the op; return its results, which are not valid yet, and a token.
+    def start(self, channel: int) -> tuple["Call", list[jax.Array], jax.Array]:
+        """Begin the op; return it with the operands in use, its results, not valid yet, and a token.
 
         What comes after the token in the program runs while the op does. Only `done` may use the results, so
         that XLA never copies them before they are valid.
         """
-        *results, token = self.bind(Site(channel, "start"), *self.operands)
-        return results, token
+        call = replace(self, operands=tuple(_apart(self.operands)))
+        *results, token = call.bind(Site(channel, "start"), *call.operands)
+        return call, results, token
 
     def done(self, channel: int, results: Sequence[jax.Array], token: jax.Array) -> list[jax.Array]:
         """End the op, after the token; return the results in the same memory.
 
-        The operands are those of start, so that XLA does not reuse their memory before.
+        The operands are those that start returned, so that XLA does not reuse their memory before.
         """
-        return self.bind(Site(channel, "done"), token, *self.operands, *results)
+        return _apart(self.bind(Site(channel, "done"), token, *self.operands, *results))
+
+
+def _apart(values: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return values that XLA for GPUs sees as no slices, and whose slices it does not see.
+
+    It makes a fusion of a custom call and slices that the call reads or writes, beside the call. That runs
+    both parts twice, and forgets that done returns the memory of start, which is then reused while in use.
+    """
+    return list(lax.optimization_barrier(tuple(values)))
 
 
 def define_primitive(

@@ -145,7 +145,7 @@ def start(verb: Verb, shape: RouteShape, channel: int, operands: Any) -> Flight:
     """Begin an op."""
     # Only `_link` is differentiated: gradients pass through none of these.
     call = verb.call(shape, *lax.stop_gradient(without_integer_tangents(operands)))
-    results, token = call.start(channel)
+    call, results, token = call.start(channel)
     operands, transposed, token = _link(verb, shape, channel, operands, token)
     return Flight(call, results, without_integer_tangents(operands), transposed, token)
 
@@ -223,7 +223,7 @@ def _done_backward(
     call = verb.transpose(shape, of_verb, cotangents)
     # Before start, so that it has the operands of done.
     call = dataclasses.replace(call, operands=tuple(_beside(call.operands, call.operands)))
-    results, token = call.start(channel)
+    call, results, token = call.start(channel)
     arrays = [_as_type(value, _float_type(value)) for value in (*call.operands, *results)]
     zero: Any = None
     # `_link` does not use the cotangents of operands; None would get a wrong type, see `_beside`.
@@ -253,7 +253,7 @@ def run_beside(
     """
     if function is None:
         return call.run(), (None, None)
-    results, token = call.start(channel)
+    call, results, token = call.start(channel)
     token, operands = order(token, operands)
     computed, others = function(*operands)
     token, computed = order(token, computed)
