@@ -227,7 +227,7 @@ void CheckMistakes(int num_blocks, bool low_latency, int ranks_per_node = 0) {
 __global__ void MeetKernel(const __grid_constant__ OpFrame frame) {
   __shared__ GroupOp::Shared shared;
   GroupOp group(frame, &shared);
-  if (group.Begin()) group.SyncGrid();
+  if (group.Begin()) group.SyncGrid([] {});
 }
 
 // Blocks that do not all find an SM. Cooperative launches prevent that; the wait of blocks for each

@@ -190,7 +190,7 @@ class Group {
   // Run later ops in this mode.
   void Take(bool low_latency) { low_latency_ = low_latency; }
 
-  // Let a rank encode its rows in larger parts than its peers, to whom it signals fewer.
+  // Let a rank sum its pairs in larger parts than its peers, to whom it signals fewer.
   void TakeLargerParts(int rank) { frames_[rank].least_part_tokens = 8 * least_part_tokens; }
 
   // Let the program run a rank as another one.

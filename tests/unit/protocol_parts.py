@@ -1,13 +1,12 @@
-"""Rows that are written in parts while peers read earlier ones: throughput mode on one node.
+"""Sums of pairs that are written in parts while peers read earlier ones: combine on one node.
 
-Rows that are encoded, or in combine sums of pairs, which a warp awaits of all ranks. A rank arrives before it
-has written its rows. It tells its peers of each part, once all of its warps have written what they have of it
-(`encoded`), and a warp waits for the part of a rank before it reads a row of it.
+A rank arrives before it has written its sums. It tells its peers of each part, once all of its warps have
+written what they have of it (`part_ready`), and a warp waits for the part of all ranks before it reads it.
 
 * The search of protocol_throughput.py, with two parts. A rank has one warp there.
-* A warp that waits for a part, of whichever rank, has encoded what it has of all parts up to that one. So no
+* A warp that waits for a part, of whichever rank, has summed what it has of all parts up to that one. So no
   warps wait for each other in a circle: of those that wait, consider one that waits for the earliest part.
-  All warps of that rank have encoded this part, or will. `is_stuck` runs warps of several ranks. What a warp
+  All warps of that rank have summed this part, or will. `is_stuck` runs warps of several ranks. What a warp
   does never hinders another, so that one order of steps shows whether any ends.
 """
 
@@ -34,16 +33,16 @@ NUM_PARTS = 2
 
 
 def rows_of(world: World, rank: int, part: int) -> int:
-    """As `operand`, of the rows of a part."""
+    """As `operand`, of the sums of a part."""
     return world.at.slots(part, rank, rank)
 
 
 def flags_of_part(world: World, rank: int, part: int) -> dict[int, int]:
-    """`encoded`, which peers write."""
+    """`part_ready`, which peers write."""
     return flags_of_peers(world, rank, partial(world.at.header, part))
 
 
-def encode(world: World, rank: int, *, part: int) -> Iterator[World]:
+def sum_pairs(world: World, rank: int, *, part: int) -> Iterator[World]:
     world.store(rank, rows_of(world, rank, part), 2 * world.ranks[rank].op)
     yield world
 
@@ -120,9 +119,9 @@ PARTS = Protocol(
     [
         *PUBLISH_STEPS,
         Step("WaitForArrivals", wait_for_arrivals, LOAD),
-        Step("Encode part 0", partial(encode, part=0), LOCAL),
+        Step("Sum part 0", partial(sum_pairs, part=0), LOCAL),
         Step("SignalPart 0", partial(signal_part, part=0), LOCAL),
-        Step("Encode part 1", partial(encode, part=1), LOCAL),
+        Step("Sum part 1", partial(sum_pairs, part=1), LOCAL),
         Step("SignalPart 1", partial(signal_part, part=1), LOCAL),
         Step("WaitForPart 0", partial(wait_for_part, part=0), LOAD),
         Step("Read part 0", partial(read_part, part=0), LOCAL),
@@ -133,8 +132,8 @@ PARTS = Protocol(
     ]
 ).replaced("Leave", leave)
 
-# A warp that encodes a part as late as it may.
-LATE = PARTS.moved("Encode part 1", after="Read part 0").moved("SignalPart 1", after="Encode part 1")
+# A warp that sums a part as late as it may.
+LATE = PARTS.moved("Sum part 1", after="Read part 0").moved("SignalPart 1", after="Sum part 1")
 
 
 # --- Warps.
@@ -147,13 +146,13 @@ def is_stuck(warps: Sequence[tuple[int, Waits]], num_parts: int, *, ahead: int =
 
     Args:
         warps: the rank and the reads of each.
-        num_parts: of every rank; each of its warps has rows of all.
-        ahead: how many parts beyond the one it waits for a warp has encoded at least.
+        num_parts: of every rank; each of its warps has sums of all.
+        ahead: how many parts beyond the one it waits for a warp has summed at least.
     """
-    encoded, read = [0] * len(warps), [0] * len(warps)
+    summed, read = [0] * len(warps), [0] * len(warps)
 
     def is_ready(rank: int, part: int) -> bool:
-        return all(encoded[i] > part for i, (of, _) in enumerate(warps) if of == rank)
+        return all(summed[i] > part for i, (of, _) in enumerate(warps) if of == rank)
 
     moved = True
     while moved:
@@ -161,8 +160,8 @@ def is_stuck(warps: Sequence[tuple[int, Waits]], num_parts: int, *, ahead: int =
         for i, (_, waits) in enumerate(warps):
             done = read[i] == len(waits)
             wanted = num_parts if done else min(waits[read[i]][1] + 1 + ahead, num_parts)
-            if encoded[i] < wanted:
-                encoded[i], moved = wanted, True
+            if summed[i] < wanted:
+                summed[i], moved = wanted, True
             elif not done and is_ready(*waits[read[i]]):
                 read[i], moved = read[i] + 1, True
     return any(read[i] < len(waits) for i, (_, waits) in enumerate(warps))

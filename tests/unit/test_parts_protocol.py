@@ -1,4 +1,4 @@
-"""Rows that are encoded while peers read keep the promises of the mode, and nothing waits in a circle."""
+"""Sums that are written while peers read keep the promises of the mode, and nothing waits in a circle."""
 
 import itertools
 from functools import partial
@@ -33,15 +33,15 @@ def test_all_ranks_end_if_none_fails(protocol: Protocol) -> None:
     assert result.broken_promise is None, "\n".join(result.run)
 
 
-NOT_ENCODED = PARTS.moved("Encode part 1", after="WaitForPart 1").moved("SignalPart 1", after="Encode part 1")
+NOT_SUMMED = PARTS.moved("Sum part 1", after="WaitForPart 1").moved("SignalPart 1", after="Sum part 1")
 MUTATIONS = [
     Mutation(
         "a part is signalled before its rows are stored",
-        PARTS.moved("Encode part 1", after="SignalPart 1"),
+        PARTS.moved("Sum part 1", after="SignalPart 1"),
         "data",
     ),
     Mutation(
-        "encoded is no release store",
+        "part_ready is no release store",
         PARTS.replaced("SignalPart 1", partial(signal_part, part=1, release=False)),
         "data",
     ),
@@ -56,7 +56,7 @@ MUTATIONS = [
         LATE.replaced("WaitForPart 1", partial(wait_for_part, part=1, bounded=False)),
         "progress",
     ),
-    Mutation("a rank waits before it has encoded the same part", NOT_ENCODED.failing_only_on(), "progress"),
+    Mutation("a rank waits before it has summed the same part", NOT_SUMMED.failing_only_on(), "progress"),
 ]
 
 
@@ -77,7 +77,7 @@ def test_warps_do_not_wait_in_a_circle() -> None:
         assert not is_stuck(list(zip((0, 0, 1), waits, strict=True)), NUM_PARTS), waits
 
 
-def test_a_warp_must_have_encoded_what_it_waits_for() -> None:
+def test_a_warp_must_have_summed_what_it_waits_for() -> None:
     found = [
         waits
         for waits in itertools.product(WAITS, repeat=2)

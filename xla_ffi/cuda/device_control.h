@@ -20,7 +20,7 @@ inline constexpr int kNumChannels = 2;  // ops of a communicator that may run at
 inline constexpr int kMaxTopk = 32;     // entries of a token: a lane of a warp each
 inline constexpr int kMaxBlocks = 256;  // of one op
 inline constexpr int kMaxOperands = 4;  // arrays of a rank that peers read in one op
-inline constexpr int kMostParts = 16;   // in which a rank writes what peers read
+inline constexpr int kMostParts = 8;    // in which a rank writes sums that peers read
 
 // Why an op failed.
 enum class Failure : uint32_t {

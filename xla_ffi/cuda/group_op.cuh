@@ -2,7 +2,7 @@
 //
 //     Begin | write what peers read | Publish | WaitForArrivals | read peers | Finish
 //
-// Rows that a rank encodes or sums may be ready later, in parts: SignalShare | WaitForPart | read.
+// Rows that a rank sums may be ready later, in parts: SignalPart | WaitForPart | read.
 //
 // Begin, SyncGrid and WaitForArrivals return false if the op is lost: skip to Finish then.
 //
@@ -58,37 +58,52 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
   static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
   static constexpr bool kInChunks = false;  // see NodeOpOf
 
+  struct PartOfBlock {
+    uint32_t num_written;  // warps of this block that have written theirs
+    uint32_t found;        // by this block, of all ranks
+  };
   struct Shared {
     typename OfRank::Shared of_rank;
     const char* operands[kMaxOperands][kMaxRanks];
+    PartOfBlock parts[kMostParts];
   };
 
+  // Begin follows, and orders what is cleared here.
   __device__ GroupOpOf(const OpFrame& frame, Shared* shared)
-      : OfRank(frame, &shared->of_rank), operands_(shared->operands) {}
+      : OfRank(frame, &shared->of_rank), operands_(shared->operands), parts_(shared->parts) {
+    if (threadIdx.x < kMostParts) parts_[threadIdx.x] = {0, kNotSought};
+  }
 
   __device__ int first_peer() const { return Peers::First(frame_); }
   __device__ int end_peer() const { return Peers::End(frame_); }
 
-  // Wait for all blocks of this rank; their earlier writes are visible afterwards.
-  __device__ bool SyncGrid() {
+  // Wait for all blocks of this rank; their earlier writes are visible afterwards. Meanwhile call
+  // work(), which does not use what other blocks write.
+  template <typename Work>
+  __device__ bool SyncGrid(Work work) {
     __syncthreads();
+    uint32_t generation = 0;
+    bool waits = false;
     if (threadIdx.x == 0) {
       shared_.flag = true;
-      const uint32_t generation = LoadAcquireDevice(&channel_.generation);
-      if (AddAcquireRelease(&channel_.num_waiting, 1) == gridDim.x - 1) {
+      generation = LoadAcquireDevice(&channel_.generation);
+      waits = AddAcquireRelease(&channel_.num_waiting, 1) != gridDim.x - 1;
+      if (!waits) {
         channel_.num_waiting = 0;
         StoreReleaseDevice(&channel_.generation, generation + 1);  // pairs with the load below
-      } else {
-        const uint64_t began_ns = NanosecondClock();
-        // Checking whether the op is lost takes longer than the other blocks do.
-        constexpr int kLoadsBetweenChecks = 256;
-        for (int i = 1; LoadAcquireDevice(&channel_.generation) == generation; ++i) {
-          if (i % kLoadsBetweenChecks != 0) continue;
-          if (NanosecondClock() - began_ns > frame_.timeout_ns) Fail(Failure::kNoRoom);
-          if (IsBroken()) {
-            shared_.flag = false;
-            break;
-          }
+      }
+    }
+    work();
+    if (waits) {
+      const uint64_t began_ns = NanosecondClock();
+      // Checking whether the op is lost takes longer than the other blocks do.
+      constexpr int kLoadsBetweenChecks = 256;
+      for (int i = 1; LoadAcquireDevice(&channel_.generation) == generation; ++i) {
+        if (i % kLoadsBetweenChecks != 0) continue;
+        if (NanosecondClock() - began_ns > frame_.timeout_ns) Fail(Failure::kNoRoom);
+        if (IsBroken()) {
+          shared_.flag = false;
+          break;
         }
       }
     }
@@ -127,65 +142,41 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return true;
   }
 
-  // Count one of the `size` shares (rows, or what a warp has of it) of a part of this rank's rows
-  // as written, and with the last one let peers read them. By a warp, after its stores. Publish
-  // does so for the first part.
-  __device__ static void SignalShare(const OpFrame& frame, uint64_t step, int part, uint32_t size) {
+  // This warp has written what it has of a part of this rank's rows. After the last warp of all
+  // blocks peers may read it. Publish does so for the first part.
+  __device__ void SignalPart(int part) {
     if (part == 0) return;
-    Channel& own = frame.ChannelOf(frame.rank);
     bool is_last = false;
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      is_last = AddAcquireRelease(&own.num_in_part[part], 1) >= size - 1;
-      if (is_last) own.num_in_part[part] = 0;
+      // Once per block: an order for the whole device waits for all stores of the SM.
+      is_last = AddAcquireReleaseBlock(&parts_[part].num_written, 1) == blockDim.x / 32 - 1 &&
+                AddAcquireRelease(&channel_.num_in_part[part], 1) >= gridDim.x - 1;
+      if (is_last) channel_.num_in_part[part] = 0;
     }
     __syncwarp();
     if (!__any_sync(~0u, is_last)) return;
-    for (int peer = Peers::First(frame) + threadIdx.x % 32; peer < Peers::End(frame); peer += 32) {
-      // Pairs with the acquire loads in WaitForPart and PartsOf, on the peer. The counter orders
-      // the other warps' writes before it.
-      StoreReleaseSystem(&frame.ChannelOf(peer).part_ready[frame.rank][part], step);
+    for (int peer = first_peer() + threadIdx.x % 32; peer < end_peer(); peer += 32) {
+      // Pairs with the acquire load in PollPart, on the peer. The counters order the other warps'
+      // writes before it.
+      StoreReleaseSystem(&frame_.ChannelOf(peer).part_ready[frame_.rank][part], step());
     }
   }
 
-  // Wait until all ranks with awaits(rank) have written a part of their rows; by a warp. False: the
-  // op is lost.
-  template <typename Awaits>
-  __device__ bool WaitForPart(int part, Awaits awaits) {
-    // A rank may itself wait for an earlier part of another one: that wait ends before.
-    const uint64_t limit_ns = frame_.timeout_ns + frame_.timeout_ns / 4 * part / kMostParts;
-    uint64_t began_ns = 0;
-    for (int base = 0; base < num_ranks(); base += 32) {
-      const int rank = base + static_cast<int>(threadIdx.x) % 32;
-      bool here = !(rank < num_ranks() && awaits(rank));
-      while (true) {
-        // Pairs with the release stores in SignalShare, on the peer.
-        here = here || LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
-        if (__all_sync(~0u, here)) break;
-        if (began_ns == 0) began_ns = NanosecondClock();
-        if (__any_sync(~0u, !here && IsBroken())) return false;
-        const bool late = !here && NanosecondClock() - began_ns > limit_ns;
-        if (const uint32_t lanes = __ballot_sync(~0u, late); lanes != 0) {
-          RankSet missing = {};
-          missing.words[base / 32] = lanes;
-          if (threadIdx.x % 32 == 0) Fail(Failure::kNotLeft, missing);  // they have arrived
-          __syncwarp();
-          return false;
-        }
-      }
+  // Wait until all ranks have written a part of their rows; by a warp. False: the op is lost. One
+  // warp of a block polls the flags: if all did, they would delay those who write them.
+  __device__ bool WaitForPart(int part) {
+    uint32_t& found = parts_[part].found;
+    uint32_t before = 0;
+    if (threadIdx.x % 32 == 0) before = atomicCAS(&found, kNotSought, kSought);
+    if (__shfl_sync(~0u, before, 0) == kNotSought) {
+      const bool here = PollPart(part);
+      if (threadIdx.x % 32 == 0) StoreReleaseBlock(&found, here ? kHere : kLost);
+      __syncwarp();
+      return here;
     }
-    __syncwarp();
-    return true;
-  }
-
-  // Which parts a rank has written, as bits, besides the first; by a warp.
-  __device__ uint32_t PartsOf(int rank) {
-    const int part = threadIdx.x % 32;
-    const bool here =
-        part < kMostParts && LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
-    const uint32_t parts = __ballot_sync(~0u, here);
-    __syncwarp();
-    return parts;
+    while ((before = LoadAcquireBlock(&found)) == kSought) Pause();
+    return __all_sync(~0u, before == kHere);
   }
 
   // The operand `index` of a rank. Only after WaitForArrivals.
@@ -222,6 +213,33 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
   }
 
  protected:
+  __device__ bool PollPart(int part) {
+    // A rank may itself wait for an earlier part of another one: that wait ends before.
+    const uint64_t limit_ns = frame_.timeout_ns + frame_.timeout_ns / 4 * part / kMostParts;
+    uint64_t began_ns = 0;
+    for (int base = 0; base < num_ranks(); base += 32) {
+      const int rank = base + static_cast<int>(threadIdx.x) % 32;
+      bool here = rank >= num_ranks();
+      while (true) {
+        // Pairs with the release stores in SignalPart, on the peer.
+        here = here || LoadAcquireSystem(&channel_.part_ready[rank][part]) >= step();
+        if (__all_sync(~0u, here)) break;
+        if (began_ns == 0) began_ns = NanosecondClock();
+        if (__any_sync(~0u, !here && IsBroken())) return false;
+        const bool late = !here && NanosecondClock() - began_ns > limit_ns;
+        if (const uint32_t lanes = __ballot_sync(~0u, late); lanes != 0) {
+          RankSet missing = {};
+          missing.words[base / 32] = lanes;
+          if (threadIdx.x % 32 == 0) Fail(Failure::kNotLeft, missing);  // they have arrived
+          __syncwarp();
+          return false;
+        }
+      }
+    }
+    __syncwarp();
+    return true;
+  }
+
   // Between nodes, a rank that has not left may wait for another node.
   struct ForPeersToLeave : ForLeaving {
     static constexpr bool kIndirect = Peers::kSeveralNodes;
@@ -293,7 +311,10 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return SharedFlag();
   }
 
+  enum : uint32_t { kNotSought, kSought, kHere, kLost };  // of PartOfBlock::found
+
   const char* (*operands_)[kMaxRanks];
+  PartOfBlock* parts_;
 };
 
 using GroupOp = GroupOpOf<WholeGroup>;

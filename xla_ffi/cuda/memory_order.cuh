@@ -49,6 +49,27 @@ __device__ __forceinline__ void StoreReleaseDevice(uint64_t* address, uint64_t v
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+// Between the warps of a block, in shared memory.
+__device__ __forceinline__ uint32_t LoadAcquireBlock(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ void StoreReleaseBlock(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t AddAcquireReleaseBlock(uint32_t* address, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.add.acq_rel.cta.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(address), "r"(value)
+               : "memory");
+  return old;
+}
+
+// In a wait for another warp of the block: let others run.
+__device__ __forceinline__ void Pause() { asm volatile("nanosleep.u32 64;"); }
+
 // Returns the old value.
 __device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t expected,
                                                    uint64_t value) {

@@ -18,8 +18,8 @@ struct WindowSize {
   int32_t row_bytes = 0;
 };
 
-// The parts in which a rank writes what peers read, encoded rows or sums, while they read earlier
-// ones: of 2^log2_tokens tokens each. The same on all ranks.
+// The parts in which a rank writes sums while peers read earlier ones: of 2^log2_tokens tokens
+// each. The same on all ranks.
 struct TokenParts {
   int32_t count = 1;
   int32_t log2_tokens = 30;
@@ -90,15 +90,9 @@ struct OpFrame {
 inline constexpr int kThreads = 512;
 inline constexpr int kWarps = kThreads / 32;
 
-// Which parts of each rank a warp has seen, as bits; in shared memory.
-struct SeenParts {
-  uint16_t of_warps[kWarps][kMaxRanks];
-  static_assert(kMostParts <= 16);
-};
-
 // Static shared memory that a kernel with dynamic shared memory may use.
-inline constexpr int kStaticSharedBytes = kMaxOperands * kMaxRanks * sizeof(void*) +
-                                          2 * kMaxRanks * sizeof(int32_t) + sizeof(SeenParts) + 512;
+inline constexpr int kStaticSharedBytes =
+    kMaxOperands * kMaxRanks * sizeof(void*) + 2 * kMaxRanks * sizeof(int32_t) + 512;
 
 }  // namespace jax_deepep
 

@@ -141,28 +141,21 @@ __device__ void CopyRowToLanes(const Row& row, const Rows& rows, Destination des
   }
 }
 
-// Encode a row of those of `row_bytes` each, by a warp.
-template <typename Type, bool kWhole, WireFormat kFormat>
-__device__ __forceinline__ void EncodeRow(const WireRow& wire, const void* rows, int64_t row_bytes,
-                                          int row, void* encoded) {
-  const char* from = static_cast<const char*>(rows) + row * row_bytes;
-  char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
-  if constexpr (kWhole && kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4) {
-    EncodeWholeRow<Type, kFormat>(wire, from, to);
-  } else {
-    constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
-    PartToEncode<Type, kWhole, kFormat, kAhead, false> part(from, wire, 0, 1);
-    part.Load();
-    part.CopyTo([to](auto store) { store(to); });
-  }
-}
-
-// Encode all rows, a warp for each.
+// Encode rows of `row_bytes` each, a warp for each.
 template <typename Type, bool kWhole, WireFormat kFormat>
 __device__ void EncodeRows(const WireRow& wire, const void* rows, int64_t row_bytes, int num_rows,
                            void* encoded) {
   for (int row = FirstItem(); row < num_rows; row += NumWarps()) {
-    EncodeRow<Type, kWhole, kFormat>(wire, rows, row_bytes, row, encoded);
+    const char* from = static_cast<const char*>(rows) + row * row_bytes;
+    char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
+    if constexpr (kWhole && kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4) {
+      EncodeWholeRow<Type, kFormat>(wire, from, to);
+    } else {
+      constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;
+      PartToEncode<Type, kWhole, kFormat, kAhead, false> part(from, wire, 0, 1);
+      part.Load();
+      part.CopyTo([to](auto store) { store(to); });
+    }
   }
 }
 

@@ -4,6 +4,7 @@
 #define JAX_DEEPEP_CUDA_ROW_SUMS_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/device_control.h"
 #include "cuda/row_values.cuh"
@@ -41,10 +42,14 @@ struct SumOfRanks {
   __device__ static float Zero(const Inputs&) { return -0.0f; }
 };
 
-// A warp reads rows in pieces: this many words of 16 bytes per lane, and this many pieces ahead of
-// the one that it adds.
-inline constexpr int kWordsOfPiece = 4;
-inline constexpr int kPieces = 3;
+// A warp reads rows in pieces: so many words of 16 bytes per lane, and so many pieces ahead of the
+// one that it adds. Encoding and decoding take registers.
+struct PlainPieces {
+  static constexpr int kWords = 4, kAhead = 3;
+};
+struct EncodedPieces {
+  static constexpr int kWords = 2, kAhead = 4;
+};
 
 // An input of a sum, in shared memory.
 struct Term {
@@ -117,6 +122,7 @@ __device__ __forceinline__ void AddTerm(LoadedGroup<Type> (&groups)[kGroups], co
 // of which may be past the end.
 template <typename Type, bool kWhole>
 struct StoreRounded {
+  using Pieces = PlainPieces;
   char* to;
   RowShape<kWhole> shape;
   __device__ __forceinline__ void operator()(int group, bool inside, const float* sums) const {
@@ -125,17 +131,15 @@ struct StoreRounded {
 };
 template <bool kWhole, WireFormat kFormat>
 struct StoreEncoded {
+  using Pieces = PlainPieces;
   char* to;
   const WireRow& wire;
   __device__ __forceinline__ void operator()(int group, bool inside, const float* sums) const {
-    Run(to, wire, group, inside, {sums[0], sums[1], sums[2], sums[3]},
-        {sums[4], sums[5], sums[6], sums[7]});
+    RunOutOfLine(to, wire, group, inside, {sums[0], sums[1], sums[2], sums[3]},
+                 {sums[4], sums[5], sums[6], sums[7]});
   }
-  // There are many calls of it: see EncodeOutOfLine.
-  __device__ __noinline__ static void Run(char* to, const WireRow& wire, int group, bool inside,
-                                          float4 first, float4 second) {
-    float sums[kGroup] = {first.x,  first.y,  first.z,  first.w,
-                          second.x, second.y, second.z, second.w};
+  __device__ __forceinline__ static void Run(char* to, const WireRow& wire, int group, bool inside,
+                                             float (&sums)[kGroup]) {
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
       const bool exists = kWhole || group * kGroup + e < wire.size;
@@ -143,6 +147,34 @@ struct StoreEncoded {
     }
     const auto codes = Encode<kFormat>(wire, {}, sums, LargestOf(sums));
     if (inside) StoreCodes<kWhole, kFormat>(wire, wire.scales_offset(), to, group, codes);
+  }
+
+ private:
+  // There are many calls of it: see EncodeOutOfLine.
+  __device__ __noinline__ static void RunOutOfLine(char* to, const WireRow& wire, int group,
+                                                   bool inside, float4 first, float4 second) {
+    float sums[kGroup] = {first.x,  first.y,  first.z,  first.w,
+                          second.x, second.y, second.z, second.w};
+    Run(to, wire, group, inside, sums);
+  }
+};
+// One or the other, for many sums.
+template <typename Type, bool kWhole, WireFormat kFormat>
+struct StoreEither {
+  using Pieces = EncodedPieces;
+  bool encoded;
+  char* to;
+  RowShape<kWhole> shape;
+  const WireRow& wire;
+  __device__ __forceinline__ void operator()(int group, bool inside, const float* sums) const {
+    if (encoded) {
+      float copy[kGroup];
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) copy[e] = sums[e];
+      StoreEncoded<kWhole, kFormat>::Run(to, wire, group, inside, copy);
+    } else {
+      StoreRounded<Type, kWhole>{to, shape}(group, inside, sums);
+    }
   }
 };
 
@@ -154,9 +186,8 @@ template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireF
 __device__ __forceinline__ void AddPieces(const Inputs& inputs, RowShape<true> shape,
                                           GroupRange range, const Term* terms, const WireRow& wire,
                                           const Store& store) {
-  constexpr int kWords = sizeof(LoadedGroup<Type>) / sizeof(uint4);
-  // Of a lane; decoding takes registers.
-  constexpr int kGroups = (kMayBeEncoded ? kWordsOfPiece / 2 : kWordsOfPiece) / kWords;
+  using Pieces = std::conditional_t<kMayBeEncoded, EncodedPieces, typename Store::Pieces>;
+  constexpr int kGroups = Pieces::kWords * sizeof(uint4) / sizeof(LoadedGroup<Type>);  // of a lane
   const int lane = threadIdx.x % 32;
 
   int next_input = 0, next_base = range.first + lane;
@@ -169,7 +200,7 @@ __device__ __forceinline__ void AddPieces(const Inputs& inputs, RowShape<true> s
     }
     if (++next_input == inputs.count) next_input = 0, next_base += kGroups * 32;
   };
-  LoadedGroup<Type> pieces[kPieces][kGroups];
+  LoadedGroup<Type> pieces[Pieces::kAhead][kGroups];
 #pragma unroll
   for (LoadedGroup<Type>(&piece)[kGroups] : pieces) load(piece);
 

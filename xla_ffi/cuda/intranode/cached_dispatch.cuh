@@ -8,7 +8,7 @@
 
 #include "cuda/chunk_pairs.cuh"
 #include "cuda/divisor.h"
-#include "cuda/intranode/rows_in_parts.cuh"
+#include "cuda/intranode/pulled_kept_rows.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -89,6 +89,7 @@ class Pairs {
 template <bool kWholeRows>
 struct DecodedRows {
   static constexpr bool kWhole = kWholeRows;
+  __device__ static void Encode(const CachedDispatch&) {}
   __device__ static RowArray<kWhole> Received(const CachedDispatch& op) {
     return {static_cast<char*>(op.params.rows), op.row_bytes};
   }
@@ -98,7 +99,6 @@ struct PlainRows : DecodedRows<kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
   using Kept = PlainRows;
   using Row = PlainRow<Element, kWhole>;
-  static constexpr bool kEncodes = false;
   __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
     return {rows + token * op.row_bytes,
             {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
@@ -109,10 +109,9 @@ struct EncodedRows : DecodedRows<kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
   using Kept = KeptRows;
   using Row = EncodedRow<Type, kWhole, kFormat>;
-  static constexpr bool kEncodes = true;
-  __device__ static void EncodeRow(const CachedDispatch& op, int row) {
-    jax_deepep::EncodeRow<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes, row,
-                                                 op.params.encoded);
+  __device__ static void Encode(const CachedDispatch& op) {
+    EncodeRows<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes,
+                                      op.params.route.num_tokens, op.params.encoded);
   }
   __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
     return {rows + token * op.wire.bytes(), op.wire};
@@ -125,18 +124,13 @@ __device__ typename Rows::Row RowAt(const CachedDispatch& op, const Group& group
   return Rows::At(op, rows, op.max_tokens.Remainder(source));
 }
 
-template <typename Parts>
-__device__ bool WaitFor(const CachedDispatch& op, Parts& parts, int32_t source) {
-  return parts.WaitFor(op.max_tokens.Quotient(source), op.max_tokens.Remainder(source));
-}
-
 __device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t source) {
   if (threadIdx.x % 32 == 0) atomicAdd(&taken[op.max_tokens.Quotient(source)], 1);
 }
 
 // Copy rows: those of `some` of the pairs, all or those of a chunk.
-template <typename Rows, typename Group, typename Parts, typename Some>
-__device__ void Copy(const CachedDispatch& op, const Group& group, Parts& parts, const Pairs& pairs,
+template <typename Rows, typename Group, typename Some>
+__device__ void Copy(const CachedDispatch& op, const Group& group, const Pairs& pairs,
                      const Some& some, int32_t* taken) {
   const PairOrder order(some.count, some.own_begin, some.own_end, op.num_warps);
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
@@ -144,23 +138,22 @@ __device__ void Copy(const CachedDispatch& op, const Group& group, Parts& parts,
     const int32_t source = pairs.SourceOf(pair);
     const int64_t row = pairs.RowOfLane(pair);
     if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
-    if (!WaitFor(op, parts, source)) continue;
     CountTaken(taken, op, source);
     CopyRowToLanes(RowAt<Rows>(op, group, source), Rows::Received(op), [row] { return row; });
   }
 }
 
 // The same, scaled by their weights, and compute their products with y. Expert-major.
-template <typename Type, typename Rows, typename Group, typename Parts, typename Some>
-__device__ void Scale(const CachedDispatch& op, const Group& group, Parts& parts,
-                      const Pairs& pairs, const Some& some, int32_t* taken) {
+template <typename Type, typename Rows, typename Group, typename Some>
+__device__ void Scale(const CachedDispatch& op, const Group& group, const Pairs& pairs,
+                      const Some& some, int32_t* taken) {
   const PairOrder order(some.count, some.own_begin, some.own_end, op.num_warps);
   for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
     const int pair = some.At(order.At(item));
     const int32_t source = pairs.SourceOf(pair);
     const int32_t row = pairs.RowOfLane(pair);
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));
-    if (num_rows == 0 || !WaitFor(op, parts, source)) continue;
+    if (num_rows == 0) continue;
     CountTaken(taken, op, source);
     ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, RowAt<Rows>(op, group, source), row,
                                  num_rows);
@@ -197,19 +190,17 @@ __device__ void ForPairs(const CachedDispatch& op, Group& group, const Pairs& pa
   }
 }
 
-// `work` is Copy or Scale, of rows that are received as `Rows` or `Kept`.
+// `work` is Copy or Scale, of rows that are received as `Rows` or `Kept`, and cross as `Rows`.
 template <typename Group, typename Rows, typename Kept, typename Work>
 __device__ void Run(const CachedDispatch& op, Work work) {
   __shared__ typename Group::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
-  __shared__ SeenParts seen;
   const CachedDispatchParams& params = op.params;
   Group group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += blockDim.x) taken[rank] = 0;
 
   if (group.Begin()) {
-    RowsInParts<Rows, Group, CachedDispatch> parts(op, group, &seen);
-    parts.EncodeBefore(1);
+    Rows::Encode(op);
     group.Publish();
     if constexpr (Group::kSeveralNodes) {
       if (group.WaitUntilFree()) PutRows(op, group, 0);
@@ -219,10 +210,9 @@ __device__ void Run(const CachedDispatch& op, Work work) {
     if (group.WaitForArrivals()) {
       ForReceived<Rows, Kept>(op.params.route, [&](auto rows) {
         ForPairs(op, group, pairs,
-                 [&](const auto& some) { work(rows, group, parts, pairs, some, taken); });
+                 [&](const auto& some) { work(rows, group, pairs, some, taken); });
         WriteZeros(op.params, op.frame.shape, rows.Received(op));
       });
-      parts.EncodeAll();
       group.CountTaken(taken);
     }
   }
@@ -234,16 +224,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ CachedDispatch op) {
   using Kept = typename Rows::Kept;
   Run<Group, Rows, Kept>(
-      op, [&](auto rows, const Group& group, auto& parts, const Pairs& pairs, const auto& some,
-              int32_t* taken) { Copy<decltype(rows)>(op, group, parts, pairs, some, taken); });
+      op, [&](auto rows, const Group& group, const Pairs& pairs, const auto& some, int32_t* taken) {
+        Copy<decltype(rows)>(op, group, pairs, some, taken);
+      });
 }
 
 template <typename Group, typename Type, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ CachedDispatch op) {
   Run<Group, Rows, Rows>(
-      op, [&](auto, const Group& group, auto& parts, const Pairs& pairs, const auto& some,
-              int32_t* taken) { Scale<Type, Rows>(op, group, parts, pairs, some, taken); });
+      op, [&](auto, const Group& group, const Pairs& pairs, const auto& some, int32_t* taken) {
+        Scale<Type, Rows>(op, group, pairs, some, taken);
+      });
 }
 
 // The host's side, of a mode whose kernels use `Group`.
@@ -259,9 +251,6 @@ class CachedDispatchKernels {
                       WireRow{rows.wire, rows.size},
                       Divisor(frame.shape.max_tokens),
                       Divisor(num_blocks * kWarps)};
-    if (!Group::kSeveralNodes && params.encoded != nullptr) {
-      op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
-    }
     op.frame.offsets[kRows] =
         device.OffsetOf(params.encoded != nullptr ? params.encoded : params.x);
     if (params.weights == nullptr && params.y == nullptr) {

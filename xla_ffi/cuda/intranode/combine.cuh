@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
           item = SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, false>(
               op, terms, item, pairs.before[next + 1],
               [&](int at) { return pairs.PairOf(op, next, at); });
-          Group::SignalShare(op.frame, group.step(), next, NumWarps());
+          group.SignalPart(next);
         }
         if (part < 0) {
           group.Publish();
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
         const int end =
             part + 1 < num_parts ? op.frame.parts.First(part + 1) : params.route.num_tokens;
         if (token >= end) continue;
-        if (part > 0 && !group.WaitForPart(part, [](int) { return true; })) break;
+        if (part > 0 && !group.WaitForPart(part)) break;
         token = SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, token, end,
                                                                         taken, terms);
       }
@@ -146,7 +146,9 @@ class CombineKernels {
     if (params.row_gradients != nullptr) {
       op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
     }
-    if (!Group::kSeveralNodes && params.sums_pairs()) {
+    // Warps that encode sums beside warps that decode others need more code than instruction caches
+    // hold: two H200 took twice as long.
+    if (!Group::kSeveralNodes && params.sums_pairs() && !rows.is_quantized()) {
       op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
     }
     const Kernel kernel = KernelFor(rows, params.weights != nullptr);

@@ -83,22 +83,21 @@ __device__ __forceinline__ int SumPairs(const Combine& op, Term* terms, int item
         return pair;
       },
       [&](int, const Pair& pair) {
-        if (pair.inputs.count < (kQuantized ? 1 : 2)) return;
         const int rank = op.max_tokens.Quotient(pair.source);
         const int token = op.max_tokens.Remainder(pair.source);
+        const bool encoded = kQuantized && !SumsFor<kSeveralNodes>(op, rank);
+        if (pair.inputs.count < (encoded ? 1 : 2)) return;
         const GroupRange all = {0, shape.num_groups()};
         char* to = static_cast<char*>(params.sums) + SumOffset(op, rank, token);
-        if (kQuantized && !SumsFor<kSeveralNodes>(op, rank)) {
+        if constexpr (kQuantized) {
+          if (!encoded) to = OwnSum<kSeveralNodes>(op, rank, token);
           AddUp<Type, kWhole, kWeighted, SumOfProducts, false>(
-              pair.inputs, shape, all, terms, op.wire, StoreEncoded<kWhole, kFormat>{to, op.wire});
-          return;
+              pair.inputs, shape, all, terms, op.wire,
+              StoreEither<Type, kWhole, kFormat>{encoded, to, shape, op.wire});
+        } else {
+          AddUp<Type, kWhole, kWeighted, SumOfProducts, false>(
+              pair.inputs, shape, all, terms, op.wire, StoreRounded<Type, kWhole>{to, shape});
         }
-        if (kQuantized) {
-          if (pair.inputs.count < 2) return;
-          to = OwnSum<kSeveralNodes>(op, rank, token);
-        }
-        AddUp<Type, kWhole, kWeighted, SumOfProducts, false>(
-            pair.inputs, shape, all, terms, op.wire, StoreRounded<Type, kWhole>{to, shape});
       });
 }
 

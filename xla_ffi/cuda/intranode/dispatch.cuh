@@ -1,9 +1,9 @@
 // dispatch by pulling: every rank counts and lists what it sends, notifies its peers, and pulls its
 // rows from them directly to their final positions. `Group` is GroupOp, or NodeOp between nodes.
 //
-// 0. With a wire format, encode the tokens in scratch, those of later parts while peers pull.
 // 1. Count: the entries of this rank per row group, and its tokens per destination rank; every
-//    entry's position among those of its warp goes into its record.
+//    entry's position among those of its warp goes into its record. With a wire format, encode the
+//    tokens in scratch, while blocks wait for each other.
 // 2. List: positions among all entries of this rank, and the tokens for each rank.
 // 3. Publish counts; wait for everyone's. Between nodes, also put rows, records and lists where the
 //    ranks of another node pull them.
@@ -26,7 +26,7 @@
 #include "cuda/dispatch_results.cuh"
 #include "cuda/divisor.h"
 #include "cuda/intranode/dispatch_count.cuh"
-#include "cuda/intranode/rows_in_parts.cuh"
+#include "cuda/intranode/pulled_kept_rows.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -116,8 +116,8 @@ __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTa
 template <bool kWholeRows>
 struct PlainRows {
   static constexpr bool kWhole = kWholeRows;
-  static constexpr bool kEncodes = false;
   using Kept = PlainRows;
+  __device__ static void Encode(const Dispatch&) {}
   __device__ static RowArray<kWhole> Received(const Dispatch& op) {
     return {static_cast<char*>(op.params.tokens), op.row_bytes};
   }
@@ -129,11 +129,10 @@ struct PlainRows {
 template <typename Type, bool kWholeRows, WireFormat kFormat>
 struct EncodedRows : PlainRows<kWholeRows> {
   static constexpr bool kWhole = kWholeRows;
-  static constexpr bool kEncodes = true;
   using Kept = KeptRows;
-  __device__ static void EncodeRow(const Dispatch& op, int row) {
-    jax_deepep::EncodeRow<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes, row,
-                                                 op.params.encoded);
+  __device__ static void Encode(const Dispatch& op) {
+    EncodeRows<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes,
+                                      op.params.route.num_tokens, op.params.encoded);
   }
   __device__ static EncodedRow<Type, kWhole, kFormat> At(const Dispatch& op, const char* rows,
                                                          int64_t token) {
@@ -142,9 +141,8 @@ struct EncodedRows : PlainRows<kWholeRows> {
 };
 
 // Pull the rows of this rank, or those of `pairs`, a warp for each token.
-template <typename Rows, typename Group, typename Parts, typename Pairs>
-__device__ void Pull(const Dispatch& op, const Group& group, Parts& parts, const Plan& plan,
-                     const Pairs& pairs) {
+template <typename Rows, typename Group, typename Pairs>
+__device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, const Pairs& pairs) {
   const GroupShape& shape = op.frame.shape;
   const RouteShape& route = op.params.route;
   const int lane = threadIdx.x % 32, num_pairs = pairs.count;
@@ -178,7 +176,6 @@ __device__ void Pull(const Dispatch& op, const Group& group, Parts& parts, const
         return pair;
       },
       [&](int, const Pair& pair) {
-        if (!parts.WaitFor(pair.source, pair.token)) return;
         const char* rows = group.template Operand<char>(pair.source, kRows);
         CopyRowToLanes(Rows::At(op, rows, pair.token), Rows::Received(op),
                        [&] { return WriteRoute(op, plan, table, pair); });
@@ -228,8 +225,8 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
 }
 
 // Pull the rows of this rank, those of other nodes in the chunks in which they cross.
-template <typename Rows, typename Group, typename Parts>
-__device__ void PullAll(const Dispatch& op, Group& group, Parts& parts, const Plan& plan) {
+template <typename Rows, typename Group>
+__device__ void PullAll(const Dispatch& op, Group& group, const Plan& plan) {
   const int rank = op.frame.rank, num_tokens = op.params.route.num_tokens;
   const int32_t* before = plan.pairs_before;
   if constexpr (Group::kInChunks) {
@@ -243,12 +240,11 @@ __device__ void PullAll(const Dispatch& op, Group& group, Parts& parts, const Pl
     };
     group.ForChunks([&](int chunk) { PutRows(op, group, chunk); },
                     [&](int chunk) {
-                      Pull<Rows>(op, group, parts, plan,
-                                 group.PairsOf(chunk, num_tokens, range_of));
+                      Pull<Rows>(op, group, plan, group.PairsOf(chunk, num_tokens, range_of));
                     });
   } else {
     const int num_pairs = before[op.frame.shape.num_ranks];
-    Pull<Rows>(op, group, parts, plan, AllPairs{num_pairs, before[rank], before[rank + 1]});
+    Pull<Rows>(op, group, plan, AllPairs{num_pairs, before[rank], before[rank + 1]});
   }
 }
 
@@ -259,21 +255,17 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
   Group group(op.frame, &shared);
   const Plan plan = Plan::At(reinterpret_cast<int32_t*>(memory), op.frame.shape);
 
-  const bool begun = group.Begin();
-  __shared__ SeenParts seen;
-  RowsInParts<Rows, Group, Dispatch> parts(op, group, &seen);
-  if (begun) parts.EncodeBefore(1);
   // Counters share the memory of the plan.
-  if (begun && CountAndList(op, group, reinterpret_cast<int32_t*>(memory))) {
+  if (group.Begin() &&
+      CountAndList(op, group, reinterpret_cast<int32_t*>(memory), [&] { Rows::Encode(op); })) {
     group.Publish();
     if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
     if (group.WaitForArrivals()) {
       MakePlan(op, plan);
       ForReceived<Rows, typename Rows::Kept>(op.params.route, [&](auto rows) {
-        PullAll<decltype(rows)>(op, group, parts, plan);
+        PullAll<decltype(rows)>(op, group, plan);
         WriteRest(op, plan, rows.Received(op));
       });
-      parts.EncodeAll();
       WriteDestinations(op, plan);
       group.CountTaken(plan.taken);
     }
@@ -312,9 +304,6 @@ class DispatchKernels {
     op.frame.offsets[kLists] = op.frame.offsets[kRecords] + int64_t{params.route.num_tokens} *
                                                                 shape.num_topk *
                                                                 sizeof(EntryRecord);
-    if (!Group::kSeveralNodes && params.encoded != nullptr) {
-      op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
-    }
     const int warp_bytes =
         NumCountColumns(shape.num_experts, shape.num_ranks) * static_cast<int>(sizeof(int32_t));
     op.count_warps = std::min(kWarps, device.shared_bytes / warp_bytes);

@@ -81,9 +81,10 @@ __device__ inline Positions CountEntries(int num_experts, const LaneOfToken& at,
   return positions;
 }
 
-// Steps 1 and 2; `counters` are shared memory [count_warps][columns]. False: the op is lost.
-template <typename Group>
-__device__ bool CountAndList(const Dispatch& op, Group& group, int32_t* counters) {
+// Steps 1 and 2; `counters` are shared memory [count_warps][columns]. work() is called where blocks
+// wait for each other. False: the op is lost.
+template <typename Group, typename Work>
+__device__ bool CountAndList(const Dispatch& op, Group& group, int32_t* counters, Work work) {
   const GroupShape& shape = op.frame.shape;
   const int columns = NumCountColumns(shape.num_experts, shape.num_ranks);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -134,7 +135,7 @@ __device__ bool CountAndList(const Dispatch& op, Group& group, int32_t* counters
     }
     block_counts[column] = before;
   }
-  if (!group.SyncGrid()) return false;
+  if (!group.SyncGrid(work)) return false;
 
   for (int column = threadIdx.x; column < columns; column += kThreads) {
     int32_t before = 0, total = 0;

@@ -34,6 +34,15 @@ inline uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
 inline uint64_t AddAcquireRelease(uint64_t* address, uint64_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
+inline uint32_t LoadAcquireBlock(const uint32_t* address) { return LoadAcquire(address); }
+inline void StoreReleaseBlock(uint32_t* address, uint32_t value) {
+  StoreReleaseDevice(address, value);
+}
+inline uint32_t AddAcquireReleaseBlock(uint32_t* address, uint32_t value) {
+  return AddAcquireRelease(address, value);
+}
+inline void Pause() {}
+
 struct alignas(16) Packet {
   uint64_t value, tag;
 };
