@@ -181,7 +181,7 @@ def _why_not_between_hosts(exchange: Exchange, found: Topology, config: Communic
     summary = Summary()
     reason = "" if config.implementation == "xla" else nvshmem.unsupported_reason(found, exchange.process)
     if config.implementation == "auto" and not reason:
-        reason = 'NVSHMEM has not been tested over a network yet: implementation="native" takes it there'
+        reason = 'NVSHMEM has not been tested between hosts yet: implementation="native" takes it there'
     if reason:
         summary.add("unsupported", [exchange.process], reason)
     return exchange.agree("hosts", summary).get("unsupported", "")

@@ -77,7 +77,7 @@ def test_rows_go_to_other_hosts_by_nvshmem(monkeypatch: pytest.MonkeyPatch) -> N
     topology = topology_of([0, 1, 2, 3])
     assert agreement(monkeypatch, topology, implementation="native") == Agreement("", 2, True)
     reason, *rest = agreement(monkeypatch, topology, implementation="auto")
-    untested = 'NVSHMEM has not been tested over a network yet: implementation="native" takes it there'
+    untested = 'NVSHMEM has not been tested between hosts yet: implementation="native" takes it there'
     assert reason == f"{SPANS}, and {untested}"
     assert rest == [2, False]
 
