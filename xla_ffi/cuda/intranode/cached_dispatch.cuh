@@ -8,7 +8,7 @@
 
 #include "cuda/chunk_pairs.cuh"
 #include "cuda/divisor.h"
-#include "cuda/intranode/pulled_kept_rows.cuh"
+#include "cuda/intranode/pulled_rows.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -83,39 +83,6 @@ class Pairs {
   const CachedDispatch& op_;
   const PairTable table_;
   int count_, own_begin_, own_end_;
-};
-
-// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`.
-template <bool kWholeRows>
-struct DecodedRows {
-  static constexpr bool kWhole = kWholeRows;
-  __device__ static void Encode(const CachedDispatch&) {}
-  __device__ static RowArray<kWhole> Received(const CachedDispatch& op) {
-    return {static_cast<char*>(op.params.rows), op.row_bytes};
-  }
-};
-template <typename Element, bool kWholeRows>  // as in PlainRow
-struct PlainRows : DecodedRows<kWholeRows> {
-  static constexpr bool kWhole = kWholeRows;
-  using Kept = PlainRows;
-  using Row = PlainRow<Element, kWhole>;
-  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
-    return {rows + token * op.row_bytes,
-            {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
-  }
-};
-template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows : DecodedRows<kWholeRows> {
-  static constexpr bool kWhole = kWholeRows;
-  using Kept = KeptRows;
-  using Row = EncodedRow<Type, kWhole, kFormat>;
-  __device__ static void Encode(const CachedDispatch& op) {
-    EncodeRows<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes,
-                                      op.params.route.num_tokens, op.params.encoded);
-  }
-  __device__ static Row At(const CachedDispatch& op, const char* rows, int64_t token) {
-    return {rows + token * op.wire.bytes(), op.wire};
-  }
 };
 
 template <typename Rows, typename Group>

@@ -26,7 +26,7 @@
 #include "cuda/dispatch_results.cuh"
 #include "cuda/divisor.h"
 #include "cuda/intranode/dispatch_count.cuh"
-#include "cuda/intranode/pulled_kept_rows.cuh"
+#include "cuda/intranode/pulled_rows.cuh"
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
@@ -111,34 +111,6 @@ __device__ int64_t WriteRoute(const Dispatch& op, const Plan& plan, const PairTa
   }
   return nth == 0 ? row : kNone;
 }
-
-// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`.
-template <bool kWholeRows>
-struct PlainRows {
-  static constexpr bool kWhole = kWholeRows;
-  using Kept = PlainRows;
-  __device__ static void Encode(const Dispatch&) {}
-  __device__ static RowArray<kWhole> Received(const Dispatch& op) {
-    return {static_cast<char*>(op.params.tokens), op.row_bytes};
-  }
-  __device__ static PlainRow<uint16_t, kWhole> At(const Dispatch& op, const char* rows,
-                                                  int64_t token) {
-    return {rows + token * op.row_bytes, WordsOf<kWhole>(op.row_bytes)};
-  }
-};
-template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows : PlainRows<kWholeRows> {
-  static constexpr bool kWhole = kWholeRows;
-  using Kept = KeptRows;
-  __device__ static void Encode(const Dispatch& op) {
-    EncodeRows<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes,
-                                      op.params.route.num_tokens, op.params.encoded);
-  }
-  __device__ static EncodedRow<Type, kWhole, kFormat> At(const Dispatch& op, const char* rows,
-                                                         int64_t token) {
-    return {rows + token * op.wire.bytes(), op.wire};
-  }
-};
 
 // Pull the rows of this rank, or those of `pairs`, a warp for each token.
 template <typename Rows, typename Group, typename Pairs>
@@ -329,8 +301,8 @@ class DispatchKernels {
   static Kernel KernelFor(const RowFormat& rows) {
     if (rows.type == RowType::kEncoded) return DispatchKernel<Group, KeptRows>;
     if (rows.is_quantized()) return InstanceForEachFormat<Encoded>(rows);
-    return IsWholeCopy(rows) ? DispatchKernel<Group, PlainRows<true>>
-                             : DispatchKernel<Group, PlainRows<false>>;
+    return IsWholeCopy(rows) ? DispatchKernel<Group, PlainRows<uint16_t, true>>
+                             : DispatchKernel<Group, PlainRows<uint16_t, false>>;
   }
 };
 
