@@ -145,13 +145,12 @@ _THROUGHPUT: dict[tuple[int, Layout, int], tuple[float, float]] = {
     (4, "expert", 8): (1135, 1422), (4, "expert", 16): (610, 942), (4, "expert", 24): (520, 828),
     (4, "expert", 32): (515, 750), (4, "expert", 64): (541, 705),
 }  # fmt: skip
-# Two H200, T = 4096, 3b4f180, "Low precision" of RESULTS.md: (format, layout, SMs).
+# Two H200, T = 4096, e5d6dca, "Low precision" of RESULTS.md: (format, layout, SMs).
 _LOW_PRECISION: dict[tuple[Format, Layout, int], tuple[float, float | None]] = {
-    ("fp8", "token", 24): (289, 450), ("mxfp8", "token", 24): (304, 490), ("nvfp4", "token", 24): (536, None),
-    ("fp8", "token", 64): (180, 206), ("mxfp8", "token", 64): (178, 209), ("nvfp4", "token", 64): (248, None),
-    ("fp8", "expert", 24): (500, 696), ("mxfp8", "expert", 24): (490, 744),
-    ("nvfp4", "expert", 24): (666, None), ("fp8", "expert", 64): (285, 332),
-    ("mxfp8", "expert", 64): (280, 335), ("nvfp4", "expert", 64): (313, None),
+    ("fp8", "token", 24): (228, 323), ("nvfp4", "token", 24): (505, None),
+    ("fp8", "token", 64): (160, 169), ("nvfp4", "token", 64): (233, None),
+    ("fp8", "expert", 24): (440, 657), ("nvfp4", "expert", 24): (643, None),
+    ("fp8", "expert", 64): (247, 324), ("nvfp4", "expert", 64): (300, None),
 }  # fmt: skip
 # Two H200, d22fa80, "Decoding" of two_h200_nvlink.md, low latency, 96 SMs, single ops: (layout, T).
 _LOW_LATENCY: dict[tuple[Layout, int], tuple[float, float]] = {

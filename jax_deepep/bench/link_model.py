@@ -28,9 +28,9 @@ NUM_SMS: dict[Mode, int] = {"throughput": 24, "low_latency": 96}  # what ops tak
 SM_READS, SM_WRITES, SM_SUMS = 237.0, 61.8, 75.0
 
 # GB/s of bfloat16 rows that an SM encodes, or decodes: from dispatch, token-major, 24 SMs ("Low precision" of
-# RESULTS.md: 289, 304 and 536 us) less START_US, for encoding T rows and then decoding the 1.9965 T received
-# (R = 2). fp8_ue8m0 was not measured, and counts as fp8.
-SM_CODES: dict[str, float] = {"fp8": 27.3, "fp8_ue8m0": 27.3, "mxfp8": 25.9, "nvfp4": 14.2}
+# RESULTS.md: 228 and 505 us) less START_US, for encoding T rows and then decoding the 1.9965 T received
+# (R = 2). fp8_ue8m0 and mxfp8 were not measured with these kernels, and count as fp8.
+SM_CODES: dict[str, float] = {"fp8": 35.4, "fp8_ue8m0": 35.4, "mxfp8": 35.4, "nvfp4": 15.1}
 
 # Starting, counting and meeting, in us: single ops at T = 1, token-major, "Decoding" of
 # results/two_h200_nvlink.md.
@@ -124,8 +124,9 @@ def phases(
 ) -> Phases:  # fmt: skip
     """Return the model's times of one op.
 
-    Inside a node rows cross NVLink while SMs copy or sum them: the slower of both counts. Sums over local
-    experts (combine, expert-major) and encoding come before, one after the other, as in the kernels.
+    Inside a node rows cross NVLink while SMs copy or sum them: the slower of both counts. Encoding and sums
+    over local experts (combine, expert-major) come before, one after the other. The kernels sum in parts while
+    they pull, which so far hides little of the sums.
 
     Args:
         op: a gradient takes as long as the op that moves the same rows the other way, but for that of an
