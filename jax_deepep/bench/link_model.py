@@ -125,8 +125,8 @@ def phases(
     """Return the model's times of one op.
 
     Inside a node rows cross NVLink while SMs copy or sum them: the slower of both counts. Encoding and sums
-    over local experts (combine, expert-major) come before, one after the other. The kernels sum in parts while
-    they pull, which so far hides little of the sums.
+    over local experts (combine, expert-major) come before, one after the other. The kernels sum in parts
+    while they pull, which so far hides little of the sums.
 
     Args:
         op: a gradient takes as long as the op that moves the same rows the other way, but for that of an
