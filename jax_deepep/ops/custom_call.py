@@ -78,7 +78,8 @@ def _apart(values: Sequence[jax.Array]) -> list[jax.Array]:
     It makes a fusion of a custom call and slices that the call reads or writes, beside the call. That runs
     both parts twice, and forgets that done returns the memory of start, which is then reused while in use.
     """
-    return list(lax.optimization_barrier(tuple(values)))
+    # One by one: they may vary over different axes.
+    return [lax.optimization_barrier(value) for value in values]
 
 
 def define_primitive(
