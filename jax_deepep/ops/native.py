@@ -61,6 +61,11 @@ def _sums_of(shape: RouteShape, y: ShapedArray | jax.Array, wire: Format | None)
     )
 
 
+def _encodes_received(shape: RouteShape, wire: Format | None) -> bool:
+    """Return whether combine encodes received rows in scratch, those of other devices' tokens."""
+    return wire is not None and _has_scratch(shape) and shape.layout == "token"
+
+
 def _is_encoded(shape: RouteShape, x: jax.Array, wire: Format | None) -> bool:
     """Return whether rows of x are encoded in scratch, from where peers read them."""
     return wire is not None and _has_scratch(shape) and jnp.issubdtype(x.dtype, jnp.floating)
@@ -302,6 +307,7 @@ def _combine_types(
     row_gradients: ShapedArray,
     pairs: ShapedArray,
     group_sizes: ShapedArray,
+    source: ShapedArray,
     *,
     shape: RouteShape,
     wire: Format | None,
@@ -309,6 +315,7 @@ def _combine_types(
     with_bias: bool,
     with_gradients: bool,
     with_pairs: bool,
+    with_source: bool,
     with_sums: bool,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, y)
@@ -337,6 +344,7 @@ def combine_call(
     wire: Format | None = None,
 ) -> Call:
     """Return the custom call of `combine`."""
+    with_source = _encodes_received(shape, wire)
     operands = (
         y,
         routes.destination,
@@ -345,6 +353,7 @@ def combine_call(
         _or_placeholder(row_gradients, jnp.float32),
         _or_placeholder(routes.pairs, jnp.int32),
         routes.group_sizes,
+        _or_placeholder(routes.source if with_source else None, jnp.int32),
     )
     flags = {
         "wire": wire,
@@ -352,6 +361,7 @@ def combine_call(
         "with_bias": bias is not None,
         "with_gradients": row_gradients is not None,
         "with_pairs": routes.pairs is not None,
+        "with_source": with_source,
         "with_sums": _has_sums(shape, y, wire),
     }
     return Call(operands, combine_p, shape, tuple(flags.items()))

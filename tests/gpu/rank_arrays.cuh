@@ -299,6 +299,9 @@ CombineParams CombineOf(const Problem& problem, Rank& rank, bool weighted, bool 
     params.pairs = rank.pairs.device<int32_t>();
   } else if (kDevice) {
     if (expert_major) params.pairs = rank.pairs.device<int32_t>();
+    if (!expert_major && params.route.rows().is_quantized()) {
+      params.source = rank.source.device<int32_t>();
+    }
     const bool has_sums = CombineSums(problem.shape, params.route).bytes() > 0;
     params.sums = has_sums ? rank.sums.device<void>() : nullptr;
   }

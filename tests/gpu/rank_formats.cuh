@@ -65,7 +65,8 @@ void CheckMissingParts() {
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < kRanks; ++rank)
     ranks.push_back(std::make_unique<Rank>(problem, random));
-  Group group(problem.shape, 2, 0.3 * kLonger);
+  Group group(problem.shape, 2,
+              1.0 * kLonger);  // waits of different lengths, apart also under load
   group.TakeLargerParts(kRanks - 1);
   for (int rank = 0; rank < kRanks; ++rank)
     group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));

@@ -141,11 +141,12 @@ __device__ void CopyRowToLanes(const Row& row, const Rows& rows, Destination des
   }
 }
 
-// Encode rows of `row_bytes` each, a warp for each.
-template <typename Type, bool kWhole, WireFormat kFormat>
+// Encode the rows with crosses(row), of `row_bytes` each, a warp for each.
+template <typename Type, bool kWhole, WireFormat kFormat, typename Crosses>
 __device__ void EncodeRows(const WireRow& wire, const void* rows, int64_t row_bytes, int num_rows,
-                           void* encoded) {
+                           void* encoded, Crosses crosses) {
   for (int row = FirstItem(); row < num_rows; row += NumWarps()) {
+    if (!crosses(row)) continue;
     const char* from = static_cast<const char*>(rows) + row * row_bytes;
     char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
     if constexpr (kWhole && kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4) {

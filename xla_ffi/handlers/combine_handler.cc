@@ -8,11 +8,11 @@ namespace {
 LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
                      ffi::AnyBuffer y, ffi::AnyBuffer destination, ffi::AnyBuffer weights,
                      ffi::AnyBuffer bias, ffi::AnyBuffer row_gradients, ffi::AnyBuffer pairs,
-                     ffi::AnyBuffer group_sizes, ffi::RemainingArgs,
+                     ffi::AnyBuffer group_sizes, ffi::AnyBuffer source, ffi::RemainingArgs,
                      ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> gradients,
                      ffi::Result<ffi::AnyBuffer> sums, ffi::Result<ffi::AnyBuffer>, int64_t layout,
                      int64_t wire, bool weighted, bool with_bias, bool with_gradients,
-                     bool with_pairs, bool with_sums, SiteAttribute) {
+                     bool with_pairs, bool with_source, bool with_sums, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CombineParams params;
   RouteShape& route = params.route;
@@ -38,6 +38,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
     CheckBuffer(*gradients, ffi::F32, entries, "gradients", &error);
   }
   CheckBuffer(group_sizes, ffi::S32, NumRowGroups(shape, route), "group_sizes", &error);
+  if (with_source) CheckBuffer(source, ffi::S32, capacity, "source", &error);
   CheckRows(*out, y, route.num_tokens, "out", &error);
   if (with_pairs) {
     CheckBuffer(pairs, ffi::S32, PairTable(shape, route).ints(), "pairs", &error);
@@ -60,6 +61,7 @@ LaunchResult Combine(CallSite* site, LaunchContext context, ffi::AnyBuffer rank,
   params.gradients = DataIf<float>(with_gradients, *gradients);
   params.pairs = DataIf<const int32_t>(with_pairs, pairs);
   params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
+  params.source = DataIf<const int32_t>(with_source, source);
   params.sums = DataIf<void>(with_sums, *sums);
   return Launch(site, context, rank, error, params);
 }
@@ -80,6 +82,7 @@ std::unique_ptr<ffi::Ffi> MakeHandler<CombineParams>(std::initializer_list<ffi::
       .Arg<ffi::AnyBuffer>()  // row_gradients, if with_gradients
       .Arg<ffi::AnyBuffer>()  // pairs, if with_pairs
       .Arg<ffi::AnyBuffer>()  // group_sizes
+      .Arg<ffi::AnyBuffer>()  // source, if with_source
       .RemainingArgs()        // arrays in flight, if Part::kDone
       .Ret<ffi::AnyBuffer>()  // out
       .Ret<ffi::AnyBuffer>()  // gradients, if with_gradients
@@ -91,6 +94,7 @@ std::unique_ptr<ffi::Ffi> MakeHandler<CombineParams>(std::initializer_list<ffi::
       .Attr<bool>("with_bias")
       .Attr<bool>("with_gradients")
       .Attr<bool>("with_pairs")
+      .Attr<bool>("with_source")
       .Attr<bool>("with_sums")
       .Attr<SiteAttribute>("site")
       .To(Combine, traits);

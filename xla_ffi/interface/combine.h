@@ -21,6 +21,7 @@ struct CombineParams {
   const int32_t* destination = nullptr;  // [T, K]
   const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null if not needed
   const int32_t* group_sizes = nullptr;  // [G]
+  const int32_t* source = nullptr;       // [C], where received rows are encoded, or null
   const void* bias = nullptr;            // [T, W] of route.rows(), or null
   // Results.
   void* out = nullptr;         // [T, W]
@@ -34,8 +35,8 @@ struct CombineParams {
 // Scratch of a combine that uses scratch. Expert-major, by (rank, token): the sum of every
 // (token, device) pair that has several rows, or crosses a link in a wire format; then, if
 // there is one, by token (with several nodes, by (node, token)) the sums that stay on this rank.
-// Token-major, by row: every row in the wire format. With several nodes, after either by
-// (node, token) the sum of this rank's node, and gradients [K] of the token's entries there.
+// Token-major, by row: rows that cross a link, in the wire format. With several nodes, after either
+// by (node, token) the sum of this rank's node, and gradients [K] of the token's entries there.
 struct CombineSums {
   int64_t num_rows = 0, num_own = 0;  // in the wire format, if any, and not
   int64_t num_of_node = 0;

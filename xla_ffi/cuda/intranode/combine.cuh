@@ -79,8 +79,12 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
 
   if (group.Begin()) {
     if (encodes_rows) {  // every received row is the sum of a pair
-      EncodeRows<Type, kWhole, kFormat>(op.wire, params.y, op.row_bytes, params.group_sizes[0],
-                                        params.sums);
+      EncodeRows<Type, kWhole, kFormat>(
+          op.wire, params.y, op.row_bytes, params.group_sizes[0], params.sums, [&](int row) {
+            const int32_t source = params.source[row];
+            return source >= 0 &&
+                   !SumsFor<Group::kSeveralNodes>(op, op.max_tokens.Quotient(source));
+          });
     }
     if constexpr (Group::kSeveralNodes) {
       if (!encodes_rows && op.of_sums.num_rows > 0) {

@@ -67,7 +67,8 @@ struct EncodedRows : DecodedRows<kWholeRows> {
   template <typename Op>
   __device__ static void Encode(const Op& op) {
     EncodeRows<Type, kWhole, kFormat>(op.wire, op.params.x, op.row_bytes,
-                                      op.params.route.num_tokens, op.params.encoded);
+                                      op.params.route.num_tokens, op.params.encoded,
+                                      [](int) { return true; });
   }
   template <typename Op>
   __device__ static Row At(const Op& op, const char* rows, int64_t token) {
