@@ -1,14 +1,12 @@
 """A fault of a process as the test of it sees it, and what it expects of the others."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fault_timeout import TIMEOUT_S
 from rank_processes import RankProcesses
-
-TIMEOUT_S = int(os.environ.get("TIMEOUT_S", "4"))  # as in ranks/live_group.py
 
 # Every rank on a node of its own: on CPU a lost connection shows that a process has ended.
 BETWEEN_NODES = {"RANKS_PER_NODE": "1"}

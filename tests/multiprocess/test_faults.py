@@ -8,8 +8,9 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from fault_timeout import TIMEOUT_S
 from implementations import CAPTURE_ALL_OPS
-from observed_fault import BETWEEN_NODES, TIMEOUT_S, Fault
+from observed_fault import BETWEEN_NODES, Fault
 from own_processes import starts_its_own_processes
 from rank_processes import RankProcesses, pretended_hosts
 

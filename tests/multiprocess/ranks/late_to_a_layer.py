@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fault_timeout import TIMEOUT_S
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, BARRIER_S, NUM_PROCESSES, RANK, barrier, error_of, join, report
@@ -17,7 +18,6 @@ from rank_side import ARGUMENTS, BARRIER_S, NUM_PROCESSES, RANK, barrier, error_
 import jax_deepep as ep
 from jax_deepep.moe import build_config, init_parameters, moe
 
-TIMEOUT_S = 4.0
 VICTIM = int(ARGUMENTS[0])
 NUM_EXPERTS, NUM_TOPK, NUM_TOKENS, HIDDEN_SIZE = 2 * NUM_PROCESSES, 2, 8, 16
 

@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rank_side
+from fault_timeout import TIMEOUT_S
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rank_side import NUM_PROCESSES, RANK, error_of
 
 import jax_deepep as ep
 
-# Of communicators too, which start slowly over some networks.
-TIMEOUT_S = float(os.environ.get("TIMEOUT_S", "4"))
 NUM_TOPK = 2
 OPS_MODE = os.environ.get("OPS_MODE", "auto")  # low-latency mode, with few tokens
 # Rows of float32 are too wide for a communicator with mode="low_latency".
