@@ -60,7 +60,7 @@ class Call:
         What comes after the token in the program runs while the op does. Only `done` may use the results, so
         that XLA never copies them before they are valid.
         """
-        call = replace(self, operands=tuple(_apart(self.operands)))
+        call = replace(self, operands=tuple(_behind_barriers(self.operands)))
         *results, token = call.bind(Site(channel, "start"), *call.operands)
         return call, results, token
 
@@ -69,17 +69,18 @@ class Call:
 
         The operands are those that start returned, so that XLA does not reuse their memory before.
         """
-        return _apart(self.bind(Site(channel, "done"), token, *self.operands, *results))
+        return _behind_barriers(self.bind(Site(channel, "done"), token, *self.operands, *results))
 
 
-def _apart(values: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return values that XLA for GPUs sees as no slices, and whose slices it does not see.
+def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return the arrays so that XLA for GPUs does not fuse the op with slices of them.
 
-    It makes a fusion of a custom call and slices that the call reads or writes, beside the call. That runs
-    both parts twice, and forgets that done returns the memory of start, which is then reused while in use.
+    A dynamic-slice fusion would be added beside the custom call, which stays because it has a side effect:
+    both parts would run twice, and done, in the fusion, would no longer return the memory of start, which XLA
+    would reuse while the op is in flight.
     """
-    # One by one: they may vary over different axes.
-    return [lax.optimization_barrier(value) for value in values]
+    # One barrier each: the arrays may vary over different axes.
+    return [lax.optimization_barrier(array) for array in arrays]
 
 
 def define_primitive(

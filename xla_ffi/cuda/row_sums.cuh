@@ -139,13 +139,14 @@ struct StoreEncoded {
                  {sums[4], sums[5], sums[6], sums[7]});
   }
   __device__ __forceinline__ static void Run(char* to, const WireRow& wire, int group, bool inside,
-                                             float (&sums)[kGroup]) {
+                                             const float* sums) {
+    float values[kGroup];
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
       const bool exists = kWhole || group * kGroup + e < wire.size;
-      if (!inside || !exists) sums[e] = 0.0f;
+      values[e] = inside && exists ? sums[e] : 0.0f;
     }
-    const auto codes = Encode<kFormat>(wire, {}, sums, LargestOf(sums));
+    const auto codes = Encode<kFormat>(wire, {}, values, LargestOf(values));
     if (inside) StoreCodes<kWhole, kFormat>(wire, wire.scales_offset(), to, group, codes);
   }
 
@@ -153,12 +154,12 @@ struct StoreEncoded {
   // There are many calls of it: see EncodeOutOfLine.
   __device__ __noinline__ static void RunOutOfLine(char* to, const WireRow& wire, int group,
                                                    bool inside, float4 first, float4 second) {
-    float sums[kGroup] = {first.x,  first.y,  first.z,  first.w,
-                          second.x, second.y, second.z, second.w};
+    const float sums[kGroup] = {first.x,  first.y,  first.z,  first.w,
+                                second.x, second.y, second.z, second.w};
     Run(to, wire, group, inside, sums);
   }
 };
-// One or the other, for many sums.
+// One or the other, by one loop for both, which takes less code; encoded in line, for many sums.
 template <typename Type, bool kWhole, WireFormat kFormat>
 struct StoreEither {
   using Pieces = EncodedPieces;
@@ -168,10 +169,7 @@ struct StoreEither {
   const WireRow& wire;
   __device__ __forceinline__ void operator()(int group, bool inside, const float* sums) const {
     if (encoded) {
-      float copy[kGroup];
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) copy[e] = sums[e];
-      StoreEncoded<kWhole, kFormat>::Run(to, wire, group, inside, copy);
+      StoreEncoded<kWhole, kFormat>::Run(to, wire, group, inside, sums);
     } else {
       StoreRounded<Type, kWhole>{to, shape}(group, inside, sums);
     }
