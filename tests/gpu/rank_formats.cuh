@@ -28,7 +28,7 @@ void CheckKept(Problem problem, WireFormat wire, int num_blocks) {
   }
 }
 
-// Sums of pairs in parts that peers read early, in one node: of four tokens, or as many as needed.
+// Sums of pairs in parts that peers read early, in one node: of at least four tokens.
 void CheckParts(int num_blocks) {
   constexpr auto kExpert = Layout::kExpertMajor;
   constexpr auto kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
@@ -36,7 +36,7 @@ void CheckParts(int num_blocks) {
   std::vector<Problem> problems = {
       MakeProblem("parts", 2, 8, 3, 43, 256, kBF16, kExpert, 4),
       MakeProblem("parts, short rows", 4, 16, 4, 16, 38, kF16, kExpert),
-      MakeProblem("parts, by rows", 2, 4, 2, 13, 128, kBF16, kExpert, 1, 20),
+      MakeProblem("parts, few rows", 2, 4, 2, 13, 128, kBF16, kExpert, 1, 20),
       MakeProblem("parts, one rank", 1, 4, 2, 21, 136, kBF16, kExpert),
       MakeProblem("parts, capacity", 3, 9, 4, 50, 128, kBF16, kExpert, 4, 64, 5),
   };
@@ -65,8 +65,8 @@ void CheckMissingParts() {
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int rank = 0; rank < kRanks; ++rank)
     ranks.push_back(std::make_unique<Rank>(problem, random));
-  Group group(problem.shape, 2,
-              1.0 * kLonger);  // waits of different lengths, apart also under load
+  // Long enough that waits of different lengths end one after the other, also under load.
+  Group group(problem.shape, 2, 1.0 * kLonger);
   group.TakeLargerParts(kRanks - 1);
   for (int rank = 0; rank < kRanks; ++rank)
     group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));

@@ -21,7 +21,7 @@ struct CombineParams {
   const int32_t* destination = nullptr;  // [T, K]
   const int32_t* pairs = nullptr;        // as PairTable, expert-major, or null if not needed
   const int32_t* group_sizes = nullptr;  // [G]
-  const int32_t* source = nullptr;       // [C], where received rows are encoded, or null
+  const int32_t* source = nullptr;       // [C], token-major with a wire format, or null
   const void* bias = nullptr;            // [T, W] of route.rows(), or null
   // Results.
   void* out = nullptr;         // [T, W]

@@ -102,9 +102,8 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   }
 
   // Put rows of a chunk of this rank's tokens, once to every other node that node_of(token, k)
-  // names for one of the token's entries.
-  // A warp puts those rows of the first chunk that it has encoded (EncodeRows): others may still
-  // encode theirs.
+  // names for one of the token's entries. Of the first chunk a warp puts the rows that it has
+  // encoded itself (EncodeRows): others may still encode theirs.
   template <typename NodeOf>
   __device__ void PutRows(int chunk, const char* rows, int num_tokens, NodeOf node_of) {
     const int lane = threadIdx.x % 32, end = EndOf(chunk, num_tokens);

@@ -3,9 +3,9 @@
 // `Group` is GroupOp, or NodeOp between nodes.
 //
 // 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
-//    wire format, for every pair of another rank, encoded. On one node, the pairs of later tokens
-//    while peers pull: a warp that waits for a part of the tokens has summed what it has of it, so
-//    that none wait in a circle (tests/unit/protocol_parts.py).
+//    wire format, for every pair of another rank, encoded. On one node and without a wire format,
+//    the pairs of later tokens while peers pull: a warp that waits for a part of the tokens has
+//    summed what it has of it, so that none wait in a circle (tests/unit/protocol_parts.py).
 // 2. Publish; wait for everyone.
 // 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
 //    encoded needs no sum: its row is read and weighted in place.
@@ -150,8 +150,9 @@ class CombineKernels {
     if (params.row_gradients != nullptr) {
       op.frame.offsets[kGradients] = device.OffsetOf(params.row_gradients);
     }
-    // Warps that encode sums beside warps that decode others need more code than instruction caches
-    // hold: two H200 took twice as long.
+    // Not sums that are encoded: fp8 took 13 % longer in parts on two H200, and twice as long with
+    // both ranks on one, presumably because instruction caches do not hold the code of summing and
+    // encoding beside that of decoding.
     if (!Group::kSeveralNodes && params.sums_pairs() && !rows.is_quantized()) {
       op.frame.parts = TokenParts::Of(params.route.num_tokens, frame.least_part_tokens);
     }
