@@ -1,6 +1,5 @@
 """The communicator: an expert-parallel group and its resources, made once, outside of jit."""
 
-import contextlib
 import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
@@ -23,6 +22,7 @@ from jax_deepep.communicator.config import (
     groups_of,
 )
 from jax_deepep.communicator.cuda_half import CudaHalf
+from jax_deepep.communicator.launched_programs import wait_for_programs
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.topology import Topology
 from jax_deepep.cpu_threads import warn_of_too_few_threads
@@ -162,7 +162,7 @@ class Communicator:
         self._set("implementation", backend.implementation)
         self._set("_backend", backend)
         if backend.native is not None:
-            native_module.close_at_exit(self, backend.native)
+            native_module.close_at_exit(self, backend.native, topology.platform)
             if topology.platform == "cpu":
                 warn_of_too_few_threads(len(topology.local_devices(exchange.process)))
 
@@ -294,8 +294,8 @@ class Communicator:
     def check(self) -> None:
         """Wait for the ops launched so far and raise their errors. Local and sticky.
 
-        An op launched so far is one whose program has a live result in this process, or that has
-        begun.
+        Those are the ops of programs that this thread has launched or that have a live result in this
+        process, and ops that have begun.
 
         Raises:
             PeerTimeoutError: a peer did not arrive in time; the communicator is broken.
@@ -311,12 +311,7 @@ class Communicator:
 
     def _wait_for_ops(self) -> str:
         """Return an error of a device of this process, or nothing."""
-        for array in jax.live_arrays():
-            # A failed program raises here, and a result may be donated meanwhile: neither leaves an op
-            # running, and the user of the result gets the error.
-            with contextlib.suppress(jax.errors.JaxRuntimeError, RuntimeError):
-                if not array.is_deleted():
-                    array.block_until_ready()
+        wait_for_programs(self.platform)
         return "" if self._native is None else self._native.wait_for_ops()
 
     def _broken_message(self) -> str:
@@ -333,9 +328,10 @@ class Communicator:
         self._raise_if_broken()
 
     def close(self) -> None:
-        """Wait for running ops, then free what the communicator holds. Local; may be repeated.
+        """Wait for the ops launched so far, then free what the communicator holds. Local; may be repeated.
 
-        Tracing with it raises afterwards; a program compiled before fails with a clear error.
+        It waits for what `check` waits for. Tracing with it raises afterwards; a program compiled before
+        fails with a clear error.
         """
         if not self.closed:
             if self._native is not None:

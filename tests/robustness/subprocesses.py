@@ -31,8 +31,9 @@ def run_python(
     num_threads: int | None = None,
     preload: pathlib.Path | None = None,
     timeout_s: int = 120,
+    exit_status: int = 0,
 ) -> str:
-    """Run `code` on 8 CPU devices and return what it printed; fail with all of it if it does not end well.
+    """Run `code` on 8 CPU devices and return what it printed; fail with all of it if it does not end so.
 
     `num_threads` is NPROC, the size of XLA's thread pool; None leaves it to the package. `preload` is a
     library to load before the system's own.
@@ -55,5 +56,6 @@ def run_python(
         )
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"hung for {timeout_s} s\n{expired.stdout}\n{expired.stderr}")
-    assert ended.returncode == 0, f"exit status {ended.returncode}\n{ended.stdout}\n{ended.stderr[-8000:]}"
+    printed = f"exit status {ended.returncode}\n{ended.stdout}\n{ended.stderr[-8000:]}"
+    assert ended.returncode == exit_status, printed
     return ended.stdout
