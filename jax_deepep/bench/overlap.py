@@ -151,8 +151,9 @@ def layers_of(
 
 
 def model_table(problem: Problem, sizes: Sequence[int]) -> Table:
-    """Return modelled times of a layer on other numbers of H200s, over those of plain ones."""
-    columns = ["devices", "shared", "pass", "plain us", "in-flight / plain", "two-batches / plain"]
+    """Return modelled times of a layer on other numbers of H200s, over those of plain ones, and of xla's."""
+    columns = ["devices", "shared", "pass", "plain us"]
+    columns += ["in-flight / plain", "two-batches / plain", "xla / in-flight"]
     rows = []
     for devices in MODELLED_DEVICES:
         if problem.experts % devices:
@@ -161,7 +162,8 @@ def model_table(problem: Problem, sizes: Sequence[int]) -> Table:
         for shared in sizes:
             for name in (FORWARD, FORWARD_BACKWARD):
                 times = modelled(of_devices, shared, backward=name != FORWARD)
-                ratios = (times.in_flight / times.plain, times.two_batches / times.plain)
+                ratios = [times.in_flight / times.plain, times.two_batches / times.plain]
+                ratios.append(times.xla / times.in_flight)
                 cells = (f"{of:.3f}" for of in ratios)
                 rows.append([str(devices), str(shared), name, f"{times.plain:.0f}", *cells])
     return Table(f"model: {problem.name}", columns, rows, text_columns=("pass",))

@@ -1,20 +1,25 @@
-"""A model: how long a layer takes with and without ops in flight, on more GPUs than were measured.
+"""A model: the time of a layer with and without ops in flight, and by xla, on more GPUs than were measured.
 
 Ops, and computations beside them, take as long as `link_model` says, on one node. The rest follows from the
 order in `jax_deepep.moe.overlapped`. Imbalance is left out, and so are launches of computations and what
 grouped matmuls lose with half the rows. A second batch costs the sum of two gradients of all weights: read
 twice, written once.
+
+With `implementation="xla"` every device gathers the tokens of all, and sends everyone a sum per token. Those
+bytes are counted, over links as fast as for our ops (assumed), and once in memory where a kernel reads or
+writes them; sorting routes is not. So xla takes at least as long as it says.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 from jax_deepep.bench.copies import uniform_copies
-from jax_deepep.bench.link_model import NUM_SMS, NVLINK4, Machine, Op, overlapped_us, phases
+from jax_deepep.bench.link_model import NUM_SMS, NVLINK4, START_US, Machine, Op, overlapped_us, phases
 from jax_deepep.bench.problem import Problem
 
-# FLOP per us of grouped matmuls, and of the router's in float32, in layers on two H200.
-MATMUL, ROUTER = 540e6, 30e6
+# FLOP per us of experts, with what lies between their matmuls, and of the router: forward and backward, the
+# means of ds and qwen in "Experts and layers" of results/two_h200_nvlink.md (623 and 565; 42 and 46).
+EXPERTS, ROUTER = 594e6, 44e6
 
 # Which op moves rows as each does.
 _MOVES: dict[str, Op] = {
@@ -36,11 +41,13 @@ class Times:
         plain: nothing in flight.
         in_flight: with ops in flight, as by default.
         two_batches: with `two_batch_overlap`.
+        xla: with `implementation="xla"`, at least.
     """
 
     plain: float
     in_flight: float
     two_batches: float
+    xla: float
 
 
 def modelled(
@@ -49,20 +56,19 @@ def modelled(
     """Return the times of a layer, forward, or forward and backward.
 
     Args:
-        problem: the layer's shape, with `intermediate`.
+        problem: the layer's shape, with `intermediate`, expert-major.
         shared: the inner size of shared experts.
         machine: links, memory and SMs.
         backward: whether with gradients.
     """
     assert problem.intermediate is not None
     flop = 2 * problem.tokens * problem.hidden  # of one token's row and one column
-    product = flop * problem.topk * problem.intermediate / MATMUL  # with one of wi_0, wi_1, wo
-    of_shared = 3 * flop * shared / MATMUL
+    product = flop * problem.topk * problem.intermediate / EXPERTS  # with one of wi_0, wi_1, wo
+    of_shared = 3 * flop * shared / EXPERTS
     router = flop * problem.experts / ROUTER
     memory = 1e3 * machine.memory  # bytes per us
     rows = problem.mean_rows * problem.row_bytes  # bytes
-    inner = problem.mean_rows * problem.intermediate * problem.row_bytes / problem.hidden
-    experts = 3 * product + 3 * inner / memory
+    experts = 3 * product
     copies = uniform_copies(problem, 1)
 
     def beside(name: str, computation: float = 0, batches: int = 1) -> float:
@@ -75,16 +81,20 @@ def modelled(
             op_us = max(op_us, rows / batches / min(num_sms * _SM_GRADIENT, _GRADIENT) / 1e3)
         return overlapped_us(computation, op_us, num_sms, machine)
 
-    plain = router + beside("dispatch") + experts + of_shared + beside("combine")
+    computed = router + experts + of_shared
+    plain = computed + beside("dispatch") + beside("combine")
+    xla = computed + _xla_us("dispatch", problem, machine) + _xla_us("combine", problem, machine)
     in_flight = router + beside("dispatch", of_shared) + experts + beside("combine")
     two = router + beside("dispatch", of_shared, 2) + beside("dispatch", experts / 2, 2)
     two += beside("combine", experts / 2, 2) + beside("combine", 0, 2)
     if backward:
         # The gradients of wi_0 and wi_1 are beside that of dispatch.
         later = 2 * product
-        earlier = 4 * product + (5 * inner + 3 * rows) / memory
-        plain += 2 * router + beside("combine backward") + 2 * of_shared
-        plain += earlier + later + beside("dispatch backward")
+        earlier = 4 * product
+        computed = 2 * router + 2 * of_shared + earlier + later
+        plain += computed + beside("combine backward") + beside("dispatch backward")
+        xla += computed
+        xla += _xla_us("combine backward", problem, machine) + _xla_us("dispatch backward", problem, machine)
         in_flight += 2 * router + beside("combine backward", 2 * of_shared)
         in_flight += earlier + beside("dispatch backward", later)
         two += 2 * router + beside("combine backward", 2 * of_shared, 2)
@@ -93,4 +103,23 @@ def modelled(
         two += beside("dispatch backward", later / 2, 2)
         weights = 3 * problem.num_local_experts * problem.intermediate * problem.row_bytes
         two += 3 * weights / memory
-    return Times(plain, in_flight, two)
+    return Times(plain, in_flight, two, xla)
+
+
+def _xla_us(name: str, problem: Problem, machine: Machine) -> float:
+    """Return the least time in which XLA's collectives and kernels do what an op does."""
+    tokens = problem.tokens * problem.row_bytes
+    everyones, rows, capacity = (
+        problem.devices * tokens,
+        problem.mean_rows * problem.row_bytes,
+        problem.capacity_rows * problem.row_bytes,
+    )
+    op = _MOVES[name]
+    if op == "dispatch":  # gathers everyone's tokens, and copies rows out of them
+        moved = rows + capacity
+        if name == "combine backward":  # for the gradients of weights, it reads the rows of the forward pass
+            moved += capacity
+    else:  # writes a sum of every token, and adds up what it gets from the others
+        moved = rows + everyones + everyones + tokens
+    link = (problem.devices - 1) * tokens / machine.pulled
+    return START_US["throughput", op] + (link + moved / machine.memory) / 1e3
