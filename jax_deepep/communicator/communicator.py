@@ -22,7 +22,7 @@ from jax_deepep.communicator.config import (
     groups_of,
 )
 from jax_deepep.communicator.cuda_half import CudaHalf
-from jax_deepep.communicator.launched_programs import wait_for_programs
+from jax_deepep.communicator.launched_programs import LaunchedPrograms
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.topology import Topology
 from jax_deepep.cpu_threads import warn_of_too_few_threads
@@ -125,6 +125,7 @@ class Communicator:
     fingerprint: int = field(init=False)
     _chosen: CommunicatorConfig = field(init=False)  # with the nodes that were found
     _backend: Backend = field(init=False)
+    _launched: LaunchedPrograms = field(init=False)
 
     def __post_init__(self) -> None:
         if jax_compat.is_tracing():
@@ -161,10 +162,12 @@ class Communicator:
         self._set("id", exchange.id)
         self._set("implementation", backend.implementation)
         self._set("_backend", backend)
+        local_devices = topology.local_devices(exchange.process)
+        self._set("_launched", LaunchedPrograms(local_devices))
         if backend.native is not None:
-            native_module.close_at_exit(self, backend.native, topology.platform)
+            native_module.close_at_exit(self, backend.native, self._launched)
             if topology.platform == "cpu":
-                warn_of_too_few_threads(len(topology.local_devices(exchange.process)))
+                warn_of_too_few_threads(len(local_devices))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -311,7 +314,7 @@ class Communicator:
 
     def _wait_for_ops(self) -> str:
         """Return an error of a device of this process, or nothing."""
-        wait_for_programs(self.platform)
+        self._launched.wait()
         return "" if self._native is None else self._native.wait_for_ops()
 
     def _broken_message(self) -> str:

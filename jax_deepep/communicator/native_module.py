@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, overload
 import jax
 
 from jax_deepep import jax_compat
-from jax_deepep.communicator.launched_programs import wait_for_programs
+from jax_deepep.communicator.launched_programs import LaunchedPrograms
 from jax_deepep.communicator.native_types import CpuModule, CudaModule, NativeCommunicator, NativeModule
 
 # JAX records this event as a scalar before it compiles a program or loads it from its cache, and as a
@@ -184,22 +184,22 @@ def numbers() -> NativeModule:
     raise ImportError("; ".join(errors))
 
 
-def close_at_exit(owner: Any, native_communicator: NativeCommunicator, platform: str) -> None:
+def close_at_exit(owner: Any, native_communicator: NativeCommunicator, launched: LaunchedPrograms) -> None:
     """Close a native communicator when the interpreter ends, after the programs launched until then.
 
     If its owner is freed before, programs may still use it, and it is freed with the last of them.
     """
-    close = functools.partial(_leave, native_communicator, platform)  # a unique object, to unregister it
+    close = functools.partial(_leave, native_communicator, launched)  # a unique object, to unregister it
     atexit.register(close)
     weakref.finalize(owner, atexit.unregister, close).atexit = False
 
 
-def _leave(native_communicator: NativeCommunicator, platform: str) -> None:
+def _leave(native_communicator: NativeCommunicator, launched: LaunchedPrograms) -> None:
     error = getattr(sys, "last_value", None)  # an uncaught exception
     if error is not None and jax.process_count() > 1:
         # Its ops may wait for peers that wait for ops this program will not launch any more.
         native_communicator.leave(f"{type(error).__name__}: {error}")
     else:
         # An op that began after the end would fail, and leave other devices waiting in XLA's collectives.
-        wait_for_programs(platform)
+        launched.wait()
     native_communicator.close()
