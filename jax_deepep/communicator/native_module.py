@@ -189,12 +189,15 @@ def close_at_exit(owner: Any, native_communicator: NativeCommunicator, launched:
 
     If its owner is freed before, programs may still use it, and it is freed with the last of them.
     """
-    close = functools.partial(_leave, native_communicator, launched)  # a unique object, to unregister it
+    # A unique object, to unregister it.
+    close = functools.partial(_leave, os.getpid(), native_communicator, launched)
     atexit.register(close)
     weakref.finalize(owner, atexit.unregister, close).atexit = False
 
 
-def _leave(native_communicator: NativeCommunicator, launched: LaunchedPrograms) -> None:
+def _leave(made_in: int, native_communicator: NativeCommunicator, launched: LaunchedPrograms) -> None:
+    if os.getpid() != made_in:
+        return  # a fork has the memory of the communicator, but none of its threads, nor XLA's
     error = getattr(sys, "last_value", None)  # an uncaught exception
     if error is not None and jax.process_count() > 1:
         # Its ops may wait for peers that wait for ops this program will not launch any more.
