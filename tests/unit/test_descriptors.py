@@ -101,6 +101,7 @@ def test_a_peer_that_does_not_answer() -> None:
 
 
 def test_fewer_files_than_were_sent(server: DescriptorServer) -> None:
+    assert_serves(server)  # its thread has opened what it needs
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CommunicatorError, match=r"rank 1 sent 3 open files, and 2 arrived; .*ulimit -n"):
         receive({**server.offer, "count": 3}, "rank 1", 60.0)
