@@ -15,6 +15,7 @@
 #include "rank_formats.cuh"
 #include "rank_group.cuh"
 #include "rank_nodes.cuh"
+#include "rank_numbers.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -248,6 +249,7 @@ int main(int argc, char** argv) {
         if (kOnGpu || num_blocks > 1) CheckChunks(num_blocks);
       }
     } else if (what == "formats") {
+      CheckNumbers();
       for (const int num_blocks : {2, 3}) {
         if (kOnGpu || num_blocks == 2) CheckFormats(num_blocks);
       }

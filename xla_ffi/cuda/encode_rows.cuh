@@ -92,6 +92,80 @@ __device__ __forceinline__ void EncodeWholeRow(const WireRow& wire, const char* 
   }
 }
 
+// A group of a row whose largest element is tiny; such rows are rare.
+template <typename Type>
+__device__ __noinline__ Packed<typename Type::Element> WithoutTiny(
+    Packed<typename Type::Element> group) {
+  float values[kGroup];
+  Type::Unpack(group, values);
+  FlushTiny(values);
+  return Type::Pack(values);
+}
+
+// The same for nvfp4, whose blocks are pieces: the row is read for its scale, then encoded from its
+// end, which is in registers.
+template <typename Type>
+__device__ __forceinline__ void EncodeWholeNvfp4Row(const WireRow& wire, const char* from,
+                                                    char* to) {
+  using Group = Packed<typename Type::Element>;
+  constexpr int kRounds = 7;
+  constexpr int kPieces = 32 * kRounds;  // of the warp
+  const int lane = threadIdx.x % 32, num_pieces = wire.size / kPieceElements;
+  const int last = (num_pieces - 1) / kPieces * kPieces;
+  Group groups[kRounds][2];
+  const auto load = [&](int base) {
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int piece = base + round * 32 + lane;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        groups[round][i] = piece < num_pieces ? LoadGroup<typename Type::Element>(
+                                                    from, 2 * piece + i, RowShape<true>{wire.size})
+                                              : Group{};
+      }
+    }
+  };
+  const auto largest_of = [&](int round) {
+    return max(Type::LargestOf(groups[round][0]), Type::LargestOf(groups[round][1]));
+  };
+  uint32_t largest = 0;
+  for (int base = 0; base <= last; base += kPieces) {
+    load(base);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) largest = max(largest, largest_of(round));
+  }
+  const RowScale of_row = RowScaleOf(Magnitude(FloatOf(__reduce_max_sync(~0u, largest))));
+  if (lane == 0) *reinterpret_cast<float*>(to + wire.row_scale_offset()) = of_row.scale;
+  const uint32_t kept = of_row.finite ? ~0u : 0u;
+  char* const scales = to + wire.scales_offset();
+  for (int base = last; base >= 0; base -= kPieces) {
+    if (base < last) load(base);
+    if (of_row.is_tiny) {
+#pragma unroll
+      for (auto& piece : groups) {
+        for (Group& group : piece) group = WithoutTiny<Type>(group);
+      }
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const BlockScale block = ScaleOf(of_row, Magnitude(FloatOf(largest_of(round))));
+      uint32_t codes[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float values[kGroup];
+        Type::Unpack(groups[round][i], values);
+#pragma unroll
+        for (float& value : values) value = __fmul_rn(value, block.factor);
+        codes[i] = E2m1GroupOf(values) & kept;
+      }
+      const int piece = base + round * 32 + lane;
+      if (piece >= num_pieces) continue;
+      reinterpret_cast<uint2*>(to)[piece] = {codes[0], codes[1]};
+      scales[piece] = static_cast<char>(block.stored);
+    }
+  }
+}
+
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_CUDA_ENCODE_ROWS_CUH_

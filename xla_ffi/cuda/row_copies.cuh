@@ -53,8 +53,8 @@ struct EncodedRow {
   __device__ __forceinline__ Loaded Load(int group) const { return row.Load(group); }
   __device__ __forceinline__ Stored Decode(const Loaded& group) const {
     float values[kGroup];
-    row.template DecodeSaturated<Type>(group, values);
-    return Type::Pack(values);
+    row.Decode(group, values);
+    return PackSaturated<Type>(values);
   }
   __device__ __forceinline__ void Store(char* to, int group, const Stored& stored) const {
     StoreGroup(to, group, shape, stored);
@@ -149,7 +149,9 @@ __device__ void EncodeRows(const WireRow& wire, const void* rows, int64_t row_by
     if (!crosses(row)) continue;
     const char* from = static_cast<const char*>(rows) + row * row_bytes;
     char* to = static_cast<char*>(encoded) + int64_t{row} * wire.bytes();
-    if constexpr (kWhole && kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4) {
+    if constexpr (kWhole && kFormat == WireFormat::kNvfp4) {
+      EncodeWholeNvfp4Row<Type>(wire, from, to);
+    } else if constexpr (kWhole && kFormat != WireFormat::kNone) {
       EncodeWholeRow<Type, kFormat>(wire, from, to);
     } else {
       constexpr int kAhead = kWhole ? kGroupsInFlight / 2 : 1;

@@ -91,7 +91,7 @@ __device__ __forceinline__ void AddTerm(LoadedGroup<Type> (&groups)[kGroups], co
     for (int i = 0; i < kGroups; ++i) {
       const uint4& words = groups[i].plain.words[0];
       const EncodedGroup encoded = {{words.x, words.y}, __uint_as_float(words.z)};
-      RowOnWire<true, kFormat>(nullptr, wire).template DecodeSaturated<Float32>(encoded, values);
+      RowOnWire<true, kFormat>(nullptr, wire).DecodeSaturated(encoded, values);
 #pragma unroll
       for (int e = 0; e < kGroup; ++e) sums[i][e] = __fadd_rn(sums[i][e], values[e]);
     }

@@ -12,6 +12,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/memory_order.cuh"
 #include "interface/geometry.h"
@@ -19,6 +20,20 @@
 namespace jax_deepep {
 
 inline constexpr int kGroup = 8;  // elements
+
+// Two floats of 16 bits and their word; the first is in the lower half.
+template <typename Pair>
+__device__ __forceinline__ Pair PairOf(uint32_t word) {
+  Pair pair;
+  std::memcpy(&pair, &word, sizeof(pair));
+  return pair;
+}
+template <typename Pair>
+__device__ __forceinline__ uint32_t WordOf(Pair pair) {
+  uint32_t word;
+  std::memcpy(&word, &pair, sizeof(word));
+  return word;
+}
 
 // Eight elements as in memory.
 template <typename Element>
@@ -102,7 +117,14 @@ __device__ __forceinline__ uint32_t LargestHalfOf(const Packed<uint16_t>& packed
   return max(both & 0xffffu, both >> 16);
 }
 
-// The row types: bits in memory to float32 and back, rounded to nearest, ties to even.
+// What is larger than the largest finite value becomes that, also infinity; NaN stays.
+__device__ __forceinline__ float Saturated(float value, float largest) {
+  const float below = value > largest ? largest : value;
+  return below < -largest ? -largest : below;
+}
+
+// The row types: bits in memory to float32 and back, rounded to nearest, ties to even. A saturated
+// word has one or two values, the first in its lower half.
 struct Float32 {
   using Element = uint32_t;
   static constexpr float kLargest = 0x1.fffffep127f;  // finite
@@ -128,6 +150,9 @@ struct Float32 {
     for (int i = 0; i < kGroup; ++i) to[i] = values[i];
     return packed;
   }
+  __device__ static uint32_t SaturatedWord(const float* value) {
+    return __float_as_uint(Saturated(*value, kLargest));
+  }
 };
 
 struct BFloat16 {
@@ -151,6 +176,16 @@ struct BFloat16 {
     for (int i = 0; i < kGroup / 2; ++i)
       pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
     return packed;
+  }
+  __device__ static uint32_t SaturatedWord(const float* values) {
+#ifdef __CUDA_ARCH__
+    uint32_t word;
+    asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[1]), "f"(values[0]));
+    return word;
+#else
+    return WordOf(
+        __floats2bfloat162_rn(Saturated(values[0], kLargest), Saturated(values[1], kLargest)));
+#endif
   }
 };
 
@@ -177,7 +212,27 @@ struct Float16 {
       pairs[i] = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
     return packed;
   }
+  __device__ static uint32_t SaturatedWord(const float* values) {
+#ifdef __CUDA_ARCH__
+    uint32_t word;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(values[1]), "f"(values[0]));
+    return word;
+#else
+    return WordOf(
+        __floats2half2_rn(Saturated(values[0], kLargest), Saturated(values[1], kLargest)));
+#endif
+  }
 };
+
+template <typename Type>
+__device__ __forceinline__ Packed<typename Type::Element> PackSaturated(const float* values) {
+  constexpr int kInWord = sizeof(uint32_t) / sizeof(typename Type::Element);
+  Packed<typename Type::Element> packed;
+  auto* words = reinterpret_cast<uint32_t*>(packed.words);
+#pragma unroll
+  for (int i = 0; i < kGroup / kInWord; ++i) words[i] = Type::SaturatedWord(values + i * kInWord);
+  return packed;
+}
 
 // By a warp.
 template <bool kWhole>

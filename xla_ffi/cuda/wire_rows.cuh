@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cuda/e2m1_groups.cuh"
 #include "cuda/memory_order.cuh"
 #include "cuda/row_values.cuh"
 #include "interface/number_formats.h"
@@ -35,36 +36,23 @@ inline __host__ __device__ int GroupsOfBlock(WireFormat format) { return BlockOf
 
 // --- Elements.
 
-// Two elements as float8_e4m3fn; the first is in the lower byte.
+// Two elements as float8_e4m3fn; the first is in the lower byte. As float16 they are exact.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ < 890
 __device__ __forceinline__ uint32_t E4m3PairOf(float first, float second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
-  return codes;
-#else
   return E4m3Of(first) | E4m3Of(second) << 8;
-#endif
 }
+__device__ __forceinline__ uint32_t HalvesOfE4m3Pair(uint32_t codes) {
+  return WordOf(__floats2half2_rn(FromE4m3(codes & 0xffu), FromE4m3(codes >> 8 & 0xffu)));
+}
+#endif
 __device__ __forceinline__ float2 FromE4m3Pair(uint32_t codes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-  uint32_t bits;  // exact: float16 has more bits of either kind
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(bits) : "h"(static_cast<uint16_t>(codes)));
-  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
-#else
-  return {FromE4m3(codes & 0xffu), FromE4m3(codes >> 8 & 0xffu)};
-#endif
-}
-
-// Two elements of float4_e2m1fn, times 2^-14: exponent and mantissa as those of float16.
-__device__ __forceinline__ float2 FromE2m1Pair(uint32_t codes) {
-  const uint32_t bits =
-      (codes & 0x7u) << 9 | (codes & 0x8u) << 12 | (codes & 0x70u) << 21 | (codes & 0x80u) << 24;
-  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+  return __half22float2(PairOf<__half2>(HalvesOfE4m3Pair(codes)));
 }
 
 // --- Decoding.
 
-// A group as it is loaded. nvfp4: the second word is not used, and `scale` is times 2^14.
+// A group as it is loaded, with the scale of its block. nvfp4 has one word of elements, and the
+// scale twice as float16 in the other.
 struct EncodedGroup {
   uint32_t elements[2];
   float scale;
@@ -107,7 +95,8 @@ struct RowOnWire {
     const WireFormat format = FormatOf<kFormat>(wire);
     const int block = group >> BlockShift(format);
     if (has_four_bits()) {
-      loaded.scale = FromE4m3(reinterpret_cast<const uint8_t*>(scales)[block]) * 0x1p14f;
+      const uint32_t code = reinterpret_cast<const uint8_t*>(scales)[block];
+      loaded.elements[1] = HalvesOfE4m3Pair(code | code << 8);
     } else if (format == WireFormat::kFp8) {
       loaded.scale = reinterpret_cast<const float*>(scales)[block];
     } else {
@@ -118,31 +107,28 @@ struct RowOnWire {
 
   // The values of a group.
   __device__ __forceinline__ void Decode(const EncodedGroup& group, float* values) const {
+    if (has_four_bits()) {
+      ScaleE2m1Group(group.elements[0], group.elements[1], values);
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(values[i], row_scale);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kGroup / 2; ++i) {
-      const float2 pair = has_four_bits() ? FromE2m1Pair(group.elements[0] >> 8 * i)
-                                          : FromE4m3Pair(group.elements[i / 2] >> i % 2 * 16);
+      const float2 pair = FromE4m3Pair(group.elements[i / 2] >> i % 2 * 16);
       values[2 * i] = __fmul_rn(pair.x, group.scale);
       values[2 * i + 1] = __fmul_rn(pair.y, group.scale);
-      if (has_four_bits()) {
-        values[2 * i] = __fmul_rn(values[2 * i], row_scale);
-        values[2 * i + 1] = __fmul_rn(values[2 * i + 1], row_scale);
-      }
     }
   }
 
-  // The same, at most the largest finite value of a row type. NaN stays.
-  template <typename Type>
+  // The same, saturated as float32.
   __device__ __forceinline__ void DecodeSaturated(const EncodedGroup& group, float* values) const {
     Decode(group, values);
     // What the largest code stands for is finite; not so if a scale is NaN.
     const float largest = has_four_bits() ? 2688.0f * row_scale : kE4m3Max * group.scale;
-    if (largest <= Type::kLargest) return;
+    if (largest <= Float32::kLargest) return;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const float value = values[i] > Type::kLargest ? Type::kLargest : values[i];
-      values[i] = value < -Type::kLargest ? -Type::kLargest : value;
-    }
+    for (int i = 0; i < kGroup; ++i) values[i] = Saturated(values[i], Float32::kLargest);
   }
 };
 
@@ -188,10 +174,8 @@ __device__ __forceinline__ GroupCodes Encode(const WireRow& wire, const RowScale
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) values[i] = __fmul_rn(values[i], block.factor);
   if (has_four_bits) {
-    codes.elements[0] = codes.elements[1] = 0;
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) codes.elements[0] |= E2m1Of(values[i]) << 4 * i;
-    if (!of_row.finite) codes.elements[0] = 0;
+    codes.elements[0] = of_row.finite ? E2m1GroupOf(values) : 0;
+    codes.elements[1] = 0;
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

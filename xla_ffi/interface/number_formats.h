@@ -64,7 +64,30 @@ JAX_DEEPEP_HOST_DEVICE inline uint32_t Magnitude(float x) {
   return bits < (27u << 23) ? 0 : bits;
 }
 
-// Rounded to nearest, ties to even; `value` in the range of the format.
+// Rounded to nearest, ties to even; values in the range of the format.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890  // has instructions for it
+// Two at once; the first is in the lower byte.
+__device__ __forceinline__ uint32_t E4m3PairOf(float first, float second) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+  return codes;
+}
+
+__device__ __forceinline__ uint32_t E4m3Of(float value) { return E4m3PairOf(value, 0.0f); }
+
+// As float16, which is exact.
+__device__ __forceinline__ uint32_t HalvesOfE4m3Pair(uint32_t codes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(codes)));
+  return halves;
+}
+
+__device__ __forceinline__ float FromE4m3(uint32_t code) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(static_cast<uint16_t>(HalvesOfE4m3Pair(code))));
+  return value;
+}
+#else
 JAX_DEEPEP_HOST_DEVICE inline uint32_t E4m3Of(float value) {
   const uint32_t bits = BitsOf(value);
   uint32_t size = bits & ~kSignBit;
@@ -83,6 +106,7 @@ JAX_DEEPEP_HOST_DEVICE inline float FromE4m3(uint32_t code) {
   const uint32_t bits = size == 0x7fu ? kNanBits : BitsOf(value);
   return FloatOf(bits | (code & 0x80u) << 24);
 }
+#endif
 
 JAX_DEEPEP_HOST_DEVICE inline uint32_t E2m1Of(float value) {
   const uint32_t bits = BitsOf(value);

@@ -12,6 +12,9 @@ inline __half __float2half(float value) { return static_cast<_Float16>(value); }
 inline __half2 __floats2half2_rn(float x, float y) {
   return {static_cast<_Float16>(x), static_cast<_Float16>(y)};
 }
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return {static_cast<_Float16>(a.x * b.x), static_cast<_Float16>(a.y * b.y)};
+}
 inline float2 __half22float2(__half2 pair) {
   return {static_cast<float>(pair.x), static_cast<float>(pair.y)};
 }

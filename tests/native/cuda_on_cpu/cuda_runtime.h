@@ -165,6 +165,18 @@ inline unsigned __float_as_uint(float value) {
 inline unsigned __vmaxu2(unsigned a, unsigned b) {
   return std::max(a & 0xffffu, b & 0xffffu) | std::max(a >> 16, b >> 16) << 16;
 }
+inline unsigned __vminu2(unsigned a, unsigned b) {
+  return std::min(a & 0xffffu, b & 0xffffu) | std::min(a >> 16, b >> 16) << 16;
+}
+// Of the bytes of both words, those whose indices `selector` has, four bits each.
+inline unsigned __byte_perm(unsigned first, unsigned second, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(second) << 32 | first;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7u) * 8 & 0xffu) << 8 * i;
+  }
+  return result;
+}
 
 template <typename T>
 T __ldcg(const T* address) {
