@@ -199,10 +199,12 @@ def _leave(made_in: int, native_communicator: NativeCommunicator, launched: Laun
     if os.getpid() != made_in:
         return  # a fork has the memory of the communicator, but none of its threads, nor XLA's
     error = getattr(sys, "last_value", None)  # an uncaught exception
-    if error is not None and jax.process_count() > 1:
-        # Its ops may wait for peers that wait for ops this program will not launch any more.
-        native_communicator.leave(f"{type(error).__name__}: {error}")
-    else:
-        # An op that began after the end would fail, and leave other devices waiting in XLA's collectives.
-        launched.wait()
-    native_communicator.close()
+    try:
+        if error is not None and jax.process_count() > 1:
+            # Its ops may wait for peers that wait for ops this program will not launch any more.
+            native_communicator.leave(f"{type(error).__name__}: {error}")
+        else:
+            # An op that began after the end would fail, and leave other devices waiting in XLA's collectives.
+            launched.wait()
+    finally:
+        native_communicator.close()

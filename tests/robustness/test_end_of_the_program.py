@@ -38,24 +38,3 @@ program = program.lower(x).compile()
 def test_programs_end_after_the_script(last_line: str, exit_status: int) -> None:
     printed = run_python(SETUP + last_line, exit_status=exit_status)
     assert printed == "ended\n" * 8
-
-
-def test_a_fork_ends_too() -> None:
-    """It has none of XLA's threads, which would run programs; JAX alone may end it with a signal."""
-    printed = run_python(
-        SETUP
-        + """
-program(x).block_until_ready()
-child = os.fork()
-if child == 0:
-    raise SystemExit
-for _ in range(200):
-    if os.waitpid(child, os.WNOHANG)[0] == child:
-        os.write(1, b"gone\\n")
-        break
-    time.sleep(0.05)
-else:
-    os.kill(child, 9)
-"""
-    )
-    assert printed.endswith("gone\n")

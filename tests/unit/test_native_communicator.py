@@ -237,6 +237,53 @@ def test_only_a_missing_peer_is_a_timeout(native: BrokenNative, error: type, wor
     assert type(raised.value) is error
 
 
+class Calls:
+    """A native communicator and launched programs that only record what is called."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def wait(self) -> None:
+        self.names.append("wait")
+
+    def leave(self, why: str) -> None:
+        self.names.append(f"leave: {why}")
+
+    def close(self) -> None:
+        self.names.append("close")
+
+
+@pytest.mark.parametrize(
+    ("error", "num_processes", "forked", "expected"),
+    [
+        (None, 1, False, ["wait", "close"]),
+        (None, 2, False, ["wait", "close"]),
+        (ValueError("wrong"), 1, False, ["wait", "close"]),
+        (ValueError("wrong"), 2, False, ["leave: ValueError: wrong", "close"]),
+        (None, 1, True, []),
+    ],
+)
+def test_the_end_of_a_process(
+    error: Exception | None,
+    num_processes: int,
+    forked: bool,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits for what was launched, but not for peers that may never come; a fork does nothing."""
+    calls = Calls()
+    at_exit: list[Any] = []
+    monkeypatch.setattr(native_module.atexit, "register", at_exit.append)
+    native_module.close_at_exit(calls, calls, calls)
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+    monkeypatch.setattr(native_module.sys, "last_value", error, raising=False)
+    pid = os.getpid()
+    monkeypatch.setattr(native_module.os, "getpid", lambda: pid + forked)
+    [close] = at_exit
+    close()
+    assert calls.names == expected
+
+
 def test_the_native_communicator_matches_its_protocol() -> None:
     comm = ep.Communicator(mesh_named("data × expert"), **SIZES, implementation="native")
     assert isinstance(comm._native, CpuCommunicator)
