@@ -109,11 +109,8 @@ def modelled(
 def _xla_us(name: str, problem: Problem, machine: Machine) -> float:
     """Return the least time in which XLA's collectives and kernels do what an op does."""
     tokens = problem.tokens * problem.row_bytes
-    everyones, rows, capacity = (
-        problem.devices * tokens,
-        problem.mean_rows * problem.row_bytes,
-        problem.capacity_rows * problem.row_bytes,
-    )
+    everyones = problem.devices * tokens
+    rows, capacity = problem.mean_rows * problem.row_bytes, problem.capacity_rows * problem.row_bytes
     op = _MOVES[name]
     if op == "dispatch":  # gathers everyone's tokens, and copies rows out of them
         moved = rows + capacity

@@ -1,5 +1,5 @@
 // Groups of eight elements as float4_e2m1fn, two at a time in the arithmetic of 16-bit floats: the
-// values of E2m1Of and FromE2m1 in a third of the instructions.
+// numbers of E2m1Of and FromE2m1 in fewer instructions.
 #ifndef JAX_DEEPEP_CUDA_E2M1_GROUPS_CUH_
 #define JAX_DEEPEP_CUDA_E2M1_GROUPS_CUH_
 
