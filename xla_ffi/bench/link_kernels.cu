@@ -3,6 +3,7 @@
 
 #include "bench/bulk_copy.cuh"
 #include "bench/link_kernels.h"
+#include "cuda/memory_order.cuh"
 
 namespace jax_deepep {
 namespace {
@@ -12,36 +13,9 @@ constexpr int kRowWords = 2;      // in flight per thread
 constexpr int kPolls = 4096;      // between checks whether this rank has timed out
 constexpr int kMostPolls = 1 << 26;
 
-__device__ __forceinline__ uint32_t Acquire(const uint32_t* flag) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void Release(uint32_t* flag, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-
-// A load of data that a peer wrote during this kernel, by a thread other than the one that acquired
-// it.
-__device__ __forceinline__ uint4 LoadFresh(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint64_t Nanoseconds() {
-  uint64_t time;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-  return time;
-}
-
 // Wait, for a few seconds at most, until a peer has released `step` to a flag of this rank.
 __device__ void WaitFor(const uint32_t* flag, uint32_t step, LinkControl* own) {
-  for (int polls = 1; static_cast<int32_t>(Acquire(flag) - step) < 0; ++polls) {
+  for (int polls = 1; static_cast<int32_t>(LoadAcquireSystem(flag) - step) < 0; ++polls) {
     if (polls % kPolls != 0) continue;
     if (polls == kMostPolls || *static_cast<volatile uint32_t*>(&own->timed_out) != 0) {
       *static_cast<volatile uint32_t*>(&own->timed_out) = 1;
@@ -91,13 +65,13 @@ __global__ void RendezvousKernel(const __grid_constant__ LinkFrame frame, uint64
   const uint32_t step = own->rendezvous_step + 1;
   const int peer = threadIdx.x;
   if (peer < frame.num_ranks) {
-    Release(&frame.Control(peer)->rendezvous[frame.rank * kFlagStride], step);
+    StoreReleaseSystem(&frame.Control(peer)->rendezvous[frame.rank * kFlagStride], step);
     WaitFor(&own->rendezvous[peer * kFlagStride], step, own);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   own->rendezvous_step = step;
-  for (const uint64_t begin = Nanoseconds(); Nanoseconds() - begin < wait_ns;) continue;
+  for (const uint64_t begin = NanosecondClock(); NanosecondClock() - begin < wait_ns;) continue;
 }
 
 __global__ void NothingKernel() {}
@@ -106,7 +80,7 @@ __global__ void FlagKernel(const __grid_constant__ LinkFrame frame) {
   if (threadIdx.x != 0) return;
   LinkControl* own = frame.Control(frame.rank);
   const uint32_t step = own->flags.step[0] + 1;
-  Release(frame.Control((frame.rank + 1) % frame.num_ranks)->flags.next, step);
+  StoreReleaseSystem(frame.Control((frame.rank + 1) % frame.num_ranks)->flags.next, step);
   WaitFor(own->flags.next, step, own);
   own->flags.step[0] = step;
 }
@@ -127,7 +101,8 @@ __global__ void __launch_bounds__(kRowThreads)
           copy[at] = word;
         });
     __syncthreads();
-    if (threadIdx.x == 0) Release(&frame.Control(peer)->flags.arrived[row * kFlagStride], step);
+    if (threadIdx.x == 0)
+      StoreReleaseSystem(&frame.Control(peer)->flags.arrived[row * kFlagStride], step);
   }
   if (threadIdx.x != 0) return;
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -143,7 +118,7 @@ __device__ void WaitForReaders(const LinkFrame& frame, int rows, uint32_t step) 
     LinkControl* own = frame.Control(frame.rank);
     for (int peer = 0; blockIdx.x == 0 && peer < frame.num_ranks; ++peer) {
       if (peer != frame.rank) {
-        Release(&frame.Control(peer)->flags.ready[frame.rank * kFlagStride], step);
+        StoreReleaseSystem(&frame.Control(peer)->flags.ready[frame.rank * kFlagStride], step);
       }
     }
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -200,7 +175,8 @@ __global__ void __launch_bounds__(kRowThreads)
         frame.row_words, [&](int at) { return received[at]; },
         [&](int at, uint4 word) { back[at] = word; });
     __syncthreads();
-    if (threadIdx.x == 0) Release(&frame.Control(source)->flags.returned[row * kFlagStride], step);
+    if (threadIdx.x == 0)
+      StoreReleaseSystem(&frame.Control(source)->flags.returned[row * kFlagStride], step);
   }
   for (int row = blockIdx.x; row < rows; row += gridDim.x) {
     if (threadIdx.x == 0) WaitFor(&own->flags.returned[row * kFlagStride], step, own);
@@ -227,7 +203,7 @@ __global__ void __launch_bounds__(1024)
   uint4 word = make_uint4(threadIdx.x, 1, 2, 3);
   uint64_t begin = 0;
   for (int i = 1; i <= count + kWarmUp; ++i) {
-    if (i == kWarmUp + 1) begin = Nanoseconds();
+    if (i == kWarmUp + 1) begin = NanosecondClock();
     for (int half = 0; half < 2; ++half) {
       const bool sends = (half == 0) == (frame.rank < partner);
       if (sends) {
@@ -235,7 +211,7 @@ __global__ void __launch_bounds__(1024)
           for (int at = threadIdx.x; at < frame.row_words; at += blockDim.x) to[at] = word;
           __syncthreads();
         }
-        if (threadIdx.x == 0) Release(theirs, i);
+        if (threadIdx.x == 0) StoreReleaseSystem(theirs, i);
       } else {
         if (threadIdx.x == 0) WaitFor(mine, i, own);
         if constexpr (kWithRow) {
@@ -247,7 +223,7 @@ __global__ void __launch_bounds__(1024)
       }
     }
   }
-  if (threadIdx.x == 0) own->round_trip_ns = Nanoseconds() - begin;
+  if (threadIdx.x == 0) own->round_trip_ns = NanosecondClock() - begin;
 }
 
 // A warp per piece, all of whose loads are in flight at once.

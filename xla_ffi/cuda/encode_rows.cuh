@@ -13,35 +13,52 @@ namespace jax_deepep {
 // Elements that a lane encodes at once, and stores as 16 bytes.
 inline constexpr int kPieceElements = 2 * kGroup;
 
-// Encode a row of whole pieces, by a warp. A block is in the lanes of 16 elements each, which share
-// its scale; each of them computes it for another round of the row.
-template <typename Type, WireFormat kFormat>
-__device__ __forceinline__ void EncodeWholeRow(const WireRow& wire, const char* from, char* to) {
-  static_assert(kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4);
+// The pieces of a row that a warp has in registers: of each lane one in every round.
+template <typename Type>
+struct RowPieces {
+  static constexpr int kRounds = 7;
+  static constexpr int kPieces = 32 * kRounds;
   using Group = Packed<typename Type::Element>;
-  constexpr int kRounds = 7;
-  constexpr int kLanes = BlockOf(kFormat) / kPieceElements;
-  constexpr int kScales = (kRounds + kLanes - 1) / kLanes;  // that a lane computes
-  const int lane = threadIdx.x % 32, of_block = lane % kLanes, first_lane = lane - of_block;
-  const int num_pieces = wire.size / kPieceElements, num_blocks = wire.num_blocks();
-  const RowShape<true> shape{wire.size};
-  char* const scales = to + wire.scales_offset();
-  for (int base = 0; base < num_pieces; base += 32 * kRounds) {
-    Group groups[kRounds][2];
-    uint32_t largest[kRounds];
+  Group groups[kRounds][2];
+
+  // Those from `base` on; past the row, zeros.
+  __device__ __forceinline__ void Load(const char* row, int base, int num_pieces) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int piece = base + round * 32 + lane;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        groups[round][i] = piece < num_pieces
-                               ? LoadGroup<typename Type::Element>(from, 2 * piece + i, shape)
-                               : Group{};
+        groups[round][i] = piece < num_pieces ? LoadGroup<typename Type::Element>(
+                                                    row, 2 * piece + i, RowShape<true>{})
+                                              : Group{};
       }
     }
+  }
+  __device__ __forceinline__ uint32_t LargestOf(int round) const {
+    return max(Type::LargestOf(groups[round][0]), Type::LargestOf(groups[round][1]));
+  }
+};
+
+// Encode a row of whole pieces, by a warp. A block is in the lanes of 16 elements each, which share
+// its scale; each of them computes it for another round of the row.
+template <typename Type, WireFormat kFormat>
+__device__ __forceinline__ void EncodeWholeRow(const WireRow& wire, const char* from, char* to) {
+  static_assert(kFormat != WireFormat::kNone && kFormat != WireFormat::kNvfp4);
+  using Pieces = RowPieces<Type>;
+  constexpr int kRounds = Pieces::kRounds;
+  constexpr int kLanes = BlockOf(kFormat) / kPieceElements;
+  constexpr int kScales = (kRounds + kLanes - 1) / kLanes;  // that a lane computes
+  const int lane = threadIdx.x % 32, of_block = lane % kLanes, first_lane = lane - of_block;
+  const int num_pieces = wire.size / kPieceElements, num_blocks = wire.num_blocks();
+  char* const scales = to + wire.scales_offset();
+  for (int base = 0; base < num_pieces; base += Pieces::kPieces) {
+    Pieces pieces;
+    pieces.Load(from, base, num_pieces);
+    uint32_t largest[kRounds];
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      largest[round] = max(Type::LargestOf(groups[round][0]), Type::LargestOf(groups[round][1]));
+      largest[round] = pieces.LargestOf(round);
 #pragma unroll
       for (int distance = kLanes / 2; distance > 0; distance /= 2) {
         largest[round] = max(largest[round], __shfl_xor_sync(~0u, largest[round], distance));
@@ -73,7 +90,7 @@ __device__ __forceinline__ void EncodeWholeRow(const WireRow& wire, const char* 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float values[kGroup];
-        Type::Unpack(groups[round][i], values);
+        Type::Unpack(pieces.groups[round][i], values);
         // With the least scale of the other formats, what counts as 0 is rounded to 0 anyway.
         if (kFormat == WireFormat::kMxfp8 && largest[round] < kTinyBits) FlushTiny(values);
 #pragma unroll
@@ -107,53 +124,37 @@ __device__ __noinline__ Packed<typename Type::Element> WithoutTiny(
 template <typename Type>
 __device__ __forceinline__ void EncodeWholeNvfp4Row(const WireRow& wire, const char* from,
                                                     char* to) {
-  using Group = Packed<typename Type::Element>;
-  constexpr int kRounds = 7;
-  constexpr int kPieces = 32 * kRounds;  // of the warp
+  using Pieces = RowPieces<Type>;
+  constexpr int kRounds = Pieces::kRounds, kPieces = Pieces::kPieces;
   const int lane = threadIdx.x % 32, num_pieces = wire.size / kPieceElements;
   const int last = (num_pieces - 1) / kPieces * kPieces;
-  Group groups[kRounds][2];
-  const auto load = [&](int base) {
-#pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int piece = base + round * 32 + lane;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        groups[round][i] = piece < num_pieces ? LoadGroup<typename Type::Element>(
-                                                    from, 2 * piece + i, RowShape<true>{wire.size})
-                                              : Group{};
-      }
-    }
-  };
-  const auto largest_of = [&](int round) {
-    return max(Type::LargestOf(groups[round][0]), Type::LargestOf(groups[round][1]));
-  };
+  Pieces pieces;
   uint32_t largest = 0;
   for (int base = 0; base <= last; base += kPieces) {
-    load(base);
+    pieces.Load(from, base, num_pieces);
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round) largest = max(largest, largest_of(round));
+    for (int round = 0; round < kRounds; ++round) largest = max(largest, pieces.LargestOf(round));
   }
   const RowScale of_row = RowScaleOf(Magnitude(FloatOf(__reduce_max_sync(~0u, largest))));
   if (lane == 0) *reinterpret_cast<float*>(to + wire.row_scale_offset()) = of_row.scale;
   const uint32_t kept = of_row.finite ? ~0u : 0u;
   char* const scales = to + wire.scales_offset();
   for (int base = last; base >= 0; base -= kPieces) {
-    if (base < last) load(base);
+    if (base < last) pieces.Load(from, base, num_pieces);
     if (of_row.is_tiny) {
 #pragma unroll
-      for (auto& piece : groups) {
-        for (Group& group : piece) group = WithoutTiny<Type>(group);
+      for (auto& piece : pieces.groups) {
+        for (auto& group : piece) group = WithoutTiny<Type>(group);
       }
     }
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
-      const BlockScale block = ScaleOf(of_row, Magnitude(FloatOf(largest_of(round))));
+      const BlockScale block = ScaleOf(of_row, Magnitude(FloatOf(pieces.LargestOf(round))));
       uint32_t codes[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float values[kGroup];
-        Type::Unpack(groups[round][i], values);
+        Type::Unpack(pieces.groups[round][i], values);
 #pragma unroll
         for (float& value : values) value = __fmul_rn(value, block.factor);
         codes[i] = E2m1GroupOf(values) & kept;
