@@ -195,8 +195,8 @@ def close_at_exit(owner: Any, native_communicator: NativeCommunicator, launched:
     weakref.finalize(owner, atexit.unregister, close).atexit = False
 
 
-def _leave(made_in: int, native_communicator: NativeCommunicator, launched: LaunchedPrograms) -> None:
-    if os.getpid() != made_in:
+def _leave(creator_pid: int, native_communicator: NativeCommunicator, launched: LaunchedPrograms) -> None:
+    if os.getpid() != creator_pid:
         return  # a fork has the memory of the communicator, but none of its threads, nor XLA's
     error = getattr(sys, "last_value", None)  # an uncaught exception
     try:

@@ -1,7 +1,7 @@
 """A script may end before the programs that it has launched: they end as they would have otherwise.
 
 One EP group is slow, so that its ops begin after the end of the script. The devices of the other group wait
-for it in a collective of XLA, which ends the process after a minute.
+for it in a collective of XLA, which aborts the process after a minute.
 """
 
 import pytest
