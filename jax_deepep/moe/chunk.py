@@ -78,10 +78,14 @@ def apply_to_chunk(
             jax_compat.as_varying(value, all_axes) for value in (batch.x, routing.topk_weights)
         )
         # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
-        weights = {name: value.astype(call.dtype) for name, value in parameters.items() if name not in ROUTER}
-        return Batch(weights, x.astype(call.dtype), topk_idx, topk_weights)
+        return Batch(cast(routed), x.astype(call.dtype), topk_idx, topk_weights)
 
-    results = apply_experts(config, choice, list(map(to_experts, batches, routings)), options)
+    def cast(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: value.astype(call.dtype) for name, value in weights.items()}
+
+    shared = {name: value for name, value in parameters.items() if name.startswith("shared")}
+    routed = {name: value for name, value in parameters.items() if name not in ROUTER and name not in shared}
+    results = apply_experts(config, choice, list(map(to_experts, batches, routings)), cast(shared), options)
     finished = [
         _finish(config, call, sequences, device, *parts)
         for parts in zip(batches, routings, results, strict=True)

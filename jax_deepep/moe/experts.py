@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.blocks import apply_to_blocks
 from jax_deepep.moe.grouped_matmul import GroupedMatmul, fused, grouped_matmul
+from jax_deepep.moe.grouped_matmul.mosaic import BESIDE_OPS, TIMES
 
 Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
@@ -44,6 +45,7 @@ def routed_experts(
     activation: Activation,
     choice: Any,
     alignment: int,
+    beside_ops: bool = False,
 ) -> jax.Array:
     """Apply to each group of rows the network of its expert.
 
@@ -57,6 +59,7 @@ def routed_experts(
         activation: elementwise; it may return another float dtype.
         choice: the result of `grouped_matmul.chosen`.
         alignment: rows per block.
+        beside_ops: whether an op may be in flight meanwhile.
 
     Returns:
         [C, H]; arbitrary after the last group.
@@ -64,7 +67,7 @@ def routed_experts(
     if choice == "blocks":
         weights = {name: weights[name] for name in ("wi_0", "wi_1", "wo") if name in weights}
         return apply_to_blocks(partial(_network, activation), alignment, rows, weights, group_sizes)
-    halves = halves_of(choice, alignment, activation, rows.dtype)
+    halves = halves_of(choice, alignment, activation, rows.dtype, beside_ops=beside_ops)
     return halves.whole(rows, tuple(input_matrices(weights).values()), weights["wo"], group_sizes)
 
 
@@ -112,30 +115,29 @@ class Halves:
 class FusedHalves(Halves):
     """The same in the kernels of `grouped_matmul.fused`."""
 
-    alignment: int
-
-    @property
-    def _network(self) -> fused.Network:
-        return self.activation, self.alignment
+    network: fused.Network
 
     def first(self, rows, matrices, group_sizes):
         """Return the products and the operand of wo."""
-        return checkpoint_name(fused.first(self._network, rows, matrices, group_sizes), HIDDEN)
+        return checkpoint_name(fused.first(self.network, rows, matrices, group_sizes), HIDDEN)
 
     def second(self, products, hidden, wo, group_sizes):
         """Return the product with wo."""
-        return checkpoint_name(fused.second(self._network, products, hidden, wo, group_sizes), EXPERT_OUT)
+        return checkpoint_name(fused.second(self.network, products, hidden, wo, group_sizes), EXPERT_OUT)
 
     def whole(self, rows, matrices, wo, group_sizes):
         """Return the result; without a gradient, the products are not written."""
-        return fused.whole(self._network, super().whole, rows, matrices, wo, group_sizes)
+        return fused.whole(self.network, super().whole, rows, matrices, wo, group_sizes)
 
 
-def halves_of(choice: Any, alignment: int, activation: Activation, dtype: Any) -> Halves:
+def halves_of(
+    choice: Any, alignment: int, activation: Activation, dtype: Any, *, beside_ops: bool = False
+) -> Halves:
     """Return the networks of experts whose rows are of `dtype`, for any choice but "blocks"."""
-    multiply = grouped_matmul(choice, alignment)
+    multiply = grouped_matmul(choice, alignment, beside_ops=beside_ops)
     if choice == "mosaic" and fused.can_fuse(activation, dtype):
-        return FusedHalves(multiply, activation, alignment)
+        tiles = BESIDE_OPS if beside_ops else TIMES
+        return FusedHalves(multiply, activation, fused.Network(activation, alignment, tiles))
     return Halves(multiply, activation)
 
 

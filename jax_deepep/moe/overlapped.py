@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.steps import Batch, Saved, Steps, Weights
@@ -49,7 +50,7 @@ class Applied(NamedTuple):
 
 
 def apply_experts(
-    config: MoEConfig, choice: Any, batches: Sequence[Batch], options: dict[str, Any]
+    config: MoEConfig, choice: Any, batches: Sequence[Batch], shared: Weights, options: dict[str, Any]
 ) -> list[Applied]:
     """Send the tokens of one or two batches through the experts.
 
@@ -57,10 +58,11 @@ def apply_experts(
         config: static.
         choice: the result of `grouped_matmul.chosen`.
         batches: of the same shapes.
+        shared: the weights of the shared experts; empty without any.
         options: layout="expert", capacity, expert_capacity and alignment of each dispatch.
 
     Returns:
-        The results of each batch, the same bits as alone.
+        The results of each batch.
     """
     requests = [
         checked_request("dispatch", *batch.sent, config.comm, options, config.wire, None) for batch in batches
@@ -71,36 +73,40 @@ def apply_experts(
     combine_wire = checked_wire("combine", config.combine_wire, batches[0].x)
     steps = Steps(
         requests[0].shape, requests[0].wire, combine_wire,
-        config.activation, choice, options["alignment"],
+        config.activation, choice, options["alignment"], beside_ops=len(batches) > 1,
     )  # fmt: skip
     if implementation_of(steps.shape) is not native:
-        return [_apply_plainly(steps, batch) for batch in batches]
-    results: list[Applied] = autodiff.without_integer_tangents(_apply(steps, batches))
+        return [_apply_plainly(steps, batch, shared) for batch in batches]
+    results: list[Applied] = autodiff.without_integer_tangents(_apply(steps, batches, shared))
     return results
 
 
-def _apply_plainly(steps: Steps, batch: Batch) -> Applied:
+def _apply_plainly(steps: Steps, batch: Batch, shared: Weights) -> Applied:
     tokens, handle = autodiff.without_integer_tangents(
         autodiff.dispatch(steps.shape, steps.wire, *batch.sent)
     )
-    bias = steps.shared_experts(batch.x, batch.shared) if batch.shared else None
+    bias = steps.shared_experts(batch.x, shared) if shared else None
     y = steps.experts(tokens, batch.weights, handle.group_sizes)
     out = autodiff.combine(steps.shape, steps.combine_wire, y, handle.weights, bias, handle.routes)
     return Applied(out, handle.destination, handle.num_received)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(steps: Steps, batches: list[Batch]) -> list[Applied]:
-    return _forward(steps, batches, saves=False)[0]
+def _apply(steps: Steps, batches: list[Batch], shared: Weights) -> list[Applied]:
+    return _forward(steps, batches, shared, saves=False)[0]
 
 
-def _forward(steps: Steps, batches: list[Batch], saves: bool = True) -> tuple[list[Applied], list[Saved]]:
+def _forward(
+    steps: Steps, batches: list[Batch], shared: Weights, saves: bool = True
+) -> tuple[list[Applied], tuple[list[Saved], Any]]:
+    """Return the results, and what `_backward` needs of the batches and of the shared experts."""
     a, *others = batches
     biases: list[Any] = [None] * len(batches)
-    pull_backs: list[Any] = [None] * len(batches)
-    if a.shared:
-        shared = partial(_shared_experts, steps, batches)
-        at_a, (biases, pull_backs) = steps.dispatch(a, shared, *(batch.x for batch in batches))
+    pull_back = None
+    if shared:
+        of_tokens = partial(_shared_experts, steps, shared)
+        at_a, (bias, pull_back) = steps.dispatch(a, of_tokens, _joined([batch.x for batch in batches]))
+        biases = jnp.split(bias, len(batches))
     else:
         at_a, _ = steps.dispatch(a)
     experts_a = partial(steps.experts_saved, a, at_a.handle, saves)
@@ -120,29 +126,37 @@ def _forward(steps: Steps, batches: list[Batch], saves: bool = True) -> tuple[li
         Applied(out, handle.destination, handle.num_received)
         for out, handle in zip(outs, handles, strict=True)
     ]
-    return results, [of._replace(pull_back_shared=back) for of, back in zip(saved, pull_backs, strict=True)]
+    return results, (saved, pull_back)
 
 
-def _shared_experts(steps: Steps, batches: Sequence[Batch], *xs: jax.Array) -> tuple[Any, Any]:
-    """Return (the outputs of all batches, their pullbacks)."""
-    results = [jax.vjp(steps.shared_experts, x, batch.shared) for x, batch in zip(xs, batches, strict=True)]
-    return [out for out, _ in results], [pull_back for _, pull_back in results]
+def _shared_experts(steps: Steps, shared: Weights, x: jax.Array) -> tuple[jax.Array, Any]:
+    """Return (the output of the shared experts, its pullback)."""
+    return jax.vjp(steps.shared_experts, x, shared)
 
 
-def _backward(steps: Steps, saved: list[Saved], cotangents: list[Applied]) -> tuple[list[Batch]]:
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return one array of all batches: XLA sees that it is what was split."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _backward(
+    steps: Steps, residuals: tuple[list[Saved], Any], cotangents: list[Applied]
+) -> tuple[list[Batch], Weights]:
+    saved, pull_back = residuals
     outs = [cotangent.out for cotangent in cotangents]
     *others, last = saved
-    of_shared: list[Any] = [None] * len(saved)
-    if last.pull_back_shared is None:
+    of_shared = None
+    if pull_back is None:
         (of_y, of_weights), _ = steps.gradients_of_combine(last, outs[-1])
     else:
-        shared = partial(_gradients_of_shared, saved)
-        (of_y, of_weights), of_shared = steps.gradients_of_combine(last, outs[-1], shared, *outs)
+        (of_y, of_weights), of_shared = steps.gradients_of_combine(
+            last, outs[-1], lambda out: pull_back(out), _joined(outs)
+        )
     experts = partial(steps.gradients_of_experts, last)
     if not others:
         of_experts = experts(of_y)
         sent, of_matrices, _ = steps.gradients_of_dispatch(last, of_experts, of_weights)
-        gradients = [(sent, of_experts.weights | of_matrices)]
+        gradients = [(of_experts.weights | of_matrices, sent)]
     else:
         (a,) = others
         (of_y_a, of_weights_a), of_experts = steps.gradients_of_combine(a, outs[0], experts, of_y)
@@ -152,23 +166,18 @@ def _backward(steps: Steps, saved: list[Saved], cotangents: list[Applied]) -> tu
         )
         sent_a, of_matrices_a, _ = steps.gradients_of_dispatch(a, of_experts_a, of_weights_a)
         gradients = [
-            (sent_a, of_experts_a.weights | of_matrices_a), (sent, of_experts.weights | of_matrices)
+            (of_experts_a.weights | of_matrices_a, sent_a), (of_experts.weights | of_matrices, sent)
         ]  # fmt: skip
-    return ([_sum(*of, shared) for of, shared in zip(gradients, of_shared, strict=True)],)
+    of_x, of_weights_of_shared = (None, {}) if of_shared is None else of_shared
+    of_xs = [None] * len(saved) if of_x is None else jnp.split(of_x, len(saved))
+    batches = [_gradients_of(*of, these) for of, these in zip(gradients, of_xs, strict=True)]
+    return batches, of_weights_of_shared
 
 
-def _gradients_of_shared(saved: Sequence[Saved], *outs: jax.Array) -> list[tuple[jax.Array, Weights]]:
-    batches = zip(saved, outs, strict=True)
-    return [of.pull_back_shared(out) for of, out in batches if of.pull_back_shared is not None]
-
-
-def _sum(sent: Any, weights: Weights, shared: tuple[jax.Array, Weights] | None) -> Batch:
-    """Return the gradients of a batch, from those by the routed and those by the shared experts."""
-    if shared is None:
-        return Batch(weights, *sent)
+def _gradients_of(weights: Weights, sent: Any, of_x: jax.Array | None) -> Batch:
+    """Return the gradients of a batch; `of_x` is what the shared experts add to that of x."""
     x, *routing = sent
-    of_x, of_weights = shared
-    return Batch(weights | of_weights, x + of_x, *routing)
+    return Batch(weights, x if of_x is None else x + of_x, *routing)
 
 
 _apply.defvjp(_forward, _backward)

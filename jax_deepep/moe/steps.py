@@ -27,7 +27,7 @@ Weights = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """Tokens of one device, and the experts' weights.
+    """Tokens of one device, and the weights of the routed experts.
 
     Attributes:
         weights: by name; each batch has its own gradients of them.
@@ -45,11 +45,6 @@ class Batch(NamedTuple):
         """The operands of dispatch."""
         return self.x, self.topk_idx, self.topk_weights
 
-    @property
-    def shared(self) -> Weights:
-        """The weights of the shared experts; empty without any."""
-        return {name: value for name, value in self.weights.items() if name.startswith("shared")}
-
 
 class Received(NamedTuple):
     """The rows of a dispatch [C, H], and its handle."""
@@ -66,16 +61,13 @@ class Saved(NamedTuple):
         matrices: the weights that multiply received rows, [L, H, F] each; none in blocks.
         y: the operand of combine.
         pull_back: the cotangent of y → those of the products with `matrices` (in blocks, of the rows), and of
-            the other weights of the routed experts; None where there are no gradients.
-        pull_back_shared: the cotangent of the output of the shared experts → those of x and of their weights;
-            None without shared experts.
+            the other weights; None where there are no gradients.
     """
 
     received: Received
     matrices: Weights
     y: jax.Array
     pull_back: Callable[[jax.Array], tuple[Products, Weights]] | None
-    pull_back_shared: Callable[[jax.Array], tuple[jax.Array, Weights]] | None = None
 
 
 class ExpertGradients(NamedTuple):
@@ -102,6 +94,7 @@ class Steps:
         activation: of the experts.
         choice: the result of `grouped_matmul.chosen`.
         alignment: rows per block.
+        beside_ops: whether ops are in flight beside the routed experts.
     """
 
     shape: RouteShape
@@ -110,6 +103,7 @@ class Steps:
     activation: Activation
     choice: Any
     alignment: int
+    beside_ops: bool
 
     def dispatch(
         self, batch: Batch, beside: Beside | None = None, *operands: jax.Array
@@ -130,10 +124,13 @@ class Steps:
         return routed_experts(
             tokens, group_sizes, weights,
             activation=self.activation, choice=self.choice, alignment=self.alignment,
+            beside_ops=self.beside_ops,
         )  # fmt: skip
 
     def _halves(self, tokens: jax.Array) -> Halves:
-        return halves_of(self.choice, self.alignment, self.activation, tokens.dtype)
+        return halves_of(
+            self.choice, self.alignment, self.activation, tokens.dtype, beside_ops=self.beside_ops
+        )
 
     def experts_saved(
         self, batch: Batch, handle: Handle[Any], saves: bool, tokens: jax.Array
@@ -144,11 +141,7 @@ class Steps:
             y = self.experts(tokens, batch.weights, sizes)
             return y, Saved(received, {}, y, None)
         matrices = {} if self.choice == "blocks" else input_matrices(batch.weights)
-        others = {
-            name: value
-            for name, value in batch.weights.items()
-            if name not in matrices and name not in batch.shared
-        }
+        others = {name: value for name, value in batch.weights.items() if name not in matrices}
         if not matrices:
             y, pull_back = jax.vjp(
                 lambda rows, others: self.experts(rows[0], others, sizes), (tokens,), others

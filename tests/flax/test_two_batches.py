@@ -31,7 +31,7 @@ WIRES: dict[str, Any] = {"wire": "fp8", "combine_wire": ep.Wire(None, backward="
 CASES = {
     "": ("data × expert", BY_DOT, BATCH),
     "shared experts": ("expert", {**SHARED, **BY_DOT, "gated": False}, BATCH),
-    "blocks, uneven": ("expert", {**SHARED, "axis_types": AxisType.Explicit}, (3, 5)),
+    "blocks, uneven": ("expert", {"axis_types": AxisType.Explicit}, (3, 5)),
     "fsdp, tensor": ("fsdp × expert × tensor", {**SHARED, **BY_DOT}, BATCH),
     "drops, wires": ("expert", {**BY_DOT, **WIRES, "capacity_factor": 1.0, "expert_capacity": 3}, BATCH),
 }
@@ -64,7 +64,10 @@ def both_ways(config: MoEConfig) -> list[MoEConfig]:
     [pytest.param(*case, id=name, marks=() if name else pytest.mark.nightly) for name, case in CASES.items()],
 )
 def test_the_bits_of_one_half_after_the_other(mesh_name: str, choices: Any, shape: tuple[int, ...]) -> None:
-    """Outputs, what was dropped, and all gradients; without the router, whose sums XLA rounds differently."""
+    """Outputs, what was dropped, and gradients; without the router, whose sums XLA rounds differently.
+
+    So it does with the shared experts, which take both halves at once: with them, up to rounding.
+    """
     config = config_of(mesh_name, **choices)
     x = numbers(*shape, H)
     topk_idx = np.argsort(numbers(*shape, E, seed=1))[..., :K].astype(np.int32)
@@ -77,7 +80,10 @@ def test_the_bits_of_one_half_after_the_other(mesh_name: str, choices: Any, shap
         )
 
     overlapped, chunks = (results_of(layer_of(way), config, x, *routing) for way in both_ways(config))
-    jax.tree.map(assert_same_bits, overlapped, chunks)
+    if config.shared_intermediate_size:
+        assert_close(overlapped, chunks)
+    else:
+        jax.tree.map(assert_same_bits, overlapped, chunks)
     assert np.any(overlapped[0][1].num_dropped) == ("expert_capacity" in choices)
 
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 from launcher_runs import launch, program
 from own_processes import starts_its_own_processes
 
@@ -15,7 +16,9 @@ jax.distributed.initialize()
 import jax_deepep as ep
 from jax.sharding import PartitionSpec as P
 mesh = jax.make_mesh((2,), ("expert",))
-comm = ep.Communicator(mesh, num_experts=4, num_experts_per_tok=1, max_tokens=8, hidden_size=64)
+comm = ep.Communicator(
+    mesh, num_experts=4, num_experts_per_tok=1, max_tokens=8, hidden_size=64, implementation="native"
+)
 def layer(x):
     rounds = jnp.where(jax.lax.axis_index("expert") == 0, {rounds}, 8000)
     x = jax.lax.fori_loop(0, rounds, lambda _, x: x + jnp.sin(x @ x) / 2, x)
@@ -32,9 +35,14 @@ if jax.process_index() == 1:
 """
 
 
-def test_peers_get_the_rows_of_a_rank_whose_script_has_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "devices",
+    ["--platform cpu", pytest.param("--share-gpu --memory-fraction 0.1", marks=pytest.mark.gpu)],
+    ids=["cpu", "cuda"],
+)
+def test_peers_get_the_rows_of_a_rank_whose_script_has_ended(devices: str, tmp_path: Path) -> None:
     for rounds in (1, 4000):  # the op of rank 0 waits at the end of its script, or has not begun
         script = program(tmp_path, TEXT.format(rounds=rounds))
-        status, output = launch("-n", 2, "--platform", "cpu", "--", sys.executable, script, cwd=tmp_path)
+        status, output = launch("-n", "2", *devices.split(), "--", sys.executable, script, cwd=tmp_path)
         assert status == 0, output
         assert output.count("checked") == 1, output

@@ -143,9 +143,9 @@ def of_slices(comm, pair, topk_weights, topk_idx):
     return ep.combine_done(returned), beside
 
 
-def operands_of_slices() -> tuple[np.ndarray, ...]:
-    inputs = layer_inputs()
-    return np.stack([inputs.x, -2 * inputs.x], axis=1), inputs.topk_weights, inputs.topk_idx
+def operands_of_slices(implementation: str) -> tuple[np.ndarray, ...]:
+    x, topk_weights, _, topk_idx, _ = operands_of(implementation)
+    return np.stack([x, -2 * x], axis=1), topk_weights, topk_idx
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -160,7 +160,8 @@ def test_operands_that_are_slices(implementation: str) -> None:
 
     program = functools.partial(of_slices, comm)
     results = [
-        run_per_device(run, LAYER.mesh, LAYER.axis_name, *operands_of_slices()) for run in (program, plain)
+        run_per_device(run, LAYER.mesh, LAYER.axis_name, *operands_of_slices(implementation))
+        for run in (program, plain)
     ]
     jax.tree.map(assert_same_bits, *results)
 
@@ -182,7 +183,7 @@ def test_xla_runs_every_part_once(implementation: str) -> None:
     for program in (functools.partial(of_slices, comm), layers):
         mapped = per_device(program, LAYER.mesh, LAYER.axis_name)
         spec = device_axis(LAYER.mesh, LAYER.axis_name)
-        lowered = jax.jit(mapped).lower(*put_on_mesh(operands_of_slices(), LAYER.mesh, spec))
+        lowered = jax.jit(mapped).lower(*put_on_mesh(operands_of_slices(implementation), LAYER.mesh, spec))
         num_parts = lowered.as_text().count("has_side_effect = true")
         assert num_parts == 6
         assert lowered.compile().as_text().count("custom_call_has_side_effect=true") == num_parts

@@ -99,6 +99,7 @@ struct Channel {
   uint32_t generation;               // grid barriers completed
   uint32_t num_ready;                // blocks whose writes peers may read
   uint32_t num_finished;             // blocks whose reads are done
+  uint32_t num_items_taken;          // see SharedItems
   uint32_t num_invalid;              // entries of topk_idx that this op ignored
   uint32_t num_in_part[kMostParts];  // shares of each part that are written
   uint64_t ended;  // blocks, lost blocks and invalid entries: see SignalledOp::Finish

@@ -25,10 +25,12 @@
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 #include "cuda/rank_op.cuh"
+#include "cuda/warp_items.cuh"
 
 namespace jax_deepep {
 
@@ -57,6 +59,8 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
   using OfRank::step;
   static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
   static constexpr bool kInChunks = false;  // see NodeOpOf
+  // Of a warp, in one loop of an op.
+  using Items = std::conditional_t<kSeveralNodes, EvenItems, SharedItems>;
 
   struct PartOfBlock {
     uint32_t num_written;  // warps of this block that have written theirs
@@ -185,6 +189,14 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return reinterpret_cast<const T*>(operands_[index][rank]);
   }
 
+  __device__ Items NewItems() const {
+    if constexpr (kSeveralNodes) {
+      return Items();
+    } else {
+      return Items(&channel_.num_items_taken);
+    }
+  }
+
   // Which of a source's lists of tokens is this rank's. Only for dispatch.
   __device__ int ListOf(int /*source*/) const { return frame_.rank; }
 
@@ -196,6 +208,7 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
       return;
     }
     if (!IsLastBlock(&channel_.num_finished)) return;
+    if (threadIdx.x == 0) channel_.num_items_taken = 0;
     if (!Stopped()) {
       for (int peer = first_peer() + threadIdx.x; peer < end_peer(); peer += blockDim.x) {
         Channel& channel = frame_.ChannelOf(peer);

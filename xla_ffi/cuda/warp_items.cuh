@@ -22,30 +22,71 @@ __device__ __forceinline__ uint32_t BitsBelow(int32_t rank, int base) {
   return rank >= base + 32 ? ~0u : rank > base ? (1u << (rank - base)) - 1 : 0u;
 }
 
-// Call use(item, prepared) for this warp's items from `item` to before `end`, in order; returns the
-// next one. `prepared` is what prepare(item, found) made of found = read(item): read is called two
-// items ahead and prepare one, so that their loads overlap with earlier items. Both are also called
-// for items past the end.
-template <typename Read, typename Prepare, typename Use>
-__device__ __forceinline__ int ForWarpItems(int item, int end, Read read, Prepare prepare,
-                                            Use use) {
-  const int stride = NumWarps();
-  const auto first = read(item);
-  auto found = read(item + stride);
-  auto next = prepare(item, first);
-  for (; item < end; item += stride) {
+// A warp's items, ascending: this one, and the one after it.
+class EvenItems {
+ public:
+  __device__ EvenItems() : item_(FirstItem()), next_(item_ + NumWarps()) {}
+  __device__ int item() const { return item_; }
+  __device__ int next() const { return next_; }
+  __device__ void Advance() {
+    item_ = next_;
+    next_ += NumWarps();
+  }
+
+ private:
+  int item_, next_;
+};
+
+// The same, but the third and later items of a warp are the first that no warp has taken: those
+// whose loads take longer do fewer. (Of fp8 rows over NVLink, shared out evenly among 64 SMs, some
+// had pulled theirs in 54 us and others in 112.) By a warp.
+class SharedItems {
+ public:
+  // How many warps have taken so far, 0 before the op.
+  __device__ explicit SharedItems(uint32_t* num_taken)
+      : num_taken_(num_taken), item_(FirstItem()), next_(item_ + NumWarps()), taken_(Take()) {}
+  __device__ int item() const { return item_; }
+  __device__ int next() const { return next_; }
+  __device__ void Advance() {
+    item_ = next_;
+    next_ = 2 * NumWarps() + __shfl_sync(~0u, taken_, 0);
+    taken_ = Take();
+  }
+
+ private:
+  // An item ahead, so that nobody waits for it.
+  __device__ int Take() const {
+    return threadIdx.x % 32 == 0 ? static_cast<int>(atomicAdd(num_taken_, 1u)) : 0;
+  }
+
+  uint32_t* num_taken_;
+  int item_, next_, taken_;
+};
+
+// Call use(item, prepared) for this warp's items before `end`, in order. `prepared` is what
+// prepare(item, found) made of found = read(item): read is called two items ahead and prepare one,
+// so that their loads overlap with earlier items. Both are also called for items past the end.
+template <typename Items, typename Read, typename Prepare, typename Use>
+__device__ __forceinline__ void ForWarpItems(Items& items, int end, Read read, Prepare prepare,
+                                             Use use) {
+  const auto first = read(items.item());
+  auto found = read(items.next());
+  auto next = prepare(items.item(), first);
+  while (items.item() < end) {
+    const int item = items.item();
     const auto prepared = next;
-    next = prepare(item + stride, found);
-    found = read(item + 2 * stride);
+    next = prepare(items.next(), found);
+    items.Advance();
+    found = read(items.next());
     use(item, prepared);
   }
-  return item;
 }
 
-// The same for all of `count` items.
+// The same for all of `count` items, evenly.
 template <typename Read, typename Prepare, typename Use>
 __device__ __forceinline__ void ForWarpItems(int count, Read read, Prepare prepare, Use use) {
-  ForWarpItems(FirstItem(), count, read, prepare, use);
+  EvenItems items;
+  ForWarpItems(items, count, read, prepare, use);
 }
 
 }  // namespace jax_deepep

@@ -15,7 +15,7 @@ them is in float32: the activation, its derivative, and their products.
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,27 @@ from jax_deepep.moe.grouped_matmul.mosaic_kernel import (
     Part,
     Stores,
     Tile,
+    Tiles,
     largest_tile,
 )
 from jax_deepep.ops.checks import vary_together
 
 Activation = Callable[[jax.Array], jax.Array]
 Arrays = tuple[jax.Array, ...]
-Network = tuple[Activation, int]  # activation, rows per block
+
+
+class Network(NamedTuple):
+    """What the networks of all experts have in common.
+
+    Attributes:
+        activation: elementwise.
+        block: rows of a group are a multiple of it.
+        tiles: of all products but the gradients of matrices.
+    """
+
+    activation: Activation
+    block: int
+    tiles: Tiles = TIMES
 
 
 def _hidden(activation: Activation, *products: jax.Array) -> jax.Array:
@@ -78,9 +92,8 @@ def products_and_hidden(
     Returns:
         (the products, hidden), [C, F] each.
     """
-    activation, block = network
     inner, width = matrices[0].shape[1:]
-    wide = largest_tile(width, TIMES.columns // len(matrices))
+    wide = largest_tile(width, network.tiles.columns // len(matrices))
 
     def tile(place: Place, refs: Sequence[Any]) -> Tile:
         rows, matrices, outs = refs[0], refs[1 : 1 + number], refs[1 + number :]
@@ -102,7 +115,8 @@ def products_and_hidden(
             for column in range(0, wide, STORED):
                 products = [total[:, column : column + STORED].astype(dtype) for total in sums]
                 kept = products if keeps else []
-                for values, out in zip((*kept, _hidden(activation, *products)), outs, strict=True):
+                hidden = _hidden(network.activation, *products)
+                for values, out in zip((*kept, hidden), outs, strict=True):
                     own_columns = pl.ds(column, STORED)
                     yield values.astype(dtype), out.at[place.rows, these_columns].at[own_rows, own_columns]
 
@@ -110,8 +124,8 @@ def products_and_hidden(
 
     number, dtype = len(matrices), rows.dtype
     *products, hidden = by_row_blocks(
-        "grouped_hidden", block, group_sizes, [rows, *matrices], [width] * (1 + number * keeps), tile,
-        columns=wide, across=width // wide, transposed=False, tiles=TIMES, sums=number, plain=False,
+        "grouped_hidden", network.block, group_sizes, [rows, *matrices], [width] * (1 + number * keeps), tile,
+        columns=wide, across=width // wide, transposed=False, tiles=network.tiles, sums=number, plain=False,
     )  # fmt: skip
     return tuple(products), hidden
 
@@ -121,9 +135,8 @@ def gradients_of_products(
 ) -> tuple[Arrays, jax.Array]:
     """Return (the gradients of the products, hidden), [C, F] each, from the gradient of hidden · wo."""
     jax_compat.let_mosaic_add_tangents()
-    activation, block = network
     width, inner = wo.shape[1:]
-    wide = largest_tile(width, TIMES.columns)
+    wide = largest_tile(width, network.tiles.columns)
 
     def tile(place: Place, refs: Sequence[Any]) -> Tile:
         of_y, wo, products, outs = refs[0], refs[1], refs[2 : 2 + number], refs[2 + number :]
@@ -144,7 +157,7 @@ def gradients_of_products(
             (total,) = sums
             for index, chunk in enumerate(chunks):
                 of_hidden = total[:, index * STORED : (index + 1) * STORED].astype(dtype)
-                gradients, hidden = _hidden_and_gradients(activation, of_hidden, *further(number))
+                gradients, hidden = _hidden_and_gradients(network.activation, of_hidden, *further(number))
                 for values, out in zip((*gradients, hidden), outs, strict=True):
                     yield values.astype(dtype), out.at[place.rows, chunk].at[own_rows]
 
@@ -153,8 +166,8 @@ def gradients_of_products(
 
     number, dtype = len(products), of_y.dtype
     *gradients, hidden = by_row_blocks(
-        "grouped_hidden_gradient", block, group_sizes, [of_y, wo, *products], [width] * (1 + number), tile,
-        columns=wide, across=width // wide, transposed=True, tiles=TIMES, plain=False,
+        "grouped_hidden_gradient", network.block, group_sizes, [of_y, wo, *products], [width] * (1 + number),
+        tile, columns=wide, across=width // wide, transposed=True, tiles=network.tiles, plain=False,
     )  # fmt: skip
     return tuple(gradients), hidden
 
@@ -178,7 +191,7 @@ def _lower(activation: Activation, dtype: Any, platform: str) -> None:
     size = SMALLEST_TILE
 
     def kernels(rows: jax.Array, matrices: Arrays, group_sizes: jax.Array) -> Any:
-        network = (activation, size)
+        network = Network(activation, size)
         products, hidden = products_and_hidden(network, rows, matrices, group_sizes)
         return gradients_of_products(network, hidden, matrices[0], products, group_sizes)
 
@@ -195,7 +208,7 @@ def first(
     Raises:
         ValueError, TypeError: as `mosaic_matmul`.
     """
-    check_operands(rows, matrices, network[1])
+    check_operands(rows, matrices, network.block)
     return _first(network, *vary_together(frozenset(), rows, matrices, group_sizes))
 
 
@@ -213,10 +226,9 @@ def _first_forward(network, rows, matrices, group_sizes):
 def _first_backward(network, residuals, gradients):
     rows, matrices, group_sizes = residuals
     of_products, _ = gradients
-    _, block = network
     pairs = list(zip(of_products, matrices, strict=True))
-    of_rows = times(block, pairs, group_sizes, transposed=True)
-    return of_rows, tuple(outer(block, rows, of, group_sizes) for of in of_products), None
+    of_rows = times(network.block, pairs, group_sizes, transposed=True, tiles=network.tiles)
+    return of_rows, tuple(outer(network.block, rows, of, group_sizes) for of in of_products), None
 
 
 _first.defvjp(_first_forward, _first_backward)
@@ -233,8 +245,7 @@ def second(
 def _second(
     network: Network, products: Arrays, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    _, block = network
-    return times(block, [(hidden, wo)], group_sizes, transposed=False)
+    return times(network.block, [(hidden, wo)], group_sizes, transposed=False, tiles=network.tiles)
 
 
 def _second_forward(network, products, hidden, wo, group_sizes):
@@ -242,9 +253,9 @@ def _second_forward(network, products, hidden, wo, group_sizes):
 
 
 def _second_backward(network, residuals, of_y):
-    (_, block), (products, wo, group_sizes) = network, residuals
+    products, wo, group_sizes = residuals
     of_products, hidden = gradients_of_products(network, of_y, wo, products, group_sizes)
-    return of_products, None, outer(block, hidden, of_y, group_sizes), None
+    return of_products, None, outer(network.block, hidden, of_y, group_sizes), None
 
 
 _second.defvjp(_second_forward, _second_backward)
@@ -259,7 +270,7 @@ def whole(
     Raises:
         ValueError, TypeError: as `mosaic_matmul`.
     """
-    check_operands(rows, matrices, network[1])
+    check_operands(rows, matrices, network.block)
     return _whole(network, both, *vary_together(frozenset(), rows, matrices, wo, group_sizes))
 
 
@@ -268,7 +279,7 @@ def _whole(
     network: Network, both: Any, rows: jax.Array, matrices: Arrays, wo: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
     _, hidden = products_and_hidden(network, rows, matrices, group_sizes, keeps=False)
-    return times(network[1], [(hidden, wo)], group_sizes, transposed=False)
+    return times(network.block, [(hidden, wo)], group_sizes, transposed=False, tiles=network.tiles)
 
 
 def _whole_forward(network, both, rows, matrices, wo, group_sizes):

@@ -36,6 +36,9 @@ HOPPER = "9.0"
 DTYPES = ("bfloat16", "float16")
 INSTEAD = 'use grouped_matmul="triton"'
 TIMES = Tiles()
+# Beside an op, some SMs begin late, and find blocks with less to do. A forward pass of two batches on two
+# H200 (H = 2048, F = 768, 128 experts) took 2.33 ms instead of 2.69. Alone, a matmul takes up to 8 % longer.
+BESIDE_OPS = Tiles(phases=4)
 # Sums differ in length: in a model, 0.89 of full speed with groups of 1 / n, not 0.78.
 OUTER = Tiles(phases=4)
 

@@ -100,8 +100,8 @@ template <typename Rows, typename Group, typename Some>
 __device__ void Copy(const CachedDispatch& op, const Group& group, const Pairs& pairs,
                      const Some& some, int32_t* taken) {
   const PairOrder order(some.count, some.own_begin, some.own_end, op.num_warps);
-  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
-    const int pair = some.At(order.At(item));
+  for (auto items = group.NewItems(); items.item() < order.count(); items.Advance()) {
+    const int pair = some.At(order.At(items.item()));
     const int32_t source = pairs.SourceOf(pair);
     const int64_t row = pairs.RowOfLane(pair);
     if (!__any_sync(~0u, row >= 0)) continue;  // all were dropped
@@ -115,8 +115,8 @@ template <typename Type, typename Rows, typename Group, typename Some>
 __device__ void Scale(const CachedDispatch& op, const Group& group, const Pairs& pairs,
                       const Some& some, int32_t* taken) {
   const PairOrder order(some.count, some.own_begin, some.own_end, op.num_warps);
-  for (int item = FirstItem(); item < order.count(); item += NumWarps()) {
-    const int pair = some.At(order.At(item));
+  for (auto items = group.NewItems(); items.item() < order.count(); items.Advance()) {
+    const int pair = some.At(order.At(items.item()));
     const int32_t source = pairs.SourceOf(pair);
     const int32_t row = pairs.RowOfLane(pair);
     const int num_rows = __popc(__ballot_sync(~0u, row != kNone));

@@ -37,16 +37,16 @@
 namespace jax_deepep {
 namespace {
 
-// Step 3, for this warp's tokens from `token` to before `end`; returns the next one.
+// Step 3, for this warp's tokens before `end`.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           typename Group>
-__device__ __forceinline__ int SumTokens(const Combine& op, const Group& group, int token, int end,
-                                         int32_t* taken, Term* terms) {
+__device__ __forceinline__ void SumTokens(const Combine& op, const Group& group, EvenItems& tokens,
+                                          int end, int32_t* taken, Term* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
-  return ForWarpItems(
-      token, end,
+  ForWarpItems(
+      tokens, end,
       [&](int at) {
         const bool inside = at < end && lane < num_topk;
         return inside ? params.destination[int64_t{at} * num_topk + lane] : kNone;
@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
     }
     if constexpr (Group::kSeveralNodes) {
       if (!encodes_rows && op.of_sums.num_rows > 0) {
+        EvenItems pairs;
         SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, true>(
-            op, terms, FirstItem(), params.pairs[0], [](int item) { return item; });
+            op, terms, pairs, params.pairs[0], [](int item) { return item; });
       }
       group.Publish();
       PutDestinations(op, group);
@@ -98,17 +99,17 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
         group.CountTaken(taken);
       }
     } else {
-      __shared__ PairsOfParts pairs;
+      __shared__ PairsOfParts of_parts;
       const int num_parts = op.frame.parts.count;
       const bool sums_pairs = params.sums_pairs();
-      if (sums_pairs) pairs.Find(op);
-      int item = FirstItem(), token = FirstItem();
+      if (sums_pairs) of_parts.Find(op);
+      EvenItems pairs, tokens;  // sharing them out gained nothing
       // Sums are one part ahead of what is waited for, for who waits for them.
       for (int part = -1; part < num_parts; ++part) {
         if (const int next = part + 1; sums_pairs && next < num_parts) {
-          item = SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, false>(
-              op, terms, item, pairs.before[next + 1],
-              [&](int at) { return pairs.PairOf(op, next, at); });
+          SumPairs<Type, kWhole, kWeighted, kQuantized, kFormat, false>(
+              op, terms, pairs, of_parts.before[next + 1],
+              [&](int at) { return of_parts.PairOf(op, next, at); });
           group.SignalPart(next);
         }
         if (part < 0) {
@@ -118,10 +119,10 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
         }
         const int end =
             part + 1 < num_parts ? op.frame.parts.First(part + 1) : params.route.num_tokens;
-        if (token >= end) continue;
+        if (tokens.item() >= end) continue;
         if (part > 0 && !group.WaitForPart(part)) break;
-        token = SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, token, end,
-                                                                        taken, terms);
+        SumTokens<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, tokens, end, taken,
+                                                                terms);
       }
       group.CountTaken(taken);
     }

@@ -49,12 +49,11 @@ __device__ char* OwnSum(const Combine& op, int rank, int token) {
   return sums + of_sums.num_rows * of_sums.row_bytes + (first + token) * of_sums.own_bytes;
 }
 
-// Step 1, for this warp's items from `item` to before `end`; returns the next one. pair_of(item) is
-// the number of its pair.
+// Step 1, for this warp's items before `end`. pair_of(item) is the number of its pair.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           bool kSeveralNodes, typename PairOf>
-__device__ __forceinline__ int SumPairs(const Combine& op, Term* terms, int item, int end,
-                                        PairOf pair_of) {
+__device__ __forceinline__ void SumPairs(const Combine& op, Term* terms, EvenItems& items, int end,
+                                         PairOf pair_of) {
   struct Line {
     int32_t source, row;
   };
@@ -66,8 +65,8 @@ __device__ __forceinline__ int SumPairs(const Combine& op, Term* terms, int item
   const RowShape<kWhole> shape{params.route.row_size};
   const PairTable table(op.frame.shape, params.route);
   const int lane = threadIdx.x % 32;
-  return ForWarpItems(
-      item, end,
+  ForWarpItems(
+      items, end,
       [&](int at) {
         if (at >= end) return Line{kNone, kNone};
         const int32_t* line = params.pairs + int64_t{1 + pair_of(at)} * table.line_ints();

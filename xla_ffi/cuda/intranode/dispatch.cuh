@@ -42,14 +42,15 @@
 namespace jax_deepep {
 namespace {
 
-// Write the destinations of this rank's tokens.
-__device__ void WriteDestinations(const Dispatch& op, const Plan& plan) {
+// Write the destinations of this block's share of the rank's tokens, by `num_threads`.
+__device__ void WriteDestinations(const Dispatch& op, const Plan& plan, int thread,
+                                  int num_threads) {
   const GroupShape& shape = op.frame.shape;
   const bool expert_major = op.params.route.layout == Layout::kExpertMajor;
   const TokenRange block = TokenRange::Part({0, op.params.route.num_tokens}, blockIdx.x, gridDim.x);
   ForRecords(
-      op, int64_t{block.begin} * shape.num_topk + threadIdx.x, int64_t{block.end} * shape.num_topk,
-      kThreads, [&](int64_t index, const EntryRecord& record) {
+      op, int64_t{block.begin} * shape.num_topk + thread, int64_t{block.end} * shape.num_topk,
+      num_threads, [&](int64_t index, const EntryRecord& record) {
         int32_t destination = kNone;
         if (record.expert != kNone) {
           const int owner = op.RankOf(record.expert);
@@ -120,8 +121,9 @@ __device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, c
   const int lane = threadIdx.x % 32, num_pairs = pairs.count;
   const PairTable table(shape, route);
   const PairOrder order(num_pairs, pairs.own_begin, pairs.own_end, op.num_warps);
+  auto items = group.NewItems();
   ForWarpItems(
-      num_pairs,
+      items, num_pairs,
       [&](int item) {
         Pair pair{0, 0, 0, {kNone}};
         if (item >= num_pairs) return pair;
@@ -234,11 +236,16 @@ __global__ void __launch_bounds__(kThreads, 1) DispatchKernel(const __grid_const
     if constexpr (Group::kSeveralNodes) PutToNodes(op, group);
     if (group.WaitForArrivals()) {
       MakePlan(op, plan);
+      // Where warps share rows, those that others pull meanwhile hide it.
+      const bool by_one_warp = !Group::kSeveralNodes;
+      if (by_one_warp && threadIdx.x / 32 == kWarps - 1) {
+        WriteDestinations(op, plan, threadIdx.x % 32, 32);
+      }
       ForReceived<Rows, typename Rows::Kept>(op.params.route, [&](auto rows) {
         PullAll<decltype(rows)>(op, group, plan);
         WriteRest(op, plan, rows.Received(op));
       });
-      WriteDestinations(op, plan);
+      if (!by_one_warp) WriteDestinations(op, plan, threadIdx.x, kThreads);
       group.CountTaken(plan.taken);
     }
   }

@@ -24,8 +24,13 @@ struct LowLatency {
     return window.offset - static_cast<int64_t>(ControlBytes(shape)) + window.bytes();
   }
   static int64_t LeastSharedBytes(const GroupShape& shape, const WindowSize& size);
-  // More gain nothing, and take longer to end.
-  static int NumBlocks(const OpBytes&, int most) { return std::min(most, 96); }
+  // More blocks gain nothing, and each takes time to begin and to end: on two H200, a pair of one
+  // token per rank takes 14.9 us with 32 blocks, and 15.8 with 96.
+  static int NumBlocks(const OpBytes& bytes, int most) {
+    constexpr int64_t kBytesPerBlock = 2 << 10, kLeast = 32, kMost = 96;
+    const int64_t worth = bytes.local / kBytesPerBlock;
+    return static_cast<int>(std::min<int64_t>(most, std::clamp(worth, kLeast, kMost)));
+  }
 };
 
 }  // namespace jax_deepep
