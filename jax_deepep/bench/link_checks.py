@@ -136,21 +136,19 @@ def _row_per_expert(op: Op, ranks: int, machine: Machine, wire: Format | None) -
 
 
 # This library, T = 4096, bfloat16, device us (dispatch, combine) of results/two_h200_nvlink.md (4e210b9) and
-# four_h200_nvlink.md (2247f43), "Ops by SMs": (ranks, layout, SMs).
+# four_h200_nvlink.md (50299ae), "Ops by SMs": (ranks, layout, SMs).
 _THROUGHPUT: dict[tuple[int, Layout, int], tuple[float, float]] = {
     (2, "token", 16): (219, 199), (2, "token", 24): (210, 192), (2, "token", 64): (208, 190),
     (2, "expert", 16): (553, 634), (2, "expert", 24): (384, 496), (2, "expert", 64): (241, 356),
-    (4, "token", 8): (704, 586), (4, "token", 16): (543, 511), (4, "token", 24): (516, 509),
-    (4, "token", 32): (513, 506), (4, "token", 64): (526, 529),
-    (4, "expert", 8): (1135, 1422), (4, "expert", 16): (610, 942), (4, "expert", 24): (520, 828),
-    (4, "expert", 32): (515, 750), (4, "expert", 64): (541, 705),
+    (4, "token", 8): (705, 612), (4, "token", 24): (507, 515), (4, "token", 64): (520, 521),
+    (4, "expert", 8): (1119, 1562), (4, "expert", 24): (509, 713), (4, "expert", 64): (524, 607),
 }  # fmt: skip
-# Two H200, T = 4096, e5d6dca, "Low precision" of RESULTS.md: (format, layout, SMs).
+# Two H200, T = 4096, 50299ae, "Low precision" of RESULTS.md: (format, layout, SMs).
 _LOW_PRECISION: dict[tuple[Format, Layout, int], tuple[float, float | None]] = {
-    ("fp8", "token", 24): (228, 323), ("nvfp4", "token", 24): (505, None),
-    ("fp8", "token", 64): (160, 169), ("nvfp4", "token", 64): (233, None),
-    ("fp8", "expert", 24): (440, 657), ("nvfp4", "expert", 24): (643, None),
-    ("fp8", "expert", 64): (247, 324), ("nvfp4", "expert", 64): (300, None),
+    ("fp8", "token", 24): (211, 278), ("nvfp4", "token", 24): (290, None),
+    ("fp8", "token", 64): (153, 149), ("nvfp4", "token", 64): (151, None),
+    ("fp8", "expert", 24): (417, 653), ("nvfp4", "expert", 24): (480, None),
+    ("fp8", "expert", 64): (219, 325), ("nvfp4", "expert", 64): (241, None),
 }  # fmt: skip
 # Two H200, d22fa80, "Decoding" of two_h200_nvlink.md, low latency, 96 SMs, single ops: (layout, T).
 _LOW_LATENCY: dict[tuple[Layout, int], tuple[float, float]] = {

@@ -28,9 +28,9 @@ NUM_SMS: dict[Mode, int] = {"throughput": 24, "low_latency": 96}  # what ops tak
 SM_READS, SM_WRITES, SM_SUMS = 237.0, 61.8, 75.0
 
 # GB/s of bfloat16 rows that an SM encodes, or decodes: from dispatch, token-major, 24 SMs ("Low precision" of
-# RESULTS.md: 228 and 505 us) less START_US, for encoding T rows and then decoding the 1.9965 T received
+# RESULTS.md: 211 and 290 us) less START_US, for encoding T rows and then decoding the 1.9965 T received
 # (R = 2). fp8_ue8m0 and mxfp8 were not measured with these kernels, and count as fp8.
-SM_CODES: dict[str, float] = {"fp8": 35.4, "fp8_ue8m0": 35.4, "mxfp8": 35.4, "nvfp4": 15.1}
+SM_CODES: dict[str, float] = {"fp8": 38.6, "fp8_ue8m0": 38.6, "mxfp8": 38.6, "nvfp4": 27.3}
 
 # Starting, counting and meeting, in us: single ops at T = 1, token-major, "Decoding" of
 # results/two_h200_nvlink.md.

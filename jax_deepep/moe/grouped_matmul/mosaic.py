@@ -35,10 +35,7 @@ from jax_deepep.ops.checks import vary_together
 HOPPER = "9.0"
 DTYPES = ("bfloat16", "float16")
 INSTEAD = 'use grouped_matmul="triton"'
-TIMES = Tiles()
-# Beside an op, some SMs begin late, and find blocks with less to do. A forward pass of two batches on two
-# H200 (H = 2048, F = 768, 128 experts) took 2.33 ms instead of 2.69. Alone, a matmul takes up to 8 % longer.
-BESIDE_OPS = Tiles(phases=4)
+TIMES, BESIDE_OPS = Tiles(), Tiles(phases=4)  # some SMs begin late beside an op: bench/RESULTS.md, "Overlap"
 # Sums differ in length: in a model, 0.89 of full speed with groups of 1 / n, not 0.78.
 OUTER = Tiles(phases=4)
 
