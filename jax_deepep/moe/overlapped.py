@@ -149,9 +149,7 @@ def _backward(
     if pull_back is None:
         (of_y, of_weights), _ = steps.gradients_of_combine(last, outs[-1])
     else:
-        (of_y, of_weights), of_shared = steps.gradients_of_combine(
-            last, outs[-1], lambda out: pull_back(out), _joined(outs)
-        )
+        (of_y, of_weights), of_shared = steps.gradients_of_combine(last, outs[-1], pull_back, _joined(outs))
     experts = partial(steps.gradients_of_experts, last)
     if not others:
         of_experts = experts(of_y)

@@ -67,7 +67,7 @@ class RankProcesses:
         num_processes: how many.
         arguments: further ones of the script.
         num_devices: of each process.
-        platform: of their devices: "cpu", or "cuda" for ranks that share one GPU. By time slices: under MPS,
+        platform: of their devices: "cpu", or "cuda" for ranks that share GPUs. By time slices: under MPS,
             the fault of one would be the fault of all.
         deadline_s: seconds that the run may last; an error that shows every rank's output afterwards.
     """

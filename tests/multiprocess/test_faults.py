@@ -23,6 +23,7 @@ DEADLINE_S = 60.0  # of one fault, which takes about 12 s on two cores
 KILLED = -signal.SIGKILL
 THROUGHPUT = {"OPS_MODE": "throughput"}
 LOW_LATENCY = {"OPS_MODE": "low_latency"}
+IN_GRAPHS = {"XLA_FLAGS": CAPTURE_ALL_OPS}
 
 
 def dies_before_the_op(fault: Fault) -> None:
@@ -175,9 +176,9 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
             for label in ON_GPUS
             for platform, environment in (
                 ("cuda", THROUGHPUT),
-                ("cuda in graphs", {"XLA_FLAGS": CAPTURE_ALL_OPS, **THROUGHPUT}),
+                ("cuda in graphs", IN_GRAPHS | THROUGHPUT),
                 ("cuda, low latency", {}),
-                ("cuda in graphs, low latency", {"XLA_FLAGS": CAPTURE_ALL_OPS}),
+                ("cuda in graphs, low latency", IN_GRAPHS),
             )
         ),
         *(
@@ -187,6 +188,8 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
             for platform, environment in (
                 ("cuda, between nodes", BETWEEN_NODES),
                 ("cuda, between nodes, low latency", BETWEEN_NODES | LOW_LATENCY),
+                ("cuda in graphs, between nodes", BETWEEN_NODES | IN_GRAPHS),
+                ("cuda in graphs, between nodes, low latency", BETWEEN_NODES | LOW_LATENCY | IN_GRAPHS),
                 ("cuda, between hosts", pretended_hosts(1)),
                 ("cuda, between hosts, low latency", pretended_hosts(1) | LOW_LATENCY),
             )
@@ -217,7 +220,7 @@ def test_an_op_cannot_be_launched_on_a_rank() -> None:
 
     In low-latency mode peers do not read its operands.
     """
-    environment = {"XLA_FLAGS": CAPTURE_ALL_OPS, **THROUGHPUT}
+    environment = IN_GRAPHS | THROUGHPUT
     arguments = ("cannot_launch:1",)
     with RankProcesses(
         "faults", NUM_PROCESSES, arguments, platform="cuda", environment=environment, deadline_s=DEADLINE_S
