@@ -11,7 +11,7 @@ import pytest
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
 from jax_deepep.moe.experts import FusedHalves, Halves, halves_of
-from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused
+from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic
 from jax_deepep.moe.grouped_matmul.fused import can_fuse
 from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels, own_tiles
@@ -261,6 +261,27 @@ def test_blocks_have_every_tile_once(num_tiles: int, phases: int) -> None:
         count, index_of = own_tiles(jnp.int32(block), sms * phases, jnp.int32(num_tiles), phases)
         found += [int(index_of(jnp.int32(number))) for number in range(int(count))]
     assert sorted(found) == list(range(num_tiles))
+
+
+@pytest.mark.parametrize("beside_ops", [False, True])
+def test_blocks_for_sms_that_begin_late(beside_ops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside ops all products have them; alone, the gradients of matrices."""
+    phases: dict[str, int] = {}
+
+    def record(product, operands, shapes, tiles):
+        phases[product.name] = tiles.phases
+        return [jnp.zeros(shape, operands[-1].dtype) for shape in shapes]
+
+    monkeypatch.setattr(mosaic, "multiply", record)
+    rows, wi, wo, sizes, gradient = network_problem(64, jnp.bfloat16, True, 64, 192)
+    halves = halves_of("mosaic", 64, jax.nn.silu, rows.dtype, beside_ops=beside_ops)
+    _, pull_back = jax.vjp(lambda *operands: halves.whole(*operands, sizes), rows, wi, wo)
+    pull_back(gradient)
+    few = 4 if beside_ops else 1
+    assert phases == {
+        "grouped_hidden": few, "grouped_matmul": few,
+        "grouped_hidden_gradient": few, "grouped_matmul_transposed": few, "grouped_outer": 4,
+    }  # fmt: skip
 
 
 def test_where_it_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

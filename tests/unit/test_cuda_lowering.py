@@ -161,8 +161,8 @@ ONE_BATCH = [
     "cached_dispatch | 6 shared", "4 experts", "combine | 2 experts",
 ]  # fmt: skip
 TWO_BATCHES = [
-    "dispatch | 6 shared", "dispatch | 3 experts", "combine | 3 experts", "combine",
-    "cached_dispatch | 12 shared", "cached_dispatch | 4 experts",
+    "dispatch | 3 shared", "dispatch | 3 experts", "combine | 3 experts", "combine",
+    "cached_dispatch | 6 shared", "cached_dispatch | 4 experts",
     "combine | 6 experts", "combine | 2 experts",
 ]  # fmt: skip
 

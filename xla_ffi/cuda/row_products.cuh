@@ -7,6 +7,7 @@
 #include "cuda/kept_rows.cuh"
 #include "cuda/memory_order.cuh"
 #include "cuda/row_values.cuh"
+#include "cuda/warp_items.cuh"
 #include "interface/cached_dispatch.h"
 
 namespace jax_deepep {
@@ -139,13 +140,14 @@ __device__ void WriteZeros(const CachedDispatchParams& params, const GroupShape&
     end = 0;
     for (int group = 0; group < groups; ++group) end += params.group_sizes[group];
   }
-  const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x - lane;
-  for (int64_t base = first; base < params.route.capacity; base += gridDim.x * blockDim.x) {
-    const int64_t row = base + lane;
+  // Empty rows follow each other: those at which a warp looks are far apart, so that all have some.
+  const int64_t stride = NumWarps();
+  for (int64_t base = FirstItem(); base < params.route.capacity; base += 32 * stride) {
+    const int64_t row = base + lane * stride;
     const bool empty = row < params.route.capacity && params.source[row] == kNone;
     if (empty && params.products != nullptr) params.products[row] = 0.0f;
     for (uint32_t lanes = __ballot_sync(~0u, empty && row < end); lanes != 0; lanes &= lanes - 1) {
-      received.Zero(base + __ffs(lanes) - 1);
+      received.Zero(base + (__ffs(lanes) - 1) * stride);
     }
   }
 }
