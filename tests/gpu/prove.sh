@@ -10,6 +10,7 @@
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
 #     links-N    the same, N ranks with a GPU each
+#     two-each-N the same, two ranks on each of N / 2 GPUs, under MPS; JAX_DEEPEP_NODES=2 declares nodes
 #     nodes-N    the same, N ranks that share the GPU, on two declared nodes
 #     hosts-N    the same on two pretended hosts, by NVSHMEM
 #     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
@@ -39,6 +40,18 @@ spread() {
   python3 -m jax_deepep.launch -n "$ranks" --platform cuda --console first --log-dir "$out/logs$ranks" -- "$@"
 }
 
+two_each() {
+  local ranks=$1 status=0
+  shift
+  mkdir -p "$out/mps"
+  export CUDA_MPS_PIPE_DIRECTORY=$(realpath "$out/mps") CUDA_MPS_LOG_DIRECTORY=$(realpath "$out/mps")
+  nvidia-cuda-mps-control -d || return
+  XLA_PYTHON_CLIENT_MEM_FRACTION=0.3 spread "$ranks" bash -c \
+    "CUDA_VISIBLE_DEVICES=\$((JAX_LOCAL_DEVICE_IDS / 2)) JAX_LOCAL_DEVICE_IDS=0 $*" || status=$?
+  echo quit | nvidia-cuda-mps-control
+  return $status
+}
+
 suite="python3 -m pytest -q tests/conformance tests/transforms -m 'not collectives'"
 
 build() {
@@ -57,6 +70,7 @@ part() {
     hosts-*) JAX_DEEPEP_HOSTS=2 JAX_DEEPEP_NODES=2 NVSHMEM_REMOTE_TRANSPORT=none NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=lo \
       share "$ranks" bash -c "$suite" ;;
     links-*) spread "$ranks" bash -c "$suite" ;;
+    two-each-*) two_each "$ranks" "$suite" ;;
     alone-*) spread "$ranks" bash -c "CUDA_VISIBLE_DEVICES=\$JAX_LOCAL_DEVICE_IDS JAX_LOCAL_DEVICE_IDS=0 $suite" ;;
     layers-*) spread "$ranks" python3 -m pytest -q tests/flax ;;
     matmuls) JAX_PLATFORMS=cuda timeout 120 python3 -m pytest -q tests/flax/test_mosaic_matmul.py &&
@@ -72,7 +86,7 @@ part() {
   esac
 }
 
-export -f share spread build part
+export -f share spread two_each build part
 export out suite
 for name in "$@"; do
   echo "== $name"
