@@ -6,6 +6,7 @@
 #
 #     harness    several ranks in one process against the CPU's bits, faults, sanitizers (builds cuda_ranks.cu)
 #     op-chain-N dispatch and combine back to back on N GPUs, without XLA, in both modes
+#     row-rates  rows loaded, stored, copied, encoded and decoded by few SMs: what bounds ops in formats
 #     soak       20,000 steps of eight ranks with random routing and delays
 #     suite-N    conformance and transformations, N ranks that share the GPU
 #     graphs-N   the same, captured in CUDA graphs
@@ -63,6 +64,7 @@ part() {
   case $1 in
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
     op-chain-*) build op_chain && for mode in throughput low_latency; do "$out/op_chain" $mode "$ranks" 1 8 32 128 256; done ;;
+    row-rates) build row_rates && "$out/row_rates" ;;
     soak) build cuda_ranks && "$out/cuda_ranks" soak 20000 ;;
     suite-*) share "$ranks" bash -c "$suite" ;;
     graphs-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" share "$ranks" bash -c "$suite" ;;
