@@ -25,7 +25,7 @@ struct LowLatency {
   }
   static int64_t LeastSharedBytes(const GroupShape& shape, const WindowSize& size);
   // More blocks gain nothing, and each takes time to begin and to end: on two H200, a pair of one
-  // token per rank takes 14.9 us with 32 blocks, and 15.8 with 96.
+  // token per rank takes 0.94 of the time with 32 blocks instead of 96.
   static int NumBlocks(const OpBytes& bytes, int most) {
     constexpr int64_t kBytesPerBlock = 2 << 10, kLeast = 32, kMost = 96;
     const int64_t worth = bytes.local / kBytesPerBlock;
