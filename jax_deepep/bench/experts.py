@@ -17,7 +17,6 @@ from jax_deepep.bench.problem import WORST, Problem
 from jax_deepep.bench.report import Result, Spread
 from jax_deepep.bench.trials import Timer, interleaved, queued
 from jax_deepep.moe.experts import FusedHalves, Halves
-from jax_deepep.moe.grouped_matmul.fused import Network
 from jax_deepep.moe.grouped_matmul.mosaic import mosaic_matmul
 from jax_deepep.moe.grouped_matmul.triton import triton_matmul
 
@@ -66,7 +65,7 @@ def half_cases(part: str, dense: Any, block: int) -> dict[str, Callable[..., Any
         "dense": Halves(dense, silu),
         TRITON: Halves(partial(triton_matmul, block=block), silu),
         UNFUSED: Halves(partial(mosaic_matmul, block=block), silu),
-        FUSED: FusedHalves(partial(mosaic_matmul, block=block), silu, Network(silu, block)),
+        FUSED: FusedHalves(partial(mosaic_matmul, block=block), silu, block),
     }
     return {name: half_of(part, of) for name, of in halves.items()}
 

@@ -20,7 +20,7 @@ Mode = Literal["throughput", "low_latency"]
 # row straight to the rank of every chosen expert, even if they share it.
 Scheme = Literal["two_level", "per_expert"]
 
-NUM_SMS: dict[Mode, int] = {"throughput": 24, "low_latency": 96}  # what ops take by default on H200
+NUM_SMS: dict[Mode, int] = {"throughput": 24, "low_latency": 96}  # by default on H200; fewer for few rows
 
 # Bytes per second of an SM, GB/s: "What an SM moves" of results/one_h100.md. Token-major copies write 49, and
 # expert-major ones, which read a row once per four writes, 58; hence reading at 237 and writing at 61.8:

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.blocks import apply_to_blocks
 from jax_deepep.moe.grouped_matmul import GroupedMatmul, fused, grouped_matmul
-from jax_deepep.moe.grouped_matmul.mosaic import BESIDE_OPS, TIMES
+from jax_deepep.moe.grouped_matmul.mosaic import BESIDE_OPS, TIMES, Tiles
 
 Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
@@ -115,29 +115,34 @@ class Halves:
 class FusedHalves(Halves):
     """The same in the kernels of `grouped_matmul.fused`."""
 
-    network: fused.Network
+    alignment: int
+    tiles: Tiles = TIMES
+
+    @property
+    def _network(self) -> fused.Network:
+        return fused.Network(self.activation, self.alignment, self.tiles)
 
     def first(self, rows, matrices, group_sizes):
         """Return the products and the operand of wo."""
-        return checkpoint_name(fused.first(self.network, rows, matrices, group_sizes), HIDDEN)
+        return checkpoint_name(fused.first(self._network, rows, matrices, group_sizes), HIDDEN)
 
     def second(self, products, hidden, wo, group_sizes):
         """Return the product with wo."""
-        return checkpoint_name(fused.second(self.network, products, hidden, wo, group_sizes), EXPERT_OUT)
+        return checkpoint_name(fused.second(self._network, products, hidden, wo, group_sizes), EXPERT_OUT)
 
     def whole(self, rows, matrices, wo, group_sizes):
         """Return the result; without a gradient, the products are not written."""
-        return fused.whole(self.network, super().whole, rows, matrices, wo, group_sizes)
+        return fused.whole(self._network, super().whole, rows, matrices, wo, group_sizes)
 
 
 def halves_of(
     choice: Any, alignment: int, activation: Activation, dtype: Any, *, beside_ops: bool = False
 ) -> Halves:
     """Return the networks of experts whose rows are of `dtype`, for any choice but "blocks"."""
-    multiply = grouped_matmul(choice, alignment, beside_ops=beside_ops)
+    tiles = BESIDE_OPS if beside_ops else None
+    multiply = grouped_matmul(choice, alignment, tiles)
     if choice == "mosaic" and fused.can_fuse(activation, dtype):
-        tiles = BESIDE_OPS if beside_ops else TIMES
-        return FusedHalves(multiply, activation, fused.Network(activation, alignment, tiles))
+        return FusedHalves(multiply, activation, alignment, tiles or TIMES)
     return Halves(multiply, activation)
 
 

@@ -104,8 +104,8 @@ def _forward(
     biases: list[Any] = [None] * len(batches)
     pull_back = None
     if shared:
-        of_tokens = partial(_shared_experts, steps, shared)
-        at_a, (bias, pull_back) = steps.dispatch(a, of_tokens, _joined([batch.x for batch in batches]))
+        xs = _joined([batch.x for batch in batches])
+        at_a, (bias, pull_back) = steps.dispatch(a, lambda x: jax.vjp(steps.shared_experts, x, shared), xs)
         biases = jnp.split(bias, len(batches))
     else:
         at_a, _ = steps.dispatch(a)
@@ -129,11 +129,6 @@ def _forward(
     return results, (saved, pull_back)
 
 
-def _shared_experts(steps: Steps, shared: Weights, x: jax.Array) -> tuple[jax.Array, Any]:
-    """Return (the output of the shared experts, its pullback)."""
-    return jax.vjp(steps.shared_experts, x, shared)
-
-
 def _joined(parts: Sequence[jax.Array]) -> jax.Array:
     """Return one array of all batches: XLA sees that it is what was split."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
@@ -145,7 +140,7 @@ def _backward(
     saved, pull_back = residuals
     outs = [cotangent.out for cotangent in cotangents]
     *others, last = saved
-    of_shared = None
+    of_shared: Any = (None, {})
     if pull_back is None:
         (of_y, of_weights), _ = steps.gradients_of_combine(last, outs[-1])
     else:
@@ -166,10 +161,10 @@ def _backward(
         gradients = [
             (of_experts_a.weights | of_matrices_a, sent_a), (of_experts.weights | of_matrices, sent)
         ]  # fmt: skip
-    of_x, of_weights_of_shared = (None, {}) if of_shared is None else of_shared
+    of_x, of_shared_weights = of_shared
     of_xs = [None] * len(saved) if of_x is None else jnp.split(of_x, len(saved))
     batches = [_gradients_of(*of, these) for of, these in zip(gradients, of_xs, strict=True)]
-    return batches, of_weights_of_shared
+    return batches, of_shared_weights
 
 
 def _gradients_of(weights: Weights, sent: Any, of_x: jax.Array | None) -> Batch:

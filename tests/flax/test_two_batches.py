@@ -32,6 +32,7 @@ CASES = {
     "": ("data × expert", BY_DOT, BATCH),
     "shared experts": ("expert", {**SHARED, **BY_DOT, "gated": False}, BATCH),
     "blocks, uneven": ("expert", {"axis_types": AxisType.Explicit}, (3, 5)),
+    "blocks, uneven, shared experts": ("expert", {**SHARED, "axis_types": AxisType.Explicit}, (3, 5)),
     "fsdp, tensor": ("fsdp × expert × tensor", {**SHARED, **BY_DOT}, BATCH),
     "drops, wires": ("expert", {**BY_DOT, **WIRES, "capacity_factor": 1.0, "expert_capacity": 3}, BATCH),
 }

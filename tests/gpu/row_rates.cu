@@ -43,12 +43,16 @@ __device__ void ForParts(Use use) {
   }
 }
 
+__device__ void LoadPart(const char* from, int at, uint4 (&words)[kInFlight]) {
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i)
+    words[i] = LoadOnce(reinterpret_cast<const uint4*>(from) + at + 32 * i);
+}
+
 __global__ void __launch_bounds__(kThreads, 1) Load(const __grid_constant__ Rows rows) {
   ForParts([&](int at) {
     uint4 words[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i)
-      words[i] = LoadOnce(reinterpret_cast<const uint4*>(rows.x) + at + 32 * i);
+    LoadPart(rows.x, at, words);
     uint32_t all = 0;
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) all |= words[i].x & words[i].y & words[i].z & words[i].w;
@@ -66,9 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1) Store(const __grid_constant__ Row
 __global__ void __launch_bounds__(kThreads, 1) Copy(const __grid_constant__ Rows rows) {
   ForParts([&](int at) {
     uint4 words[kInFlight];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i)
-      words[i] = LoadOnce(reinterpret_cast<const uint4*>(rows.x) + at + 32 * i);
+    LoadPart(rows.x, at, words);
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) reinterpret_cast<uint4*>(rows.out)[at + 32 * i] = words[i];
   });

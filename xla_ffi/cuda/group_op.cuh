@@ -25,7 +25,6 @@
 #define JAX_DEEPEP_CUDA_GROUP_OP_CUH_
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
@@ -59,8 +58,6 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
   using OfRank::step;
   static constexpr bool kSeveralNodes = Peers::kSeveralNodes;
   static constexpr bool kInChunks = false;  // see NodeOpOf
-  // Of a warp, in one loop of an op.
-  using Items = std::conditional_t<kSeveralNodes, EvenItems, SharedItems>;
 
   struct PartOfBlock {
     uint32_t num_written;  // warps of this block that have written theirs
@@ -189,11 +186,12 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return reinterpret_cast<const T*>(operands_[index][rank]);
   }
 
-  __device__ Items NewItems() const {
+  // What a warp reads of peers, in one loop of an op.
+  __device__ auto NewItems() const {
     if constexpr (kSeveralNodes) {
-      return Items();
+      return EvenItems();
     } else {
-      return Items(&channel_.num_items_taken);
+      return SharedItems(&channel_.num_items_taken);
     }
   }
 

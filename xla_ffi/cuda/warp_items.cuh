@@ -38,7 +38,7 @@ class EvenItems {
 };
 
 // The same, but the third and later items of a warp are the first that no warp has taken: those
-// whose loads take longer do fewer. (Of fp8 rows over NVLink, shared out evenly among 64 SMs, some
+// whose loads take longer do fewer. (Of fp8 rows over NVLink, divided evenly among 64 SMs, some
 // had pulled theirs in 54 us and others in 112.) By a warp.
 class SharedItems {
  public:

@@ -106,13 +106,13 @@ def alignment_for(choice: Any, mean_rows: float) -> int:
     return block
 
 
-def grouped_matmul(choice: Any, alignment: int, *, beside_ops: bool = False) -> GroupedMatmul:
+def grouped_matmul(choice: Any, alignment: int, tiles: mosaic.Tiles | None = None) -> GroupedMatmul:
     """Return the grouped matmul of this name, for groups padded to multiples of `alignment`.
 
-    With `beside_ops`, the one that is fast while an op in flight holds some of the SMs.
+    `tiles` are those of "mosaic"; None = as suits each of its products.
     """
     if choice == "ragged_dot":
         return jax.lax.ragged_dot
     if choice == "mosaic":
-        return partial(mosaic_matmul, block=alignment, tiles=mosaic.BESIDE_OPS if beside_ops else None)
+        return partial(mosaic_matmul, block=alignment, tiles=tiles)
     return partial(triton_matmul, block=alignment) if choice == "triton" else choice

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_consta
       const int num_parts = op.frame.parts.count;
       const bool sums_pairs = params.sums_pairs();
       if (sums_pairs) of_parts.Find(op);
-      EvenItems pairs, tokens;  // sharing them out gained nothing
+      EvenItems pairs, tokens;  // SharedItems gained nothing
       // Sums are one part ahead of what is waited for, for who waits for them.
       for (int part = -1; part < num_parts; ++part) {
         if (const int next = part + 1; sums_pairs && next < num_parts) {
