@@ -44,6 +44,7 @@ def test_many_random_routings(layout: str, implementation: str) -> None:
                 topk_weights[of_group],
                 num_experts=problem.num_experts,
                 max_tokens=problem.max_tokens,
+                ranks_per_node=problem.ranks_per_node,
                 **problem.dispatch_options,
             )
             np.testing.assert_array_equal(source[of_group], routes.source)
