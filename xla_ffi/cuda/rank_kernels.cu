@@ -1,20 +1,10 @@
+#include "cuda/abort_kernel.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
 #include "cuda/rank_kernels.h"
-#include "cuda/rank_op.cuh"
 
 namespace jax_deepep {
 namespace {
-
-struct Abort {
-  OpFrame frame;
-  Failure failure;
-};
-
-__global__ void AbortKernel(const __grid_constant__ Abort op) {
-  __shared__ RankOp::Shared shared;
-  RankOp(op.frame, &shared).Abort(op.failure);
-}
 
 struct TestPeers {
   OpFrame frame;
@@ -37,8 +27,7 @@ __global__ void TestPeersKernel(const __grid_constant__ TestPeers op) {
 }  // namespace
 
 const char* LaunchAbort(const OpFrame& frame, Failure failure, cudaStream_t stream) {
-  Abort op{frame, failure};
-  return LaunchKernel(AbortKernel, op, 1, 1, 0, stream);
+  return LaunchAbortKernel</*kSeveralNodes=*/false>(frame, failure, stream);
 }
 
 const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t stream) {
@@ -48,7 +37,7 @@ const char* LaunchTestPeers(const OpFrame& frame, uint64_t word, cudaStream_t st
 
 const char* LoadRankKernels(int /*max_shared_bytes*/) {
   const char* error = LoadKernel(TestPeersKernel, 0);
-  return error != nullptr ? error : LoadKernel(AbortKernel, 0);
+  return error != nullptr ? error : LoadKernel(AbortKernel</*kSeveralNodes=*/false>, 0);
 }
 
 }  // namespace jax_deepep

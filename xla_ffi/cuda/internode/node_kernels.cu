@@ -1,22 +1,11 @@
+#include "cuda/abort_kernel.cuh"
 #include "cuda/internode/node_kernels.h"
 #include "cuda/kernel_launch.h"
 #include "cuda/memory_order.cuh"
-#include "cuda/rank_op.cuh"
 #include "cuda/remote_put.cuh"
 
 namespace jax_deepep {
 namespace {
-
-struct Abort {
-  OpFrame frame;
-  Failure failure;
-};
-
-__global__ void AbortKernel(const __grid_constant__ Abort op) {
-  using Op = RankOpOf</*kSeveralNodes=*/true>;
-  __shared__ Op::Shared shared;
-  Op(op.frame, &shared).Abort(op.failure);
-}
 
 struct TestNodes {
   OpFrame frame;
@@ -47,8 +36,7 @@ __global__ void TestNodesKernel(const __grid_constant__ TestNodes op) {
 }  // namespace
 
 const char* LaunchAbortBetweenNodes(const OpFrame& frame, Failure failure, cudaStream_t stream) {
-  Abort op{frame, failure};
-  return LaunchKernel(AbortKernel, op, 1, 1, 0, stream);
+  return LaunchAbortKernel</*kSeveralNodes=*/true>(frame, failure, stream);
 }
 
 const char* LaunchTestNodes(const OpFrame& frame, uint64_t word, cudaStream_t stream) {
@@ -58,7 +46,7 @@ const char* LaunchTestNodes(const OpFrame& frame, uint64_t word, cudaStream_t st
 
 const char* LoadNodeKernels(int /*max_shared_bytes*/) {
   const char* error = LoadKernel(TestNodesKernel, 0);
-  return error != nullptr ? error : LoadKernel(AbortKernel, 0);
+  return error != nullptr ? error : LoadKernel(AbortKernel</*kSeveralNodes=*/true>, 0);
 }
 
 }  // namespace jax_deepep

@@ -12,6 +12,7 @@
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
+#include "cuda/low_latency/row_kinds.cuh"
 #include "cuda/low_latency/signalled_op.cuh"
 #include "cuda/row_copies.cuh"
 #include "cuda/row_products.cuh"
@@ -28,62 +29,8 @@ struct LowLatencyCachedDispatch {
   int64_t row_bytes;
   WireRow wire;
   Divisor num_slots, num_parts;
-};
 
-// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`. `Element`
-// as in PlainRow.
-template <typename Element, bool kWholeRows>
-struct PlainRows {
-  static constexpr bool kWhole = kWholeRows;
-  using Kept = PlainRows;
-  using Row = PlainRow<Element, kWhole>;
-  using Sent = LoadedPart<Row>;
-  template <typename Op>
-  __device__ static RowArray<kWhole> Received(const Op& op) {
-    return {static_cast<char*>(op.params.rows), op.row_bytes};
-  }
-  template <typename Op>
-  __device__ static Row At(const Op& op, const char* row) {
-    return {row, {static_cast<int>(op.row_bytes / static_cast<int64_t>(sizeof(Element)))}};
-  }
-  template <typename Op>
-  __device__ static Sent ToSend(const Op& op, const char* row, int part) {
-    return InSlot(op, row, part);
-  }
-  template <typename Op>
-  __device__ static LoadedPart<Row> InSlot(const Op& op, const char* row, int part) {
-    return {At(op, row), 1, part, op.signalled.num_parts};
-  }
-};
-struct KeptRows : PlainRows<uint16_t, true> {
-  using Kept = KeptRows;
-  template <typename Op>
-  __device__ static KeptRowArrays Received(const Op& op) {
-    return {op.params.kept, {op.wire}};
-  }
-  template <typename Op>
-  __device__ static LoadedPart<KeptRow> InSlot(const Op& op, const char* row, int part) {
-    return {{row, {op.wire}}, 1, part, op.signalled.num_parts};
-  }
-};
-template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows : PlainRows<typename Type::Element, kWholeRows> {
-  static constexpr bool kWhole = kWholeRows;
-  using Kept = KeptRows;
-  using Row = EncodedRow<Type, kWhole, kFormat>;
-  using Sent = EncodedPart<Type, kWhole, kFormat>;
-  template <typename Op>
-  __device__ static Row At(const Op& op, const char* row) {
-    return {row, op.wire};
-  }
-  template <typename Op>
-  __device__ static Sent ToSend(const Op& op, const char* row, int part) {
-    return {row, op.wire, part, op.signalled.num_parts};
-  }
-  template <typename Op>
-  __device__ static LoadedPart<Row> InSlot(const Op& op, const char* row, int part) {
-    return {At(op, row), GroupsOfBlock(op.wire.format), part, op.signalled.num_parts};
-  }
+  __device__ RowsOfOp rows() const { return {row_bytes, wire, signalled.num_parts}; }
 };
 
 template <typename Rows, typename Group>
@@ -92,7 +39,7 @@ __device__ void PushRows(const LowLatencyCachedDispatch<Group>& op, Group& group
   group.PushItems(op.signalled.num_slots * op.signalled.num_parts, [&](int item, Sent* sent) {
     const int token = op.num_parts.Quotient(item), part = op.num_parts.Remainder(item);
     typename Rows::Sent row =
-        Rows::ToSend(op, static_cast<const char*>(op.params.x) + token * op.row_bytes, part);
+        Rows::ToSend(op.rows(), static_cast<const char*>(op.params.x) + token * op.row_bytes, part);
     const bool exists = token < op.params.route.num_tokens;
     if (exists) row.Load();
     const bool inside = exists && lane < num_topk;
@@ -148,7 +95,7 @@ __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
       };
       lost = !group.ReceiveFromAll([](int, auto) {},
                                    [&](auto some) { return ForSlots(op, group, some, use); });
-      WriteZeros(params, op.frame.shape, rows.Received(op));
+      WriteZeros(params, op.frame.shape, rows.Received(op.rows(), params.rows, params.kept));
     });
   }
   group.Finish(lost, [](uint32_t) {}, [&] { WriteFailure(params); });
@@ -159,11 +106,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     CopyKernel(const __grid_constant__ LowLatencyCachedDispatch<Group> op) {
   using Kept = typename Rows::Kept;
   Run<Group, Rows, Kept>(op, [&](auto rows, const char* received, int32_t row, int part) {
-    auto words = rows.InSlot(op, received, part);
+    const auto to = rows.Received(op.rows(), op.params.rows, op.params.kept);
+    auto words = rows.InSlot(op.rows(), received, part);
     words.Load();
     words.CopyTo([&](auto store) {
       ForBits(__ballot_sync(~0u, row != kNone),
-              [&](int lane) { store(rows.Received(op).At(__shfl_sync(~0u, row, lane))); });
+              [&](int lane) { store(to.At(__shfl_sync(~0u, row, lane))); });
     });
   });
 }
@@ -181,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (row != kNone) rows[__popc(live & ((1u << lane) - 1))] = row;
     __syncwarp();
     const int32_t nth = lane < __popc(live) ? rows[lane] : kNone;
-    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, Rows::At(op, received), nth,
+    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, Rows::At(op.rows(), received), nth,
                                  __popc(live));
   });
 }
@@ -247,7 +195,7 @@ class LowLatencyCachedDispatchKernels {
   };
 
   static Kernel CopyKernelFor(const RowFormat& rows) {
-    if (rows.type == RowType::kEncoded) return CopyKernel<Group, KeptRows>;
+    if (rows.type == RowType::kEncoded) return CopyKernel<Group, KeptRows</*kAreEncoded=*/true>>;
     if (rows.is_quantized()) return InstanceForFp8<EncodedCopies>(rows);
     return IsWholeCopy(rows) ? CopyKernel<Group, PlainRows<uint16_t, true>>
                              : CopyKernel<Group, PlainRows<uint16_t, false>>;

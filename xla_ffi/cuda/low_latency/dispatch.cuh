@@ -28,6 +28,7 @@
 #include "cuda/kernel_choice.cuh"
 #include "cuda/kernel_launch.h"
 #include "cuda/kernels.h"
+#include "cuda/low_latency/row_kinds.cuh"
 #include "cuda/low_latency/signalled_op.cuh"
 #include "cuda/low_latency/slot_plan.cuh"
 #include "cuda/row_copies.cuh"
@@ -46,66 +47,12 @@ struct LowLatencyDispatch {
   // Row groups of this rank.
   __device__ int NumGroups() const { return expert_major() ? op.local_experts.divisor() : 1; }
   __device__ int NumSlots() const { return op.frame.shape.num_ranks * signalled.num_slots; }
+  __device__ RowsOfOp rows() const { return {op.row_bytes, op.wire, signalled.num_parts}; }
 };
 
 __device__ const char* RowOfX(const Dispatch& op, int token) {
   return static_cast<const char*>(op.params.x) + token * op.row_bytes;
 }
-
-// How rows cross links: as they are, or in a wire format, in which they may stay: `Kept`. This
-// rank's own tokens come from x, or from its own window.
-template <bool kWholeRows>
-struct PlainRows {
-  static constexpr bool kWhole = kWholeRows;
-  static constexpr bool kPushesOwn = false;
-  using Kept = PlainRows;
-  using Sent = LoadedPart<PlainRow<uint16_t, kWhole>>;
-  using InWindow = Sent;
-  template <typename Op>
-  __device__ static RowArray<kWhole> Received(const Op& dispatch) {
-    return {static_cast<char*>(dispatch.op.params.tokens), dispatch.op.row_bytes};
-  }
-  template <typename Op>
-  __device__ static Sent ToSend(const Op& dispatch, const char* row, int part) {
-    return {{row, WordsOf<kWhole>(dispatch.op.row_bytes)}, 1, part, dispatch.signalled.num_parts};
-  }
-  template <typename Op>
-  __device__ static InWindow InSlot(const Op& dispatch, const char* row, int part) {
-    return ToSend(dispatch, row, part);
-  }
-};
-// Rows of kEncoded, or as others encode them.
-template <bool kAreEncoded>
-struct KeptRows : PlainRows<true> {
-  static constexpr bool kPushesOwn = !kAreEncoded;
-  using Kept = KeptRows;
-  using InWindow = LoadedPart<KeptRow>;
-  template <typename Op>
-  __device__ static KeptRowArrays Received(const Op& dispatch) {
-    return {dispatch.op.params.kept, {dispatch.op.wire}};
-  }
-  template <typename Op>
-  __device__ static InWindow InSlot(const Op& dispatch, const char* row, int part) {
-    return {{row, {dispatch.op.wire}}, 1, part, dispatch.signalled.num_parts};
-  }
-};
-template <typename Type, bool kWholeRows, WireFormat kFormat>
-struct EncodedRows : PlainRows<kWholeRows> {
-  static constexpr bool kWhole = kWholeRows;
-  static constexpr bool kPushesOwn = true;
-  using Kept = KeptRows</*kAreEncoded=*/false>;
-  using Sent = EncodedPart<Type, kWhole, kFormat>;
-  using InWindow = LoadedPart<EncodedRow<Type, kWhole, kFormat>>;
-  template <typename Op>
-  __device__ static Sent ToSend(const Op& dispatch, const char* row, int part) {
-    return {row, dispatch.op.wire, part, dispatch.signalled.num_parts};
-  }
-  template <typename Op>
-  __device__ static InWindow InSlot(const Op& dispatch, const char* row, int part) {
-    const WireRow& wire = dispatch.op.wire;
-    return {{row, wire}, GroupsOfBlock(wire.format), part, dispatch.signalled.num_parts};
-  }
-};
 
 // A part of a token, as the warp that pushes it has it in registers: each lane has an entry.
 template <typename Rows>
@@ -121,7 +68,7 @@ struct PartOfToken {
   __device__ __forceinline__ PartOfToken(const Op& dispatch, int item)
       : token(dispatch.num_parts.Quotient(item)),
         part(dispatch.num_parts.Remainder(item)),
-        row(Rows::ToSend(dispatch, RowOfX(dispatch.op, token), part)) {
+        row(Rows::ToSend(dispatch.rows(), RowOfX(dispatch.op, token), part)) {
     const Dispatch& op = dispatch.op;
     const GroupShape& shape = op.frame.shape;
     const int lane = threadIdx.x % 32;
@@ -249,7 +196,7 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch<Group>& dispat
   const int lane = threadIdx.x % 32, num_topk = shape.num_topk, self = op.frame.rank;
   const int num_items = shape.num_ranks * params.route.num_tokens * dispatch.signalled.num_parts;
   const PairTable table(shape, params.route);
-  const auto received = Rows::Received(dispatch);
+  const auto received = Rows::Received(dispatch.rows(), params.tokens, params.kept);
   for (int item = FirstItem(); item < num_items; item += NumWarps()) {
     const int slot = dispatch.num_parts.Quotient(item), part = dispatch.num_parts.Remainder(item);
     const int source = dispatch.num_slots.Quotient(slot);
@@ -266,7 +213,7 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch<Group>& dispat
       return false;
     }
     typename Rows::InWindow words = Rows::InSlot(
-        dispatch, in_window ? group.RowFrom(at, source, token) : RowOfX(op, token), part);
+        dispatch.rows(), in_window ? group.RowFrom(at, source, token) : RowOfX(op, token), part);
     if (has_row) words.Load();
     // Expert-major, each entry has a row; token-major, the token.
     const bool is_here = dispatch.expert_major() ? entry.expert != kNone : has_row && lane == 0;
@@ -336,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       PlanRows(dispatch, slots);
       ForReceived<Rows, typename Rows::Kept>(op.params.route, [&](auto rows) {
         lost = !CopyRows<decltype(rows)>(dispatch, group, slots);
-        WriteRest(op, slots.plan, rows.Received(dispatch));
+        WriteRest(op, slots.plan, rows.Received(dispatch.rows(), op.params.tokens, op.params.kept));
       });
     }
   }
@@ -393,8 +340,8 @@ class LowLatencyDispatchKernels {
       return LowLatencyDispatchKernel<Group, KeptRows</*kAreEncoded=*/true>>;
     }
     if (rows.is_quantized()) return InstanceForFp8<Encoded>(rows);
-    return IsWholeCopy(rows) ? LowLatencyDispatchKernel<Group, PlainRows<true>>
-                             : LowLatencyDispatchKernel<Group, PlainRows<false>>;
+    return IsWholeCopy(rows) ? LowLatencyDispatchKernel<Group, PlainRows<uint16_t, true>>
+                             : LowLatencyDispatchKernel<Group, PlainRows<uint16_t, false>>;
   }
 };
 
