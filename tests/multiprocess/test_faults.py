@@ -98,12 +98,12 @@ def calls_share_a_number(fault: Fault) -> None:
         assert report["aborted"]
 
 
-def may_end_others(fault: Fault) -> None:
+def may_end_others(fault: Fault, code: int, check: Callable[[Fault], None]) -> None:
     """Over a network, NVSHMEM may end the process of a peer: see its README. None waits for ever."""
     codes = fault.run.finish()
-    assert codes[fault.victim] == (KILLED if fault.label.startswith("dies") else 1)
+    assert codes[fault.victim] == code
     if all(codes[process] == 0 for process in fault.survivors):
-        CHECKS[fault.label.split(":")[0]](fault)
+        check(fault)
 
 
 def stalls_before_the_op(fault: Fault) -> None:
@@ -207,23 +207,24 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
 def test_faults(labels: tuple[str, ...], platform: str, environment: dict[str, str]) -> None:
     faults = [(label, label.split(":")[0], int(label.split(":")[1])) for label in labels]
     live = list(range(max(NUM_PROCESSES, *(victim + 1 for _, _, victim in faults), 0)))
-    codes = {}
+    over_network = environment.get("NVSHMEM_REMOTE_TRANSPORT", "none") != "none"
+    codes: dict[int, int] = {}
     with RankProcesses(
         "faults", len(live), labels, platform=platform, environment=environment,
         deadline_s=min(DEADLINE_S * len(labels), 250.0),
     ) as run:  # fmt: skip
         for label, name, victim in faults:
-            fault, ends = Fault(run, label, victim, tuple(live)), name.startswith(("dies", "raises"))
-            if ends and environment.get("NVSHMEM_REMOTE_TRANSPORT", "none") != "none":
-                may_end_others(fault)
-                run.assert_nothing_is_left()
-                return
-            CHECKS[name](fault)
-            if ends:
+            fault = Fault(run, label, victim, tuple(live))
+            if name.startswith(("dies", "raises")):
                 codes[victim] = KILLED if name.startswith("dies") else 1
                 live.remove(victim)
-        if faults[-1][1] != "process_0_dies":
-            run.finish(codes)
+            if over_network and victim in codes:
+                may_end_others(fault, codes[victim], CHECKS[name])
+                break
+            CHECKS[name](fault)
+        else:
+            if faults[-1][1] != "process_0_dies":
+                run.finish(codes)
         run.assert_nothing_is_left()
 
 

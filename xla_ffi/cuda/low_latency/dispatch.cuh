@@ -10,8 +10,8 @@
 // 3. Plan, in every block: rows are numbered in the order of the slots, which is (source, token):
 //    an entry's position in its group is the number of marks of earlier slots.
 // 4. Copy: a warp for each part of a slot waits for it and copies it to all the rows of its token
-// on
-//    this rank; the first part's warp also writes their routes. This rank's own tokens come from x.
+//    on this rank; the first part's warp also writes their routes. This rank's own tokens come from
+//    x.
 //
 // With a wire format, rows are encoded while they are pushed, also into this rank's own window, and
 // decoded while they are copied. `Group` is SignalledOp, or SignalledNodeOp between nodes.

@@ -11,6 +11,7 @@
 #include "cuda/wire_rows.cuh"
 
 namespace jax_deepep {
+namespace {  // throughput mode has other structs of these names
 
 // What an op says of its rows.
 struct RowsOfOp {
@@ -45,7 +46,8 @@ struct PlainRows {
   }
 };
 
-// Rows that are encoded before the op, or as others encode them.
+// Rows that stay encoded: with kAreEncoded, they are before the op; otherwise as EncodedRows sends
+// them.
 template <bool kAreEncoded>
 struct KeptRows : PlainRows<uint16_t, true> {
   static constexpr bool kPushesOwn = !kAreEncoded;
@@ -77,6 +79,7 @@ struct EncodedRows : PlainRows<typename Type::Element, kWholeRows> {
   }
 };
 
+}  // namespace
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_CUDA_LOW_LATENCY_ROW_KINDS_CUH_
