@@ -201,7 +201,7 @@ class Group {
 
   OpFrame FrameOf(int rank) {
     OpFrame frame = frames_[rank];
-    frame.launch = ++num_launches_;
+    frame.mark = MarkOf(++num_launches_);
     return frame;
   }
   cudaStream_t stream(int rank) const { return streams_[rank]; }

@@ -68,8 +68,45 @@ struct Publication {
 static_assert(sizeof(Publication) == Publication::kWords * sizeof(uint64_t));
 static_assert(Publication::kWords <= 32);
 
-// Of Channel::active: an op has been started, and waits for the call that ends it.
-inline constexpr uint64_t kInFlight = ~uint64_t{0};
+// What Channel::state has: how many ops the channel has completed; whether one has been started,
+// and waits for the call that ends it; and which op is running, by its mark. In one word, so that
+// an op that takes the rank learns its step without an order of memory.
+//
+// A mark has ten of twenty bits. The blocks of an op set them, and look what was there: if another
+// op is running, more than ten are set from then on, and no later block of either takes the rank
+// for its own.
+struct ChannelState {
+  static constexpr int kMarkBits = 20;
+  static constexpr uint64_t kMark = (uint64_t{1} << kMarkBits) - 1;
+  static constexpr uint64_t kInFlight = kMark + 1;
+  uint64_t word;
+
+  JAX_DEEPEP_HOST_DEVICE static ChannelState Of(uint64_t step, bool in_flight) {
+    return {step << (kMarkBits + 1) | (in_flight ? kInFlight : 0)};
+  }
+  JAX_DEEPEP_HOST_DEVICE uint64_t step() const { return word >> (kMarkBits + 1); }
+  JAX_DEEPEP_HOST_DEVICE bool in_flight() const { return (word & kInFlight) != 0; }
+  JAX_DEEPEP_HOST_DEVICE uint64_t mark() const { return word & kMark; }
+};
+
+// The mark of a launch. There are 184,756: 20 over 10.
+inline uint64_t MarkOf(uint64_t launch) {
+  const auto choose = [](uint64_t n, uint64_t k) {
+    uint64_t ways = 1;
+    for (uint64_t i = 1; i <= k; ++i) ways = ways * (n - k + i) / i;
+    return n < k ? 0 : ways;
+  };
+  uint64_t mark = 0, ones = ChannelState::kMarkBits / 2;
+  uint64_t index = launch % choose(ChannelState::kMarkBits, ones);  // in ascending order
+  for (uint64_t bit = ChannelState::kMarkBits; bit-- > 0 && ones > 0;) {
+    const uint64_t below = choose(bit, ones);  // have it clear
+    if (index < below) continue;
+    index -= below;
+    mark |= uint64_t{1} << bit;
+    --ones;
+  }
+  return mark;
+}
 
 inline constexpr uint32_t kFailing = 1;
 inline constexpr uint32_t kFailed = 2;
@@ -93,8 +130,7 @@ struct Channel {
   uint64_t rows_taken[kMaxRanks];  // rows of this rank that s has read in total; set before left
 
   // Written by this rank.
-  uint64_t step;                     // ops that this rank has completed
-  uint64_t active;                   // OpFrame::launch of the op that is running, kInFlight, or 0
+  uint64_t state;                    // see ChannelState
   uint32_t num_waiting;              // blocks that wait in a grid barrier
   uint32_t generation;               // grid barriers completed
   uint32_t num_ready;                // blocks whose writes peers may read

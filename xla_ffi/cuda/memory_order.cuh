@@ -80,15 +80,10 @@ __device__ __forceinline__ uint32_t AddAcquireReleaseBlock(uint32_t* address, ui
 // In a wait for another warp of the block: let others run.
 __device__ __forceinline__ void Pause() { asm volatile("nanosleep.u32 64;"); }
 
-// Returns the old value.
-__device__ __forceinline__ uint64_t CompareAndSwap(uint64_t* address, uint64_t expected,
-                                                   uint64_t value) {
-  uint64_t old;
-  asm volatile("atom.acquire.gpu.global.cas.b64 %0, [%1], %2, %3;"
-               : "=l"(old)
-               : "l"(address), "l"(expected), "l"(value)
-               : "memory");
-  return old;
+// Returns the old value. Without an order of memory.
+__device__ __forceinline__ uint64_t SetBits(uint64_t* address, uint64_t bits) {
+  return atomicOr(reinterpret_cast<unsigned long long*>(address),
+                  static_cast<unsigned long long>(bits));
 }
 
 __device__ __forceinline__ void FenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }

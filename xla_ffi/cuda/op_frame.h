@@ -56,7 +56,7 @@ struct OpFrame {
   Part part = Part::kWhole;  // in throughput mode always
   OpSignature op;            // what must be the same on all ranks
   uint64_t op_hash = 0;
-  uint64_t launch = 0;                     // unique per launch, never 0
+  uint64_t mark = 0;                       // of the launch: see ChannelState
   uint64_t timeout_ns = 0;                 // the longest wait
   const int32_t* expected_rank = nullptr;  // the rank as which the program runs this device
   HostStatus* status = nullptr;

@@ -70,7 +70,7 @@ OpFrame CudaCommunicator::FrameOf(const LocalRank& rank, const OpSignature& op,
   if ((op.flags & OpSignature::kLowLatency) != 0) frame.part = launch.part;
   frame.op = op;
   frame.op_hash = op.Hash();
-  frame.launch = ++num_launches_;
+  frame.mark = MarkOf(++num_launches_);
   frame.expected_rank = launch.expected_rank;
   return frame;
 }

@@ -57,15 +57,15 @@ class RankOpOf {
   // others load their operands; then all learn the result.
   __device__ void Enter() {
     if (threadIdx.x == blockDim.x - 1) {
-      // First: from then on no other op of this channel ends, so that the step is this op's alone.
-      const uint64_t idle = frame_.part == Part::kDone ? kInFlight : 0;
-      const uint64_t active = CompareAndSwap(&channel_.active, idle, frame_.launch);
-      shared_.step = *static_cast<volatile uint64_t*>(&channel_.step) + 1;
+      // From then on no other op of this channel ends, so that the step is this op's alone.
+      const ChannelState before = {SetBits(&channel_.state, frame_.mark)};
       const bool lost = (*static_cast<volatile uint32_t*>(&own_.failed) |
                          *static_cast<volatile uint64_t*>(&own_.broken)) != 0;
       const bool mistaken = *frame_.expected_rank != frame_.rank;
       shared_.began_ns = NanosecondClock();
-      shared_.refused = active != idle && active != frame_.launch;
+      shared_.step = before.step() + 1;
+      shared_.refused = before.in_flight() != (frame_.part == Part::kDone) ||
+                        (before.mark() != 0 && before.mark() != frame_.mark);
       if (shared_.refused) Fail(Failure::kTwoAtOnce);
       if (mistaken && blockIdx.x == 0) Fail(Failure::kWrongRank);
       shared_.flag = !(lost || mistaken || shared_.refused);
@@ -102,7 +102,7 @@ class RankOpOf {
 
   // In a separate kernel that the host launches in place of an op: the rank cannot continue.
   __device__ void Abort(Failure failure) {
-    shared_.step = *static_cast<volatile uint64_t*>(&channel_.step) + 1;
+    shared_.step = ChannelState{*static_cast<volatile uint64_t*>(&channel_.state)}.step() + 1;
     Fail(failure);
   }
 
@@ -123,9 +123,8 @@ class RankOpOf {
       channel_.num_invalid = 0;
       own_.last_op_ns = NanosecondClock() - shared_.began_ns;
       own_.last_op_blocks = gridDim.x;
-      if (!goes_on) channel_.step = step();
-      // Pairs with the compare-and-swap in Begin, of an op that runs at once with this one.
-      StoreReleaseDevice(&channel_.active, goes_on ? kInFlight : 0);
+      *static_cast<volatile uint64_t*>(&channel_.state) =
+          ChannelState::Of(goes_on ? step() - 1 : step(), goes_on).word;
     }
   }
 

@@ -57,9 +57,8 @@ inline Packet LoadPacket(const Packet* address) {
   packet.value = __atomic_load_n(&address->value, __ATOMIC_RELAXED);
   return packet;
 }
-inline uint64_t CompareAndSwap(uint64_t* address, uint64_t expected, uint64_t value) {
-  __atomic_compare_exchange_n(address, &expected, value, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-  return expected;
+inline uint64_t SetBits(uint64_t* address, uint64_t bits) {
+  return __atomic_fetch_or(address, bits, __ATOMIC_RELAXED);
 }
 inline void FenceAliases() {}
 
