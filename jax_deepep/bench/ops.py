@@ -41,7 +41,8 @@ Trials of all cases of an op are interleaved; the slowest rank in each trial, me
 MB: the rows that all devices receive (live rows, without padding) × H × bytes per element, each counted once.
   dispatch copies them, combine reads them, dispatch + combine does both; backward of dispatch reads their
   gradients as combine does, backward of combine writes theirs as dispatch does.
-chain: dispatch + combine many times in one program, per pair: the slope between two lengths.
+chain: dispatch + combine many times in one program, per pair: the slope between two lengths; on GPUs by
+  their clocks.
 The best baseline is compared with the first time:
   memcpy copies the same number of bytes between warm buffers, with one thread per usable core.
   gather_rows, add_rows, sum_rows: plain kernels that move the same rows between the same ranks with as many
@@ -223,8 +224,9 @@ def _chain_result(
 ) -> Result:
     lengths = options.chain or ([8, 48] if stopwatch.on_gpus else [1, 3])
     timers = {
-        str(length): stopwatch.host(chain(ops.shape, inputs, length, wire), flushed=False)
+        str(length): (stopwatch.on_device(case) if stopwatch.on_gpus else stopwatch.host(case, flushed=False))
         for length in lengths
+        for case in [chain(ops.shape, inputs, length, wire)]
     }
     programs = interleaved(timers, options.trials, options.limit_s)
     per_pair = Spread.of(slopes(lengths, list(programs.values())))

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/clock.h"
 #include "bench/links.h"
 #include "bench/row_baselines.h"
 #include "bench/row_handlers.h"
@@ -39,7 +40,7 @@ void Load(const std::vector<int>& ordinals) {
     int bytes = 0;
     cudaSetDevice(ordinal);
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal);
-    for (auto* load : {LoadGatherRows, LoadSumRows}) {
+    for (auto* load : {LoadGatherRows, LoadSumRows, LoadClock}) {
       if (error == nullptr) error = load(bytes - kStaticSharedBytes);
     }
     cudaDeviceSynchronize();
@@ -70,6 +71,9 @@ nb::dict Handlers() {
   return handlers;
 }
 
+// A custom call of no communicator: its only stage.
+nb::capsule ClockTarget() { return Capsule(ClockHandler); }
+
 nb::bytes Handle(const LinkRank& rank) {
   const std::string handle = rank.handle();
   return nb::bytes(handle.data(), handle.size());
@@ -88,6 +92,7 @@ NB_MODULE(_cuda_bench, module) {
   module.def("connect", &Connect, nb::arg("type_id"), nb::arg("launch_op"));
   module.def("load", &Load, nb::arg("ordinals"), WithoutGil());
   module.def("handlers", &Handlers);
+  module.def("clock", &ClockTarget);
   module.def("gpu", &GpuOf, nb::arg("ordinal"), WithoutGil());
   nb::enum_<ChainStep>(module, "ChainStep")
       .value("NOTHING", ChainStep::kNothing)

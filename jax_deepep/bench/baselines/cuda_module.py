@@ -33,4 +33,5 @@ def load() -> ModuleType:
     for target, execute in module.handlers().items():
         stages = {"instantiate": instantiate, "execute": execute}
         jax.ffi.register_ffi_target(target, stages, platform="CUDA", api_version=1)
+    jax.ffi.register_ffi_target("jax_deepep_clock", module.clock(), platform="CUDA", api_version=1)
     return module
