@@ -117,8 +117,9 @@ void CheckFaults(int num_ranks, int num_blocks, bool late, bool low_latency,
   for (int rank = 0; rank < last; ++rank) {
     Array& tokens = ranks[rank]->tokens;
     CheckCuda(cudaMemset(tokens.device<void>(), 0x55, tokens.bytes()), "cudaMemset");
-    group.Launch(rank, DispatchOf<true>(kept, *ranks[rank]));
   }
+  CheckCuda(cudaDeviceSynchronize(), "cudaMemset");  // no stream of a rank waits for it
+  for (int rank = 0; rank < last; ++rank) group.Launch(rank, DispatchOf<true>(kept, *ranks[rank]));
   group.Wait();
   for (int rank = 0; rank < last; ++rank) {
     Check(AllFailed(kept, ranks[rank]->tokens), name + "encoded rows have all bits set");

@@ -18,7 +18,7 @@ pytestmark = starts_its_own_processes
 
 NUM_PROCESSES = 3
 OPS_BEFORE = 3 * 4  # runs of `first_step` there, and ops of a run
-DEADLINE_S = 60.0  # of one fault, which takes about 12 s on two cores
+DEADLINE_S = 15.0 * TIMEOUT_S  # of one fault, which takes about 12 s on two cores
 
 KILLED = -signal.SIGKILL
 THROUGHPUT = {"OPS_MODE": "throughput"}
@@ -211,7 +211,7 @@ def test_faults(labels: tuple[str, ...], platform: str, environment: dict[str, s
     codes: dict[int, int] = {}
     with RankProcesses(
         "faults", len(live), labels, platform=platform, environment=environment,
-        deadline_s=min(DEADLINE_S * len(labels), 250.0),
+        deadline_s=DEADLINE_S * min(len(labels), 4),
     ) as run:  # fmt: skip
         for label, name, victim in faults:
             fault = Fault(run, label, victim, tuple(live))
