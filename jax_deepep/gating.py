@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from jax_deepep.checks import check_array, check_is_array, checked_integer
+from jax_deepep.expert_choice import choose_experts
 
 __all__ = [
     "ScoreFunction", "balance_loss", "expert_load", "group_limited_topk", "router_probabilities",
@@ -82,15 +83,18 @@ def group_limited_topk(
     biased, ranking = scores, logits
     if bias is not None:
         biased = ranking = scores + _as_last_axis(bias, scores)
-    ranking = _comparable(ranking)
-    if topk_groups < num_groups:
-        if score_function == "sigmoid":
-            allowed = _in_best_groups(_comparable(biased), num_groups, topk_groups, best=2)
-        else:
-            allowed = _in_best_groups(ranking, num_groups, topk_groups, best=1)
-        ranking = jnp.where(allowed, ranking, -jnp.inf)
-    topk_idx = lax.top_k(ranking, num_experts_per_tok)[1]
-
+    ranking = group_ranking = _comparable(ranking)
+    by_scores = score_function == "sigmoid"
+    if by_scores and topk_groups < num_groups:
+        group_ranking = _comparable(biased)
+    topk_idx = choose_experts(
+        ranking,
+        group_ranking,
+        num_experts_per_tok=num_experts_per_tok,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        best_of_group=2 if by_scores else 1,
+    )
     return topk_idx, _weights(logits, scores, topk_idx, score_function, normalize, scale)
 
 
@@ -224,16 +228,6 @@ def _comparable(scores: jax.Array) -> jax.Array:
     scores = lax.stop_gradient(scores)
     scores = jnp.where(scores >= LOWEST, scores, LOWEST)  # NaN compares false
     return jnp.where(scores == 0, 0.0, scores)
-
-
-def _in_best_groups(scores: jax.Array, num_groups: int, topk_groups: int, best: int) -> jax.Array:
-    """Return bool [..., E]: experts of the groups whose `best` highest scores have the highest sums."""
-    grouped = scores.reshape(*scores.shape[:-1], num_groups, -1)
-    best_scores = lax.top_k(grouped, min(best, grouped.shape[-1]))[0]
-    chosen = lax.top_k(best_scores.sum(axis=-1), topk_groups)[1]  # [..., topk_groups]
-    group = jnp.arange(scores.shape[-1], dtype=jnp.int32) // grouped.shape[-1]
-    group = group.reshape((1,) * (scores.ndim) + (-1,))  # [..., 1, E]
-    return (chosen[..., None] == group).any(axis=-2)
 
 
 def _check_score_function(score_function: Any) -> None:

@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).parents[1]
-KERNELS = ("xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/*/*.cu")
+KERNELS = ("xla_ffi/cuda/rank_kernels.cu", "xla_ffi/cuda/*/*.cu", "xla_ffi/router/*.cu")
 HOST_CODE = (
     "xla_ffi/cpu/*.cc",
     "xla_ffi/cuda/block_count.cc",

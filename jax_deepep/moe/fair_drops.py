@@ -17,13 +17,19 @@ weights; a sender could learn only by an exchange of counts what its peers leave
 without a capacity.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_deepep import jax_compat
 from jax_deepep.moe.config import MoEConfig
+from jax_deepep.ops.checks import vary_together
+from jax_deepep.router_primitive import router_primitive
 
 LEAST_SHARE = 8  # rows
+MOST_SHARED_ENTRIES = 80 << 10  # that the kernel takes (xla_ffi/router/fair_share.h)
 
 
 def omit_excess(
@@ -39,30 +45,50 @@ def omit_excess(
     """
     comm = config.comm
     rank = jnp.int32(0) if comm.size == 1 else lax.axis_index(comm.axis_names)
+    local, bounds = comm.num_local_experts, []
     if config.expert_capacity is not None:
-        topk_idx = _within(
-            topk_idx, topk_idx, topk_weights, comm.num_experts, config.expert_capacity, rank, comm.size
-        )
+        bounds.append((1, config.expert_capacity))
     if capacity is not None:
-        padding = comm.num_local_experts * (alignment - 1)  # the most padding rows of a device
-        device = jnp.where(topk_idx < 0, -1, topk_idx // comm.num_local_experts)
-        topk_idx = _within(topk_idx, device, topk_weights, comm.size, capacity - padding, rank, comm.size)
+        bounds.append((local, capacity - local * (alignment - 1)))  # without the most padding rows
+    for experts_per_group, rows in bounds:
+        share, rest = divmod(max(rows, 0), comm.size)
+        if share < LEAST_SHARE:
+            continue
+        topk_idx = keep_shares(
+            topk_idx, topk_weights, rank, num_groups=comm.num_experts // experts_per_group,
+            experts_per_group=experts_per_group, share=share, rest=rest, num_ranks=comm.size,
+        )  # fmt: skip
     return topk_idx
 
 
-def _within(
+def keep_shares(topk_idx: jax.Array, topk_weights: jax.Array, rank: jax.Array, **integers: int) -> jax.Array:
+    """Return `topk_idx` with −1 for what exceeds the share of a rank in each group of experts.
+
+    Of a group, the entries with the highest weights stay, of which 16 bits are compared, the first of equals.
+
+    Args:
+        topk_idx: int32 [T, K]; entries that name no expert of a group stay.
+        topk_weights: float32 [T, K].
+        rank: int32 [].
+        integers: num_groups, of experts_per_group experts each; share of a group, at least 1, and one more if
+            (group + rank) % num_ranks < rest.
+    """
+    operands = vary_together(frozenset(), topk_idx, topk_weights, rank)
+    return _shares_p.bind(*map(lax.stop_gradient, operands), **integers)
+
+
+def _plain(
     topk_idx: jax.Array,
-    group: jax.Array,
     weights: jax.Array,
-    num_groups: int,
-    capacity: int,
     rank: jax.Array,
+    *,
+    num_groups: int,
+    experts_per_group: int,
+    share: int,
+    rest: int,
     num_ranks: int,
 ) -> jax.Array:
-    """Omit entries [T, K] beyond this rank's share of the `capacity` of the `group` that they belong to."""
-    share, rest = divmod(max(capacity, 0), num_ranks)
-    if share < LEAST_SHARE:
-        return topk_idx
+    group = jnp.where(topk_idx < 0, -1, topk_idx // experts_per_group)
     is_in = (group >= 0) & (group < num_groups)
     group = jnp.where(is_in, group, num_groups).reshape(-1)
     # Sorted by group, then by falling weight, of which 16 bits are compared, then by token.
@@ -82,3 +108,14 @@ def _within(
     last_entry = jnp.append(sorted_entry[last], jnp.int32(key.size))[group]
     stays = (key < last_key) | ((key == last_key) & (entry <= last_entry))
     return jnp.where(stays.reshape(topk_idx.shape), topk_idx, -1)
+
+
+def _type(topk_idx: Any, *_: Any, **__: int) -> Any:
+    return jax_compat.array_like(topk_idx, topk_idx.shape, topk_idx.dtype)
+
+
+def _kernel_takes(topk_idx: Any, *_: Any, **__: int) -> bool:
+    return topk_idx.size <= MOST_SHARED_ENTRIES
+
+
+_shares_p = router_primitive("fair_share", _plain, _type, kernel_takes=_kernel_takes, in_place=True)

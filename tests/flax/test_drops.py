@@ -1,5 +1,7 @@
 """Which rows a layer drops under a capacity."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 from jax_deepep.moe import build_config, moe
-from jax_deepep.moe.fair_drops import omit_excess
+from jax_deepep.moe.fair_drops import keep_shares, omit_excess
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,29 @@ def test_small_shares_are_left_to_dispatch() -> None:
         config = config_of("one device", num_experts_per_tok=1, expert_capacity=capacity)
         sent = jax.jit(lambda *of, config=config: omit_excess(config, *of, None, 1))(topk_idx, weights)
         np.testing.assert_array_equal(np.asarray(sent)[:, 0], np.where(np.arange(16) >= 16 - kept, 0, -1))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 37, 4100])
+@pytest.mark.parametrize("levels", [0, 3], ids=["", "ties"])
+@pytest.mark.parametrize(("num_groups", "experts_per_group"), [(2, 4), (8, 1)])
+def test_the_highest_weights_of_each_group_stay(
+    num_tokens: int, levels: int, num_groups: int, experts_per_group: int
+) -> None:
+    """Against a loop: the first of equal weights, whatever their sign; who has no group stays."""
+    random = np.random.default_rng(num_tokens)
+    num_experts, shape, rank, num_ranks, rest = num_groups * experts_per_group, (num_tokens, 3), 1, 3, 2
+    topk_idx = random.integers(-1, num_experts + 2, shape, np.int32)
+    weights = random.uniform(-1, 1, shape).astype(np.float32)
+    if levels:
+        weights = np.round(weights * levels)
+    for share in (1, max(1, topk_idx.size // num_groups // 2), topk_idx.size):
+        expected = topk_idx.flatten()
+        for group in range(num_groups):
+            entries = np.flatnonzero((expected >= 0) & (expected // experts_per_group == group))
+            bits = np.abs(weights).view(np.uint32).flatten()[entries] >> 16
+            order = entries[np.argsort(-bits.astype(np.int64), kind="stable")]
+            expected[order[share + ((group + rank) % num_ranks < rest) :]] = -1
+        integers = {"num_groups": num_groups, "experts_per_group": experts_per_group, "share": share}
+        kept = jax.jit(partial(keep_shares, **integers, rest=rest, num_ranks=num_ranks))
+        got = kept(topk_idx, weights, np.int32(rank))
+        np.testing.assert_array_equal(np.asarray(got).flatten(), expected)

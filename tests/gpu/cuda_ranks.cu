@@ -3,7 +3,7 @@
 // compute-sanitizer can watch.
 //
 //     cuda_ranks [conformance] [short] [nodes] [short-nodes] [chunks] [formats] [faults] [channels]
-//         [soak STEPS]
+//         [router] [soak STEPS]
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "expert_choices.cuh"
+#include "fair_shares.cuh"
 #include "rank_faults.cuh"
 #include "rank_formats.cuh"
 #include "rank_group.cuh"
@@ -278,6 +280,9 @@ int main(int argc, char** argv) {
           most_staged_bytes = 0;
         }
       }
+    } else if (what == "router") {
+      CheckExpertChoices();
+      CheckFairShares();
     } else if (what == "soak" && i + 1 < argc) {
       const int steps = std::atoi(argv[++i]);
       for (const int ranks_per_node : {0, 2, 4}) CheckSoak(3, steps, ranks_per_node);

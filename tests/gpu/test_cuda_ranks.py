@@ -43,6 +43,10 @@ def test_ops_on_two_channels_at_once(program: pathlib.Path) -> None:
     run(str(program), "channels")
 
 
+def test_the_choice_of_experts(program: pathlib.Path) -> None:
+    run(str(program), "router")
+
+
 def test_many_steps_with_random_delays(program: pathlib.Path) -> None:
     run(str(program), "soak", "3000")
 
@@ -51,4 +55,15 @@ def test_many_steps_with_random_delays(program: pathlib.Path) -> None:
 def test_compute_sanitizer_finds_nothing(program: pathlib.Path, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     assert pathlib.Path(sanitizer).exists(), "needs compute-sanitizer: put a CUDA toolkit on PATH"
-    run(sanitizer, "--tool", tool, "--error-exitcode", "1", str(program), "short", "short-nodes", "chunks")
+    run(
+        sanitizer,
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "1",
+        str(program),
+        "short",
+        "short-nodes",
+        "chunks",
+        "router",
+    )

@@ -53,7 +53,8 @@ def test_kernels(program: str) -> None:
         [program, "faults"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        assert "0 failures" in run([program, "short", "short-nodes", "chunks", "formats", "channels"])
+        words = ("short", "short-nodes", "chunks", "formats", "channels", "router")
+        assert "0 failures" in run([program, *words])
         output, _ = faults.communicate(timeout=TIMEOUT_S)
     finally:
         faults.kill()

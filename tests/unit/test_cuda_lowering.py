@@ -156,6 +156,19 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     assert text.count("num_primitive_operations = 6") == 2
 
 
+@pytest.mark.parametrize("experts", [256, 2048])
+def test_the_choice_of_experts_is_one_kernel(experts: int) -> None:
+    """Where the module is built, and for as many experts as it takes."""
+
+    def choice(logits):
+        return ep.group_limited_topk(logits, num_experts_per_tok=8, num_groups=8, topk_groups=4)[0]
+
+    calls, text = calls_of(jax.vmap(choice), jax.ShapeDtypeStruct((2, 16, experts), jnp.float32))
+    by_kernel = experts <= 1024 and not native_module.unsupported_reason("cuda")
+    assert calls == ({"jax_deepep_expert_choice": 1} if by_kernel else {})
+    assert text.count("chlo.top_k") == (0 if by_kernel else 3)
+
+
 ONE_BATCH = [
     "dispatch | 3 shared", "3 experts", "combine",
     "cached_dispatch | 6 shared", "4 experts", "combine | 2 experts",

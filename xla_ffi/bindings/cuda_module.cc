@@ -20,6 +20,7 @@
 #include "cuda/remote_library.h"
 #include "handlers/call_site.h"
 #include "handlers/registry.h"
+#include "router/router_handlers.h"
 #include "source_digest.h"
 #include "transport/cuda_driver.h"
 
@@ -141,13 +142,26 @@ std::string LaunchOp(CudaCommunicator& comm, const OpSignature& op, const OpByte
   return comm.LaunchOp(op, bytes, read_by_peers, launch, enqueue);
 }
 
+// Those of the verbs, and of the router, which have one stage.
+nb::dict AllTargets() {
+  nb::dict targets = Targets();
+  const auto add = [&](const char* name, auto* execute) {
+    nb::dict stages;
+    stages["execute"] = Capsule(execute);
+    targets[name] = stages;
+  };
+  add("jax_deepep_expert_choice", ExpertChoiceHandler);
+  add("jax_deepep_fair_share", FairShareHandler);
+  return targets;
+}
+
 NB_MODULE(_cuda, module) {
   // Programs in JAX's caches hold communicators until the interpreter is gone.
   nb::set_leak_warnings(false);
   module.attr("source_digest") = JAX_DEEPEP_SOURCE_DIGEST;
   DefineNumbers(module);
   module.def("state_types", &StateTypes);
-  module.def("targets", &Targets);
+  module.def("targets", &AllTargets);
   module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
   module.def("unsupported_reason", &UnsupportedReason, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),

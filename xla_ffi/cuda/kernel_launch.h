@@ -17,6 +17,17 @@ const char* LoadKernel(void (*kernel)(Op), int max_shared_bytes) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// A kernel whose blocks do not wait for each other.
+template <typename Op>
+const char* LaunchIndependentBlocks(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
+                                    int shared_bytes, cudaStream_t stream) {
+  void* arguments[] = {&op};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(num_blocks), dim3(num_threads),
+                       arguments, shared_bytes, stream);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <typename Op>
 const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
                          int shared_bytes, const KernelStream& on) {

@@ -22,6 +22,12 @@ const char* LaunchKernel(void (*kernel)(Op), Op& op, int num_blocks, int num_thr
   return nullptr;
 }
 
+template <typename Op>
+const char* LaunchIndependentBlocks(void (*kernel)(Op), Op& op, int num_blocks, int num_threads,
+                                    int shared_bytes, cudaStream_t stream) {
+  return LaunchKernel(kernel, op, num_blocks, num_threads, shared_bytes, {stream});
+}
+
 }  // namespace jax_deepep
 
 #endif  // JAX_DEEPEP_CUDA_KERNEL_LAUNCH_H_

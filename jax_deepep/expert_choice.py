@@ -1,0 +1,92 @@
+"""The experts that rank highest, within groups of experts: a primitive, by a kernel on NVIDIA GPUs.
+
+XLA sorts whole rows there for every `lax.top_k`: with groups, three times.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_deepep import jax_compat
+from jax_deepep.jax_compat import batching
+from jax_deepep.router_primitive import router_primitive
+
+# What the kernel takes (xla_ffi/router/expert_choice.h).
+MOST_EXPERTS = 1024
+MOST_GROUPS = 32
+
+
+def choose_experts(
+    ranking: jax.Array,
+    group_ranking: jax.Array,
+    *,
+    num_experts_per_tok: int,
+    num_groups: int,
+    topk_groups: int,
+    best_of_group: int,
+) -> jax.Array:
+    """Return the K experts that rank highest among those of the best groups; ties go to the lower index.
+
+    Args:
+        ranking: float32 [..., E], without NaN, −0 and −inf. It gets no gradient.
+        group_ranking: likewise: a group is as good as the sum of its `best_of_group` best values in it.
+        num_experts_per_tok: K, at most the experts of `topk_groups` groups.
+        num_groups: groups of E / num_groups experts each.
+        topk_groups: groups that a token's experts may come from.
+        best_of_group: 1 or 2.
+
+    Returns:
+        int32 [..., K], highest first: the same on every platform.
+    """
+    return _choice_p.bind(
+        lax.stop_gradient(ranking),
+        lax.stop_gradient(group_ranking),
+        num_experts_per_tok=num_experts_per_tok,
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        best_of_group=best_of_group,
+    )
+
+
+def _type(ranking: Any, group_ranking: Any, *, num_experts_per_tok: int, **_: int) -> Any:
+    return jax_compat.array_like(ranking, (*ranking.shape[:-1], num_experts_per_tok), jnp.int32)
+
+
+def _plain(
+    ranking: jax.Array,
+    group_ranking: jax.Array,
+    *,
+    num_experts_per_tok: int,
+    num_groups: int,
+    topk_groups: int,
+    best_of_group: int,
+) -> jax.Array:
+    if topk_groups < num_groups:
+        grouped = group_ranking.reshape(*ranking.shape[:-1], num_groups, -1)
+        size = grouped.shape[-1]
+        best = lax.top_k(grouped, min(best_of_group, size))[0].sum(axis=-1)
+        chosen = lax.top_k(best, topk_groups)[1]  # [..., topk_groups]
+        group = jnp.arange(ranking.shape[-1], dtype=jnp.int32) // size
+        group = group.reshape((1,) * ranking.ndim + (-1,))  # [..., 1, E]
+        allowed = (chosen[..., None] == group).any(axis=-2)
+        ranking = jnp.where(allowed, ranking, -jnp.inf)
+    return lax.top_k(ranking, num_experts_per_tok)[1]
+
+
+def _kernel_takes(ranking: Any, group_ranking: Any, *, num_groups: int, **_: int) -> bool:
+    return ranking.shape[-1] <= MOST_EXPERTS and num_groups <= MOST_GROUPS
+
+
+def _batch(operands: Any, axes: Any, **integers: int) -> tuple[jax.Array, int]:
+    [batch] = {value.shape[axis] for value, axis in zip(operands, axes, strict=True) if axis is not None}
+    moved = [
+        jnp.broadcast_to(value, (batch, *value.shape)) if axis is None else jnp.moveaxis(value, axis, 0)
+        for value, axis in zip(operands, axes, strict=True)
+    ]
+    return _choice_p.bind(*moved, **integers), 0
+
+
+_choice_p = router_primitive("expert_choice", _plain, _type, kernel_takes=_kernel_takes)
+batching.primitive_batchers[_choice_p] = _batch  # a leading axis more
