@@ -80,6 +80,15 @@ __device__ __forceinline__ uint32_t AddAcquireReleaseBlock(uint32_t* address, ui
 // In a wait for another warp of the block: let others run.
 __device__ __forceinline__ void Pause() { asm volatile("nanosleep.u32 64;"); }
 
+// Barriers of some warps of a block, numbered from 1; `num_threads` are all that wait or arrive.
+__device__ __forceinline__ void WaitAtBarrier(int number, int num_threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
+}
+// Without waiting for the others.
+__device__ __forceinline__ void ArriveAtBarrier(int number, int num_threads) {
+  asm volatile("barrier.arrive %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
+}
+
 // Returns the old value. Without an order of memory.
 __device__ __forceinline__ uint64_t SetBits(uint64_t* address, uint64_t bits) {
   return atomicOr(reinterpret_cast<unsigned long long*>(address),

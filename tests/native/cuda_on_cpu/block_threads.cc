@@ -84,7 +84,10 @@ Stacks& AllStacks() {
 // Threads that wait for each other.
 struct Barrier {
   int members = 0;  // that have not ended
+  int arrived = 0;  // that do not wait
   std::vector<int> waiting;
+
+  bool is_complete() const { return static_cast<int>(waiting.size()) + arrived == members; }
 };
 
 struct Warp {
@@ -166,13 +169,21 @@ class Block {
 
   void Wait(Barrier* barrier) {
     barrier->waiting.push_back(IndexOf(*current));
-    if (static_cast<int>(barrier->waiting.size()) == barrier->members) {
-      Release(barrier);  // this thread too: the last one to arrive is not always the first to continue
-    }
+    // This thread too: the last one to arrive is not always the first to continue.
+    if (barrier->is_complete()) Release(barrier);
     LeaveTurn();
+  }
+  void Arrive(Barrier* barrier) {
+    ++barrier->arrived;
+    if (barrier->is_complete()) Release(barrier);
   }
 
   Barrier* all() { return &all_; }
+  Barrier* Numbered(int number, int members) {
+    Barrier& barrier = numbered_[number];
+    barrier.members = members;
+    return &barrier;
+  }
   bool* AllOf(unsigned vote) { return &votes_[vote % 2]; }
   Warp& WarpOfCurrent() { return warps_[IndexOf(*current) / kWarpSize]; }
 
@@ -186,9 +197,7 @@ class Block {
     ++num_ended_;
     for (Barrier* barrier : {&all_, &WarpOfCurrent().barrier}) {
       --barrier->members;
-      if (!barrier->waiting.empty() && static_cast<int>(barrier->waiting.size()) == barrier->members) {
-        Release(barrier);
-      }
+      if (!barrier->waiting.empty() && barrier->is_complete()) Release(barrier);
     }
     LeaveTurn();
     Die("a thread that has ended continues");
@@ -197,6 +206,7 @@ class Block {
   void Release(Barrier* barrier) {
     ready_.insert(ready_.end(), barrier->waiting.begin(), barrier->waiting.end());
     barrier->waiting.clear();
+    barrier->arrived = 0;
   }
 
   void LeaveTurn() {
@@ -213,6 +223,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Barrier all_;
+  Barrier numbered_[16];
   int num_turns_ = 0;  // that threads have given to others
   bool votes_[2] = {true, true};
   std::vector<int> ready_;
@@ -249,6 +260,12 @@ bool SyncThreadsAnd(bool value) {
   block->Wait(block->all());
   *all = true;
   return result;
+}
+void WaitAtBarrier(int number, int num_threads) {
+  block->Wait(block->Numbered(number, num_threads));
+}
+void ArriveAtBarrier(int number, int num_threads) {
+  block->Arrive(block->Numbered(number, num_threads));
 }
 void SyncWarp() { block->Wait(&block->WarpOfCurrent().barrier); }
 

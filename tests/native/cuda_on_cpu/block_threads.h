@@ -35,6 +35,9 @@ void GiveWay();
 void SyncThreads();
 bool SyncThreadsAnd(bool value);  // whether it is true for all threads of the block
 void SyncWarp();
+// Barriers of a number of threads of the block, by their numbers; arriving does not wait.
+void WaitAtBarrier(int number, int num_threads);
+void ArriveAtBarrier(int number, int num_threads);
 
 // The words that the lanes of the warp, all of which call this, have passed.
 const uint64_t* Exchange(uint64_t word);

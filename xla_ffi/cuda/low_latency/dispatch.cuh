@@ -6,7 +6,9 @@
 //    also goes to every other node with its experts, once, and the entries to all: see
 //    low_latency_nodes/signalled_node_op.cuh.
 // 2. Collect, in every block: a thread for each entry of this rank's window waits for its packet,
-//    and marks the slot in a word of 32 slots of the entry's row group.
+//    and marks the slot in a word of 32 slots of the entry's row group. Packets arrive before rows:
+//    on one node, some warps wait until rows have arrived and send their signals, and the others
+//    collect and plan.
 // 3. Plan, in every block: rows are numbered in the order of the slots, which is (source, token):
 //    an entry's position in its group is the number of marks of earlier slots.
 // 4. Copy: a warp for each part of a slot waits for it and copies it to all the rows of its token
@@ -93,13 +95,13 @@ struct PartOfToken {
 
 // Step 1. `pushed` is this warp's first part.
 template <typename Rows, typename Group>
-__device__ __forceinline__ void PushTokens(const LowLatencyDispatch<Group>& dispatch, Group& group,
+__device__ __forceinline__ bool PushTokens(const LowLatencyDispatch<Group>& dispatch, Group& group,
                                            PartOfToken<Rows>& pushed) {
   const Dispatch& op = dispatch.op;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank;
   const int num_items = dispatch.signalled.num_slots * dispatch.signalled.num_parts;
-  group.PushItems(num_items, [&](int item, Sent* sent) {
+  return group.PushRounds(num_items, [&](int item, Sent* sent) {
     if (item != FirstItem()) pushed = PartOfToken<Rows>(dispatch, item);
     if (pushed.part == 0) {
       const int64_t offset = group.SlotOffset(self, pushed.token);
@@ -149,22 +151,22 @@ __device__ void PushPackets(const LowLatencyDispatch<Group>& dispatch, const Gro
 // Step 2, of some slots. Marks have been cleared. False if the op is lost.
 template <typename Group, typename Slots>
 __device__ bool Collect(const LowLatencyDispatch<Group>& dispatch, Group& group, Slots of,
-                        Marks* marks) {
+                        Marks* marks, const Planners& planners) {
   constexpr int kInFlight = 4;  // loads of a thread
   const Dispatch& op = dispatch.op;
   const int groups = dispatch.NumGroups();
   const int num_entries = of.count * op.frame.shape.num_topk;
   bool all = true;
   // The last warps first: they have pushed less.
-  for (int first = kThreads - 1 - threadIdx.x; __any_sync(~0u, first < num_entries) && all;
-       first += kInFlight * kThreads) {
+  for (int first = planners.count() - 1 - planners.index();
+       __any_sync(~0u, first < num_entries) && all; first += kInFlight * planners.count()) {
     all = group.WaitUntil([&] {
       SlotEntry entries[kInFlight];
       int slots[kInFlight];
       int missing = kNone;
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int at = first + i * kThreads;
+        const int at = first + i * planners.count();
         entries[i].expert = kNone;
         if (at >= num_entries) continue;
         slots[i] = of.At(op.topk.Quotient(at));
@@ -246,12 +248,18 @@ __device__ __forceinline__ bool CopyRows(const LowLatencyDispatch<Group>& dispat
   return true;
 }
 
+// Threads of a block, whole warps, that send its signals: of each at most one, or half of them.
+template <typename Group>
+__device__ int NumSignallers(const Group& group) {
+  return min((group.NumSignals() + 31) / 32 * 32, kThreads / 2);
+}
+
 template <typename Group, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyDispatchKernel(const __grid_constant__ LowLatencyDispatch<Group> dispatch) {
   extern __shared__ __align__(16) char memory[];
   __shared__ typename Group::Shared shared;
-  __shared__ int32_t num_pairs;
+  __shared__ int32_t num_pairs, any_lost;
   const Dispatch& op = dispatch.op;
   const GroupShape& shape = op.frame.shape;
   Group group(op.frame, dispatch.signalled, &shared);
@@ -266,21 +274,33 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   group.Enter();
   PartOfToken<Rows> pushed(dispatch, FirstItem());
-  num_pairs = 0;
+  num_pairs = any_lost = 0;
   for (int i = threadIdx.x; i < words * groups; i += kThreads) slots.marks[i].slots = 0;
   bool lost = !group.Entered();
+  // A release store waits for all stores of the SM: on one node, the other warps plan meanwhile.
+  const int signallers = Group::kSeveralNodes ? kThreads : NumSignallers(group);
+  const Planners planners(Group::kSeveralNodes ? 0 : signallers);
   if (!lost && group.sends()) {
-    PushTokens<Rows>(dispatch, group, pushed);
-    group.Announce();
+    const bool has_signals = PushTokens<Rows>(dispatch, group, pushed);
+    if (has_signals && static_cast<int>(threadIdx.x) < signallers) group.SendSignals(signallers);
+    group.Announce(Group::kSeveralNodes ? kWarps - 1 : 0);
     if constexpr (Group::kSeveralNodes) group.SendEntries();
   }
   if (!lost && group.receives()) {
-    lost = !__syncthreads_and(group.ReceiveFromAll(
-        [&](int source, auto entry_of) { PushPackets(dispatch, group, source, entry_of); },
-        // `slots` stays in registers.
-        [&, marks = slots.marks](auto some) { return Collect(dispatch, group, some, marks); }));
+    if (planners.include_this()) {
+      const bool all = group.ReceiveFromAll(
+          [&](int source, auto entry_of) { PushPackets(dispatch, group, source, entry_of); },
+          // `slots` stays in registers.
+          [&, marks = slots.marks](auto some) {
+            return Collect(dispatch, group, some, marks, planners);
+          });
+      if (!all) any_lost = 1;
+      planners.Sync();
+      if (any_lost == 0) PlanRows(dispatch, slots, planners);
+    }
+    planners.End();
+    lost = any_lost != 0;
     if (!lost) {
-      PlanRows(dispatch, slots);
       ForReceived<Rows, typename Rows::Kept>(op.params.route, [&](auto rows) {
         lost = !CopyRows<decltype(rows)>(dispatch, group, slots);
         WriteRest(op, slots.plan, rows.Received(dispatch.rows(), op.params.tokens, op.params.kept));

@@ -104,10 +104,10 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
   __device__ bool sends() const { return frame_.part != Part::kDone; }
   __device__ bool receives() const { return frame_.part != Part::kStart; }
 
-  // Announce this op to all peers. By every warp once it has pushed: the one with the fewest
-  // items does it, so that no other waits for these stores.
-  __device__ void Announce() {
-    if (FirstItem() != NumWarps() - 1) return;
+  // Announce this op to all peers. By every warp once it has pushed: one of the block with the
+  // fewest items does it, so that no other waits for these stores.
+  __device__ void Announce(int by_warp = kWarps - 1) {
+    if (blockIdx.x != gridDim.x - 1 || static_cast<int>(threadIdx.x) / 32 != by_warp) return;
     const int lane = threadIdx.x % 32;
     for (int peer = first_peer(); peer < end_peer(); ++peer) {
       auto* words = reinterpret_cast<uint64_t*>(&frame_.ChannelOf(peer).published[frame_.rank]);
@@ -142,8 +142,17 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
   // longer.
   template <typename Push>
   __device__ __forceinline__ void PushItems(int num_items, Push push) {
-    for (int base = 0; base + static_cast<int>(blockIdx.x) < num_items; base += NumWarps()) {
-      if (base > 0) __syncthreads();
+    if (PushRounds(num_items, push)) SendSignals(kThreads);
+  }
+  // The same without the signals of the last round. Whether there was one.
+  template <typename Push>
+  __device__ __forceinline__ bool PushRounds(int num_items, Push push) {
+    const auto first = static_cast<int>(blockIdx.x);
+    for (int base = 0; base + first < num_items; base += NumWarps()) {
+      if (base > 0) {
+        SendSignals(kThreads);
+        __syncthreads();
+      }
       const int item = base + FirstItem();
       Sent& sent = sent_[threadIdx.x / 32];
       if (item < num_items) {
@@ -152,18 +161,24 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
         SetRank(&sent.to, kNone);
       }
       __syncthreads();
-      for (int i = threadIdx.x; i < kWarps * (end_peer() - first_peer()); i += kThreads) {
-        const Sent& of_warp = sent_[i % kWarps];
-        const int peer = first_peer() + i / kWarps;
-        if (!of_warp.to.Has(peer)) continue;
-        const bool has_row = of_warp.has_row.Has(peer);
-        // Pairs with the acquire load in Wait, on the owner.
-        StoreReleaseSystem(SlotAt(peer, of_warp.offset).signals() + of_warp.part,
-                           SignalOf(frame_.op_hash, step(), has_row));
-        if (has_row && of_warp.part == 0) CountPushed(peer);
-      }
+    }
+    return first < num_items;
+  }
+  // By the first threads of a block.
+  __device__ __forceinline__ void SendSignals(int num_threads) {
+    for (int i = threadIdx.x; i < NumSignals(); i += num_threads) {
+      const Sent& of_warp = sent_[i % kWarps];
+      const int peer = first_peer() + i / kWarps;
+      if (!of_warp.to.Has(peer)) continue;
+      const bool has_row = of_warp.has_row.Has(peer);
+      // Pairs with the acquire load in Wait, on the owner.
+      StoreReleaseSystem(SlotAt(peer, of_warp.offset).signals() + of_warp.part,
+                         SignalOf(frame_.op_hash, step(), has_row));
+      if (has_row && of_warp.part == 0) CountPushed(peer);
     }
   }
+  // That a block sends at most in a round.
+  __device__ int NumSignals() const { return kWarps * (end_peer() - first_peer()); }
 
   // Push an entry that accompanies a row. Every op that does so pushes all of a slot, to all ranks.
   __device__ void PushEntry(int peer, int64_t slot_offset, int index, SlotEntry entry) const {

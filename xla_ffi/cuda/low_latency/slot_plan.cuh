@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/dispatch_plan.cuh"
+#include "cuda/memory_order.cuh"
 #include "cuda/op_frame.h"
 
 namespace jax_deepep {
@@ -31,12 +32,38 @@ inline int64_t SharedBytes(const GroupShape& shape, int groups, int num_slots) {
          words * groups * static_cast<int64_t>(sizeof(Marks));
 }
 
-// Once all marks are set.
+// The threads of a block that plan, in whole warps: those from `first` on.
+class Planners {
+ public:
+  __device__ explicit Planners(int first) : first_(first) {}
+
+  __device__ int count() const { return kThreads - first_; }
+  __device__ int index() const { return static_cast<int>(threadIdx.x) - first_; }
+  __device__ bool include_this() const { return index() >= 0; }
+
+  // Wait for each other.
+  __device__ void Sync() const { WaitAtBarrier(kOfPlanners, count()); }
+  // By all threads of the block. Those that do not plan wait for those that do.
+  __device__ void End() const {
+    if (include_this()) {
+      ArriveAtBarrier(kOfBlock, kThreads);
+    } else {
+      WaitAtBarrier(kOfBlock, kThreads);
+    }
+  }
+
+ private:
+  static constexpr int kOfPlanners = 1, kOfBlock = 2;  // 0 is __syncthreads
+
+  int first_;
+};
+
+// Once all marks are set. By the planners.
 template <typename Op>
-__device__ void PlanRows(const Op& dispatch, const SlotPlan& slots) {
+__device__ void PlanRows(const Op& dispatch, const SlotPlan& slots, const Planners& planners) {
   const int groups = dispatch.NumGroups(), own = dispatch.op.frame.rank * groups;
   const int words = (dispatch.NumSlots() + 31) / 32;
-  for (int i = threadIdx.x; i < groups; i += kThreads) {
+  for (int i = planners.index(); i < groups; i += planners.count()) {
     int32_t before = 0;
 #pragma unroll 8
     for (int word = 0; word < words; ++word) {
@@ -46,9 +73,9 @@ __device__ void PlanRows(const Op& dispatch, const SlotPlan& slots) {
     }
     slots.plan.kept[own + i] = before;
   }
-  __syncthreads();
+  planners.Sync();
   if (threadIdx.x / 32 == kWarps - 1) LayOutGroups(dispatch.op, slots.plan, dispatch.op.frame.rank);
-  __syncthreads();
+  planners.Sync();
 }
 
 // The row of the lane's entry, or kNone: dropped, or not `here`.

@@ -57,6 +57,7 @@ inline Packet LoadPacket(const Packet* address) {
   packet.value = __atomic_load_n(&address->value, __ATOMIC_RELAXED);
   return packet;
 }
+using cuda_on_cpu::ArriveAtBarrier, cuda_on_cpu::WaitAtBarrier;
 inline uint64_t SetBits(uint64_t* address, uint64_t bits) {
   return __atomic_fetch_or(address, bits, __ATOMIC_RELAXED);
 }
