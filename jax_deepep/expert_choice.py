@@ -10,12 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep import jax_compat
+from jax_deepep.communicator.native_types import CudaModule
 from jax_deepep.jax_compat import batching
 from jax_deepep.router_primitive import router_primitive
-
-# What the kernel takes (xla_ffi/router/expert_choice.h).
-MOST_EXPERTS = 1024
-MOST_GROUPS = 32
 
 
 def choose_experts(
@@ -75,8 +72,8 @@ def _plain(
     return lax.top_k(ranking, num_experts_per_tok)[1]
 
 
-def _kernel_takes(ranking: Any, group_ranking: Any, *, num_groups: int, **_: int) -> bool:
-    return ranking.shape[-1] <= MOST_EXPERTS and num_groups <= MOST_GROUPS
+def _kernel_takes(module: CudaModule, ranking: Any, _: Any, *, num_groups: int, **__: int) -> bool:
+    return ranking.shape[-1] <= module.most_ranked_experts and num_groups <= module.most_expert_groups
 
 
 def _batch(operands: Any, axes: Any, **integers: int) -> tuple[jax.Array, int]:

@@ -109,6 +109,11 @@ def platforms_of_lowering(ctx: Any) -> tuple[str, ...]:
     return tuple(ctx.platforms or ctx.module_context.platforms)
 
 
+def is_for_export(ctx: Any) -> bool:
+    """Return whether a primitive is lowered for `jax.export`."""
+    return bool(ctx.module_context.lowering_parameters.for_export)
+
+
 def index_in_program(ctx: Any, kind: str) -> int:
     """Return how many calls of a `kind` were lowered before this one in its program (an MLIR module)."""
     # The dictionary belongs to the module, whichever mesh axes are manual at the call.

@@ -26,21 +26,27 @@ def router_primitive(
         name: of the primitive and of the custom call, without "jax_deepep_".
         plain: (operands, integers by name) → the result.
         result: (types of the operands, the same integers) → the type of the result.
-        kernel_takes: (the same) → whether the kernel takes operands of these types. It gets the integers as
-            attributes.
+        kernel_takes: (the native module, and the same) → whether its kernel takes operands of these types. It
+            gets the integers as attributes.
         in_place: whether the kernel writes its result over the first operand.
     """
     primitive = Primitive(f"jax_deepep_{name}")
     lower_plain = mlir.lower_fun(plain, multiple_results=False)
 
     def lower_for_cuda(ctx: Any, *operands: Any, **integers: int) -> Any:
-        if not kernel_takes(*ctx.avals_in, **integers) or native_module.unsupported_reason("cuda"):
+        # What is exported also runs where this package is not loaded.
+        if jax_compat.is_for_export(ctx) or not has_kernel(*ctx.avals_in, **integers):
             return lower_plain(ctx, *operands, **integers)
         aliases = {0: 0} if in_place else None
         attributes = {key: np.int64(value) for key, value in integers.items()}
         return jax.ffi.ffi_lowering(primitive.name, operand_output_aliases=aliases)(
             ctx, *operands, **attributes
         )
+
+    def has_kernel(*types: Any, **integers: int) -> bool:
+        if native_module.unsupported_reason("cuda"):
+            return False
+        return kernel_takes(native_module.load("cuda"), *types, **integers)
 
     def batch(operands: Any, axes: Any, **integers: int) -> tuple[jax.Array, int]:
         return jax.vmap(partial(plain, **integers), in_axes=axes)(*operands), 0

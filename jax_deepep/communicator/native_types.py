@@ -146,6 +146,11 @@ class CpuModule(NativeModule, Protocol):
 class CudaModule(NativeModule, Protocol):
     """The module for GPUs."""
 
+    # What kernels of the router take.
+    most_ranked_experts: int
+    most_expert_groups: int
+    most_shared_entries: int
+
     def unsupported_reason(
         self,
         num_ranks: int,

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_deepep import jax_compat
+from jax_deepep.communicator.native_types import CudaModule
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.ops.checks import vary_together
 from jax_deepep.router_primitive import router_primitive
 
 LEAST_SHARE = 8  # rows
-MOST_SHARED_ENTRIES = 80 << 10  # that the kernel takes (xla_ffi/router/fair_share.h)
 
 
 def omit_excess(
@@ -114,8 +114,8 @@ def _type(topk_idx: Any, *_: Any, **__: int) -> Any:
     return jax_compat.array_like(topk_idx, topk_idx.shape, topk_idx.dtype)
 
 
-def _kernel_takes(topk_idx: Any, *_: Any, **__: int) -> bool:
-    return topk_idx.size <= MOST_SHARED_ENTRIES
+def _kernel_takes(module: CudaModule, topk_idx: Any, *_: Any, **__: int) -> bool:
+    return topk_idx.size <= module.most_shared_entries
 
 
 _shares_p = router_primitive("fair_share", _plain, _type, kernel_takes=_kernel_takes, in_place=True)

@@ -169,6 +169,13 @@ def test_the_choice_of_experts_is_one_kernel(experts: int) -> None:
     assert text.count("chlo.top_k") == (0 if by_kernel else 3)
 
 
+def test_what_is_exported_needs_no_kernel_of_the_router() -> None:
+    choice = jax.jit(lambda logits: ep.group_limited_topk(logits, num_experts_per_tok=2))
+    logits = jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    exported = jax.export.export(choice, platforms=["cpu", "cuda"])(logits)
+    assert "custom_call @jax_deepep" not in exported.mlir_module()
+
+
 ONE_BATCH = [
     "dispatch | 3 shared", "3 experts", "combine",
     "cached_dispatch | 6 shared", "4 experts", "combine | 2 experts",

@@ -89,19 +89,29 @@ struct ChannelState {
   JAX_DEEPEP_HOST_DEVICE uint64_t mark() const { return word & kMark; }
 };
 
+// How many sets of k of n bits there are.
+struct Binomials {
+  static constexpr int kBits = ChannelState::kMarkBits, kOnes = kBits / 2;
+  uint32_t ways[kBits + 1][kOnes + 1] = {};
+
+  constexpr Binomials() {
+    for (int n = 0; n <= kBits; ++n) {
+      ways[n][0] = 1;
+      for (int k = 1; k <= kOnes && n > 0; ++k) ways[n][k] = ways[n - 1][k - 1] + ways[n - 1][k];
+    }
+  }
+};
+inline constexpr Binomials kBinomials;
+
 // The mark of a launch. There are 184,756: 20 over 10.
 inline uint64_t MarkOf(uint64_t launch) {
-  const auto choose = [](uint64_t n, uint64_t k) {
-    uint64_t ways = 1;
-    for (uint64_t i = 1; i <= k; ++i) ways = ways * (n - k + i) / i;
-    return n < k ? 0 : ways;
-  };
-  uint64_t mark = 0, ones = ChannelState::kMarkBits / 2;
-  uint64_t index = launch % choose(ChannelState::kMarkBits, ones);  // in ascending order
-  for (uint64_t bit = ChannelState::kMarkBits; bit-- > 0 && ones > 0;) {
-    const uint64_t below = choose(bit, ones);  // have it clear
-    if (index < below) continue;
-    index -= below;
+  uint64_t mark = 0;
+  int ones = Binomials::kOnes;
+  uint64_t index = launch % kBinomials.ways[Binomials::kBits][ones];  // in ascending order
+  for (int bit = Binomials::kBits - 1; ones > 0; --bit) {
+    const uint32_t have_it_clear = kBinomials.ways[bit][ones];
+    if (index < have_it_clear) continue;
+    index -= have_it_clear;
     mark |= uint64_t{1} << bit;
     --ones;
   }

@@ -97,7 +97,7 @@ class Block {
     struct alignas(16) Four {
       T values[4];
     };
-    if (first + kPerThread <= op_.num_entries) {
+    if (first + kPerThread <= op_.num_entries && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
 #pragma unroll
       for (int i = 0; i < kPerThread; i += 4) {
         const Four four = *reinterpret_cast<const Four*>(from + first + i);
