@@ -182,7 +182,7 @@ class Stopwatch:
 
         def timed(token: jax.Array, *operands: jax.Array) -> tuple[jax.Array, jax.Array]:
             begin = clock.now(self._all_arrived(token))
-            # 0, as clocks count from the start of the machine: but XLA does not know.
+            # 0: nanoseconds take fewer than 63 bits. But XLA does not know.
             after = (begin[1] >> jnp.uint32(31)).astype(jnp.int32)
             return begin[None], clock.now(case.run(after, *operands))[None]
 
