@@ -48,7 +48,7 @@ def choose_experts(
 
 
 def _type(ranking: Any, group_ranking: Any, *, num_experts_per_tok: int, **_: int) -> Any:
-    return jax_compat.array_like(ranking, (*ranking.shape[:-1], num_experts_per_tok), jnp.int32)
+    return jax_compat.with_last_axis(ranking, num_experts_per_tok, jnp.int32)
 
 
 def _plain(
@@ -72,8 +72,9 @@ def _plain(
     return lax.top_k(ranking, num_experts_per_tok)[1]
 
 
-def _kernel_takes(module: CudaModule, ranking: Any, _: Any, *, num_groups: int, **__: int) -> bool:
-    return ranking.shape[-1] <= module.most_ranked_experts and num_groups <= module.most_expert_groups
+def _kernel_takes(module: CudaModule, ranking: Any, *_: Any, num_groups: int, **__: int) -> bool:
+    most_experts, most_groups, _most_entries = module.router_limits()
+    return ranking.shape[-1] <= most_experts and num_groups <= most_groups
 
 
 def _batch(operands: Any, axes: Any, **integers: int) -> tuple[jax.Array, int]:

@@ -114,6 +114,15 @@ def is_for_export(ctx: Any) -> bool:
     return bool(ctx.module_context.lowering_parameters.for_export)
 
 
+def is_partitioned(ctx: Any) -> bool:
+    """Return whether XLA may divide what a primitive is lowered to among devices, and knows all of it."""
+    context = ctx.module_context.axis_context
+    mesh = getattr(context, "mesh", None)
+    if mesh is None:
+        return getattr(context, "num_devices", 1) > 1
+    return any(mesh.shape[axis] > 1 for axis in mesh.axis_names if axis not in context.manual_axes)
+
+
 def index_in_program(ctx: Any, kind: str) -> int:
     """Return how many calls of a `kind` were lowered before this one in its program (an MLIR module)."""
     # The dictionary belongs to the module, whichever mesh axes are manual at the call.
@@ -154,6 +163,13 @@ def array_like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedA
     """Return the type of an array that varies over the mesh like `aval`."""
     sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
     dtype = jax.numpy.dtype(dtype)
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def with_last_axis(aval: ShapedArray, size: int, dtype: Any) -> ShapedArray:
+    """Return the type of an array with another last axis, sharded and varying over the mesh like `aval`."""
+    sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*aval.sharding.spec[:-1], None))
+    shape, dtype = (*aval.shape[:-1], size), jax.numpy.dtype(dtype)
     return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 

@@ -34,8 +34,9 @@ def router_primitive(
     lower_plain = mlir.lower_fun(plain, multiple_results=False)
 
     def lower_for_cuda(ctx: Any, *operands: Any, **integers: int) -> Any:
-        # What is exported also runs where this package is not loaded.
-        if jax_compat.is_for_export(ctx) or not has_kernel(*ctx.avals_in, **integers):
+        # What is exported also runs where this package is not loaded. XLA cannot divide a custom call.
+        is_plain = jax_compat.is_for_export(ctx) or jax_compat.is_partitioned(ctx)
+        if is_plain or not has_kernel(*ctx.avals_in, **integers):
             return lower_plain(ctx, *operands, **integers)
         aliases = {0: 0} if in_place else None
         attributes = {key: np.int64(value) for key, value in integers.items()}

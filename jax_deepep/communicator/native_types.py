@@ -146,10 +146,8 @@ class CpuModule(NativeModule, Protocol):
 class CudaModule(NativeModule, Protocol):
     """The module for GPUs."""
 
-    # What kernels of the router take.
-    most_ranked_experts: int
-    most_expert_groups: int
-    most_shared_entries: int
+    def router_limits(self) -> tuple[int, int, int]:
+        """Return how many experts, groups of experts and entries of shares the router's kernels take."""
 
     def unsupported_reason(
         self,

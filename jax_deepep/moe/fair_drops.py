@@ -73,6 +73,8 @@ def keep_shares(topk_idx: jax.Array, topk_weights: jax.Array, rank: jax.Array, *
         integers: num_groups, of experts_per_group experts each; share of a group, at least 1, and one more if
             (group + rank) % num_ranks < rest.
     """
+    if topk_idx.size == 0:
+        return topk_idx
     operands = vary_together(frozenset(), topk_idx, topk_weights, rank)
     return _shares_p.bind(*map(lax.stop_gradient, operands), **integers)
 
@@ -115,7 +117,7 @@ def _type(topk_idx: Any, *_: Any, **__: int) -> Any:
 
 
 def _kernel_takes(module: CudaModule, topk_idx: Any, *_: Any, **__: int) -> bool:
-    return topk_idx.size <= module.most_shared_entries
+    return topk_idx.size <= module.router_limits()[2]
 
 
 _shares_p = router_primitive("fair_share", _plain, _type, kernel_takes=_kernel_takes, in_place=True)

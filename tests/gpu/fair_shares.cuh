@@ -58,6 +58,7 @@ void CheckFairShare(FairShare op, int num_weights, bool skewed) {
 }
 
 void CheckFairShares() {
+  Check(LoadFairShare(SharedBytesOfEntries(kMostSharedEntries)) == nullptr, "router: loaded");
   FairShare op{};
   op.experts_per_group = 4;
   op.num_ranks = 3;
@@ -66,8 +67,8 @@ void CheckFairShares() {
     for (const int num_groups : {1, 2, 8}) {
       op.num_entries = num_entries;
       op.num_groups = num_groups;
-      for (const int share : {0, num_entries / num_groups / 2, num_entries / num_groups}) {
-        op.share = share;
+      for (const int share : {1, num_entries / num_groups / 2, num_entries / num_groups}) {
+        op.share = std::max(share, 1);
         for (const bool skewed : {false, true}) CheckFairShare(op, skewed ? 3 : 0, skewed);
       }
     }

@@ -1,12 +1,13 @@
 """Programs for GPUs are lowered on a machine without one: JAX accepts custom calls and Pallas kernels."""
 
+import functools
 import re
 from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_named
 from own_processes import is_a_command_for_one_process
@@ -146,6 +147,7 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     assert calls["jax_deepep_dispatch"] == 1
     assert calls["jax_deepep_cached_dispatch"] == 1
     assert calls["jax_deepep_combine"] == 3  # the gradient of dispatch is in two parts
+    assert calls["jax_deepep_expert_choice"] == (0 if native_module.unsupported_reason("cuda") else 1)
     # Three products forward; of each, the gradients of rows and of matrices. With mosaic the first two are
     # one kernel, as are their gradients of rows. Some are on either side of a start: JAX 0.10 leaves it to
     # XLA to remove those that nothing uses.
@@ -167,6 +169,19 @@ def test_the_choice_of_experts_is_one_kernel(experts: int) -> None:
     by_kernel = experts <= 1024 and not native_module.unsupported_reason("cuda")
     assert calls == ({"jax_deepep_expert_choice": 1} if by_kernel else {})
     assert text.count("chlo.top_k") == (0 if by_kernel else 3)
+
+
+def test_a_choice_that_xla_divides_among_devices_is_plain() -> None:
+    """It keeps its sharding, where that is part of the type too."""
+    mesh = mesh_named("expert", AxisType.Explicit)
+    choice = functools.partial(ep.group_limited_topk, num_experts_per_tok=2)
+    logits = jax.ShapeDtypeStruct((2 * mesh.size, 8), jnp.float32, sharding=jax.NamedSharding(mesh, EXPERT))
+    with jax.set_mesh(mesh):
+        calls, text = calls_of(choice, logits)
+        topk_idx, topk_weights = jax.eval_shape(choice, logits)
+    assert not calls
+    assert text.count("chlo.top_k") == 1
+    assert topk_idx.sharding.spec == topk_weights.sharding.spec == P("expert", None)
 
 
 def test_what_is_exported_needs_no_kernel_of_the_router() -> None:

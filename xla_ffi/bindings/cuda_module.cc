@@ -20,9 +20,8 @@
 #include "cuda/remote_library.h"
 #include "handlers/call_site.h"
 #include "handlers/registry.h"
-#include "router/expert_choice.h"
-#include "router/fair_share.h"
 #include "router/router_handlers.h"
+#include "router/router_kernels.h"
 #include "source_digest.h"
 #include "transport/cuda_driver.h"
 
@@ -164,9 +163,10 @@ NB_MODULE(_cuda, module) {
   DefineNumbers(module);
   module.def("state_types", &StateTypes);
   module.def("targets", &AllTargets);
-  module.attr("most_ranked_experts") = kMostRankedExperts;
-  module.attr("most_expert_groups") = kMostExpertGroups;
-  module.attr("most_shared_entries") = kMostSharedEntries;
+  module.def("router_limits", [] {
+    const RouterLimits limits = RouterLimitsHere();
+    return std::tuple(limits.most_experts, limits.most_groups, limits.most_entries);
+  });
   module.attr("launch_op") = Capsule(OpLauncher{&LaunchOp});
   module.def("unsupported_reason", &UnsupportedReason, nb::arg("num_ranks"), nb::arg("num_experts"),
              nb::arg("num_topk"), nb::arg("max_tokens"), nb::arg("device"), nb::arg("limit_bytes"),

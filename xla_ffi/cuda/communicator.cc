@@ -10,6 +10,7 @@
 #include "cuda/failure_watch.h"
 #include "cuda/rank_kernels.h"
 #include "interface/error_text.h"
+#include "router/router_kernels.h"
 #include "transport/cuda_driver.h"
 
 namespace jax_deepep {
@@ -131,6 +132,7 @@ void CudaCommunicator::Start(const std::vector<int>& ranks_per_gpu,
     frame.pool[frame.rank] = rank->facts.pool;
   }
   Load(LoadRankKernels);
+  Load([](int /*max_shared_bytes*/) { return EnsureRouterKernels(); });
   if (has_several_nodes()) Load(remote_.load);
   for (const KernelSet* kernels : KernelsFor(shape(), window_)) Load(Kernels(kernels->mode).load);
   TestPeers();

@@ -74,7 +74,7 @@ static_assert(Publication::kWords <= 32);
 //
 // A mark has ten of twenty bits. The blocks of an op set them, and look what was there: if another
 // op is running, more than ten are set from then on, and no later block of either takes the rank
-// for its own.
+// for its own, until the last block of one of them ends. The rank aborts in any case.
 struct ChannelState {
   static constexpr int kMarkBits = 20;
   static constexpr uint64_t kMark = (uint64_t{1} << kMarkBits) - 1;

@@ -1,5 +1,5 @@
 // Inline PTX, except bulk copies through shared memory: loads, stores and fences that order memory
-// between GPUs, loads with cache hints, and the clock that bounds waits.
+// between GPUs, barriers of some warps, loads with cache hints, and the clock that bounds waits.
 #ifndef JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 #define JAX_DEEPEP_CUDA_MEMORY_ORDER_CUH_
 
@@ -53,10 +53,6 @@ __device__ __forceinline__ uint64_t AddAcquireRelease(uint64_t* address, uint64_
                : "l"(address), "l"(value)
                : "memory");
   return old;
-}
-
-__device__ __forceinline__ void StoreReleaseDevice(uint64_t* address, uint64_t value) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
 // Between the warps of a block, in shared memory.

@@ -134,7 +134,18 @@ const char* Launch(ExpertChoice op, cudaStream_t stream) {
                                  kWarps * kWarpLanes, 0, stream);
 }
 
+template <int kValues>
+const char* Load() {
+  const char* error = LoadKernel(ExpertChoiceKernel<kValues>, 0);
+  if constexpr (kValues * kWarpLanes < kMostRankedExperts) {
+    if (error == nullptr) return Load<2 * kValues>();
+  }
+  return error;
+}
+
 }  // namespace
+
+const char* LoadExpertChoice() { return Load<1>(); }
 
 const char* LaunchExpertChoice(const ExpertChoice& choice, cudaStream_t stream) {
   if (choice.num_tokens == 0) return nullptr;

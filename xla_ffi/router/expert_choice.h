@@ -26,7 +26,8 @@ struct ExpertChoice {
   int32_t best_of_group;  // 1 or 2
 };
 
-// Returns null, or what went wrong.
+// These return null, or what went wrong.
+const char* LoadExpertChoice();
 const char* LaunchExpertChoice(const ExpertChoice& choice, cudaStream_t stream);
 
 }  // namespace jax_deepep

@@ -148,6 +148,7 @@ class Block {
 __global__ void __launch_bounds__(kThreads, 1)
     FairShareKernel(const __grid_constant__ FairShare op) {
   static_assert(kWarps == kWarpLanes, "a lane for the sum of each warp");
+  static_assert(kPerThread == 8 && kWarps * sizeof(int) <= kFairShareStaticBytes);
   extern __shared__ __align__(16) char memory[];
   __shared__ int sums[kWarps];
   Block block(op, reinterpret_cast<Codes*>(memory), sums);
@@ -165,15 +166,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 }  // namespace
 
+const char* LoadFairShare(int shared_bytes) { return LoadKernel(FairShareKernel, shared_bytes); }
+
 const char* LaunchFairShare(const FairShare& op, cudaStream_t stream) {
   if (op.num_entries == 0) return nullptr;
-  const int loads = (op.num_entries + kPerThread - 1) / kPerThread;
-  const int shared_bytes = loads * kPerThread * static_cast<int>(sizeof(uint16_t));
   FairShare copy = op;
-  const char* error = LoadKernel(FairShareKernel, shared_bytes);
-  if (error != nullptr) return error;
-  return LaunchIndependentBlocks(FairShareKernel, copy, op.num_groups, kThreads, shared_bytes,
-                                 stream);
+  return LaunchIndependentBlocks(FairShareKernel, copy, op.num_groups, kThreads,
+                                 SharedBytesOfEntries(op.num_entries), stream);
 }
 
 }  // namespace jax_deepep

@@ -9,8 +9,11 @@
 
 namespace jax_deepep {
 
-// Two bytes each in the shared memory of a block, of SM80 too.
+// A block has a code of 16 bits of each entry in shared memory, eight of which are one load.
 inline constexpr int kMostSharedEntries = 80 << 10;
+inline constexpr int kFairShareStaticBytes = 128;  // of the block besides
+constexpr int SharedBytesOfEntries(int entries) { return (entries + 7) / 8 * 16; }
+constexpr int EntriesOfSharedBytes(int bytes) { return bytes / 16 * 8; }
 
 // Each group of experts_per_group consecutive experts keeps its share of entries, those of the
 // highest weights, of which 16 bits are compared, the lower index first; the others become -1.
@@ -20,15 +23,16 @@ struct FairShare {
   int32_t* topk_idx;     // [num_entries]
   const float* weights;  // [num_entries]
   const int32_t* rank;
-  int32_t num_entries;  // at most kMostSharedEntries
+  int32_t num_entries;  // at most what LoadFairShare was called for
   int32_t num_groups;
   int32_t experts_per_group;
-  int32_t share;
+  int32_t share;  // at least 1
   int32_t rest;
   int32_t num_ranks;
 };
 
-// Returns null, or what went wrong.
+// These return null, or what went wrong. Load: for entries in up to so many bytes.
+const char* LoadFairShare(int shared_bytes);
 const char* LaunchFairShare(const FairShare& op, cudaStream_t stream);
 
 }  // namespace jax_deepep

@@ -7,17 +7,26 @@
 #include "handlers/platform.h"
 #include "router/expert_choice.h"
 #include "router/fair_share.h"
+#include "router/router_kernels.h"
 
 namespace jax_deepep {
 namespace {
 
-ffi::Error Wrong(const std::string& what) {
-  return ffi::Error::InvalidArgument("jax_deepep router: " + what);
-}
-
 ffi::Error ResultOf(const char* error) {
   if (error == nullptr) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("jax_deepep router: ") + error);
+}
+
+ffi::Error Expected(const std::string& what) {
+  return ffi::Error::InvalidArgument("jax_deepep router: expected " + what);
+}
+
+// Whether a value is in [least, most]; otherwise says so.
+bool IsWithin(const char* name, int64_t value, int64_t least, int64_t most, std::string* wrong) {
+  if (value >= least && value <= most) return true;
+  *wrong = std::string(name) + " from " + std::to_string(least) + " to " + std::to_string(most) +
+           ", got " + std::to_string(value);
+  return false;
 }
 
 ffi::Error ChooseExperts(cudaStream_t stream, ffi::Buffer<ffi::F32> ranking,
@@ -25,21 +34,24 @@ ffi::Error ChooseExperts(cudaStream_t stream, ffi::Buffer<ffi::F32> ranking,
                          int64_t num_experts_per_tok, int64_t num_groups, int64_t topk_groups,
                          int64_t best_of_group) {
   const auto operand = ranking.dimensions(), other = group_ranking.dimensions();
-  if (operand.size() == 0 || num_experts_per_tok < 1 ||
+  if (operand.size() == 0 ||
       !std::equal(operand.begin(), operand.end(), other.begin(), other.end())) {
-    return Wrong("expected ranking and group_ranking of one shape [..., E]");
+    return Expected("ranking and group_ranking of one shape [..., E]");
   }
   const int64_t num_experts = operand.back();
-  const auto num_tokens = static_cast<int64_t>(topk_idx->element_count()) / num_experts_per_tok;
-  if (num_tokens * num_experts != static_cast<int64_t>(ranking.element_count())) {
-    return Wrong("expected a result of num_experts_per_tok experts for each token");
+  std::string wrong;
+  if (!IsWithin("num_experts", num_experts, 1, kMostRankedExperts, &wrong) ||
+      !IsWithin("num_groups", num_groups, 1, kMostExpertGroups, &wrong) ||
+      !IsWithin("topk_groups", topk_groups, 1, num_groups, &wrong) ||
+      !IsWithin("best_of_group", best_of_group, 1, 2, &wrong) ||
+      !IsWithin("num_experts_per_tok", num_experts_per_tok, 1,
+                num_experts / num_groups * topk_groups, &wrong)) {
+    return Expected(wrong);
   }
-  if (num_experts > kMostRankedExperts || num_groups < 1 || num_groups > kMostExpertGroups ||
-      num_experts % num_groups != 0 || topk_groups < 1 || topk_groups > num_groups ||
-      num_experts_per_tok > num_experts / num_groups * topk_groups || best_of_group < 1 ||
-      best_of_group > 2) {
-    return Wrong("expected at most " + std::to_string(kMostRankedExperts) + " experts in at most " +
-                 std::to_string(kMostExpertGroups) + " groups, and as many as are chosen");
+  const auto num_tokens = static_cast<int64_t>(topk_idx->element_count()) / num_experts_per_tok;
+  if (num_experts % num_groups != 0 ||
+      num_tokens * num_experts != static_cast<int64_t>(ranking.element_count())) {
+    return Expected("groups of one size, and num_experts_per_tok results for each token");
   }
   ExpertChoice choice;
   choice.ranking = ranking.typed_data();
@@ -51,7 +63,8 @@ ffi::Error ChooseExperts(cudaStream_t stream, ffi::Buffer<ffi::F32> ranking,
   choice.num_groups = static_cast<int32_t>(num_groups);
   choice.topk_groups = static_cast<int32_t>(topk_groups);
   choice.best_of_group = static_cast<int32_t>(best_of_group);
-  return ResultOf(LaunchExpertChoice(choice, stream));
+  const char* error = EnsureRouterKernels();
+  return ResultOf(error != nullptr ? error : LaunchExpertChoice(choice, stream));
 }
 
 ffi::Error KeepShares(cudaStream_t stream, ffi::Buffer<ffi::S32> topk_idx,
@@ -61,11 +74,17 @@ ffi::Error KeepShares(cudaStream_t stream, ffi::Buffer<ffi::S32> topk_idx,
   const size_t count = topk_idx.element_count();
   if (weights.element_count() != count || kept->element_count() != count ||
       rank.element_count() != 1 || kept->typed_data() != topk_idx.typed_data()) {
-    return Wrong("expected topk_idx and topk_weights of one shape, a rank, and a result in place");
+    return Expected("topk_idx and topk_weights of one shape, a rank, and a result in place");
   }
-  if (count > kMostSharedEntries || num_groups < 1 || experts_per_group < 1 || share < 0 ||
-      share > INT32_MAX - 1 || rest < 0 || num_ranks < 1) {
-    return Wrong("expected at most " + std::to_string(kMostSharedEntries) + " entries, and shares");
+  constexpr int64_t kMost = INT32_MAX;
+  std::string wrong;
+  if (!IsWithin("entries", static_cast<int64_t>(count), 0, kMostSharedEntries, &wrong) ||
+      !IsWithin("num_groups", num_groups, 1, kMost, &wrong) ||
+      !IsWithin("experts_per_group", experts_per_group, 1, kMost, &wrong) ||
+      !IsWithin("share", share, 1, kMost - 1, &wrong) ||
+      !IsWithin("num_ranks", num_ranks, 1, kMost, &wrong) ||
+      !IsWithin("rest", rest, 0, num_ranks - 1, &wrong)) {
+    return Expected(wrong);
   }
   FairShare op;
   op.topk_idx = kept->typed_data();
@@ -77,7 +96,8 @@ ffi::Error KeepShares(cudaStream_t stream, ffi::Buffer<ffi::S32> topk_idx,
   op.share = static_cast<int32_t>(share);
   op.rest = static_cast<int32_t>(rest);
   op.num_ranks = static_cast<int32_t>(num_ranks);
-  return ResultOf(LaunchFairShare(op, stream));
+  const char* error = EnsureRouterKernels();
+  return ResultOf(error != nullptr ? error : LaunchFairShare(op, stream));
 }
 
 }  // namespace

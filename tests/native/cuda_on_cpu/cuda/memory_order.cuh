@@ -25,9 +25,6 @@ inline void StoreReleaseSystem(uint64_t* address, uint64_t value) {
 inline void StoreReleaseDevice(uint32_t* address, uint32_t value) {
   __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
-inline void StoreReleaseDevice(uint64_t* address, uint64_t value) {
-  __atomic_store_n(address, value, __ATOMIC_RELEASE);
-}
 inline uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
