@@ -11,40 +11,22 @@ from jax import lax
 
 from jax_deepep import jax_compat
 from jax_deepep.communicator.native_types import CudaModule
-from jax_deepep.jax_compat import batching
 from jax_deepep.router_primitive import router_primitive
 
 
-def choose_experts(
-    ranking: jax.Array,
-    group_ranking: jax.Array,
-    *,
-    num_experts_per_tok: int,
-    num_groups: int,
-    topk_groups: int,
-    best_of_group: int,
-) -> jax.Array:
+def choose_experts(ranking: jax.Array, group_ranking: jax.Array, **integers: int) -> jax.Array:
     """Return the K experts that rank highest among those of the best groups; ties go to the lower index.
 
     Args:
         ranking: float32 [..., E], without NaN, −0 and −inf. It gets no gradient.
-        group_ranking: likewise: a group is as good as the sum of its `best_of_group` best values in it.
-        num_experts_per_tok: K, at most the experts of `topk_groups` groups.
-        num_groups: groups of E / num_groups experts each.
-        topk_groups: groups that a token's experts may come from.
-        best_of_group: 1 or 2.
+        group_ranking: likewise: a group is as good as the sum of its best values in it.
+        integers: num_experts_per_tok, K; num_groups, of E / num_groups experts each; topk_groups, of which a
+            token's experts come, with at least K; best_of_group, how many values are summed, 1 or 2.
 
     Returns:
         int32 [..., K], highest first: the same on every platform.
     """
-    return _choice_p.bind(
-        lax.stop_gradient(ranking),
-        lax.stop_gradient(group_ranking),
-        num_experts_per_tok=num_experts_per_tok,
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        best_of_group=best_of_group,
-    )
+    return _choose(ranking, group_ranking, **integers)
 
 
 def _type(ranking: Any, group_ranking: Any, *, num_experts_per_tok: int, **_: int) -> Any:
@@ -77,14 +59,4 @@ def _kernel_takes(module: CudaModule, ranking: Any, *_: Any, num_groups: int, **
     return ranking.shape[-1] <= most_experts and num_groups <= most_groups
 
 
-def _batch(operands: Any, axes: Any, **integers: int) -> tuple[jax.Array, int]:
-    [batch] = {value.shape[axis] for value, axis in zip(operands, axes, strict=True) if axis is not None}
-    moved = [
-        jnp.broadcast_to(value, (batch, *value.shape)) if axis is None else jnp.moveaxis(value, axis, 0)
-        for value, axis in zip(operands, axes, strict=True)
-    ]
-    return _choice_p.bind(*moved, **integers), 0
-
-
-_choice_p = router_primitive("expert_choice", _plain, _type, kernel_takes=_kernel_takes)
-batching.primitive_batchers[_choice_p] = _batch  # a leading axis more
+_choose = router_primitive("expert_choice", _plain, _type, kernel_takes=_kernel_takes, leading_axes=True)

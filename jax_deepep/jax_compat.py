@@ -115,7 +115,7 @@ def is_for_export(ctx: Any) -> bool:
 
 
 def is_partitioned(ctx: Any) -> bool:
-    """Return whether XLA may divide what a primitive is lowered to among devices, and knows all of it."""
+    """Return whether XLA may divide what a primitive is lowered to among devices."""
     context = ctx.module_context.axis_context
     mesh = getattr(context, "mesh", None)
     if mesh is None:
@@ -161,16 +161,17 @@ def as_varying(value: Any, axes: frozenset[str]) -> Any:
 
 def array_like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any) -> ShapedArray:
     """Return the type of an array that varies over the mesh like `aval`."""
-    sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*(None for _ in shape)))
-    dtype = jax.numpy.dtype(dtype)
-    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+    return _like(aval, shape, dtype, (None,) * len(shape))
 
 
 def with_last_axis(aval: ShapedArray, size: int, dtype: Any) -> ShapedArray:
     """Return the type of an array with another last axis, sharded and varying over the mesh like `aval`."""
-    sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*aval.sharding.spec[:-1], None))
-    shape, dtype = (*aval.shape[:-1], size), jax.numpy.dtype(dtype)
-    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+    return _like(aval, (*aval.shape[:-1], size), dtype, (*aval.sharding.spec[:-1], None))
+
+
+def _like(aval: ShapedArray, shape: tuple[int, ...], dtype: Any, spec: tuple[Any, ...]) -> ShapedArray:
+    sharding = aval.sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    return aval.update(shape=shape, dtype=jax.numpy.dtype(dtype), weak_type=False, sharding=sharding)
 
 
 def shape_like(value: jax.Array, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

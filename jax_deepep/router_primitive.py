@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jax_deepep import jax_compat
 from jax_deepep.communicator import native_module
@@ -19,8 +21,9 @@ def router_primitive(
     *,
     kernel_takes: Callable[..., bool],
     in_place: bool = False,
-) -> Primitive:
-    """Return a primitive of one result, which no gradient passes through.
+    leading_axes: bool = False,
+) -> Callable[..., jax.Array]:
+    """Return a function (operands, integers by name) → one result, which no gradient passes through.
 
     Args:
         name: of the primitive and of the custom call, without "jax_deepep_".
@@ -29,6 +32,8 @@ def router_primitive(
         kernel_takes: (the native module, and the same) → whether its kernel takes operands of these types. It
             gets the integers as attributes.
         in_place: whether the kernel writes its result over the first operand.
+        leading_axes: whether it takes more leading axes, the same of all operands; otherwise `jax.vmap` makes
+            the plain form of it.
     """
     primitive = Primitive(f"jax_deepep_{name}")
     lower_plain = mlir.lower_fun(plain, multiple_results=False)
@@ -50,11 +55,24 @@ def router_primitive(
         return kernel_takes(native_module.load("cuda"), *types, **integers)
 
     def batch(operands: Any, axes: Any, **integers: int) -> tuple[jax.Array, int]:
-        return jax.vmap(partial(plain, **integers), in_axes=axes)(*operands), 0
+        if not leading_axes:
+            return jax.vmap(partial(plain, **integers), in_axes=axes)(*operands), 0
+        pairs = list(zip(operands, axes, strict=True))
+        [size] = {value.shape[axis] for value, axis in pairs if axis is not None}
+        moved = [
+            jnp.broadcast_to(value, (size, *value.shape)) if axis is None else jnp.moveaxis(value, axis, 0)
+            for value, axis in pairs
+        ]
+        return primitive.bind(*moved, **integers), 0
 
     primitive.def_impl(partial(jax_compat.apply_primitive, primitive))
     primitive.def_abstract_eval(result)
     mlir.register_lowering(primitive, lower_plain)
     mlir.register_lowering(primitive, lower_for_cuda, platform="cuda")
     batching.primitive_batchers[primitive] = batch
-    return primitive
+
+    def call(*operands: jax.Array, **integers: int) -> jax.Array:
+        out: jax.Array = primitive.bind(*map(lax.stop_gradient, operands), **integers)
+        return out
+
+    return call

@@ -223,11 +223,8 @@ def _chain_result(
     baselines: dict[str, Spread],
 ) -> Result:
     lengths = options.chain or ([8, 48] if stopwatch.on_gpus else [1, 3])
-    timers = {
-        str(length): (stopwatch.on_device(case) if stopwatch.on_gpus else stopwatch.host(case, flushed=False))
-        for length in lengths
-        for case in [chain(ops.shape, inputs, length, wire)]
-    }
+    timer = stopwatch.on_device if stopwatch.on_gpus else partial(stopwatch.host, flushed=False)
+    timers = {str(length): timer(chain(ops.shape, inputs, length, wire)) for length in lengths}
     programs = interleaved(timers, options.trials, options.limit_s)
     per_pair = Spread.of(slopes(lengths, list(programs.values())))
     values = {

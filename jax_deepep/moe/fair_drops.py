@@ -75,8 +75,7 @@ def keep_shares(topk_idx: jax.Array, topk_weights: jax.Array, rank: jax.Array, *
     """
     if topk_idx.size == 0:
         return topk_idx
-    operands = vary_together(frozenset(), topk_idx, topk_weights, rank)
-    return _shares_p.bind(*map(lax.stop_gradient, operands), **integers)
+    return _keep(*vary_together(frozenset(), topk_idx, topk_weights, rank), **integers)
 
 
 def _plain(
@@ -120,4 +119,4 @@ def _kernel_takes(module: CudaModule, topk_idx: Any, *_: Any, **__: int) -> bool
     return topk_idx.size <= module.router_limits()[2]
 
 
-_shares_p = router_primitive("fair_share", _plain, _type, kernel_takes=_kernel_takes, in_place=True)
+_keep = router_primitive("fair_share", _plain, _type, kernel_takes=_kernel_takes, in_place=True)

@@ -55,15 +55,5 @@ def test_many_steps_with_random_delays(program: pathlib.Path) -> None:
 def test_compute_sanitizer_finds_nothing(program: pathlib.Path, tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     assert pathlib.Path(sanitizer).exists(), "needs compute-sanitizer: put a CUDA toolkit on PATH"
-    run(
-        sanitizer,
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "1",
-        str(program),
-        "short",
-        "short-nodes",
-        "chunks",
-        "router",
-    )
+    words = ("short", "short-nodes", "chunks", "router")
+    run(sanitizer, "--tool", tool, "--error-exitcode", "1", str(program), *words)
