@@ -46,13 +46,9 @@ __device__ __forceinline__ uint32_t AddAcquireRelease(uint32_t* address, uint32_
   return old;
 }
 
-__device__ __forceinline__ uint64_t AddAcquireRelease(uint64_t* address, uint64_t value) {
-  uint64_t old;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
-               : "=l"(old)
-               : "l"(address), "l"(value)
-               : "memory");
-  return old;
+// Without waiting for what it is ordered after.
+__device__ __forceinline__ void AddRelease(uint32_t* address, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 // Between the warps of a block, in shared memory.
@@ -85,7 +81,11 @@ __device__ __forceinline__ void ArriveAtBarrier(int number, int num_threads) {
   asm volatile("barrier.arrive %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
 }
 
-// Returns the old value. Without an order of memory.
+// These return the old value. Without an order of memory.
+__device__ __forceinline__ uint64_t Add(uint64_t* address, uint64_t value) {
+  return atomicAdd(reinterpret_cast<unsigned long long*>(address),
+                   static_cast<unsigned long long>(value));
+}
 __device__ __forceinline__ uint64_t SetBits(uint64_t* address, uint64_t bits) {
   return atomicOr(reinterpret_cast<unsigned long long*>(address),
                   static_cast<unsigned long long>(bits));

@@ -131,7 +131,7 @@ class RankOpOf {
   __device__ int num_ranks() const { return frame_.shape.num_ranks; }
 
   __device__ static void AddTo(uint64_t* total, int32_t count) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(count));
+    Add(total, static_cast<uint64_t>(count));
   }
 
   // By a block: put to a node how many rows this rank has put there in total, then the flag.

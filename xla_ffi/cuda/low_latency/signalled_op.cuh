@@ -286,34 +286,42 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
 
   // End the op: the last block calls succeed(number of invalid entries) or fail(). All data that
   // this rank has waited for is of this op, whatever happens to its peers, so only its own blocks
-  // matter, `lost` on any thread.
+  // matter, `lost` on any thread. The end of the kernel publishes their results: the count of
+  // blocks orders nothing, so that it need not wait for their stores.
   template <typename Succeed, typename Fill>
   __device__ void Finish(bool lost, Succeed succeed, Fill fail) {
-    if (shared_.refused) {  // the counter belongs to the other op
+    if (shared_.refused) {  // the counters belong to the other op
       fail();
       return;
     }
     lost = !__syncthreads_and(!lost);
     if (threadIdx.x == 0) {
       const uint64_t added = uint64_t{shared_.num_invalid} << 32 | (lost ? 1u << 16 : 0u) | 1;
-      // Releases this block's results: they come before those that fail() writes.
-      shared_.ended = AddAcquireRelease(&channel_.ended, added) + added;
+      shared_.ended = Add(&channel_.ended, added) + added;
     }
+    if (threadIdx.x == blockDim.x - 1) AddRelease(&channel_.num_written, 1);
     __syncthreads();
     const uint64_t ended = shared_.ended;
     if ((ended & 0xffff) != gridDim.x) return;
-    channel_.ended = 0;
-    this->End((ended >> 16 & 0xffff) != 0, [&] { succeed(static_cast<uint32_t>(ended >> 32)); },
-              fail);
+    lost = (ended >> 16 & 0xffff) != 0;
+    if (threadIdx.x == 0) {
+      channel_.ended = 0;
+      // What fail() writes comes after their results, and `left` after their reads of peers.
+      if (lost || kSeveralNodes) {
+        while (LoadAcquireDevice(&channel_.num_written) != gridDim.x) {
+        }
+      }
+      atomicAdd(&channel_.num_written, 0u - gridDim.x);
+    }
+    __syncthreads();
+    this->End(lost, [&] { succeed(static_cast<uint32_t>(ended >> 32)); }, fail);
   }
 
   // Count entries of topk_idx that the op ignores.
   __device__ void CountInvalid(int count) { atomicAdd(&shared_.num_invalid, count); }
 
  protected:
-  __device__ static void Count(uint64_t* counter) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(counter), 1ull);
-  }
+  __device__ static void Count(uint64_t* counter) { Add(counter, 1); }
 
  private:
   enum class Trouble : int { kNone, kStopped, kLate, kOtherOp };

@@ -13,9 +13,6 @@ namespace jax_deepep {
 
 static_assert(sizeof(Packet) == kPacketBytes && sizeof(SlotEntry) == sizeof(Packet::value));
 
-// Words of 16 bytes of a row that a lane has in flight: there are many warps with a part each.
-inline constexpr int kWordsOfPart = 4;
-
 // On this rank or on a peer.
 class Slot {
  public:
@@ -36,10 +33,11 @@ class Slot {
   int32_t row_offset_;
 };
 
-// A part of a row, whose first chunk a warp loads early. `Row` as in RowChunk.
+// A part of a row, whose first chunk a warp loads early. `Row` as in RowChunk. A lane has half as
+// much in flight as of a whole row: there are many warps with a part each.
 template <typename Row>
 struct LoadedPart {
-  using Chunk = RowChunk<Row, kWordsOfPart>;
+  using Chunk = RowChunk<Row, Row::kInFlight / 2>;
   Row row;
   GroupRange range;
   Chunk chunk;
@@ -60,7 +58,7 @@ struct LoadedPart {
 
 // The same of a row that is encoded while it is copied.
 template <typename Type, bool kWhole, WireFormat kFormat>
-using EncodedPart = PartToEncode<Type, kWhole, kFormat, kWordsOfPart, /*kOutOfLine=*/true>;
+using EncodedPart = PartToEncode<Type, kWhole, kFormat, /*kAhead=*/4, /*kOutOfLine=*/true>;
 
 // Call use(bit) for the bits of a mask, in ascending order.
 template <typename Use>

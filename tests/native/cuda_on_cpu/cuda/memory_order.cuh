@@ -28,8 +28,8 @@ inline void StoreReleaseDevice(uint32_t* address, uint32_t value) {
 inline uint32_t AddAcquireRelease(uint32_t* address, uint32_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
 }
-inline uint64_t AddAcquireRelease(uint64_t* address, uint64_t value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+inline void AddRelease(uint32_t* address, uint32_t value) {
+  __atomic_fetch_add(address, value, __ATOMIC_RELEASE);
 }
 inline uint32_t LoadAcquireBlock(const uint32_t* address) { return LoadAcquire(address); }
 inline void StoreReleaseBlock(uint32_t* address, uint32_t value) {
@@ -55,6 +55,9 @@ inline Packet LoadPacket(const Packet* address) {
   return packet;
 }
 using cuda_on_cpu::ArriveAtBarrier, cuda_on_cpu::WaitAtBarrier;
+inline uint64_t Add(uint64_t* address, uint64_t value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
 inline uint64_t SetBits(uint64_t* address, uint64_t bits) {
   return __atomic_fetch_or(address, bits, __ATOMIC_RELAXED);
 }
