@@ -6,8 +6,6 @@
 namespace jax_deepep {
 namespace {
 
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr int kWarpLanes = 32;
 constexpr int kWarps = 4;                 // of a block
 constexpr int64_t kMostBlocks = 1 << 20;  // warps take several tokens each beyond that
 constexpr uint32_t kNoExpert = 0;
@@ -47,9 +45,9 @@ struct BestTwo {
     first = max(first, key);
   }
   __device__ void OfWarp(int lane) {
-    const uint32_t best = __reduce_max_sync(kWarp, first);
-    const bool gave = lane == __ffs(static_cast<int>(__ballot_sync(kWarp, first == best))) - 1;
-    second = __reduce_max_sync(kWarp, gave ? second : first);
+    const uint32_t best = __reduce_max_sync(~0u, first);
+    const bool gave = lane == __ffs(static_cast<int>(__ballot_sync(~0u, first == best))) - 1;
+    second = __reduce_max_sync(~0u, gave ? second : first);
     first = best;
   }
 };
@@ -73,10 +71,10 @@ __device__ uint32_t BestGroups(const ExpertChoice& op, const Row<kValues>& row) 
   }
   int num_better = 0;
   for (int group = 0; group < op.num_groups; ++group) {
-    const float other = __shfl_sync(kWarp, own, group);
+    const float other = __shfl_sync(~0u, own, group);
     num_better += other > own || (other == own && group < row.lane);
   }
-  return __ballot_sync(kWarp, row.lane < op.num_groups && num_better < op.topk_groups);
+  return __ballot_sync(~0u, row.lane < op.num_groups && num_better < op.topk_groups);
 }
 
 template <int kValues>
@@ -89,16 +87,16 @@ __device__ void ChooseExperts(const ExpertChoice& op, int64_t token, int lane) {
     const int size = op.num_experts / op.num_groups;
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
-      if ((groups >> (row.ExpertOf(i) / size % kWarpLanes) & 1) == 0) row.keys[i] = kNoExpert;
+      if ((groups >> (row.ExpertOf(i) / size % 32) & 1) == 0) row.keys[i] = kNoExpert;
     }
   }
   uint32_t best = kNoExpert;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) best = max(best, row.keys[i]);
   for (int k = 0; k < op.num_topk; ++k) {
-    const uint32_t of_all = __reduce_max_sync(kWarp, best);
+    const uint32_t of_all = __reduce_max_sync(~0u, best);
     // Lanes have rising experts: the first that has it has the lowest.
-    if (lane != __ffs(static_cast<int>(__ballot_sync(kWarp, best == of_all))) - 1) continue;
+    if (lane != __ffs(static_cast<int>(__ballot_sync(~0u, best == of_all))) - 1) continue;
     int expert = 0;
     best = kNoExpert;
 #pragma unroll
@@ -116,8 +114,8 @@ __device__ void ChooseExperts(const ExpertChoice& op, int64_t token, int lane) {
 
 template <int kValues>
 __global__ void ExpertChoiceKernel(const __grid_constant__ ExpertChoice op) {
-  const int lane = threadIdx.x % kWarpLanes;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarpLanes;
+  const int lane = threadIdx.x % 32;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   for (int64_t token = first; token < op.num_tokens; token += int64_t{gridDim.x} * kWarps) {
     ChooseExperts<kValues>(op, token, lane);
   }
@@ -125,19 +123,19 @@ __global__ void ExpertChoiceKernel(const __grid_constant__ ExpertChoice op) {
 
 template <int kValues>
 const char* Launch(ExpertChoice op, cudaStream_t stream) {
-  if constexpr (kValues * kWarpLanes < kMostRankedExperts) {
-    if (op.num_experts > kValues * kWarpLanes) return Launch<2 * kValues>(op, stream);
+  if constexpr (kValues * 32 < kMostRankedExperts) {
+    if (op.num_experts > kValues * 32) return Launch<2 * kValues>(op, stream);
   }
   const int64_t blocks = (op.num_tokens + kWarps - 1) / kWarps;
   return LaunchIndependentBlocks(ExpertChoiceKernel<kValues>, op,
                                  static_cast<int>(blocks < kMostBlocks ? blocks : kMostBlocks),
-                                 kWarps * kWarpLanes, 0, stream);
+                                 kWarps * 32, 0, stream);
 }
 
 template <int kValues>
 const char* Load() {
   const char* error = LoadKernel(ExpertChoiceKernel<kValues>, 0);
-  if constexpr (kValues * kWarpLanes < kMostRankedExperts) {
+  if constexpr (kValues * 32 < kMostRankedExperts) {
     if (error == nullptr) return Load<2 * kValues>();
   }
   return error;

@@ -5,10 +5,8 @@
 namespace jax_deepep {
 namespace {
 
-constexpr unsigned kWarp = 0xffffffffu;
-constexpr int kWarpLanes = 32;
 constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarpLanes;
+constexpr int kWarps = kThreads / 32;
 constexpr int kCodeBits = 15;  // what 16 bits of a weight have without its sign
 constexpr uint32_t kNotInGroup = 0xffff;
 constexpr int kPerWord = 2;    // codes
@@ -22,7 +20,9 @@ __device__ uint32_t CodeOf(float weight) {
 struct alignas(16) Codes {
   uint32_t words[kPerThread / kPerWord];
 
-  __device__ uint32_t operator[](int i) const { return words[i / 2] >> i % 2 * 16 & 0xffff; }
+  __device__ uint32_t operator[](int i) const {
+    return words[i / kPerWord] >> i % kPerWord * 16 & 0xffff;
+  }
 };
 
 // What every thread of the block knows.
@@ -120,21 +120,21 @@ class Block {
 
   // The sum of the values of threads before this one, and of all.
   __device__ int SumOfEarlier(int value, int* total) {
-    const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int of_warp = Inclusive(value, lane);
     __syncthreads();  // the sums of the last call were read
-    if (lane == kWarpLanes - 1) sums_[warp] = of_warp;
+    if (lane == 31) sums_[warp] = of_warp;
     __syncthreads();
     const int of_warps = Inclusive(sums_[lane], lane);
-    *total = __shfl_sync(kWarp, of_warps, kWarps - 1);
-    const int earlier = __shfl_sync(kWarp, of_warps, warp == 0 ? 0 : warp - 1);
+    *total = __shfl_sync(~0u, of_warps, kWarps - 1);
+    const int earlier = __shfl_sync(~0u, of_warps, warp == 0 ? 0 : warp - 1);
     return (warp == 0 ? 0 : earlier) + of_warp - value;
   }
 
   __device__ static int Inclusive(int value, int lane) {
 #pragma unroll
-    for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-      const int other = __shfl_up_sync(kWarp, value, distance);
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, value, distance);
       if (lane >= distance) value += other;
     }
     return value;
@@ -147,7 +147,7 @@ class Block {
 
 __global__ void __launch_bounds__(kThreads, 1)
     FairShareKernel(const __grid_constant__ FairShare op) {
-  static_assert(kWarps == kWarpLanes, "a lane for the sum of each warp");
+  static_assert(kWarps == 32, "a lane for the sum of each warp");
   static_assert(kPerThread == 8 && kWarps * sizeof(int) <= kFairShareStaticBytes);
   extern __shared__ __align__(16) char memory[];
   __shared__ int sums[kWarps];
