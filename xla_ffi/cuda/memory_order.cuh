@@ -46,7 +46,6 @@ __device__ __forceinline__ uint32_t AddAcquireRelease(uint32_t* address, uint32_
   return old;
 }
 
-// Without waiting for what it is ordered after.
 __device__ __forceinline__ void AddRelease(uint32_t* address, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

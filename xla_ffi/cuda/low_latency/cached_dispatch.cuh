@@ -29,7 +29,7 @@ struct LowLatencyCachedDispatch {
   int64_t row_bytes;
   WireRow wire;
   Divisor num_slots, num_parts;
-  Divisor items_of_slot;  // where it is received: its parts, or the rows that it is scaled to
+  Divisor num_shares;  // of a slot where it is received: its parts, or shares of its scaled rows
 
   __device__ RowsOfOp rows() const { return {row_bytes, wire, signalled.num_parts}; }
 };
@@ -49,25 +49,26 @@ __device__ void PushRows(const LowLatencyCachedDispatch<Group>& op, Group& group
   });
 }
 
-// Call use(received row, row of the lane or kNone, part) for some slots; with kRowsApart once for
-// each row, which one lane has. False if the op is lost.
-template <bool kRowsApart, typename Group, typename Slots, typename Use>
+// Call use(received row, row of the lane or kNone, part) for some slots, by a warp for each part,
+// or for each share of the rows. False if the op is lost.
+template <bool kSharesRows, typename Group, typename Slots, typename Use>
 __device__ bool ForSlots(const LowLatencyCachedDispatch<Group>& op, Group& group, Slots of,
                          Use use) {
   const int lane = threadIdx.x % 32;
-  const int num_items = of.count * op.items_of_slot.divisor();
+  const int num_items = of.count * op.num_shares.divisor();
   const PairTable table(op.frame.shape, op.params.route);
   for (int item = FirstItem(); item < num_items; item += NumWarps()) {
-    const int slot = of.At(op.items_of_slot.Quotient(item));
-    const int nth = op.items_of_slot.Remainder(item), part = kRowsApart ? 0 : nth;
+    const int slot = of.At(op.num_shares.Quotient(item));
+    const int share = op.num_shares.Remainder(item), part = kSharesRows ? 0 : share;
     const int source = op.num_slots.Quotient(slot);
     const int32_t* line = op.params.pairs + int64_t{1 + slot} * table.line_ints();
     const bool exists = op.params.route.num_tokens > 0 && lane < table.max_rows;
     int32_t row = exists ? line[1 + lane] : kNone;
-    if constexpr (kRowsApart) {
-      const uint32_t live = __ballot_sync(~0u, row != kNone);
-      if (__popc(live & ((1u << lane) - 1)) != nth) row = kNone;
-      if (nth > 0 && nth >= __popc(live)) continue;  // the first waits for the slot
+    if constexpr (kSharesRows) {  // dropped rows leave gaps
+      const int nth = __popc(__ballot_sync(~0u, row != kNone) & ((1u << lane) - 1));
+      if (op.num_shares.Remainder(nth) != share) row = kNone;
+      // The first waits for the slot, whether it has rows or not.
+      if (share > 0 && !__any_sync(~0u, row != kNone)) continue;
     }
     const int token = op.num_slots.Remainder(slot);
     const Slot at = group.SlotOf(op.frame.rank, source, token);
@@ -77,7 +78,7 @@ __device__ bool ForSlots(const LowLatencyCachedDispatch<Group>& op, Group& group
     } else {  // it is here, and read if it is needed
       has_row = __any_sync(~0u, row != kNone);
     }
-    if (has_row && nth == 0 && lane == 0) group.CountReceived(source);
+    if (has_row && share == 0 && lane == 0) group.CountReceived(source);
     if (!__any_sync(~0u, has_row && row != kNone)) continue;
     use(group.RowFrom(at, source, token), row, part);
   }
@@ -85,7 +86,7 @@ __device__ bool ForSlots(const LowLatencyCachedDispatch<Group>& op, Group& group
 }
 
 // `work` is called as in ForSlots, with how rows are received: as `Rows` or `Kept`.
-template <bool kRowsApart, typename Group, typename Rows, typename Kept, typename Work>
+template <bool kSharesRows, typename Group, typename Rows, typename Kept, typename Work>
 __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
   __shared__ typename Group::Shared shared;
   const CachedDispatchParams& params = op.params;
@@ -102,7 +103,7 @@ __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
         work(rows, received, row, part);
       };
       lost = !group.ReceiveFromAll(
-          [](int, auto) {}, [&](auto some) { return ForSlots<kRowsApart>(op, group, some, use); });
+          [](int, auto) {}, [&](auto some) { return ForSlots<kSharesRows>(op, group, some, use); });
       WriteZeros(params, op.frame.shape, rows.Received(op.rows(), params.rows, params.kept));
     });
   }
@@ -127,12 +128,17 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <typename Group, typename Type, typename Rows>
 __global__ void __launch_bounds__(kThreads, 1)
     ScaleKernel(const __grid_constant__ LowLatencyCachedDispatch<Group> op) {
-  // The row of a token is read for each of its rows: few tokens would leave most warps idle.
+  __shared__ int32_t of_warps[kWarps][32];
+  int32_t* rows = of_warps[threadIdx.x / 32];
   Run<true, Group, Rows, Rows>(op, [&](auto, const char* received, int32_t row, int) {
-    const int owner = __ffs(__ballot_sync(~0u, row != kNone)) - 1;
-    const int32_t only = __shfl_sync(~0u, row, owner);
-    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, Rows::At(op.rows(), received),
-                                 threadIdx.x % 32 == 0 ? only : kNone, 1);
+    const int lane = threadIdx.x % 32;
+    const uint32_t live = __ballot_sync(~0u, row != kNone);
+    __syncwarp();
+    if (row != kNone) rows[__popc(live & ((1u << lane) - 1))] = row;
+    __syncwarp();
+    const int32_t nth = lane < __popc(live) ? rows[lane] : kNone;
+    ScaleRow<Type, Rows::kWhole>(op.params, op.row_bytes, Rows::At(op.rows(), received), nth,
+                                 __popc(live));
   });
 }
 
@@ -155,7 +161,7 @@ class LowLatencyCachedDispatchKernels {
         WireRow{rows.wire, rows.size},
         Divisor(signalled.num_slots),
         Divisor(signalled.num_parts),
-        Divisor(scales ? PairTable(frame.shape, params.route).max_rows : signalled.num_parts)};
+        Divisor(scales ? NumShares(frame.shape, params.route) : signalled.num_parts)};
     if (!scales) {
       return LaunchKernel(CopyKernelFor(rows), op, num_blocks, kThreads, 0, stream);
     }
@@ -175,6 +181,17 @@ class LowLatencyCachedDispatchKernels {
   }
 
  private:
+  // How many warps share the rows of a slot, so that few slots keep many warps busy. Its row is
+  // read for each of them.
+  static int NumShares(const GroupShape& shape, const RouteShape& route) {
+    constexpr int64_t kWarpsWanted = 2048;
+    const int64_t slots = int64_t{shape.num_ranks} * std::max(route.num_tokens, 1);
+    const int max_rows = PairTable(shape, route).max_rows;
+    int shares = 1;
+    while (2 * shares <= max_rows && 2 * shares * slots <= kWarpsWanted) shares *= 2;
+    return shares;
+  }
+
   using Kernel = void (*)(LowLatencyCachedDispatch<Group>);
 
   template <WireFormat kFormat>

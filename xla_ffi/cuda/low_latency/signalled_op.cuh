@@ -286,8 +286,8 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
 
   // End the op: the last block calls succeed(number of invalid entries) or fail(). All data that
   // this rank has waited for is of this op, whatever happens to its peers, so only its own blocks
-  // matter, `lost` on any thread. The end of the kernel publishes their results: the count of
-  // blocks orders nothing, so that it need not wait for their stores.
+  // matter, `lost` on any thread. The end of the kernel publishes their results, so that the count
+  // of blocks orders nothing and does not wait for their stores.
   template <typename Succeed, typename Fill>
   __device__ void Finish(bool lost, Succeed succeed, Fill fail) {
     if (shared_.refused) {  // the counters belong to the other op
@@ -299,16 +299,19 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
       const uint64_t added = uint64_t{shared_.num_invalid} << 32 | (lost ? 1u << 16 : 0u) | 1;
       shared_.ended = Add(&channel_.ended, added) + added;
     }
-    if (threadIdx.x == blockDim.x - 1) AddRelease(&channel_.num_written, 1);
     __syncthreads();
+    // After this block's results. Waits for their stores, but nothing waits for it.
+    if (threadIdx.x == blockDim.x - 1) AddRelease(&channel_.num_written, 1);
     const uint64_t ended = shared_.ended;
     if ((ended & 0xffff) != gridDim.x) return;
     lost = (ended >> 16 & 0xffff) != 0;
     if (threadIdx.x == 0) {
       channel_.ended = 0;
-      // What fail() writes comes after their results, and `left` after their reads of peers.
+      // What fail() writes comes after the results of other blocks; what other nodes are told,
+      // after what they have counted. More have written if two ops run at once, which fails, and
+      // less than none for a moment after the op before.
       if (lost || kSeveralNodes) {
-        while (LoadAcquireDevice(&channel_.num_written) != gridDim.x) {
+        while (static_cast<int32_t>(LoadAcquireDevice(&channel_.num_written) - gridDim.x) < 0) {
         }
       }
       atomicAdd(&channel_.num_written, 0u - gridDim.x);

@@ -2,6 +2,7 @@
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_SLOT_CUH_
 #define JAX_DEEPEP_CUDA_LOW_LATENCY_SLOT_CUH_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/low_latency/window.h"
@@ -34,10 +35,10 @@ class Slot {
 };
 
 // A part of a row, whose first chunk a warp loads early. `Row` as in RowChunk. A lane has half as
-// much in flight as of a whole row: there are many warps with a part each.
+// much in flight as of a whole row, but at least 4 words: there are many warps with a part each.
 template <typename Row>
 struct LoadedPart {
-  using Chunk = RowChunk<Row, Row::kInFlight / 2>;
+  using Chunk = RowChunk<Row, std::max(Row::kInFlight / 2, 4)>;
   Row row;
   GroupRange range;
   Chunk chunk;

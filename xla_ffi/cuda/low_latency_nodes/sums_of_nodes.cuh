@@ -2,8 +2,7 @@
 // see low_latency/combine.cuh.
 //
 // 1. For every token of the ranks with this rank's index on other nodes, add up the sums of the
-// ranks
-//    of this node, ascending, and put the result there, rounded once or encoded.
+//    ranks of this node, ascending, and put the result there, rounded once or encoded.
 // 2. Add up those for this rank's own tokens, rounded once.
 // 3. Add the sums of all nodes, ascending, to the bias.
 #ifndef JAX_DEEPEP_CUDA_LOW_LATENCY_NODES_SUMS_OF_NODES_CUH_
