@@ -1,15 +1,13 @@
 """The communicator: an expert-parallel group and its resources, made once, outside of jit."""
 
-import warnings
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_deepep import jax_compat, launch_variables
+from jax_deepep import jax_compat
 from jax_deepep.communicator import native_module
 from jax_deepep.communicator.backend import Backend, agree, begin_exchange, choose
 from jax_deepep.communicator.config import (
@@ -22,6 +20,7 @@ from jax_deepep.communicator.config import (
     groups_of,
 )
 from jax_deepep.communicator.cuda_half import CudaHalf
+from jax_deepep.communicator.launch_warnings import warn_of_launch
 from jax_deepep.communicator.launched_programs import LaunchedPrograms
 from jax_deepep.communicator.native_types import NativeCommunicator
 from jax_deepep.communicator.topology import Topology
@@ -137,14 +136,7 @@ class Communicator:
         arguments = dict(vars(self))
         config = config_or_error(arguments)
         topology = groups_of(arguments) if isinstance(config, Exception) else config.topology
-        launched = launch_variables.rank_in_job()
-        if launched is not None and launched[1] > 1 and jax.process_count() == 1:
-            warnings.warn(
-                f"This is rank {launched[0]} of {launched[1]} of python -m jax_deepep.launch, and JAX knows "
-                "of no other process: call jax.distributed.initialize() first, in every rank, or each one "
-                "computes alone.",
-                stacklevel=3,
-            )
+        warn_of_launch(stacklevel=4)
         with begin_exchange(topology, self.timeout_s) as exchange:
             agreement = agree(exchange, topology, arguments, config)
             # Not earlier: if only one process raised, the others would wait for it.

@@ -37,4 +37,5 @@ class LaunchedPrograms:
         count = len(self._devices)
         mesh = Mesh(np.array(self._devices), "device")
         sharding = NamedSharding(mesh, PartitionSpec("device"))
-        return jax.jit(lambda: jnp.zeros(count, jnp.int32), out_shardings=sharding).lower().compile()
+        with jax.set_mesh(mesh):  # that of the program may have other devices
+            return jax.jit(lambda: jnp.zeros(count, jnp.int32), out_shardings=sharding).lower().compile()

@@ -1,6 +1,7 @@
 """The MoE layer as a Linen module around `jax_deepep.moe`."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,6 +34,19 @@ def _warn_without_rule() -> None:
             'flax.linen.logical_axis_rules([("exp", "expert"), ...]), under jax.set_mesh(mesh).',
             stacklevel=3,
         )
+
+
+def _sharded(init: Callable[..., nn.Partitioned]) -> Callable[..., nn.Partitioned]:
+    """Return `init` whose values the logical axis rules shard.
+
+    Linen applies rules where a parameter is used: a jitted init would return all experts on every device.
+    """
+
+    def sharded(*arguments: Any) -> nn.Partitioned:
+        boxed = init(*arguments)
+        return boxed.replace_boxed(boxed.unbox())
+
+    return sharded
 
 
 class MoE(nn.Module):
@@ -122,7 +136,7 @@ class MoE(nn.Module):
         parameters: dict[str, Any] = {}
         for name, (shape, logical_axes) in config.parameters.items():
             init = initializer_of(name, self.gate_init, self.kernel_init)
-            partitioned = nn.with_logical_partitioning(init, logical_axes)
+            partitioned = _sharded(nn.with_logical_partitioning(init, logical_axes))
             if name == "gate_bias":
                 parameters[name] = self.variable(ROUTER, name, partitioned, None, shape, jnp.float32).value
             else:

@@ -78,8 +78,9 @@ class MoEConfig:
         num_physical_experts: P, physical experts on all devices, with replicas of some experts: see
             `jax_deepep.balancing`. The communicator then has P experts. None = E, without replicas.
         fsdp_axis: the mesh axis that also shards the parameters' H; they are gathered along it when used.
-            Ignored if the mesh has no such axis.
-        tensor_axis: the mesh axis that shards F; tokens are replicated along it. Ignored likewise.
+            "fsdp" is ignored if the mesh has no such axis; None = none.
+        tensor_axis: the mesh axis that shards F; tokens are replicated along it. "tensor" is ignored
+            likewise.
     """
 
     comm: Communicator
@@ -143,6 +144,13 @@ class MoEConfig:
                 raise ValueError(
                     f"{names}: expected a multiple of {self.mesh.shape[axis]}, the size of the mesh axis "
                     f"{axis!r} that shards it, got {size}; change one of them."
+                )
+        for name in ("fsdp_axis", "tensor_axis"):
+            axis = getattr(self, name)
+            if axis not in (None, getattr(MoEConfig, name), *self.mesh.axis_names):
+                raise ValueError(
+                    f"{name}: expected an axis of the mesh, {self.mesh.axis_names}, or None, got {axis!r}; "
+                    "parameters are not sharded along an axis that is not there."
                 )
         own = [axis for axis in (self._fsdp, self._tensor) if axis]
         if len({*own, *self.comm.axis_names}) < len(own) + len(self.comm.axis_names):

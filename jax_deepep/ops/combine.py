@@ -8,7 +8,7 @@ from jax_deepep.checks import check_array, check_rows_dtype
 from jax_deepep.communicator import Communicator
 from jax_deepep.ops import autodiff
 from jax_deepep.ops.checks import check_call_site, check_fits_mode, communicator_of, vary_together
-from jax_deepep.ops.handle import Handle
+from jax_deepep.ops.handle import ExpertMajor, Handle, TokenMajor
 from jax_deepep.ops.reverse_mode import only_in_reverse
 from jax_deepep.ops.wire import Wire, checked_wire
 from jax_deepep.quantization.formats import Format
@@ -75,6 +75,11 @@ def checked_operands(
         ValueError, TypeError, CommunicatorError: as `combine`.
     """
     comm = communicator_of(handle, comm, op)
+    if isinstance(y, ExpertMajor | TokenMajor):
+        raise TypeError(
+            f"y: expected an array [capacity, hidden_size], got dispatch's {type(y).__name__}; pass what "
+            "your experts return for its `tokens`."
+        )
     check_rows_dtype("y", y)
     shape = handle.route_shape
     check_array("y", y, (shape.capacity, comm.hidden_size), names="[capacity, hidden_size]")

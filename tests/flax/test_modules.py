@@ -93,6 +93,18 @@ def test_nnx_parameters_are_initialised_sharded(axis_types: AxisType) -> None:
         assert specs[name] == config.spec(name)
 
 
+def test_linen_parameters_are_initialised_sharded() -> None:
+    """By the rules, also in their boxes."""
+    layer = linen.MoE(*SIZES, comm=COMM, **CHOICES)
+    rules = [("exp", "expert"), ("embed", "fsdp"), ("mlp", "tensor")]
+    with jax.set_mesh(COMM.mesh), nn.logical_axis_rules(rules):
+        variables = jax.jit(layer.init)(jax.random.key(0), batch())
+    config = config_of(MESH, **CHOICES)
+    for name, boxed in {**variables["params"], **variables["router"]}.items():
+        expected = jax.NamedSharding(COMM.mesh, config.spec(name))
+        assert boxed.value.sharding.is_equivalent_to(expected, boxed.value.ndim), name
+
+
 @pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_nnx_parameters_are_made_sharded(axis_types: AxisType) -> None:
     """Under jit, no device makes the matrices of other devices' experts."""

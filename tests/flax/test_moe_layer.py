@@ -293,6 +293,7 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
         ({"capacity_factor": float("inf")}, ValueError, "capacity_factor: expected a .*, finite .*, got inf"),
         ({"grouped_matmul": "fast"}, ValueError, "grouped_matmul: expected 'auto', 'blocks'.*, got 'fast'"),
         ({"tensor_axis": "expert"}, ValueError, "tensor_axis: expected two axes other than"),
+        ({"fsdp_axis": "dta"}, ValueError, r"fsdp_axis: expected an axis of the mesh, \(.*\), .*, got 'dta'"),
         (
             {"tensor_axis": "data", "fsdp_axis": "data"},
             ValueError,

@@ -128,6 +128,14 @@ def test_context_manager_closes(implementation: str) -> None:
     comm.close()  # again does nothing
 
 
+@by_implementation
+def test_the_mesh_of_the_program_may_have_other_devices(implementation: str) -> None:
+    with jax.set_mesh(mesh_named("one device")), make(implementation=implementation) as comm:
+        comm.check()
+        if implementation == "native":
+            comm.stats()
+
+
 def test_a_closed_communicator_fails_the_programs_compiled_before() -> None:
     """With a clear error; the process and other communicators keep working.
 

@@ -226,6 +226,14 @@ def test_a_wrong_argument_of_combine(
         trace(lambda: combine(comm, {"capacity": 16, **options}, **wrong))
 
 
+@pytest.mark.parametrize("layout", ["expert", "token"])
+def test_combine_of_what_dispatch_returned(comm, layout: str) -> None:
+    """Instead of what experts made of it."""
+    words = r"y: expected an array \[capacity, hidden_size\], got dispatch's .*Major; .* for its `tokens`"
+    with pytest.raises(TypeError, match=words):
+        trace(lambda: ep.combine(*dispatch(comm, layout=layout)))
+
+
 def test_a_handle_of_another_communicator(comm) -> None:
     other = ep.Communicator(MESH, "expert", **SIZES, implementation=comm.implementation)
     words = (

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <map>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -91,13 +92,47 @@ inline constexpr char kCloseLater[] =
     "Close a communicator after the last run of a program that uses it, on every rank; make a new "
     "Communicator to go on.";
 
+// Which processes have the ranks of a group, if these are not numbered alike: logs are of
+// processes. Empty if they are, or if one process has all.
+inline std::string DescribeProcesses(const CommunicatorConfig& config, int group) {
+  std::map<int, int> processes;  // by rank
+  for (const Location& location : config.locations) {
+    if (location.group == group) processes[location.rank] = location.process;
+  }
+  struct Run {  // ranks of one process
+    int first, last, process;
+  };
+  std::vector<Run> runs;
+  bool alike = true;
+  for (const auto& [rank, process] : processes) {
+    alike = alike && rank == process;
+    if (!runs.empty() && runs.back().process == process) {
+      runs.back().last = rank;
+    } else {
+      runs.push_back({rank, rank, process});
+    }
+  }
+  if (alike || runs.size() < 2) return "";
+  std::ostringstream text;
+  constexpr size_t kMostRuns = 16;
+  for (size_t i = 0; i < runs.size() && i < kMostRuns; ++i) {
+    const Run& run = runs[i];
+    text << (i == 0 ? "; " : ", ") << "rank" << (run.first == run.last ? " " : "s ") << run.first;
+    if (run.first != run.last) text << "-" << run.last;
+    text << (run.first == run.last ? " is" : " are") << " in process " << run.process;
+  }
+  if (runs.size() > kMostRuns) text << ", and so on";
+  return text.str();
+}
+
 // Complete the description of a failure with its communicator and a remedy.
 inline std::string DescribeBroken(const std::string& failure, const CommunicatorConfig& config,
                                   int group, const std::string& advice) {
   std::ostringstream text;
   text << failure << " (communicator #" << config.id;
   if (config.num_groups > 1) text << ", group " << group;
-  text << "). The communicator is broken: its ops return NaN and zero counts from now on. "
+  text << DescribeProcesses(config, group)
+       << "). The communicator is broken: its ops return NaN and zero counts from now on. "
        << advice;
   return text.str();
 }
