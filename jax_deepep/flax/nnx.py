@@ -119,6 +119,8 @@ class MoE(nnx.Module):
             fsdp_axis=fsdp_axis,
             tensor_axis=tensor_axis,
         )
+        if not isinstance(rngs, nnx.Rngs):
+            raise TypeError(f"rngs: expected flax.nnx.Rngs, got {type(rngs).__name__}; pass nnx.Rngs(seed).")
         self.config = config
         outer = dict(spmd.get_logical_axis_rules())
         rules = tuple((name, axis) for name, axis in config.axis_rules.items() if name not in outer)

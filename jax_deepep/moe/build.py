@@ -85,7 +85,7 @@ def _communicator(
     if max_tokens is None:
         raise ValueError(
             "max_tokens: expected an integer without comm, got None; pass the most tokens of a device in "
-            "one call, or pass comm."
+            "one call, and mesh= unless jax.set_mesh has set it, or pass comm."
         )
     max_tokens = checked_integer("max_tokens", max_tokens, minimum=1)
     num_batches = 1 if num_chunks is None else checked_integer("num_chunks", num_chunks, minimum=1)

@@ -83,6 +83,11 @@ def test_initializers_and_dtype_of_the_user(kind: str) -> None:
         np.testing.assert_array_equal(value, {"gate": 0.5, "gate_bias": 0}.get(name, 0.25), name)
 
 
+def test_a_key_instead_of_rngs() -> None:
+    with pytest.raises(TypeError, match=r"rngs: expected flax\.nnx\.Rngs, got .*; pass nnx"):
+        ep_flax.MoE(*SIZES, comm=COMM, rngs=jax.random.key(0), **CHOICES)
+
+
 @pytest.mark.parametrize("axis_types", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_nnx_parameters_are_initialised_sharded(axis_types: AxisType) -> None:
     config = config_of(MESH, axis_types, **CHOICES)

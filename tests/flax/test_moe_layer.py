@@ -299,11 +299,7 @@ def test_the_mesh_of_the_program_is_the_default() -> None:
             ValueError,
             "fsdp_axis, tensor_axis: expected .*, got 'data', 'data'",
         ),
-        (
-            {"fsdp_axis": "data", "hidden_size": 3},
-            ValueError,
-            "hidden_size: expected hidden_size=16 of the comm",
-        ),
+        ({"fsdp_axis": "data", "hidden_size": 3}, ValueError, "hidden_size: expected hidden_size=16 of the"),
         ({"comm": None}, ValueError, "max_tokens: expected an integer without comm, got None"),
         ({"comm": None, "max_tokens": 8}, ValueError, "mesh: expected .* are [248] devices, got None"),
         (
