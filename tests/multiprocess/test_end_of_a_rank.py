@@ -1,4 +1,4 @@
-"""The script of a rank may end before the program that it has launched: its peers get their rows."""
+"""What peers get of a rank whose script ends before the program that it has launched, or that comes late."""
 
 import sys
 from pathlib import Path

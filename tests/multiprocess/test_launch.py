@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from launcher_runs import alive, launch, launcher, pids, program, two_hosts, wait_until
 from own_processes import starts_its_own_processes
@@ -230,20 +229,6 @@ def test_a_program_without_its_interpreter_is_explained(tmp_path: Path) -> None:
     assert status == 127, output
     assert f"COMMAND: expected a program that can be run, got '{script}' (No such file" in output
     assert "Traceback" not in output
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="JAX finds a GPU here")
-def test_ranks_that_run_on_cpus_instead_of_gpus_are_warned(tmp_path: Path) -> None:
-    text = """
-import jax
-import jax_deepep as ep
-mesh = jax.make_mesh((1,), ("expert",))
-ep.Communicator(mesh, num_experts=2, num_experts_per_tok=1, max_tokens=4, hidden_size=4)
-"""
-    script = program(tmp_path, text)
-    for platform, warns in (("cuda", True), ("cpu", False)):
-        _, output = launch("-n", "1", "--platform", platform, "--", sys.executable, script, cwd=tmp_path)
-        assert ("JAX runs on CPUs: it found no GPU" in output) is warns, output
 
 
 def test_a_log_dir_may_be_used_again(tmp_path: Path) -> None:

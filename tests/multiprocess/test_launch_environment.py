@@ -1,11 +1,13 @@
 """The position of a launcher, and the environment of a rank; without processes."""
 
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from meshes import mesh_named
 from own_processes import is_a_command_for_one_process
@@ -216,6 +218,24 @@ def test_python_commands_are_recognised(tmp_path: Path) -> None:
         ["no-such-program"],
     ):
         assert through_python_program(command) == command
+
+
+@pytest.mark.parametrize(
+    ("platform", "backend", "warns"),
+    [("cuda", "cpu", True), ("cuda", "gpu", False), ("cpu", "cpu", False)],
+)
+def test_a_rank_that_runs_on_cpus_instead_of_gpus_is_warned(
+    monkeypatch: pytest.MonkeyPatch, platform: str, backend: str, warns: bool
+) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", environ_of(1, RankSettings(platform))["JAX_PLATFORMS"])
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        ep.Communicator(
+            mesh_named("one device"), num_experts=2, num_experts_per_tok=1, max_tokens=4, hidden_size=4
+        )
+    texts = [str(warning.message) for warning in warned]
+    assert any("JAX runs on CPUs: it found no GPU" in text for text in texts) is warns, texts
 
 
 @is_a_command_for_one_process

@@ -149,7 +149,7 @@ struct Channel {
   uint32_t num_invalid;              // entries of topk_idx that this op ignored
   uint32_t num_in_part[kMostParts];  // shares of each part that are written
   uint64_t ended;        // blocks, lost blocks and invalid entries: see SignalledOp::Finish
-  uint32_t num_written;  // blocks whose results are written: also there
+  uint32_t num_written;  // blocks whose results are written: likewise
   uint64_t rows_pushed[kMaxRanks];    // rows that this rank has pushed to each peer, in total
   uint64_t rows_received[kMaxRanks];  // that each has pushed; entry s by s, if on another node
   uint64_t rows_pulled[kMaxRanks];    // that this rank has read from each

@@ -7,6 +7,9 @@
 
 namespace jax_deepep {
 
+// The compute capability, without its minor version, of the oldest GPUs that kernels run on.
+inline constexpr int kOldestMajor = 8;
+
 // A device of this process.
 struct DeviceFacts {
   const char* pool = nullptr;  // XLA's memory

@@ -82,7 +82,7 @@ class RankOpOf {
   __device__ void CountTaken(const int32_t* taken) {
     __syncthreads();
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
-      AddTo(&channel_.rows_pulled[rank], taken[rank]);
+      Add(&channel_.rows_pulled[rank], taken[rank]);
     }
   }
 
@@ -129,10 +129,6 @@ class RankOpOf {
   }
 
   __device__ int num_ranks() const { return frame_.shape.num_ranks; }
-
-  __device__ static void AddTo(uint64_t* total, int32_t count) {
-    Add(total, static_cast<uint64_t>(count));
-  }
 
   // By a block: put to a node how many rows this rank has put there in total, then the flag.
   __device__ void PutTotalAndFlag(int to_node, uint64_t* flags, uint64_t value) const {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cuda/device_control.h"
+#include "cuda/device_facts.h"
 #include "cuda/op_frame.h"
 #include "transport/cuda_driver.h"
 #include "transport/cuda_peer.h"
@@ -33,7 +34,10 @@ std::string UnsupportedReasonOfDevice(int ordinal, const GroupShape& shape,
       error != cudaSuccess) {
     return gpu + " cannot be queried: " + cudaGetErrorString(error);
   }
-  if (major < 8) return gpu + " is older than compute capability 8.0, which native ops need";
+  if (major < kOldestMajor) {
+    return gpu + " is older than compute capability " + std::to_string(kOldestMajor) +
+           ".0, which native ops need";
+  }
   const int64_t available = DynamicSharedBytes(ordinal);
   for (const KernelSet* kernels : KernelsFor(shape, window)) {
     const int64_t needed = kernels->least_shared_bytes(shape, window);

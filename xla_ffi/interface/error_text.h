@@ -117,9 +117,13 @@ inline std::string DescribeProcesses(const CommunicatorConfig& config, int group
   constexpr size_t kMostRuns = 16;
   for (size_t i = 0; i < runs.size() && i < kMostRuns; ++i) {
     const Run& run = runs[i];
-    text << (i == 0 ? "; " : ", ") << "rank" << (run.first == run.last ? " " : "s ") << run.first;
-    if (run.first != run.last) text << "-" << run.last;
-    text << (run.first == run.last ? " is" : " are") << " in process " << run.process;
+    text << (i == 0 ? "; " : ", ");
+    if (run.first == run.last) {
+      text << "rank " << run.first << " is";
+    } else {
+      text << "ranks " << run.first << "-" << run.last << " are";
+    }
+    text << " in process " << run.process;
   }
   if (runs.size() > kMostRuns) text << ", and so on";
   return text.str();

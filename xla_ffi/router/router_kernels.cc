@@ -6,13 +6,12 @@
 #include <mutex>
 #include <set>
 
+#include "cuda/device_facts.h"
 #include "router/expert_choice.h"
 #include "router/fair_share.h"
 
 namespace jax_deepep {
 namespace {
-
-constexpr int kOldestMajor = 8;  // compute capability, as of the ops
 
 int Attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;

@@ -262,7 +262,7 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   __device__ void CountTaken(const int32_t* taken) const {
     __syncthreads();
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
-      AddTo(&channel_.rows_pulled[PeerOf(rank)], taken[rank]);
+      Add(&channel_.rows_pulled[PeerOf(rank)], taken[rank]);
     }
   }
 
@@ -353,7 +353,7 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     __syncthreads();
     for (int to_node = threadIdx.x; to_node < num_nodes(); to_node += blockDim.x) {
       if (pushed_[to_node] == 0) continue;
-      AddTo(&channel_.rows_pushed[frame_.RankOnNode(to_node)], pushed_[to_node]);
+      Add(&channel_.rows_pushed[frame_.RankOnNode(to_node)], pushed_[to_node]);
       pushed_[to_node] = 0;
     }
   }

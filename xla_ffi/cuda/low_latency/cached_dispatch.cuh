@@ -161,7 +161,8 @@ class LowLatencyCachedDispatchKernels {
         WireRow{rows.wire, rows.size},
         Divisor(signalled.num_slots),
         Divisor(signalled.num_parts),
-        Divisor(scales ? NumShares(frame.shape, params.route) : signalled.num_parts)};
+        Divisor(scales ? NumShares(frame.shape, params.route, signalled.num_slots)
+                       : signalled.num_parts)};
     if (!scales) {
       return LaunchKernel(CopyKernelFor(rows), op, num_blocks, kThreads, 0, stream);
     }
@@ -183,13 +184,10 @@ class LowLatencyCachedDispatchKernels {
  private:
   // How many warps share the rows of a slot, so that few slots keep many warps busy. Its row is
   // read for each of them.
-  static int NumShares(const GroupShape& shape, const RouteShape& route) {
+  static int NumShares(const GroupShape& shape, const RouteShape& route, int num_slots) {
     constexpr int64_t kWarpsWanted = 2048;
-    const int64_t slots = int64_t{shape.num_ranks} * std::max(route.num_tokens, 1);
-    const int max_rows = PairTable(shape, route).max_rows;
-    int shares = 1;
-    while (2 * shares <= max_rows && 2 * shares * slots <= kWarpsWanted) shares *= 2;
-    return shares;
+    return WarpsOfSlot(int64_t{shape.num_ranks} * num_slots, PairTable(shape, route).max_rows,
+                       kWarpsWanted);
   }
 
   using Kernel = void (*)(LowLatencyCachedDispatch<Group>);

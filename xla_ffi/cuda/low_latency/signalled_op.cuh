@@ -229,8 +229,8 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
   }
 
   // Count a row that this rank has pushed, where PushItems does not, or received. By one lane.
-  __device__ void CountPushed(int peer) const { Count(&channel_.rows_pushed[peer]); }
-  __device__ void CountReceived(int peer) const { Count(&channel_.rows_received[peer]); }
+  __device__ void CountPushed(int peer) const { Add(&channel_.rows_pushed[peer], 1); }
+  __device__ void CountReceived(int peer) const { Add(&channel_.rows_received[peer], 1); }
 
   // Where combine pushes the sums for the tokens of a rank: the owner of a slot, and its source.
   __device__ int AdderOf(int owner) const { return owner; }
@@ -322,9 +322,6 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
 
   // Count entries of topk_idx that the op ignores.
   __device__ void CountInvalid(int count) { atomicAdd(&shared_.num_invalid, count); }
-
- protected:
-  __device__ static void Count(uint64_t* counter) { Add(counter, 1); }
 
  private:
   enum class Trouble : int { kNone, kStopped, kLate, kOtherOp };

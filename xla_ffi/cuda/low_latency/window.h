@@ -78,19 +78,21 @@ struct WindowLayout {
   }
 };
 
+// How many warps share each of `num_slots` slots: a power of two up to `most` of which there are up
+// to `wanted` in all, or one.
+inline int32_t WarpsOfSlot(int64_t num_slots, int64_t most, int64_t wanted) {
+  int32_t warps = 1;
+  while (2 * warps <= most && 2 * warps * num_slots <= wanted) warps *= 2;
+  return warps;
+}
+
 // The number of parts of each row of an op: the same on all ranks. The scale of a row of nvfp4
 // depends on all of it; rows that stay encoded are copied in other groups than they are encoded in.
 inline int32_t NumParts(const GroupShape& shape, int32_t num_tokens, const RowFormat& rows) {
   if (rows.wire == WireFormat::kNvfp4 || rows.keeps_quantized) return 1;
-  const int64_t row_bytes = rows.bytes();
   constexpr int64_t kWarpsWanted = 1024, kLeastBytes = 1024;
   const int64_t slots = int64_t{shape.num_ranks} * (num_tokens > 0 ? num_tokens : 1);
-  int32_t parts = 1;
-  while (2 * parts <= kMaxParts && 2 * parts * slots <= kWarpsWanted &&
-         row_bytes / (2 * parts) >= kLeastBytes) {
-    parts *= 2;
-  }
-  return parts;
+  return WarpsOfSlot(slots, std::min<int64_t>(kMaxParts, rows.bytes() / kLeastBytes), kWarpsWanted);
 }
 
 }  // namespace jax_deepep

@@ -135,7 +135,7 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
     if (IsPushed(source)) {
       OfNode::CountReceived(source);
     } else {
-      Count(&channel_.rows_pulled[ProxyOf(source)]);
+      Add(&channel_.rows_pulled[ProxyOf(source)], 1);
     }
   }
 
