@@ -91,6 +91,8 @@ class Communicator:
             Results are the same bits in both. Between nodes of GPUs it is "throughput".
         num_sms: CUDA: SMs that one op occupies; None = chosen for each op from its bytes. At most
             the SMs of the GPU less two, divided by the ranks that share it: all of them must run at once.
+            Chosen for each op, a quarter stays for collectives of XLA that run beside ops; if num_sms leaves
+            them too few, the two may wait for each other until `timeout_s`.
         timeout_s: seconds, the longest any wait on a peer may last; between nodes a wait for a rank that may
             itself wait lasts a quarter longer, so that the missing one is named.
         ranks_per_node: consecutive ranks of a group on one node, a divisor of R; None = the consecutive ranks

@@ -66,7 +66,7 @@ class InFlight(Generic[Result]):
         if not free:
             raise ValueError(
                 f"{self._op}_start: expected at most {len(_CHANNELS)} ops of a communicator in flight, got "
-                "another one; call done of the first before, or make another communicator."
+                "another one; call done of the first before."
             )
         return free[0]
 

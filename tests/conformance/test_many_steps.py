@@ -1,10 +1,11 @@
-"""Decoding for many steps in one program, as a model decodes: every row is checked where it arrives.
+"""Many steps in one program, as a model decodes, and a few of the size of training, with gradients.
 
-Routing, the number of tokens and which ranks come late are random in every step, and a capacity drops rows. A
-run takes few steps; JAX_DEEPEP_MANY_STEPS is their number. On two GPUs, with every op captured
-(implementations.py has the flags), 100,000 take half a minute.
+Every row is checked where it arrives. Routing, the number of tokens and which ranks come late are random in
+every step, and a capacity drops rows. A run takes few steps; JAX_DEEPEP_MANY_STEPS is the number of small
+ones. On two GPUs, with every op captured (implementations.py has the flags), 100,000 take half a minute.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +21,6 @@ from meshes import device_axis, fetch, mesh_named
 import jax_deepep as ep
 
 NUM_STEPS = int(os.environ.get("JAX_DEEPEP_MANY_STEPS", "40"))  # of all cases together
-HIDDEN_SIZE, NUM_TOPK, LOCAL_EXPERTS = 64, 3, 4
 STEPS_PER_CALL = min(500, NUM_STEPS)
 
 
@@ -35,14 +35,14 @@ CASES = [
 ]  # fmt: skip
 
 
-def rows_of(rank, token, step):
+def rows_of(rank, token, step, hidden_size):
     """Return bfloat16 [..., H], whole numbers below 16: those of another rank, token or step differ.
 
-    Sums of theirs with weights of 1/4, 1/2 and 1, three of them, are exact in bfloat16.
+    Sums of up to eight of them with weights of 1/2 and 1 are exact in bfloat16.
     """
-    digits = [token // 16**i % 16 for i in range(2)] + [step // 16**i % 16 for i in range(5)]
+    digits = [token // 16**i % 16 for i in range(3)] + [step // 16**i % 16 for i in range(5)]
     facts = jnp.stack(jnp.broadcast_arrays(rank, *digits), axis=-1)
-    columns = jnp.arange(HIDDEN_SIZE - facts.shape[-1])
+    columns = jnp.arange(hidden_size - facts.shape[-1])
     mixture = facts[..., :1] * 7 + facts[..., 1:2] * 5 + facts[..., 3:4] * 3 + columns
     return jnp.concatenate([facts, mixture % 16], axis=-1).astype(jnp.bfloat16)
 
@@ -55,50 +55,64 @@ def late(key: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.abs(matrix[0, 0]), 0).astype(jnp.bfloat16)
 
 
-def wrong_in_step(case: Case, comm: ep.Communicator, rank: jax.Array, step: jax.Array) -> jax.Array:
+def wrong_in_step(
+    case: Case, comm: ep.Communicator, rank: jax.Array, step: jax.Array, with_gradient: bool = False
+) -> jax.Array:
     """Run a step, and return how many of its results are not what the routing of all ranks demands."""
-    size, tokens = comm.size, case.num_tokens
+    size, tokens, local_experts = comm.size, case.num_tokens, comm.num_experts // comm.size
+    rows = functools.partial(rows_of, hidden_size=comm.hidden_size)
     key = jax.random.fold_in(jax.random.key(0), step)
     keys = jax.random.split(key, 5)
     # The routing of all ranks, [R, T, K]: on every rank the same.
     shape = (size, tokens, comm.num_experts)
-    topk_idx = jnp.argsort(jax.random.uniform(keys[0], shape), axis=-1)[..., :NUM_TOPK].astype(jnp.int32)
+    topk_idx = jnp.argsort(jax.random.uniform(keys[0], shape), axis=-1)[..., : comm.num_experts_per_tok]
     is_token = jnp.arange(tokens)[None] < jax.random.randint(keys[1], (size, 1), 0, tokens + 1)
     chosen = jax.random.uniform(keys[2], topk_idx.shape) < jax.random.uniform(keys[3])
     topk_idx = jnp.where(chosen & is_token[..., None], topk_idx, -1)
-    weights = 2.0 ** jax.random.randint(keys[4], topk_idx.shape, -2, 1).astype(jnp.float32)
+    weights = 2.0 ** jax.random.randint(keys[4], topk_idx.shape, -1, 1).astype(jnp.float32)
 
-    x = rows_of(rank, jnp.arange(tokens), step) + late(jax.random.fold_in(key, rank))
-    own_idx, own_weights = topk_idx[rank], weights[rank]
-    dispatched, handle = ep.dispatch(
-        x, own_idx, own_weights, comm=comm, layout=case.layout, capacity=case.capacity
-    )
-    y = dispatched.tokens
-    if case.layout == "token":
-        y = y * dispatched.topk_weights.sum(axis=1, keepdims=True).astype(y.dtype)
-    out = ep.combine(jnp.where(dispatched.mask[:, None], y, 0), handle)
+    own_idx, own_weights = topk_idx[rank].astype(jnp.int32), weights[rank]
+
+    def round_trip(x):
+        dispatched, handle = ep.dispatch(
+            x, own_idx, own_weights, comm=comm, layout=case.layout, capacity=case.capacity
+        )
+        y = dispatched.tokens
+        if case.layout == "token":
+            y = y * dispatched.topk_weights.sum(axis=1, keepdims=True).astype(y.dtype)
+        return ep.combine(jnp.where(dispatched.mask[:, None], y, 0), handle), (dispatched.tokens, handle)
+
+    sent = rows(rank, jnp.arange(tokens), step)
+    x = sent + late(jax.random.fold_in(key, rank))
+    if with_gradient:
+        out, pull_back, (received, handle) = jax.vjp(round_trip, x, has_aux=True)
+    else:
+        out, (received, handle) = round_trip(x)
 
     # has [R, L or 1, R, T]: whether a row group of a device gets a row of a token, in the order of its rows.
     has = (topk_idx[None] == jnp.arange(comm.num_experts)[:, None, None, None]).any(axis=-1)
-    has = has.reshape(size, LOCAL_EXPERTS, size, tokens)
+    has = has.reshape(size, local_experts, size, tokens)
     if case.layout == "token":
         has = has.any(axis=1, keepdims=True)
     row = jnp.cumsum(has.reshape(size, -1), axis=1).reshape(has.shape) - 1
-    capacity = y.shape[0]
+    capacity = received.shape[0]
     kept = has & (row < capacity)
     source = jnp.arange(size)[:, None] * comm.max_tokens + jnp.arange(tokens)
     own_rows = jnp.where(kept[rank], row[rank], capacity)
     sources = jnp.full(capacity, -1).at[own_rows].set(jnp.broadcast_to(source, own_rows.shape), mode="drop")
-    expected = rows_of(sources // comm.max_tokens, sources % comm.max_tokens, step)
+    expected = rows(sources // comm.max_tokens, sources % comm.max_tokens, step)
     wrong = (handle.source != sources).sum()
-    wrong += ((dispatched.tokens != expected) & (sources >= 0)[:, None]).sum()
+    wrong += ((received != expected) & (sources >= 0)[:, None]).sum()
 
-    owner, expert = jnp.divmod(jnp.maximum(own_idx, 0), LOCAL_EXPERTS)
+    owner, expert = jnp.divmod(jnp.maximum(own_idx, 0), local_experts)
     group = expert if case.layout == "expert" else jnp.zeros_like(expert)
     arrived = (own_idx >= 0) & kept[owner, group, rank, jnp.arange(tokens)[:, None]]
-    factor = jnp.where(arrived, own_weights, 0).sum(axis=1)
-    sent = rows_of(rank, jnp.arange(tokens), step).astype(jnp.float32)
-    return wrong + (out != (factor[:, None] * sent).astype(out.dtype)).sum()
+    factor = jnp.where(arrived, own_weights, 0).sum(axis=1, keepdims=True)
+    wrong += (out != factor * sent).sum()
+    if with_gradient:
+        cotangent = rows(rank + 1, jnp.arange(tokens), step)
+        wrong += (pull_back(cotangent)[0] != factor * cotangent).sum()
+    return wrong
 
 
 @pytest.fixture(autouse=True)
@@ -107,30 +121,32 @@ def rank_promotion() -> Iterator[None]:
         yield
 
 
+def program(case: Case, comm: ep.Communicator, num_steps: int, with_gradient: bool = False):
+    """Return a function of the number of the first step: how many results were wrong, by rank."""
+
+    def steps(first):
+        rank = lax.axis_index(comm.axis_names)
+
+        def step(wrong, number):
+            return wrong + wrong_in_step(case, comm, rank, first + number, with_gradient), None
+
+        start = lax.pcast(jnp.int32(0), comm.axis_names, to="varying")
+        return lax.scan(step, start, jnp.arange(num_steps))[0][None]
+
+    return jax.jit(
+        jax.shard_map(steps, mesh=comm.mesh, in_specs=jax.P(), out_specs=device_axis(comm.mesh, "expert"))
+    )
+
+
 @pytest.mark.parametrize("implementation", ["native", LOW_LATENCY])
 def test_many_steps(implementation: str) -> None:
     mesh = mesh_named("expert")
     mode = "throughput" if implementation == "native" else implementation
     comm = ep.Communicator(
-        mesh, num_experts=mesh.size * LOCAL_EXPERTS, num_experts_per_tok=NUM_TOPK, max_tokens=32,
-        hidden_size=HIDDEN_SIZE, implementation="native", mode=mode,
+        mesh, num_experts=mesh.size * 4, num_experts_per_tok=3, max_tokens=32, hidden_size=64,
+        implementation="native", mode=mode,
     )  # fmt: skip
-
-    def program(case: Case):
-        def steps(first):
-            rank = lax.axis_index(comm.axis_names)
-
-            def step(wrong, number):
-                return wrong + wrong_in_step(case, comm, rank, first + number), None
-
-            start = lax.pcast(jnp.int32(0), comm.axis_names, to="varying")
-            return lax.scan(step, start, jnp.arange(STEPS_PER_CALL))[0][None]
-
-        return jax.jit(
-            jax.shard_map(steps, mesh=mesh, in_specs=jax.P(), out_specs=device_axis(mesh, "expert"))
-        )
-
-    programs = [program(case) for case in CASES]
+    programs = [program(case, comm, STEPS_PER_CALL) for case in CASES]
     order = np.random.default_rng(0)  # the same on all ranks
     first, done = 0, []
     while first < NUM_STEPS or len(done) < len(CASES):
@@ -144,3 +160,20 @@ def test_many_steps(implementation: str) -> None:
     comm.check()
     assert comm.stats().rows_received.sum() > 0
     comm.close()
+
+
+@pytest.mark.parametrize("layout", ["token", "expert"])
+def test_steps_of_the_size_of_training(layout: str) -> None:
+    """On GPUs 4096 tokens of 7168, top-8 of 256 experts or about as many; on CPUs fewer."""
+    mesh = mesh_named("expert")
+    tokens, hidden_size, experts = (4096, 7168, 256) if jax.default_backend() == "gpu" else (512, 512, 32)
+    topk = 8
+    capacity = tokens * topk if layout == "expert" else None
+    with ep.Communicator(
+        mesh, num_experts=experts // mesh.size * mesh.size, num_experts_per_tok=topk, max_tokens=tokens,
+        hidden_size=hidden_size, implementation="native", mode="throughput",
+    ) as comm:  # fmt: skip
+        wrong = program(Case(layout, tokens, capacity), comm, 3, with_gradient=True)(jnp.int32(0))
+        np.testing.assert_array_equal(fetch(wrong), 0)
+        comm.check()
+        assert comm.stats().rows_received.sum() > 0

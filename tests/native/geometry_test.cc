@@ -122,6 +122,12 @@ void CheckBlockCounts() {
     Check(BlocksOfDispatch(2, tokens, kExpert) <= BlocksOfDispatch(2, 2 * tokens, kExpert),
           "blocks by tokens", tokens);
   }
+  for (int most = 16; most <= 130; ++most) {
+    for (int in_flight = 0; in_flight <= 3; ++in_flight) {
+      Check(MostWhole(most, in_flight) + in_flight * MostInFlight(most) + most / 4 <= most,
+            "an op beside ops in flight and collectives", most);
+    }
+  }
 }
 
 }  // namespace

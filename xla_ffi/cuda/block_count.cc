@@ -50,8 +50,8 @@ int MostBlocks(int num_sms, int num_ranks_on_gpu) {
   return std::clamp((num_sms - 2) / std::max(1, num_ranks_on_gpu), 1, kMaxBlocks);
 }
 
-int MostWhole(int most, bool beside_op_in_flight) {
-  return std::max(1, beside_op_in_flight ? most / 2 : most * 3 / 4);
+int MostWhole(int most, int num_in_flight) {
+  return std::max(1, most * (num_in_flight == 0 ? 12 : 11 - 3 * num_in_flight) / 16);
 }
 
 int MostInFlight(int most) { return std::max(1, std::min(kBlocksForLink, most * 3 / 16)); }

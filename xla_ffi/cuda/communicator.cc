@@ -84,18 +84,38 @@ CudaCommunicator::CudaCommunicator(CommunicatorConfig config, const WindowSize& 
   }
 }
 
-CudaCommunicator::~CudaCommunicator() {
-  StopWatching(this);
-  for (const auto& rank : ranks_) {
-    OnDevice current(rank->ordinal);
-    cudaStreamDestroy(rank->stream);
-    for (int channel = 0; channel < kNumChannels; ++channel) {
-      cudaStreamDestroy(rank->op_streams[channel]);
-      for (cudaEvent_t event : {rank->begun[channel], rank->ended[channel]}) {
-        cudaEventDestroy(event);
-      }
+CudaCommunicator::~CudaCommunicator() { StopWatching(this); }
+
+// Also of a rank that was made in part.
+CudaCommunicator::LocalRank::~LocalRank() {
+  OnDevice current(ordinal);
+  if (stream != nullptr) cudaStreamDestroy(stream);
+  for (int channel = 0; channel < kNumChannels; ++channel) {
+    SetInFlight(channel, false);
+    if (op_streams[channel] != nullptr) cudaStreamDestroy(op_streams[channel]);
+    for (cudaEvent_t event : {begun[channel], ended[channel]}) {
+      if (event != nullptr) cudaEventDestroy(event);
     }
   }
+}
+
+namespace {
+
+// Of all communicators of this process, by GPU.
+std::atomic<int>& OpsInFlightOn(int ordinal) {
+  constexpr int kMostGpus = 64;
+  static std::atomic<int> counts[kMostGpus];
+  return counts[ordinal % kMostGpus];
+}
+
+}  // namespace
+
+void CudaCommunicator::LocalRank::SetInFlight(int channel, bool value) {
+  OpsInFlightOn(ordinal) += int{value} - int{in_flight[channel].exchange(value)};
+}
+
+int CudaCommunicator::LocalRank::NumOthersInFlight(int channel) const {
+  return OpsInFlightOn(ordinal) - int{in_flight[channel]};
 }
 
 void CudaCommunicator::FreePinned::operator()(HostStatus* status) const {
@@ -162,13 +182,13 @@ std::string CudaCommunicator::WaitForOps() const {
   return first_error;
 }
 
-bool CudaCommunicator::MarkBroken(Failure failure) {
+bool CudaCommunicator::MarkClosed() {
   bool marked = true;
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);
     auto* control = reinterpret_cast<DeviceControl*>(rank->control.data());
     FailureReport report;
-    report.failure = failure;
+    report.failure = Failure::kClosed;
     const uint64_t broken = rank->location.rank + 1;
     const auto write = [&rank](void* to, const void* from, size_t bytes) {
       return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, rank->stream) ==
@@ -191,14 +211,17 @@ void CudaCommunicator::Close() {
   StopWatching(this);
   // A replayed graph does not call LaunchOp: its ops find on the device that the communicator is
   // closed, fail, and read no peer. Ops that began before may still read; wait for them.
-  if (!MarkBroken(Failure::kClosed) || !WaitForOps().empty() || ranks_.empty()) return;
+  if (!MarkClosed() || !WaitForOps().empty() || ranks_.empty()) return;
   OnDevice current(ranks_.front()->ordinal);
   for (const auto& [location, peer] : peers_) peer->pool.reset();
 }
 
 void CudaCommunicator::Leave() {
   StopWatching(this);
-  MarkBroken(Failure::kLeft);
+  for (const auto& rank : ranks_) {
+    OnDevice current(rank->ordinal);
+    LaunchAbortOn(*rank, Failure::kLeft, {}, {}, rank->stream);
+  }
 }
 
 const CudaCommunicator::LocalRank* CudaCommunicator::FailedRank() const {

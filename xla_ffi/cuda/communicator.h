@@ -106,8 +106,8 @@ class CudaCommunicator {
   // control blocks stay while programs may be replayed. Idempotent.
   void Close();
 
-  // Abort running ops, and all later ones: the program has ended with an error, and peers may wait
-  // for its ops in vain.
+  // Abort running ops, and all later ones, and notify peers, which may wait for ops in vain: the
+  // program has ended with an error.
   void Leave();
 
   // The error that broke the communicator, or empty. Does not access a device.
@@ -146,6 +146,11 @@ class CudaCommunicator {
 
   // A rank of this process.
   struct LocalRank {
+    LocalRank() = default;
+    ~LocalRank();
+    LocalRank(const LocalRank&) = delete;
+    LocalRank& operator=(const LocalRank&) = delete;
+
     Location location;
     int ordinal = 0;
     DeviceFacts facts;
@@ -160,8 +165,11 @@ class CudaCommunicator {
     cudaStream_t op_streams[kNumChannels] = {};
     cudaEvent_t begun[kNumChannels] = {};
     cudaEvent_t ended[kNumChannels] = {};
-    std::atomic<bool> in_flight[kNumChannels] = {};  // by launches, in the order of the program
-    std::vector<uint64_t> taken_before;              // counters at the last TakeTraffic
+    // By launches, in the order of the program. Counted with those of other communicators.
+    void SetInFlight(int channel, bool value);
+    int NumOthersInFlight(int channel) const;
+    std::atomic<bool> in_flight[kNumChannels] = {};
+    std::vector<uint64_t> taken_before;  // counters at the last TakeTraffic
   };
 
   // The memory of a rank of a local group, of this process or another one.
@@ -191,10 +199,12 @@ class CudaCommunicator {
                                  const OpLaunch& launch) const;
   OpFrame FrameOf(const LocalRank& rank, const OpSignature& op, const OpLaunch& launch);
   void Abort(const LocalRank& rank, Failure failure, const OpSignature& op, const OpLaunch& launch);
+  void LaunchAbortOn(const LocalRank& rank, Failure failure, const OpSignature& op,
+                     const OpLaunch& launch, cudaStream_t stream);
   void TestPeers() const;
   void TestNodes() const;
-  // Mark the communicator as broken on the devices of this process. False if that failed.
-  bool MarkBroken(Failure failure);
+  // Mark the communicator as closed on the devices of this process. False if that failed.
+  bool MarkClosed();
   // The first rank of this process whose device has reported a failure, or null.
   const LocalRank* FailedRank() const;
 

@@ -32,8 +32,8 @@ std::string Describe(const FailureReport& report, int reporter, int group,
       return DescribeBroken("a program ran on after the communicator was closed" + on_rank, config,
                             group, kCloseLater);
     case Failure::kLeft:
-      return DescribeBroken("the program" + on_rank + " ended with an error while its ops ran",
-                            config, group, kFindFailed);
+      return DescribeBroken("the program" + on_rank + " ended with an error", config, group,
+                            kFindFailed);
     case Failure::kNotLaunched:
       return DescribeBroken(
           op + on_rank + " could not be launched; the error of its program has the reason", config,

@@ -83,8 +83,13 @@ void CudaCommunicator::Abort(const LocalRank& rank, Failure failure, const OpSig
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   const bool in_order = cudaStreamIsCapturing(launch.stream, &capture) == cudaSuccess &&
                         capture == cudaStreamCaptureStatusNone;
+  LaunchAbortOn(rank, failure, op, launch, in_order ? launch.stream : rank.stream);
+}
+
+void CudaCommunicator::LaunchAbortOn(const LocalRank& rank, Failure failure, const OpSignature& op,
+                                     const OpLaunch& launch, cudaStream_t stream) {
   const auto abort = has_several_nodes() ? remote_.abort : &LaunchAbort;
-  abort(FrameOf(rank, op, launch), failure, in_order ? launch.stream : rank.stream);
+  abort(FrameOf(rank, op, launch), failure, stream);
 }
 
 void CudaCommunicator::NotifyNotLaunched(const OpSignature& op, const OpLaunch& launch) {
@@ -115,9 +120,9 @@ int CudaCommunicator::NumBlocks(const LocalRank& rank, const KernelSet& kernels,
                                 const OpBytes& bytes, const OpLaunch& launch) const {
   if (requested_sms_ > 0) return rank.most_blocks;
   const bool on_own_stream = launch.part != Part::kWhole && kernels.reads_peers;
-  const bool beside_op_in_flight = rank.in_flight[1 - launch.channel];
-  const int most = on_own_stream ? MostInFlight(rank.most_blocks)
-                                 : MostWhole(rank.most_blocks, beside_op_in_flight);
+  const int most = on_own_stream
+                       ? MostInFlight(rank.most_blocks)
+                       : MostWhole(rank.most_blocks, rank.NumOthersInFlight(launch.channel));
   return kernels.num_blocks(bytes, most);
 }
 
@@ -133,7 +138,7 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   }
   const bool low_latency = (op.flags & OpSignature::kLowLatency) != 0;
   const cudaEvent_t begun = rank->begun[launch.channel], ended = rank->ended[launch.channel];
-  rank->in_flight[launch.channel] = launch.part == Part::kStart;
+  rank->SetInFlight(launch.channel, launch.part == Part::kStart);
   if (launch.part == Part::kDone && !low_latency) {
     return CudaError(cudaStreamWaitEvent(launch.stream, ended), "waiting for an op in flight");
   }

@@ -46,6 +46,7 @@ Driver::Driver() {
         DriverFunction("cuCtxPushCurrent", &push_context),
         DriverFunction("cuCtxPopCurrent", &pop_context),
         DriverFunction("cuDevicePrimaryCtxRetain", &retain_primary_context),
+        DriverFunction("cuDeviceGetAttribute", &get_attribute),
         DriverFunction("cuMemGetAddressRange", &get_address_range),
         DriverFunction("cuPointerGetAttribute", &get_pointer_attribute),
         DriverFunction("cuMemRetainAllocationHandle", &retain_handle),

@@ -14,6 +14,7 @@ struct Driver {
   decltype(&cuCtxPushCurrent) push_context = nullptr;
   decltype(&cuCtxPopCurrent) pop_context = nullptr;
   decltype(&cuDevicePrimaryCtxRetain) retain_primary_context = nullptr;
+  decltype(&cuDeviceGetAttribute) get_attribute = nullptr;
   decltype(&cuMemGetAddressRange) get_address_range = nullptr;
   decltype(&cuPointerGetAttribute) get_pointer_attribute = nullptr;
   decltype(&cuMemRetainAllocationHandle) retain_handle = nullptr;

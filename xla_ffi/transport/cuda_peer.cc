@@ -19,6 +19,13 @@ CUmemAllocationProp ExportableOn(int device) {
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = device;
   properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  // Without this, network cards may be unable to access it.
+  int capable = 0;  // a CUdevice is an ordinal
+  if (TheDriver().get_attribute(&capable,
+                                CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED,
+                                device) == CUDA_SUCCESS) {
+    properties.allocFlags.gpuDirectRDMACapable = capable != 0;
+  }
   return properties;
 }
 
