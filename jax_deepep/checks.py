@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_deepep.capacity import INT32_MAX
 
@@ -28,10 +29,17 @@ def checked_integer(name: str, value: Any, *, minimum: int) -> int:
     return number
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Raise unless `value` is static, and True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool.")
+
+
 def check_is_array(name: str, value: Any) -> None:
     """Raise unless `value` has a dtype and a shape."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; pass jnp.asarray({name}).")
+        remedy = f"{name}.dequantize(dtype)" if hasattr(value, "dequantize") else f"jnp.asarray({name})"
+        raise TypeError(f"{name}: expected an array, got {type(value).__name__}; pass {remedy}.")
 
 
 def check_array(

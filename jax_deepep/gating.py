@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_deepep.checks import check_array, check_is_array, checked_integer
+from jax_deepep.checks import check_array, check_bool, check_is_array, checked_integer
 from jax_deepep.expert_choice import choose_experts
 
 __all__ = [
@@ -74,7 +74,7 @@ def group_limited_topk(
         ValueError, TypeError: a wrong argument; the message names it and says what was expected.
     """
     _check(logits, bias)
-    check_choices(
+    num_experts_per_tok, num_groups, topk_groups = check_choices(
         logits.shape[-1], num_experts_per_tok=num_experts_per_tok, num_groups=num_groups,
         topk_groups=topk_groups, score_function=score_function, normalize=normalize,
     )  # fmt: skip
@@ -245,15 +245,13 @@ def check_choices(
     topk_groups: Any,
     score_function: Any,
     normalize: Any,
-) -> None:
-    """Raise unless `group_limited_topk` takes these arguments for `num_experts` experts."""
+) -> tuple[int, int, int]:
+    """Return the integers; raise unless `group_limited_topk` takes all of this for `num_experts` experts."""
     _check_score_function(score_function)
-    if not isinstance(normalize, bool | np.bool_):
-        raise TypeError(f"normalize: expected True or False, got {normalize!r}; pass a bool.")
-    for name, value in (
-        ("num_experts_per_tok", num_experts_per_tok), ("num_groups", num_groups), ("topk_groups", topk_groups)
-    ):  # fmt: skip
-        checked_integer(name, value, minimum=1)
+    check_bool("normalize", normalize)
+    num_experts_per_tok = checked_integer("num_experts_per_tok", num_experts_per_tok, minimum=1)
+    num_groups = checked_integer("num_groups", num_groups, minimum=1)
+    topk_groups = checked_integer("topk_groups", topk_groups, minimum=1)
     if num_experts % num_groups:
         raise ValueError(
             f"num_groups: expected a divisor of the {num_experts} experts, got {num_groups}; pass one."
@@ -269,6 +267,7 @@ def check_choices(
             f"{num_groups} groups ({num_experts} experts in all), got {num_experts_per_tok}; pass fewer, or "
             "more groups."
         )
+    return num_experts_per_tok, num_groups, topk_groups
 
 
 def _check(logits: Any, bias: Any) -> None:

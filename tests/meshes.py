@@ -44,11 +44,15 @@ def _meshes() -> dict[str, tuple[tuple[int, ...], tuple[str, ...], str | tuple[s
 
 
 @functools.cache
-def mesh_named(name: str, axis_types: AxisType = AxisType.Auto) -> Mesh:
-    """Return a mesh over all devices, or over one of this process; its sizes follow from their number."""
+def mesh_named(name: str, axis_types: AxisType | tuple[AxisType, ...] = AxisType.Auto) -> Mesh:
+    """Return a mesh over all devices, or over one of this process; its sizes follow from their number.
+
+    `axis_types` are those of all axes, or of each.
+    """
     shape, axes, _ = _meshes()[name]
     devices = jax.local_devices()[:1] if name == "one device" else jax.devices()
-    return Mesh(np.array(devices).reshape(shape), axes, axis_types=(axis_types,) * len(axes))
+    types = axis_types if isinstance(axis_types, tuple) else (axis_types,) * len(axes)
+    return Mesh(np.array(devices).reshape(shape), axes, axis_types=types)
 
 
 def expert_axes(name: str) -> str | tuple[str, ...]:

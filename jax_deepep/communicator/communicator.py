@@ -1,5 +1,6 @@
 """The communicator: an expert-parallel group and its resources, made once, outside of jit."""
 
+import os
 from dataclasses import KW_ONLY, dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn
@@ -127,6 +128,7 @@ class Communicator:
     _chosen: CommunicatorConfig = field(init=False)  # with the nodes that were found
     _backend: Backend = field(init=False)
     _launched: LaunchedPrograms = field(init=False)
+    _creator_pid: int = field(init=False)
 
     def __post_init__(self) -> None:
         if jax_compat.is_tracing():
@@ -158,6 +160,7 @@ class Communicator:
         self._set("_backend", backend)
         local_devices = topology.local_devices(exchange.process)
         self._set("_launched", LaunchedPrograms(local_devices))
+        self._set("_creator_pid", os.getpid())
         if backend.native is not None:
             native_module.close_at_exit(self, backend.native, self._launched)
             if topology.platform == "cpu":
@@ -175,6 +178,11 @@ class Communicator:
     @property
     def _native(self) -> NativeCommunicator | None:
         return self._backend.native
+
+    @property
+    def _is_inherited(self) -> bool:
+        """Whether this process is a fork of the one that made the communicator."""
+        return os.getpid() != self._creator_pid
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -308,6 +316,11 @@ class Communicator:
 
     def _wait_for_ops(self) -> str:
         """Return an error of a device of this process, or nothing."""
+        if self._is_inherited:
+            return (
+                f"{self!r} belongs to process {self._creator_pid}, of which this one is a fork, without its "
+                "threads; make a new one here, or start processes with spawn."
+            )
         self._launched.wait()
         return "" if self._native is None else self._native.wait_for_ops()
 
@@ -331,7 +344,7 @@ class Communicator:
         fails with a clear error.
         """
         if not self.closed:
-            if self._native is not None:
+            if self._native is not None and not self._is_inherited:
                 self._wait_for_ops()
                 self._native.close()
             self._set("_closed", True)

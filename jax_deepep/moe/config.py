@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jax_deepep import gating
 from jax_deepep.capacity import bounded_rows, fewest_chunks
-from jax_deepep.checks import ROW_DTYPES, check_array, checked_integer
+from jax_deepep.checks import ROW_DTYPES, check_array, check_bool, checked_integer
 from jax_deepep.communicator import Communicator
 from jax_deepep.deprecation import renamed_function
 from jax_deepep.gating import ScoreFunction
@@ -174,8 +173,7 @@ class MoEConfig:
                 f"{self.capacity_factor!r}; 1.25 to 2 is usual."
             )
         for name in ("use_bias_correction", "gated", "two_batch_overlap"):
-            if not isinstance(value := getattr(self, name), bool | np.bool_):
-                raise TypeError(f"{name}: expected True or False, got {value!r}; pass a bool.")
+            check_bool(name, getattr(self, name))
         gating.check_choices(
             self.num_experts, num_experts_per_tok=self.num_experts_per_tok, num_groups=self.num_groups,
             topk_groups=self.topk_groups, score_function=self.score_function, normalize=self.normalize,

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_deepep import jax_compat
 from jax_deepep.capacity import round_up
-from jax_deepep.checks import check_array, check_rows_dtype
+from jax_deepep.checks import check_array, check_bool, check_rows_dtype
 from jax_deepep.deprecation import renamed_arguments
 from jax_deepep.moe.aux import Call, MoEAux, Scope, Sequences, global_aux, local_aux
 from jax_deepep.moe.chunk import ROUTER, Tokens, apply_to_chunk
@@ -89,6 +89,8 @@ def moe(
     check_given(config, given, x.shape[:-1])
     if aux not in ("global", "local", "off"):
         raise ValueError(f'aux: expected "global", "local" or "off", got {aux!r}; pass one of them.')
+    check_bool("router_logits", router_logits)
+    check_bool("sequence_loss", sequence_loss)
     if router_logits and (given.topk_weights is not None or aux == "off"):
         raise ValueError(
             "router_logits: expected False with topk_weights or aux='off', got True; leave it out."
@@ -171,7 +173,7 @@ def with_sharding(
     spec: P,
     change: Callable[[jax.Array], jax.Array] = lambda value: value,
 ) -> jax.Array:
-    """Return `change(value)`, sharded by `spec` on a mesh of Explicit axes; elsewhere XLA decides."""
+    """Return `change(value)`, sharded by `spec` over the Explicit axes of the mesh; XLA decides on others."""
     explicit = tuple(
         name
         for name, kind in zip(config.mesh.axis_names, config.mesh.axis_types, strict=True)
@@ -179,7 +181,13 @@ def with_sharding(
     )
     if not explicit:
         return change(value)
-    sharding = NamedSharding(config.mesh, spec)
+
+    def of_explicit(names: Any) -> Any:
+        if isinstance(names, tuple):
+            return tuple(filter(of_explicit, names)) or None
+        return names if names in explicit else None
+
+    sharding = NamedSharding(config.mesh, P(*map(of_explicit, spec)))
     return jax.sharding.auto_axes(change, axes=explicit, out_sharding=sharding)(value)
 
 
@@ -196,6 +204,11 @@ def _check(config: Any, parameters: Parameters, x: Any, expert_map: Any) -> None
         )
     _check_context_mesh(config)
     config.check_expert_map(expert_map)
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            f"parameters: expected a mapping of names to arrays, got {type(parameters).__name__}; "
+            "init_parameters makes them."
+        )
     if parameters.keys() != config.parameters.keys():
         raise ValueError(f"parameters: expected {sorted(config.parameters)}, got {sorted(parameters)}.")
     for name, (shape, axes) in config.parameters.items():

@@ -44,10 +44,16 @@ class Call:
     flags: tuple[tuple[str, Any], ...] = field(metadata={"static": True})
 
     def bind(self, site: Site, *operands: jax.Array) -> list[jax.Array]:
-        """Bind the primitive; `operands` are all but the rank."""
-        results: list[jax.Array] = self.primitive.bind(
-            self.shape.rank(), *operands, shape=self.shape, site=site, **dict(self.flags)
-        )
+        """Bind the primitive; `operands` are all but the rank.
+
+        Results that are not written, such as rows after the last group, may be NaN by chance: where JAX runs
+        op by op, `jax_debug_nans` would blame the op, instead of what it looks for.
+        """
+        rank = self.shape.rank()
+        with jax.debug_nans(False), jax.debug_infs(False):
+            results: list[jax.Array] = self.primitive.bind(
+                rank, *operands, shape=self.shape, site=site, **dict(self.flags)
+            )
         return results
 
     def run(self) -> list[jax.Array]:
@@ -165,7 +171,7 @@ def define_primitive(
     def differentiate(*_: Any, **__: Any) -> NoReturn:
         raise TypeError(
             "gradient: expected one of first order, got the gradient of a gradient of native ops; make the "
-            'communicator with implementation="xla" for it.'
+            'communicator with implementation="xla" for it, and MoE layers with grouped_matmul="ragged_dot".'
         )
 
     ad.primitive_jvps[primitive] = differentiate

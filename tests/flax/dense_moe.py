@@ -16,7 +16,9 @@ E, K, H, F = 8, 3, 16, 32
 MAX_TOKENS = 64
 
 
-def config_of(mesh_name: str, axis_types: AxisType = AxisType.Auto, **choices: Any) -> MoEConfig:
+def config_of(
+    mesh_name: str, axis_types: AxisType | tuple[AxisType, ...] = AxisType.Auto, **choices: Any
+) -> MoEConfig:
     """Return a layer on one of the tests' meshes; `choices` may replace E and K."""
     sizes = (choices.pop("num_experts", E), choices.pop("num_experts_per_tok", K), H, F)
     mesh = mesh_named(mesh_name, axis_types)

@@ -298,6 +298,12 @@ INDEX = np.zeros((*SHAPE, K), np.int32)
             ValueError,
             "router_logits: expected False with topk_weights or",
         ),
+        (
+            {"router_logits": np.int32(1)},
+            TypeError,
+            "router_logits: expected True or False, got",
+        ),
+        ({"sequence_loss": 1}, TypeError, "sequence_loss: expected True or False, got 1; pass a bool"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -305,3 +311,9 @@ def test_wrong_arguments(given: dict[str, Any], error: type[Exception], words: s
     config = config_of("data × expert")
     with pytest.raises(error, match=words):
         moe(config, parameters_of(config), numbers(*SHAPE, H), **given)
+
+
+def test_parameters_that_are_no_mapping() -> None:
+    config = config_of("data × expert")
+    with pytest.raises(TypeError, match="parameters: expected a mapping of names to arrays, got list; i"):
+        moe(config, list(parameters_of(config).values()), numbers(*SHAPE, H))

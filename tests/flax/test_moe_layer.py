@@ -85,8 +85,10 @@ def _dense(choices: tuple[tuple[str, Any], ...], shape: tuple[int, ...]) -> Any:
         ("fsdp × expert × tensor", {"axis_types": AxisType.Explicit, "grouped_matmul": "ragged_dot"}),
         ("data × fsdp", DEEPSEEK),
         ("stage × expert", {"num_chunks": 3, "alignment": 4}),
+        ("data × expert", {"axis_types": (AxisType.Explicit, AxisType.Auto)}),
+        ("data × expert", {"axis_types": (AxisType.Auto, AxisType.Explicit), "normalize": False}),
     ],
-    ids=["1", "2", "3", "4", "5", "6", "7", "8"],
+    ids=["1", "2", "3", "4", "5", "6", "7", "8", "9", "10"],
 )
 def test_output_and_gradients(mesh_name: str, choices: dict[str, Any]) -> None:
     config = config_of(mesh_name, **choices)

@@ -73,3 +73,25 @@ def test_a_grouped_matmul_needs_no_mask(problem: Problem, implementation: str) -
     out, gradients = run_per_device(program, problem.mesh, problem.axis_name, *arrays)
     assert_close(out, inputs.out)
     assert_close(gradients, inputs.expected)
+
+
+def test_debug_nans_blames_no_op_for_rows_that_are_not_written() -> None:
+    """Where JAX runs op by op: there it looks at the results of each."""
+    problem = LAYERS[0]
+    comm = communicator("native", problem)
+    inputs = layer_inputs(problem)
+
+    def program(x, topk_idx, topk_weights):
+        dispatched, handle = ep.dispatch(x, topk_idx, topk_weights, comm=comm, **problem.dispatch_options)
+        return ep.combine(jnp.where(dispatched.mask[:, None], dispatched.tokens, 0), handle)
+
+    mesh, axis = problem.mesh, problem.axis_name
+    arrays = put_on_mesh((inputs.x, inputs.topk_idx, inputs.topk_weights), mesh, device_axis(mesh, axis))
+    # Of their memory, some holds the results of the ops.
+    nan = [jnp.full((rows, problem.hidden_size), jnp.nan) for rows in range(1, 129) for _ in range(8)]
+    jax.block_until_ready(nan)
+    del nan
+    with jax.debug_nans(True):
+        out = per_device(program, mesh, axis)(*arrays)
+    factors = np.where(inputs.topk_idx >= 0, inputs.topk_weights, 0).sum(axis=-1, keepdims=True)
+    assert_close(fetch(out), inputs.x * factors)

@@ -167,6 +167,14 @@ def test_gradient(name: str) -> None:
     assert not np.asarray(of_bias).any()
 
 
+def test_integers_of_numpy_and_jax() -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    wanted = gating.group_limited_topk(logits, num_experts_per_tok=2, num_groups=4, topk_groups=2)
+    integers = {"num_experts_per_tok": jnp.int32(2), "num_groups": np.int8(4), "topk_groups": np.int64(2)}
+    for got, expected in zip(gating.group_limited_topk(logits, **integers), wanted, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 ERRORS = [
     ({"logits": [1.0, 2.0]}, TypeError, "logits: expected an array, got list"),
     ({"logits": np.zeros((2, 8), np.int32)}, TypeError, "logits: expected floats, got dtype int32"),

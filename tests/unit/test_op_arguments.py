@@ -200,6 +200,8 @@ def test_a_wrong_argument_along_a_handle(comm, wrong: dict, words: str) -> None:
 COMBINE = [
     ({"y": jnp.zeros((40, 8))}, {}, ValueError, r"y: expected shape \[capacity, .* \[16, 8\], got \[40, 8\]"),
     ({"y": jnp.zeros((16, 8), jnp.int8)}, {}, TypeError, r"y: expected dtype bfloat16, float16.*, got int8"),
+    ({"y": ep.quantize(jnp.zeros((16, 8)), "fp8")}, {}, TypeError,
+     r"y: expected an array, got BlockScaled; pass y\.dequantize\(dtype\)"),
     ({"wire": "nvfp4"}, {}, ValueError,
      r'wire: expected None or one of "fp8", "fp8_ue8m0", "mxfp8" for combine, got \'nvfp4\''),
     ({"wire": ep.Wire("fp8", backward="int4")}, {}, ValueError,

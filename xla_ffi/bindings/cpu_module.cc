@@ -28,9 +28,11 @@ NB_MODULE(_cpu, module) {
                        int32_t process, int32_t num_ranks, int32_t num_groups, int32_t num_experts,
                        int32_t num_topk, int32_t max_tokens, int32_t hidden_size,
                        int32_t ranks_per_node, double timeout_s) {
-             auto comm = std::make_shared<Communicator>(
-                 MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups, num_experts,
-                            num_topk, max_tokens, hidden_size, ranks_per_node, timeout_s));
+             auto comm = OwnedHere(
+                 new Communicator(MakeConfig(id, fingerprint, locations, process, num_ranks,
+                                             num_groups, num_experts, num_topk, max_tokens,
+                                             hidden_size, ranks_per_node, timeout_s)),
+                 +[](Communicator* comm) { delete comm; });
              Register(comm);
              return comm;
            }),

@@ -64,7 +64,7 @@ std::shared_ptr<CudaCommunicator> Make(int64_t id, int64_t fingerprint,
   if (remote == nullptr) throw std::runtime_error("load_remote_library has not been called");
   std::vector<LocalDevice> local_devices;
   for (const DeviceTuple& device : devices) local_devices.push_back(DeviceOf(device));
-  std::shared_ptr<CudaCommunicator> comm(
+  auto comm = OwnedHere(
       new CudaCommunicator(
           MakeConfig(id, fingerprint, locations, process, num_ranks, num_groups, num_experts,
                      num_topk, max_tokens, hidden_size, ranks_per_node, timeout_s),

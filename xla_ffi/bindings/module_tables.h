@@ -6,8 +6,10 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -20,6 +22,15 @@
 namespace jax_deepep {
 
 namespace nb = nanobind;
+
+// Owns a communicator. It is destroyed in the process that made it only: a fork has its memory, but
+// none of the threads whose end its destructor waits for.
+template <typename Communicator>
+std::shared_ptr<Communicator> OwnedHere(Communicator* comm, void (*destroy)(Communicator*)) {
+  return {comm, [destroy, creator = getpid()](Communicator* comm) {
+            if (getpid() == creator) destroy(comm);
+          }};
+}
 
 template <typename Function>
 nb::capsule Capsule(Function* function) {
