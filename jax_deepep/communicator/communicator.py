@@ -340,8 +340,9 @@ class Communicator:
     def close(self) -> None:
         """Wait for the ops launched so far, then free what the communicator holds. Local; may be repeated.
 
-        It waits for what `check` waits for. Tracing with it raises afterwards; a program compiled before
-        fails with a clear error.
+        It waits for what `check` waits for. Tracing with it raises afterwards; a program with native ops that
+        was compiled before fails with a clear error. On GPUs such programs may be replayed, and keep its own
+        memory (`buffer_bytes`) until they are gone: `jax.clear_caches()`.
         """
         if not self.closed:
             if self._native is not None and not self._is_inherited:

@@ -20,8 +20,16 @@ from jax_deepep.communicator.native_types import CudaModule
 from jax_deepep.communicator.topology import Topology
 
 # Less GPU memory than by default: 1.8 instead of 3.8 GiB with release 3.8. Memory of communicators is
-# registered in units of the second.
-VARIABLES = {"NVSHMEM_MAX_TEAMS": "7", "NVSHMEM_CUMEM_GRANULARITY": "2M"}
+# registered in units of the second. We use no collectives of NVSHMEM, which the third is for, and hosts reach
+# each other by the network, not as one NVLink domain, for which our memory could not be registered.
+VARIABLES = {
+    "NVSHMEM_MAX_TEAMS": "7", "NVSHMEM_CUMEM_GRANULARITY": "2M", "NVSHMEM_DISABLE_NVLS": "1",
+    "NVSHMEM_DISABLE_MNNVL": "1",
+}  # fmt: skip
+_UNSUPPORTED = (
+    ("NVSHMEM_REMOTE_TRANSPORT", "libfabric", "NVSHMEM registers no memory of others for that transport"),
+    ("NVSHMEM_IB_ENABLE_RELAXED_ORDERING", "1", "a flag could arrive before the rows that it announces"),
+)
 
 LIBRARY = pathlib.Path(__file__).parents[1] / "_nvshmem.so"
 _HOST_LIBRARY = "libnvshmem_host.so.3"
@@ -35,6 +43,8 @@ probe.restype = ctypes.c_char_p
 sys.exit((probe(int(sys.argv[3])) or b"").decode() or 0)
 """
 _PROBE_S = 60.0
+
+_given_up = ""  # why NVSHMEM cannot be used any more: the peers of a call that hangs may be in the next one
 
 _ONE_GPU_EACH = (
     "start one process for each GPU, for example python -m jax_deepep.launch -n GPUS_OF_A_HOST --hosts HOSTS "
@@ -60,7 +70,10 @@ def unsupported_reason(topology: Topology, process: int) -> str:
             f"NVSHMEM, which carries rows between hosts, is not installed ({_HOST_LIBRARY}): install "
             "nvidia-nvshmem-cu13, or -cu12, or set NVSHMEM_HOME"
         )
-    return ""
+    for name, value, reason in _UNSUPPORTED:
+        if os.environ.get(name) == value:
+            return f"{name}={value} cannot be used, because {reason}: unset it"
+    return _given_up
 
 
 @functools.cache
@@ -130,6 +143,11 @@ def within(seconds: float, what: str, function: Callable[..., Any], *arguments: 
     if errors:
         raise errors[0]
     if not results:
+        global _given_up
+        _given_up = (
+            f"{what} did not end before, and a call of NVSHMEM is still waiting in this process: restart the "
+            "processes"
+        )
         raise TimeoutError(
             f"{what} did not end in {seconds:.3g} s: a process of another host may have ended, or the hosts "
             "cannot reach each other; NVSHMEM_DEBUG=INFO shows more, NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME names "

@@ -211,7 +211,8 @@ class Exchange:
                     [position, process],
                     f"{name}: expected the same in all processes, got {value} on "
                     f"{self._name_of(self.process)} and {other.same[name]} on {self._name_of(process)}; "
-                    "start all of them with the same arguments and the same build of jax_deepep.",
+                    "start all of them with the same arguments and the same build of jax_deepep, and make "
+                    "communicators in the same order.",
                 )
 
     def _raise_for_findings(self) -> None:

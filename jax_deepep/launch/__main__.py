@@ -1,6 +1,7 @@
 """`python -m jax_deepep.launch -n N [options] -- COMMAND …` (see `--help`)."""
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from jax_deepep.launch.rank_process import RankProcess
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the job and return its status."""
+    _open_standard_files()
     options = parse(sys.argv[1:] if arguments is None else arguments)
     base = without_launch(os.environ)
     if shutil.which(options.command[0]) is None:
@@ -40,6 +42,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 127
     mps = MpsDaemon(base) if options.share_gpu and MpsDaemon.is_installed(base) else None
     return run_guarded(lambda requests: rendezvous_and_run(options, base, mps, requests), mps)
+
+
+def _open_standard_files() -> None:
+    """Open /dev/null as those that are closed: pipes of ours would take their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def rendezvous_and_run(
@@ -78,7 +91,14 @@ def run_job(
     requests: StopRequests,
 ) -> int:
     """Start this host's ranks, watch them, report."""
-    log_dir = prepare_log_dir(options.log_dir, link)
+    try:
+        log_dir = prepare_log_dir(options.log_dir, link)
+    except OSError as error:
+        say(
+            f"--log-dir: expected a folder that can be written, got {error.filename} ({error.strerror}); "
+            "name another one"
+        )
+        return 2
     settings = RankSettings(
         options.platform,
         options.devices_per_process,
@@ -103,6 +123,10 @@ def run_job(
         try:
             ranks.append(RankProcess(command, env, identity, log))
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
+                remedy = "raise ulimit -n, ulimit -u, or the limits of the container"
+                say(f"{rank_names([identity.rank])} cannot be started ({error.strerror}); {remedy}")
+                return 126
             say(
                 f"COMMAND: expected a program that can be run, got {command[0]!r} ({error.strerror}); "
                 "check the file and its first line"

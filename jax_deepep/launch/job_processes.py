@@ -49,6 +49,7 @@ def run_guarded(work: Callable[[StopRequests], int], mps: MpsDaemon | None) -> i
         work: what the worker does; returns the status of the job.
         mps: a daemon that it may start; the guard stops it.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, nobody can wait for a process
     reading, writing = os.pipe()
     numbers = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup

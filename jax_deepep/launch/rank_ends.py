@@ -27,7 +27,7 @@ class RankEnd:
 
     rank: int  # -1: a launcher
     status: int
-    when: float  # time of the poll of all ranks that noticed it
+    when: float  # when the rank reported it, else the time of the poll of all ranks that noticed it
     how: str  # described
     blame: Blame = Blame.FAILED
     hung: bool = False  # a test ran past its deadline

@@ -107,6 +107,10 @@ def rank_environ(
     # lines. A segfault or an abort should print where in the program it happened.
     env.setdefault("PYTHONUNBUFFERED", "1")
     env.setdefault("PYTHONFAULTHANDLER", "1")
+    # gRPC would take the coordinator through a proxy.
+    direct = env.get("no_grpc_proxy") or env.get("no_proxy")
+    host = position.coordinator.rsplit(":", 1)[0].strip("[]")
+    env["no_grpc_proxy"] = ",".join(filter(None, [direct, host]))
     if settings.platform is not None:
         # JAX runs callbacks on a CPU device, also those of programs on GPUs.
         env["JAX_PLATFORMS"] = settings.platform if settings.platform == "cpu" else f"{settings.platform},cpu"

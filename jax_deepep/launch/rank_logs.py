@@ -1,5 +1,8 @@
 """Output: each rank's lines on the console and in a file, and the launcher's own."""
 
+import contextlib
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +24,10 @@ class RankLog:
 
     def write(self, data: bytes) -> None:
         """Log the bytes; show complete lines."""
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            _say_once(f"{self.path}: cannot be written ({error.strerror}); the job goes on without it")
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > _LONGEST_LINE:
             lines.append(self._partial)
@@ -40,14 +46,26 @@ class RankLog:
 def show(rank: int, lines: list[bytes]) -> None:
     """Print whole lines, each with its rank, in one write so that ranks do not mix inside a line."""
     prefix = b"[%d] " % rank
-    sys.stdout.buffer.write(b"".join(prefix + line + b"\n" for line in lines))
-    sys.stdout.buffer.flush()
+    try:
+        sys.stdout.buffer.write(b"".join(prefix + line + b"\n" for line in lines))
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # It would try to write again what it still holds.
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        say(f"standard output cannot be written ({error.strerror}); the job goes on, with its logs")
 
 
 def say(text: str) -> None:
     """Print a line of the launcher's own."""
-    sys.stdout.flush()
-    print(f"[launch] {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the job must not end because nobody listens
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(f"[launch] {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def rank_names(ranks: Iterable[int]) -> str:

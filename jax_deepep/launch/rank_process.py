@@ -48,8 +48,9 @@ class RankProcess:
         self.exited = info is not None
         if self.end is not None:
             return
-        if (reported := self._reported_status()) is not None:  # before the exit, even if seen with it
-            self.end = RankEnd(self.rank, reported, now, f"exit status {reported}")
+        if (reported := self._reported_failure()) is not None:  # before the exit, even if seen with it
+            status, when = reported
+            self.end = RankEnd(self.rank, status, when, f"exit status {status}")
         elif info is not None:
             status = info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status
             self.end = end_by_status(
@@ -68,11 +69,13 @@ class RankProcess:
         self.log.write(data)
         return bool(data)
 
-    def _reported_status(self) -> int | None:
+    def _reported_failure(self) -> tuple[int, float] | None:
+        """Return the status, and when the rank reported it: clocks of a host are the same."""
         try:
-            return int(self.identity.state_file("failed").read_text())
+            status, when = self.identity.state_file("failed").read_text().split()
         except FileNotFoundError:
             return None
+        return int(status), float(when)
 
     def _dumped_at_deadline(self) -> bool:
         try:

@@ -52,10 +52,12 @@ def check_fits_mode(name: str, rows: Any, comm: Communicator) -> None:
     """Raise unless the mode of `comm` sends rows as wide as these."""
     widest, width = comm.config.low_latency_row_bytes, rows.shape[1] * rows.dtype.itemsize
     if comm.mode == "low_latency" and width > widest:
+        is_float = jnp.issubdtype(rows.dtype, jnp.floating)
+        remedy = "cast them to bfloat16" if is_float else "send them in parts along the handle"
         raise ValueError(
             f'{name}: expected rows of at most {widest} bytes with mode="low_latency" and hidden_size='
-            f"{comm.hidden_size}, got {rows.shape[1]} {rows.dtype.name}, {width} bytes; cast them to "
-            'bfloat16, or make the communicator with mode="throughput".'
+            f"{comm.hidden_size}, whatever crosses the link, got {rows.shape[1]} {rows.dtype.name}, {width} "
+            f'bytes; {remedy}, or make the communicator with mode="throughput".'
         )
 
 

@@ -49,10 +49,10 @@ class InFlight(Generic[Result]):
         self._trace, self._is_done = jax_compat.current_trace(), False
         self._flight: pairs.Flight | None = None
         self._outputs: Any = None  # of an op that start has done
+        self._channel = self._take_channel()
+        self._pending.add(self)
         if implementation_of(shape, known_routes=known_routes) is native:
-            self._channel = self._take_channel()
             self._flight = pairs.start(verb, shape, self._channel, operands)
-            self._pending.add(self)
         else:  # the others cannot be parted
             self._outputs = run(shape, *operands)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launcher_runs import alive, launch, launcher, pids, program, two_hosts, wait_until
+from launcher_runs import alive, environment, launch, launcher, pids, program, two_hosts, wait_until
 from own_processes import starts_its_own_processes
 
 pytestmark = starts_its_own_processes
@@ -40,6 +40,9 @@ exec(sys.argv[2])
 time.sleep(300)
 """
 
+# As if JAX's exit handler waited for the other ranks.
+STAYS = "import atexit\natexit.register(time.sleep, 300)\n"
+
 
 def test_bare_initialize_joins_the_processes(tmp_path: Path) -> None:
     processes, devices = 2, 2
@@ -65,6 +68,9 @@ def test_bare_initialize_joins_the_processes(tmp_path: Path) -> None:
         ("rank == 1 and os.abort()", 134, "killed by SIGABRT"),
         ("rank == 1 and [][0]", 1, "exit status 1"),
         ("rank == 1 and sys.exit(4); time.sleep(0.4); sys.exit(5)", 4, "exit status 4"),
+        (STAYS + "if rank == 1: raise KeyboardInterrupt", 130, "exit status 130"),
+        (STAYS + "sys.excepthook = lambda *_: 1 / 0\nif rank == 1: raise ValueError", 1, "exit status 1"),
+        ("if rank == 1: (os.fork() == 0 and sys.exit(3)); time.sleep(0.5); sys.exit(6)", 6, "exit status 6"),
     ],
 )
 def test_the_first_bad_status_counts_and_nothing_is_left(
@@ -90,6 +96,29 @@ def test_the_first_failure_is_shown_last_with_its_traceback(tmp_path: Path) -> N
     assert lines[-1] == "[2] AssertionError: two is wrong"
     assert "[2] Traceback (most recent call last):" in lines[-5:]
     assert "python_program" not in output
+
+
+@pytest.mark.parametrize(
+    ("redirected", "words"),
+    [
+        (">&-", ""),
+        ("2>&-", ""),
+        (">/dev/full", "standard output cannot be written (No space left on device); the job goes on"),
+        ("--log-dir /dev/null/logs", "--log-dir: expected a folder that can be written, got /dev/null/logs"),
+    ],
+)
+def test_outputs_that_cannot_be_written(tmp_path: Path, redirected: str, words: str) -> None:
+    script = program(tmp_path, "import pathlib, sys\nprint('line')\npathlib.Path(sys.argv[1]).touch()\n")
+    where = "" if redirected.startswith("--") else redirected
+    options = redirected if redirected.startswith("--") else "--log-dir log"
+    line = f"{sys.executable} -m jax_deepep.launch -n 1 {options} -- {sys.executable} {script} ran {where}"
+    done = subprocess.run(
+        ["sh", "-c", line], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (2 if options == redirected else 0)
+    assert (tmp_path / "ran").exists() == (options != redirected)
 
 
 def test_a_rank_that_raises_ends_the_others_although_jax_waits_for_them(tmp_path: Path) -> None:

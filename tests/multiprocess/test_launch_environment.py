@@ -69,6 +69,12 @@ def test_first_slurm_host(nodes: str, first: str) -> None:
     assert first_slurm_host(nodes) == first
 
 
+def test_a_variable_that_is_no_integer() -> None:
+    words = "SLURM_NTASKS: expected an integer, as the cluster sets it, got '4x'; unset it, or pass --hosts"
+    with pytest.raises(PositionError, match=words):
+        position_from_cluster({**SLURM, "SLURM_NTASKS": "4x"})
+
+
 def test_open_mpi_takes_precedence_over_slurm() -> None:
     position = position_from_cluster({**SLURM, **OPEN_MPI})
     assert position is not None
@@ -247,3 +253,8 @@ def test_a_rank_that_has_not_joined_is_warned(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="This is rank 5 of 8 .*, and JAX knows") as warned:
         ep.Communicator(mesh, num_experts=2, num_experts_per_tok=1, max_tokens=4, hidden_size=4)
     assert "of no other process: call jax.distributed.initialize() first" in str(warned[0].message)
+
+
+def test_ranks_reach_their_coordinator_without_a_proxy() -> None:
+    assert environ_of(0, RankSettings())["no_grpc_proxy"] == "10.0.0.1"
+    assert environ_of(0, RankSettings(), {"no_proxy": "a,b"})["no_grpc_proxy"] == "a,b,10.0.0.1"

@@ -121,6 +121,11 @@ def test_what_nvshmem_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.P
     assert "install nvidia-nvshmem-cu13" in nvshmem.unsupported_reason(topology, 0)
     monkeypatch.setattr(nvshmem, "_host_library", lambda: "libnvshmem_host.so.3")
     assert nvshmem.unsupported_reason(topology, 0) == ""
+    monkeypatch.setenv("NVSHMEM_REMOTE_TRANSPORT", "libfabric")
+    text = nvshmem.unsupported_reason(topology, 0)
+    assert text.startswith("NVSHMEM_REMOTE_TRANSPORT=libfabric cannot be used, because ")
+    monkeypatch.setenv("NVSHMEM_REMOTE_TRANSPORT", "ibrc")
+    assert nvshmem.unsupported_reason(topology, 0) == ""
 
 
 def test_a_library_that_ends_the_process_is_tried_in_another_one(
@@ -138,7 +143,12 @@ def test_a_library_that_ends_the_process_is_tried_in_another_one(
     assert loaded == [str(nvshmem.LIBRARY)]
 
 
-def test_collective_calls_are_bounded() -> None:
+def test_collective_calls_are_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """After one that has been given up, none is begun: its peers may still be in the first."""
+    monkeypatch.setattr(nvshmem, "_given_up", "")
+    monkeypatch.setattr(nvshmem, "_host_library", lambda: "libnvshmem_host.so.3")
+    monkeypatch.setattr(nvshmem, "LIBRARY", tmp_path / "_nvshmem.so")
+    nvshmem.LIBRARY.touch()
     ends = threading.Event()
     assert nvshmem.within(60.0, "adding", lambda a, b: a + b, 1, 2) == 3
     with pytest.raises(KeyError, match="seven"):
@@ -146,3 +156,7 @@ def test_collective_calls_are_bounded() -> None:
     with pytest.raises(TimeoutError, match=r"waiting did not end in 0\.05 s: a process of another host"):
         nvshmem.within(0.05, "waiting", ends.wait)
     ends.set()
+    text = nvshmem.unsupported_reason(topology_of([0, 1]), 0)
+    assert text.startswith(
+        "waiting did not end before, and a call of NVSHMEM is still waiting in this process"
+    )

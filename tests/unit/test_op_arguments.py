@@ -90,8 +90,9 @@ def test_a_wrong_argument_of_dispatch(comm, wrong: dict, error: type[Exception],
 def test_rows_that_low_latency_mode_does_not_send(implementation: str) -> None:
     comm = communicator_of(implementation, mode="low_latency")
     words = (
-        r'%s: expected rows of at most 16 bytes with mode="low_latency" and hidden_size=8, got 8 float32, 32 '
-        r'bytes; cast them to bfloat16, or make the communicator with mode="throughput"'
+        r'%s: expected rows of at most 16 bytes with mode="low_latency" and hidden_size=8, whatever crosses '
+        r"the link, got 8 float32, 32 bytes; cast them to bfloat16, or make the communicator with "
+        r'mode="throughput"'
     )
     with pytest.raises(ValueError, match=words % "x"):
         trace(lambda: dispatch(comm))

@@ -96,7 +96,7 @@ def position_from_cluster(
     """
     position = next((found for find in (_open_mpi, _slurm, _pmi) if (found := find(environ))), None)
     if position is None and "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        job, index = kubernetes(environ), int(environ["JOB_COMPLETION_INDEX"])
+        job, index = kubernetes(environ), _integer(environ, "JOB_COMPLETION_INDEX")
         position = LauncherPosition(
             index, job.parallelism, job.coordinator, job=job.name, found_in="Kubernetes"
         )
@@ -116,7 +116,7 @@ def _own_index(names: Sequence[str], environ: Mapping[str, str]) -> int:
     if len(mine) == 1:
         return mine[0]
     if not mine and "JOB_COMPLETION_INDEX" in environ:
-        return int(environ["JOB_COMPLETION_INDEX"])
+        return _integer(environ, "JOB_COMPLETION_INDEX")
     found = "none of --hosts is" if not mine else f"{', '.join(names[i] for i in mine)} are all"
     raise PositionError(
         f"--node-rank: {found} this machine, so it must be given: 0 on the first host, 1 on the next, …"
@@ -136,18 +136,30 @@ def _is_this_machine(name: str) -> bool:
     return True
 
 
+def _integer(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise PositionError(
+            f"{name}: expected an integer, as the cluster sets it, got {text!r}; unset it, or pass --hosts"
+        ) from None
+
+
 def _open_mpi(environ: Mapping[str, str]) -> LauncherPosition | None:
     if "OMPI_COMM_WORLD_RANK" not in environ or "OMPI_COMM_WORLD_SIZE" not in environ:
         return None
-    count = int(environ["OMPI_COMM_WORLD_SIZE"])
+    count = _integer(environ, "OMPI_COMM_WORLD_SIZE")
     address = LOOPBACK
-    if int(environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "0")) != count:
+    if _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 0) != count:
         # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911", the machine that mpirun runs on
         uri = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
         address = (uri[1] or uri[2]) if uri is not None else ""  # Open MPI 5 has no such variable
     return LauncherPosition(
-        int(environ["OMPI_COMM_WORLD_RANK"]), count, address,
-        local_index=int(environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")),
+        _integer(environ, "OMPI_COMM_WORLD_RANK"), count, address,
+        local_index=_integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK", 0),
         job=environ.get("OMPI_MCA_orte_hnp_uri", environ.get("PMIX_NAMESPACE", "")), found_in="Open MPI",
     )  # fmt: skip
 
@@ -156,13 +168,13 @@ def _slurm(environ: Mapping[str, str]) -> LauncherPosition | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
     if any(name not in environ for name in names):
         return None  # also in a shell of salloc, which has no step
-    count = int(environ["SLURM_NTASKS"])
-    if int(environ.get("PMI_SIZE", count)) != count:
+    count = _integer(environ, "SLURM_NTASKS")
+    if _integer(environ, "PMI_SIZE", count) != count:
         return None  # srun started the daemons of another starter, which started this process
     return LauncherPosition(
-        int(environ["SLURM_PROCID"]), count,
+        _integer(environ, "SLURM_PROCID"), count,
         first_slurm_host(environ["SLURM_STEP_NODELIST"]) if count > 1 else LOOPBACK,
-        local_index=int(environ["SLURM_LOCALID"]),
+        local_index=_integer(environ, "SLURM_LOCALID"),
         job=f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', '')}", found_in="SLURM",
     )  # fmt: skip
 
@@ -180,10 +192,10 @@ def first_slurm_host(node_list: str) -> str:
 def _pmi(environ: Mapping[str, str]) -> LauncherPosition | None:
     if "PMI_RANK" not in environ or "PMI_SIZE" not in environ:
         return None
-    count = int(environ["PMI_SIZE"])
-    all_here = count == 1 or int(environ.get("MPI_LOCALNRANKS", "0")) == count
+    count = _integer(environ, "PMI_SIZE")
+    all_here = count == 1 or _integer(environ, "MPI_LOCALNRANKS", 0) == count
     return LauncherPosition(
-        int(environ["PMI_RANK"]), count, LOOPBACK if all_here else "",
-        local_index=int(environ.get("MPI_LOCALRANKID", "0")),
+        _integer(environ, "PMI_RANK"), count, LOOPBACK if all_here else "",
+        local_index=_integer(environ, "MPI_LOCALRANKID", 0),
         job=environ.get("PMI_JOBID", ""), found_in="PMI",
     )  # fmt: skip

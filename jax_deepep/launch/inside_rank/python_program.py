@@ -16,27 +16,32 @@ import os
 import runpy
 import signal
 import sys
+import time
 import types
 from typing import Any
 
 
 def main() -> None:
     """Do what `python ARGUMENTS` would do."""
-    state = state_path()
+    state, pid = state_path(), os.getpid()
     if state is not None:
         dump_stacks_on_request(state)
     arguments = sys.argv[1:]
     try:
         _run(arguments)
-    except SystemExit as error:
-        if error.code is not None and error.code != 0:
-            report_failure(state, error.code & 0xFF if isinstance(error.code, int) else 1)
-        raise
-    except KeyboardInterrupt:
-        raise  # Python itself then dies from SIGINT, as callers expect
     except BaseException as error:
-        _print_without_this_file(error)
-        report_failure(state, 1)
+        state = state if os.getpid() == pid else None  # the end of a fork is not the rank's
+        if isinstance(error, SystemExit):
+            if error.code is not None and error.code != 0:
+                report_failure(state, error.code & 0xFF if isinstance(error.code, int) else 1)
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            report_failure(state, 128 + signal.SIGINT)
+            raise  # Python itself then dies from SIGINT, as callers expect
+        try:
+            _print_without_this_file(error)
+        finally:  # the program's excepthook may raise
+            report_failure(state, 1)
         sys.exit(1)
 
 
@@ -89,7 +94,7 @@ def report_failure(state: str | None, status: int) -> None:
     if state is None:
         return
     with contextlib.suppress(OSError), open(state + ".failed.new", "w") as file:
-        file.write(str(status))
+        file.write(f"{status} {time.monotonic()}")
         file.close()
         os.replace(state + ".failed.new", state + ".failed")
 
