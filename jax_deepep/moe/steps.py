@@ -127,10 +127,9 @@ class Steps:
             beside_ops=self.beside_ops,
         )  # fmt: skip
 
-    def _halves(self, tokens: jax.Array) -> Halves:
-        return halves_of(
-            self.choice, self.alignment, self.activation, tokens.dtype, beside_ops=self.beside_ops
-        )
+    def _halves(self, tokens: jax.Array, *, beside_op: bool = False) -> Halves:
+        beside_ops = self.beside_ops or beside_op
+        return halves_of(self.choice, self.alignment, self.activation, tokens.dtype, beside_ops=beside_ops)
 
     def experts_saved(
         self, batch: Batch, handle: Handle[Any], saves: bool, tokens: jax.Array
@@ -217,7 +216,7 @@ class Steps:
 
     def _gradients_of_matrices(self, saved: Saved, products: Products) -> Weights:
         tokens, handle = saved.received
-        halves = self._halves(tokens)
+        halves = self._halves(tokens, beside_op=True)
         gradients = _gradient(
             lambda matrices: halves.first(tokens, matrices, handle.group_sizes)[0],
             tuple(saved.matrices.values()),

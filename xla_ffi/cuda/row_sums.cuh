@@ -17,29 +17,14 @@ namespace jax_deepep {
 struct Inputs {
   int count = 0;                // of inputs, with `first`
   const char* first = nullptr;  // the input before all others, or null
-  int position = kNone;         // of the lane's input in the sum
+  int position = kNone;         // of the lane's input among `count`
   const char* row = nullptr;    // the lane's input
   float weight = 1.0f;          // and its weight
   bool encoded = false;         // whether it is in the wire format
   float gradient = 0.0f;        // the gradient of the lane's entry
-};
-
-// Variants of a sum: of products in float32, or of terms that are rounded to the row type first;
-// from +0, or from its first term, that is, from -0.
-struct SumOfProducts {
-  static constexpr bool kRounded = false;
-  __device__ static float Zero(const Inputs&) { return -0.0f; }
-};
-struct SumOfRows {
-  static constexpr bool kRounded = true;
-  __device__ static float Zero(const Inputs& inputs) {
-    return inputs.first != nullptr ? -0.0f : 0.0f;
-  }
-};
-// Of the ranks of a node: a term of another sum.
-struct SumOfRanks {
-  static constexpr bool kRounded = true;
-  __device__ static float Zero(const Inputs&) { return -0.0f; }
+  // Of a SumOfRowsAndPair, the rows of the pair: before all other inputs. Their sum, rounded, is
+  // added before the input at `pair_position`, or after all.
+  int pair_rows = 0, pair_position = kNone;
 };
 
 // A warp reads rows in pieces: so many words of 16 bytes per lane, and so many pieces ahead of the
@@ -51,13 +36,47 @@ struct EncodedPieces {
   static constexpr int kWords = 2, kAhead = 4;
 };
 
-// An input of a sum, in shared memory.
+// An input of a sum.
 struct Term {
   const char* row;
   float weight;
   bool encoded;
 };
 inline constexpr int kMaxTerms = kMaxTopk + 1;
+
+// The inputs of a warp's sum, and of a SumOfRowsAndPair the sum of the pair, in shared memory.
+struct WarpTerms {
+  Term inputs[kMaxTerms];
+};
+struct WarpTermsAndPair : WarpTerms {
+  uint4 pair[PlainPieces::kWords][32];
+};
+
+// Variants of a sum: of products in float32, or of terms that are rounded to the row type first;
+// from +0, or from its first term, that is, from -0.
+struct SumOfProducts {
+  using Terms = WarpTerms;
+  static constexpr bool kRounded = false, kWithPair = false;
+  __device__ static float Zero(const Inputs&) { return -0.0f; }
+};
+struct SumOfRows {
+  using Terms = WarpTerms;
+  static constexpr bool kRounded = true, kWithPair = false;
+  __device__ static float Zero(const Inputs& inputs) {
+    return inputs.first != nullptr ? -0.0f : 0.0f;
+  }
+};
+// Of the ranks of a node: a term of another sum.
+struct SumOfRanks {
+  using Terms = WarpTerms;
+  static constexpr bool kRounded = true, kWithPair = false;
+  __device__ static float Zero(const Inputs&) { return -0.0f; }
+};
+// One of the rows may be the sum of products of this rank's own ones.
+struct SumOfRowsAndPair : SumOfRows {
+  using Terms = WarpTermsAndPair;
+  static constexpr bool kWithPair = true;
+};
 
 // A group of an input, as it is loaded.
 template <typename Type>
@@ -79,12 +98,14 @@ __device__ __forceinline__ void LoadTerm(const Term& term, const WireRow& wire, 
   }
 }
 
-// Add groups of an input to sums. Inputs without a weight have 1; testing for that costs less than
-// multiplying the sums of step 1, which many of a token's inputs are.
-template <typename Type, bool kWeighted, bool kRounded, bool kMayBeEncoded, WireFormat kFormat,
+// Add groups of an input to sums. Inputs without a weight have 1. A product is `rounded` to the row
+// type first, or not; testing for a weight costs less than multiplying the sums of step 1, where
+// all terms are rounded.
+template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireFormat kFormat,
           int kGroups>
 __device__ __forceinline__ void AddTerm(LoadedGroup<Type> (&groups)[kGroups], const Term& term,
-                                        const WireRow& wire, float (&sums)[kGroups][kGroup]) {
+                                        bool rounded, const WireRow& wire,
+                                        float (&sums)[kGroups][kGroup]) {
   float values[kGroup];
   if (kMayBeEncoded && term.encoded) {
 #pragma unroll
@@ -98,7 +119,7 @@ __device__ __forceinline__ void AddTerm(LoadedGroup<Type> (&groups)[kGroups], co
     return;
   }
   const float weight = term.weight;
-  if (kWeighted && kRounded && weight != 1.0f) {
+  if (kWeighted && Sum::kRounded && rounded && weight != 1.0f) {
 #pragma unroll
     for (LoadedGroup<Type>& group : groups) {
       Type::Unpack(group.plain, values);
@@ -107,16 +128,96 @@ __device__ __forceinline__ void AddTerm(LoadedGroup<Type> (&groups)[kGroups], co
       group.plain = Type::Pack(values);
     }
   }
+  constexpr bool kAllRounded = Sum::kRounded && !Sum::kWithPair;
+  const float factor = rounded ? 1.0f : weight;
 #pragma unroll
   for (int i = 0; i < kGroups; ++i) {
     Type::Unpack(groups[i].plain, values);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
-      if (kWeighted && !kRounded) values[e] = __fmul_rn(values[e], weight);
+      if (kWeighted && !kAllRounded) values[e] = __fmul_rn(values[e], factor);
       sums[i][e] = __fadd_rn(sums[i][e], values[e]);
     }
   }
 }
+
+// The sums of a lane's groups, while their terms are added one after the other.
+template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireFormat kFormat,
+          int kGroups>
+class LaneSums {
+ public:
+  __device__ __forceinline__ LaneSums(const Inputs& inputs, typename Sum::Terms* terms)
+      : inputs_(inputs), terms_(*terms) {
+    Begin();
+  }
+
+  __device__ __forceinline__ void Begin() {
+    const bool of_pair = Sum::kWithPair && inputs_.pair_rows > 0;
+    Clear(of_pair ? SumOfProducts::Zero(inputs_) : Sum::Zero(inputs_));
+  }
+  __device__ __forceinline__ void Add(LoadedGroup<Type> (&groups)[kGroups], int input,
+                                      const WireRow& wire) {
+    const Term& term = terms_.inputs[input];
+    const bool of_pair = Sum::kWithPair && input < inputs_.pair_rows;
+    if constexpr (Sum::kWithPair) {
+      if (input == inputs_.pair_position) AddPair();
+    }
+    AddTerm<Type, kWeighted, Sum, kMayBeEncoded, kFormat>(groups, term, Sum::kRounded && !of_pair,
+                                                          wire, values_);
+    if constexpr (Sum::kWithPair) {
+      if (input == inputs_.pair_rows - 1) EndPair();
+    }
+  }
+  // After the last term.
+  __device__ __forceinline__ void End() {
+    if constexpr (Sum::kWithPair) {
+      if (inputs_.pair_position == inputs_.count) AddPair();
+    }
+  }
+  __device__ __forceinline__ const float* of(int i) const { return values_[i]; }
+
+ private:
+  __device__ __forceinline__ void Clear(float zero) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+#pragma unroll
+      for (float& value : values_[i]) value = zero;
+    }
+  }
+  // Every lane reads what it has written.
+  __device__ __forceinline__ void EndPair() {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const PackedGroup rounded = Type::Pack(values_[i]);
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        terms_.pair[i * kWords + j][threadIdx.x % 32] = rounded.words[j];
+      }
+    }
+    Clear(Sum::Zero(inputs_));
+  }
+  __device__ __forceinline__ void AddPair() {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      PackedGroup rounded;
+#pragma unroll
+      for (int j = 0; j < kWords; ++j) {
+        rounded.words[j] = terms_.pair[i * kWords + j][threadIdx.x % 32];
+      }
+      float of_pair[kGroup];
+      Type::Unpack(rounded, of_pair);
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) values_[i][e] = __fadd_rn(values_[i][e], of_pair[e]);
+    }
+  }
+
+  using PackedGroup = Packed<typename Type::Element>;
+  static constexpr int kWords = sizeof(PackedGroup) / sizeof(uint4);
+
+  const Inputs& inputs_;
+  typename Sum::Terms& terms_;
+  float values_[kGroups][kGroup];
+};
 
 // Where sums go: store(group, sums) is called by all lanes together, with consecutive groups, some
 // of which may be past the end.
@@ -182,15 +283,15 @@ struct StoreEither {
 template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireFormat kFormat,
           typename Store>
 __device__ __forceinline__ void AddPieces(const Inputs& inputs, RowShape<true> shape,
-                                          GroupRange range, const Term* terms, const WireRow& wire,
-                                          const Store& store) {
+                                          GroupRange range, typename Sum::Terms* terms,
+                                          const WireRow& wire, const Store& store) {
   using Pieces = std::conditional_t<kMayBeEncoded, EncodedPieces, typename Store::Pieces>;
   constexpr int kGroups = Pieces::kWords * sizeof(uint4) / sizeof(LoadedGroup<Type>);  // of a lane
   const int lane = threadIdx.x % 32;
 
   int next_input = 0, next_base = range.first + lane;
   auto load = [&](LoadedGroup<Type>(&piece)[kGroups]) {
-    const Term& term = terms[next_input];
+    const Term& term = terms->inputs[next_input];
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int at = next_base + i * 32;
@@ -202,31 +303,23 @@ __device__ __forceinline__ void AddPieces(const Inputs& inputs, RowShape<true> s
 #pragma unroll
   for (LoadedGroup<Type>(&piece)[kGroups] : pieces) load(piece);
 
-  float sums[kGroups][kGroup];
-  auto clear = [&] {
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-#pragma unroll
-      for (float& sum : sums[i]) sum = Sum::Zero(inputs);
-    }
-  };
-  clear();
+  LaneSums<Type, kWeighted, Sum, kMayBeEncoded, kFormat, kGroups> sums(inputs, terms);
   int input = 0, base = range.first + lane;
   while (true) {
 #pragma unroll
     for (LoadedGroup<Type>(&piece)[kGroups] : pieces) {
-      AddTerm<Type, kWeighted, Sum::kRounded, kMayBeEncoded, kFormat>(piece, terms[input], wire,
-                                                                      sums);
+      sums.Add(piece, input, wire);
       load(piece);
       if (++input < inputs.count) continue;
+      sums.End();
 #pragma unroll
       for (int i = 0; i < kGroups; ++i) {
         const int at = base + i * 32;
-        store(at, at < range.end, sums[i]);
+        store(at, at < range.end, sums.of(i));
       }
       input = 0, base += kGroups * 32;
       if (base - lane >= range.end) return;
-      clear();
+      sums.Begin();
     }
   }
 }
@@ -235,22 +328,20 @@ __device__ __forceinline__ void AddPieces(const Inputs& inputs, RowShape<true> s
 template <typename Type, bool kWeighted, typename Sum, bool kMayBeEncoded, WireFormat kFormat,
           typename Store>
 __device__ void AddOneByOne(const Inputs& inputs, RowShape<false> shape, GroupRange range,
-                            const Term* terms, const WireRow& wire, const Store& store) {
+                            typename Sum::Terms* terms, const WireRow& wire, const Store& store) {
   const int lane = threadIdx.x % 32;
   for (int base = range.first; base < range.end; base += 32) {
     const int group = base + lane;
     const bool inside = group < range.end;
-    float sums[1][kGroup];
-#pragma unroll
-    for (float& sum : sums[0]) sum = Sum::Zero(inputs);
+    LaneSums<Type, kWeighted, Sum, kMayBeEncoded, kFormat, 1> sums(inputs, terms);
 #pragma unroll 4
     for (int input = 0; inside && input < inputs.count; ++input) {
-      const Term& term = terms[input];
       LoadedGroup<Type> groups[1];
-      LoadTerm<Type, kMayBeEncoded, kFormat>(term, wire, group, shape, &groups[0]);
-      AddTerm<Type, kWeighted, Sum::kRounded, kMayBeEncoded, kFormat>(groups, term, wire, sums);
+      LoadTerm<Type, kMayBeEncoded, kFormat>(terms->inputs[input], wire, group, shape, &groups[0]);
+      sums.Add(groups, input, wire);
     }
-    store(group, inside, sums[0]);
+    sums.End();
+    store(group, inside, sums.of(0));
   }
 }
 
@@ -258,13 +349,15 @@ __device__ void AddOneByOne(const Inputs& inputs, RowShape<false> shape, GroupRa
 template <typename Type, bool kWhole, bool kWeighted, typename Sum, bool kMayBeEncoded,
           WireFormat kFormat = WireFormat::kNone, typename Store>
 __device__ __forceinline__ void AddUp(const Inputs& inputs, RowShape<kWhole> shape,
-                                      GroupRange range, Term* terms, const WireRow& wire,
-                                      const Store& store) {
+                                      GroupRange range, typename Sum::Terms* terms,
+                                      const WireRow& wire, const Store& store) {
   __syncwarp();
   if (inputs.position != kNone) {
-    terms[inputs.position] = {inputs.row, inputs.weight, inputs.encoded};
+    terms->inputs[inputs.position] = {inputs.row, inputs.weight, inputs.encoded};
   }
-  if (inputs.first != nullptr && threadIdx.x % 32 == 0) terms[0] = {inputs.first, 1.0f, false};
+  if (inputs.first != nullptr && threadIdx.x % 32 == 0) {
+    terms->inputs[inputs.pair_rows] = {inputs.first, 1.0f, false};
+  }
   __syncwarp();
   if (kWhole && inputs.count > 0) {
     AddPieces<Type, kWeighted, Sum, kMayBeEncoded, kFormat>(inputs, RowShape<true>{shape.size},

@@ -39,7 +39,13 @@ class NvshmemProcess : public RemoteProcess {
   }
 
   std::string Init(const std::string& id, int process, int num_processes) override {
-    if (nvshmemx_init_status() >= kInitialized) return CompareWith(process, num_processes);
+    if (nvshmemx_init_status() >= kInitialized) {
+      if (ours_) return CompareWith(process, num_processes);
+      // Its settings decide in which units memory is registered, and our kernels would not know it.
+      return "other code of this process has initialised NVSHMEM, as PE " +
+             std::to_string(nvshmem_my_pe()) + " of " + std::to_string(nvshmem_n_pes()) +
+             "; make a communicator between hosts before that";
+    }
     nvshmemx_uniqueid_t unique;
     if (id.size() != sizeof(unique)) return "the id of NVSHMEM has the wrong size";
     std::memcpy(&unique, id.data(), sizeof(unique));
@@ -56,28 +62,43 @@ class NvshmemProcess : public RemoteProcess {
     nvshmemx_init_init_attr_ver_only(attributes);
     const int status = nvshmemi_init_thread(NVSHMEM_THREAD_SERIALIZED, &provided,
                                             NVSHMEMX_INIT_WITH_UNIQUEID, &attributes, version);
-    if (status != 0) {
+    // It returns 0, too, if only the processes have found each other.
+    if (status != 0 || nvshmemx_init_status() < kInitialized) {
       return "NVSHMEM could not be initialised (status " + std::to_string(status) +
              "); set NVSHMEM_DEBUG=INFO to see why";
     }
     ours_ = true;
     cudaMemGetInfo(&free_after, &total);
     taken_bytes_ = free_before > free_after ? free_before - free_after : 0;
+    if (std::string error = CheckIbgda(); !error.empty()) return error;
     return CompareWith(process, num_processes);
   }
 
   std::string Describe() const {
     const char* transport = std::getenv("NVSHMEM_REMOTE_TRANSPORT");
-    std::string text = "puts by " + Version() + " (transport " +
-                       (transport == nullptr ? "ibrc, the default" : transport) +
-                       "), initialised by " + (ours_ ? "jax_deepep" : "other code of this process");
-    if (!ours_) return text;
-    return text + ", which took " + std::to_string(taken_bytes_ >> 20) +
+    return "puts by " + Version() + " (transport " +
+           (transport == nullptr ? "ibrc, the default" : transport) +
+           "), initialised by jax_deepep, which took " + std::to_string(taken_bytes_ >> 20) +
            " MiB of GPU memory outside of XLA's pool";
   }
 
  private:
-  // Only one initialisation of a process counts, whoever has made it.
+  // Kernels that post to the network themselves read tables whose layout releases have changed.
+  static std::string CheckIbgda() {
+    const char* value = std::getenv("NVSHMEM_IB_ENABLE_IBGDA");
+    if (value == nullptr || *value == '\0' || std::strchr("0nNfF", *value) != nullptr) return "";
+    int major = 0, minor = 0, patch = 0;
+    nvshmemx_vendor_get_version_info(&major, &minor, &patch);
+    if (major == NVSHMEM_VENDOR_MAJOR_VERSION && minor == NVSHMEM_VENDOR_MINOR_VERSION) return "";
+    return "NVSHMEM_IB_ENABLE_IBGDA is set, for which jax_deepep must be built against the release "
+           "of "
+           "NVSHMEM that runs: built against " +
+           std::to_string(NVSHMEM_VENDOR_MAJOR_VERSION) + "." +
+           std::to_string(NVSHMEM_VENDOR_MINOR_VERSION) + ", got " + Version() +
+           "; install jax_deepep again, or unset it";
+  }
+
+  // Only one initialisation of a process counts.
   static std::string CompareWith(int process, int num_processes) {
     const int pe = nvshmem_my_pe(), num_pes = nvshmem_n_pes();
     if (pe == process && num_pes == num_processes) return "";
@@ -99,11 +120,19 @@ NvshmemProcess& TheProcess() {
 class NvshmemMemory : public RemoteMemory {
  public:
   std::string Register(char* memory, size_t bytes) override {
+    static bool failed = false;  // NVSHMEM gives up all of its memory then
+    if (failed) {
+      return "NVSHMEM of this process failed to register memory before, and is unusable since; "
+             "restart the processes";
+    }
     address_ = static_cast<char*>(nvshmemx_buffer_register_symmetric(memory, bytes, 0));
     if (address_ != nullptr) return "";
+    failed = true;
     return "NVSHMEM cannot register " + std::to_string(bytes >> 20) +
            " MiB of the communicator for puts; set NVSHMEM_CUMEM_GRANULARITY=2M, and "
-           "NVSHMEM_DEBUG=INFO to see why";
+           "NVSHMEM_DEBUG=INFO to see why; restart the processes, since NVSHMEM gives up all of "
+           "its "
+           "memory then";
   }
   char* Address() const override { return address_; }
   char* FlagAddress(int /*node*/) const override { return nullptr; }

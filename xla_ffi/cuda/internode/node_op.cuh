@@ -213,9 +213,10 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   }
 
   // The same for sums: put(chunk) puts this node's, and ends with SignalChunk. use(chunk) is called
-  // when those of the other nodes are here; work(chunk) before that.
+  // when those of the other nodes are here; work(chunk) before that. In line: a function of its own
+  // would take more registers than the kernel has.
   template <typename PutSums, typename Work, typename Use>
-  __device__ bool ForChunksOfSums(PutSums put, Work work, Use use) {
+  __device__ __forceinline__ bool ForChunksOfSums(PutSums put, Work work, Use use) {
     const int count = num_chunks();
     put(0);
     for (int chunk = 0; chunk < count; ++chunk) {

@@ -44,7 +44,7 @@ __device__ void PutDestinations(const Combine& op, Group& group) {
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           typename Group>
 __device__ void SumNode(const Combine& op, const Group& group, int node, int chunk, int32_t* taken,
-                        Term* terms) {
+                        WarpTerms* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const GroupRange all = {0, shape.num_groups()};
@@ -124,7 +124,7 @@ __device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int chunk
 
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           typename Group>
-__device__ void SumNodes(const Combine& op, Group& group, int32_t* taken, Term* terms) {
+__device__ void SumNodes(const Combine& op, Group& group, int32_t* taken, WarpTerms* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const int num_tokens = params.route.num_tokens, num_topk = op.frame.shape.num_topk;

@@ -2,13 +2,15 @@
 // the link per (token, rank); the rank of the token pulls these and sums them in ascending order.
 // `Group` is GroupOp, or NodeOp between nodes.
 //
-// 1. Sum: for every pair of this rank with several rows, p = sum of w * y, rounded once. With a
-//    wire format, for every pair of another rank, encoded. On one node and without a wire format,
-//    the pairs of later tokens while peers pull: a warp that waits for a part of the tokens has
-//    summed what it has of it, so that none wait in a circle (tests/unit/protocol_parts.py).
+// 1. Sum: for every pair with several rows, p = sum of w * y, rounded once; with a wire format, for
+//    every pair of another rank, encoded. On one node and without a wire format, own pairs wait for
+//    step 3, and the pairs of later tokens are summed while peers pull: a warp that waits for a
+//    part of the tokens has summed what it has of it, so that none wait in a circle
+//    (tests/unit/protocol_parts.py).
 // 2. Publish; wait for everyone.
 // 3. Pull: for every token of this rank, bias + p_0 + p_1 + ...; a pair with one row that is not
-//    encoded needs no sum: its row is read and weighted in place.
+//    encoded needs no sum: its row is read and weighted in place. Own pairs are summed here, which
+//    saves writing and reading their sums (not with a wire format, or between nodes).
 //
 // Between nodes, each rank does step 3 for the tokens of all ranks with its index in their nodes,
 // over the ranks of its own node, and puts the sums, rounded once or encoded, to the ranks of the
@@ -19,6 +21,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/divisor.h"
 #include "cuda/internode/node_sums.cuh"
@@ -37,11 +40,17 @@
 namespace jax_deepep {
 namespace {
 
+template <bool kQuantized, bool kSeveralNodes>
+using SumOfToken =
+    std::conditional_t<kSumsOwnRows<kQuantized, kSeveralNodes>, SumOfRowsAndPair, SumOfRows>;
+
 // Step 3, for this warp's tokens before `end`.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           typename Group>
 __device__ __forceinline__ void SumTokens(const Combine& op, const Group& group, EvenItems& tokens,
-                                          int end, int32_t* taken, Term* terms) {
+                                          int end, int32_t* taken,
+                                          typename SumOfToken<kQuantized, false>::Terms* terms) {
+  using Sum = SumOfToken<kQuantized, false>;
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
@@ -59,7 +68,7 @@ __device__ __forceinline__ void SumTokens(const Combine& op, const Group& group,
           params.gradients[int64_t{at} * num_topk + lane] = inputs.gradient;
         }
         char* to = static_cast<char*>(params.out) + at * op.row_bytes;
-        AddUp<Type, kWhole, kWeighted, SumOfRows, kQuantized, kFormat>(
+        AddUp<Type, kWhole, kWeighted, Sum, kQuantized, kFormat>(
             inputs, shape, {0, shape.num_groups()}, terms, op.wire,
             StoreRounded<Type, kWhole>{to, shape});
       });
@@ -70,8 +79,8 @@ template <typename Group, typename Type, bool kWhole, bool kWeighted, bool kQuan
 __global__ void __launch_bounds__(kThreads, 1) CombineKernel(const __grid_constant__ Combine op) {
   __shared__ typename Group::Shared shared;
   __shared__ int32_t taken[kMaxRanks];
-  __shared__ Term of_warps[kWarps][kMaxTerms];
-  Term* terms = of_warps[threadIdx.x / 32];
+  __shared__ typename SumOfToken<kQuantized, Group::kSeveralNodes>::Terms of_warps[kWarps];
+  auto* terms = &of_warps[threadIdx.x / 32];
   const CombineParams& params = op.params;
   Group group(op.frame, &shared);
   for (int rank = threadIdx.x; rank < kMaxRanks; rank += kThreads) taken[rank] = 0;

@@ -49,11 +49,17 @@ __device__ char* OwnSum(const Combine& op, int rank, int token) {
   return sums + of_sums.num_rows * of_sums.row_bytes + (first + token) * of_sums.own_bytes;
 }
 
+// Whether step 3 adds up the rows of pairs that stay on this rank, instead of step 1. With a wire
+// format that took 7 % (64 SMs) to 17 % longer, since the loop of step 3 also decodes and has fewer
+// words in flight; between nodes it would have to be compiled four times.
+template <bool kQuantized, bool kSeveralNodes>
+constexpr bool kSumsOwnRows = !kQuantized && !kSeveralNodes;
+
 // Step 1, for this warp's items before `end`. pair_of(item) is the number of its pair.
 template <typename Type, bool kWhole, bool kWeighted, bool kQuantized, WireFormat kFormat,
           bool kSeveralNodes, typename PairOf>
-__device__ __forceinline__ void SumPairs(const Combine& op, Term* terms, EvenItems& items, int end,
-                                         PairOf pair_of) {
+__device__ __forceinline__ void SumPairs(const Combine& op, WarpTerms* terms, EvenItems& items,
+                                         int end, PairOf pair_of) {
   struct Line {
     int32_t source, row;
   };
@@ -84,7 +90,9 @@ __device__ __forceinline__ void SumPairs(const Combine& op, Term* terms, EvenIte
       [&](int, const Pair& pair) {
         const int rank = op.max_tokens.Quotient(pair.source);
         const int token = op.max_tokens.Remainder(pair.source);
-        const bool encoded = kQuantized && !SumsFor<kSeveralNodes>(op, rank);
+        const bool stays = SumsFor<kSeveralNodes>(op, rank);
+        const bool encoded = kQuantized && !stays;
+        if (stays && kSumsOwnRows<kQuantized, kSeveralNodes>) return;
         if (pair.inputs.count < (encoded ? 1 : 2)) return;
         const GroupRange all = {0, shape.num_groups()};
         char* to = static_cast<char*>(params.sums) + SumOffset(op, rank, token);
@@ -101,12 +109,13 @@ __device__ __forceinline__ void SumPairs(const Combine& op, Term* terms, EvenIte
 }
 
 // The inputs of a token's sum: the bias, and a row of every rank that has one, ranks
-// ascending. `destination` is that of the lane's entry; `owner` is the rank of the token. Between
-// nodes: without the bias, and the ranks of this node.
+// ascending; with kSumsOwnRows all rows of this rank. `destination` is that of the lane's entry;
+// `owner` is the rank of the token. Between nodes: without the bias, and the ranks of this node.
 template <bool kQuantized, typename Group>
 __device__ Inputs InputsOf(const Combine& op, const Group& group, int owner, int token,
                            int32_t destination, int32_t* taken) {
   constexpr bool kSeveralNodes = Group::kSeveralNodes;
+  constexpr bool kOwnRows = kSumsOwnRows<kQuantized, kSeveralNodes>;
   const CombineParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32;
@@ -129,25 +138,38 @@ __device__ Inputs InputsOf(const Combine& op, const Group& group, int owner, int
     inputs.first = static_cast<const char*>(params.bias) + token * op.row_bytes;
     inputs.count = 1;
   }
-  int position = inputs.count;
+  int position = inputs.count, own_position = inputs.count;
   for (int base = 0; base < shape.num_ranks; base += 32) {
     const uint32_t ranks = RanksOfLanes(somewhere ? rank : kNone, base);  // that have rows
     position += __popc(ranks & BitsBelow(rank, base));
+    own_position += __popc(ranks & BitsBelow(op.frame.rank, base));
     inputs.count += __popc(ranks);
   }
-  if (leads) {
+  const bool own = somewhere && rank == op.frame.rank;
+  const uint32_t own_lanes =
+      __ballot_sync(~0u, kOwnRows && own && expert_major && __popc(same) > 1);
+  if (own_lanes != 0) {
+    inputs.pair_rows = __popc(own_lanes);
+    inputs.pair_position = inputs.pair_rows + own_position;
+    inputs.count += inputs.pair_rows - 1;
+    position += inputs.pair_rows - (position > own_position ? 1 : 0);
+    if (own) position = __popc(own_lanes & ((1u << lane) - 1));
+  }
+  if (leads) atomicAdd(&taken[rank], 1);
+  const bool summed = expert_major && __popc(same) > 1;  // in step 1, or here
+  if (own && (leads || own_lanes != 0)) {  // its arrays need not be where peers can read them
     inputs.position = position;
-    atomicAdd(&taken[rank], 1);
-    if (kQuantized && rank != op.frame.rank) {
+    const bool of_step_1 = summed && !kOwnRows;
+    inputs.row = of_step_1 ? OwnSum<kSeveralNodes>(op, owner, token)
+                           : static_cast<const char*>(params.y) + row * op.row_bytes;
+    if (!of_step_1 && params.weights != nullptr) inputs.weight = params.weights[row];
+  } else if (leads) {
+    inputs.position = position;
+    if (kQuantized) {
       inputs.encoded = true;
       inputs.row = group.template Operand<char>(rank, kSums) +
                    (expert_major ? SumOffset(op, owner, token) : row * op.of_sums.row_bytes);
-    } else if (kQuantized) {  // its arrays need not be where peers can read them
-      const bool summed = expert_major && __popc(same) > 1;
-      inputs.row = summed ? OwnSum<kSeveralNodes>(op, owner, token)
-                          : static_cast<const char*>(params.y) + row * op.row_bytes;
-      if (!summed && params.weights != nullptr) inputs.weight = params.weights[row];
-    } else if (expert_major && __popc(same) > 1) {  // summed in step 1
+    } else if (summed) {
       inputs.row = group.template Operand<char>(rank, kSums) + SumOffset(op, owner, token);
     } else {
       inputs.row = group.template Operand<char>(rank, kRows) + row * op.row_bytes;

@@ -13,7 +13,7 @@ namespace jax_deepep {
 namespace {
 
 // Where the pairs of each part are, in shared memory. Pairs are in the order (source, token), and
-// are summed in the order (part, source, token).
+// those of other ranks are summed in the order (part, source, token).
 struct PairsOfParts {
   int32_t first[kMostParts + 1][kMaxRanks];  // pair of a source that is in this part or later
   int32_t before[kMostParts + 1];            // how many are in earlier parts
@@ -51,7 +51,7 @@ struct PairsOfParts {
     for (int part = threadIdx.x; part <= parts.count; part += kThreads) {
       int count = 0;
       for (int source = 0; source < num_ranks; ++source) {
-        count += first[part][source] - first[0][source];
+        if (source != op.frame.rank) count += first[part][source] - first[0][source];
       }
       before[part] = count;
     }
@@ -63,6 +63,7 @@ struct PairsOfParts {
     if (op.frame.parts.count == 1) return item;
     int left = item - before[part];
     for (int source = 0;; ++source) {
+      if (source == op.frame.rank) continue;
       const int begin = first[part][source], count = first[part + 1][source] - begin;
       if (left < count) return begin + left;
       left -= count;

@@ -65,7 +65,7 @@ struct RowsOfSlot {
 // Step 1. `rows` are those of this warp's first slot.
 template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typename Group>
 __device__ void PushSums(const LowLatencyCombine<Group>& op, Group& group, RowsOfSlot rows,
-                         Term* terms) {
+                         WarpTerms* terms) {
   const CombineParams& params = op.params;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = op.frame.shape.num_topk;
   const bool expert_major = params.route.layout == Layout::kExpertMajor;
@@ -121,7 +121,7 @@ __device__ void PushSums(const LowLatencyCombine<Group>& op, Group& group, RowsO
 
 // Step 2. False if the op is lost.
 template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typename Group>
-__device__ bool SumTokens(const LowLatencyCombine<Group>& op, Group& group, Term* terms) {
+__device__ bool SumTokens(const LowLatencyCombine<Group>& op, Group& group, WarpTerms* terms) {
   const CombineParams& params = op.params;
   const GroupShape& shape = op.frame.shape;
   const int lane = threadIdx.x % 32, self = op.frame.rank, num_topk = shape.num_topk;
@@ -153,7 +153,8 @@ __device__ bool SumTokens(const LowLatencyCombine<Group>& op, Group& group, Term
       if (!group.Wait(waits, at, part, waits ? rank : self, &has_row)) return false;
       const uint32_t present = __ballot_sync(~0u, has_row);
       if (has_row) {
-        terms[inputs.count + __popc(present & ((1u << lane) - 1))] = {at.row(), 1.0f, rank != self};
+        terms->inputs[inputs.count + __popc(present & ((1u << lane) - 1))] = {at.row(), 1.0f,
+                                                                              rank != self};
         if (part == 0) group.CountReceived(rank);
       }
       inputs.count += __popc(present);
@@ -176,8 +177,8 @@ template <typename Group, typename Type, bool kWhole, bool kQuantized, WireForma
 __global__ void __launch_bounds__(kThreads, 1)
     LowLatencyCombineKernel(const __grid_constant__ LowLatencyCombine<Group> op) {
   __shared__ typename Group::Shared shared;
-  __shared__ Term of_warps[kWarps][kMaxTerms];
-  Term* terms = of_warps[threadIdx.x / 32];
+  __shared__ WarpTerms of_warps[kWarps];
+  WarpTerms* terms = &of_warps[threadIdx.x / 32];
   const CombineParams& params = op.params;
   Group group(op.frame, op.signalled, &shared);
   group.Enter();

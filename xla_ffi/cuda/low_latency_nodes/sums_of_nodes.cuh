@@ -48,7 +48,7 @@ struct ValuesOfSums {
 // Collect the terms of this node's sum for a token of the rank with this rank's index on `node`.
 // False if the op is lost.
 template <bool kQuantized, typename Op, typename Group>
-__device__ bool CollectTerms(const Op& op, Group& group, int node, int token, Term* terms,
+__device__ bool CollectTerms(const Op& op, Group& group, int node, int token, WarpTerms* terms,
                              Inputs* inputs) {
   const int lane = threadIdx.x % 32, self = op.frame.rank, size = op.frame.shape.node_size();
   __syncwarp();  // the terms of the token before have been used
@@ -60,7 +60,8 @@ __device__ bool CollectTerms(const Op& op, Group& group, int node, int token, Te
     if (!group.Wait(waits, at, 0, rank, &has_row)) return false;
     const uint32_t present = __ballot_sync(~0u, has_row);
     if (has_row) {
-      terms[inputs->count + __popc(present & ((1u << lane) - 1))] = {at.row(), 1.0f, rank != self};
+      terms->inputs[inputs->count + __popc(present & ((1u << lane) - 1))] = {at.row(), 1.0f,
+                                                                             rank != self};
       group.CountReceived(rank);
     }
     inputs->count += __popc(present);
@@ -79,7 +80,7 @@ __device__ float PushedGradient(const Op& op, const Group& group, int source, in
 // Step 1. False if the op is lost.
 template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typename Op,
           typename Group>
-__device__ bool SumForNodes(const Op& op, Group& group, Term* terms) {
+__device__ bool SumForNodes(const Op& op, Group& group, WarpTerms* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const GroupRange all = {0, shape.num_groups()};
@@ -117,7 +118,7 @@ __device__ bool SumForNodes(const Op& op, Group& group, Term* terms) {
 // Step 2. False if the op is lost.
 template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typename Op,
           typename Group>
-__device__ bool SumOwnNode(const Op& op, Group& group, Term* terms) {
+__device__ bool SumOwnNode(const Op& op, Group& group, WarpTerms* terms) {
   const RowShape<kWhole> shape{op.params.route.row_size};
   const ValuesOfSums<Op> values(op, group, PutArea::kReceived, group.node());
   for (int token = FirstItem(); token < op.signalled.num_slots; token += NumWarps()) {
@@ -155,7 +156,7 @@ __device__ float GradientOfEntry(const Op& op, const Group& group, int token) {
 // Step 3. A warp has the same tokens as in step 2.
 template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typename Op,
           typename Group>
-__device__ void AddNodes(const Op& op, const Group& group, Term* terms) {
+__device__ void AddNodes(const Op& op, const Group& group, WarpTerms* terms) {
   const CombineParams& params = op.params;
   const RowShape<kWhole> shape{params.route.row_size};
   const int lane = threadIdx.x % 32, num_topk = op.frame.shape.num_topk;
@@ -173,7 +174,7 @@ __device__ void AddNodes(const Op& op, const Group& group, Term* terms) {
       const bool has_sum = inside && LoadFresh(values.has_sum + token) != 0;
       const uint32_t present = __ballot_sync(~0u, has_sum);
       if (has_sum) {
-        terms[inputs.count + __popc(present & ((1u << lane) - 1))] = {
+        terms->inputs[inputs.count + __popc(present & ((1u << lane) - 1))] = {
             group.RowAt(PutArea::kReceived, node, token), 1.0f, node != group.node()};
       }
       inputs.count += __popc(present);
@@ -192,7 +193,7 @@ __device__ void AddNodes(const Op& op, const Group& group, Term* terms) {
 // False if the op is lost.
 template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typename Op,
           typename Group>
-__device__ bool SumNodes(const Op& op, Group& group, Term* terms) {
+__device__ bool SumNodes(const Op& op, Group& group, WarpTerms* terms) {
   const bool summed = SumForNodes<Type, kWhole, kQuantized, kFormat>(op, group, terms);
   if (!__syncthreads_and(summed)) return false;
   group.Return(ValuesOfSums<Op>(op, group, PutArea::kSent, group.node()).bytes(op));
