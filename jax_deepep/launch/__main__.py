@@ -25,7 +25,7 @@ from jax_deepep.launch.mps_daemon import MpsDaemon, MpsError
 from jax_deepep.launch.python_command import through_python_program
 from jax_deepep.launch.rank_environment import RankSettings, rank_environ, without_launch
 from jax_deepep.launch.rank_identity import LaunchedRank, launched_rank
-from jax_deepep.launch.rank_logs import RankLog, rank_names, say
+from jax_deepep.launch.rank_logs import OUTPUTS, RankLog, rank_names, say
 from jax_deepep.launch.rank_process import RankProcess
 
 
@@ -91,6 +91,7 @@ def run_job(
     requests: StopRequests,
 ) -> int:
     """Start this host's ranks, watch them, report."""
+    OUTPUTS.is_ending = lambda: bool(requests.read())
     try:
         log_dir = prepare_log_dir(options.log_dir, link)
     except OSError as error:

@@ -119,7 +119,7 @@ def _check(parser: _Parser, options: argparse.Namespace) -> None:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= 4096:
+    if not text.isdecimal() or not 0 < int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 4096, got {text!r}")
     return int(text)
 

@@ -1,14 +1,13 @@
 """What the launcher prints when a job has failed; the first failing rank comes last, with its traceback."""
 
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from jax_deepep.launch.job_watch import JobOutcome
 from jax_deepep.launch.pytest_report import pytest_summary
 from jax_deepep.launch.rank_ends import Blame
-from jax_deepep.launch.rank_logs import log_tail, rank_names, say
+from jax_deepep.launch.rank_logs import log_tail, rank_names, say, show_last
 from jax_deepep.launch.rank_process import RankProcess
 
 
@@ -44,7 +43,10 @@ def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> 
         aborted = [
             rank.rank
             for rank in ranks
-            if rank.rank not in outcome.ended and rank.end is not None and rank.end.blame is Blame.CONSEQUENCE
+            if rank is not first
+            and rank.rank not in outcome.ended
+            and rank.end is not None
+            and rank.end.blame is Blame.CONSEQUENCE
         ]
         if aborted:
             say(
@@ -56,9 +58,7 @@ def report(outcome: JobOutcome, ranks: Sequence[RankProcess], log_dir: Path) -> 
     _show_stacks(outcome, ranks)
     say(f"rank {first.rank} failed first: {end.how}. The end of its log ({first.log.path}):")
     lines = log_tail(first.log.path, outcome.first_log_bytes)
-    for line in lines or ["(it printed nothing)"]:
-        print(f"[{first.rank}] {line}", file=sys.stderr)
-    sys.stderr.flush()
+    show_last(first.rank, lines or ["(it printed nothing)"])
 
 
 def _show_stacks(outcome: JobOutcome, ranks: Sequence[RankProcess]) -> None:
@@ -71,8 +71,7 @@ def _show_stacks(outcome: JobOutcome, ranks: Sequence[RankProcess]) -> None:
         return
     for rank in sorted(written, key=lambda rank: rank is outcome.first):
         say(f"stacks of rank {rank.rank}:")
-        for line in rank.identity.stacks_file.read_text(errors="replace").splitlines():
-            print(f"[{rank.rank}] {line}", file=sys.stderr)
+        show_last(rank.rank, rank.identity.stacks_file.read_text(errors="replace").splitlines())
 
 
 def _has_content(path: Path) -> bool:

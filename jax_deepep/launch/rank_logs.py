@@ -1,15 +1,18 @@
 """Output: each rank's lines on the console and in a file, and the launcher's own."""
 
-import contextlib
-import functools
 import os
-import sys
+import select
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+_OUT, _ERR = 1, 2
+_PIECE = 4096  # a pipe that can be written takes as much at once
+_PATIENCE_S = 1.0  # with a reader, once the job is to end
 _LONGEST_LINE = 65536
 _SHOWN_LINES = 60
-_TRACEBACKS = ("Traceback (most recent call last)", "Fatal Python error", "  + Exception Group Traceback")
+_FATAL = "Fatal Python error"
+_LINES_BEFORE_FATAL = 15  # where the library that aborted says why
+_TRACEBACKS = ("Traceback (most recent call last)", _FATAL, "  + Exception Group Traceback")
 
 
 class RankLog:
@@ -21,13 +24,16 @@ class RankLog:
         self._file = path.open("wb", buffering=0)
         self._on_console = on_console
         self._partial = b""
+        self._is_lost = False
 
     def write(self, data: bytes) -> None:
         """Log the bytes; show complete lines."""
         try:
             self._file.write(data)
         except OSError as error:
-            _say_once(f"{self.path}: cannot be written ({error.strerror}); the job goes on without it")
+            if not self._is_lost:
+                self._is_lost = True
+                say(f"{self.path}: cannot be written ({error.strerror}); the job goes on without it")
         *lines, self._partial = (self._partial + data).split(b"\n")
         if len(self._partial) > _LONGEST_LINE:
             lines.append(self._partial)
@@ -43,29 +49,44 @@ class RankLog:
         self._file.close()
 
 
-def show(rank: int, lines: list[bytes]) -> None:
-    """Print whole lines, each with its rank, in one write so that ranks do not mix inside a line."""
+class Outputs:
+    """The launcher's standard output and error. It waits for who reads them, until the job is to end."""
+
+    def __init__(self) -> None:
+        self.is_ending: Callable[[], bool] = lambda: False
+        self._broken: set[int] = set()
+
+    def write(self, number: int, data: bytes) -> None:
+        """Write to a descriptor. What nobody reads, or cannot be written, is lost; logs have it."""
+        while data and number not in self._broken:
+            try:
+                if select.select([], [number], [], _PATIENCE_S)[1]:
+                    data = data[os.write(number, data[:_PIECE]) :]
+                elif self.is_ending():
+                    self._broken.add(number)
+            except OSError as error:
+                self._broken.add(number)
+                name = "output" if number == _OUT else "error"
+                say(f"standard {name} cannot be written ({error.strerror}); the job goes on, with its logs")
+
+
+OUTPUTS = Outputs()
+
+
+def show(rank: int, lines: list[bytes], to: int = _OUT) -> None:
+    """Print whole lines, each with its rank."""
     prefix = b"[%d] " % rank
-    try:
-        sys.stdout.buffer.write(b"".join(prefix + line + b"\n" for line in lines))
-        sys.stdout.buffer.flush()
-    except OSError as error:
-        # It would try to write again what it still holds.
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        say(f"standard output cannot be written ({error.strerror}); the job goes on, with its logs")
+    OUTPUTS.write(to, b"".join(prefix + line + b"\n" for line in lines))
+
+
+def show_last(rank: int, lines: Iterable[str]) -> None:
+    """Print lines of a rank as the launcher's own."""
+    show(rank, [line.encode(errors="replace") for line in lines], _ERR)
 
 
 def say(text: str) -> None:
     """Print a line of the launcher's own."""
-    with contextlib.suppress(OSError):  # the job must not end because nobody listens
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        print(f"[launch] {text}", file=sys.stderr, flush=True)
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    say(text)
+    OUTPUTS.write(_ERR, f"[launch] {text}\n".encode(errors="replace"))
 
 
 def rank_names(ranks: Iterable[int]) -> str:
@@ -89,6 +110,8 @@ def log_tail(path: Path, length: int) -> list[str]:
         lines = file.read(length - begin).decode(errors="replace").splitlines()
     starts = [index for index, line in enumerate(lines) if line.startswith(_TRACEBACKS)]
     start = starts[-1] if starts else max(0, len(lines) - _SHOWN_LINES // 2)
+    if starts and lines[start].startswith(_FATAL):
+        start = max(0, start - _LINES_BEFORE_FATAL)
     # Of chained exceptions, show all from the first cause on.
     for earlier in reversed(starts[:-1]):
         between = "\n".join(lines[earlier:start])

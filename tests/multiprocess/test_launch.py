@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,20 @@ def test_outputs_that_cannot_be_written(tmp_path: Path, redirected: str, words: 
     assert "Traceback" not in done.stderr
     assert done.returncode == (2 if options == redirected else 0)
     assert (tmp_path / "ran").exists() == (options != redirected)
+
+
+def test_a_job_ends_although_nobody_reads_its_output(tmp_path: Path) -> None:
+    """As with a pager that waits: `launcher` opens a pipe, which is not read here."""
+    script = program(tmp_path, END)
+    flood = "[print('y' * 99) for _ in range(9999)]"
+    with launcher(
+        "-n", "1", "--grace", "1", "--", sys.executable, script, tmp_path, flood, cwd=tmp_path
+    ) as job:
+        wait_until(lambda: len(pids(tmp_path)) == 3)
+        time.sleep(1)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not [pid for pid in pids(tmp_path) if alive(pid)]
 
 
 def test_a_rank_that_raises_ends_the_others_although_jax_waits_for_them(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from jax_deepep.launch.hosts.kubernetes_job import KubernetesJob, read_job
 
 LOOPBACK = "127.0.0.1"
+_MOST_HOSTS = 65536
 
 
 class PositionError(ValueError):
@@ -49,13 +50,15 @@ def position_from_arguments(
     names: list[str] = []
     if hosts is None:
         count = 1
-    elif hosts.isdigit():
+    elif hosts.isdecimal():
         count = int(hosts)
     else:
         names = [name.strip() for name in hosts.split(",")]
         count = len(names)
-    if count < 1 or "" in names:
-        raise PositionError(f"--hosts: expected 'host0,host1,…' or a number of hosts >= 1, got {hosts!r}")
+    if not 1 <= count <= _MOST_HOSTS or "" in names:
+        raise PositionError(
+            f"--hosts: expected 'host0,host1,…' or a number of hosts from 1 to {_MOST_HOSTS}, got {hosts!r}"
+        )
     if address is None:
         if count > 1 and not names:
             raise PositionError(
