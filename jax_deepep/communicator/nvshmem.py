@@ -26,11 +26,6 @@ VARIABLES = {
     "NVSHMEM_MAX_TEAMS": "7", "NVSHMEM_CUMEM_GRANULARITY": "2M", "NVSHMEM_DISABLE_NVLS": "1",
     "NVSHMEM_DISABLE_MNNVL": "1",
 }  # fmt: skip
-_UNSUPPORTED = (
-    ("NVSHMEM_REMOTE_TRANSPORT", "libfabric", "NVSHMEM registers no memory of others for that transport"),
-    ("NVSHMEM_IB_ENABLE_RELAXED_ORDERING", "1", "a flag could arrive before the rows that it announces"),
-)
-
 LIBRARY = pathlib.Path(__file__).parents[1] / "_nvshmem.so"
 _HOST_LIBRARY = "libnvshmem_host.so.3"
 
@@ -70,9 +65,14 @@ def unsupported_reason(topology: Topology, process: int) -> str:
             f"NVSHMEM, which carries rows between hosts, is not installed ({_HOST_LIBRARY}): install "
             "nvidia-nvshmem-cu13, or -cu12, or set NVSHMEM_HOME"
         )
-    for name, value, reason in _UNSUPPORTED:
-        if os.environ.get(name) == value:
-            return f"{name}={value} cannot be used, because {reason}: unset it"
+    if os.environ.get("NVSHMEM_REMOTE_TRANSPORT") == "libfabric":
+        return (
+            "NVSHMEM_REMOTE_TRANSPORT=libfabric cannot be used, because NVSHMEM registers no memory of "
+            "others for it: unset it"
+        )
+    ordering = "NVSHMEM_IB_ENABLE_RELAXED_ORDERING"
+    if os.environ.get(ordering, "0")[:1].lower() not in ("", "0", "n", "f"):  # as NVSHMEM reads it
+        return f"{ordering} cannot be used, because a flag could overtake the rows it announces: unset it"
     return _given_up
 
 

@@ -59,6 +59,7 @@ def rendezvous_and_run(
     options: argparse.Namespace, base: dict[str, str], mps: MpsDaemon | None, requests: StopRequests
 ) -> int:
     """Find the launchers of other hosts, then run the job with them."""
+    OUTPUTS.is_ending = lambda: bool(requests.read())
     try:
         position = find_position(options, base)
         link = rendezvous(position, options.n, options.start_timeout, cancelled=lambda: bool(requests.read()))
@@ -91,7 +92,6 @@ def run_job(
     requests: StopRequests,
 ) -> int:
     """Start this host's ranks, watch them, report."""
-    OUTPUTS.is_ending = lambda: bool(requests.read())
     try:
         log_dir = prepare_log_dir(options.log_dir, link)
     except OSError as error:
@@ -120,10 +120,14 @@ def run_job(
         env = {**rank_environ(base, job, local_rank, settings, log_dir), **mps_variables}
         identity = launched_rank(env)
         assert identity is not None
-        log = RankLog(identity.rank, log_dir / f"rank{identity.rank}.log", console(options.console, identity))
+        path = log_dir / f"rank{identity.rank}.log"
         try:
+            log = RankLog(identity.rank, path, console(options.console, identity))
             ranks.append(RankProcess(command, env, identity, log))
         except OSError as error:
+            if error.filename == str(path):
+                say(f"--log-dir: expected a folder that can be written, got {path} ({error.strerror})")
+                return 2
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM):
                 remedy = "raise ulimit -n, ulimit -u, or the limits of the container"
                 say(f"{rank_names([identity.rank])} cannot be started ({error.strerror}); {remedy}")

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from jax_deepep.launch.hosts.rendezvous import HostLink, Peer
 from jax_deepep.launch.job_processes import StopRequests
 from jax_deepep.launch.rank_ends import Blame, RankEnd, first_failure
-from jax_deepep.launch.rank_logs import rank_names, say
+from jax_deepep.launch.rank_logs import OUTPUTS, rank_names, say
 from jax_deepep.launch.rank_process import RankProcess
 
 # A fault in the program usually hits all ranks at once. They have this long to end by themselves, so
@@ -66,6 +66,7 @@ class JobWatch:
 
     def run(self) -> JobOutcome:
         """Return when every rank of this host is gone."""
+        OUTPUTS.is_ending = self._is_ending
         outcome = JobOutcome()
         self._pump(lambda: self._stopping() or self._all_exited())
         if not self._stopping():
@@ -78,6 +79,13 @@ class JobWatch:
         self._pump(self._all_exited, _KILL_S)
         self._pump(lambda: not self._outputs_open(), 0.5)  # a process outside the group may hold a pipe
         return outcome
+
+    def _is_ending(self) -> bool:
+        """Look at the ranks, too: the loop does not while it waits for the readers of its output."""
+        now = time.monotonic()
+        for rank in self._ranks:
+            rank.poll(now)
+        return bool(self._signals()) or self._stopping()
 
     def _signals(self) -> list[int]:
         return self._requests.read()

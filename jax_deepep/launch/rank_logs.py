@@ -64,6 +64,8 @@ class Outputs:
                     data = data[os.write(number, data[:_PIECE]) :]
                 elif self.is_ending():
                     self._broken.add(number)
+            except BlockingIOError:  # of a pipe that somebody else has filled meanwhile
+                continue
             except OSError as error:
                 self._broken.add(number)
                 name = "output" if number == _OUT else "error"

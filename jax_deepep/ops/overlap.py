@@ -50,11 +50,11 @@ class InFlight(Generic[Result]):
         self._flight: pairs.Flight | None = None
         self._outputs: Any = None  # of an op that start has done
         self._channel = self._take_channel()
-        self._pending.add(self)
         if implementation_of(shape, known_routes=known_routes) is native:
             self._flight = pairs.start(verb, shape, self._channel, operands)
         else:  # the others cannot be parted
             self._outputs = run(shape, *operands)
+        self._pending.add(self)
 
     def _take_channel(self) -> int:
         taken = {

@@ -33,7 +33,7 @@ int MostBlocks(int num_sms, int num_ranks_on_gpu);
 // What an op may take by default of a rank's blocks, if others need SMs as well: every kernel that
 // waits for peers must find room for all of its blocks beside the others, or ranks could hold the
 // SMs that each other's kernels need. Up to a quarter of the SMs is for XLA's collectives (NCCL),
-// and 3/16 for each op in flight, of this or of other communicators; more than four find no room.
+// and 3/16 for each op in flight, of this or of other communicators; more than three have no room.
 // tests/unit/protocol_overlap.py searches for such deadlocks.
 int MostWhole(int most, int num_in_flight);
 int MostInFlight(int most);  // in throughput mode; enough to saturate the link

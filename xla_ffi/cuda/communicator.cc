@@ -206,6 +206,9 @@ void CudaCommunicator::Close() {
     std::lock_guard<std::shared_mutex> lock(launch_mutex_);
     if (closed_) return;
     closed_ = true;
+    for (const auto& rank : ranks_) {
+      for (int channel = 0; channel < kNumChannels; ++channel) rank->SetInFlight(channel, false);
+    }
   }
   WaitForOps();
   StopWatching(this);
@@ -217,6 +220,10 @@ void CudaCommunicator::Close() {
 }
 
 void CudaCommunicator::Leave() {
+  {
+    std::lock_guard<std::shared_mutex> lock(launch_mutex_);
+    if (closed_) return;
+  }
   StopWatching(this);
   for (const auto& rank : ranks_) {
     OnDevice current(rank->ordinal);

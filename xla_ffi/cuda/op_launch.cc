@@ -138,7 +138,7 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
   }
   const bool low_latency = (op.flags & OpSignature::kLowLatency) != 0;
   const cudaEvent_t begun = rank->begun[launch.channel], ended = rank->ended[launch.channel];
-  rank->SetInFlight(launch.channel, launch.part == Part::kStart);
+  rank->SetInFlight(launch.channel, false);
   if (launch.part == Part::kDone && !low_latency) {
     return CudaError(cudaStreamWaitEvent(launch.stream, ended), "waiting for an op in flight");
   }
@@ -180,7 +180,11 @@ std::string CudaCommunicator::LaunchOp(const OpSignature& op, const OpBytes& byt
       error = CudaError(cudaStreamWaitEvent(launch.stream, begun), "starting an op");
     }
   }
-  if (!error.empty()) Abort(*rank, Failure::kNotLaunched, op, launch);
+  if (!error.empty()) {
+    Abort(*rank, Failure::kNotLaunched, op, launch);
+  } else if (launch.part == Part::kStart) {
+    rank->SetInFlight(launch.channel, true);
+  }
   return error;
 }
 

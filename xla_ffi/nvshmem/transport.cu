@@ -39,6 +39,7 @@ class NvshmemProcess : public RemoteProcess {
   }
 
   std::string Init(const std::string& id, int process, int num_processes) override {
+    if (std::string error = CheckIbgda(); !error.empty()) return error;
     if (nvshmemx_init_status() >= kInitialized) {
       if (ours_) return CompareWith(process, num_processes);
       // Its settings decide in which units memory is registered, and our kernels would not know it.
@@ -70,7 +71,6 @@ class NvshmemProcess : public RemoteProcess {
     ours_ = true;
     cudaMemGetInfo(&free_after, &total);
     taken_bytes_ = free_before > free_after ? free_before - free_after : 0;
-    if (std::string error = CheckIbgda(); !error.empty()) return error;
     return CompareWith(process, num_processes);
   }
 
@@ -90,9 +90,8 @@ class NvshmemProcess : public RemoteProcess {
     int major = 0, minor = 0, patch = 0;
     nvshmemx_vendor_get_version_info(&major, &minor, &patch);
     if (major == NVSHMEM_VENDOR_MAJOR_VERSION && minor == NVSHMEM_VENDOR_MINOR_VERSION) return "";
-    return "NVSHMEM_IB_ENABLE_IBGDA is set, for which jax_deepep must be built against the release "
-           "of "
-           "NVSHMEM that runs: built against " +
+    return "NVSHMEM_IB_ENABLE_IBGDA is set, for which jax_deepep must be built against the NVSHMEM "
+           "that runs: built against " +
            std::to_string(NVSHMEM_VENDOR_MAJOR_VERSION) + "." +
            std::to_string(NVSHMEM_VENDOR_MINOR_VERSION) + ", got " + Version() +
            "; install jax_deepep again, or unset it";
@@ -130,9 +129,8 @@ class NvshmemMemory : public RemoteMemory {
     failed = true;
     return "NVSHMEM cannot register " + std::to_string(bytes >> 20) +
            " MiB of the communicator for puts; set NVSHMEM_CUMEM_GRANULARITY=2M, and "
-           "NVSHMEM_DEBUG=INFO to see why; restart the processes, since NVSHMEM gives up all of "
-           "its "
-           "memory then";
+           "NVSHMEM_DEBUG=INFO to see why; restart the processes: NVSHMEM gives up all of its "
+           "memory";
   }
   char* Address() const override { return address_; }
   char* FlagAddress(int /*node*/) const override { return nullptr; }

@@ -92,6 +92,7 @@ __device__ __forceinline__ void SumPairs(const Combine& op, WarpTerms* terms, Ev
         const int token = op.max_tokens.Remainder(pair.source);
         const bool stays = SumsFor<kSeveralNodes>(op, rank);
         const bool encoded = kQuantized && !stays;
+        // Those of ops in parts are not among the items.
         if (stays && kSumsOwnRows<kQuantized, kSeveralNodes>) return;
         if (pair.inputs.count < (encoded ? 1 : 2)) return;
         const GroupRange all = {0, shape.num_groups()};
