@@ -107,7 +107,7 @@ class Group {
                 "host");
       *statuses_.back() = HostStatus{};
     }
-    RemoteRoute route = {};  // as PutFlag of NVSHMEM takes it, where that is simulated
+    RemoteRoute route = {};  // as puts of NVSHMEM take it, where that is simulated
     for (int rank = 0; rank < shape.num_ranks; ++rank) {
       OpFrame frame;
       frame.shape = shape;
@@ -128,7 +128,7 @@ class Group {
       }
       route.processes[frame.NodeOf(rank)] = rank;
       route.memory = controls_[rank]->device<char>();
-      route.bytes = control_bytes;
+      route.signals = rank % 2 == 0;
       CheckCuda(
           cudaMemcpy(&frame.control[rank]->route, &route, sizeof(route), cudaMemcpyHostToDevice),
           "cudaMemcpy");

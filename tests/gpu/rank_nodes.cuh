@@ -117,17 +117,20 @@ void CheckStagingOfManyNodes() {
     shape.ranks_per_node = 8;
     return shape;
   };
-  const int64_t whole = int64_t{4} * 7168 * 4096, bf16 = whole / 4096 / 2;
+  constexpr int32_t kTokens = 4096, kBytes = 2 * 7168;
+  const int64_t whole = Chunks::PlacesBytes(kTokens) + int64_t{kTokens} * 2 * kBytes;
   for (const int num_nodes : {2, 8, 9, 16, 64}) {
     const StagingLayout staging(shape_of(num_nodes), /*puts_are_asynchronous=*/false);
-    const Chunks chunks = staging.ChunksOf(4096, bf16);
+    const Chunks chunks = staging.ChunksOf(kTokens, kBytes);
     const std::string where = std::to_string(num_nodes) + " nodes: ";
     Check(staging.bytes_for_rows * (num_nodes - 1) <= 7 * whole, where + "bytes for rows");
-    Check((staging.ChunksOf(4096, 2 * bf16).count == 1) == (num_nodes <= 8), where + "one chunk");
+    Check((staging.ChunksOf(kTokens, 2 * kBytes).count == 1) == (num_nodes <= 8),
+          where + "one chunk");
     Check(chunks.count == (num_nodes <= 9 ? 1 : num_nodes == 16 ? 3 : 10), where + "chunks");
-    Check(chunks.count * int64_t{chunks.tokens} >= 4096, where + "all tokens are in a chunk");
-    Check(chunks.OffsetOf(chunks.count - 1, 4095) + bf16 <= staging.bytes_for_rows &&
-              chunks.OffsetOf(1, chunks.First(2) - 1) + bf16 <= staging.bytes_for_rows,
+    Check(chunks.count * int64_t{chunks.tokens} >= kTokens, where + "all tokens are in a chunk");
+    const int64_t chunk_bytes = chunks.OffsetOfRow(chunks.tokens);
+    Check(chunks.OffsetOf(chunks.count > 1) + chunk_bytes <= staging.bytes_for_rows &&
+              (chunks.count == 1 || chunk_bytes <= chunks.part_bytes),
           where + "chunks have room");
   }
 }

@@ -62,27 +62,33 @@ class Chunked(Internode):
         most = self.num_chunks if self.most_chunks is None else self.most_chunks
         return world.ranks[rank].op * most + chunk
 
-    # --- Putting a chunk of rows or sums.
+    # --- Staging a chunk of rows or sums, and putting it.
 
     def wait_for_credit(self, world: World, rank: int, chunk: int) -> Iterator[World]:
         assert self.credits_before is not None
         flags = flags_of_other_nodes(world, rank, world.at.credit)
         yield from wait_for_flags(world, rank, flags, self.mark(world, rank, chunk - self.credits_before))
 
-    def put_chunk(self, world: World, rank: int, chunk: int) -> Iterator[World]:
+    def stage_chunk(self, world: World, rank: int, chunk: int) -> Iterator[World]:
         slot, me = chunk % NUM_SLOTS, world.ranks[rank]
         value = world.ranks[rank].op * self.num_chunks + chunk
-        source = world.at.chunk_source(rank, slot)
-        world.seen[source] = 2 * value + me.wrong if self.returns else value
-        for peer in world.of_other_nodes(rank):
-            word = world.at.chunk(slot, peer, rank)
-            if self.asynchronous:
-                world.put(rank, word, source)
-            else:
-                world.store(rank, word, world.seen[source])
+        value = 2 * value + me.wrong if self.returns else value
+        self._stage(
+            world, rank, partial(world.at.chunk, slot), world.at.chunk_source(rank, slot), value
+        )
         yield world
 
+    def put_chunk(self, world: World, rank: int, chunk: int) -> None:
+        slot = chunk % NUM_SLOTS
+        self._put_staged(world, rank, partial(world.at.chunk, slot), world.at.chunk_source(rank, slot))
+
+    def put_flags(self, world: World, rank: int) -> Iterator[World]:
+        if not self.returns:
+            self.put_chunk(world, rank, 0)
+        yield from super().put_flags(world, rank)
+
     def put_chunk_flag(self, world: World, rank: int, chunk: int) -> Iterator[World]:
+        self.put_chunk(world, rank, chunk)
         peers = world.of_other_nodes(rank)
         yield from self._tell(world, rank, chunk, peers, world.at.put_chunk, release=self.releases)
 
@@ -199,7 +205,7 @@ class Chunked(Internode):
         return [
             *([Step(f"Wait for credit {chunk}", partial(self.wait_for_credit, chunk=chunk), LOAD)] * waits),
             *(operands if self.returns else []),
-            Step(f"Put {chunk}", partial(self.put_chunk, chunk=chunk), LOCAL),
+            Step(f"Stage {chunk}", partial(self.stage_chunk, chunk=chunk), LOCAL),
             Step(f"Put {chunk}: IsLastBlock", fence, LOCAL),
             *([check] if self.returns else []),
             Step(f"Put {chunk}: PutFlag", partial(self.put_chunk_flag, chunk=chunk), LOCAL),
@@ -247,7 +253,7 @@ class Chunked(Internode):
     def protocol(self) -> Protocol:
         waits_first = self.asynchronous and self.waits_first
         steps_of = self._steps_of_sums if self.returns else self._steps_of_rows
-        first_rows = Step("Put 0", partial(self.put_chunk, chunk=0), LOCAL)
+        first_rows = Step("Stage 0", partial(self.stage_chunk, chunk=0), LOCAL)
         protocol = Protocol(
             [
                 *self.steps_until_arrivals([] if self.returns else [first_rows]),

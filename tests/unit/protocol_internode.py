@@ -10,9 +10,10 @@ With `returns`, as combine: a rank also puts sums of what it has read in its nod
 Why staging needs no banks: a rank puts data of op n after `left` of op n - 1 of the rank that has staging.
 That one stores it at the end of a successful op, when all readers of its staging have left.
 
-Over a network, puts are *asynchronous*: what they send is read after they return, up to when the peer has it.
-So a rank puts from memory of its communicator (a copy of what XLA will reuse, and what it publishes), and
-waits for `left` of the op before ahead of its first write there.
+All blocks of a rank stage rows, and the last one tells the peers. Over mapped memory rows are staged where they
+go. Over a network, they are staged in memory of the rank's communicator, from which the last block puts them,
+before the flag. Such puts are *asynchronous*: what they send is read after they return, up to when the peer has
+it. So a rank waits for `left` of the op before ahead of its first write there.
 
 The promises are those of protocol_throughput.py, and for staging the stronger one: *whether or not* the op
 succeeds, all that is loaded from it is of the current op. A rank that returns sums checks for failed peers
@@ -68,7 +69,7 @@ class Internode:
         leaves_early: `left` is put to other nodes before the ranks of the own node have left.
         asynchronous: puts are, see above.
         waits_first: `left` of the op before is awaited first, where puts are asynchronous.
-        copies: what XLA will reuse is copied, where puts are asynchronous.
+        copies: what XLA will reuse is staged, where puts are asynchronous.
     """
 
     returns: bool = False
@@ -101,16 +102,15 @@ class Internode:
         flags = flags_of_other_nodes(world, rank, world.at.left)
         yield from wait_for_flags(world, rank, flags, world.ranks[rank].op - 1)
 
-    def put(self, world: World, rank: int) -> Iterator[World]:
-        world.seen[world.at.source(rank, ROWS)] = world.ranks[rank].op
-        for peer in world.of_other_nodes(rank):
-            self._put(world, rank, world.at.staging(peer, rank), ROWS)
-            self._put(world, rank, world.at.counts(peer, rank), COUNTS)
+    def stage(self, world: World, rank: int) -> Iterator[World]:
+        self._stage(world, rank, world.at.staging, world.at.source(rank, ROWS), world.ranks[rank].op)
         yield world
 
     def put_flags(self, world: World, rank: int) -> Iterator[World]:
         op = world.ranks[rank].op
+        self._put_staged(world, rank, world.at.staging, world.at.source(rank, ROWS))
         for peer in world.of_other_nodes(rank):
+            self._put(world, rank, world.at.counts(peer, rank), COUNTS)
             self._put(world, rank, world.at.published(peer, rank), PUBLISHED)
             world.store(rank, world.at.arrived(peer, rank), op, release=self.releases)
         yield world
@@ -149,17 +149,16 @@ class Internode:
             writers[at.counts(rank, source)] = source if proxy == rank else proxy
         yield from load_late(world, rank, writers, self._check_loads)
 
-    def return_sums(self, world: World, rank: int) -> Iterator[World]:
+    def stage_sums(self, world: World, rank: int) -> Iterator[World]:
         me = world.ranks[rank]
-        world.seen[world.at.source(rank, SUMS)] = 2 * me.op + me.wrong
-        for peer in world.of_other_nodes(rank):
-            self._put(world, rank, world.at.sums(peer, rank), SUMS)
+        self._stage(world, rank, world.at.sums, world.at.source(rank, SUMS), 2 * me.op + me.wrong)
         yield world
 
     def check_sums(self, world: World, rank: int) -> Iterator[World]:
         yield from go_on_unless_stopped(world, rank, FINISH) if self.checks_sums else [world]
 
     def put_returned(self, world: World, rank: int) -> Iterator[World]:
+        self._put_staged(world, rank, world.at.sums, world.at.source(rank, SUMS))
         for peer in world.of_other_nodes(rank):
             world.store(rank, world.at.returned(peer, rank), world.ranks[rank].op, release=self.releases)
         yield world
@@ -201,6 +200,18 @@ class Internode:
 
     # --- Helpers.
 
+    def _stage(
+        self, world: World, rank: int, word: Callable[[int, int], int], source: int, value: int
+    ) -> None:
+        """Write what is put to each peer where it is put from, or over mapped memory where it goes."""
+        world.seen[source] = value
+        for peer in world.of_other_nodes(rank) if not self.asynchronous else []:
+            world.store(rank, word(peer, rank), value)
+
+    def _put_staged(self, world: World, rank: int, word: Callable[[int, int], int], source: int) -> None:
+        for peer in world.of_other_nodes(rank) if self.asynchronous else []:
+            world.put(rank, word(peer, rank), source)
+
     def _put(self, world: World, rank: int, word: int, source: int) -> None:
         at = world.at.source(rank, source)
         if self.asynchronous:
@@ -231,11 +242,11 @@ class Internode:
                 world.change(rank, wrong=True)
 
     def steps_until_arrivals(self, after_rows: Sequence[Step] = ()) -> list[Step]:
-        """The steps up to WaitForArrivals, with further ones after rows have been put."""
+        """The steps up to WaitForArrivals, with further ones after rows have been staged."""
         return [
             *PUBLISH_STEPS,
             Step("WaitUntilFree", self.wait_until_free, LOAD),
-            Step("Put rows", self.put, LOCAL),
+            Step("Stage rows", self.stage, LOCAL),
             *after_rows,
             Step("Exchange: IsLastBlock", fence, LOCAL),
             Step("Exchange: PutFlag(arrived)", self.put_flags, LOCAL),
@@ -247,7 +258,7 @@ class Internode:
     def protocol(self) -> Protocol:
         waits_first = self.asynchronous and self.waits_first
         sums = [
-            Step("Return sums", self.return_sums, LOCAL),
+            Step("Stage sums", self.stage_sums, LOCAL),
             Step("Return: IsLastBlock", fence, LOCAL),
             Step("Return: Stopped", self.check_sums, LOOK),
             Step("Return: PutFlag(returned)", self.put_returned, LOCAL),

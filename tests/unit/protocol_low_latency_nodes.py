@@ -1,15 +1,17 @@
 """The protocol of low-latency ops between nodes: xla_ffi/cuda/low_latency_nodes/signalled_node_op.cuh.
 
 Rank r has the index r % L in its node. Inside a node ranks push to each other as in protocol_low_latency.py.
-To other nodes a rank puts only to those with its index, and sends each of them one flag per op (`arrived`):
+To other nodes a rank puts only to those with its index, and sends each of them one message per op with a flag
+(`arrived`):
 
 * dispatch: its rows and entries. The rank that gets them passes the entries on to the ranks of its node, and
   tells them so (`staged`); those read the rows where they are, in that rank's memory.
 * combine: once all ranks of its node have pushed their sums to it, what it has added up of them.
 
-A put copies from an area of the rank's own memory (`sent`), possibly only when it is seen, into an area of
-the other rank (`received`), which ranks of that node read. Both are in banks, as windows are. So is the tag
-that says which op was put: `arrived` may already be that of the next op.
+All blocks of a rank stage what its last block then puts. A put copies from an area of the rank's own memory
+(`sent`), possibly only when it is seen, into an area of the other rank (`received`), which ranks of that node
+read; over mapped memory it is staged there. Both are in banks, as windows are. So is the tag that says which op
+was put, at the beginning of the message: `arrived` may already be that of the next op.
 
 Why two banks are enough: a rank that ends op n has heard that every rank has begun it, from those of its node
 and through them, or from those with its index. So a rank that begins op n + 2 knows that all have ended op n:
@@ -94,7 +96,7 @@ class LowLatencyNodes:
 
     # --- Between nodes.
 
-    def put(self, world: World, rank: int) -> Iterator[World]:
+    def stage(self, world: World, rank: int) -> Iterator[World]:
         """Copies of what this rank now writes to the area for it."""
         op, at = world.ranks[rank].op, world.at
         others = world.of_other_nodes(rank) if self._flags(op) else []
@@ -261,9 +263,9 @@ class LowLatencyNodes:
                 Step("Push", self.push, LOCAL),
                 Step("Push: __syncthreads", fence, LOCAL),
                 Step("Push: StoreReleaseSystem(signal)", self.send_signals, LOCAL),
-                Step("Put rows", self.put, LOCAL),
+                Step("Stage rows", self.stage, LOCAL),
                 Step("Send: IsLastBlock", fence, LOCAL),
-                Step("Send: PutFlag(arrived)", self.put_flags, LOCAL),
+                Step("Send: PutStaged(arrived)", self.put_flags, LOCAL),
                 Step("PassOn: WaitForOtherNodes", self.wait_for_other_nodes, LOAD),
                 Step("PassOn: StoreReleaseSystem(staged)", self.pass_on, LOCAL),
                 Step("WaitForSignals", self.wait_for_signals, LOAD),
@@ -275,9 +277,9 @@ class LowLatencyNodes:
                 Step("Combine: WaitForSignals", self.wait_for_signals, LOAD),
                 Step("Combine: first loads", self.first_loads, LOCAL),
                 Step("Combine: last loads", self.last_loads, LOAD),
-                Step("Put sums", self.put, LOCAL),
+                Step("Stage sums", self.stage, LOCAL),
                 Step("Return: IsLastBlock", fence, LOCAL),
-                Step("Return: PutFlag(arrived)", self.put_flags, LOCAL),
+                Step("Return: PutStaged(arrived)", self.put_flags, LOCAL),
                 Step("WaitForSums", self.wait_for_other_nodes, LOAD),
                 Step("First loads of sums", self.first_sums, LOCAL),
                 Step("Last loads of sums", self.last_sums, LOAD),

@@ -105,13 +105,20 @@ def test_promises_are_kept(protocol: Protocol, run: Run) -> None:
 # Changes to the protocol, each of which breaks a promise.
 ARRIVED, STAGED = "Exchange: PutFlag(arrived)", "Exchange: StoreReleaseSystem(staged)"
 MUTATIONS = {
-    "rows are put before the staging is free": (
+    "rows are staged before the staging is free": (
         Internode(waits_for_staging=False).protocol(), Run(2, 1, 2), "addresses"
     ),
     "left is put to other nodes before the ranks of the node have left": (
         Internode(leaves_early=True).protocol(), Run(2, 2, 2, failing=()), "addresses"
     ),
-    "rows are put after the flag": (DISPATCH.moved("Put rows", after=ARRIVED), Run(2, 1, 1), "addresses"),
+    "rows are staged after the flag": (
+        DISPATCH.moved("Stage rows", after=ARRIVED), Run(2, 1, 1), "addresses"
+    ),
+    "rows are staged after they have been put": (
+        Internode(asynchronous=True).protocol().moved("Stage rows", after="Exchange: WaitForOtherNodes"),
+        Run(2, 1, 1),
+        "addresses",
+    ),
     "flags between nodes are no release stores": (
         Internode(releases=False).protocol(), Run(2, 1, 1), "addresses"
     ),
@@ -135,7 +142,7 @@ MUTATIONS = {
         Internode(asynchronous=True, copies=False).protocol(), Run(2, 1, 1), "addresses"
     ),
     "sums are returned without a fence before that check": (
-        COMBINE.moved("Last loads", after="Return: Stopped").moved("Return sums", after="Last loads"),
+        COMBINE.moved("Last loads", after="Return: Stopped").moved("Stage sums", after="Last loads"),
         Run(2, 2, 1, failing=(0,)),
         "data",
     ),
@@ -169,8 +176,8 @@ CHUNK_MUTATIONS = {
     "the last chunk of an op has the flag of the first one of the next": (
         Chunked(most_chunks=2, returns=True).protocol(), Run(2, 1, 2), "addresses"
     ),
-    "a chunk is put after its flag": (
-        Chunked().protocol().moved("Put 2", after="Put 2: PutFlag"), Run(2, 1, 1), "addresses"
+    "a chunk is staged after its flag": (
+        Chunked().protocol().moved("Stage 2", after="Put 2: PutFlag"), Run(2, 1, 1), "addresses"
     ),
     "a rank says that it has staged a chunk before other nodes have put it": (
         TWO_CHUNKS.protocol().moved("Staged 1", after="Begin loads"),
@@ -187,7 +194,7 @@ CHUNK_MUTATIONS = {
     ),
 }  # fmt: skip
 
-PUT_ARRIVED, RETURN = "Send: PutFlag(arrived)", "Return: PutFlag(arrived)"
+PUT_ARRIVED, RETURN = "Send: PutStaged(arrived)", "Return: PutStaged(arrived)"
 PASSED_ON = "PassOn: StoreReleaseSystem(staged)"
 LOW_LATENCY_MUTATIONS = {
     "windows have one bank": (LowLatencyNodes(window_banks=1).protocol(), Run(2, 2, 2, failing=()), "data"),
@@ -202,8 +209,8 @@ LOW_LATENCY_MUTATIONS = {
         LowLatencyNodes(kinds=("combine",), sent_banks=1).protocol(), Run(2, 1, 2), "data"
     ),
     "tags have one bank": (LowLatencyNodes(tag_banks=1).protocol(), Run(2, 1, 2), "no false alarm"),
-    "rows are put after the flag": (
-        LOW_LATENCY["dispatch"].moved("Put rows", after=PUT_ARRIVED), Run(2, 1, 1), "data"
+    "rows are staged after the flag": (
+        LOW_LATENCY["dispatch"].moved("Stage rows", after=PUT_ARRIVED), Run(2, 1, 1), "data"
     ),
     "flags between nodes are no release stores, and no fence precedes them": (
         LowLatencyNodes(releases=False).protocol().without("Send: IsLastBlock"), Run(2, 1, 1), "data"

@@ -88,7 +88,7 @@ void CudaCommunicator::ConnectToOtherNodes(LocalRank& rank,
   Check(rank.remote->Register(rank.control.data(), rank.control.bytes()));
   RemoteRoute route = {};
   route.memory = rank.remote->Address();
-  route.bytes = static_cast<int64_t>(rank.control.bytes());
+  route.signals = rank.remote->HasSignals();
   for (const Location& location : config_.locations) {
     const int node = frame.NodeOf(location.rank);
     if (location.group != rank.location.group || frame.RankOnNode(node) != location.rank) continue;

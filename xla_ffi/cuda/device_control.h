@@ -59,11 +59,12 @@ struct FailureReport {
 
 // What a rank publishes about its part of an op. Words, each written by a lane.
 struct Publication {
+  uint64_t step;  // of the channel
   uint64_t op_hash;
   OpSignature op;
   int64_t offsets[kMaxOperands];  // of its arrays in its pool
 
-  static constexpr int kWords = 1 + OpSignature::kWords + kMaxOperands;
+  static constexpr int kWords = 2 + OpSignature::kWords + kMaxOperands;
 };
 static_assert(sizeof(Publication) == Publication::kWords * sizeof(uint64_t));
 static_assert(Publication::kWords <= 32);
@@ -156,22 +157,23 @@ struct Channel {
   uint64_t waited_ns[kMaxRanks];
 
   // Between nodes: see internode/node_op.cuh and low_latency_nodes/signalled_node_op.cuh.
-  uint64_t staged[kMaxRanks];  // by s of this node: what other nodes put there can be read
-  uint32_t num_put;            // blocks whose rows have been put to other nodes
+  uint64_t staged[kMaxRanks];         // by s of this node: what other nodes put there can be read
+  uint32_t num_staged[2][kMaxRanks];  // by node: rows to be put there; of even chunks and of odd
+  uint32_t num_put;                   // blocks that have written what is put to other nodes
   // Of chunks of rows or sums: see MarkOf in internode/node_op.cuh.
   uint64_t chunk_put[kMaxRanks];     // by s of another node: the last that is here
   uint64_t chunk_staged[kMaxRanks];  // by s of this node: the last that is there
   uint64_t chunk_taken[kMaxRanks];   // by s of this node: the last that s has read here
   uint64_t credit[kMaxRanks];        // by s of another node: the last that has been read there
-  // Blocks that have put a chunk, and read one; of even chunks and of odd ones.
+  // Blocks that have written a chunk, and read one; of even chunks and of odd ones.
   uint32_t num_chunk_put[2], num_chunk_read[2];
 };
 
 // Where the puts of this rank to other nodes go, if their memory is not mapped here.
 struct RemoteRoute {
   char* memory;                  // the transport's address of this rank's own memory
-  int64_t bytes;                 // of that
   int32_t processes[kMaxRanks];  // of the peer on each node
+  bool signals;                  // whether a put may carry its flag: see cuda/remote_put.cuh
 };
 
 struct DeviceControl {

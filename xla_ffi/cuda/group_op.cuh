@@ -197,6 +197,8 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
 
   // Which of a source's lists of tokens is this rank's. Only for dispatch.
   __device__ int ListOf(int /*source*/) const { return frame_.rank; }
+  // Which of a source's rows is that of a token.
+  __device__ int IndexOfRow(int /*source*/, int token) const { return token; }
 
   // End the op: the last block, after all reads of this rank, calls succeed() or fail().
   template <typename Succeed, typename Fill>
@@ -284,7 +286,7 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
         bool here = !(rank < num_ranks() && awaits(rank)), differs = false, late = false;
         while (true) {
           // Pairs with the release stores in Publish and Finish, on the peer.
-          if (!here && LoadAcquireSystem(&flags[rank]) >= value) {
+          if (!here && LoadAcquireSystem(&flags[rank]) >= value && HasPublished<For>(rank)) {
             here = true;
             if (kArrivals) {
               differs = channel_.published[rank].op_hash != frame_.op_hash;
@@ -320,6 +322,14 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
       }
     }
     return SharedFlag();
+  }
+
+  // A rank of another node that arrives in low-latency mode does not publish its op: it detects
+  // that this rank is in another one, and aborts both.
+  template <typename For>
+  __device__ bool HasPublished(int rank) const {
+    if constexpr (!For::kArrivals || For::kByAllBlocks) return true;
+    return channel_.published[rank].step == step();
   }
 
   enum : uint32_t { kNotSought, kSought, kHere, kLost };  // of PartOfBlock::found

@@ -130,6 +130,23 @@ class RankOpOf {
 
   __device__ int num_ranks() const { return frame_.shape.num_ranks; }
 
+  // The place of another row among those of an op, or of a chunk of it, that are put to a node in
+  // one message.
+  __device__ int TakePlace(int to_node, int chunk) const {
+    return static_cast<int>(atomicAdd(&channel_.num_staged[chunk % 2][to_node], 1u));
+  }
+  // By a block, after all of them: how many there are.
+  __device__ int NumPlaces(int to_node, int chunk) const {
+    uint32_t* num_staged = &channel_.num_staged[chunk % 2][to_node];
+    const uint32_t count = *static_cast<volatile uint32_t*>(num_staged);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      *num_staged = 0;
+      Add(&channel_.rows_pushed[frame_.RankOnNode(to_node)], count);
+    }
+    return static_cast<int>(count);
+  }
+
   // By a block: put to a node how many rows this rank has put there in total, then the flag.
   __device__ void PutTotalAndFlag(int to_node, uint64_t* flags, uint64_t value) const {
     __syncthreads();
@@ -167,9 +184,10 @@ class RankOpOf {
   }
 
   __device__ uint64_t WordToPublish(int index) const {
-    if (index == 0) return frame_.op_hash;
-    if (index <= OpSignature::kWords) return frame_.op.words()[index - 1];
-    return frame_.offsets[index - 1 - OpSignature::kWords];
+    if (index == 0) return step();
+    if (index == 1) return frame_.op_hash;
+    if (index < 2 + OpSignature::kWords) return frame_.op.words()[index - 2];
+    return frame_.offsets[index - 2 - OpSignature::kWords];
   }
 
   __device__ bool IsBroken() const {

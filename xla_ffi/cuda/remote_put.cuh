@@ -1,19 +1,30 @@
-// The one way to write to another node, on the device: PutFlag. Every transport has its own, and
-// its kernels are compiled with it; transport/remote_memory.h is its side on the host.
+// How a rank writes to another node, on the device: to the rank there with this rank's index, its
+// peer. Every transport has these three functions, and its kernels are compiled with them;
+// transport/remote_memory.h is its side on the host.
+//
+//     char* StagingOf(const OpFrame& frame, int node, char* to, char* from)
+//
+//     template <typename By>
+//     void PutStaged(const OpFrame& frame, int node, char* to, char* from, int64_t bytes,
+//                    uint64_t* flag = nullptr, uint64_t value = 0)
+//
+// Rows, and what belongs to them, are first written at StagingOf(..., to, from), by any threads of
+// this rank: that is `from`, or already `to` on the peer. A block then puts them in one message.
 //
 //     template <typename By>
 //     void PutFlag(const OpFrame& frame, int node, void* to, const void* from, int64_t bytes,
 //                  uint64_t* flag = nullptr, uint64_t value = 0)
 //
-// Copies `bytes`, a multiple of 2, to the rank of `node` with this rank's index, and then stores
-// `value` in its `flag`. An address `to` or `flag` in this rank's own memory, control block or
-// staging, stands for the same place of that rank's. Flags are seen after all that this rank has
-// put before: puts of other threads, if the caller has synchronised with them. `flag` may be null,
-// and `bytes` 0.
+// Copies `bytes`, of this rank's control block.
 //
-// If kPutsAreAsynchronous, what is put may be read until the peer has it. `from` may be any memory
-// nevertheless: what does not belong to the communicator is copied. What does must not change
-// before the peer has left the op.
+// `to` and `flag`, in this rank's own memory, control block and what is behind it, stand for the
+// same place of the peer's, and `from` is in it; `bytes` are a multiple of 2, and may be 0. `value`
+// is stored in the flag, unless that is null: by PutStaged after its own bytes, by PutFlag after
+// all that this rank has put before, puts of other threads if the caller has synchronised with
+// them.
+//
+// If kPutsAreAsynchronous, what is put may be read until the peer has it, and must not change
+// before.
 #ifndef JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
 #define JAX_DEEPEP_CUDA_REMOTE_PUT_CUH_
 
@@ -24,7 +35,7 @@
 
 namespace jax_deepep {
 
-// Who puts: all threads of a block or of a warp together, or one.
+// Who copies or puts: all threads of a block or of a warp together, or one.
 struct ByBlock {
   static constexpr int kInFlight = 4;  // words of a thread
   __device__ static int Index() { return threadIdx.x; }

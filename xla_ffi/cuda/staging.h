@@ -1,8 +1,11 @@
 // Staging: memory of a rank's communicator into which the ranks of other nodes with the same index
 // put rows. It is behind the rank's control block, and has a slot for each channel and other node:
 //
-//     dispatch, cached_dispatch: tokens for each rank of this node [L][T], records [T][K], rows [T]
-//     combine: destination [T][K], gradients [T][K], sums [T]
+//     dispatch, cached_dispatch: tokens for each rank of this node [L][T], records [T][K], rows
+//     combine: destination [T][K], gradients [T][K], sums
+//
+// Rows and sums are in a chunk each of tokens, which crosses in one message (Chunks): only those
+// that the node needs, in the order in which they were ready, after the place of each token's.
 //
 // Between more than kNodesOfWholeOps nodes there is less room for rows and sums: they cross in
 // chunks of tokens, which take two parts of it in turn.
@@ -30,14 +33,17 @@ inline constexpr bool kPutsAreAsynchronous = false;
 #endif
 
 // The arrays of a slot, in the order above.
-enum class Staged { kFirst, kSecond, kRows };
+enum class StagedArray { kFirst, kSecond, kRows };
 
 // Up to so many nodes the rows of a whole op have room; beyond, staging takes no more memory than
 // with so many, but for room that is worth a message.
 inline constexpr int kNodesOfWholeOps = 8;
 inline constexpr int64_t kLeastBytesForRows = 1 << 20;  // of a slot
 
-// How the rows of an op cross: `count` chunks of so many tokens, but for the last.
+// How the rows of an op cross: `count` chunks of so many tokens, but for the last. A chunk is
+//
+//     places, int32 [tokens]   of each token's row among the rows, if the node needs it
+//     rows
 struct Chunks {
   int32_t count = 1;
   int32_t tokens = 0;
@@ -45,10 +51,15 @@ struct Chunks {
   int64_t part_bytes = 0;
 
   JAX_DEEPEP_HOST_DEVICE int32_t First(int chunk) const { return chunk * tokens; }
-  // Of a token's row, from the beginning of a slot's rows; counted from token 0, negative offsets
-  // included.
-  JAX_DEEPEP_HOST_DEVICE int64_t OffsetOf(int chunk, int64_t token) const {
-    return (chunk & 1) * part_bytes + (token - First(chunk)) * row_bytes;
+  // From the beginning of a slot's rows.
+  JAX_DEEPEP_HOST_DEVICE int64_t OffsetOf(int chunk) const { return (chunk & 1) * part_bytes; }
+  // From the beginning of a chunk.
+  JAX_DEEPEP_HOST_DEVICE int64_t OffsetOfRow(int64_t place) const {
+    return PlacesBytes(tokens) + place * row_bytes;
+  }
+
+  JAX_DEEPEP_HOST_DEVICE static int64_t PlacesBytes(int64_t tokens) {
+    return (4 * tokens + 15) / 16 * 16;
   }
 };
 // More than an op has.
@@ -78,22 +89,22 @@ struct StagingLayout {
       const WireRow row{static_cast<WireFormat>(format), shape.hidden_size};
       row_bytes = std::max<int64_t>(row_bytes, row.bytes());
     }
-    bytes_for_rows = tokens * row_bytes;
+    bytes_for_rows = Chunks::PlacesBytes(tokens) + tokens * row_bytes;
     if (slots >= kNodesOfWholeOps) {
       const int64_t share = bytes_for_rows * (kNodesOfWholeOps - 1) / slots;
       bytes_for_rows = std::min(bytes_for_rows, std::max(share, kLeastBytesForRows));
     }
     if (most_for_rows > 0) bytes_for_rows = std::min(bytes_for_rows, most_for_rows);
-    bytes_for_rows = std::max(bytes_for_rows, 2 * RoundUp(row_bytes, 256));
+    bytes_for_rows = std::max(bytes_for_rows, 2 * RoundUp(16 + row_bytes, 256));
     slot_bytes = RoundUp(rows_offset + bytes_for_rows, 256);
   }
 
   // Of an op with such rows.
   Chunks ChunksOf(int32_t num_tokens, int64_t row_bytes) const {
-    if (slots == 0 || num_tokens * row_bytes <= bytes_for_rows)
-      return {1, num_tokens, row_bytes, 0};
+    const int64_t bytes = Chunks::PlacesBytes(num_tokens) + num_tokens * row_bytes;
+    if (slots == 0 || bytes <= bytes_for_rows) return {1, num_tokens, row_bytes, 0};
     const int64_t part_bytes = bytes_for_rows / 2 / 256 * 256;
-    const auto tokens = static_cast<int32_t>(part_bytes / row_bytes);
+    const auto tokens = static_cast<int32_t>((part_bytes - 12) / (row_bytes + 4));
     return {(num_tokens + tokens - 1) / tokens, tokens, row_bytes, part_bytes};
   }
 
@@ -118,8 +129,9 @@ struct StagingLayout {
     return SlotOffset(kNumChannels + channel, node, destination);
   }
   // From the beginning of the slot.
-  JAX_DEEPEP_HOST_DEVICE int64_t In(Staged array) const {
-    return array == Staged::kFirst ? 0 : array == Staged::kSecond ? second_offset : rows_offset;
+  JAX_DEEPEP_HOST_DEVICE int64_t In(StagedArray array) const {
+    if (array == StagedArray::kFirst) return 0;
+    return array == StagedArray::kSecond ? second_offset : rows_offset;
   }
 
  private:

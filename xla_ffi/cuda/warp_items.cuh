@@ -22,6 +22,12 @@ __device__ __forceinline__ uint32_t BitsBelow(int32_t rank, int base) {
   return rank >= base + 32 ? ~0u : rank > base ? (1u << (rank - base)) - 1 : 0u;
 }
 
+// The pointer that a lane has.
+__device__ __forceinline__ char* PointerOfLane(char* pointer, int lane) {
+  const auto bits = reinterpret_cast<unsigned long long>(pointer);
+  return reinterpret_cast<char*>(__shfl_sync(~0u, bits, lane));
+}
+
 // A warp's items, ascending: this one, and the one after it.
 class EvenItems {
  public:

@@ -36,29 +36,29 @@ struct CombineParams {
 // (token, device) pair that has several rows, or crosses a link in a wire format; then, if
 // there is one, by token (with several nodes, by (node, token)) the sums that stay on this rank.
 // Token-major, by row: rows that cross a link, in the wire format. With several nodes, after either
-// by (node, token) the sum of this rank's node, and gradients [K] of the token's entries there.
+// by token the sum of this rank's node, and gradients [K] of the token's entries there.
 struct CombineSums {
   int64_t num_rows = 0, num_own = 0;  // in the wire format, if any, and not
   int64_t num_of_node = 0;
-  int64_t row_bytes = 0, own_bytes = 0, node_bytes = 0, gradient_bytes = 0;
+  int64_t row_bytes = 0, own_bytes = 0, gradient_bytes = 0;
   bool is_quantized = false;
 
   JAX_DEEPEP_HOST_DEVICE CombineSums(const GroupShape& group, const RouteShape& route)
       : row_bytes(route.rows().wire_bytes()), own_bytes((route.rows().bytes() + 15) / 16 * 16) {
     const bool several = PairTable(group, route).max_rows > 1;
-    const int64_t of_index = int64_t{group.num_nodes()} * route.num_tokens;
     is_quantized = route.rows().is_quantized();
     if (route.layout == Layout::kTokenMajor) {
       num_rows = is_quantized ? route.capacity : 0;
     } else {
       num_rows = is_quantized || several ? int64_t{group.num_ranks} * route.num_tokens : 0;
-      num_own = is_quantized && several ? of_index : 0;
+      num_own = is_quantized && several ? int64_t{group.num_nodes()} * route.num_tokens : 0;
     }
     if (group.num_nodes() == 1) return;
-    num_of_node = of_index;
-    node_bytes = is_quantized && row_bytes > own_bytes ? row_bytes : own_bytes;
+    num_of_node = route.num_tokens;
     gradient_bytes = int64_t{4} * group.num_topk;
   }
+  // Of a sum that crosses nodes.
+  int64_t crossing_bytes() const { return is_quantized ? row_bytes : own_bytes; }
   // Whether it is an array of rows of y's type: num_rows.
   bool has_plain_rows() const { return !is_quantized && num_of_node == 0; }
   JAX_DEEPEP_HOST_DEVICE int64_t own_offset() const { return num_rows * row_bytes; }
@@ -66,7 +66,7 @@ struct CombineSums {
     return (own_offset() + num_own * own_bytes + 15) / 16 * 16;
   }
   JAX_DEEPEP_HOST_DEVICE int64_t gradients_offset() const {
-    return node_offset() + num_of_node * node_bytes;
+    return node_offset() + num_of_node * own_bytes;
   }
   JAX_DEEPEP_HOST_DEVICE int64_t bytes() const {
     if (num_of_node == 0) return own_offset() + num_own * own_bytes;

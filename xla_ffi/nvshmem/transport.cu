@@ -134,6 +134,11 @@ class NvshmemMemory : public RemoteMemory {
   }
   char* Address() const override { return address_; }
   char* FlagAddress(int /*node*/) const override { return nullptr; }
+  // UCX emulates the atomic operation that a signal is, and over TCP that is slow.
+  bool HasSignals() const override {
+    const char* transport = std::getenv("NVSHMEM_REMOTE_TRANSPORT");
+    return transport == nullptr || std::strcmp(transport, "ucx") != 0;
+  }
   std::string Describe() const override { return TheProcess().Describe(); }
 
  private:

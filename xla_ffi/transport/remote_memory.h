@@ -1,5 +1,5 @@
 // How a rank of a GPU writes to other nodes: to the ranks there with its index in their node, its
-// peers. A transport has these functions on the host, and on the device PutFlag
+// peers. A transport has these functions on the host, and others on the device
 // (cuda/remote_put.cuh).
 #ifndef JAX_DEEPEP_TRANSPORT_REMOTE_MEMORY_H_
 #define JAX_DEEPEP_TRANSPORT_REMOTE_MEMORY_H_
@@ -37,6 +37,9 @@ class RemoteMemory {
 
   // The peer's on another node where it is mapped here, or null.
   virtual char* FlagAddress(int node) const = 0;
+
+  // Whether a put carries its flag as a signal, instead of a fence and another put after it.
+  virtual bool HasSignals() const { return false; }
 
   // How rows get there, in a few words.
   virtual std::string Describe() const = 0;

@@ -19,8 +19,9 @@ namespace {
 
 struct Put {
   char* to;
-  const char* from;  // null: `value` is stored as a flag
+  const char* from;  // null: nothing is copied
   size_t bytes;
+  char* flag;  // null: none
   uint64_t value;
 };
 
@@ -57,7 +58,9 @@ class Network {
       std::this_thread::yield();
     }
   }
-  void Append(const void* to, const char* from, size_t bytes, uint64_t value, int process) {
+  // `flag`, or null, is in the same memory as `to`.
+  void Append(const void* to, const char* from, size_t bytes, const void* flag, uint64_t value,
+              int process) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (Memories* memories : all_) {
       int source = 0;
@@ -69,7 +72,8 @@ class Network {
       if (batches.empty() || (std::exchange(fenced, false) && !batches.back().empty())) {
         batches.emplace_back();
       }
-      batches.back().push_back({at, from, bytes, value});
+      char* flag_at = flag == nullptr ? nullptr : memories->Find(flag, process, &source);
+      batches.back().push_back({at, from, bytes, flag_at, value});
       ++num_waiting_;
       return;
     }
@@ -115,8 +119,9 @@ class Network {
       if (put.from != nullptr) {
         std::memcpy(put.to, put.from, put.bytes);
         std::atomic_thread_fence(std::memory_order_release);
-      } else {
-        __atomic_store_n(reinterpret_cast<uint64_t*>(put.to), put.value, __ATOMIC_RELEASE);
+      }
+      if (put.flag != nullptr) {
+        __atomic_store_n(reinterpret_cast<uint64_t*>(put.flag), put.value, __ATOMIC_RELEASE);
       }
       --num_waiting_;
     }
@@ -160,9 +165,13 @@ char* Memories::Find(const void* address, int process, int* source) const {
 using nvshmem_on_cpu::TheNetwork;
 
 void nvshmem_putmem_nbi(void* to, const void* from, size_t bytes, int process) {
-  TheNetwork().Append(to, static_cast<const char*>(from), bytes, 0, process);
+  TheNetwork().Append(to, static_cast<const char*>(from), bytes, nullptr, 0, process);
+}
+void nvshmem_putmem_signal_nbi(void* to, const void* from, size_t bytes, uint64_t* signal,
+                               uint64_t value, int /*operation*/, int process) {
+  TheNetwork().Append(to, static_cast<const char*>(from), bytes, signal, value, process);
 }
 void nvshmem_fence() { nvshmem_on_cpu::fenced = true; }
 void nvshmem_uint64_p(uint64_t* to, uint64_t value, int process) {
-  TheNetwork().Append(to, nullptr, sizeof(value), value, process);
+  TheNetwork().Append(to, nullptr, 0, to, value, process);
 }

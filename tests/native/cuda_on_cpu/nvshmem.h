@@ -35,14 +35,23 @@ void nvshmem_putmem_nbi(void* to, const void* from, size_t bytes, int process);
 void nvshmem_fence();
 void nvshmem_uint64_p(uint64_t* to, uint64_t value, int process);
 
-inline void nvshmemx_putmem_nbi_warp(void* to, const void* from, size_t bytes, int process) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) nvshmem_putmem_nbi(to, from, bytes, process);
-  __syncwarp();
-}
+enum { NVSHMEM_SIGNAL_SET };
+// The signal comes after the bytes of its own put, and is ordered with no other.
+void nvshmem_putmem_signal_nbi(void* to, const void* from, size_t bytes, uint64_t* signal,
+                               uint64_t value, int operation, int process);
+
 inline void nvshmemx_putmem_nbi_block(void* to, const void* from, size_t bytes, int process) {
   __syncthreads();
   if (threadIdx.x == 0) nvshmem_putmem_nbi(to, from, bytes, process);
+  __syncthreads();
+}
+inline void nvshmemx_putmem_signal_nbi_block(void* to, const void* from, size_t bytes,
+                                             uint64_t* signal, uint64_t value, int operation,
+                                             int process) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    nvshmem_putmem_signal_nbi(to, from, bytes, signal, value, operation, process);
+  }
   __syncthreads();
 }
 

@@ -11,7 +11,7 @@ const char* VerbKernels<Internode, CombineParams>::Launch(const OpFrame& frame,
                                                           const CombineParams& params,
                                                           int num_blocks, const DeviceFacts& device,
                                                           const KernelStream& stream) {
-  const int64_t row_bytes = CombineSums(frame.shape, params.route).node_bytes;
+  const int64_t row_bytes = CombineSums(frame.shape, params.route).crossing_bytes();
   return LaunchInChunks<CombineKernels>(frame, params, row_bytes, num_blocks, device, stream);
 }
 

@@ -1,22 +1,23 @@
 // How the ranks of an EP group on several nodes synchronise in one op, on the device.
 //
-//     Begin | write what peers read | Publish | WaitUntilFree | PutRows | Exchange
-//           | WaitForArrivals | read peers [| PutRow | SignalChunk | wait | read sums] | Finish
+//     Begin | write what peers read | Publish | WaitUntilFree | StageRows | Exchange
+//           | WaitForArrivals | read peers [| stage sums | SendChunk | wait | read sums] | Finish
 //
 // Inside a node, ranks read each other as in group_op.cuh. Between nodes they put, and only to the
 // rank of the other node with the same index in it: its control block and its staging. What a
 // source of another node has put, a rank reads in the staging of the rank of its own node that has
-// the source's index.
+// the source's index. All blocks of a rank stage what it puts, one after another without gaps; the
+// last one puts that, in one message per array and node.
 //
 // 1. WaitUntilFree: nobody reads what this rank has put in the op before. If puts are asynchronous,
 //    Begin waits for that: they may read what this rank is about to overwrite.
-// 2. Exchange: the last block tells the other nodes (`arrived`) that all rows have been put, waits
-//    for theirs, passes on what the ranks of its node need at hand (the counts of dispatch), and
-//    tells them (`staged`).
+// 2. Exchange: the last block puts all that has been staged, tells the other nodes so (`arrived`),
+//    waits for theirs, passes on what the ranks of its node need at hand (the counts of dispatch),
+//    and tells them (`staged`).
 // 3. WaitForArrivals: of the node, and until each of its ranks has staged.
-// 4. SignalChunk, in combine: a rank has put sums to another node. First it checks for failed
-//    peers, because that node cannot: otherwise its op might succeed with sums of memory that XLA
-//    has reused.
+// 4. SendChunk, in combine: a rank puts sums to another node. First it checks for failed peers,
+//    because that node cannot: otherwise its op might succeed with sums of memory that XLA has
+//    reused.
 // 5. Finish: at the end of a successful op, `left` tells the other nodes that the staging is free.
 //
 // Rows that have no room in the staging together cross in chunks (ForChunks, ForChunksOfSums),
@@ -51,32 +52,29 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
 
   struct Shared {
     OfNode::Shared of_node;
-    int32_t pushed[kMaxRanks];  // rows that this block has put to each node
     // Of the pairs of a chunk: how many are of earlier sources, and the first one of each.
     int32_t pairs_before[kMaxRanks + 1], first_pair[kMaxRanks];
   };
 
   __device__ NodeOpOf(const OpFrame& frame, Shared* shared)
       : OfNode(frame, &shared->of_node),
-        pushed_(shared->pushed),
         pairs_before_(shared->pairs_before),
-        first_pair_(shared->first_pair) {
-    for (int node = threadIdx.x; node < kMaxRanks; node += blockDim.x) pushed_[node] = 0;
-  }
+        first_pair_(shared->first_pair) {}
 
   // As in RankOp.
   __device__ bool Begin() { return OfNode::Begin() && (!kPutsAreAsynchronous || WaitUntilFree()); }
 
   // --- Staging.
 
-  // Where this rank puts an array for `node`, as an address for Put.
+  // Where this rank writes an array that it puts to a node: see PutArray.
   template <typename T>
-  __device__ T* At(int to_node, Staged array) const {
-    return reinterpret_cast<T*>(SlotOf(frame_.rank, to_node, node(), array));
+  __device__ T* StagedFor(int to_node, StagedArray array) const {
+    return reinterpret_cast<T*>(
+        StagingOf(frame_, to_node, SlotFor(to_node, array), SentFor(to_node, array)));
   }
   // What `source`, a rank of another node, has put there.
   template <typename T>
-  __device__ const T* From(int source, Staged array) const {
+  __device__ const T* From(int source, StagedArray array) const {
     return reinterpret_cast<const T*>(SlotOf(PeerOf(source), node(), frame_.NodeOf(source), array));
   }
   // The rank of this node whose memory has the rows of a source.
@@ -90,46 +88,66 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     return WaitForAll<ForStagingToBeFree>(channel_.left, step() - 1, Puts());
   }
 
-  template <typename By>
-  __device__ void Put(int to_node, void* to, const void* from, int64_t bytes) const {
-    PutFlag<By>(frame_, to_node, to, from, bytes);
+  // Stage an array, or this block's part of it, from element `first` on.
+  template <typename T>
+  __device__ void Stage(int to_node, StagedArray array, int64_t first, const T* from,
+                        int64_t count) const {
+    CopyBytes<ByBlock>(reinterpret_cast<char*>(StagedFor<T>(to_node, array) + first),
+                       reinterpret_cast<const char*>(from + first), count * sizeof(T));
   }
-  // By a warp.
-  __device__ void PutRow(int to_node, int chunk, int token, const char* row, int64_t bytes) const {
-    char* to = At<char>(to_node, Staged::kRows) + frame_.chunks.OffsetOf(chunk, token);
-    Put<ByWarp>(to_node, to, row, bytes);
-    if (threadIdx.x % 32 == 0) atomicAdd(&pushed_[to_node], 1);
+  // By a block: put what has been staged.
+  __device__ void PutArray(int to_node, StagedArray array, int64_t offset, int64_t bytes) const {
+    __syncthreads();
+    PutStaged<ByBlock>(frame_, to_node, SlotFor(to_node, array) + offset,
+                       SentFor(to_node, array) + offset, bytes);
   }
 
-  // Put rows of a chunk of this rank's tokens, once to every other node that node_of(token, k)
-  // names for one of the token's entries. Of the first chunk a warp puts the rows that it has
+  // Where this rank writes the row of a token that it puts to a node. By one lane.
+  __device__ char* NewRowFor(int to_node, int chunk, int token) const {
+    const int place = this->TakePlace(to_node, chunk);
+    char* at = StagedFor<char>(to_node, StagedArray::kRows) + frame_.chunks.OffsetOf(chunk);
+    reinterpret_cast<int32_t*>(at)[token - frame_.chunks.First(chunk)] = place;
+    return at + frame_.chunks.OffsetOfRow(place);
+  }
+
+  // Stage rows of a chunk of this rank's tokens, once for every other node that node_of(token, k)
+  // names for one of the token's entries. Of the first chunk a warp stages the rows that it has
   // encoded itself (EncodeRows): others may still encode theirs.
   template <typename NodeOf>
-  __device__ void PutRows(int chunk, const char* rows, int num_tokens, NodeOf node_of) {
+  __device__ void StageRows(int chunk, const char* rows, int num_tokens, NodeOf node_of) const {
     const int lane = threadIdx.x % 32, end = EndOf(chunk, num_tokens);
     const int64_t row_bytes = frame_.chunks.row_bytes;
     for (int token = frame_.chunks.First(chunk) + FirstItem(); token < end; token += NumWarps()) {
-      const int to = lane < frame_.shape.num_topk ? node_of(int64_t{token}, lane) : kNone;
-      for (int base = 0; base < num_nodes(); base += 32) {
-        for (uint32_t nodes = RanksOfLanes(to, base); nodes != 0; nodes &= nodes - 1) {
-          const int to_node = base + __ffs(nodes) - 1;
-          if (to_node == node()) continue;
-          PutRow(to_node, chunk, token, rows + token * row_bytes, row_bytes);
-        }
+      const int to_node = lane < frame_.shape.num_topk ? node_of(int64_t{token}, lane) : kNone;
+      const uint32_t same = __match_any_sync(~0u, to_node);
+      const bool leads = to_node != kNone && to_node != node() && __ffs(same) - 1 == lane;
+      char* to = leads ? NewRowFor(to_node, chunk, token) : nullptr;
+      for (uint32_t lanes = __ballot_sync(~0u, leads); lanes != 0; lanes &= lanes - 1) {
+        CopyBytes<ByWarp>(PointerOfLane(to, __ffs(lanes) - 1), rows + token * row_bytes, row_bytes);
       }
     }
+  }
+  // By a block, after all of a chunk have been staged: put it.
+  __device__ void PutChunk(int to_node, int chunk) const {
+    const int64_t count = this->NumPlaces(to_node, chunk);
+    const int64_t bytes = count > 0 ? frame_.chunks.OffsetOfRow(count) : 0;
+    PutArray(to_node, StagedArray::kRows, frame_.chunks.OffsetOf(chunk), bytes);
+  }
+  // The row of a token that a source of another node has put.
+  __device__ const char* RowFrom(int source, int chunk, int token) const {
+    const char* at = From<char>(source, StagedArray::kRows) + frame_.chunks.OffsetOf(chunk);
+    return at + frame_.chunks.OffsetOfRow(PlaceIn(at, token - frame_.chunks.First(chunk)));
   }
 
   // The last block calls put(node) for every other node, and pass_on() once all have arrived here.
   template <typename PutLast, typename PassOn>
   __device__ void Exchange(PutLast put, PassOn pass_on) {
-    CountPushed();
-    // A block that has failed has put nothing.
+    // A block that has failed has staged nothing.
     if (!IsLastBlock(&channel_.num_put) || Stopped() || !WaitUntilFree()) return;
     ForOtherNodes([&](int to_node) {
       put(to_node);
       Publication* published = &channel_.published[frame_.rank];  // by this rank in Publish
-      Put<ByBlock>(to_node, published, published, sizeof(Publication));
+      PutFlag<ByBlock>(frame_, to_node, published, published, sizeof(Publication));
       PutTotalAndFlag(to_node, channel_.arrived, step());
     });
     if (!WaitForAll<ForOtherNodesToArrive>(channel_.arrived, step(), Puts())) return;
@@ -162,9 +180,9 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     if (!WaitForPeers<ForPeersToStage>(channel_.staged)) return false;
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
       if (rank >= first_peer() && rank < end_peer()) continue;
-      operands_[kStagedRows][rank] = From<char>(rank, Staged::kRows);
-      operands_[kStagedRecords][rank] = From<char>(rank, Staged::kSecond);
-      operands_[kStagedLists][rank] = From<char>(rank, Staged::kFirst);
+      operands_[kStagedRows][rank] = From<char>(rank, StagedArray::kRows) + FirstRow();
+      operands_[kStagedRecords][rank] = From<char>(rank, StagedArray::kSecond);
+      operands_[kStagedLists][rank] = From<char>(rank, StagedArray::kFirst);
     }
     __syncthreads();
     return true;
@@ -175,6 +193,12 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   // As in GroupOp: a source of another node has put the lists of this node's ranks.
   __device__ int ListOf(int source) const {
     return frame_.NodeOf(source) == node() ? frame_.rank : frame_.rank - first_peer();
+  }
+  // Likewise: of another node, in the chunk that can be read.
+  __device__ int IndexOfRow(int source, int token) const {
+    if (frame_.NodeOf(source) == node()) return token;
+    return PlaceIn(operands_[kStagedRows][source] - FirstRow(),
+                   token - frame_.chunks.First(kChunked ? chunk_ : 0));
   }
 
   // --- Chunks of tokens.
@@ -187,16 +211,16 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   }
 
   // Call use(chunk) when a chunk of the sources' rows can be read, in order. The first one has been
-  // put before WaitForArrivals; put(chunk) is called for the others. False: the op is lost.
-  template <typename PutRowsOf, typename Use>
-  __device__ bool ForChunks(PutRowsOf put, Use use) {
+  // put in Exchange; stage(chunk) is called for the others. False: the op is lost.
+  template <typename StageRowsOf, typename Use>
+  __device__ bool ForChunks(StageRowsOf stage, Use use) {
     const int count = num_chunks();
     for (int chunk = 0; chunk < count; ++chunk) {
       // While the ranks of the node read this one.
       if (chunk + 1 < count) {
         if (!WaitForCredit(chunk + 1)) return false;
-        put(chunk + 1);
-        SignalChunk(chunk + 1, [](int) {});
+        stage(chunk + 1);
+        SendChunk(chunk + 1, [](int) {});
       }
       if (chunk > 0 && !WaitForRows(chunk)) return false;
       use(chunk);
@@ -212,7 +236,7 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     return true;
   }
 
-  // The same for sums: put(chunk) puts this node's, and ends with SignalChunk. use(chunk) is called
+  // The same for sums: put(chunk) stages this node's, and ends with SendChunk. use(chunk) is called
   // when those of the other nodes are here; work(chunk) before that. In line: a function of its own
   // would take more registers than the kernel has.
   template <typename PutSums, typename Work, typename Use>
@@ -232,14 +256,14 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     return true;
   }
 
-  // After all rows or sums of a chunk have been put: the last block calls put(node) for every other
-  // node, and tells it.
-  template <typename PutLast>
-  __device__ void SignalChunk(int chunk, PutLast put) {
-    CountPushed();
+  // After all rows or sums of a chunk have been staged: the last block puts it to every other node,
+  // and what belongs to it, by put(node), and tells it.
+  template <typename PutMore>
+  __device__ void SendChunk(int chunk, PutMore put) {
     // Pairs with the fence in Fail, on a peer: see Finish.
     if (!IsLastBlock(&channel_.num_chunk_put[chunk % 2]) || Stopped()) return;
     ForOtherNodes([&](int to_node) {
+      PutChunk(to_node, chunk);
       put(to_node);
       PutTotalAndFlag(to_node, channel_.chunk_put, MarkOf(chunk));
     });
@@ -315,8 +339,9 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     for (int rank = threadIdx.x; rank < num_ranks(); rank += blockDim.x) {
       if (frame_.NodeOf(rank) == node()) continue;
       operands_[kStagedRows][rank] =
-          From<char>(rank, Staged::kRows) + frame_.chunks.OffsetOf(chunk, 0);
+          From<char>(rank, StagedArray::kRows) + frame_.chunks.OffsetOf(chunk) + FirstRow();
     }
+    chunk_ = chunk;
     __syncthreads();
     return true;
   }
@@ -344,22 +369,30 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   };
   __device__ FromOtherNodes Puts() const { return {frame_.rank, frame_.shape.node_size()}; }
 
-  __device__ char* SlotOf(int owner, int of_node, int from_node, Staged array) const {
+  __device__ char* SlotOf(int owner, int of_node, int from_node, StagedArray array) const {
     const int64_t offset =
         frame_.staging.SlotOffset(frame_.channel, of_node, from_node) + frame_.staging.In(array);
     return reinterpret_cast<char*>(frame_.control[owner]) + offset;
   }
-
-  __device__ void CountPushed() const {
-    __syncthreads();
-    for (int to_node = threadIdx.x; to_node < num_nodes(); to_node += blockDim.x) {
-      if (pushed_[to_node] == 0) continue;
-      Add(&channel_.rows_pushed[frame_.RankOnNode(to_node)], pushed_[to_node]);
-      pushed_[to_node] = 0;
-    }
+  // On this rank: what stands for the slot of its peer on a node, and from where it puts there.
+  __device__ char* SlotFor(int to_node, StagedArray array) const {
+    return SlotOf(frame_.rank, to_node, node(), array);
+  }
+  __device__ char* SentFor(int to_node, StagedArray array) const {
+    return reinterpret_cast<char*>(frame_.control[frame_.rank]) +
+           frame_.staging.SendOffset(frame_.channel, node(), to_node) + frame_.staging.In(array);
   }
 
-  int32_t *pushed_, *pairs_before_, *first_pair_;
+  // From the beginning of a chunk.
+  __device__ int64_t FirstRow() const { return frame_.chunks.OffsetOfRow(0); }
+  // A list may name another token after its source has aborted: see dispatch.cuh.
+  __device__ int PlaceIn(const char* chunk, int index) const {
+    const int place = LoadFresh(reinterpret_cast<const int32_t*>(chunk) + index);
+    return place >= 0 && place < frame_.chunks.tokens ? place : 0;
+  }
+
+  int32_t *pairs_before_, *first_pair_;
+  int chunk_ = 0;  // whose rows can be read
 };
 
 using NodeOp = NodeOpOf<false>;

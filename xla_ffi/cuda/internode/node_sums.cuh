@@ -16,16 +16,14 @@
 namespace jax_deepep {
 namespace {
 
-// The sum of this node for a token of the rank with this rank's index on `node`, and the gradients
-// of the token's entries here.
-__device__ char* NodeSum(const Combine& op, int node, int64_t token) {
-  const int64_t at = int64_t{node} * op.params.route.num_tokens + token;
-  return static_cast<char*>(op.params.sums) + op.of_sums.node_offset() + at * op.of_sums.node_bytes;
+// The sum of this node for a token of this rank, and the gradients of all its entries here.
+__device__ char* NodeSum(const Combine& op, int64_t token) {
+  return static_cast<char*>(op.params.sums) + op.of_sums.node_offset() +
+         token * op.of_sums.own_bytes;
 }
-__device__ float* NodeGradients(const Combine& op, int node) {
-  char* gradients = static_cast<char*>(op.params.sums) + op.of_sums.gradients_offset();
-  return reinterpret_cast<float*>(gradients) +
-         int64_t{node} * op.params.route.num_tokens * op.frame.shape.num_topk;
+__device__ float* NodeGradients(const Combine& op) {
+  return reinterpret_cast<float*>(static_cast<char*>(op.params.sums) +
+                                  op.of_sums.gradients_offset());
 }
 
 // Put this rank's routes to every other node.
@@ -34,8 +32,8 @@ __device__ void PutDestinations(const Combine& op, Group& group) {
   const int64_t entries = int64_t{op.params.route.num_tokens} * op.frame.shape.num_topk;
   group.Exchange(
       [&](int node) {
-        group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst),
-                                    op.params.destination, entries * sizeof(int32_t));
+        group.Stage(node, StagedArray::kFirst, 0, op.params.destination, entries);
+        group.PutArray(node, StagedArray::kFirst, 0, entries * sizeof(int32_t));
       },
       [] {});
 }
@@ -53,7 +51,9 @@ __device__ void SumNode(const Combine& op, const Group& group, int node, int chu
   const int lane = threadIdx.x % 32, owner = op.frame.RankOnNode(node);
   const bool own = owner == op.frame.rank;
   const int32_t* destinations =
-      own ? params.destination : group.template From<int32_t>(owner, Staged::kFirst);
+      own ? params.destination : group.template From<int32_t>(owner, StagedArray::kFirst);
+  float* gradients =
+      own ? NodeGradients(op) : group.template StagedFor<float>(node, StagedArray::kSecond);
   ForWarpItems(
       end - first,
       [&](int item) {
@@ -66,10 +66,13 @@ __device__ void SumNode(const Combine& op, const Group& group, int node, int chu
       [&](int item, const Inputs& inputs) {
         const int token = first + item;
         if (params.gradients != nullptr && lane < num_topk) {
-          NodeGradients(op, node)[int64_t{token} * num_topk + lane] = inputs.gradient;
+          gradients[int64_t{token} * num_topk + lane] = inputs.gradient;
         }
         if (inputs.count == 0) return;
-        char* to = NodeSum(op, node, token);
+        const auto new_row = [&] {
+          return PointerOfLane(lane == 0 ? group.NewRowFor(node, chunk, token) : nullptr, 0);
+        };
+        char* to = own ? NodeSum(op, token) : new_row();
         if (kQuantized && !own) {
           AddUp<Type, kWhole, kWeighted, SumOfRanks, kQuantized, kFormat>(
               inputs, shape, all, terms, op.wire, StoreEncoded<kWhole, kFormat>{to, op.wire});
@@ -77,9 +80,6 @@ __device__ void SumNode(const Combine& op, const Group& group, int node, int chu
           AddUp<Type, kWhole, kWeighted, SumOfRanks, kQuantized, kFormat>(
               inputs, shape, all, terms, op.wire, StoreRounded<Type, kWhole>{to, shape});
         }
-        __syncwarp();
-        if (own) return;
-        group.PutRow(node, chunk, token, to, kQuantized ? op.wire.bytes() : op.row_bytes);
       });
 }
 
@@ -98,8 +98,9 @@ __device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int chunk
   const int source = op.frame.RankOnNode(somewhere ? node : own_node);
   Inputs inputs;
   if (params.gradients != nullptr && somewhere) {
-    const float* gradients = node == own_node ? NodeGradients(op, node)
-                                              : group.template From<float>(source, Staged::kSecond);
+    const float* gradients = node == own_node
+                                 ? NodeGradients(op)
+                                 : group.template From<float>(source, StagedArray::kSecond);
     inputs.gradient = LoadFresh(gradients + int64_t{token} * op.frame.shape.num_topk + lane);
   }
   if (params.bias != nullptr && token < params.route.num_tokens) {
@@ -115,9 +116,7 @@ __device__ Inputs InputsOfNodes(const Combine& op, const Group& group, int chunk
   if (leads) {
     inputs.position = position;
     inputs.encoded = kQuantized && node != own_node;
-    inputs.row = node == own_node ? NodeSum(op, node, token)
-                                  : group.template From<char>(source, Staged::kRows) +
-                                        op.frame.chunks.OffsetOf(chunk, token);
+    inputs.row = node == own_node ? NodeSum(op, token) : group.RowFrom(source, chunk, token);
   }
   return inputs;
 }
@@ -133,12 +132,12 @@ __device__ void SumNodes(const Combine& op, Group& group, int32_t* taken, WarpTe
     group.ForOtherNodes([&](int node) {
       SumNode<Type, kWhole, kWeighted, kQuantized, kFormat>(op, group, node, chunk, taken, terms);
     });
-    group.SignalChunk(chunk, [&](int node) {
+    group.SendChunk(chunk, [&](int node) {
       if (params.gradients == nullptr) return;
       const int64_t first = int64_t{op.frame.chunks.First(chunk)} * num_topk;
       const int64_t end = int64_t{group.EndOf(chunk, num_tokens)} * num_topk;
-      group.template Put<ByBlock>(node, group.template At<float>(node, Staged::kSecond) + first,
-                                  NodeGradients(op, node) + first, (end - first) * sizeof(float));
+      group.PutArray(node, StagedArray::kSecond, first * sizeof(float),
+                     (end - first) * sizeof(float));
     });
   };
   // While the other nodes' sums arrive. A warp has the same tokens here and below.

@@ -87,8 +87,8 @@ class Pairs {
 
 template <typename Rows, typename Group>
 __device__ typename Rows::Row RowAt(const CachedDispatch& op, const Group& group, int32_t source) {
-  const char* rows = group.template Operand<char>(op.max_tokens.Quotient(source), kRows);
-  return Rows::At(op, rows, op.max_tokens.Remainder(source));
+  const int rank = op.max_tokens.Quotient(source), token = op.max_tokens.Remainder(source);
+  return Rows::At(op, group.template Operand<char>(rank, kRows), group.IndexOfRow(rank, token));
 }
 
 __device__ void CountTaken(int32_t* taken, const CachedDispatch& op, int32_t source) {
@@ -127,18 +127,18 @@ __device__ void Scale(const CachedDispatch& op, const Group& group, const Pairs&
   }
 }
 
-// Put to every other node, once each, the rows of a chunk of tokens that it has rows for.
+// Stage for every other node, once each, the rows of a chunk of tokens that it has rows for.
 template <typename Group>
-__device__ void PutRows(const CachedDispatch& op, Group& group, int chunk) {
+__device__ void StageRows(const CachedDispatch& op, Group& group, int chunk) {
   const CachedDispatchParams& params = op.params;
   const int num_topk = op.frame.shape.num_topk;
   const int per_node = params.route.capacity * op.frame.shape.node_size();
-  group.PutRows(chunk,
-                static_cast<const char*>(params.encoded != nullptr ? params.encoded : params.x),
-                params.route.num_tokens, [&](int64_t token, int k) {
-                  const int32_t destination = params.destination[token * num_topk + k];
-                  return destination != kNone ? destination / per_node : kNone;
-                });
+  group.StageRows(chunk,
+                  static_cast<const char*>(params.encoded != nullptr ? params.encoded : params.x),
+                  params.route.num_tokens, [&](int64_t token, int k) {
+                    const int32_t destination = params.destination[token * num_topk + k];
+                    return destination != kNone ? destination / per_node : kNone;
+                  });
 }
 
 // Call work(some) with the pairs of this rank, those of other nodes in the chunks in which their
@@ -150,7 +150,7 @@ __device__ void ForPairs(const CachedDispatch& op, Group& group, const Pairs& pa
       return {pairs.FirstOf(source, begin), pairs.FirstOf(source, end)};
     };
     group.ForChunks(
-        [&](int chunk) { PutRows(op, group, chunk); },
+        [&](int chunk) { StageRows(op, group, chunk); },
         [&](int chunk) { work(group.PairsOf(chunk, op.params.route.num_tokens, range_of)); });
   } else {
     work(pairs.All());
@@ -170,8 +170,8 @@ __device__ void Run(const CachedDispatch& op, Work work) {
     Rows::Encode(op);
     group.Publish();
     if constexpr (Group::kSeveralNodes) {
-      if (group.WaitUntilFree()) PutRows(op, group, 0);
-      group.Exchange([](int) {}, [] {});
+      if (group.WaitUntilFree()) StageRows(op, group, 0);
+      group.Exchange([&](int node) { group.PutChunk(node, 0); }, [] {});
     }
     const Pairs pairs(op);
     if (group.WaitForArrivals()) {

@@ -66,7 +66,7 @@ __device__ void WriteDestinations(const Dispatch& op, const Plan& plan, int thre
 
 // A token with experts on this rank.
 struct Pair {
-  int32_t number, source, token;
+  int32_t number, source, token, row;
   EntryRecord record;  // of the lane's entry
 };
 
@@ -125,7 +125,7 @@ __device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, c
   ForWarpItems(
       items, num_pairs,
       [&](int item) {
-        Pair pair{0, 0, 0, {kNone}};
+        Pair pair{0, 0, 0, 0, {kNone}};
         if (item >= num_pairs) return pair;
         pair.number = pairs.At(order.At(item));
         int low = 0, high = shape.num_ranks;  // pairs_before[low] <= number < pairs_before[high]
@@ -141,6 +141,7 @@ __device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, c
       },
       [&](int item, Pair pair) {
         if (pair.token < 0 || pair.token >= route.num_tokens) pair.token = 0;
+        if (item < num_pairs) pair.row = group.IndexOfRow(pair.source, pair.token);
         if (item < num_pairs && lane < shape.num_topk) {
           const auto* records = group.template Operand<EntryRecord>(pair.source, kRecords) +
                                 int64_t{pair.token} * shape.num_topk;
@@ -151,22 +152,22 @@ __device__ void Pull(const Dispatch& op, const Group& group, const Plan& plan, c
       },
       [&](int, const Pair& pair) {
         const char* rows = group.template Operand<char>(pair.source, kRows);
-        CopyRowToLanes(Rows::At(op, rows, pair.token), Rows::Received(op),
+        CopyRowToLanes(Rows::At(op, rows, pair.row), Rows::Received(op),
                        [&] { return WriteRoute(op, plan, table, pair); });
       });
 }
 
-// Put to every other node, once each, the rows of a chunk of tokens that it has experts for.
+// Stage for every other node, once each, the rows of a chunk of tokens that it has experts for.
 template <typename Group>
-__device__ void PutRows(const Dispatch& op, Group& group, int chunk) {
+__device__ void StageRows(const Dispatch& op, Group& group, int chunk) {
   const GroupShape& shape = op.frame.shape;
   const bool encoded = op.params.encoded != nullptr;
   const int per_node = op.local_experts.divisor() * shape.node_size();
-  group.PutRows(chunk, static_cast<const char*>(encoded ? op.params.encoded : op.params.x),
-                op.params.route.num_tokens, [&](int64_t token, int k) {
-                  const int32_t expert = op.params.topk_idx[token * shape.num_topk + k];
-                  return expert >= 0 && expert < shape.num_experts ? expert / per_node : kNone;
-                });
+  group.StageRows(chunk, static_cast<const char*>(encoded ? op.params.encoded : op.params.x),
+                  op.params.route.num_tokens, [&](int64_t token, int k) {
+                    const int32_t expert = op.params.topk_idx[token * shape.num_topk + k];
+                    return expert >= 0 && expert < shape.num_experts ? expert / per_node : kNone;
+                  });
 }
 
 // Put the records, the tokens for each rank of the node, and the rows of the first chunk.
@@ -178,22 +179,22 @@ __device__ void PutToNodes(const Dispatch& op, Group& group) {
     const TokenRange block = TokenRange::Part({0, num_tokens}, blockIdx.x, gridDim.x);
     const int64_t first_entry = int64_t{block.begin} * num_topk;
     group.ForOtherNodes([&](int node) {
-      group.template Put<ByBlock>(
-          node, group.template At<EntryRecord>(node, Staged::kSecond) + first_entry,
-          Records(op) + first_entry, (block.end - block.begin) * num_topk * sizeof(EntryRecord));
+      group.Stage(node, StagedArray::kSecond, first_entry, Records(op),
+                  int64_t{block.end - block.begin} * num_topk);
     });
-    PutRows(op, group, 0);
+    StageRows(op, group, 0);
   }
   group.Exchange(
       [&](int node) {
-        const int ranks = op.frame.shape.node_size();
-        group.template Put<ByBlock>(node, group.template At<int32_t>(node, Staged::kFirst),
-                                    TokenList(op, node * ranks),
-                                    int64_t{ranks} * num_tokens * sizeof(int32_t));
+        const int64_t listed = int64_t{shape.node_size()} * num_tokens;
+        group.Stage(node, StagedArray::kFirst, 0, TokenList(op, node * shape.node_size()), listed);
+        group.PutArray(node, StagedArray::kFirst, 0, listed * sizeof(int32_t));
+        group.PutArray(node, StagedArray::kSecond, 0,
+                       int64_t{num_tokens} * num_topk * sizeof(EntryRecord));
+        group.PutChunk(node, 0);
         int32_t* counts = op.frame.Counts(op.frame.rank, op.frame.rank);
-        group.template Put<ByBlock>(
-            node, counts, counts,
-            NumCountColumns(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
+        PutFlag<ByBlock>(op.frame, node, counts, counts,
+                         NumCountColumns(shape.num_experts, shape.num_ranks) * sizeof(int32_t));
       },
       [&] { group.PassOnCounts(); });
 }
@@ -212,7 +213,7 @@ __device__ void PullAll(const Dispatch& op, Group& group, const Plan& plan) {
       return {FirstPairFrom(begin, first, last, token_of),
               FirstPairFrom(end, first, last, token_of)};
     };
-    group.ForChunks([&](int chunk) { PutRows(op, group, chunk); },
+    group.ForChunks([&](int chunk) { StageRows(op, group, chunk); },
                     [&](int chunk) {
                       Pull<Rows>(op, group, plan, group.PairsOf(chunk, num_tokens, range_of));
                     });

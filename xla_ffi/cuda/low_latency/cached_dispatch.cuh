@@ -95,7 +95,7 @@ __device__ void Run(const LowLatencyCachedDispatch<Group>& op, Work work) {
   if (!lost && group.sends()) {
     PushRows<Rows>(op, group);
     group.Announce();
-    if constexpr (Group::kSeveralNodes) group.SendRows();
+    if constexpr (Group::kSeveralNodes) group.SendToNodes();
   }
   if (!lost && group.receives()) {
     ForReceived<Rows, Kept>(params.route, [&](auto rows) {
@@ -152,7 +152,8 @@ class LowLatencyCachedDispatchKernels {
     const int num_tokens = params.route.num_tokens;
     const bool scales = params.weights != nullptr || params.y != nullptr;
     // A dot product needs the whole row.
-    const auto signalled = Group::Frame::Of(frame, rows, num_tokens, /*whole=*/scales);
+    const auto signalled =
+        Group::Frame::Of(frame, rows, num_tokens, /*value_bytes=*/0, /*whole=*/scales);
     LowLatencyCachedDispatch<Group> op{
         frame,
         params,

@@ -205,7 +205,11 @@ class LowLatencyCombineKernels {
   static const char* Launch(const OpFrame& frame, const CombineParams& params, int num_blocks,
                             const KernelStream& stream) {
     const RowFormat rows = params.route.rows();
-    const auto signalled = Group::Frame::Of(frame, rows, params.route.num_tokens);
+    const int64_t gradients =
+        params.gradients != nullptr ? GradientsOfSums::WidthOf(frame.shape, params.route) : 0;
+    const auto signalled =
+        Group::Frame::Of(frame, rows, params.route.num_tokens,
+                         /*value_bytes=*/int64_t{4} * frame.shape.node_size() * gradients);
     LowLatencyCombine<Group> op{frame,
                                 params,
                                 signalled,

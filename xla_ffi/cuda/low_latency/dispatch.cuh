@@ -113,8 +113,7 @@ __device__ __forceinline__ bool PushTokens(const LowLatencyDispatch<Group>& disp
       }
       if constexpr (Group::kSeveralNodes) {
         if (lane < shape.num_topk) {
-          group.SentEntries()[pushed.token * shape.num_topk + lane] = {pushed.expert,
-                                                                       pushed.weight};
+          group.StageEntry(pushed.token * shape.num_topk + lane, {pushed.expert, pushed.weight});
         }
       }
       if (pushed.inside) {
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const bool has_signals = PushTokens<Rows>(dispatch, group, pushed);
     if (has_signals && static_cast<int>(threadIdx.x) < signallers) group.SendSignals(signallers);
     group.Announce(Group::kSeveralNodes ? kWarps - 1 : 0);
-    if constexpr (Group::kSeveralNodes) group.SendEntries();
+    if constexpr (Group::kSeveralNodes) group.SendToNodes();
   }
   if (!lost && group.receives()) {
     if (planners.include_this()) {
@@ -328,7 +327,9 @@ class LowLatencyDispatchKernels {
     const GroupShape& shape = frame.shape;
     const int num_slots = std::max(params.route.num_tokens, 1);
     const RowFormat rows = params.route.rows();
-    const auto signalled = Group::Frame::Of(frame, rows, params.route.num_tokens);
+    const auto signalled =
+        Group::Frame::Of(frame, rows, params.route.num_tokens,
+                         /*value_bytes=*/shape.num_topk * static_cast<int64_t>(sizeof(SlotEntry)));
     LowLatencyDispatch<Group> dispatch{
         {frame, params, rows.bytes(), WireRow{rows.wire, rows.size},
          Divisor(shape.num_local_experts()), Divisor(shape.num_topk),

@@ -37,9 +37,10 @@ struct SignalledFrame {
   int32_t num_parts = 1;
   int32_t num_slots = 1;  // of a source, in this op: T, and at least 1
 
-  // With rows in one part if they must be whole.
+  // With rows in one part if they must be whole. Between nodes so many bytes of a token cross
+  // beside its row: see put_areas.h.
   static SignalledFrame Of(const OpFrame& frame, const RowFormat& rows, int num_tokens,
-                           bool whole = false) {
+                           int64_t /*value_bytes*/, bool whole = false) {
     return {WindowLayout(frame.shape, frame.window),
             whole ? 1 : NumParts(frame.shape, num_tokens, rows), std::max(num_tokens, 1)};
   }
@@ -194,11 +195,12 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return packet.tag == Tag();
   }
 
-  // Push a part of the row of a token to the ranks of all lanes, and copy it to `copy`, unless that
-  // is null. They get its signals, or all do.
+  // Push a part of the row of a token to the ranks of all lanes, and copy it to what lanes have in
+  // `copy`, unless that is null. They get its signals, or all do.
   template <typename Part>
   __device__ __forceinline__ void PushRow(Part& from, int token, int part, int32_t rank,
                                           bool to_all, Sent* sent, char* copy = nullptr) const {
+    const uint32_t copies = kSeveralNodes ? __ballot_sync(~0u, copy != nullptr) : 0;
     const int lane = threadIdx.x % 32;
     const int64_t offset = SlotOffset(frame_.rank, token);
     if (lane == 0) {
@@ -207,11 +209,11 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
     }
     for (int base = 0; base < num_ranks(); base += 32) {
       const uint32_t ranks = RanksOfLanes(rank, base);
-      if (ranks != 0 || (base == 0 && copy != nullptr)) {
+      if (ranks != 0 || (base == 0 && copies != 0)) {
         if (base > 0) from.Load();  // the first chunk may be another by now
         from.CopyTo([&](auto store) {
           ForBits(ranks, [&](int i) { store(SlotAt(base + i, offset).row()); });
-          if (base == 0 && copy != nullptr) store(copy);
+          if (base == 0) ForBits(copies, [&](int i) { store(PointerOfLane(copy, i)); });
         });
       }
       if (lane == 0) {

@@ -1,11 +1,11 @@
 // How the ranks of an EP group on several nodes synchronise in low-latency mode.
 //
-//     Begin | push and put rows | Send | ReceiveFromAll | Finish                   dispatch
-//     Begin | push sums | add those of the node | Return | WaitForSums | Finish    combine
+//     Begin | push and stage rows | SendToNodes | ReceiveFromAll | Finish              dispatch
+//     Begin | push sums | add those of the node | SendToNodes | WaitForSums | Finish   combine
 //
 // Inside a node ranks push to each other as in low_latency/signalled_op.cuh. To another node a rank
-// puts, and only to the rank with its index there, its proxy: into its `received` area, from its
-// own `sent` area (put_areas.h). There is one flag per op and node: `arrived`.
+// puts, and only to the rank with its index there, its proxy: into its `received` area, in one
+// message per op with a flag, `arrived` (put_areas.h). All blocks stage what the last one puts.
 //
 // 1. dispatch: the rows and entries of this rank's tokens. The proxy waits for those of all nodes,
 //    pushes the entries to the windows of the ranks of its node, as if they were its own tokens',
@@ -38,13 +38,16 @@ namespace jax_deepep {
 
 struct SignalledNodeFrame : SignalledFrame {
   PutAreas areas;
-  int32_t wire_bytes = 0;  // of a row
+  int64_t values_offset = 0, rows_offset = 0;  // in a slot
+  int32_t row_stride = 0;
 
-  // A row crosses nodes at once, so that one warp has all of it.
+  // A row has one place in a message, so that one warp has all of it.
   static SignalledNodeFrame Of(const OpFrame& frame, const RowFormat& rows, int num_tokens,
-                               bool /*whole*/ = false) {
-    return {SignalledFrame::Of(frame, rows, num_tokens, /*whole=*/true),
-            PutAreas(frame.shape, frame.window), static_cast<int32_t>(rows.wire_bytes())};
+                               int64_t value_bytes, bool /*whole*/ = false) {
+    const auto of_rank = SignalledFrame::Of(frame, rows, num_tokens, value_bytes, /*whole=*/true);
+    return {of_rank, PutAreas(frame.shape, frame.window), PutAreas::ValuesOffset(of_rank.num_slots),
+            PutAreas::RowsOffset(of_rank.num_slots, value_bytes),
+            static_cast<int32_t>((rows.wire_bytes() + 15) / 16 * 16)};
   }
 };
 
@@ -64,52 +67,73 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
     return reinterpret_cast<char*>(frame_.control[owner]) +
            areas_.SlotOffset(frame_.channel, step(), area, of_node);
   }
-  // What follows the header.
-  template <typename T>
-  __device__ T* Values(PutArea area, int of_node) const {
-    return reinterpret_cast<T*>(SlotOfNode(frame_.rank, area, of_node) + sizeof(PutHeader));
+  // Where this rank writes what it puts to a node: see remote_put.cuh.
+  __device__ char* StagedFor(int to_node) const {
+    return StagingOf(frame_, to_node, SlotOfNode(frame_.rank, PutArea::kReceived, node()),
+                     SlotOfNode(frame_.rank, PutArea::kSent, to_node));
   }
-  __device__ SlotEntry* SentEntries() const { return Values<SlotEntry>(PutArea::kSent, node()); }
-  __device__ char* RowAt(PutArea area, int of_node, int token) const {
-    return SlotOfNode(frame_.rank, area, of_node) + OffsetOfRow(token);
+  // What a slot has: in this op, by token.
+  __device__ static int32_t* PlacesIn(char* slot) {
+    return reinterpret_cast<int32_t*>(slot + sizeof(PutHeader));
+  }
+  template <typename T>
+  __device__ T* ValuesIn(char* slot) const {
+    return reinterpret_cast<T*>(slot + signalled_.values_offset);
+  }
+  __device__ char* RowIn(char* slot, int place) const {
+    return slot + signalled_.rows_offset + int64_t{place} * signalled_.row_stride;
+  }
+  // The sum of this node for a token of this rank, which is not encoded.
+  __device__ char* OwnSum(int token) const {
+    return SlotOfNode(frame_.rank, PutArea::kReceived, node()) + signalled_.rows_offset +
+           int64_t{token} * areas_.row_stride;
   }
 
   // --- What a rank sends.
 
-  // As in SignalledOp, and put it to all other nodes of the ranks.
+  // As in SignalledOp, and stage it for all other nodes of the ranks.
   template <typename Part>
   __device__ __forceinline__ void PushRow(Part& from, int token, int part, int32_t rank,
                                           bool to_all, Sent* sent) const {
     const int32_t to = rank != kNone ? frame_.NodeOf(rank) : kNone;
-    const bool leaves = __any_sync(~0u, to != kNone && to != node());
-    char* copy = leaves ? RowAt(PutArea::kSent, node(), token) : nullptr;
+    const uint32_t same = __match_any_sync(~0u, to);
+    const bool leads = to != kNone && to != node() && (same & ((1u << threadIdx.x % 32) - 1)) == 0;
+    char* copy = leads ? NewRowFor(to, token) : nullptr;
     OfNode::PushRow(from, token, part, to == node() ? rank : kNone, to_all, sent, copy);
-    if (!leaves) return;
-    __syncwarp();
-    for (int base = 0; base < num_nodes(); base += 32) {
-      ForBits(RanksOfLanes(to, base), [&](int i) {
-        if (base + i != node()) PutRow(base + i, token, copy);
-      });
-    }
+  }
+  // Where this rank writes the row of a token that it puts to a node. By one lane.
+  __device__ char* NewRowFor(int to_node, int token) const {
+    char* slot = StagedFor(to_node);
+    const int place = this->TakePlace(to_node, 0);
+    PlacesIn(slot)[token] = place;
+    return RowIn(slot, place);
+  }
+  __device__ void StageEntry(int index, SlotEntry entry) const {
+    ForOtherNodes([&](int to_node) { ValuesIn<SlotEntry>(StagedFor(to_node))[index] = entry; });
   }
 
-  // Put a row, from the `sent` area. By a warp.
-  __device__ void PutRow(int to_node, int token, const char* row) const {
-    PutFlag<ByWarp>(frame_, to_node, RowAt(PutArea::kReceived, node(), token), row,
-                    signalled_.wire_bytes);
-    if (threadIdx.x % 32 == 0) CountPushed(frame_.RankOnNode(to_node));
-  }
-
-  // After all PutRow of this block. Every op calls one of these, once.
-  __device__ void SendEntries() {
-    const int64_t entries = int64_t{signalled_.num_slots} * frame_.shape.num_topk;
-    Send([&](int) { return node(); }, entries * static_cast<int64_t>(sizeof(SlotEntry)));
-  }
-  __device__ void SendRows() {
-    Send([&](int) { return node(); }, 0);
-  }
-  __device__ void Return(int64_t bytes_of_values) {
-    Send([](int to_node) { return to_node; }, bytes_of_values);
+  // After all that this block stages; every op calls it once. The last block sends.
+  __device__ void SendToNodes() {
+    if (!IsLastBlock(&channel_.num_put)) return;
+    ForOtherNodes([&](int to_node) {
+      const int count = this->NumPlaces(to_node, 0);
+      auto* header = reinterpret_cast<PutHeader*>(StagedFor(to_node));
+      const int thread = threadIdx.x;
+      if (thread == 0) {
+        header->step = step();
+        header->num_rows =
+            *static_cast<volatile uint64_t*>(&channel_.rows_pushed[frame_.RankOnNode(to_node)]);
+      }
+      if (thread < Publication::kWords) {
+        reinterpret_cast<uint64_t*>(&header->published)[thread] = this->WordToPublish(thread);
+      }
+      __syncthreads();
+      // Pairs with the acquire load in HasArrived, on the peer.
+      PutStaged<ByBlock>(frame_, to_node, SlotOfNode(frame_.rank, PutArea::kReceived, node()),
+                         SlotOfNode(frame_.rank, PutArea::kSent, to_node),
+                         signalled_.rows_offset + int64_t{count} * signalled_.row_stride,
+                         &channel_.arrived[frame_.rank], step());
+    });
   }
 
   // --- What it receives.
@@ -128,8 +152,10 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
   __device__ bool IsPushed(int source) const { return frame_.NodeOf(source) == node(); }
   __device__ const char* RowFrom(const Slot& slot, int source, int token) const {
     if (IsPushed(source)) return slot.row();
-    return SlotOfNode(ProxyOf(source), PutArea::kReceived, frame_.NodeOf(source)) +
-           OffsetOfRow(token);
+    char* put = SlotOfNode(ProxyOf(source), PutArea::kReceived, frame_.NodeOf(source));
+    const int place = LoadFresh(&PlacesIn(put)[token]);
+    // After a failed dispatch, routes may name tokens that have not been sent.
+    return RowIn(put, place >= 0 && place < signalled_.num_slots ? place : 0);
   }
   __device__ void CountReceived(int source) const {
     if (IsPushed(source)) {
@@ -171,41 +197,22 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
 
   // The rank of this node with the index of a rank.
   __device__ int ProxyOf(int rank) const { return first_peer() + rank % frame_.shape.node_size(); }
-  __device__ int64_t OffsetOfRow(int token) const {
-    return areas_.rows_offset + int64_t{token} * areas_.row_stride;
-  }
-
-  // The last block puts the header and the values of the slot slot_for(node) to every other node,
-  // and then the flag.
-  template <typename SlotFor>
-  __device__ void Send(SlotFor slot_for, int64_t bytes_of_values) {
-    if (!IsLastBlock(&channel_.num_put)) return;
-    const int64_t bytes = sizeof(PutHeader) + (bytes_of_values + 15) / 16 * 16;
-    ForOtherNodes([&](int to_node) {
-      auto* slot =
-          reinterpret_cast<PutHeader*>(SlotOfNode(frame_.rank, PutArea::kSent, slot_for(to_node)));
-      if (threadIdx.x == 0) slot->tag = Tag();
-      __syncthreads();
-      PutFlag<ByBlock>(frame_, to_node, SlotOfNode(frame_.rank, PutArea::kReceived, node()), slot,
-                       bytes);
-      // By this rank in Announce. It is for error texts, as the total is for counters: if they are
-      // read late, those of the next op are put.
-      Publication* published = &channel_.published[frame_.rank];
-      PutFlag<ByBlock>(frame_, to_node, published, published, sizeof(Publication));
-      // Pairs with the acquire load in HasArrived, on the peer.
-      PutTotalAndFlag(to_node, channel_.arrived, step());
-    });
-  }
 
   // Whether all that a rank of another node puts to this one in this op is here.
   __device__ bool HasArrived(int source) const {
     if (LoadAcquireSystem(&channel_.arrived[source]) < step()) return false;
     const auto& header = *reinterpret_cast<const PutHeader*>(
         SlotOfNode(frame_.rank, PutArea::kReceived, frame_.NodeOf(source)));
-    if (LoadAcquireSystem(&header.tag) == Tag()) return true;
+    const bool in_this_mode = LoadAcquireSystem(&header.step) == step();
+    if (in_this_mode && LoadAcquireSystem(&header.published.op_hash) == frame_.op_hash) {
+      channel_.rows_received[source] = header.num_rows;
+      return true;
+    }
     // It is in another op. As if it had announced that here: see IsInOtherOp.
+    Publication& published = channel_.published[source];  // in throughput mode by the source
+    if (in_this_mode) published = header.published;
     StorePacket(reinterpret_cast<Packet*>(&channel_.announced[source]),
-                {channel_.published[source].op_hash, step()});
+                {published.op_hash, step()});
     return false;
   }
 
@@ -230,7 +237,8 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
     if (blockIdx.x != gridDim.x - 1) return true;
     if (!WaitForOtherNodes<ForSources>()) return false;
     ForOtherNodes([&](int from_node) {
-      const auto* entries = Values<SlotEntry>(PutArea::kReceived, from_node);
+      const auto* entries =
+          ValuesIn<SlotEntry>(SlotOfNode(frame_.rank, PutArea::kReceived, from_node));
       pass(frame_.RankOnNode(from_node), [entries](int i) {
         return SlotEntry{LoadFresh(&entries[i].expert), LoadFresh(&entries[i].value)};
       });

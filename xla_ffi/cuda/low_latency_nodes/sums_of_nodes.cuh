@@ -21,27 +21,22 @@
 namespace jax_deepep {
 namespace {
 
-// The values of a slot in combine.
-template <typename Op>
-struct ValuesOfSums {
-  int32_t* has_sum;  // [T]
+// The gradients that a slot has in combine.
+struct GradientsOfSums {
   float* gradients;  // [T][L][width]
   int width;         // gradients of a token on a rank
+  int size;          // L
 
-  template <typename Group>
-  __device__ ValuesOfSums(const Op& op, const Group& group, PutArea area, int node)
-      : has_sum(group.template Values<int32_t>(area, node)),
-        gradients(reinterpret_cast<float*>(has_sum + op.params.route.num_tokens)),
-        width(op.params.route.layout == Layout::kExpertMajor
-                  ? PairTable(op.frame.shape, op.params.route).max_rows
-                  : op.frame.shape.num_topk) {}
+  template <typename Op, typename Group>
+  __device__ GradientsOfSums(const Op& op, const Group& group, char* slot)
+      : gradients(group.template ValuesIn<float>(slot)),
+        width(WidthOf(op.frame.shape, op.params.route)),
+        size(op.frame.shape.node_size()) {}
 
-  __device__ float* GradientsOf(const Op& op, int token) const {
-    return gradients + int64_t{token} * op.frame.shape.node_size() * width;
-  }
-  __device__ int64_t bytes(const Op& op) const {
-    const int64_t of_ranks = int64_t{op.frame.shape.node_size()} * width;
-    return op.params.route.num_tokens * 4 * (1 + (op.params.gradients != nullptr ? of_ranks : 0));
+  __device__ float* Of(int token) const { return gradients + int64_t{token} * size * width; }
+
+  JAX_DEEPEP_HOST_DEVICE static int WidthOf(const GroupShape& shape, const RouteShape& route) {
+    return route.layout == Layout::kExpertMajor ? PairTable(shape, route).max_rows : shape.num_topk;
   }
 };
 
@@ -94,14 +89,17 @@ __device__ bool SumForNodes(const Op& op, Group& group, WarpTerms* terms) {
     Inputs inputs;
     if (!CollectTerms<kQuantized>(op, group, node, token, terms, &inputs)) return false;
     if (token >= params.route.num_tokens) continue;
-    const ValuesOfSums<Op> values(op, group, PutArea::kSent, node);
-    if (lane == 0) values.has_sum[token] = inputs.count > 0;
-    for (int i = lane; params.gradients != nullptr && i < size * values.width; i += 32) {
-      values.GradientsOf(op, token)[i] =
-          PushedGradient(op, group, node * size + i / values.width, token, i % values.width);
+    char* slot = group.StagedFor(node);
+    const GradientsOfSums gradients(op, group, slot);
+    for (int i = lane; params.gradients != nullptr && i < size * gradients.width; i += 32) {
+      gradients.Of(token)[i] =
+          PushedGradient(op, group, node * size + i / gradients.width, token, i % gradients.width);
     }
-    if (inputs.count == 0) continue;
-    char* to = group.RowAt(PutArea::kSent, node, token);
+    if (inputs.count == 0) {
+      if (lane == 0) group.PlacesIn(slot)[token] = kNone;
+      continue;
+    }
+    char* to = PointerOfLane(lane == 0 ? group.NewRowFor(node, token) : nullptr, 0);
     if (kQuantized) {
       AddUp<Type, kWhole, false, SumOfRanks, true, kFormat>(
           inputs, shape, all, terms, op.wire, StoreEncoded<kWhole, kFormat>{to, op.wire});
@@ -109,8 +107,6 @@ __device__ bool SumForNodes(const Op& op, Group& group, WarpTerms* terms) {
       AddUp<Type, kWhole, false, SumOfRanks, false>(inputs, shape, all, terms, op.wire,
                                                     StoreRounded<Type, kWhole>{to, shape});
     }
-    __syncwarp();
-    group.PutRow(node, token, to);
   }
   return true;
 }
@@ -120,14 +116,15 @@ template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typen
           typename Group>
 __device__ bool SumOwnNode(const Op& op, Group& group, WarpTerms* terms) {
   const RowShape<kWhole> shape{op.params.route.row_size};
-  const ValuesOfSums<Op> values(op, group, PutArea::kReceived, group.node());
+  int32_t* places =
+      group.PlacesIn(group.SlotOfNode(op.frame.rank, PutArea::kReceived, group.node()));
   for (int token = FirstItem(); token < op.signalled.num_slots; token += NumWarps()) {
     Inputs inputs;
     if (!CollectTerms<kQuantized>(op, group, group.node(), token, terms, &inputs)) return false;
     if (token >= op.params.route.num_tokens) continue;
-    if (threadIdx.x % 32 == 0) values.has_sum[token] = inputs.count > 0;
+    if (threadIdx.x % 32 == 0) places[token] = inputs.count > 0 ? token : kNone;
     if (inputs.count == 0) continue;
-    char* to = group.RowAt(PutArea::kReceived, group.node(), token);
+    char* to = group.OwnSum(token);
     AddUp<Type, kWhole, false, SumOfRanks, kQuantized, kFormat>(
         inputs, shape, {0, shape.num_groups()}, terms, op.wire,
         StoreRounded<Type, kWhole>{to, shape});
@@ -149,8 +146,9 @@ __device__ float GradientOfEntry(const Op& op, const Group& group, int token) {
   if (rank < 0 || rank >= op.frame.shape.num_ranks) return 0.0f;  // after a failed dispatch
   const int node = op.frame.NodeOf(rank);
   if (node == group.node()) return PushedGradient(op, group, rank, token, position);
-  const ValuesOfSums<Op> values(op, group, PutArea::kReceived, node);
-  return LoadFresh(values.GradientsOf(op, token) + rank % size * values.width + position);
+  const GradientsOfSums gradients(op, group,
+                                  group.SlotOfNode(op.frame.rank, PutArea::kReceived, node));
+  return LoadFresh(gradients.Of(token) + rank % size * gradients.width + position);
 }
 
 // Step 3. A warp has the same tokens as in step 2.
@@ -170,12 +168,13 @@ __device__ void AddNodes(const Op& op, const Group& group, WarpTerms* terms) {
     for (int base = 0; base < group.num_nodes(); base += 32) {
       const bool inside = base + lane < group.num_nodes();
       const int node = inside ? base + lane : group.node();
-      const ValuesOfSums<Op> values(op, group, PutArea::kReceived, node);
-      const bool has_sum = inside && LoadFresh(values.has_sum + token) != 0;
-      const uint32_t present = __ballot_sync(~0u, has_sum);
-      if (has_sum) {
+      char* slot = group.SlotOfNode(op.frame.rank, PutArea::kReceived, node);
+      const int place = inside ? LoadFresh(&group.PlacesIn(slot)[token]) : kNone;
+      const uint32_t present = __ballot_sync(~0u, place != kNone);
+      if (place != kNone) {
+        const bool own = node == group.node();
         terms->inputs[inputs.count + __popc(present & ((1u << lane) - 1))] = {
-            group.RowAt(PutArea::kReceived, node, token), 1.0f, node != group.node()};
+            own ? group.OwnSum(token) : group.RowIn(slot, place), 1.0f, !own};
       }
       inputs.count += __popc(present);
     }
@@ -196,7 +195,7 @@ template <typename Type, bool kWhole, bool kQuantized, WireFormat kFormat, typen
 __device__ bool SumNodes(const Op& op, Group& group, WarpTerms* terms) {
   const bool summed = SumForNodes<Type, kWhole, kQuantized, kFormat>(op, group, terms);
   if (!__syncthreads_and(summed)) return false;
-  group.Return(ValuesOfSums<Op>(op, group, PutArea::kSent, group.node()).bytes(op));
+  group.SendToNodes();
   // While the other nodes' sums arrive.
   const bool own = SumOwnNode<Type, kWhole, kQuantized, kFormat>(op, group, terms);
   if (!__syncthreads_and(own) || !group.WaitForSums()) return false;
