@@ -256,14 +256,16 @@ __device__ inline void FillWithOnes(void* array, int64_t bytes) {
 }
 
 // By all threads of a block, 16 bytes at a time, because one block fills what otherwise all write.
-// XLA's arrays are aligned to that. With NaN, or -1, as on the CPU.
+// XLA's arrays are aligned to that; rows in the middle of one may not be. With NaN, or -1, as on
+// the CPU.
 __device__ inline void FillAsFailed(RowType type, void* rows, int64_t count) {
   const uint32_t word = type == RowType::kFloat32    ? 0x7fc00000u
                         : type == RowType::kBFloat16 ? 0x7fc07fc0u
                         : type == RowType::kFloat16  ? 0x7e007e00u
                                                      : 0xffffffffu;
   const int64_t bytes = count * static_cast<int64_t>(BytesOf(type));
-  const int64_t whole = bytes / static_cast<int64_t>(sizeof(uint4));
+  const bool is_aligned = reinterpret_cast<uintptr_t>(rows) % sizeof(uint4) == 0;
+  const int64_t whole = is_aligned ? bytes / static_cast<int64_t>(sizeof(uint4)) : 0;
   FillByBlock(static_cast<uint4*>(rows), whole, uint4{word, word, word, word});
   auto* rest = reinterpret_cast<uint16_t*>(static_cast<uint4*>(rows) + whole);
   for (int64_t i = threadIdx.x; i < (bytes - whole * 16) / 2; i += blockDim.x) {
