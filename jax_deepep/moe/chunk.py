@@ -17,7 +17,7 @@ from jax_deepep.balancing import to_physical_experts
 from jax_deepep.moe.aux import Call, Counts, Sequences, Sums
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.fair_drops import omit_excess
-from jax_deepep.moe.overlapped import Applied, apply_experts
+from jax_deepep.moe.overlapped import Sent, apply_experts
 from jax_deepep.moe.routing import Given, Routing, route
 from jax_deepep.moe.steps import Batch
 
@@ -71,27 +71,31 @@ def apply_to_chunk(
                 topk_idx, batch.position, expert_map, num_experts=config.num_experts
             )
         topk_idx = omit_excess(config, topk_idx, routing.topk_weights, capacity, alignment)
+        # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
+        return Batch(cast(routed), topk_idx, varying(routing.topk_weights))
+
+    def varying(value: jax.Array) -> jax.Array:
         # Marked before dispatch as varying along the tensor axis too, so that the gradients of the tokens are
         # summed along it, and not those of all received rows.
-        all_axes = frozenset(config.mesh.axis_names)
-        x, topk_weights = (
-            jax_compat.as_varying(value, all_axes) for value in (batch.x, routing.topk_weights)
-        )
-        # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
-        return Batch(cast(routed), x.astype(call.dtype), topk_idx, topk_weights)
+        return jax_compat.as_varying(value, frozenset(config.mesh.axis_names))
 
     def cast(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: value.astype(call.dtype) for name, value in weights.items()}
 
     shared = {name: value for name, value in parameters.items() if name.startswith("shared")}
     routed = {name: value for name, value in parameters.items() if name not in ROUTER and name not in shared}
-    results = apply_experts(config, choice, list(map(to_experts, batches, routings)), cast(shared), options)
-    finished = [
-        _finish(config, call, sequences, device, *parts)
-        for parts in zip(batches, routings, results, strict=True)
+    x = varying(tokens.x).astype(call.dtype)
+    to_send = list(map(to_experts, batches, routings))
+    out, sent = apply_experts(config, choice, x, to_send, cast(shared), options)
+    if (mask := tokens.given.mask) is not None:  # a shared expert may not be 0 for x = 0
+        out = jnp.where(mask[:, None], out, jnp.zeros((), out.dtype))
+    counts = [
+        _counts_of(config, call, sequences, device, *parts)
+        for parts in zip(batches, routings, sent, strict=True)
     ]
-    outs, per_token, counts = zip(*finished, strict=True)
-    out, of_tokens = jax.tree.map(lambda *parts: jnp.concatenate(parts), *zip(outs, per_token, strict=True))
+    logits = [routing.logits if call.router_logits else None for routing in routings]
+    per_token = zip((routing.topk_idx for routing in routings), logits, strict=True)
+    of_tokens = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
     return out, of_tokens, jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *counts)
 
 
@@ -110,31 +114,26 @@ def _is_token(call: Call, tokens: Tokens) -> jax.Array:
     return is_token if tokens.given.mask is None else is_token & tokens.given.mask
 
 
-def _finish(
+def _counts_of(
     config: MoEConfig,
     call: Call,
     sequences: Sequences,
     device: jax.Array,
     tokens: Tokens,
     routing: Routing,
-    applied: Applied,
-) -> tuple[jax.Array, PerToken, Counts]:
-    """Return the result of `apply_to_chunk` for one batch."""
-    out, mask = applied.out, tokens.given.mask
-    if mask is not None:  # a shared expert may not be 0 for x = 0
-        out = jnp.where(mask[:, None], out, jnp.zeros((), out.dtype))
+    sent: Sent,
+) -> Counts:
+    """Count what the tokens of one batch chose, and where they went."""
     drops = None
     if config.may_drop:
-        dropped = jnp.where(applied.destination < 0, routing.counted, -1)
+        dropped = jnp.where(sent.destination < 0, routing.counted, -1)
         drops = gating.expert_load(dropped, config.num_experts)
-    logits = routing.logits if call.router_logits else None
     of_sequences = None
     if call.sequence_loss:
         of_sequences = functools.partial(
             sequences.sums, tokens.position // sequences.length - sequences.first(device)
         )
-    counts = _counts(config, _is_token(call, tokens), routing, drops, applied.num_received, of_sequences)
-    return out, (routing.topk_idx, logits), counts
+    return _counts(config, _is_token(call, tokens), routing, drops, sent.num_received, of_sequences)
 
 
 def _counts(

@@ -19,9 +19,12 @@ With two batches, A and B, one communicates while the other computes:
 dispatch and combine of the backward pass are the gradients of these ops. An op with nothing beside it is a
 whole op. One op is in flight at a time: two would share the link, so that the first one, which is waited for,
 would end later. grouped_matmul="blocks" has no separate gradients of wi_0 and wi_1.
+
+x, the output and their gradients are arrays of both batches, of which an op reads or writes its own rows.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -36,141 +39,149 @@ from jax_deepep.ops.implementations import implementation_of
 from jax_deepep.ops.wire import checked_wire
 
 
-class Applied(NamedTuple):
-    """The results of a batch.
+class Sent(NamedTuple):
+    """What the handle of a batch's dispatch has: its `destination` and `num_received`."""
 
-    Attributes:
-        out: [T, H], the sum of routed and shared experts.
-        destination, num_received: of the handle of its dispatch.
-    """
-
-    out: jax.Array
     destination: jax.Array
     num_received: jax.Array
 
 
+class Applied(NamedTuple):
+    """The results of all batches.
+
+    Attributes:
+        out: [T, H], the sum of routed and shared experts.
+        sent: of each batch.
+    """
+
+    out: jax.Array
+    sent: list[Sent]
+
+
 def apply_experts(
-    config: MoEConfig, choice: Any, batches: Sequence[Batch], shared: Weights, options: dict[str, Any]
-) -> list[Applied]:
+    config: MoEConfig,
+    choice: Any,
+    x: jax.Array,
+    batches: Sequence[Batch],
+    shared: Weights,
+    options: dict[str, Any],
+) -> Applied:
     """Send the tokens of one or two batches through the experts.
 
     Args:
         config: static.
         choice: the result of `grouped_matmul.chosen`.
+        x: [T, H], the tokens of the batches, one after the other.
         batches: of the same shapes.
         shared: the weights of the shared experts; empty without any.
         options: layout="expert", capacity, expert_capacity and alignment of each dispatch.
-
-    Returns:
-        The results of each batch.
     """
+    num_tokens = len(x) // len(batches)
     requests = [
-        checked_request("dispatch", *batch.sent, config.comm, options, config.wire, None) for batch in batches
+        checked_request("dispatch", x, *batch.routing, config.comm, options, config.wire, None, num_tokens)
+        for batch in batches
     ]
+    x = requests[0].operands[0]
     batches = [
-        Batch(batch.weights, *request.operands) for batch, request in zip(batches, requests, strict=True)
+        Batch(batch.weights, *request.operands[1:]) for batch, request in zip(batches, requests, strict=True)
     ]
-    combine_wire = checked_wire("combine", config.combine_wire, batches[0].x)
-    steps = Steps(
-        requests[0].shape, requests[0].wire, combine_wire,
+    of_first = Steps(
+        requests[0].shape, requests[0].wire, checked_wire("combine", config.combine_wire, x),
         config.activation, choice, options["alignment"], beside_ops=len(batches) > 1,
+        num_tokens=len(x), first_token=0,
     )  # fmt: skip
-    if implementation_of(steps.shape) is not native:
-        return [_apply_plainly(steps, batch, shared) for batch in batches]
-    results: list[Applied] = autodiff.without_integer_tangents(_apply(steps, batches, shared))
-    return results
+    steps = tuple(replace(of_first, first_token=i * num_tokens) for i in range(len(batches)))
+    if implementation_of(of_first.shape) is not native:
+        return _apply_plainly(of_first, x, batches, shared)
+    applied: Applied = autodiff.without_integer_tangents(_apply(steps, x, batches, shared))
+    return applied
 
 
-def _apply_plainly(steps: Steps, batch: Batch, shared: Weights) -> Applied:
+def _apply_plainly(steps: Steps, x: jax.Array, batches: list[Batch], shared: Weights) -> Applied:
+    """Apply one batch after the other, each to tokens of its own."""
+    parts = [x] if len(batches) == 1 else jnp.split(x, len(batches))
+    applied = [_apply_one(steps, part, batch, shared) for part, batch in zip(parts, batches, strict=True)]
+    outs, sent = zip(*applied, strict=True)
+    return Applied(outs[0] if len(outs) == 1 else jnp.concatenate(outs), list(sent))
+
+
+def _apply_one(steps: Steps, x: jax.Array, batch: Batch, shared: Weights) -> tuple[jax.Array, Sent]:
     tokens, handle = autodiff.without_integer_tangents(
-        autodiff.dispatch(steps.shape, steps.wire, *batch.sent)
+        autodiff.dispatch(steps.shape, steps.wire, x, *batch.routing)
     )
-    bias = steps.shared_experts(batch.x, shared) if shared else None
+    bias = steps.shared_experts(x, shared) if shared else None
     y = steps.experts(tokens, batch.weights, handle.group_sizes)
     out = autodiff.combine(steps.shape, steps.combine_wire, y, handle.weights, bias, handle.routes)
-    return Applied(out, handle.destination, handle.num_received)
+    return out, Sent(handle.destination, handle.num_received)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(steps: Steps, batches: list[Batch], shared: Weights) -> list[Applied]:
-    return _forward(steps, batches, shared, saves=False)[0]
+def _apply(steps: Sequence[Steps], x: jax.Array, batches: list[Batch], shared: Weights) -> Applied:
+    return _forward(steps, x, batches, shared, saves=False)[0]
 
 
 def _forward(
-    steps: Steps, batches: list[Batch], shared: Weights, saves: bool = True
-) -> tuple[list[Applied], tuple[list[Saved], Any]]:
-    """Return the results, and what `_backward` needs of the batches and of the shared experts."""
-    a, *others = batches
-    biases: list[Any] = [None] * len(batches)
-    pull_back = None
+    steps: Sequence[Steps], x: jax.Array, batches: list[Batch], shared: Weights, saves: bool = True
+) -> tuple[Applied, tuple[list[Saved], Any]]:
+    """Return the results, and what `_backward` needs of the batches and of the shared experts.
+
+    Args:
+        steps: of each batch.
+        x, batches, shared: as `apply_experts`.
+        saves: whether there are gradients.
+    """
+    (a, *others), (steps_a, *other_steps) = batches, steps
+    bias = pull_back = None
     if shared:
-        xs = _joined([batch.x for batch in batches])
-        at_a, (bias, pull_back) = steps.dispatch(a, lambda x: jax.vjp(steps.shared_experts, x, shared), xs)
-        biases = jnp.split(bias, len(batches))
+        at_a, (bias, pull_back) = steps_a.dispatch(
+            x, a, lambda x: jax.vjp(steps_a.shared_experts, x, shared), x
+        )
     else:
-        at_a, _ = steps.dispatch(a)
-    experts_a = partial(steps.experts_saved, a, at_a.handle, saves)
+        at_a, _ = steps_a.dispatch(x, a)
+    experts_a = partial(steps_a.experts_saved, a, at_a.handle, saves)
     if not others:
         y_a, of_a = experts_a(at_a.tokens)
-        out_a, _ = steps.combine(y_a, at_a.handle, biases[0])
-        outs, saved = [out_a], [of_a]
+        out, _ = steps_a.combine(y_a, at_a.handle, bias, None)
+        saved = [of_a]
     else:
-        (b,) = others
-        at_b, (y_a, of_a) = steps.dispatch(b, experts_a, at_a.tokens)
-        experts_b = partial(steps.experts_saved, b, at_b.handle, saves)
-        out_a, (y_b, of_b) = steps.combine(y_a, at_a.handle, biases[0], experts_b, at_b.tokens)
-        out_b, _ = steps.combine(y_b, at_b.handle, biases[1])
-        outs, saved = [out_a, out_b], [of_a._replace(y=y_a), of_b._replace(y=y_b)]
+        (b,), (steps_b,) = others, other_steps
+        at_b, (y_a, of_a) = steps_b.dispatch(x, b, experts_a, at_a.tokens)
+        experts_b = partial(steps_b.experts_saved, b, at_b.handle, saves)
+        out, (y_b, of_b) = steps_a.combine(y_a, at_a.handle, bias, None, experts_b, at_b.tokens)
+        out, _ = steps_b.combine(y_b, at_b.handle, bias, out)
+        saved = [of_a._replace(y=y_a), of_b._replace(y=y_b)]
     handles = [of.received.handle for of in saved]
-    results = [
-        Applied(out, handle.destination, handle.num_received)
-        for out, handle in zip(outs, handles, strict=True)
-    ]
-    return results, (saved, pull_back)
-
-
-def _joined(parts: Sequence[jax.Array]) -> jax.Array:
-    """Return one array of all batches: XLA sees that it is what was split."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    sent = [Sent(handle.destination, handle.num_received) for handle in handles]
+    return Applied(out, sent), (saved, pull_back)
 
 
 def _backward(
-    steps: Steps, residuals: tuple[list[Saved], Any], cotangents: list[Applied]
-) -> tuple[list[Batch], Weights]:
+    steps: Sequence[Steps], residuals: tuple[list[Saved], Any], cotangents: Applied
+) -> tuple[jax.Array, list[Batch], Weights]:
     saved, pull_back = residuals
-    outs = [cotangent.out for cotangent in cotangents]
-    *others, last = saved
+    out = cotangents.out
+    (*others, last), (*other_steps, steps_last) = saved, steps
     of_shared: Any = (None, {})
     if pull_back is None:
-        (of_y, of_weights), _ = steps.gradients_of_combine(last, outs[-1])
+        (of_y, of_weights), _ = steps_last.gradients_of_combine(last, out)
     else:
-        (of_y, of_weights), of_shared = steps.gradients_of_combine(last, outs[-1], pull_back, _joined(outs))
-    experts = partial(steps.gradients_of_experts, last)
+        (of_y, of_weights), of_shared = steps_last.gradients_of_combine(last, out, pull_back, out)
+    experts = partial(steps_last.gradients_of_experts, last)
     if not others:
         of_experts = experts(of_y)
-        sent, of_matrices, _ = steps.gradients_of_dispatch(last, of_experts, of_weights)
-        gradients = [(of_experts.weights | of_matrices, sent)]
+        of_x, of_batch, _ = steps_last.gradients_of_dispatch(last, of_experts, of_weights, None)
+        of_batches = [of_batch]
     else:
-        (a,) = others
-        (of_y_a, of_weights_a), of_experts = steps.gradients_of_combine(a, outs[0], experts, of_y)
-        experts_a = partial(steps.gradients_of_experts, a)
-        sent, of_matrices, of_experts_a = steps.gradients_of_dispatch(
-            last, of_experts, of_weights, experts_a, of_y_a
+        (a,), (steps_a,) = others, other_steps
+        (of_y_a, of_weights_a), of_experts = steps_a.gradients_of_combine(a, out, experts, of_y)
+        experts_a = partial(steps_a.gradients_of_experts, a)
+        of_x, of_batch, of_experts_a = steps_last.gradients_of_dispatch(
+            last, of_experts, of_weights, None, experts_a, of_y_a
         )
-        sent_a, of_matrices_a, _ = steps.gradients_of_dispatch(a, of_experts_a, of_weights_a)
-        gradients = [
-            (of_experts_a.weights | of_matrices_a, sent_a), (of_experts.weights | of_matrices, sent)
-        ]  # fmt: skip
-    of_x, of_shared_weights = of_shared
-    of_xs = [None] * len(saved) if of_x is None else jnp.split(of_x, len(saved))
-    batches = [_gradients_of(*of, these) for of, these in zip(gradients, of_xs, strict=True)]
-    return batches, of_shared_weights
-
-
-def _gradients_of(weights: Weights, sent: Any, of_x: jax.Array | None) -> Batch:
-    """Return the gradients of a batch; `of_x` is what the shared experts add to that of x."""
-    x, *routing = sent
-    return Batch(weights, x if of_x is None else x + of_x, *routing)
+        of_x, of_batch_a, _ = steps_a.gradients_of_dispatch(a, of_experts_a, of_weights_a, of_x)
+        of_batches = [of_batch_a, of_batch]
+    of_shared_x, of_shared_weights = of_shared
+    return of_x if of_shared_x is None else of_x + of_shared_x, of_batches, of_shared_weights
 
 
 _apply.defvjp(_forward, _backward)

@@ -27,23 +27,21 @@ Weights = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """Tokens of one device, and the weights of the routed experts.
+    """Where tokens of one device go, and the weights of the routed experts.
 
     Attributes:
         weights: by name; each batch has its own gradients of them.
-        x: [T, H].
-        topk_idx, topk_weights: [T, K].
+        topk_idx, topk_weights: [B, K].
     """
 
     weights: Weights
-    x: jax.Array
     topk_idx: jax.Array
     topk_weights: jax.Array
 
     @property
-    def sent(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The operands of dispatch."""
-        return self.x, self.topk_idx, self.topk_weights
+    def routing(self) -> tuple[jax.Array, jax.Array]:
+        """The operands of dispatch after x."""
+        return self.topk_idx, self.topk_weights
 
 
 class Received(NamedTuple):
@@ -86,7 +84,10 @@ class ExpertGradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The steps, each a method. `beside` and `operands` are those of `pairs.run_beside`.
+    """The steps of a batch, each a method. `beside` and `operands` are those of `pairs.run_beside`.
+
+    The B tokens of a batch are rows of arrays [T, H] of all batches, of which its ops read and write these
+    alone: XLA would copy what it slices for an op, and what ops return to join it.
 
     Attributes:
         shape: of the dispatches.
@@ -95,6 +96,8 @@ class Steps:
         choice: the result of `grouped_matmul.chosen`.
         alignment: rows per block.
         beside_ops: whether ops are in flight beside the routed experts.
+        num_tokens: T.
+        first_token: of the batch, among them.
     """
 
     shape: RouteShape
@@ -104,15 +107,21 @@ class Steps:
     choice: Any
     alignment: int
     beside_ops: bool
+    num_tokens: int
+    first_token: int
+
+    def _rows_in(self, into: jax.Array | None) -> dict[str, Any]:
+        """Return which rows of an array of all tokens a combine writes; others are those of `into`."""
+        return {"first_token": self.first_token, "out_tokens": self.num_tokens, "into": into}
 
     def dispatch(
-        self, batch: Batch, beside: Beside | None = None, *operands: jax.Array
+        self, x: jax.Array, batch: Batch, beside: Beside | None = None, *operands: jax.Array
     ) -> tuple[Received, Any]:
-        """Return (the received rows, the results of `beside`)."""
-        verb = verbs.dispatch(self.wire)
-        call = verb.call(self.shape, *batch.sent)
+        """Return (the received rows, the results of `beside`); x is that of all batches."""
+        verb, sent = verbs.dispatch(self.wire), (x, *batch.routing)
+        call = verb.call(self.shape, *sent, first_token=self.first_token)
         results, computed = pairs.run_beside(call, CHANNEL, beside, *operands)
-        received = verb.outputs(self.shape, batch.sent, results)
+        received = verb.outputs(self.shape, sent, results)
         return Received(*checkpoint_name(received, verb.name)), computed
 
     def shared_experts(self, x: jax.Array, weights: Weights) -> jax.Array:
@@ -154,22 +163,28 @@ class Steps:
         return y, Saved(received, matrices, y, pull_back)
 
     def combine(
-        self, y: jax.Array, handle: Handle[Any], bias: jax.Array | None,
+        self, y: jax.Array, handle: Handle[Any], bias: jax.Array | None, into: jax.Array | None,
         beside: Beside | None = None, *operands: jax.Array,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """Return (the output [T, H], the results of `beside`)."""
+        """Return (the output [T, H], the results of `beside`); bias and `into` are those of all batches.
+
+        Of other batches, the output has the rows of `into`, or arbitrary ones without it.
+        """
         verb, forward = verbs.combine(self.combine_wire), (y, handle.weights, bias, handle.routes)
-        call = verb.call(self.shape, *forward)
+        call = verb.call(self.shape, *forward, **self._rows_in(into))
         results, computed = pairs.run_beside(call, CHANNEL, beside, *operands)
         return verb.outputs(self.shape, forward, results), computed
 
     def gradients_of_combine(
         self, saved: Saved, out: jax.Array, beside: Callable[..., Any] | None = None, *operands: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        """Return ((the gradients of y, and of the rows' weights), the results of `beside`)."""
+        """Return ((the gradients of y, and of the rows' weights), the results of `beside`).
+
+        `out` is the cotangent of the output of all batches.
+        """
         verb, handle = verbs.combine(self.combine_wire), saved.received.handle
         forward = (saved.y, handle.weights, None, handle.routes)  # the gradient of a bias is `out`
-        call = verb.transpose(self.shape, verb.saved(forward, None), out)
+        call = verb.transpose(self.shape, verb.saved(forward, None), out, first_token=self.first_token)
         function = None if beside is None else lambda *operands: (beside(*operands), None)
         results, (computed, _) = pairs.run_beside(call, CHANNEL, function, *operands)
         of_y, of_weights, *_ = verb.gradients(forward, call.operands, results)
@@ -189,15 +204,16 @@ class Steps:
         return ExpertGradients(of_rows, products, others)
 
     def gradients_of_dispatch(
-        self, saved: Saved, of_experts: ExpertGradients, weights: jax.Array,
+        self, saved: Saved, of_experts: ExpertGradients, weights: jax.Array, into: jax.Array | None,
         beside: Callable[..., Any] | None = None, *operands: jax.Array,
-    ) -> tuple[tuple[jax.Array, None, jax.Array], Weights, Any]:  # fmt: skip
-        """Return the gradients of the operands, of `saved.matrices`, and the results of `beside`.
+    ) -> tuple[jax.Array, Batch, Any]:  # fmt: skip
+        """Return the gradients of x, of the batch, and the results of `beside`.
 
         Args:
             saved: of the batch.
-            of_experts: of its routed experts.
+            of_experts: the gradients of its routed experts.
             weights: of the rows' weights.
+            into: the gradients of x, of other batches; None where there are none yet.
             beside, operands: what is computed after the gradients of the matrices.
         """
         verb, handle = verbs.dispatch(self.wire), saved.received.handle
@@ -207,12 +223,13 @@ class Steps:
             return (of_matrices, None if beside is None else beside(*operands)), None
 
         outputs = (of_experts.rows, dataclasses.replace(handle, weights=weights))
-        call = verb.transpose(self.shape, handle.routes, outputs)
+        call = verb.transpose(self.shape, handle.routes, outputs, **self._rows_in(into))
         results, (computed, _) = pairs.run_beside(
             call, CHANNEL, function if saved.matrices or beside else None, of_experts.products, *operands
         )
         of_matrices, others = computed or ({}, None)
-        return verb.gradients(saved.received, call.operands, results), of_matrices, others
+        of_x, *routing = verb.gradients(saved.received, call.operands, results)
+        return of_x, Batch(of_experts.weights | of_matrices, *routing), others
 
     def _gradients_of_matrices(self, saved: Saved, products: Products) -> Weights:
         tokens, handle = saved.received

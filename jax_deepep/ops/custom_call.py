@@ -36,12 +36,19 @@ class Site(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Call:
-    """A verb and its operands, as its primitive takes them after the rank."""
+    """A verb and its operands, as its primitive takes them after the rank.
+
+    Attributes:
+        operands, primitive, shape, flags: as the primitive takes them.
+        into: the last operand, or None: the first result is in its memory (XLA copies it, if it is used
+            otherwise), where what the op does not write stays as it is.
+    """
 
     operands: tuple[jax.Array, ...]
     primitive: jax_compat.Primitive = field(metadata={"static": True})
     shape: RouteShape = field(metadata={"static": True})
     flags: tuple[tuple[str, Any], ...] = field(metadata={"static": True})
+    into: jax.Array | None = None
 
     def bind(self, site: Site, *operands: jax.Array) -> list[jax.Array]:
         """Bind the primitive; `operands` are all but the rank.
@@ -58,7 +65,10 @@ class Call:
 
     def run(self) -> list[jax.Array]:
         """Do all of the op, and return its results."""
-        return self.bind(Site(), *self.operands)
+        return self.bind(Site(), *self._all_operands())
+
+    def _all_operands(self) -> tuple[jax.Array, ...]:
+        return self.operands if self.into is None else (*self.operands, self.into)
 
     def start(self, channel: int) -> tuple["Call", list[jax.Array], jax.Array]:
         """Begin the op; return it with the operands in use, its results, not valid yet, and a token.
@@ -66,9 +76,10 @@ class Call:
         What comes after the token in the program runs while the op does. Only `done` may use the results, so
         that XLA never copies them before they are valid.
         """
-        call = replace(self, operands=tuple(_behind_barriers(self.operands)))
-        *results, token = call.bind(Site(channel, "start"), *call.operands)
-        return call, results, token
+        operands = _behind_barriers(self._all_operands())
+        *results, token = self.bind(Site(channel, "start"), *operands)
+        # Without `into`: its memory is that of a result now, and for another use XLA would copy it.
+        return replace(self, operands=tuple(operands[: len(self.operands)]), into=None), results, token
 
     def done(self, channel: int, results: Sequence[jax.Array], token: jax.Array) -> list[jax.Array]:
         """End the op, after the token; return the results in the same memory.
@@ -144,6 +155,8 @@ def define_primitive(
         if site.part == "done":
             first = 2 + len(types) - num_results
             aliases = {first + i: i for i in range(num_results)}
+        elif flags.get("with_into"):
+            aliases = {1 + len(types): 0}  # of the last operand
         captured = site.part == "whole" or shape.mode == "low_latency" or not on_gpus
         call_op = jax.ffi.ffi_lowering(
             f"jax_deepep_{verb}" + ("" if captured else "_uncaptured"),

@@ -162,8 +162,11 @@ def checked_request(
     options: dict[str, Any],
     wire: Any,
     handle: Handle[Any] | None,
+    num_tokens: int | None = None,
 ) -> Request:
     """Check the arguments of a dispatch, with `options` layout, capacity, expert_capacity and alignment.
+
+    It sends `num_tokens` of the tokens in x (None: all), if it has no handle.
 
     Raises:
         ValueError, TypeError, CommunicatorError: as `dispatch`.
@@ -194,7 +197,7 @@ def checked_request(
             "topk_idx, topk_weights: expected arrays, got None; pass both, or handle= of an earlier "
             "dispatch to send other data along the same routes."
         )
-    num_tokens, num_topk = x.shape[0], comm.num_experts_per_tok
+    num_tokens, num_topk = num_tokens or len(x), comm.num_experts_per_tok
     if num_tokens > comm.max_tokens:
         raise ValueError(
             f"x: expected at most max_tokens={comm.max_tokens} tokens, got {num_tokens}; make the "

@@ -71,12 +71,14 @@ def _is_encoded(shape: RouteShape, x: jax.Array, wire: Format | None) -> bool:
     return wire is not None and _has_scratch(shape) and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _encoded_rows(x: ShapedArray, wire: Format | None, with_encoded: bool) -> tuple[int, ...]:
+def _encoded_rows(
+    shape: RouteShape, x: ShapedArray, wire: Format | None, with_encoded: bool
+) -> tuple[int, ...]:
     """Return the shape of the scratch for them, int32."""
     if not with_encoded:
         return (1,)
     size = native_module.numbers().wire_row_bytes(wire=code_of(wire), size=x.shape[1])
-    return (x.shape[0], size // 4)
+    return (shape.num_tokens, size // 4)
 
 
 def _received_types(
@@ -127,6 +129,7 @@ def _dispatch_types(
     with_pairs: bool,
     with_scratch: bool,
     with_encoded: bool,
+    **_: Any,  # flags that change no type
 ) -> list[ShapedArray]:
     capacity, num_topk = shape.capacity, shape.comm.num_experts_per_tok
     groups = num_groups(shape.layout, shape.comm.num_local_experts)
@@ -146,7 +149,7 @@ def _dispatch_types(
         array((), jnp.int32),  # num_invalid
         array(numbers.pair_table_shape(**sizes) if with_pairs else (1,), jnp.int32),  # pairs
         array((numbers.dispatch_scratch_ints(**sizes) if with_scratch else 1,), jnp.int32),  # scratch
-        array(_encoded_rows(x, wire, with_encoded), jnp.int32),  # encoded
+        array(_encoded_rows(shape, x, wire, with_encoded), jnp.int32),  # encoded
     ]
 
 
@@ -161,14 +164,16 @@ def dispatch_call(
     *,
     wire: Format | None = None,
     keep_quantized: bool = False,
+    first_token: int = 0,
 ) -> Call:
-    """Return the custom call of `dispatch`."""
+    """Return the custom call of `dispatch`; its tokens are the rows of x from `first_token` on."""
     flags = {
         "wire": wire,
         "keep_quantized": keep_quantized,
         "with_pairs": _keeps_pairs(shape),
         "with_scratch": _has_scratch(shape),
         "with_encoded": _is_encoded(shape, x, wire),
+        "first_token": first_token,
     }
     return Call((_whole_words(x), topk_idx, topk_weights), dispatch_p, shape, tuple(flags.items()))
 
@@ -228,17 +233,15 @@ def _cached_dispatch_types(
     shape: RouteShape,
     wire: Format | None,
     keep_quantized: bool,
-    zero_rest: bool,
-    weighted: bool,
     with_products: bool,
-    with_pairs: bool,
     with_encoded: bool,
+    **_: Any,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, x)
     return [
         *_received_types(shape, x, wire, keep_quantized),  # rows
         array((shape.capacity if with_products else 1,), jnp.float32),  # products
-        array(_encoded_rows(x, wire, with_encoded), jnp.int32),  # encoded
+        array(_encoded_rows(shape, x, wire, with_encoded), jnp.int32),  # encoded
     ]
 
 
@@ -255,8 +258,9 @@ def cached_dispatch_call(
     zero_rest: bool = False,
     wire: Format | None = None,
     keep_quantized: bool = False,
+    first_token: int = 0,
 ) -> Call:
-    """Return the custom call of `cached_dispatch`."""
+    """Return the custom call of `cached_dispatch`, likewise."""
     operands = (
         _whole_words(x),
         routes.source,
@@ -274,6 +278,7 @@ def cached_dispatch_call(
         "with_products": y is not None,
         "with_pairs": routes.pairs is not None,
         "with_encoded": _is_encoded(shape, x, wire),
+        "first_token": first_token,
     }
     return Call(operands, cached_dispatch_p, shape, tuple(flags.items()))
 
@@ -308,15 +313,13 @@ def _combine_types(
     pairs: ShapedArray,
     group_sizes: ShapedArray,
     source: ShapedArray,
-    *,
+    *into: ShapedArray,
     shape: RouteShape,
     wire: Format | None,
-    weighted: bool,
-    with_bias: bool,
     with_gradients: bool,
-    with_pairs: bool,
-    with_source: bool,
     with_sums: bool,
+    out_tokens: int,
+    **_: Any,
 ) -> list[ShapedArray]:
     array = partial(jax_compat.array_like, y)
     entries = destination.shape if with_gradients else (1,)
@@ -324,7 +327,7 @@ def _combine_types(
     has_plain_rows = wire is None and shape.comm.topology.num_nodes == 1  # and nothing else
     sums = array((num_rows, y.shape[1]), y.dtype) if has_plain_rows else array((num_bytes // 4,), jnp.int32)
     return [
-        array((shape.num_tokens, y.shape[1]), y.dtype),  # out
+        array((out_tokens, y.shape[1]), y.dtype),  # out
         array(entries, jnp.float32),  # gradients
         sums if with_sums else array((1,), y.dtype),  # sums
     ]
@@ -342,8 +345,15 @@ def combine_call(
     bias: jax.Array | None = None,
     row_gradients: jax.Array | None = None,
     wire: Format | None = None,
+    first_token: int = 0,
+    out_tokens: int | None = None,
+    into: jax.Array | None = None,
 ) -> Call:
-    """Return the custom call of `combine`."""
+    """Return the custom call of `combine`.
+
+    Its tokens are rows of `out` and of `bias`, which have `out_tokens` rows (None: only these), from
+    `first_token` on; other rows of `out` are those of `into`, or arbitrary without it.
+    """
     with_source = _encodes_received(shape, wire)
     operands = (
         y,
@@ -363,8 +373,11 @@ def combine_call(
         "with_pairs": routes.pairs is not None,
         "with_source": with_source,
         "with_sums": _has_sums(shape, y, wire),
+        "first_token": first_token,
+        "out_tokens": shape.num_tokens if out_tokens is None else out_tokens,
+        "with_into": into is not None,
     }
-    return Call(operands, combine_p, shape, tuple(flags.items()))
+    return Call(operands, combine_p, shape, tuple(flags.items()), into)
 
 
 def combine(

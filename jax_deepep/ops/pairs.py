@@ -51,7 +51,8 @@ class Verb:
     """An op as a pair. Its operands and outputs are those of its function in `autodiff`, without `shape`.
 
     Attributes:
-        call: (shape, *operands) → the custom call.
+        call: (shape, *operands) → the custom call. Of dispatch and combine, it and `transpose` also take the
+            keywords of the call in `native` that say which rows of a larger array the op's tokens are.
         outputs: (shape, operands, results of the call) → outputs.
         saved: (operands, outputs) → what the gradient needs.
         transpose: (shape, saved, cotangents of the outputs) → the call of the transposed op.
@@ -63,7 +64,7 @@ class Verb:
     call: Callable[..., Call]
     outputs: Callable[[RouteShape, Any, Sequence[jax.Array]], Any]
     saved: Callable[[Any, Any], Any]
-    transpose: Callable[[RouteShape, Any, Any], Call]
+    transpose: Callable[..., Call]
     gradients: Callable[[Any, Sequence[jax.Array], Sequence[jax.Array]], Any]
     name: str | None = None
 

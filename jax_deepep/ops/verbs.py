@@ -17,11 +17,11 @@ from jax_deepep.quantization.block_scaled import BlockScaled
 
 
 def _transpose_dispatch(
-    wire: Wire, shape: RouteShape, routes: Routes, outputs: tuple[Any, Handle[Any]]
+    wire: Wire, shape: RouteShape, routes: Routes, outputs: tuple[Any, Handle[Any]], **where: Any
 ) -> Call:
     tokens, handle = outputs
     rows = received_gradients(shape, tokens, handle.weights)
-    return native.combine_call(shape, rows, routes, row_gradients=handle.weights, wire=wire.backward)
+    return native.combine_call(shape, rows, routes, row_gradients=handle.weights, wire=wire.backward, **where)
 
 
 def _dispatch_gradients(wire: Wire, operands: Any, _: Any, results: Sequence[jax.Array]) -> Any:
@@ -74,8 +74,9 @@ def _combine_call(
     weights: jax.Array | None,
     bias: jax.Array | None,
     routes: Routes,
+    **where: Any,
 ) -> Call:
-    return native.combine_call(shape, y, routes, weights=weights, bias=bias, wire=wire.format)
+    return native.combine_call(shape, y, routes, weights=weights, bias=bias, wire=wire.format, **where)
 
 
 def _save_combine(operands: Any, _: Any) -> Any:
@@ -84,10 +85,10 @@ def _save_combine(operands: Any, _: Any) -> Any:
     return None if weights is None else y, weights, routes
 
 
-def _transpose_combine(wire: Wire, shape: RouteShape, saved: Any, out: jax.Array) -> Call:
+def _transpose_combine(wire: Wire, shape: RouteShape, saved: Any, out: jax.Array, **where: Any) -> Call:
     y, weights, routes = saved
     return native.cached_dispatch_call(
-        shape, out, routes, weights=weights, y=y, zero_rest=True, wire=wire.backward
+        shape, out, routes, weights=weights, y=y, zero_rest=True, wire=wire.backward, **where
     )
 
 

@@ -1,6 +1,8 @@
 """Two-batch overlap: the results of one half after the other."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from dense_moe import E, F, H, K, config_of, loss_of, numbers, on_mesh, parameters_of
 from flax import nnx
-from implementations import assert_same_bits
+from implementations import ON_GPUS, assert_same_bits
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from meshes import fetch, put_on_mesh
@@ -86,6 +88,30 @@ def test_the_bits_of_one_half_after_the_other(mesh_name: str, choices: Any, shap
     else:
         jax.tree.map(assert_same_bits, overlapped, chunks)
     assert np.any(overlapped[0][1].num_dropped) == ("expert_capacity" in choices)
+
+
+@pytest.mark.skipif(ON_GPUS, reason="reads what XLA makes for CPUs")
+def test_only_the_router_slices_tokens() -> None:
+    """Ops read and write their rows of x, of the output and of their gradients: XLA copies none of these."""
+    config = config_of("expert", **SHARED, **BY_DOT, two_batch_overlap=True)
+
+    def loss(parameters, x, routing):
+        topk_idx, topk_weights = routing or (None, None)
+        return loss_of(moe(config, parameters, x, topk_idx=topk_idx, topk_weights=topk_weights)[0])
+
+    def arrays_of(routing):
+        """Return how many results of instructions are halves, and how many are copies of all tokens."""
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)))
+        operands = put_on_mesh((numbers(*BATCH, H), routing), config.mesh, P("expert"))
+        text = step.lower(on_mesh(config, parameters_of(config)), *operands).compile().as_text()
+        return len(re.findall(rf"= f32\[3,{H}\]", text)), len(re.findall(rf"= f32\[6,{H}\]\S* copy\(", text))
+
+    assert math.prod(BATCH) == 6 * config.num_token_shards
+    topk_idx = np.argsort(numbers(*BATCH, E, seed=1))[..., :K].astype(np.int32)
+    assert arrays_of((topk_idx, numbers(*BATCH, K))) == (0, 0)
+    halves, copies = arrays_of(None)
+    assert halves > 0
+    assert copies == 0
 
 
 def test_routers_and_losses() -> None:

@@ -1,6 +1,7 @@
 """Programs for GPUs are lowered on a machine without one: JAX accepts custom calls and Pallas kernels."""
 
 import functools
+import itertools
 import re
 from collections import Counter
 
@@ -225,6 +226,10 @@ def test_what_a_layer_computes_beside_its_ops(comm: ep.Communicator, two: bool, 
         return jnp.sum(out**2)
 
     _, text = calls_of(jax.grad(loss, argnums=(0, 1)), parameters, x, *routing)
+    assert "tensor<8x128xf32>" not in text  # of half of the 16 tokens
+    writes = re.findall(r"custom_call @jax_deepep_combine.*first_token = (\d+).*with_into = (\w+)", text)
+    of_two = [("0", "false"), ("8", "true"), ("8", "false"), ("0", "true")]
+    assert [kind for kind, _ in itertools.groupby(writes)] == (of_two if two else [("0", "false")])
     names = {code: name for name, code in native_module.numbers().parts.items()}
     steps: list[tuple[str, Counter]] = [("", Counter())]
     for line in text.splitlines():

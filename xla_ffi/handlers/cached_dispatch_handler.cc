@@ -13,14 +13,15 @@ LaunchResult CachedDispatch(
     ffi::Result<ffi::AnyBuffer> row_scale, ffi::Result<ffi::AnyBuffer> products,
     ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire,
     bool keep_quantized, bool zero_rest, bool weighted, bool with_products, bool with_pairs,
-    bool with_encoded, SiteAttribute) {
+    bool with_encoded, int64_t first_token, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   CachedDispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
   RowFormat format;
-  route.num_tokens = DecodeRows(x, "x", wire, shape, &format, &error);
+  DecodeRows(x, "x", wire, shape, &format, &error);
+  route.num_tokens = static_cast<int32_t>(destination.element_count() / shape.num_topk);
   CheckTokens(route.num_tokens, shape, &error);
   format.keeps_quantized = keep_quantized;
   route.SetRows(format);
@@ -54,7 +55,7 @@ LaunchResult CachedDispatch(
     CheckBuffer(*encoded, ffi::S32, route.num_tokens * format.wire_bytes() / 4, "encoded", &error);
   }
 
-  params.x = x.untyped_data();
+  params.x = RowsFrom(x, first_token, route.num_tokens, "x", &error);
   params.source = static_cast<const int32_t*>(source.untyped_data());
   params.destination = static_cast<const int32_t*>(destination.untyped_data());
   params.group_sizes = static_cast<const int32_t*>(group_sizes.untyped_data());
@@ -99,6 +100,7 @@ std::unique_ptr<ffi::Ffi> MakeHandler<CachedDispatchParams>(
       .Attr<bool>("with_products")
       .Attr<bool>("with_pairs")
       .Attr<bool>("with_encoded")
+      .Attr<int64_t>("first_token")
       .Attr<SiteAttribute>("site")
       .To(CachedDispatch, traits);
 }

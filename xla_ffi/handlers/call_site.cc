@@ -147,6 +147,23 @@ void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t
   CheckBuffer(buffer, rows.element_type(), count * rows.dimensions()[1], name, error);
 }
 
+void* RowsFrom(const ffi::AnyBuffer& rows, int64_t first_token, int64_t count, const char* name,
+               std::string* error) {
+  if (!error->empty()) return nullptr;  // `rows` may be invalid
+  const int64_t got = rows.dimensions()[0];
+  if (first_token < 0) {
+    *error = "first_token: expected at least 0, got " + std::to_string(first_token);
+  } else if (first_token > got - count) {
+    *error = std::string(name) + ": expected " + std::to_string(count) +
+             " rows from first_token=" + std::to_string(first_token) + " on, got " +
+             std::to_string(got) + " in all";
+  }
+  if (!error->empty()) return nullptr;
+  const auto element_bytes = static_cast<int64_t>(ffi::ByteWidth(rows.element_type()));
+  return static_cast<char*>(rows.untyped_data()) +
+         first_token * rows.dimensions()[1] * element_bytes;
+}
+
 KeptArrays DecodeKept(const ffi::AnyBuffer& data, const ffi::AnyBuffer& scales,
                       const ffi::AnyBuffer& row_scale, const RowFormat& rows, int64_t count,
                       std::string* error) {

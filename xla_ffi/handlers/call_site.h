@@ -37,6 +37,11 @@ void CheckBuffer(const ffi::AnyBuffer& buffer, ffi::DataType type, int64_t count
 void CheckRows(const ffi::AnyBuffer& buffer, const ffi::AnyBuffer& rows, int64_t count,
                const char* name, std::string* error);
 
+// Return the first of the `count` rows of `rows` [.., W] that begin with row `first_token`; or set
+// `error`, likewise.
+void* RowsFrom(const ffi::AnyBuffer& rows, int64_t first_token, int64_t count, const char* name,
+               std::string* error);
+
 // Check that the buffers can take `count` rows of a format that stay encoded, likewise.
 KeptArrays DecodeKept(const ffi::AnyBuffer& data, const ffi::AnyBuffer& scales,
                       const ffi::AnyBuffer& row_scale, const RowFormat& rows, int64_t count,

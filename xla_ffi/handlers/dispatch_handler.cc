@@ -5,28 +5,27 @@
 namespace jax_deepep {
 namespace {
 
-LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer,
-                      ffi::AnyBuffer x, ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights,
-                      ffi::RemainingArgs, ffi::Result<ffi::AnyBuffer> tokens,
-                      ffi::Result<ffi::AnyBuffer> scales, ffi::Result<ffi::AnyBuffer> row_scale,
-                      ffi::Result<ffi::AnyBuffer> source, ffi::Result<ffi::AnyBuffer> destination,
-                      ffi::Result<ffi::AnyBuffer> weights,
-                      ffi::Result<ffi::AnyBuffer> local_experts,
-                      ffi::Result<ffi::AnyBuffer> group_sizes, ffi::Result<ffi::AnyBuffer> num_rows,
-                      ffi::Result<ffi::AnyBuffer> num_received,
-                      ffi::Result<ffi::AnyBuffer> num_dropped,
-                      ffi::Result<ffi::AnyBuffer> num_invalid, ffi::Result<ffi::AnyBuffer> pairs,
-                      ffi::Result<ffi::AnyBuffer> scratch, ffi::Result<ffi::AnyBuffer> encoded,
-                      ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire,
-                      bool keep_quantized, int64_t alignment, int64_t expert_capacity,
-                      bool with_pairs, bool with_scratch, bool with_encoded, SiteAttribute) {
+LaunchResult Dispatch(
+    CallSite* site, LaunchContext context, ffi::AnyBuffer rank, ffi::AnyBuffer, ffi::AnyBuffer x,
+    ffi::AnyBuffer topk_idx, ffi::AnyBuffer topk_weights, ffi::RemainingArgs,
+    ffi::Result<ffi::AnyBuffer> tokens, ffi::Result<ffi::AnyBuffer> scales,
+    ffi::Result<ffi::AnyBuffer> row_scale, ffi::Result<ffi::AnyBuffer> source,
+    ffi::Result<ffi::AnyBuffer> destination, ffi::Result<ffi::AnyBuffer> weights,
+    ffi::Result<ffi::AnyBuffer> local_experts, ffi::Result<ffi::AnyBuffer> group_sizes,
+    ffi::Result<ffi::AnyBuffer> num_rows, ffi::Result<ffi::AnyBuffer> num_received,
+    ffi::Result<ffi::AnyBuffer> num_dropped, ffi::Result<ffi::AnyBuffer> num_invalid,
+    ffi::Result<ffi::AnyBuffer> pairs, ffi::Result<ffi::AnyBuffer> scratch,
+    ffi::Result<ffi::AnyBuffer> encoded, ffi::Result<ffi::AnyBuffer>, int64_t layout, int64_t wire,
+    bool keep_quantized, int64_t alignment, int64_t expert_capacity, bool with_pairs,
+    bool with_scratch, bool with_encoded, int64_t first_token, SiteAttribute) {
   const GroupShape& shape = site->comm->shape();
   DispatchParams params;
   RouteShape& route = params.route;
   route.layout = static_cast<Layout>(layout);
   std::string error;
   RowFormat format;
-  route.num_tokens = DecodeRows(x, "x", wire, shape, &format, &error);
+  DecodeRows(x, "x", wire, shape, &format, &error);
+  route.num_tokens = static_cast<int32_t>(topk_idx.element_count() / shape.num_topk);
   CheckTokens(route.num_tokens, shape, &error);
   format.keeps_quantized = keep_quantized;
   route.SetRows(format);
@@ -62,7 +61,7 @@ LaunchResult Dispatch(CallSite* site, LaunchContext context, ffi::AnyBuffer rank
     CheckBuffer(*encoded, ffi::S32, route.num_tokens * format.wire_bytes() / 4, "encoded", &error);
   }
 
-  params.x = x.untyped_data();
+  params.x = RowsFrom(x, first_token, route.num_tokens, "x", &error);
   params.topk_idx = static_cast<const int32_t*>(topk_idx.untyped_data());
   params.topk_weights = static_cast<const float*>(topk_weights.untyped_data());
   params.tokens = DataIf<void>(!keep_quantized, *tokens);
@@ -118,6 +117,7 @@ std::unique_ptr<ffi::Ffi> MakeHandler<DispatchParams>(std::initializer_list<ffi:
       .Attr<bool>("with_pairs")
       .Attr<bool>("with_scratch")
       .Attr<bool>("with_encoded")
+      .Attr<int64_t>("first_token")
       .Attr<SiteAttribute>("site")
       .To(Dispatch, traits);
 }
