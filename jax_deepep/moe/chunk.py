@@ -1,6 +1,6 @@
 """What a device does with a chunk of its tokens: choose experts, apply them, count.
 
-With `two_batch_overlap` it does so with each half of the chunk, of which one communicates while the other
+With `two_batch_overlap` it applies them to each half of the chunk, of which one communicates while the other
 computes.
 """
 
@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax  # noqa
 
 from jax_deepep import gating, jax_compat
 from jax_deepep.balancing import to_physical_experts
 from jax_deepep.moe.aux import Call, Counts, Sequences, Sums
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.fair_drops import omit_excess
-from jax_deepep.moe.overlapped import Sent, apply_experts
+from jax_deepep.moe.overlapped import apply_experts, parted
 from jax_deepep.moe.routing import Given, Routing, route
 from jax_deepep.moe.steps import Batch
 
@@ -50,8 +49,8 @@ def apply_to_chunk(
     tokens: Tokens,
 ) -> tuple[jax.Array, PerToken, Counts]:
     """Return (output [T, H], the fields of `MoEAux` with a value per token, `Counts`)."""
-    batches = _split(tokens, config.batches_per_chunk)
-    num_tokens = len(batches[0].x)
+    num_batches = config.batches_per_chunk
+    num_tokens = len(tokens.x) // num_batches  # of a batch
     choice, alignment = config.experts_by(num_tokens, call.dtype)
     capacity = config.capacity(num_tokens, alignment)
     options = {
@@ -60,19 +59,15 @@ def apply_to_chunk(
         "expert_capacity": config.expert_capacity,
         "alignment": alignment,
     }
-    routings = [route(config, parameters, batch.x, _is_token(call, batch), batch.given) for batch in batches]
-
-    def to_experts(batch: Tokens, routing: Routing) -> Batch:
-        topk_idx = routing.topk_idx
-        if expert_map is not None:
-            # An invalid expert must not become a valid physical expert.
-            topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
-            topk_idx = to_physical_experts(
-                topk_idx, batch.position, expert_map, num_experts=config.num_experts
-            )
-        topk_idx = omit_excess(config, topk_idx, routing.topk_weights, capacity, alignment)
-        # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
-        return Batch(cast(routed), topk_idx, varying(routing.topk_weights))
+    is_token = tokens.position < call.num_tokens
+    if (mask := tokens.given.mask) is not None:
+        is_token &= mask
+    routing = route(config, parameters, tokens.x, is_token, tokens.given)
+    topk_idx = routing.topk_idx
+    if expert_map is not None:
+        # An invalid expert must not become a valid physical expert.
+        topk_idx = jnp.where(topk_idx < config.num_experts, topk_idx, config.comm.num_experts)
+        topk_idx = to_physical_experts(topk_idx, tokens.position, expert_map, num_experts=config.num_experts)
 
     def varying(value: jax.Array) -> jax.Array:
         # Marked before dispatch as varying along the tensor axis too, so that the gradients of the tokens are
@@ -82,58 +77,29 @@ def apply_to_chunk(
     def cast(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: value.astype(call.dtype) for name, value in weights.items()}
 
+    def to_experts(topk_idx: jax.Array, topk_weights: jax.Array) -> Batch:
+        topk_idx = omit_excess(config, topk_idx, topk_weights, capacity, alignment)
+        # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
+        return Batch(cast(routed), topk_idx, varying(topk_weights))
+
     shared = {name: value for name, value in parameters.items() if name.startswith("shared")}
     routed = {name: value for name, value in parameters.items() if name not in ROUTER and name not in shared}
+    entries = (parted(value, num_batches) for value in (topk_idx, routing.topk_weights))
+    batches = [to_experts(*of_batch) for of_batch in zip(*entries, strict=True)]
     x = varying(tokens.x).astype(call.dtype)
-    to_send = list(map(to_experts, batches, routings))
-    out, sent = apply_experts(config, choice, x, to_send, cast(shared), options)
-    if (mask := tokens.given.mask) is not None:  # a shared expert may not be 0 for x = 0
+    out, destination, num_received = apply_experts(config, choice, x, batches, cast(shared), options)
+    if mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(mask[:, None], out, jnp.zeros((), out.dtype))
-    counts = [
-        _counts_of(config, call, sequences, device, *parts)
-        for parts in zip(batches, routings, sent, strict=True)
-    ]
-    logits = [routing.logits if call.router_logits else None for routing in routings]
-    per_token = zip((routing.topk_idx for routing in routings), logits, strict=True)
-    of_tokens = jax.tree.map(lambda *parts: jnp.concatenate(parts), *per_token)
-    return out, of_tokens, jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *counts)
-
-
-def _split(tokens: Tokens, number: int) -> list[Tokens]:
-    if number == 1:
-        return [tokens]
-    leaves, structure = jax.tree.flatten(tokens)
-    return [
-        jax.tree.unflatten(structure, parts)
-        for parts in zip(*(jnp.split(leaf, number) for leaf in leaves), strict=True)
-    ]
-
-
-def _is_token(call: Call, tokens: Tokens) -> jax.Array:
-    is_token = tokens.position < call.num_tokens
-    return is_token if tokens.given.mask is None else is_token & tokens.given.mask
-
-
-def _counts_of(
-    config: MoEConfig,
-    call: Call,
-    sequences: Sequences,
-    device: jax.Array,
-    tokens: Tokens,
-    routing: Routing,
-    sent: Sent,
-) -> Counts:
-    """Count what the tokens of one batch chose, and where they went."""
     drops = None
     if config.may_drop:
-        dropped = jnp.where(sent.destination < 0, routing.counted, -1)
-        drops = gating.expert_load(dropped, config.num_experts)
+        drops = gating.expert_load(jnp.where(destination < 0, routing.counted, -1), config.num_experts)
     of_sequences = None
     if call.sequence_loss:
         of_sequences = functools.partial(
             sequences.sums, tokens.position // sequences.length - sequences.first(device)
         )
-    return _counts(config, _is_token(call, tokens), routing, drops, sent.num_received, of_sequences)
+    counts = _counts(config, is_token, routing, drops, num_received, of_sequences)
+    return out, (routing.topk_idx, routing.logits if call.router_logits else None), counts
 
 
 def _counts(
@@ -144,7 +110,7 @@ def _counts(
     num_received: jax.Array,
     of_sequences: Callable[[jax.Array], jax.Array] | None,
 ) -> Counts:
-    """Count what the tokens of one device, or a part of them, chose."""
+    """Count what the tokens of one device chose."""
     num_tokens, num_experts = len(is_token), config.num_experts
     if routing.logits is None:
         probability, z = jnp.zeros((num_tokens, num_experts), jnp.float32), jnp.zeros((), jnp.float32)

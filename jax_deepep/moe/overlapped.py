@@ -35,15 +35,9 @@ from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.steps import Batch, Saved, Steps, Weights
 from jax_deepep.ops import autodiff, native
 from jax_deepep.ops.dispatch import checked_request
+from jax_deepep.ops.handle import Handle
 from jax_deepep.ops.implementations import implementation_of
 from jax_deepep.ops.wire import checked_wire
-
-
-class Sent(NamedTuple):
-    """What the handle of a batch's dispatch has: its `destination` and `num_received`."""
-
-    destination: jax.Array
-    num_received: jax.Array
 
 
 class Applied(NamedTuple):
@@ -51,11 +45,30 @@ class Applied(NamedTuple):
 
     Attributes:
         out: [T, H], the sum of routed and shared experts.
-        sent: of each batch.
+        destination: int32 [T, K], of the handles of the dispatches.
+        num_received: int32 [], their sum.
     """
 
     out: jax.Array
-    sent: list[Sent]
+    destination: jax.Array
+    num_received: jax.Array
+
+    @classmethod
+    def of(cls, out: jax.Array, handles: Sequence[Handle[Any]]) -> "Applied":
+        """Return the results of batches with these handles."""
+        destinations = [handle.destination for handle in handles]
+        received = [handle.num_received for handle in handles]
+        return cls(out, joined(destinations), sum(received[1:], received[0]))
+
+
+def joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return an array of all batches."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def parted(array: jax.Array, number: int) -> list[jax.Array]:
+    """Return the part of each batch."""
+    return [array] if number == 1 else jnp.split(array, number)
 
 
 def apply_experts(
@@ -99,20 +112,20 @@ def apply_experts(
 
 def _apply_plainly(steps: Steps, x: jax.Array, batches: list[Batch], shared: Weights) -> Applied:
     """Apply one batch after the other, each to tokens of its own."""
-    parts = [x] if len(batches) == 1 else jnp.split(x, len(batches))
+    parts = parted(x, len(batches))
     applied = [_apply_one(steps, part, batch, shared) for part, batch in zip(parts, batches, strict=True)]
-    outs, sent = zip(*applied, strict=True)
-    return Applied(outs[0] if len(outs) == 1 else jnp.concatenate(outs), list(sent))
+    outs, handles = zip(*applied, strict=True)
+    return Applied.of(joined(outs), handles)
 
 
-def _apply_one(steps: Steps, x: jax.Array, batch: Batch, shared: Weights) -> tuple[jax.Array, Sent]:
+def _apply_one(steps: Steps, x: jax.Array, batch: Batch, shared: Weights) -> tuple[jax.Array, Handle[Any]]:
     tokens, handle = autodiff.without_integer_tangents(
         autodiff.dispatch(steps.shape, steps.wire, x, *batch.routing)
     )
     bias = steps.shared_experts(x, shared) if shared else None
     y = steps.experts(tokens, batch.weights, handle.group_sizes)
     out = autodiff.combine(steps.shape, steps.combine_wire, y, handle.weights, bias, handle.routes)
-    return out, Sent(handle.destination, handle.num_received)
+    return out, handle
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -150,9 +163,7 @@ def _forward(
         out, (y_b, of_b) = steps_a.combine(y_a, at_a.handle, bias, None, experts_b, at_b.tokens)
         out, _ = steps_b.combine(y_b, at_b.handle, bias, out)
         saved = [of_a._replace(y=y_a), of_b._replace(y=y_b)]
-    handles = [of.received.handle for of in saved]
-    sent = [Sent(handle.destination, handle.num_received) for handle in handles]
-    return Applied(out, sent), (saved, pull_back)
+    return Applied.of(out, [of.received.handle for of in saved]), (saved, pull_back)
 
 
 def _backward(

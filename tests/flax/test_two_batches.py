@@ -91,8 +91,8 @@ def test_the_bits_of_one_half_after_the_other(mesh_name: str, choices: Any, shap
 
 
 @pytest.mark.skipif(ON_GPUS, reason="reads what XLA makes for CPUs")
-def test_only_the_router_slices_tokens() -> None:
-    """Ops read and write their rows of x, of the output and of their gradients: XLA copies none of these."""
+def test_nothing_copies_halves_of_tokens() -> None:
+    """Ops read and write their rows of x, of the output and of their gradients; the router reads all of x."""
     config = config_of("expert", **SHARED, **BY_DOT, two_batch_overlap=True)
 
     def loss(parameters, x, routing):
@@ -109,9 +109,7 @@ def test_only_the_router_slices_tokens() -> None:
     assert math.prod(BATCH) == 6 * config.num_token_shards
     topk_idx = np.argsort(numbers(*BATCH, E, seed=1))[..., :K].astype(np.int32)
     assert arrays_of((topk_idx, numbers(*BATCH, K))) == (0, 0)
-    halves, copies = arrays_of(None)
-    assert halves > 0
-    assert copies == 0
+    assert arrays_of(None) == (0, 0)
 
 
 def test_routers_and_losses() -> None:
