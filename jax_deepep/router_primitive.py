@@ -72,7 +72,11 @@ def router_primitive(
     batching.primitive_batchers[primitive] = batch
 
     def call(*operands: jax.Array, **integers: int) -> jax.Array:
-        out: jax.Array = primitive.bind(*map(lax.stop_gradient, operands), **integers)
+        first, *others = map(lax.stop_gradient, operands)
+        if in_place:
+            # Of a call on a slice XLA for GPUs makes a fusion that gives the result other memory.
+            first = lax.optimization_barrier(first)
+        out: jax.Array = primitive.bind(first, *others, **integers)
         return out
 
     return call

@@ -67,8 +67,8 @@ def test_all_modules_have_the_same() -> None:
     encoded = 128 + 16
     assert numbers.combine_sums(**one_each, **of_rows) == (40, 40 * encoded)
     assert numbers.combine_sums(**sizes, **of_rows) == (40, 40 * encoded + 10 * 256)  # and the own ones
-    # Of two nodes, own ones of each, and for a token of each a sum in either format and K gradients.
-    of_nodes = 20 * 256 + 20 * (256 + 4 * 6)
+    # Of two nodes, own ones of each, and for every token the own node's sum and K gradients.
+    of_nodes = 20 * 256 + 10 * (256 + 4 * 6)
     assert numbers.combine_sums(**sizes, **of_rows | {"ranks_per_node": 2}) == (40, 40 * encoded + of_nodes)
     of_rows["layout"] = layouts["token"]
     assert numbers.combine_sums(**sizes, **of_rows) == (33, 33 * encoded)  # by received row
