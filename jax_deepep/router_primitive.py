@@ -72,11 +72,11 @@ def router_primitive(
     batching.primitive_batchers[primitive] = batch
 
     def call(*operands: jax.Array, **integers: int) -> jax.Array:
-        first, *others = map(lax.stop_gradient, operands)
+        constants = list(map(lax.stop_gradient, operands))
         if in_place:
-            # Of a call on a slice XLA for GPUs makes a fusion that gives the result other memory.
-            first = lax.optimization_barrier(first)
-        out: jax.Array = primitive.bind(first, *others, **integers)
+            # Of a call on slices XLA for GPUs makes a fusion, which gives the result other memory.
+            constants = list(map(lax.optimization_barrier, constants))
+        out: jax.Array = primitive.bind(*constants, **integers)
         return out
 
     return call

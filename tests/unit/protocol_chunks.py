@@ -73,9 +73,7 @@ class Chunked(Internode):
         slot, me = chunk % NUM_SLOTS, world.ranks[rank]
         value = world.ranks[rank].op * self.num_chunks + chunk
         value = 2 * value + me.wrong if self.returns else value
-        self._stage(
-            world, rank, partial(world.at.chunk, slot), world.at.chunk_source(rank, slot), value
-        )
+        self._stage(world, rank, partial(world.at.chunk, slot), world.at.chunk_source(rank, slot), value)
         yield world
 
     def put_chunk(self, world: World, rank: int, chunk: int) -> None:

@@ -10,10 +10,10 @@ With `returns`, as combine: a rank also puts sums of what it has read in its nod
 Why staging needs no banks: a rank puts data of op n after `left` of op n - 1 of the rank that has staging.
 That one stores it at the end of a successful op, when all readers of its staging have left.
 
-All blocks of a rank stage rows, and the last one tells the peers. Over mapped memory rows are staged where they
-go. Over a network, they are staged in memory of the rank's communicator, from which the last block puts them,
-before the flag. Such puts are *asynchronous*: what they send is read after they return, up to when the peer has
-it. So a rank waits for `left` of the op before ahead of its first write there.
+All blocks of a rank stage rows, and the last one tells the peers. Over mapped memory rows are staged where
+they go. Over a network, they are staged in memory of the rank's communicator, from which the last block puts
+them, before the flag. Such puts are *asynchronous*: what they send is read after they return, up to when the
+peer has it. So a rank waits for `left` of the op before ahead of its first write there.
 
 The promises are those of protocol_throughput.py, and for staging the stronger one: *whether or not* the op
 succeeds, all that is loaded from it is of the current op. A rank that returns sums checks for failed peers
