@@ -64,9 +64,9 @@ class MoEConfig:
             for its gradient: only one chunk's rows are in memory. None = chosen per call, see `chunks_of`.
         two_batch_overlap: a device's tokens (of each chunk) are processed in two halves, of which one
             communicates while the other computes, forward and backward: for training and prefill on GPUs,
-            where dispatch and combine take a large part of the time. What is computed is that of two calls,
-            one after the other, with the same bits: capacities and drops are those of each half, and `MoEAux`
-            covers both. The gradients of weights are summed over the halves first, then over devices.
+            where dispatch and combine take a large part of the time. Tokens are routed at once; what follows
+            is that of two calls, one after the other, with the same bits: capacities and drops are those of
+            each half, and `MoEAux` covers both. The gradients of weights are summed over the halves first, then over devices.
             Each half has a dispatch and a combine of its own, and grouped matmuls of half the rows.
         wire: the format in which rows cross links in dispatch, as in `jax_deepep.dispatch`: experts compute
             on quantised rows, in `dtype`. "fp8", for example, or a `Wire` without `keep_quantized`.
