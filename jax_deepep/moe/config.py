@@ -66,8 +66,9 @@ class MoEConfig:
             communicates while the other computes, forward and backward: for training and prefill on GPUs,
             where dispatch and combine take a large part of the time. Tokens are routed at once; what follows
             is that of two calls, one after the other, with the same bits: capacities and drops are those of
-            each half, and `MoEAux` covers both. The gradients of weights are summed over the halves first, then over devices.
-            Each half has a dispatch and a combine of its own, and grouped matmuls of half the rows.
+            each half, and `MoEAux` covers both. The gradients of weights are summed over the halves first,
+            then over devices. Each half has a dispatch and a combine of its own, and grouped matmuls of half
+            the rows.
         wire: the format in which rows cross links in dispatch, as in `jax_deepep.dispatch`: experts compute
             on quantised rows, in `dtype`. "fp8", for example, or a `Wire` without `keep_quantized`.
         combine_wire: that of combine, as in `jax_deepep.combine`. With wire="fp8" and

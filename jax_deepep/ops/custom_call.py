@@ -65,7 +65,9 @@ class Call:
 
     def run(self) -> list[jax.Array]:
         """Do all of the op, and return its results."""
-        return self.bind(Site(), *self._all_operands())
+        operands = self._all_operands()
+        # In a fusion, `into` and the result would not share memory.
+        return self.bind(Site(), *(operands if self.into is None else _behind_barriers(operands)))
 
     def _all_operands(self) -> tuple[jax.Array, ...]:
         return self.operands if self.into is None else (*self.operands, self.into)
@@ -92,9 +94,9 @@ class Call:
 def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """Return the arrays so that XLA for GPUs does not fuse the op with slices of them.
 
-    A dynamic-slice fusion would be added beside the custom call, which stays because it has a side effect:
-    both parts would run twice, and done, in the fusion, would no longer return the memory of start, which XLA
-    would reuse while the op is in flight.
+    A dynamic-slice fusion does not return the memory of operands. Of an op in flight, it would be added
+    beside the custom call, which stays because it has a side effect: both parts would run twice, and XLA
+    would reuse the memory of start while the op is in flight.
     """
     # One barrier each: the arrays may vary over different axes.
     return [lax.optimization_barrier(array) for array in arrays]
