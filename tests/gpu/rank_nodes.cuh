@@ -6,6 +6,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "rank_faults.cuh"
@@ -63,6 +64,33 @@ void CheckCrossings(Problem problem, int num_blocks) {
   }
 }
 
+// Ops of one mode, and of both in turn, which the host launches without waiting for any: what one
+// has put may arrive when the next has begun.
+void CheckBackToBack(Problem problem, int num_blocks, int num_ops) {
+  const int num_ranks = problem.shape.num_ranks;
+  std::mt19937 random(11);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int rank = 0; rank < num_ranks; ++rank)
+    ranks.push_back(std::make_unique<Rank>(problem, random));
+  for (const int every : {1, 2, 0}) {  // which ops are in low-latency mode; 0: random ones
+    Group group(problem.shape, num_blocks, 5.0 * kLonger);
+    const std::string what = std::string(problem.name) + ", back to back, ";
+    for (int op = 0; op < num_ops; ++op) {
+      problem.low_latency = every > 0 ? op % every == 0 : random() % 2 == 0;
+      group.Take(problem.low_latency);
+      const bool returns = random() % 2 == 0;
+      for (int rank = 0; rank < num_ranks; ++rank)
+        group.Launch(rank, DispatchOf<true>(problem, *ranks[rank]));
+      for (int rank = 0; rank < num_ranks && returns; ++rank)
+        group.Launch(rank, CombineOf<true>(problem, *ranks[rank], true, true, false));
+    }
+    group.Wait();
+    for (int rank = 0; rank < num_ranks; ++rank)
+      Check(group.status(rank).failed == 0, what + "rank " + std::to_string(rank) + " succeeds");
+    CheckTraffic(group, num_ranks, what.c_str());
+  }
+}
+
 void CheckNodes(int num_blocks) {
   constexpr auto kExpert = Layout::kExpertMajor, kToken = Layout::kTokenMajor;
   constexpr auto kF32 = RowType::kFloat32, kF16 = RowType::kFloat16, kBF16 = RowType::kBFloat16;
@@ -102,6 +130,14 @@ void CheckNodes(int num_blocks) {
   problems.push_back(MakeProblem("one node", 3, 9, 4, 21, 64, kBF16, kExpert));
   for (const Problem& problem : problems) {
     if (!problem.route.rows().is_quantized()) CheckCrossings(problem, num_blocks);
+  }
+  constexpr int kOps = kOnGpu ? 200 : 40;
+  for (const auto& [size, nodes] : {std::pair{1, 2}, {1, 3}, {2, 2}}) {
+    const std::string name = std::to_string(nodes) + " x " + std::to_string(size);
+    const int num_ranks = size * nodes;
+    const Problem problem =
+        MakeProblem(name.c_str(), num_ranks, 4 * num_ranks, 3, 8, 64, kBF16, kExpert);
+    CheckBackToBack(OnNodes(size, problem), std::min(num_blocks, 2), kOps);
   }
 }
 

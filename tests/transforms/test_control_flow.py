@@ -23,6 +23,13 @@ NUM_LAYERS = 3
 pytestmark = pytest.mark.parametrize("implementation", XLA_NIGHTLY)
 
 
+@pytest.fixture(autouse=True)
+def _communicators(implementation: str) -> None:
+    """Made before anything is traced: tests compare with native ops."""
+    communicator(implementation)
+    communicator("native")
+
+
 def layer_gradients(layer, *operands_and_g):
     *operands, topk_idx, g = operands_and_g
     out, backward = jax.vjp(lambda *operands: layer(*operands, topk_idx), *operands)

@@ -11,7 +11,8 @@ To other nodes a rank puts only to those with its index, and sends each of them 
 All blocks of a rank stage what its last block then puts. A put copies from an area of the rank's own memory
 (`sent`), possibly only when it is seen, into an area of the other rank (`received`), which ranks of that node
 read; over mapped memory it is staged there. Both are in banks, as windows are. So is the tag that says which
-op was put, at the beginning of the message: `arrived` may already be that of the next op.
+op was put, at the beginning of the message: `arrived` may already be that of the next op. Messages and flags
+of a rank arrive in the order of its ops, which a transport without that order has to see to.
 
 Why two banks are enough: a rank that ends op n has heard that every rank has begun it, from those of its node
 and through them, or from those with its index. So a rank that begins op n + 2 knows that all have ended op n:

@@ -152,7 +152,7 @@ struct Channel {
   uint64_t ended;        // blocks, lost blocks and invalid entries: see SignalledOp::Finish
   uint32_t num_written;  // blocks whose results are written: likewise
   uint64_t rows_pushed[kMaxRanks];    // rows that this rank has pushed to each peer, in total
-  uint64_t rows_received[kMaxRanks];  // that each has pushed; entry s by s, if on another node
+  uint64_t rows_received[kMaxRanks];  // that each has pushed; entry s also by s, if on another node
   uint64_t rows_pulled[kMaxRanks];    // that this rank has read from each
   uint64_t waited_ns[kMaxRanks];
 

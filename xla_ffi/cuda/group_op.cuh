@@ -324,8 +324,8 @@ class GroupOpOf : public RankOpOf<Peers::kSeveralNodes> {
     return SharedFlag();
   }
 
-  // A rank of another node that arrives in low-latency mode does not publish its op: it detects
-  // that this rank is in another one, and aborts both.
+  // A rank of another node that arrives in low-latency mode does not publish its op: when it waits
+  // for this rank, it detects that this one is in another op, and aborts both.
   template <typename For>
   __device__ bool HasPublished(int rank) const {
     if constexpr (!For::kArrivals || For::kByAllBlocks) return true;

@@ -85,6 +85,9 @@ __device__ __forceinline__ uint64_t Add(uint64_t* address, uint64_t value) {
   return atomicAdd(reinterpret_cast<unsigned long long*>(address),
                    static_cast<unsigned long long>(value));
 }
+__device__ __forceinline__ void RaiseTo(uint64_t* address, uint64_t value) {
+  atomicMax(reinterpret_cast<unsigned long long*>(address), static_cast<unsigned long long>(value));
+}
 __device__ __forceinline__ uint64_t SetBits(uint64_t* address, uint64_t bits) {
   return atomicOr(reinterpret_cast<unsigned long long*>(address),
                   static_cast<unsigned long long>(bits));

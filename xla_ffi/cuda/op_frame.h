@@ -62,7 +62,7 @@ struct OpFrame {
   HostStatus* status = nullptr;
   int64_t offsets[kMaxOperands] = {};  // in its pool, of the arrays of this rank that peers read
   // Of every rank of this node, this one included; and of the ranks of other nodes with the same
-  // index, for PutFlag alone.
+  // index, for puts alone.
   DeviceControl* control[kMaxRanks] = {};
   const char* pool[kMaxRanks] = {};  // XLA's memory of every rank of this node, read-only
 

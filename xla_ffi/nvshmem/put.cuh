@@ -1,8 +1,8 @@
 // Puts by NVSHMEM: see cuda/remote_put.cuh, which includes this file.
 //
 // NVSHMEM knows the memory of a rank, registered by transport.cu, under another
-// address. A fence orders all puts of the process before the flag, whichever threads have issued
-// them; a signal only those of its own message.
+// address. A fence orders all puts of the process before those that follow, whichever threads have
+// issued them; a signal comes after its own message.
 #ifndef JAX_DEEPEP_NVSHMEM_PUT_CUH_
 #define JAX_DEEPEP_NVSHMEM_PUT_CUH_
 
@@ -60,6 +60,9 @@ __device__ __forceinline__ void PutStaged(const OpFrame& frame, int node, char* 
   }
   static_assert(std::is_same_v<By, ByBlock>);
   const int64_t offset = route.memory - reinterpret_cast<char*>(frame.control[frame.rank]);
+  // Messages of two ops may be under way, and flags must not overtake each other.
+  if (By::Index() == 0) nvshmem_fence();
+  By::Sync();
   FenceAliases();
   nvshmemx_putmem_signal_nbi_block(
       to + offset, from + offset, bytes,

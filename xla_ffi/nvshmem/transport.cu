@@ -27,6 +27,12 @@ std::string Version() {
          std::to_string(patch);
 }
 
+// Whether kernels post to the network themselves.
+bool UsesIbgda() {
+  const char* value = std::getenv("NVSHMEM_IB_ENABLE_IBGDA");
+  return value != nullptr && *value != '\0' && std::strchr("0nNfF", *value) == nullptr;
+}
+
 class NvshmemProcess : public RemoteProcess {
  public:
   std::string MakeId(std::string* id) override {
@@ -85,8 +91,7 @@ class NvshmemProcess : public RemoteProcess {
  private:
   // Kernels that post to the network themselves read tables whose layout releases have changed.
   static std::string CheckIbgda() {
-    const char* value = std::getenv("NVSHMEM_IB_ENABLE_IBGDA");
-    if (value == nullptr || *value == '\0' || std::strchr("0nNfF", *value) != nullptr) return "";
+    if (!UsesIbgda()) return "";
     int major = 0, minor = 0, patch = 0;
     nvshmemx_vendor_get_version_info(&major, &minor, &patch);
     if (major == NVSHMEM_VENDOR_MAJOR_VERSION && minor == NVSHMEM_VENDOR_MINOR_VERSION) return "";
@@ -134,11 +139,9 @@ class NvshmemMemory : public RemoteMemory {
   }
   char* Address() const override { return address_; }
   char* FlagAddress(int /*node*/) const override { return nullptr; }
-  // UCX emulates the atomic operation that a signal is, and over TCP that is slow.
-  bool HasSignals() const override {
-    const char* transport = std::getenv("NVSHMEM_REMOTE_TRANSPORT");
-    return transport == nullptr || std::strcmp(transport, "ucx") != 0;
-  }
+  // By a proxy, a signal is a put, a fence and an atomic operation, which ibrc with GDRCopy leaves
+  // to the proxy of the receiver, and UCX emulates.
+  bool HasSignals() const override { return UsesIbgda(); }
   std::string Describe() const override { return TheProcess().Describe(); }
 
  private:

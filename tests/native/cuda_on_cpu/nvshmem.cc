@@ -96,8 +96,8 @@ class Network {
     if (ready.empty()) return false;
     Queue& queue = *ready[(*random)() % ready.size()];
     // Now and then a process's puts wait for longer than an op takes.
-    if ((*random)() % 500 == 0) {
-      queue.stalls_until = now + std::chrono::milliseconds((*random)() % 500);
+    if ((*random)() % 50 == 0) {
+      queue.stalls_until = now + std::chrono::milliseconds((*random)() % 100);
       return false;
     }
     std::vector<Put>& first = queue.batches.front();
@@ -124,6 +124,7 @@ class Network {
         __atomic_store_n(reinterpret_cast<uint64_t*>(put.flag), put.value, __ATOMIC_RELEASE);
       }
       --num_waiting_;
+      if (random() % 16 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(random() % 8));
     }
   }
 

@@ -385,10 +385,8 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
 
   // From the beginning of a chunk.
   __device__ int64_t FirstRow() const { return frame_.chunks.OffsetOfRow(0); }
-  // A list may name another token after its source has aborted: see dispatch.cuh.
-  __device__ int PlaceIn(const char* chunk, int index) const {
-    const int place = LoadFresh(reinterpret_cast<const int32_t*>(chunk) + index);
-    return place >= 0 && place < frame_.chunks.tokens ? place : 0;
+  __device__ static int PlaceIn(const char* chunk, int index) {
+    return LoadFresh(reinterpret_cast<const int32_t*>(chunk) + index);
   }
 
   int32_t *pairs_before_, *first_pair_;

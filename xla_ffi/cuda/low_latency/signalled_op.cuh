@@ -111,6 +111,8 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
     if (blockIdx.x != gridDim.x - 1 || static_cast<int>(threadIdx.x) / 32 != by_warp) return;
     const int lane = threadIdx.x % 32;
     for (int peer = first_peer(); peer < end_peer(); ++peer) {
+      // Its own may still be the source of a put of throughput mode.
+      if (kSeveralNodes && peer == frame_.rank) continue;
       auto* words = reinterpret_cast<uint64_t*>(&frame_.ChannelOf(peer).published[frame_.rank]);
       if (lane < Publication::kWords) words[lane] = this->WordToPublish(lane);
     }

@@ -16,7 +16,8 @@
 //
 // A rank that ends op n has heard that all ranks have begun it: from those of its node and, through
 // them, from all others. So two banks of each memory are enough, as on one node, also for puts that
-// read their source after PutFlag has returned.
+// read their source after PutStaged has returned. The flag is one word: flags of several ops arrive
+// in their order (nvshmem/put.cuh).
 //
 // A wait for what others must wait for in turn is longer, so that whoever waits for a missing rank
 // itself reports it.
@@ -205,7 +206,8 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
         SlotOfNode(frame_.rank, PutArea::kReceived, frame_.NodeOf(source)));
     const bool in_this_mode = LoadAcquireSystem(&header.step) == step();
     if (in_this_mode && LoadAcquireSystem(&header.published.op_hash) == frame_.op_hash) {
-      channel_.rows_received[source] = header.num_rows;
+      // By every block: the source may have put a later total meanwhile.
+      RaiseTo(&channel_.rows_received[source], header.num_rows);
       return true;
     }
     // It is in another op. As if it had announced that here: see IsInOtherOp.

@@ -58,6 +58,12 @@ using cuda_on_cpu::ArriveAtBarrier, cuda_on_cpu::WaitAtBarrier;
 inline uint64_t Add(uint64_t* address, uint64_t value) {
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
+inline void RaiseTo(uint64_t* address, uint64_t value) {
+  uint64_t found = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (found < value && !__atomic_compare_exchange_n(address, &found, value, true, __ATOMIC_RELAXED,
+                                                       __ATOMIC_RELAXED)) {
+  }
+}
 inline uint64_t SetBits(uint64_t* address, uint64_t bits) {
   return __atomic_fetch_or(address, bits, __ATOMIC_RELAXED);
 }
