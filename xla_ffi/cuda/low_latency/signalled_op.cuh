@@ -311,9 +311,9 @@ class SignalledOpOf : public RankOpOf<Peers::kSeveralNodes> {
     lost = (ended >> 16 & 0xffff) != 0;
     if (threadIdx.x == 0) {
       channel_.ended = 0;
-      // What fail() writes comes after the results of other blocks; what other nodes are told,
-      // after what they have counted. More have written if two ops run at once, which fails, and
-      // less than none for a moment after the op before.
+      // What fail() writes comes after the results of other blocks; what the ranks of a node are
+      // told (SignalledNodeOp::Leave), after what they have counted. More have written if two ops
+      // run at once, which fails, and less than none for a moment after the op before.
       if (lost || kSeveralNodes) {
         while (static_cast<int32_t>(LoadAcquireDevice(&channel_.num_written) - gridDim.x) < 0) {
         }
