@@ -197,7 +197,8 @@ def checked_request(
             "topk_idx, topk_weights: expected arrays, got None; pass both, or handle= of an earlier "
             "dispatch to send other data along the same routes."
         )
-    num_tokens, num_topk = num_tokens or len(x), comm.num_experts_per_tok
+    num_tokens = x.shape[0] if num_tokens is None else num_tokens
+    num_topk = comm.num_experts_per_tok
     if num_tokens > comm.max_tokens:
         raise ValueError(
             f"x: expected at most max_tokens={comm.max_tokens} tokens, got {num_tokens}; make the "

@@ -130,13 +130,20 @@ class RankOpOf {
 
   __device__ int num_ranks() const { return frame_.shape.num_ranks; }
 
+  // Whether this lane stands for those of its warp with the same node, which is another one.
+  __device__ bool LeadsTo(int to_node) const {
+    const uint32_t same = __match_any_sync(~0u, to_node);
+    return to_node != kNone && to_node != node() &&
+           __ffs(same) - 1 == static_cast<int>(threadIdx.x) % 32;
+  }
+
   // The place of another row among those of an op, or of a chunk of it, that are put to a node in
   // one message.
   __device__ int TakePlace(int to_node, int chunk) const {
     return static_cast<int>(atomicAdd(&channel_.num_staged[chunk % 2][to_node], 1u));
   }
-  // By a block, after all of them: how many there are.
-  __device__ int NumPlaces(int to_node, int chunk) const {
+  // By a block, after all of them: return how many were taken, and count these rows as pushed.
+  __device__ int EndPlaces(int to_node, int chunk) const {
     uint32_t* num_staged = &channel_.num_staged[chunk % 2][to_node];
     const uint32_t count = *static_cast<volatile uint32_t*>(num_staged);
     __syncthreads();

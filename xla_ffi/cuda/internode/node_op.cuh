@@ -119,8 +119,7 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
     const int64_t row_bytes = frame_.chunks.row_bytes;
     for (int token = frame_.chunks.First(chunk) + FirstItem(); token < end; token += NumWarps()) {
       const int to_node = lane < frame_.shape.num_topk ? node_of(int64_t{token}, lane) : kNone;
-      const uint32_t same = __match_any_sync(~0u, to_node);
-      const bool leads = to_node != kNone && to_node != node() && __ffs(same) - 1 == lane;
+      const bool leads = this->LeadsTo(to_node);
       char* to = leads ? NewRowFor(to_node, chunk, token) : nullptr;
       for (uint32_t lanes = __ballot_sync(~0u, leads); lanes != 0; lanes &= lanes - 1) {
         CopyBytes<ByWarp>(PointerOfLane(to, __ffs(lanes) - 1), rows + token * row_bytes, row_bytes);
@@ -129,7 +128,7 @@ class NodeOpOf : public GroupOpOf<RanksOfNode> {
   }
   // By a block, after all of a chunk have been staged: put it.
   __device__ void PutChunk(int to_node, int chunk) const {
-    const int64_t count = this->NumPlaces(to_node, chunk);
+    const int64_t count = this->EndPlaces(to_node, chunk);
     const int64_t bytes = count > 0 ? frame_.chunks.OffsetOfRow(count) : 0;
     PutArray(to_node, StagedArray::kRows, frame_.chunks.OffsetOf(chunk), bytes);
   }

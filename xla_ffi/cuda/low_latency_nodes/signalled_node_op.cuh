@@ -97,9 +97,7 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
   __device__ __forceinline__ void PushRow(Part& from, int token, int part, int32_t rank,
                                           bool to_all, Sent* sent) const {
     const int32_t to = rank != kNone ? frame_.NodeOf(rank) : kNone;
-    const uint32_t same = __match_any_sync(~0u, to);
-    const bool leads = to != kNone && to != node() && (same & ((1u << threadIdx.x % 32) - 1)) == 0;
-    char* copy = leads ? NewRowFor(to, token) : nullptr;
+    char* copy = this->LeadsTo(to) ? NewRowFor(to, token) : nullptr;
     OfNode::PushRow(from, token, part, to == node() ? rank : kNone, to_all, sent, copy);
   }
   // Where this rank writes the row of a token that it puts to a node. By one lane.
@@ -117,7 +115,7 @@ class SignalledNodeOp : public SignalledOpOf<RanksOfNode> {
   __device__ void SendToNodes() {
     if (!IsLastBlock(&channel_.num_put)) return;
     ForOtherNodes([&](int to_node) {
-      const int count = this->NumPlaces(to_node, 0);
+      const int count = this->EndPlaces(to_node, 0);
       auto* header = reinterpret_cast<PutHeader*>(StagedFor(to_node));
       const int thread = threadIdx.x;
       if (thread == 0) {
