@@ -74,9 +74,10 @@ def router_primitive(
     def call(*operands: jax.Array, **integers: int) -> jax.Array:
         constants = list(map(lax.stop_gradient, operands))
         if in_place:
-            # Of a call on slices XLA for GPUs makes a fusion, which gives the result other memory.
+            # Of a call and slices, or updates of slices, XLA for GPUs makes a fusion, which gives the result
+            # other memory.
             constants = list(map(lax.optimization_barrier, constants))
         out: jax.Array = primitive.bind(*constants, **integers)
-        return out
+        return lax.optimization_barrier(out) if in_place else out
 
     return call

@@ -65,9 +65,10 @@ class Call:
 
     def run(self) -> list[jax.Array]:
         """Do all of the op, and return its results."""
-        operands = self._all_operands()
+        if self.into is None:
+            return self.bind(Site(), *self.operands)
         # In a fusion, `into` and the result would not share memory.
-        return self.bind(Site(), *(operands if self.into is None else _behind_barriers(operands)))
+        return _behind_barriers(self.bind(Site(), *_behind_barriers(self._all_operands())))
 
     def _all_operands(self) -> tuple[jax.Array, ...]:
         return self.operands if self.into is None else (*self.operands, self.into)
@@ -92,7 +93,7 @@ class Call:
 
 
 def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return the arrays so that XLA for GPUs does not fuse the op with slices of them.
+    """Return operands or results so that XLA for GPUs fuses the op with no slices and no updates of slices.
 
     A dynamic-slice fusion does not return the memory of operands. Of an op in flight, it would be added
     beside the custom call, which stays because it has a side effect: both parts would run twice, and XLA
