@@ -156,11 +156,11 @@ def test_modules() -> None:
     state = nnx.to_pure_dict(nnx.state(layer))
     graph = nnx.graphdef(layer)
     programs = [
-        lambda parameters: moe(config, parameters, x)[0],
-        lambda parameters: nnx.merge(graph, nnx.State(parameters))(x)[0],
-        lambda parameters: other.apply({"params": parameters}, x)[0],
+        lambda parameters, x: moe(config, parameters, x)[0],
+        lambda parameters, x: nnx.merge(graph, nnx.State(parameters))(x)[0],
+        lambda parameters, x: other.apply({"params": parameters}, x)[0],
     ]
-    expected, *results = (fetch(jax.jit(program)(state)) for program in programs)
+    expected, *results = (fetch(jax.jit(program)(state, x)) for program in programs)
     for result in results:
         assert_same_bits(result, expected)
 

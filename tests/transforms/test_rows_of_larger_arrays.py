@@ -75,8 +75,9 @@ def test_dispatch_reads_its_rows(problem: Problem, wire: Any, way: Any, implemen
             )
             tokens, _, _, source, destination, *_ = way(call)
             call = native.cached_dispatch_call(
-                shape, rows, routes, y=y, zero_rest=True, wire=wire, first_token=first_token
-            )
+                shape, rows, routes, weights=handle.weights, y=y, zero_rest=True, wire=wire,
+                first_token=first_token,
+            )  # fmt: skip
             again, _, _, products, _ = way(call)
             results.append((jnp.where(live[:, None], tokens, 0), source, destination, again, products))
         return results
