@@ -145,13 +145,14 @@ def test_xla_and_chunks_of_two_batches() -> None:
 
 def test_modules() -> None:
     """Of NNX and Linen; the communicator takes the tokens of a half."""
-    choices: dict[str, Any] = {**SHARED, "two_batch_overlap": True, "max_tokens": 12}
     config = config_of("expert", **SHARED, two_batch_overlap=True)
+    num_tokens = math.prod(BATCH) // config.num_token_shards
+    choices: dict[str, Any] = {**SHARED, "two_batch_overlap": True, "max_tokens": num_tokens}
     with jax.set_mesh(config.mesh):
         own = build_config(E, K, H, F, **choices)
         layer = ep_flax.MoE(E, K, H, F, rngs=nnx.Rngs(0), **choices)
         other = linen.MoE(E, K, H, F, **choices)
-    assert own.comm.max_tokens == layer.config.comm.max_tokens == other.comm.max_tokens == 6
+    assert own.comm.max_tokens == layer.config.comm.max_tokens == other.comm.max_tokens == num_tokens // 2
     x = put_on_mesh(numbers(*BATCH, H), config.mesh, P("expert"))
     state = nnx.to_pure_dict(nnx.state(layer))
     graph = nnx.graphdef(layer)
