@@ -19,12 +19,13 @@ from typing import Any
 from jax_deepep.communicator.native_types import CudaModule
 from jax_deepep.communicator.topology import Topology
 
-# The first: less GPU memory, 1.8 instead of 3.8 GiB with release 3.8. The second: the unit in which memory of
-# communicators is registered. The third is for collectives of NVSHMEM, which we do not use. The fourth: hosts
-# reach each other by the network, not as one NVLink domain, for which our memory could not be registered.
+# The first: less GPU memory. The second: the unit in which memory of communicators is registered. The third
+# and fourth are for collectives of NVSHMEM, which we do not use: NCCL takes GPU memory, and rejects ranks that
+# share a GPU. The fifth: hosts reach each other by the network, not as one NVLink domain, for which our memory
+# could not be registered.
 VARIABLES = {
     "NVSHMEM_MAX_TEAMS": "7", "NVSHMEM_CUMEM_GRANULARITY": "2M", "NVSHMEM_DISABLE_NVLS": "1",
-    "NVSHMEM_DISABLE_MNNVL": "1",
+    "NVSHMEM_DISABLE_NCCL": "1", "NVSHMEM_DISABLE_MNNVL": "1",
 }  # fmt: skip
 
 LIBRARY = pathlib.Path(__file__).parents[1] / "_nvshmem.so"
