@@ -6,10 +6,12 @@ times a MoE layer with and without it, forward, as in the prefill of a prompt, a
 training, and prints the ratios. The virtual devices of a CPU share its cores, and gain nothing; on GPUs:
 
     python -m jax_deepep.launch -n 2 --platform cuda --console first -- python examples/two_batch_overlap.py \
-        --tokens 8192 --hidden 2048 --inner 768 --experts 128 --experts-per-token 8 --dtype bfloat16
+        --tokens 16384 --hidden 4096 --inner 1024 --experts 16 --experts-per-token 2 --capacity-factor 1.25 \
+        --dtype bfloat16
 
-It pays where communication takes a large part of the time, and in training where a device has few experts:
-the gradients of both halves are added, for all weights of the device.
+took 0.927 of the time forward on two H200 over NVLink, and 1.036 with gradients. It pays where communication
+takes a large part of the time. In training the gradients of both halves are added, for all weights of the device,
+and the whole layer has ops in flight too: it pays with more devices.
 """
 
 import argparse
