@@ -10,8 +10,8 @@ training, and prints the ratios. The virtual devices of a CPU share its cores, a
         --dtype bfloat16
 
 took 0.927 of the time forward on two H200 over NVLink, and 1.036 with gradients. It pays where communication
-takes a large part of the time. In training the gradients of both halves are added, for all weights of the device,
-and the whole layer has ops in flight too: it pays with more devices.
+takes a large part of the time. In training it pays less: whole layers have ops in flight there too, and the
+gradients of both halves are added, for all weights of the device.
 """
 
 import argparse

@@ -19,10 +19,10 @@ from typing import Any
 from jax_deepep.communicator.native_types import CudaModule
 from jax_deepep.communicator.topology import Topology
 
-# The first: less GPU memory. The second: the unit in which memory of communicators is registered. The third
-# and fourth are for collectives of NVSHMEM, which we do not use: NCCL takes GPU memory, and rejects ranks that
-# share a GPU. The fifth: hosts reach each other by the network, not as one NVLink domain, for which our memory
-# could not be registered.
+# The first: less GPU memory. The second: the unit in which memory of communicators is registered. The next
+# two are for collectives of NVSHMEM, which we do not use: NCCL takes GPU memory, and rejects ranks that share
+# a GPU. The last: hosts reach each other by the network, not as one NVLink domain, for which our memory could
+# not be registered.
 VARIABLES = {
     "NVSHMEM_MAX_TEAMS": "7", "NVSHMEM_CUMEM_GRANULARITY": "2M", "NVSHMEM_DISABLE_NVLS": "1",
     "NVSHMEM_DISABLE_NCCL": "1", "NVSHMEM_DISABLE_MNNVL": "1",
@@ -78,8 +78,15 @@ def unsupported_reason(topology: Topology, process: int) -> str:
     return _given_up
 
 
-@functools.cache
+def _loaded_library() -> str | None:
+    """Return the one that this process has: JAX loads the wheel's, and ours takes that, by its name."""
+    with open("/proc/self/maps") as file:
+        return next((path for line in file if (path := line.split()[-1]).endswith(f"/{_HOST_LIBRARY}")), None)
+
+
 def _host_library() -> str | None:
+    if (loaded := _loaded_library()) is not None:
+        return loaded
     folders = []
     if home := os.environ.get("NVSHMEM_HOME"):
         folders.append(pathlib.Path(home))

@@ -128,6 +128,21 @@ def test_what_nvshmem_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.P
     assert nvshmem.unsupported_reason(topology, 0) == ""
 
 
+def test_the_library_that_this_process_has_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """As JAX does with the wheel's: another one would be loaded beside it, and not be used."""
+    monkeypatch.setenv("NVSHMEM_HOME", str(tmp_path))
+    (tmp_path / "lib").mkdir()
+    for name in ("libc.so.6", "libnvshmem_of_nobody.so.3"):
+        (tmp_path / "lib" / name).touch()
+        monkeypatch.setattr(nvshmem, "_HOST_LIBRARY", name)
+        found = nvshmem._host_library()
+        assert found is not None
+        assert pathlib.Path(found).name == name
+        assert (pathlib.Path(found).parents[1] == tmp_path) == (name != "libc.so.6")
+
+
 def test_a_library_that_ends_the_process_is_tried_in_another_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
