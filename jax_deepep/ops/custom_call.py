@@ -65,10 +65,10 @@ class Call:
 
     def run(self) -> list[jax.Array]:
         """Do all of the op, and return its results."""
-        if self.into is None:
-            return self.bind(Site(), *self.operands)
-        # In a fusion, `into` and the result would not share memory.
-        return _behind_barriers(self.bind(Site(), *_behind_barriers(self._all_operands())))
+        operands = self._all_operands()
+        if self.shape.comm.platform == "cpu":
+            return self.bind(Site(), *operands)
+        return _behind_barriers(self.bind(Site(), *_behind_barriers(operands)))
 
     def _all_operands(self) -> tuple[jax.Array, ...]:
         return self.operands if self.into is None else (*self.operands, self.into)
@@ -93,11 +93,11 @@ class Call:
 
 
 def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return operands or results so that XLA for GPUs fuses the op with no slices and no updates of slices.
+    """Return operands or results so that XLA for GPUs makes no fusion of the op and slices, or their updates.
 
-    A dynamic-slice fusion does not return the memory of operands. Of an op in flight, it would be added
-    beside the custom call, which stays because it has a side effect: both parts would run twice, and XLA
-    would reuse the memory of start while the op is in flight.
+    It would add that beside the custom call, which stays if anything else uses its results, or if it has a
+    side effect: in loops the op would run twice, and XLA would reuse the memory of a start while the op is in
+    flight. Nor does such a fusion return the memory of operands.
     """
     # One barrier each: the arrays may vary over different axes.
     return [lax.optimization_barrier(array) for array in arrays]

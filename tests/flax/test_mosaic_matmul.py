@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
@@ -242,6 +243,29 @@ def test_lowering(name: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> Non
     traced = with_gradients(TILES[tiles]).trace(rows, matrices, group_sizes, gradient)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3
+    assert text.count("stablehlo.optimization_barrier") == 3  # the next test has the reason
+
+
+def gradients_of_loop(rows, matrices, group_sizes):
+    """Return the gradients of layers [N, L, H, H] after each other, whose products are saved."""
+
+    def layer(rows, matrices):
+        return jax.nn.silu(mosaic_matmul(rows, matrices, group_sizes, block=128)), None
+
+    def loss(rows, matrices):
+        return lax.scan(layer, rows, matrices)[0].astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(rows, matrices)
+
+
+@pytest.mark.gpu
+@runs_here
+def test_xla_runs_every_kernel_of_a_loop_once() -> None:
+    """XLA for GPUs would make a fusion of the kernel and saving its result, beside the kernel."""
+    rows, matrices, group_sizes, _ = problem(128, jnp.bfloat16, 128, 128)
+    lowered = jax.jit(gradients_of_loop).lower(rows, jnp.stack([matrices, matrices]), group_sizes)
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 3
+    assert lowered.compile().as_text().count('custom_call_target="mosaic_gpu') == 3
 
 
 @pytest.mark.parametrize(("down", "across", "panel"), [(5, 3, 2), (4, 1, 8), (1, 7, 4)])

@@ -189,30 +189,48 @@ def test_xla_runs_every_part_once(implementation: str) -> None:
         assert lowered.compile().as_text().count("custom_call_has_side_effect=true") == num_parts
 
 
+def scan_of_layers(layer, comm, *args):
+    """Forward and backward."""
+    *operands, topk_idx, g = args
+
+    def layers(x, topk_weights, bias):
+        def body(x, _):
+            return layer(comm, LAYER, x, topk_weights, bias, topk_idx)
+
+        return lax.scan(body, x, None, length=3)
+
+    out, backward = jax.vjp(layers, *operands)
+    return out, backward((g, jnp.stack([g, g, g])))
+
+
 @pytest.mark.parametrize("implementation", [native, LOW_LATENCY])
 def test_scan_of_layers(implementation: str) -> None:
-    """Forward and backward, each layer with its pairs."""
+    """Each layer with its pairs."""
     comm = communicator(implementation)
-
-    def step(layer, *args):
-        *operands, topk_idx, g = args
-
-        def layers(x, topk_weights, bias):
-            def body(x, _):
-                return layer(comm, LAYER, x, topk_weights, bias, topk_idx)
-
-            return lax.scan(body, x, None, length=3)
-
-        out, backward = jax.vjp(layers, *operands)
-        return out, backward((g, jnp.stack([g, g, g])))
-
     results = [
         run_per_device(
-            functools.partial(step, layer), LAYER.mesh, LAYER.axis_name, *operands_of(implementation)
+            functools.partial(scan_of_layers, layer, comm),
+            LAYER.mesh,
+            LAYER.axis_name,
+            *operands_of(implementation),
         )
         for layer in (whole, in_parts)
     ]
     jax.tree.map(assert_same_bits, *results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [whole, in_parts])
+@pytest.mark.parametrize("implementation", [native, LOW_LATENCY])
+def test_xla_runs_every_op_of_a_loop_once(implementation: str, layer) -> None:
+    """It saves results for gradients: XLA for GPUs would make a fusion of op and saving, beside the op."""
+    program = functools.partial(scan_of_layers, layer, communicator(implementation))
+    mapped = per_device(program, LAYER.mesh, LAYER.axis_name)
+    spec = device_axis(LAYER.mesh, LAYER.axis_name)
+    lowered = jax.jit(mapped).lower(*put_on_mesh(operands_of(implementation), LAYER.mesh, spec))
+    num_calls = lowered.as_text().count("@jax_deepep_")
+    assert num_calls >= 6
+    assert lowered.compile().as_text().count('custom_call_target="jax_deepep_') == num_calls
 
 
 @pytest.mark.parametrize("implementation", [native])
