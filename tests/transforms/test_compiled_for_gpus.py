@@ -1,0 +1,75 @@
+"""What XLA for GPUs makes of layers, read on a machine without one."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from implementations import ON_GPUS
+from own_processes import starts_its_own_processes
+
+TESTS = Path(__file__).parents[1]
+CALL = r'custom_call_target="((?:jax_deepep|mosaic_gpu)\w*)"'
+LOOP: dict[str, Any] = {"num_layers": 2}
+SHARED = {"shared_intermediate_size": 256}
+TWO_BATCHES = {"two_batch_overlap": True}
+
+
+def plugin_is_missing() -> bool:
+    return not any(
+        importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.xla_cuda{major}")
+        for major in (12, 13)
+    )
+
+
+pytestmark = [
+    starts_its_own_processes,
+    pytest.mark.nightly,
+    pytest.mark.skipif(ON_GPUS, reason="test_start_and_done.py and test_mosaic_matmul.py read it there"),
+    pytest.mark.skipif(plugin_is_missing(), reason="needs jax-cuda13-plugin and jax-cuda13-pjrt"),
+]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(LOOP, id="loop"),
+        pytest.param(LOOP | SHARED | {"remat": True}, id="loop, recomputed"),
+        pytest.param(LOOP | {"mode": "low_latency", "num_tokens": 64}, id="loop, low latency"),
+        pytest.param({"num_chunks": 4}, id="chunks"),
+        pytest.param(
+            TWO_BATCHES | {"num_chunks": 2, "shared_intermediate_size": 256}, id="two batches, chunks"
+        ),
+        pytest.param(LOOP | TWO_BATCHES | {"capacity_factor": 1.25}, id="two batches, loop, drops"),
+    ],
+)
+@pytest.mark.parametrize("grouped_matmul", ["mosaic", "ragged_dot"])
+def test_every_op_and_kernel_once(options: dict[str, Any], grouped_matmul: str, tmp_path: Path) -> None:
+    """XLA would add fusions of these and slices that a loop reads or saves."""
+    options |= {"grouped_matmul": grouped_matmul}
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, TESTS / "compile_for_gpus.py", tmp_path, json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    before, after = (
+        next(tmp_path.glob(f"*jit_loss*{name}.txt")).read_text()
+        for name in ("before_optimizations", "gpu_after_optimizations")
+    )
+    calls = Counter(re.findall(CALL, before))
+    assert calls["jax_deepep_dispatch"] + calls["jax_deepep_dispatch_uncaptured"] > 0
+    assert Counter(re.findall(CALL, after)) == calls
+    # Fusions of slices that an op reads are useful, unless results are to have the memory of operands.
+    for fusion in re.findall(r"^%dynamic-slice-fusion.*?^}", after, re.MULTILINE | re.DOTALL):
+        assert "output_to_operand_aliasing" not in fusion
+        assert "custom_call_has_side_effect" not in fusion
