@@ -3,9 +3,9 @@
     python tests/compile_for_gpus.py FOLDER OPTIONS
 
 writes what XLA has before and after its optimisations to a folder. OPTIONS are JSON: `mode` of the
-communicator, `num_tokens` of a device, `num_layers` of a loop (0: one layer, no loop), `remat` to recompute
-it, and options of `build_config`. It needs jax-cuda12-plugin or -cuda13-plugin, the wheel of PJRT with it, and
-our module `_cuda`; not CUDA's libraries.
+communicator, `num_tokens` of a device, `num_layers` of a loop (0: one layer, no loop), `remat` to
+recompute it, and options of `build_config`. It needs jax-cuda12-plugin or -cuda13-plugin, the wheel of PJRT
+with it, and our module `_cuda`; not CUDA's libraries.
 """
 
 import json

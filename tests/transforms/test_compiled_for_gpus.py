@@ -31,7 +31,7 @@ def plugin_is_missing() -> bool:
 pytestmark = [
     starts_its_own_processes,
     pytest.mark.nightly,
-    pytest.mark.skipif(ON_GPUS, reason="test_start_and_done.py and test_mosaic_matmul.py read it there"),
+    pytest.mark.skipif(ON_GPUS, reason="test_ops_in_loops.py and test_mosaic_matmul.py read it there"),
     pytest.mark.skipif(plugin_is_missing(), reason="needs jax-cuda13-plugin and jax-cuda13-pjrt"),
 ]
 
