@@ -65,10 +65,7 @@ class Call:
 
     def run(self) -> list[jax.Array]:
         """Do all of the op, and return its results."""
-        operands = self._all_operands()
-        if self.shape.comm.platform == "cpu":
-            return self.bind(Site(), *operands)
-        return _behind_barriers(self.bind(Site(), *_behind_barriers(operands)))
+        return _bind_whole(partial(self.bind, Site()), self.shape, self._all_operands())
 
     def _all_operands(self) -> tuple[jax.Array, ...]:
         return self.operands if self.into is None else (*self.operands, self.into)
@@ -90,6 +87,14 @@ class Call:
         The operands are those that start returned, so that XLA does not reuse their memory before.
         """
         return _behind_barriers(self.bind(Site(channel, "done"), token, *self.operands, *results))
+
+
+def _bind_whole(
+    bind: Callable[..., list[jax.Array]], shape: RouteShape, operands: Sequence[jax.Array]
+) -> list[jax.Array]:
+    if shape.comm.platform == "cpu":
+        return bind(*operands)
+    return _behind_barriers(bind(*_behind_barriers(operands)))
 
 
 def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -211,8 +216,9 @@ def define_primitive(
             values = list(operands)
             for i, value in zip(mapped, slices, strict=True):
                 values[i] = value
-            results: list[jax.Array] = primitive.bind(*values, site=Site(), **parameters)
-            return results
+            return _bind_whole(
+                partial(primitive.bind, site=Site(), **parameters), parameters["shape"], values
+            )
 
         stacked = [jnp.moveaxis(operands[i], dims[i], 0) for i in mapped]
         results = lax.map(one, stacked)
