@@ -92,6 +92,7 @@ class Call:
 def _bind_whole(
     bind: Callable[..., list[jax.Array]], shape: RouteShape, operands: Sequence[jax.Array]
 ) -> list[jax.Array]:
+    """Bind an op that is not in parts; on GPUs, behind barriers."""
     if shape.comm.platform == "cpu":
         return bind(*operands)
     return _behind_barriers(bind(*_behind_barriers(operands)))

@@ -14,11 +14,13 @@ import pytest
 from implementations import ON_GPUS
 from own_processes import starts_its_own_processes
 
+from jax_deepep.communicator import native_module
+
 TESTS = Path(__file__).parents[1]
 CALL = r'custom_call_target="((?:jax_deepep|mosaic_gpu)\w*)"'
 LOOP: dict[str, Any] = {"num_layers": 2}
-SHARED = {"shared_intermediate_size": 256}
-TWO_BATCHES = {"two_batch_overlap": True}
+SHARED: dict[str, Any] = {"shared_intermediate_size": 256}
+TWO_BATCHES: dict[str, Any] = {"two_batch_overlap": True}
 
 
 def plugin_is_missing() -> bool:
@@ -33,6 +35,7 @@ pytestmark = [
     pytest.mark.nightly,
     pytest.mark.skipif(ON_GPUS, reason="test_ops_in_loops.py and test_mosaic_matmul.py read it there"),
     pytest.mark.skipif(plugin_is_missing(), reason="needs jax-cuda13-plugin and jax-cuda13-pjrt"),
+    pytest.mark.skipif(bool(native_module.unsupported_reason("cuda")), reason="needs the module _cuda"),
 ]
 
 
@@ -43,19 +46,17 @@ pytestmark = [
         pytest.param(LOOP | SHARED | {"remat": True}, id="loop, recomputed"),
         pytest.param(LOOP | {"mode": "low_latency", "num_tokens": 64}, id="loop, low latency"),
         pytest.param({"num_chunks": 4}, id="chunks"),
-        pytest.param(
-            TWO_BATCHES | {"num_chunks": 2, "shared_intermediate_size": 256}, id="two batches, chunks"
-        ),
+        pytest.param(TWO_BATCHES | SHARED | {"num_chunks": 2}, id="two batches, chunks"),
         pytest.param(LOOP | TWO_BATCHES | {"capacity_factor": 1.25}, id="two batches, loop, drops"),
     ],
 )
 @pytest.mark.parametrize("grouped_matmul", ["mosaic", "ragged_dot"])
 def test_every_op_and_kernel_once(options: dict[str, Any], grouped_matmul: str, tmp_path: Path) -> None:
     """XLA would add fusions of these and slices that a loop reads or saves."""
-    options |= {"grouped_matmul": grouped_matmul}
+    words = json.dumps(options | {"grouped_matmul": grouped_matmul})
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
-        [sys.executable, TESTS / "compile_for_gpus.py", tmp_path, json.dumps(options)],
+        [sys.executable, TESTS / "compile_for_gpus.py", tmp_path, words],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
