@@ -72,12 +72,11 @@ def router_primitive(
     batching.primitive_batchers[primitive] = batch
 
     def call(*operands: jax.Array, **integers: int) -> jax.Array:
+        # Behind barriers, as ops are: see `ops.custom_call`. Operands only where the result has their memory.
         constants = list(map(lax.stop_gradient, operands))
         if in_place:
-            # Of a call and slices, or updates of slices, XLA for GPUs makes a fusion, which gives the result
-            # other memory.
             constants = list(map(lax.optimization_barrier, constants))
-        out: jax.Array = primitive.bind(*constants, **integers)
-        return lax.optimization_barrier(out) if in_place else out
+        out: jax.Array = lax.optimization_barrier(primitive.bind(*constants, **integers))
+        return out
 
     return call

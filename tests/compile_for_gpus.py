@@ -4,13 +4,14 @@
 
 writes what XLA has before and after its optimisations to a folder. OPTIONS are JSON: `mode` of the
 communicator, `num_tokens` of a device, `num_layers` of a loop (0: one layer, no loop), `remat` to
-recompute it, and options of `build_config`. It needs jax-cuda12-plugin or -cuda13-plugin, the wheel of PJRT
-with it, and our module `_cuda`; not CUDA's libraries.
+recompute it, and options of `build_config`; or `router` for the choice of experts alone, in a loop. It needs
+jax-cuda12-plugin or -cuda13-plugin, the wheel of PJRT with it, and our module `_cuda`; not CUDA's libraries.
 """
 
 import json
 import os
 import sys
+from typing import Any
 
 if __name__ == "__main__":
     folder, options = sys.argv[1], json.loads(sys.argv[2])
@@ -29,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
-from jax_deepep.communicator import backend, communicator
+from jax_deepep.communicator import backend, communicator, native_module
 from jax_deepep.moe import build_config, moe
 
 # What XLA needs to know of an H200.
@@ -70,28 +71,38 @@ device_description_str: "NVIDIA H200"
 HIDDEN, INTERMEDIATE, EXPERTS, TOPK = 256, 256, 8, 2
 
 
+def pretend_to_have_gpus() -> None:
+    """No process has such devices, and no kernel of ours runs: communicators without their native halves."""
+    communicator.agree = lambda *_, **__: backend.Agreement("", None)
+    communicator.choose = lambda *_, **__: backend.Backend("native", "compiled for GPUs that are not here")
+    jax_compat.platform_of = lambda device: "cuda"
+
+
 def mesh_of_two() -> Mesh:
     jax.devices()  # finds the plugins
     described = topologies.get_topology_desc("cuda", "cuda", target_config=H200, topology="1x1x2")
     return Mesh(np.array(described.devices), ("expert",), axis_types=(AxisType.Auto,))
 
 
+def compile_program(program: Any, *operands: Any) -> None:
+    """Compile a function of that name, on which its files' names depend."""
+    assert program.__name__ == "program"
+    try:
+        jax.jit(program).lower(*operands).compile()
+    except jax.errors.JaxRuntimeError as error:
+        # Of the communicator, which is looked for after XLA's passes.
+        if "which does not exist" not in str(error):
+            raise
+
+
 def compile_layers(
-    *, mode: str = "auto", num_layers: int = 0, remat: bool = False, num_tokens: int = 1024, **layer
+    *, mode: str = "auto", num_layers: int = 0, remat: bool = False, num_tokens: int = 1024, **layer: Any
 ) -> None:
-    # No process has such devices, and no kernel of ours runs: a communicator without its native half.
-    communicator.agree = lambda *_, **__: backend.Agreement("", None)
-    communicator.choose = lambda *_, **__: backend.Backend("native", "compiled for GPUs that are not here")
-    jax_compat.platform_of = lambda device: "cuda"
     mesh = mesh_of_two()
     comm = ep.Communicator(
-        mesh,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOPK,
-        max_tokens=num_tokens,
-        hidden_size=HIDDEN,
+        mesh, num_experts=EXPERTS, num_experts_per_tok=TOPK, max_tokens=num_tokens, hidden_size=HIDDEN,
         mode=mode,
-    )
+    )  # fmt: skip
     config = build_config(EXPERTS, TOPK, HIDDEN, INTERMEDIATE, comm=comm, **layer)
 
     def shape_of(shape, spec):
@@ -104,24 +115,39 @@ def compile_layers(
     x = jax.ShapeDtypeStruct((mesh.size, num_tokens, HIDDEN), jnp.bfloat16, sharding=sharding)
 
     def block(x, parameters):
-        return x + moe(config, parameters, x)[0]
+        return x + moe(config, parameters, x)[0], None
 
     def loss(parameters, x):
         step = jax.checkpoint(block) if remat else block
-        out = (
-            lax.scan(lambda x, p: (step(x, p), None), x, parameters)[0] if num_layers else step(x, parameters)
-        )
+        out, _ = lax.scan(step, x, parameters) if num_layers else step(x, parameters)
         return jnp.square(out.astype(jnp.float32)).mean()
 
-    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(parameters, x)
-    try:
-        lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "which does not exist" not in str(
-            error
-        ):  # the communicator, which is asked for after XLA's passes
-            raise
+    def program(parameters, x):
+        return jax.value_and_grad(loss, argnums=(0, 1))(parameters, x)
+
+    compile_program(program, parameters, x)
+
+
+def compile_router(*, num_layers: int, num_tokens: int = 1024) -> None:
+    """A loop that uses the chosen experts and saves them."""
+    native_module.load("cuda")  # which layers do
+    mesh, spec = mesh_of_two(), P(None, "expert")
+
+    def step(total, logits):
+        topk_idx, topk_weights = ep.group_limited_topk(logits, num_experts_per_tok=TOPK)
+        return total + (topk_idx * topk_weights).sum(), topk_idx
+
+    def routed(logits):
+        return lax.scan(step, jnp.zeros(1), logits)
+
+    def program(logits):
+        out_specs = (P("expert"), spec)
+        return jax.shard_map(routed, mesh=mesh, in_specs=spec, out_specs=out_specs, check_vma=False)(logits)
+
+    shape = (num_layers, mesh.size * num_tokens, EXPERTS)
+    compile_program(program, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec)))
 
 
 if __name__ == "__main__":
-    compile_layers(**options)
+    pretend_to_have_gpus()
+    (compile_router if options.pop("router", False) else compile_layers)(**options)

@@ -81,7 +81,9 @@ def unsupported_reason(topology: Topology, process: int) -> str:
 def _loaded_library() -> str | None:
     """Return the one that this process has: JAX loads the wheel's, and ours takes that, by its name."""
     with open("/proc/self/maps") as file:
-        return next((path for line in file if (path := line.split()[-1]).endswith(f"/{_HOST_LIBRARY}")), None)
+        paths = [line.rstrip("\n").split(maxsplit=5)[-1] for line in file]
+    # Of a name with the whole version, where the loaded one is a link to it.
+    return next((path for path in paths if pathlib.PurePath(path).name.startswith(_HOST_LIBRARY)), None)
 
 
 def _host_library() -> str | None:

@@ -16,7 +16,7 @@
 #     hosts-N    the same on two pretended hosts, by NVSHMEM
 #     ucx-N      the same between hosts of one rank each, over TCP: xla_ffi/nvshmem/README.md says what UCX needs
 #     ucx-faults, ucx-steps, ucx-example   over TCP: a late and a killed rank; 2,000 steps of four ranks
-#                that share the GPU, under MPS; the training example with two
+#                that share the GPU, under MPS (PART_LIMIT_S=600); the training example with two
 #     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
 #     layers-N   tests/flax, N ranks with a GPU each
@@ -47,20 +47,19 @@ spread() {
 begin_mps() {
   mkdir -p "$out/mps"
   export CUDA_MPS_PIPE_DIRECTORY=$(realpath "$out/mps") CUDA_MPS_LOG_DIRECTORY=$(realpath "$out/mps")
-  nvidia-cuda-mps-control -d
+  nvidia-cuda-mps-control -d || return
+  trap 'echo quit | nvidia-cuda-mps-control' EXIT
 }
 
 two_each() {
-  local ranks=$1 status=0
+  local ranks=$1
   shift
   begin_mps || return
   XLA_PYTHON_CLIENT_MEM_FRACTION=0.3 spread "$ranks" bash -c \
-    "CUDA_VISIBLE_DEVICES=\$((JAX_LOCAL_DEVICE_IDS / 2)) JAX_LOCAL_DEVICE_IDS=0 $*" || status=$?
-  echo quit | nvidia-cuda-mps-control
-  return $status
+    "CUDA_VISIBLE_DEVICES=\$((JAX_LOCAL_DEVICE_IDS / 2)) JAX_LOCAL_DEVICE_IDS=0 $*"
 }
 
-# Two ranks, a GPU and a host each, whose puts NVSHMEM makes by UCX.
+# Run a command in which NVSHMEM puts by UCX, over TCP.
 over_tcp() {
   NVSHMEM_REMOTE_TRANSPORT=ucx NVSHMEM_DISABLE_P2P=1 NVSHMEM_UCX_TLS=tcp,cuda_copy,self NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=lo \
     UCX_NET_DEVICES=lo UCX_TCP_PUT_ENABLE=n UCX_MEMTYPE_CACHE=n UCX_ERROR_SIGNALS= \
@@ -74,7 +73,7 @@ build() {
 }
 
 part() {
-  local ranks=${1##*-} status=0
+  local ranks=${1##*-}
   case $1 in
     harness) JAX_PLATFORMS=cuda python3 -m pytest -q tests/gpu ;;
     op-chain-*) build op_chain && for mode in throughput low_latency; do "$out/op_chain" $mode "$ranks" 1 8 32 128 256; done ;;
@@ -88,11 +87,9 @@ part() {
     ucx-faults) QUEUES=8 JAX_PLATFORMS=cuda over_tcp python3 -m pytest -q tests/multiprocess/test_faults.py \
       -k "between and hosts and (stalls_before or dies)" ;;
     ucx-steps)
-      begin_mps
+      begin_mps || return
       QUEUES=8 JAX_PLATFORMS=cuda CUDA_VISIBLE_DEVICES=0 XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DEEPEP_STRESS_STEPS=2000 over_tcp \
-        python3 -m pytest -q tests/multiprocess/test_stress.py -k "cuda and hosts" || status=$?
-      echo quit | nvidia-cuda-mps-control
-      return $status ;;
+        python3 -m pytest -q tests/multiprocess/test_stress.py -k "cuda and hosts" ;;
     ucx-example) over_tcp spread 2 bash -c \
       'JAX_DEEPEP_HOST_ID=$JAX_DEEPEP_LAUNCH_RANK exec python3 examples/train_moe.py --compare --steps 20' ;;
     ucx-*) JAX_DEEPEP_HOSTS=$ranks JAX_DEEPEP_NODES=$ranks over_tcp spread "$ranks" bash -c "$suite" ;;

@@ -39,6 +39,30 @@ pytestmark = [
 ]
 
 
+def calls_of(folder: Path, **options: Any) -> Counter[str]:
+    """Return how many calls of each op and kernel XLA has, in the end as at first."""
+    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, TESTS / "compile_for_gpus.py", folder, json.dumps(options)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+    before, after = (
+        next(folder.glob(f"*jit_program*{name}.txt")).read_text()
+        for name in ("before_optimizations", "gpu_after_optimizations")
+    )
+    calls = Counter(re.findall(CALL, before))
+    assert Counter(re.findall(CALL, after)) == calls
+    # Fusions of slices that an op reads are useful, unless results are to have the memory of operands.
+    for fusion in re.findall(r"^%dynamic-slice-fusion.*?^}", after, re.MULTILINE | re.DOTALL):
+        assert "output_to_operand_aliasing" not in fusion
+        assert "custom_call_has_side_effect" not in fusion
+    return calls
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -51,26 +75,13 @@ pytestmark = [
     ],
 )
 @pytest.mark.parametrize("grouped_matmul", ["mosaic", "ragged_dot"])
-def test_every_op_and_kernel_once(options: dict[str, Any], grouped_matmul: str, tmp_path: Path) -> None:
+def test_every_op_and_kernel_of_layers_once(
+    options: dict[str, Any], grouped_matmul: str, tmp_path: Path
+) -> None:
     """XLA would add fusions of these and slices that a loop reads or saves."""
-    words = json.dumps(options | {"grouped_matmul": grouped_matmul})
-    path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(
-        [sys.executable, TESTS / "compile_for_gpus.py", tmp_path, words],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    before, after = (
-        next(tmp_path.glob(f"*jit_loss*{name}.txt")).read_text()
-        for name in ("before_optimizations", "gpu_after_optimizations")
-    )
-    calls = Counter(re.findall(CALL, before))
+    calls = calls_of(tmp_path, **options, grouped_matmul=grouped_matmul)
     assert calls["jax_deepep_dispatch"] + calls["jax_deepep_dispatch_uncaptured"] > 0
-    assert Counter(re.findall(CALL, after)) == calls
-    # Fusions of slices that an op reads are useful, unless results are to have the memory of operands.
-    for fusion in re.findall(r"^%dynamic-slice-fusion.*?^}", after, re.MULTILINE | re.DOTALL):
-        assert "output_to_operand_aliasing" not in fusion
-        assert "custom_call_has_side_effect" not in fusion
+
+
+def test_every_choice_of_experts_once(tmp_path: Path) -> None:
+    assert calls_of(tmp_path, router=True, num_layers=2) == {"jax_deepep_expert_choice": 1}

@@ -1,6 +1,9 @@
 """GPU groups that span hosts: who puts rows there, and why not; processes and their devices are mocks."""
 
+import _ctypes
+import ctypes
 import pathlib
+import shutil
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -132,15 +135,19 @@ def test_the_library_that_this_process_has_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
     """As JAX does with the wheel's: another one would be loaded beside it, and not be used."""
-    monkeypatch.setenv("NVSHMEM_HOME", str(tmp_path))
-    (tmp_path / "lib").mkdir()
-    for name in ("libc.so.6", "libnvshmem_of_nobody.so.3"):
-        (tmp_path / "lib" / name).touch()
-        monkeypatch.setattr(nvshmem, "_HOST_LIBRARY", name)
-        found = nvshmem._host_library()
-        assert found is not None
-        assert pathlib.Path(found).name == name
-        assert (pathlib.Path(found).parents[1] == tmp_path) == (name != "libc.so.6")
+    named = tmp_path / "named" / "lib"
+    named.mkdir(parents=True)
+    (named / "libtaken.so.3").touch()
+    monkeypatch.setenv("NVSHMEM_HOME", str(named.parent))
+    monkeypatch.setattr(nvshmem, "_HOST_LIBRARY", "libtaken.so.3")
+    assert nvshmem._host_library() == str(named / "libtaken.so.3")
+    loaded = tmp_path / "a folder" / "libtaken.so.3.4"
+    loaded.parent.mkdir()
+    shutil.copy(_ctypes.__file__, loaded)  # any library
+    link = loaded.with_suffix("")
+    link.symlink_to(loaded)
+    ctypes.CDLL(str(link))
+    assert nvshmem._host_library() == str(loaded)
 
 
 def test_a_library_that_ends_the_process_is_tried_in_another_one(
