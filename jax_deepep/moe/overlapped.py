@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.steps import Batch, Saved, Steps, Weights
@@ -68,10 +67,8 @@ def joined(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def parted(array: jax.Array, number: int) -> list[jax.Array]:
-    """Return the part of each batch. XLA for GPUs does not fuse an op with it: see `ops.custom_call`."""
-    if number == 1:
-        return [array]
-    return [lax.optimization_barrier(part) for part in jnp.split(array, number)]
+    """Return the part of each batch."""
+    return [array] if number == 1 else jnp.split(array, number)
 
 
 def apply_experts(

@@ -1,4 +1,4 @@
-"""What XLA for GPUs makes of layers, read on a machine without one."""
+"""What XLA for GPUs makes of layers, for GPUs that need not be there."""
 
 import importlib.util
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from implementations import ON_GPUS
 from own_processes import starts_its_own_processes
 
 from jax_deepep.communicator import native_module
@@ -24,16 +23,14 @@ TWO_BATCHES: dict[str, Any] = {"two_batch_overlap": True}
 
 
 def plugin_is_missing() -> bool:
-    return not any(
-        importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.xla_cuda{major}")
-        for major in (12, 13)
-    )
+    if importlib.util.find_spec("jax_plugins") is None:
+        return True
+    return not any(importlib.util.find_spec(f"jax_plugins.xla_cuda{major}") for major in (12, 13))
 
 
 pytestmark = [
     starts_its_own_processes,
     pytest.mark.nightly,
-    pytest.mark.skipif(ON_GPUS, reason="test_ops_in_loops.py and test_mosaic_matmul.py read it there"),
     pytest.mark.skipif(plugin_is_missing(), reason="needs jax-cuda13-plugin and jax-cuda13-pjrt"),
     pytest.mark.skipif(bool(native_module.unsupported_reason("cuda")), reason="needs the module _cuda"),
 ]
@@ -71,6 +68,7 @@ def calls_of(folder: Path, **options: Any) -> Counter[str]:
         pytest.param(LOOP | {"mode": "low_latency", "num_tokens": 64}, id="loop, low latency"),
         pytest.param({"num_chunks": 4}, id="chunks"),
         pytest.param(TWO_BATCHES | SHARED | {"num_chunks": 2}, id="two batches, chunks"),
+        pytest.param(LOOP | TWO_BATCHES, id="two batches, loop"),
         pytest.param(LOOP | TWO_BATCHES | {"capacity_factor": 1.25}, id="two batches, loop, drops"),
     ],
 )
