@@ -160,6 +160,27 @@ def decode_step(
     return {FORWARD: (step, (parameters, tokens_of(problem, mesh)))}
 
 
+def loop_programs(
+    problem: Problem, mesh: Mesh, comm: Communicator, depth: int, matmul: Any
+) -> dict[str, Program]:
+    """Return `depth` layers in a loop, which saves what gradients need: forward, and with all gradients."""
+    config = config_of(problem, comm, grouped_matmul=matmul)
+    keys = jax.random.split(jax.random.key(0), depth)
+    of_layers = [init_parameters(config, key, jnp.dtype(problem.dtype)) for key in keys]
+    stacked = {
+        name: jax.jit(
+            lambda *of_layers: jnp.stack(of_layers),
+            out_shardings=NamedSharding(mesh, P(None, *config.spec(name))),
+        )(*(parameters[name] for parameters in of_layers))
+        for name in of_layers[0]
+    }
+
+    def forward(parameters, x):
+        return lax.scan(lambda x, of_layer: (x + moe(config, of_layer, x)[0], None), x, parameters)[0]
+
+    return _with_gradients(forward, stacked, tokens_of(problem, mesh))
+
+
 def layer_programs(
     problem: Problem,
     mesh: Mesh,
@@ -180,6 +201,12 @@ def layer_programs(
     def forward(parameters, x):
         return moe(config, parameters, x)[0] if comm else dense_moe(problem, parameters, x, mesh)
 
+    return _with_gradients(forward, parameters, x)
+
+
+def _with_gradients(
+    forward: Callable[..., jax.Array], parameters: dict[str, jax.Array], x: jax.Array
+) -> dict[str, Program]:
     def loss(parameters, x):
         return jnp.mean(forward(parameters, x).astype(jnp.float32) ** 2)
 

@@ -10,7 +10,14 @@ from jax.sharding import Mesh
 
 from jax_deepep.bench.command_line import add_layer, add_trials, positive_int, start_layer
 from jax_deepep.bench.kernel_trace import CPU_REASON, kernel_shares
-from jax_deepep.bench.layers import GATHERED, Program, decode_step, experts_programs, layer_programs
+from jax_deepep.bench.layers import (
+    GATHERED,
+    Program,
+    decode_step,
+    experts_programs,
+    layer_programs,
+    loop_programs,
+)
 from jax_deepep.bench.problem import Problem
 from jax_deepep.bench.processes import end_jax
 from jax_deepep.bench.report import Report, Result, Spread, add_outputs
@@ -21,7 +28,7 @@ from jax_deepep.moe.grouped_matmul import NAMES
 DEFAULT = Problem(256, 256, topk=4, experts=32, dtype="float32", intermediate=512)
 DENSE = "dense"
 LAYERS = ("native", "xla", DENSE)
-EXPERTS, LAYER, DECODE = "experts of one device", "layer", "decode step"
+EXPERTS, LAYER, LOOP, DECODE = "experts of one device", "layer", "loop", "decode step"
 DECODE_CASES: dict[str, tuple[Implementation, str]] = {  # with the mode
     "native": ("native", "auto"), "native, throughput": ("native", "throughput"), "xla": ("xla", "auto"),
 }  # fmt: skip
@@ -30,6 +37,7 @@ MEANING = """\
 A jitted program from its launch until its results are ready, of the slowest rank; median (p10–p90).
 queued: per call, with several in flight, as in a training loop.
 forward + backward: with the gradients of all parameters and of x.
+loop: layers in a `lax.scan`, which saves what gradients need.
 decode step: layers one after the other, forward, as in a step of decoding T sequences per device.
 temporary MiB: memory that XLA allocates on a device for forward + backward besides operands and results.
 """
@@ -56,6 +64,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--chunks", nargs="+", type=positive_int, default=[1], help="num_chunks of native (1)"
     )
+    parser.add_argument(
+        "--loop-layers", type=positive_int, metavar="N",
+        help="also N layers in a loop, by native and by xla, where --layers has them",
+    )  # fmt: skip
     parser.add_argument(
         "--decode-layers", type=positive_int, metavar="N",
         help="also a decode step of N layers, by native in both modes and by xla, where --layers has them",
@@ -108,6 +120,10 @@ def results_of(options: argparse.Namespace, problem: Problem, mesh: Mesh) -> Ite
             with problem.communicator(mesh, name, max_tokens=-(-problem.tokens // chunks)) as comm:
                 programs = layer_programs(problem, mesh, comm, chunks, options.layer_matmul)
                 yield timed(LAYER, name if chunks == 1 else f"{name}, {chunks} chunks", programs)
+        if options.loop_layers:
+            with problem.communicator(mesh, name) as comm:
+                programs = loop_programs(problem, mesh, comm, options.loop_layers, options.layer_matmul)
+                yield timed(f"{LOOP}, {options.loop_layers} layers", name, programs)
     for case, (implementation, mode) in DECODE_CASES.items() if options.decode_layers else ():
         if implementation not in options.layers:
             continue

@@ -5,7 +5,8 @@ op takes that of the previous one on its channel. Without this dependence XLA co
 different orders on different ranks, or at once, as branches of a CUDA graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -51,13 +52,9 @@ class Call:
     into: jax.Array | None = None
 
     def bind(self, site: Site, *operands: jax.Array) -> list[jax.Array]:
-        """Bind the primitive; `operands` are all but the rank.
-
-        Results that are not written, such as rows after the last group, may be NaN by chance: where JAX runs
-        op by op, `jax_debug_nans` would blame the op, instead of what it looks for.
-        """
+        """Bind the primitive; `operands` are all but the rank."""
         rank = self.shape.rank()
-        with jax.debug_nans(False), jax.debug_infs(False):
+        with _without_debugging_nans():
             results: list[jax.Array] = self.primitive.bind(
                 rank, *operands, shape=self.shape, site=site, **dict(self.flags)
             )
@@ -106,7 +103,18 @@ def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     flight. Nor does such a fusion return the memory of operands.
     """
     # One barrier each: the arrays may vary over different axes.
-    return [lax.optimization_barrier(array) for array in arrays]
+    with _without_debugging_nans():
+        return [lax.optimization_barrier(array) for array in arrays]
+
+
+@contextmanager
+def _without_debugging_nans() -> Iterator[None]:
+    """Results that are not written, such as rows after the last group, may be NaN by chance.
+
+    Where JAX runs op by op, `jax_debug_nans` would blame the op for them, instead of what it looks for.
+    """
+    with jax.debug_nans(False), jax.debug_infs(False):
+        yield
 
 
 def define_primitive(

@@ -62,16 +62,17 @@ def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "moe.json"
     shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}
     sizes = [text for name, size in shape.items() for text in (f"--{name}", str(size))]
-    cases = "--matmuls blocks triton --layers native --chunks 2 --decode-layers 2 --trials 2 --queued 2"
+    cases = "--matmuls blocks triton --layers native --chunks 2 --loop-layers 2 --decode-layers 2 --trials 2 --queued 2"
     assert main(["moe", *sizes, *cases.split(), "--json", str(path)]) == 0
 
-    _, [blocks, triton, layer, *steps] = report.read_json(path)
+    _, [blocks, triton, layer, loop, *steps] = report.read_json(path)
     passes = ("forward", "forward, queued", "forward + backward", "forward + backward, queued")
     assert tuple(blocks.seconds) == passes
     assert {spread.trials for spread in blocks.seconds.values()} == {2}
     assert "hidden_size: expected a multiple of 16 with grouped_matmul=" in triton.failure
     assert layer.case == "native, 2 chunks"
     assert layer.values["temporary MiB"] > 0
+    assert (loop.part, loop.case, *loop.seconds) == ("loop, 2 layers", "native", *passes)
     assert [step.case for step in steps] == ["native", "native, throughput"]
     assert {(step.part, *step.seconds) for step in steps} == {("decode step, 2 layers", *passes[:2])}
     output = capsys.readouterr().out
