@@ -41,18 +41,14 @@ def half_of(part: str, halves: Halves) -> Callable[..., Any]:
 
     def first(rows: Any, matrices: Any, others: Any, sizes: Any) -> Any:
         products, hidden = halves.first(rows, (matrices, others), sizes)
-        if hidden is None:  # what `second` computes first
-            hidden = (halves.activation(products[0]) * products[1]).astype(rows.dtype)
         return *products, hidden
 
     def of_products(of_y: Any, wo: Any, gate: Any, up: Any, sizes: Any) -> Any:
-        hidden = jnp.zeros_like(gate) if isinstance(halves, FusedHalves) else None
-        second = jax.vjp(lambda products: halves.second(products, hidden, wo, sizes), (gate, up))
-        return second[1](of_y)[0]
+        return halves.gradients_of_products((gate, up), wo, sizes, of_y)[0]
 
     def of_rows(gate: Any, up: Any, matrices: Any, others: Any, sizes: Any) -> Any:
         rows = jnp.zeros((len(gate), matrices.shape[1]), gate.dtype)
-        return jax.vjp(lambda rows: halves.first(rows, (matrices, others), sizes)[0], rows)[1]((gate, up))[0]
+        return halves.gradient_of_rows(rows, (matrices, others), sizes, (gate, up))
 
     parts: tuple[Callable[..., Any], ...] = (first, of_products, of_rows)
     return dict(zip(HALVES, parts, strict=True))[part]

@@ -74,20 +74,16 @@ def apply_to_chunk(
         # summed along it, and not those of all received rows.
         return jax_compat.as_varying(value, frozenset(config.mesh.axis_names))
 
-    def cast(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: value.astype(call.dtype) for name, value in weights.items()}
-
     def to_experts(topk_idx: jax.Array, topk_weights: jax.Array) -> Batch:
         topk_idx = omit_excess(config, topk_idx, topk_weights, capacity, alignment)
-        # Cast for each batch (XLA does it once), so that their gradients are added in the parameters' dtype.
-        return Batch(cast(routed), topk_idx, varying(topk_weights))
+        return Batch(topk_idx, varying(topk_weights))
 
     shared = {name: value for name, value in parameters.items() if name.startswith("shared")}
     routed = {name: value for name, value in parameters.items() if name not in ROUTER and name not in shared}
     entries = (parted(value, num_batches) for value in (topk_idx, routing.topk_weights))
     batches = [to_experts(*of_batch) for of_batch in zip(*entries, strict=True)]
     x = varying(tokens.x).astype(call.dtype)
-    out, destination, num_received = apply_experts(config, choice, x, batches, cast(shared), options)
+    out, destination, num_received = apply_experts(config, choice, x, batches, routed, shared, options)
     if mask is not None:  # a shared expert may not be 0 for x = 0
         out = jnp.where(mask[:, None], out, jnp.zeros((), out.dtype))
     drops = None

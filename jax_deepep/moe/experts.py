@@ -1,7 +1,7 @@
 """The experts' networks, on expert-major rows and on all tokens."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep.moe.blocks import apply_to_blocks
 from jax_deepep.moe.grouped_matmul import GroupedMatmul, fused, grouped_matmul
-from jax_deepep.moe.grouped_matmul.mosaic import BESIDE_OPS, TIMES, Tiles
+from jax_deepep.moe.grouped_matmul.mosaic import check_operands
+from jax_deepep.moe.grouped_matmul.mosaic_kernel import Tiles
+from jax_deepep.moe.grouped_matmul.mosaic_products import BESIDE_OPS, TIMES, Term, outer, times
+from jax_deepep.ops.checks import vary_together
 
 Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
@@ -78,7 +81,9 @@ def input_matrices(weights: Weights) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Halves:
-    """The experts' networks in two halves, without blocks. Group sizes are int32 [L].
+    """The experts' networks in two halves, without blocks, and their gradients one by one.
+
+    Group sizes are int32 [L].
 
     Attributes:
         multiply: the grouped matmul.
@@ -90,30 +95,72 @@ class Halves:
 
     def first(
         self, rows: jax.Array, matrices: Products, group_sizes: jax.Array
-    ) -> tuple[Products, jax.Array | None]:
-        """Return rows · each of the matrices, [C, F] each, and what else `second` may need."""
+    ) -> tuple[Products, jax.Array]:
+        """Return rows · each of the matrices, and the operand of wo computed from them, [C, F] each."""
         products = (self.multiply(rows, matrix, group_sizes) for matrix in matrices)
-        return tuple(checkpoint_name(product, HIDDEN) for product in products), None
+        named = tuple(checkpoint_name(product, HIDDEN) for product in products)
+        return named, self._hidden(named)
 
-    def second(
-        self, products: Products, hidden: jax.Array | None, wo: jax.Array, group_sizes: jax.Array
-    ) -> jax.Array:
-        """Return the rest of the network of `products` [C, H]. Differentiable but for `hidden`."""
-        del hidden
-        value = self.activation(products[0])
+    def _hidden(self, products: Products) -> jax.Array:
+        hidden = self.activation(products[0])
         for product in products[1:]:
-            value *= product
-        value = value.astype(products[0].dtype)
-        return checkpoint_name(self.multiply(value, wo, group_sizes), EXPERT_OUT)
+            hidden *= product
+        return hidden.astype(products[0].dtype)
+
+    def second(self, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """Return hidden · wo [C, H]."""
+        return checkpoint_name(self.multiply(hidden, wo, group_sizes), EXPERT_OUT)
 
     def whole(self, rows: jax.Array, matrices: Products, wo: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """Return the result of both halves."""
-        return self.second(*self.first(rows, matrices, group_sizes), wo, group_sizes)
+        """Return the result of both halves, which is differentiable."""
+        _, hidden = self.first(rows, matrices, group_sizes)
+        return self.second(hidden, wo, group_sizes)
+
+    def gradients_of_products(
+        self, products: Products, wo: jax.Array, group_sizes: jax.Array, of_y: jax.Array
+    ) -> tuple[Products, jax.Array]:
+        """Return (the gradients of the products, the operand of wo again), given that of the result."""
+        hidden, pull_back = jax.vjp(self._hidden, products)
+        of_hidden = _gradient(lambda hidden: self.multiply(hidden, wo, group_sizes), hidden, of_y)
+        return pull_back(of_hidden)[0], hidden
+
+    def gradient_of_rows(
+        self, rows: jax.Array, matrices: Products, group_sizes: jax.Array, of_products: Products
+    ) -> jax.Array:
+        """Return the gradient of the rows [C, H], the sum over the matrices."""
+        return _gradient(
+            lambda rows: tuple(self.multiply(rows, matrix, group_sizes) for matrix in matrices),
+            rows,
+            of_products,
+        )
+
+    def gradient_of_matrices(self, matrices: jax.Array, terms: Sequence[Term]) -> jax.Array:
+        """Return the gradient of `matrices`, [L, H, F] or [L, F, H], the sum of the terms."""
+
+        def gradient(term: Term) -> jax.Array:
+            return _gradient(
+                lambda matrices: self.multiply(term.rows, matrices, term.group_sizes), matrices, term.gradient
+            )
+
+        return added([gradient(term) for term in terms])
+
+
+def _gradient(function: Callable[[jax.Array], Any], operand: jax.Array, cotangent: Any) -> Any:
+    _, transposed = jax.vjp(function, operand)
+    return transposed(cotangent)[0]
+
+
+def added(gradients: Sequence[jax.Array]) -> jax.Array:
+    """Return the sum, rounded once to their dtype."""
+    if len(gradients) == 1:
+        return gradients[0]
+    wide = [gradient.astype(jnp.float32) for gradient in gradients]
+    return sum(wide[1:], wide[0]).astype(gradients[0].dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class FusedHalves(Halves):
-    """The same in the kernels of `grouped_matmul.fused`."""
+    """The same in the kernels of `grouped_matmul.fused`, of which only `whole` is differentiable."""
 
     alignment: int
     tiles: Tiles = TIMES
@@ -124,15 +171,58 @@ class FusedHalves(Halves):
 
     def first(self, rows, matrices, group_sizes):
         """Return the products and the operand of wo."""
-        return checkpoint_name(fused.first(self._network, rows, matrices, group_sizes), HIDDEN)
+        check_operands(rows, matrices, self.alignment)
+        return checkpoint_name(fused.products_and_hidden(self._network, rows, matrices, group_sizes), HIDDEN)
 
-    def second(self, products, hidden, wo, group_sizes):
+    def second(self, hidden, wo, group_sizes):
         """Return the product with wo."""
-        return checkpoint_name(fused.second(self._network, products, hidden, wo, group_sizes), EXPERT_OUT)
+        y = times(self.alignment, [(hidden, wo)], group_sizes, transposed=False, tiles=self.tiles)
+        return checkpoint_name(y, EXPERT_OUT)
 
     def whole(self, rows, matrices, wo, group_sizes):
         """Return the result; without a gradient, the products are not written."""
-        return fused.whole(self._network, super().whole, rows, matrices, wo, group_sizes)
+        check_operands(rows, matrices, self.alignment)
+        return _whole(self, *vary_together(frozenset(), rows, matrices, wo, group_sizes))
+
+    def hidden_alone(self, rows: jax.Array, matrices: Products, group_sizes: jax.Array) -> jax.Array:
+        """Return the operand of wo."""
+        return fused.products_and_hidden(self._network, rows, matrices, group_sizes, keeps=False)[1]
+
+    def gradients_of_products(self, products, wo, group_sizes, of_y):
+        """Return the gradients of the products, and the operand of wo again."""
+        return fused.gradients_of_products(self._network, of_y, wo, products, group_sizes)
+
+    def gradient_of_rows(self, rows, matrices, group_sizes, of_products):
+        """Return the gradient of the rows."""
+        pairs = list(zip(of_products, matrices, strict=True))
+        return times(self.alignment, pairs, group_sizes, transposed=True, tiles=self.tiles)
+
+    def gradient_of_matrices(self, matrices, terms):
+        """Return the sum of the terms, of which a tile is in registers until it has all of them."""
+        return outer(terms)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _whole(
+    halves: FusedHalves, rows: jax.Array, matrices: Products, wo: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    return halves.second(halves.hidden_alone(rows, matrices, group_sizes), wo, group_sizes)
+
+
+def _whole_forward(halves, rows, matrices, wo, group_sizes):
+    products, hidden = halves.first(rows, matrices, group_sizes)
+    return halves.second(hidden, wo, group_sizes), (rows, matrices, wo, group_sizes, products)
+
+
+def _whole_backward(halves, residuals, of_y):
+    rows, matrices, wo, group_sizes, products = residuals
+    of_products, hidden = halves.gradients_of_products(products, wo, group_sizes, of_y)
+    of_rows = halves.gradient_of_rows(rows, matrices, group_sizes, of_products)
+    of_matrices = tuple(outer([Term(rows, of, group_sizes)]) for of in of_products)
+    return of_rows, of_matrices, outer([Term(hidden, of_y, group_sizes)]), None
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def halves_of(

@@ -12,15 +12,16 @@ With two batches, A and B, one communicates while the other computes:
                 combine of A       beside the experts of B
                 combine of B
     backward    combine of B       beside the shared experts of A and B
-                combine of A       beside the experts of B, without the gradients of wi_0 and wi_1
-                dispatch of B      beside these, and the experts of A, without those of wi_0 and wi_1
-                dispatch of A      beside these
+                combine of A       beside the experts of B, without the gradients of weights
+                dispatch of B      beside the experts of A, and the gradient of wo, of A and B
+                dispatch of A      beside the gradients of wi_0 and wi_1, of A and B
 
 dispatch and combine of the backward pass are the gradients of these ops. An op with nothing beside it is a
 whole op. One op is in flight at a time: two would share the link, so that the first one, which is waited for,
-would end later. grouped_matmul="blocks" has no separate gradients of wi_0 and wi_1.
+would end later. With grouped_matmul="blocks", experts have the gradients of weights too.
 
-x, the output and their gradients are arrays of both batches, of which an op reads or writes its own rows.
+Gradients of weights are sums over the rows of both batches, written once. x, the output and their gradients
+are arrays of both batches, of which an op reads or writes its own rows.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.steps import Batch, Saved, Steps, Weights
+from jax_deepep.moe.experts import added
+from jax_deepep.moe.steps import Batch, ExpertGradients, Saved, Steps, Weights
 from jax_deepep.ops import autodiff, native
 from jax_deepep.ops.dispatch import checked_request
 from jax_deepep.ops.handle import Handle
@@ -76,6 +78,7 @@ def apply_experts(
     choice: Any,
     x: jax.Array,
     batches: Sequence[Batch],
+    weights: Weights,
     shared: Weights,
     options: dict[str, Any],
 ) -> Applied:
@@ -85,62 +88,70 @@ def apply_experts(
         config: static.
         choice: the result of `grouped_matmul.chosen`.
         x: [T, H], the tokens of the batches, one after the other.
-        batches: of the same shapes.
-        shared: the weights of the shared experts; empty without any.
+        batches: where these go; of the same shapes.
+        weights, shared: of the routed and of the shared experts, in any dtype; `shared` may be empty.
         options: layout="expert", capacity, expert_capacity and alignment of each dispatch.
     """
     num_tokens = len(x) // len(batches)
     requests = [
-        checked_request("dispatch", x, *batch.routing, config.comm, options, config.wire, None, num_tokens)
+        checked_request("dispatch", x, *batch, config.comm, options, config.wire, None, num_tokens)
         for batch in batches
     ]
     x = requests[0].operands[0]
-    batches = [
-        Batch(batch.weights, *request.operands[1:]) for batch, request in zip(batches, requests, strict=True)
-    ]
+    batches = [Batch(*request.operands[1:]) for request in requests]
     of_first = Steps(
         requests[0].shape, requests[0].wire, checked_wire("combine", config.combine_wire, x),
         config.activation, choice, options["alignment"], beside_ops=len(batches) > 1,
         num_tokens=len(x), first_token=0,
     )  # fmt: skip
-    steps = tuple(replace(of_first, first_token=i * num_tokens) for i in range(len(batches)))
+
+    def cast(weights: Weights) -> Weights:
+        return {name: value.astype(x.dtype) for name, value in weights.items()}
+
     if implementation_of(of_first.shape) is not native:
-        return _apply_plainly(of_first, x, batches, shared)
-    applied: Applied = autodiff.without_integer_tangents(_apply(steps, x, batches, shared))
-    return applied
+        parts = parted(x, len(batches))
+        # Cast for each batch (XLA does it once), so that their gradients are added in the weights' dtype.
+        applied = [
+            _apply_one(of_first, part, batch, cast(weights), cast(shared))
+            for part, batch in zip(parts, batches, strict=True)
+        ]
+        outs, handles = zip(*applied, strict=True)
+        return Applied.of(joined(outs), handles)
+    steps = tuple(replace(of_first, first_token=i * num_tokens) for i in range(len(batches)))
+    whole: Applied = autodiff.without_integer_tangents(_apply(steps, x, batches, cast(weights), cast(shared)))
+    return whole
 
 
-def _apply_plainly(steps: Steps, x: jax.Array, batches: list[Batch], shared: Weights) -> Applied:
-    """Apply one batch after the other, each to tokens of its own."""
-    parts = parted(x, len(batches))
-    applied = [_apply_one(steps, part, batch, shared) for part, batch in zip(parts, batches, strict=True)]
-    outs, handles = zip(*applied, strict=True)
-    return Applied.of(joined(outs), handles)
-
-
-def _apply_one(steps: Steps, x: jax.Array, batch: Batch, shared: Weights) -> tuple[jax.Array, Handle[Any]]:
-    tokens, handle = autodiff.without_integer_tangents(
-        autodiff.dispatch(steps.shape, steps.wire, x, *batch.routing)
-    )
+def _apply_one(
+    steps: Steps, x: jax.Array, batch: Batch, weights: Weights, shared: Weights
+) -> tuple[jax.Array, Handle[Any]]:
+    tokens, handle = autodiff.without_integer_tangents(autodiff.dispatch(steps.shape, steps.wire, x, *batch))
     bias = steps.shared_experts(x, shared) if shared else None
-    y = steps.experts(tokens, batch.weights, handle.group_sizes)
+    y = steps.experts(tokens, weights, handle.group_sizes)
     out = autodiff.combine(steps.shape, steps.combine_wire, y, handle.weights, bias, handle.routes)
     return out, handle
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(steps: Sequence[Steps], x: jax.Array, batches: list[Batch], shared: Weights) -> Applied:
-    return _forward(steps, x, batches, shared, saves=False)[0]
+def _apply(
+    steps: Sequence[Steps], x: jax.Array, batches: list[Batch], weights: Weights, shared: Weights
+) -> Applied:
+    return _forward(steps, x, batches, weights, shared, saves=False)[0]
 
 
 def _forward(
-    steps: Sequence[Steps], x: jax.Array, batches: list[Batch], shared: Weights, saves: bool = True
-) -> tuple[Applied, tuple[list[Saved], Any]]:
+    steps: Sequence[Steps],
+    x: jax.Array,
+    batches: list[Batch],
+    weights: Weights,
+    shared: Weights,
+    saves: bool = True,
+) -> tuple[Applied, tuple[list[Saved], Weights, Any]]:
     """Return the results, and what `_backward` needs of the batches and of the shared experts.
 
     Args:
         steps: of each batch.
-        x, batches, shared: as `apply_experts`.
+        x, batches, weights, shared: as `apply_experts`, in the dtype of x.
         saves: whether there are gradients.
     """
     (a, *others), (steps_a, *other_steps) = batches, steps
@@ -151,7 +162,7 @@ def _forward(
         )
     else:
         at_a, _ = steps_a.dispatch(x, a)
-    experts_a = partial(steps_a.experts_saved, a, at_a.handle, saves)
+    experts_a = partial(steps_a.experts_saved, weights, at_a.handle, saves)
     if not others:
         y_a, of_a = experts_a(at_a.tokens)
         out, _ = steps_a.combine(y_a, at_a.handle, bias, None)
@@ -159,40 +170,64 @@ def _forward(
     else:
         (b,), (steps_b,) = others, other_steps
         at_b, (y_a, of_a) = steps_b.dispatch(x, b, experts_a, at_a.tokens)
-        experts_b = partial(steps_b.experts_saved, b, at_b.handle, saves)
+        experts_b = partial(steps_b.experts_saved, weights, at_b.handle, saves)
         out, (y_b, of_b) = steps_a.combine(y_a, at_a.handle, bias, None, experts_b, at_b.tokens)
         out, _ = steps_b.combine(y_b, at_b.handle, bias, out)
         saved = [of_a._replace(y=y_a), of_b._replace(y=y_b)]
-    return Applied.of(out, [of.received.handle for of in saved]), (saved, pull_back)
+    return Applied.of(out, [of.received.handle for of in saved]), (saved, weights, pull_back)
 
 
 def _backward(
-    steps: Sequence[Steps], residuals: tuple[list[Saved], Any], cotangents: Applied
-) -> tuple[jax.Array, list[Batch], Weights]:
-    saved, pull_back = residuals
+    steps: Sequence[Steps], residuals: tuple[list[Saved], Weights, Any], cotangents: Applied
+) -> tuple[jax.Array, list[Batch], Weights, Weights]:
+    saved, weights, pull_back = residuals
     out = cotangents.out
     (*others, last), (*other_steps, steps_last) = saved, steps
     of_shared: Any = (None, {})
     if pull_back is None:
-        (of_y, of_weights), _ = steps_last.gradients_of_combine(last, out)
+        (of_y, of_entries), _ = steps_last.gradients_of_combine(last, out)
     else:
-        (of_y, of_weights), of_shared = steps_last.gradients_of_combine(last, out, pull_back, out)
-    experts = partial(steps_last.gradients_of_experts, last)
+        (of_y, of_entries), of_shared = steps_last.gradients_of_combine(last, out, pull_back, out)
+    experts = partial(steps_last.gradients_of_experts, last, weights)
+    inputs = partial(steps_last.gradients_of_weights, weights, beside_op=True)
     if not others:
         of_experts = experts(of_y)
-        of_x, of_batch, _ = steps_last.gradients_of_dispatch(last, of_experts, of_weights, None)
-        of_batches = [of_batch]
+        of_wo = steps_last.gradients_of_weights(weights, [of_experts.wo])
+        of_x, of_batch, of_inputs = steps_last.gradients_of_dispatch(
+            last,
+            of_experts.rows,
+            of_entries,
+            None,
+            inputs if of_experts.inputs else None,
+            [of_experts.inputs],
+        )
+        of_batches, of_blocks = [of_batch], of_experts.weights
     else:
         (a,), (steps_a,) = others, other_steps
-        (of_y_a, of_weights_a), of_experts = steps_a.gradients_of_combine(a, out, experts, of_y)
-        experts_a = partial(steps_a.gradients_of_experts, a)
-        of_x, of_batch, of_experts_a = steps_last.gradients_of_dispatch(
-            last, of_experts, of_weights, None, experts_a, of_y_a
+        (of_y_a, of_entries_a), of_experts = steps_a.gradients_of_combine(a, out, experts, of_y)
+
+        def experts_a(of_y: jax.Array) -> tuple[ExpertGradients, Weights]:
+            of_a = steps_a.gradients_of_experts(a, weights, of_y)
+            return of_a, steps_a.gradients_of_weights(weights, [of_a.wo, of_experts.wo])
+
+        of_x, of_batch, (of_a, of_wo) = steps_last.gradients_of_dispatch(
+            last, of_experts.rows, of_entries, None, experts_a, of_y_a
         )
-        of_x, of_batch_a, _ = steps_a.gradients_of_dispatch(a, of_experts_a, of_weights_a, of_x)
+        of_x, of_batch_a, of_inputs = steps_a.gradients_of_dispatch(
+            a,
+            of_a.rows,
+            of_entries_a,
+            of_x,
+            inputs if of_a.inputs else None,
+            [of_a.inputs, of_experts.inputs],
+        )
         of_batches = [of_batch_a, of_batch]
+        of_blocks = {
+            name: added([of_a.weights[name], gradient]) for name, gradient in of_experts.weights.items()
+        }
     of_shared_x, of_shared_weights = of_shared
-    return of_x if of_shared_x is None else of_x + of_shared_x, of_batches, of_shared_weights
+    of_x = of_x if of_shared_x is None else of_x + of_shared_x
+    return of_x, of_batches, of_blocks | of_wo | (of_inputs or {}), of_shared_weights
 
 
 _apply.defvjp(_forward, _backward)

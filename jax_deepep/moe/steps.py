@@ -1,7 +1,7 @@
 """The steps of a layer on one device and their gradients, in the order in which `overlapped` has them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,9 @@ from jax_deepep.moe.experts import (
     routed_experts,
     shared_experts,
 )
+from jax_deepep.moe.grouped_matmul.mosaic_products import Term
 from jax_deepep.ops import pairs, verbs
+from jax_deepep.ops.custom_call import Call
 from jax_deepep.ops.handle import Handle, RouteShape
 from jax_deepep.ops.pairs import Beside
 from jax_deepep.ops.wire import Wire
@@ -27,21 +29,10 @@ Weights = dict[str, jax.Array]
 
 
 class Batch(NamedTuple):
-    """Where tokens of one device go, and the weights of the routed experts.
+    """Where tokens of one device go: the operands of dispatch after x, [B, K] each."""
 
-    Attributes:
-        weights: by name; each batch has its own gradients of them.
-        topk_idx, topk_weights: [B, K].
-    """
-
-    weights: Weights
     topk_idx: jax.Array
     topk_weights: jax.Array
-
-    @property
-    def routing(self) -> tuple[jax.Array, jax.Array]:
-        """The operands of dispatch after x."""
-        return self.topk_idx, self.topk_weights
 
 
 class Received(NamedTuple):
@@ -52,33 +43,33 @@ class Received(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the gradients of a batch need.
+    """What the gradients of a batch need besides the weights.
 
     Attributes:
         received: by dispatch.
-        matrices: the weights that multiply received rows, [L, H, F] each; none in blocks.
+        products: of the received rows with `input_matrices`; none in blocks.
         y: the operand of combine.
-        pull_back: the cotangent of y → those of the products with `matrices` (in blocks, of the rows), and of
-            the other weights; None where there are no gradients.
+        pull_back: in blocks: the cotangent of y → those of the received rows, and of the weights.
     """
 
     received: Received
-    matrices: Weights
+    products: Products
     y: jax.Array
-    pull_back: Callable[[jax.Array], tuple[Products, Weights]] | None
+    pull_back: Callable[[jax.Array], tuple[jax.Array, Weights]] | None = None
 
 
 class ExpertGradients(NamedTuple):
-    """Gradients of the routed experts but for `Saved.matrices`.
+    """What the routed experts of a batch contribute to gradients.
 
     Attributes:
-        rows: of the received rows.
-        products: of their products with these matrices.
-        weights: of the other weights.
+        rows: the gradients of the received rows.
+        inputs, wo: terms of the gradients of `input_matrices`, and of wo, by name; none in blocks.
+        weights: in blocks: the gradients of the weights.
     """
 
     rows: jax.Array
-    products: Products
+    inputs: dict[str, Term]
+    wo: dict[str, Term]
     weights: Weights
 
 
@@ -118,7 +109,7 @@ class Steps:
         self, x: jax.Array, batch: Batch, beside: Beside | None = None, *operands: jax.Array
     ) -> tuple[Received, Any]:
         """Return (the received rows, the results of `beside`); x is that of all batches."""
-        verb, sent = verbs.dispatch(self.wire), (x, *batch.routing)
+        verb, sent = verbs.dispatch(self.wire), (x, *batch)
         call = verb.call(self.shape, *sent, first_token=self.first_token)
         results, computed = pairs.run_beside(call, CHANNEL, beside, *operands)
         received = verb.outputs(self.shape, sent, results)
@@ -141,26 +132,22 @@ class Steps:
         return halves_of(self.choice, self.alignment, self.activation, tokens.dtype, beside_ops=beside_ops)
 
     def experts_saved(
-        self, batch: Batch, handle: Handle[Any], saves: bool, tokens: jax.Array
+        self, weights: Weights, handle: Handle[Any], saves: bool, tokens: jax.Array
     ) -> tuple[jax.Array, Saved]:
         """Return (the output of the routed experts, what their gradients need if it `saves` that)."""
         sizes, received = handle.group_sizes, Received(tokens, handle)
         if not saves:
-            y = self.experts(tokens, batch.weights, sizes)
-            return y, Saved(received, {}, y, None)
-        matrices = {} if self.choice == "blocks" else input_matrices(batch.weights)
-        others = {name: value for name, value in batch.weights.items() if name not in matrices}
-        if not matrices:
+            y = self.experts(tokens, weights, sizes)
+            return y, Saved(received, (), y)
+        if self.choice == "blocks":
             y, pull_back = jax.vjp(
-                lambda rows, others: self.experts(rows[0], others, sizes), (tokens,), others
+                lambda tokens, weights: self.experts(tokens, weights, sizes), tokens, weights
             )
-            return y, Saved(received, matrices, y, pull_back)
+            return y, Saved(received, (), y, pull_back)
         halves = self._halves(tokens)
-        products, hidden = halves.first(tokens, tuple(matrices.values()), sizes)
-        y, pull_back = jax.vjp(
-            lambda products, others: halves.second(products, hidden, others["wo"], sizes), products, others
-        )
-        return y, Saved(received, matrices, y, pull_back)
+        products, hidden = halves.first(tokens, tuple(input_matrices(weights).values()), sizes)
+        y = halves.second(hidden, weights["wo"], sizes)
+        return y, Saved(received, products, y)
 
     def combine(
         self, y: jax.Array, handle: Handle[Any], bias: jax.Array | None, into: jax.Array | None,
@@ -180,68 +167,71 @@ class Steps:
     ) -> tuple[tuple[jax.Array, jax.Array], Any]:
         """Return ((the gradients of y, and of the rows' weights), the results of `beside`).
 
-        `out` is the cotangent of the output of all batches.
+        `out` is the cotangent of the output of all batches; `beside` is as in `gradients_of_dispatch`.
         """
         verb, handle = verbs.combine(self.combine_wire), saved.received.handle
         forward = (saved.y, handle.weights, None, handle.routes)  # the gradient of a bias is `out`
         call = verb.transpose(self.shape, verb.saved(forward, None), out, first_token=self.first_token)
-        function = None if beside is None else lambda *operands: (beside(*operands), None)
-        results, (computed, _) = pairs.run_beside(call, CHANNEL, function, *operands)
+        results, computed = self._run_beside(call, beside, operands)
         of_y, of_weights, *_ = verb.gradients(forward, call.operands, results)
         return (of_y, of_weights), computed
 
-    def gradients_of_experts(self, saved: Saved, of_y: jax.Array) -> ExpertGradients:
-        """Return those of the routed experts but for `saved.matrices`."""
-        assert saved.pull_back is not None
-        products, others = saved.pull_back(of_y)
-        if not saved.matrices:
-            return ExpertGradients(products[0], (), others)
-        tokens, handle = saved.received
-        matrices, halves = tuple(saved.matrices.values()), self._halves(tokens)
-        of_rows = _gradient(
-            lambda rows: halves.first(rows, matrices, handle.group_sizes)[0], tokens, products
-        )
-        return ExpertGradients(of_rows, products, others)
+    def gradients_of_experts(self, saved: Saved, weights: Weights, of_y: jax.Array) -> ExpertGradients:
+        """Return what a batch contributes, given the gradient of y."""
+        if saved.pull_back is not None:
+            of_rows, of_weights = saved.pull_back(of_y)
+            return ExpertGradients(of_rows, {}, {}, of_weights)
+        (tokens, handle), matrices = saved.received, input_matrices(weights)
+        sizes, halves = handle.group_sizes, self._halves(tokens)
+        of_products, hidden = halves.gradients_of_products(saved.products, weights["wo"], sizes, of_y)
+        of_rows = halves.gradient_of_rows(tokens, tuple(matrices.values()), sizes, of_products)
+        inputs = {
+            name: Term(tokens, of_product, sizes)
+            for name, of_product in zip(matrices, of_products, strict=True)
+        }
+        return ExpertGradients(of_rows, inputs, {"wo": Term(hidden, of_y, sizes)}, {})
+
+    def gradients_of_weights(
+        self, weights: Weights, of_batches: Sequence[dict[str, Term]], *, beside_op: bool = False
+    ) -> Weights:
+        """Return the gradients of the weights of which the batches have terms, the sums of these.
+
+        Args:
+            weights: of the routed experts.
+            of_batches: `ExpertGradients.inputs` or `.wo`.
+            beside_op: whether an op may be in flight meanwhile, also with one batch.
+        """
+        gradients = {}
+        for name, term in of_batches[0].items():
+            halves = self._halves(term.rows, beside_op=beside_op)
+            terms = [of_batch[name] for of_batch in of_batches]
+            gradients[name] = halves.gradient_of_matrices(weights[name], terms)
+        return gradients
 
     def gradients_of_dispatch(
-        self, saved: Saved, of_experts: ExpertGradients, weights: jax.Array, into: jax.Array | None,
-        beside: Callable[..., Any] | None = None, *operands: jax.Array,
+        self, saved: Saved, rows: jax.Array, weights: jax.Array, into: jax.Array | None,
+        beside: Callable[..., Any] | None = None, *operands: Any,
     ) -> tuple[jax.Array, Batch, Any]:  # fmt: skip
-        """Return the gradients of x, of the batch, and the results of `beside`.
+        """Return (the gradients of x, and of the batch, the results of `beside`).
 
         Args:
             saved: of the batch.
-            of_experts: the gradients of its routed experts.
-            weights: of the rows' weights.
+            rows: the gradients of its received rows.
+            weights: those of the rows' weights.
             into: the gradients of x, of other batches; None where there are none yet.
-            beside, operands: what is computed after the gradients of the matrices.
+            beside, operands: of which all results are computed before the op ends.
         """
         verb, handle = verbs.dispatch(self.wire), saved.received.handle
-
-        def function(products: tuple[jax.Array, ...], *operands: jax.Array) -> tuple[Any, None]:
-            of_matrices = self._gradients_of_matrices(saved, products)
-            return (of_matrices, None if beside is None else beside(*operands)), None
-
-        outputs = (of_experts.rows, dataclasses.replace(handle, weights=weights))
+        outputs = (rows, dataclasses.replace(handle, weights=weights))
         call = verb.transpose(self.shape, handle.routes, outputs, **self._rows_in(into))
-        results, (computed, _) = pairs.run_beside(
-            call, CHANNEL, function if saved.matrices or beside else None, of_experts.products, *operands
-        )
-        of_matrices, others = computed or ({}, None)
+        results, computed = self._run_beside(call, beside, operands)
         of_x, *routing = verb.gradients(saved.received, call.operands, results)
-        return of_x, Batch(of_experts.weights | of_matrices, *routing), others
+        return of_x, Batch(*routing), computed
 
-    def _gradients_of_matrices(self, saved: Saved, products: Products) -> Weights:
-        tokens, handle = saved.received
-        halves = self._halves(tokens, beside_op=True)
-        gradients = _gradient(
-            lambda matrices: halves.first(tokens, matrices, handle.group_sizes)[0],
-            tuple(saved.matrices.values()),
-            products,
-        )
-        return dict(zip(saved.matrices, gradients, strict=True))
-
-
-def _gradient(function: Callable[[Any], Products], operand: Any, cotangent: Products) -> Any:
-    _, transposed = jax.vjp(function, operand)
-    return transposed(cotangent)[0]
+    @staticmethod
+    def _run_beside(
+        call: Call, beside: Callable[..., Any] | None, operands: tuple[Any, ...]
+    ) -> tuple[list[jax.Array], Any]:
+        function = None if beside is None else lambda *operands: (beside(*operands), None)
+        results, (computed, _) = pairs.run_beside(call, CHANNEL, function, *operands)
+        return results, computed

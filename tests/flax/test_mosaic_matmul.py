@@ -12,10 +12,11 @@ from jax import lax
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
 from jax_deepep.moe.experts import FusedHalves, Halves, halves_of
-from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic
+from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic, mosaic_products
 from jax_deepep.moe.grouped_matmul.fused import can_fuse
 from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels, own_tiles
+from jax_deepep.moe.grouped_matmul.mosaic_products import Term, outer
 
 DEVICE = jax.devices()[0]
 SIMULATED = DEVICE.platform == "cpu"
@@ -98,6 +99,20 @@ def test_gradients(block: int, tiles: Tiles | None) -> None:
     for got, of_float64 in zip(results, expected(*operands), strict=True):
         assert_rounded(got, of_float64)
     assert not np.asarray(results[2][1]).any()
+
+
+@runs_here
+@can_transpose
+@blocks
+def test_a_gradient_of_matrices_with_terms_of_two_batches(block: int, tiles: Tiles | None) -> None:
+    """Of groups that have rows in both batches, in one of them, or in none."""
+    rows, matrices, sizes, gradient = problem(block, jnp.bfloat16)
+    other_sizes = jnp.flip(sizes).at[2].set(block)  # 0, 3, 1, 1 blocks
+    others = [jnp.tile(value, (2, 1))[: other_sizes.sum()] for value in (gradient, rows)]
+    terms = [Term(rows, gradient, sizes), Term(others[1], others[0], other_sizes)]
+    got = jax.jit(partial(outer, tiles=tiles))(terms)
+    exact = sum(expected(term.rows, matrices, term.group_sizes, term.gradient)[2] for term in terms)
+    assert_rounded(got, exact)
 
 
 def network_problem(block: int, dtype: Any, gated: bool, hidden: int, intermediate: int) -> tuple[Any, ...]:
@@ -296,7 +311,7 @@ def test_blocks_for_sms_that_begin_late(beside_ops: bool, monkeypatch: pytest.Mo
         phases[product.name] = tiles.phases
         return [jnp.zeros(shape, operands[-1].dtype) for shape in shapes]
 
-    monkeypatch.setattr(mosaic, "multiply", record)
+    monkeypatch.setattr(mosaic_products, "multiply", record)
     rows, wi, wo, sizes, gradient = network_problem(64, jnp.bfloat16, True, 64, 192)
     halves = halves_of("mosaic", 64, jax.nn.silu, rows.dtype, beside_ops=beside_ops)
     _, pull_back = jax.vjp(lambda *operands: halves.whole(*operands, sizes), rows, wi, wo)

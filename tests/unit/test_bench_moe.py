@@ -62,7 +62,9 @@ def test_the_command(tmp_path, capsys) -> None:
     path = tmp_path / "moe.json"
     shape = {"tokens": 8, "hidden": 24, "intermediate": 32, "topk": 2, "experts": 8, "devices": 2}
     sizes = [text for name, size in shape.items() for text in (f"--{name}", str(size))]
-    cases = "--matmuls blocks triton --layers native --chunks 2 --loop-layers 2 --decode-layers 2 --trials 2 --queued 2"
+    cases = "--matmuls blocks triton --layers native --chunks 2 --loop-layers 2 --decode-layers 2"
+    cases += " --trials 2 --queued 2"
+    cases += " --trials 2 --queued 2"
     assert main(["moe", *sizes, *cases.split(), "--json", str(path)]) == 0
 
     _, [blocks, triton, layer, loop, *steps] = report.read_json(path)

@@ -198,8 +198,8 @@ ONE_BATCH = [
 ]  # fmt: skip
 TWO_BATCHES = [
     "dispatch | 3 shared", "dispatch | 3 experts", "combine | 3 experts", "combine",
-    "cached_dispatch | 6 shared", "cached_dispatch | 4 experts",
-    "combine | 6 experts", "combine | 2 experts",
+    "cached_dispatch | 6 shared", "cached_dispatch | 3 experts",
+    "combine | 5 experts", "combine | 4 experts",
 ]  # fmt: skip
 
 

@@ -14,7 +14,6 @@ them is in float32: the activation, its derivative, and their products.
 
 import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jax_deepep import jax_compat
-from jax_deepep.moe.grouped_matmul.mosaic import TIMES, Place, by_row_blocks, check_operands, outer, times
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import (
     DEPTH,
     SMALLEST_TILE,
@@ -34,7 +32,7 @@ from jax_deepep.moe.grouped_matmul.mosaic_kernel import (
     Tiles,
     largest_tile,
 )
-from jax_deepep.ops.checks import vary_together
+from jax_deepep.moe.grouped_matmul.mosaic_products import TIMES, Place, by_row_blocks
 
 Activation = Callable[[jax.Array], jax.Array]
 Arrays = tuple[jax.Array, ...]
@@ -198,96 +196,3 @@ def _lower(activation: Activation, dtype: Any, platform: str) -> None:
     rows, matrix = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((size, size), (1, size, size)))
     sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
     jax.jit(kernels).trace(rows, (matrix, matrix), sizes).lower(lowering_platforms=(platform,))
-
-
-def first(
-    network: Network, rows: jax.Array, matrices: Arrays, group_sizes: jax.Array
-) -> tuple[Arrays, jax.Array]:
-    """Return (the products, hidden). Differentiable, but for hidden: its gradient is in that of `second`.
-
-    Raises:
-        ValueError, TypeError: as `mosaic_matmul`.
-    """
-    check_operands(rows, matrices, network.block)
-    return _first(network, *vary_together(frozenset(), rows, matrices, group_sizes))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _first(
-    network: Network, rows: jax.Array, matrices: Arrays, group_sizes: jax.Array
-) -> tuple[Arrays, jax.Array]:
-    return products_and_hidden(network, rows, matrices, group_sizes)
-
-
-def _first_forward(network, rows, matrices, group_sizes):
-    return products_and_hidden(network, rows, matrices, group_sizes), (rows, matrices, group_sizes)
-
-
-def _first_backward(network, residuals, gradients):
-    rows, matrices, group_sizes = residuals
-    of_products, _ = gradients
-    pairs = list(zip(of_products, matrices, strict=True))
-    of_rows = times(network.block, pairs, group_sizes, transposed=True, tiles=network.tiles)
-    return of_rows, tuple(outer(network.block, rows, of, group_sizes) for of in of_products), None
-
-
-_first.defvjp(_first_forward, _first_backward)
-
-
-def second(
-    network: Network, products: Arrays, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
-    """Return hidden · wo [C, H], with the gradients of `products`, from which hidden was computed, and wo."""
-    return _second(network, *vary_together(frozenset(), products, hidden, wo, group_sizes))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _second(
-    network: Network, products: Arrays, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
-    return times(network.block, [(hidden, wo)], group_sizes, transposed=False, tiles=network.tiles)
-
-
-def _second_forward(network, products, hidden, wo, group_sizes):
-    return _second(network, products, hidden, wo, group_sizes), (products, wo, group_sizes)
-
-
-def _second_backward(network, residuals, of_y):
-    products, wo, group_sizes = residuals
-    of_products, hidden = gradients_of_products(network, of_y, wo, products, group_sizes)
-    return of_products, None, outer(network.block, hidden, of_y, group_sizes), None
-
-
-_second.defvjp(_second_forward, _second_backward)
-
-
-def whole(
-    network: Network, both: Callable[..., jax.Array], rows: jax.Array, matrices: Arrays, wo: jax.Array,
-    group_sizes: jax.Array,
-) -> jax.Array:  # fmt: skip
-    """Return both(rows, matrices, wo, group_sizes), the halves; without a gradient, no products are written.
-
-    Raises:
-        ValueError, TypeError: as `mosaic_matmul`.
-    """
-    check_operands(rows, matrices, network.block)
-    return _whole(network, both, *vary_together(frozenset(), rows, matrices, wo, group_sizes))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _whole(
-    network: Network, both: Any, rows: jax.Array, matrices: Arrays, wo: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
-    _, hidden = products_and_hidden(network, rows, matrices, group_sizes, keeps=False)
-    return times(network.block, [(hidden, wo)], group_sizes, transposed=False, tiles=network.tiles)
-
-
-def _whole_forward(network, both, rows, matrices, wo, group_sizes):
-    return jax.vjp(lambda *operands: both(*operands, group_sizes), rows, matrices, wo)
-
-
-def _whole_backward(network, both, pull_back, of_y):
-    return *pull_back(of_y), None
-
-
-_whole.defvjp(_whole_forward, _whole_backward)
