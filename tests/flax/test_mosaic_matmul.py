@@ -12,7 +12,7 @@ from jax import lax
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
 from jax_deepep.moe.experts import FusedHalves, Halves, halves_of
-from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic, mosaic_products
+from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic_products
 from jax_deepep.moe.grouped_matmul.fused import can_fuse
 from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels, own_tiles
