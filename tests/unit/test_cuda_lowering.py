@@ -150,8 +150,8 @@ def test_a_layer_and_its_gradient(comm: ep.Communicator, matmul: str) -> None:
     assert calls["jax_deepep_combine"] == 3  # the gradient of dispatch is in two parts
     assert calls["jax_deepep_expert_choice"] == (0 if native_module.unsupported_reason("cuda") else 1)
     # Three products forward; of each, the gradients of rows and of matrices. With mosaic the first two are
-    # one kernel, as are their gradients of rows. With triton a gradient has the product too: JAX 0.10 leaves it
-    # to XLA to remove those that nothing uses.
+    # one kernel, as are their gradients of rows. With triton gradients have the product too: JAX 0.10 leaves
+    # it to XLA to remove those that nothing uses.
     used = {"triton": (9, 9 + 6), "mosaic": (7,)}.get(matmul)
     for name, target in {"triton": "__gpu$xla.gpu.triton", "mosaic": "mosaic_gpu_v2"}.items():
         assert calls[target] in (used if matmul == name else (0,))
