@@ -1,9 +1,9 @@
 """A model: the time of a layer with and without ops in flight, and by xla, on more GPUs than were measured.
 
 Ops, and computations beside them, take as long as `link_model` says, on one node. The rest follows from the
-order in `jax_deepep.moe.overlapped`. Imbalance is left out, and so are launches of computations and what
-grouped matmuls lose with half the rows. A second batch costs the sum of two gradients of all weights: read
-twice, written once.
+order in `jax_deepep.moe.overlapped`, with grouped_matmul="mosaic", whose gradients of weights are sums over
+both batches. Imbalance is left out, and so are launches of computations and what grouped matmuls lose with
+half the rows.
 
 With `implementation="xla"` every device gathers the tokens of all, and sends everyone a sum per token. Those
 bytes are counted, over links as fast as for our ops (assumed), and once in memory where a kernel reads or
@@ -66,7 +66,6 @@ def modelled(
     product = flop * problem.topk * problem.intermediate / EXPERTS  # with one of wi_0, wi_1, wo
     of_shared = 3 * flop * shared / EXPERTS
     router = flop * problem.experts / ROUTER
-    memory = 1e3 * machine.memory  # bytes per us
     rows = problem.mean_rows * problem.row_bytes  # bytes
     experts = 3 * product
     copies = uniform_copies(problem, 1)
@@ -88,8 +87,9 @@ def modelled(
     two = router + beside("dispatch", of_shared, 2) + beside("dispatch", experts / 2, 2)
     two += beside("combine", experts / 2, 2) + beside("combine", 0, 2)
     if backward:
-        # The gradients of wi_0 and wi_1 are beside that of dispatch.
-        later = 2 * product
+        # The gradients of wi_0 and wi_1 are beside that of dispatch; with two batches, that of wo of both is
+        # beside the first of them.
+        later, of_wo = 2 * product, product
         earlier = 4 * product
         computed = 2 * router + 2 * of_shared + earlier + later
         plain += computed + beside("combine backward") + beside("dispatch backward")
@@ -98,11 +98,9 @@ def modelled(
         in_flight += 2 * router + beside("combine backward", 2 * of_shared)
         in_flight += earlier + beside("dispatch backward", later)
         two += 2 * router + beside("combine backward", 2 * of_shared, 2)
-        two += beside("combine backward", earlier / 2, 2)
-        two += beside("dispatch backward", (later + earlier) / 2, 2)
-        two += beside("dispatch backward", later / 2, 2)
-        weights = 3 * problem.num_local_experts * problem.intermediate * problem.row_bytes
-        two += 3 * weights / memory
+        two += beside("combine backward", (earlier - of_wo) / 2, 2)
+        two += beside("dispatch backward", (earlier + of_wo) / 2, 2)
+        two += beside("dispatch backward", later, 2)
     return Times(plain, in_flight, two, xla)
 
 

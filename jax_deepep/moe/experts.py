@@ -151,7 +151,7 @@ def _gradient(function: Callable[[jax.Array], Any], operand: jax.Array, cotangen
 
 
 def added(gradients: Sequence[jax.Array]) -> jax.Array:
-    """Return the sum, rounded once to their dtype."""
+    """Return the sum, added in float32, in their dtype."""
     if len(gradients) == 1:
         return gradients[0]
     wide = [gradient.astype(jnp.float32) for gradient in gradients]
@@ -159,7 +159,16 @@ def added(gradients: Sequence[jax.Array]) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class FusedHalves(Halves):
+class MosaicHalves(Halves):
+    """With grouped_matmul="mosaic"."""
+
+    def gradient_of_matrices(self, matrices, terms):
+        """Return the sum of the terms, of which a tile is in registers until it has all of them."""
+        return outer(terms)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedHalves(MosaicHalves):
     """The same in the kernels of `grouped_matmul.fused`, of which only `whole` is differentiable."""
 
     alignment: int
@@ -197,10 +206,6 @@ class FusedHalves(Halves):
         pairs = list(zip(of_products, matrices, strict=True))
         return times(self.alignment, pairs, group_sizes, transposed=True, tiles=self.tiles)
 
-    def gradient_of_matrices(self, matrices, terms):
-        """Return the sum of the terms, of which a tile is in registers until it has all of them."""
-        return outer(terms)
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole(
@@ -218,8 +223,12 @@ def _whole_backward(halves, residuals, of_y):
     rows, matrices, wo, group_sizes, products = residuals
     of_products, hidden = halves.gradients_of_products(products, wo, group_sizes, of_y)
     of_rows = halves.gradient_of_rows(rows, matrices, group_sizes, of_products)
-    of_matrices = tuple(outer([Term(rows, of, group_sizes)]) for of in of_products)
-    return of_rows, of_matrices, outer([Term(hidden, of_y, group_sizes)]), None
+    of_matrices = (
+        halves.gradient_of_matrices(matrix, [Term(rows, of, group_sizes)])
+        for matrix, of in zip(matrices, of_products, strict=True)
+    )
+    of_wo = halves.gradient_of_matrices(wo, [Term(hidden, of_y, group_sizes)])
+    return of_rows, tuple(of_matrices), of_wo, None
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
@@ -231,9 +240,11 @@ def halves_of(
     """Return the networks of experts whose rows are of `dtype`, for any choice but "blocks"."""
     tiles = BESIDE_OPS if beside_ops else None
     multiply = grouped_matmul(choice, alignment, tiles)
-    if choice == "mosaic" and fused.can_fuse(activation, dtype):
+    if choice != "mosaic":
+        return Halves(multiply, activation)
+    if fused.can_fuse(activation, dtype):
         return FusedHalves(multiply, activation, alignment, tiles or TIMES)
-    return Halves(multiply, activation)
+    return MosaicHalves(multiply, activation)
 
 
 def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) -> jax.Array:

@@ -20,8 +20,9 @@ dispatch and combine of the backward pass are the gradients of these ops. An op 
 whole op. One op is in flight at a time: two would share the link, so that the first one, which is waited for,
 would end later. With grouped_matmul="blocks", experts have the gradients of weights too.
 
-Gradients of weights are sums over the rows of both batches, written once. x, the output and their gradients
-are arrays of both batches, of which an op reads or writes its own rows.
+With grouped_matmul="mosaic" gradients of weights are sums over the rows of both batches, written once; others
+multiply the rows of each, and add. x, the output and their gradients are arrays of both batches, of which an
+op reads or writes its own rows.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ from jax import lax
 
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
-from jax_deepep.moe.experts import FusedHalves, Halves, halves_of
+from jax_deepep.moe.experts import FusedHalves, MosaicHalves, halves_of
 from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic_products
 from jax_deepep.moe.grouped_matmul.fused import can_fuse
 from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
@@ -224,7 +224,7 @@ def test_which_activations_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_fuse(jax.nn.gelu, jnp.float16)
     for activation in (partial(jax.nn.gelu, approximate=False), lambda x: x * jnp.arange(3.0)[1]):
         halves = halves_of("mosaic", 128, activation, jnp.bfloat16)
-        assert type(halves) is Halves
+        assert type(halves) is MosaicHalves
     monkeypatch.setattr(fused, "products_and_hidden", None)
     fused._lowers.cache_clear()
     with pytest.raises(TypeError):  # a fault of the kernels is no reason for slower ones

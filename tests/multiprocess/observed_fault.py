@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fault_timeout import TIMEOUT_S
+from fault_settings import TIMEOUT_S, is_over_network
 from rank_processes import RankProcesses
 
 # Every rank on a node of its own: on CPU a lost connection shows that a process has ended.
@@ -92,6 +92,8 @@ class Fault:
 
     def assert_late_rank_does_no_harm(self) -> None:
         """Check that the late rank's communicator is broken as well, and that all others work."""
+        if is_over_network(self.run.environment):
+            assert self.report(self.victim, "broke in a step")["gradients"]
         self.assert_aborted(self.report(self.victim, "aborted"))
         for process in self.live:
             report = self.report(process, "unharmed")

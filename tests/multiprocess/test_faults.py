@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from fault_timeout import TIMEOUT_S
+from fault_settings import TIMEOUT_S, is_over_network
 from implementations import CAPTURE_ALL_OPS
 from observed_fault import BETWEEN_NODES, Fault
 from own_processes import starts_its_own_processes
@@ -206,7 +206,6 @@ ON_GPUS = dict.fromkeys(label for run in RUNS for label in run if not label.star
 def test_faults(labels: tuple[str, ...], platform: str, environment: dict[str, str]) -> None:
     faults = [(label, label.split(":")[0], int(label.split(":")[1])) for label in labels]
     live = list(range(max(NUM_PROCESSES, *(victim + 1 for _, _, victim in faults), 0)))
-    over_network = environment.get("NVSHMEM_REMOTE_TRANSPORT", "none") != "none"
     codes: dict[int, int] = {}
     with RankProcesses(
         "faults", len(live), labels, platform=platform, environment=environment,
@@ -217,7 +216,7 @@ def test_faults(labels: tuple[str, ...], platform: str, environment: dict[str, s
             if name.startswith(("dies", "raises")):
                 codes[victim] = KILLED if name.startswith("dies") else 1
                 live.remove(victim)
-            if over_network and victim in codes:
+            if is_over_network(environment) and victim in codes:
                 may_end_others(fault, codes[victim], CHECKS[name])
                 break
             CHECKS[name](fault)

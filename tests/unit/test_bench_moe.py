@@ -64,7 +64,6 @@ def test_the_command(tmp_path, capsys) -> None:
     sizes = [text for name, size in shape.items() for text in (f"--{name}", str(size))]
     cases = "--matmuls blocks triton --layers native --chunks 2 --loop-layers 2 --decode-layers 2"
     cases += " --trials 2 --queued 2"
-    cases += " --trials 2 --queued 2"
     assert main(["moe", *sizes, *cases.split(), "--json", str(path)]) == 0
 
     _, [blocks, triton, layer, loop, *steps] = report.read_json(path)

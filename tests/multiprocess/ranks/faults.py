@@ -13,6 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fault_settings import is_over_network
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from live_group import (
@@ -242,7 +243,7 @@ def stalls_before_the_op() -> None:
         while not continued.is_set() and time.monotonic() < deadline:
             time.sleep(0.01)  # not in `wait`, which a signal handled by another thread does not interrupt
     results = step.run()
-    if fault.is_here and os.environ.get("NVSHMEM_REMOTE_TRANSPORT", "none") != "none":
+    if fault.is_here and is_over_network(os.environ):
         # A thread of its own receives only now, and in order: what peers sent, then that they have given up.
         _report_partly_aborted(step, results)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fault_timeout import TIMEOUT_S
+from fault_settings import TIMEOUT_S
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rank_side import ARGUMENTS, BARRIER_S, NUM_PROCESSES, RANK, barrier, error_of, join, report

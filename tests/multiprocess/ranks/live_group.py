@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rank_side
-from fault_timeout import TIMEOUT_S
+from fault_settings import TIMEOUT_S
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rank_side import NUM_PROCESSES, RANK, error_of
