@@ -190,16 +190,16 @@ def _backward(
     else:
         (of_y, of_entries), of_shared = steps_last.gradients_of_combine(last, out, pull_back, out)
     experts = partial(steps_last.gradients_of_experts, last, weights)
-    inputs = partial(steps_last.gradients_of_weights, weights, beside_op=True)
+    of_matrices = partial(steps_last.gradients_of_weights, weights)
     if not others:
         of_experts = experts(of_y)
-        of_wo = steps_last.gradients_of_weights(weights, [of_experts.wo])
+        of_wo = of_matrices([of_experts.wo])
         of_x, of_batch, of_inputs = steps_last.gradients_of_dispatch(
             last,
             of_experts.rows,
             of_entries,
             None,
-            inputs if of_experts.inputs else None,
+            of_matrices if of_experts.inputs else None,
             [of_experts.inputs],
         )
         of_batches, of_blocks = [of_batch], of_experts.weights
@@ -209,7 +209,7 @@ def _backward(
 
         def experts_a(of_y: jax.Array) -> tuple[ExpertGradients, Weights]:
             of_a = steps_a.gradients_of_experts(a, weights, of_y)
-            return of_a, steps_a.gradients_of_weights(weights, [of_a.wo, of_experts.wo])
+            return of_a, of_matrices([of_a.wo, of_experts.wo])
 
         of_x, of_batch, (of_a, of_wo) = steps_last.gradients_of_dispatch(
             last, of_experts.rows, of_entries, None, experts_a, of_y_a
@@ -219,7 +219,7 @@ def _backward(
             of_a.rows,
             of_entries_a,
             of_x,
-            inputs if of_a.inputs else None,
+            of_matrices if of_a.inputs else None,
             [of_a.inputs, of_experts.inputs],
         )
         of_batches = [of_batch_a, of_batch]

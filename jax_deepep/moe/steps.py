@@ -127,9 +127,10 @@ class Steps:
             beside_ops=self.beside_ops,
         )  # fmt: skip
 
-    def _halves(self, tokens: jax.Array, *, beside_op: bool = False) -> Halves:
-        beside_ops = self.beside_ops or beside_op
-        return halves_of(self.choice, self.alignment, self.activation, tokens.dtype, beside_ops=beside_ops)
+    def _halves(self, tokens: jax.Array) -> Halves:
+        return halves_of(
+            self.choice, self.alignment, self.activation, tokens.dtype, beside_ops=self.beside_ops
+        )
 
     def experts_saved(
         self, weights: Weights, handle: Handle[Any], saves: bool, tokens: jax.Array
@@ -191,19 +192,16 @@ class Steps:
         }
         return ExpertGradients(of_rows, inputs, {"wo": Term(hidden, of_y, sizes)}, {})
 
-    def gradients_of_weights(
-        self, weights: Weights, of_batches: Sequence[dict[str, Term]], *, beside_op: bool = False
-    ) -> Weights:
+    def gradients_of_weights(self, weights: Weights, of_batches: Sequence[dict[str, Term]]) -> Weights:
         """Return the gradients of the weights of which the batches have terms, the sums of these.
 
         Args:
             weights: of the routed experts.
             of_batches: `ExpertGradients.inputs` or `.wo`.
-            beside_op: whether an op may be in flight meanwhile, also with one batch.
         """
         gradients = {}
         for name, term in of_batches[0].items():
-            halves = self._halves(term.rows, beside_op=beside_op)
+            halves = self._halves(term.rows)
             terms = [of_batch[name] for of_batch in of_batches]
             gradients[name] = halves.gradient_of_matrices(weights[name], terms)
         return gradients
