@@ -11,7 +11,7 @@ training, and prints the ratios. The virtual devices of a CPU share its cores, a
 
 took 0.927 of the time forward on two H200 over NVLink, and 1.036 with gradients. It pays where communication
 takes a large part of the time. In training it pays less: whole layers have ops in flight there too. (The
-gradients of both halves were written and added then; since, one kernel sums over the rows of both. That was
+gradients of both halves were written and added then; one kernel sums over the rows of both since, which was
 not timed.)
 """
 

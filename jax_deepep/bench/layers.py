@@ -148,9 +148,7 @@ def decode_step(
     problem: Problem, mesh: Mesh, comm: Communicator, depth: int, matmul: Any
 ) -> dict[str, Program]:
     """Return what a model of `depth` layers does with its experts to decode: one after the other, forward."""
-    config = config_of(problem, comm, grouped_matmul=matmul)
-    keys = jax.random.split(jax.random.key(0), depth)
-    parameters = [init_parameters(config, key, jnp.dtype(problem.dtype)) for key in keys]
+    config, parameters = _layers(problem, comm, depth, matmul)
 
     def step(parameters, x):
         for of_layer in parameters:
@@ -164,21 +162,26 @@ def loop_programs(
     problem: Problem, mesh: Mesh, comm: Communicator, depth: int, matmul: Any
 ) -> dict[str, Program]:
     """Return `depth` layers in a loop, which saves what gradients need: forward, and with all gradients."""
-    config = config_of(problem, comm, grouped_matmul=matmul)
-    keys = jax.random.split(jax.random.key(0), depth)
-    of_layers = [init_parameters(config, key, jnp.dtype(problem.dtype)) for key in keys]
-    stacked = {
-        name: jax.jit(
-            lambda *of_layers: jnp.stack(of_layers),
-            out_shardings=NamedSharding(mesh, P(None, *config.spec(name))),
-        )(*(parameters[name] for parameters in of_layers))
-        for name in of_layers[0]
-    }
+    config, parameters = _layers(problem, comm, depth, matmul)
+    shardings = {name: NamedSharding(mesh, P(None, *config.spec(name))) for name in parameters[0]}
+
+    def stack(*of_layers):
+        return jax.tree.map(lambda *values: jnp.stack(values), *of_layers)
 
     def forward(parameters, x):
         return lax.scan(lambda x, of_layer: (x + moe(config, of_layer, x)[0], None), x, parameters)[0]
 
+    stacked = jax.jit(stack, out_shardings=shardings)(*parameters)
     return _with_gradients(forward, stacked, tokens_of(problem, mesh))
+
+
+def _layers(
+    problem: Problem, comm: Communicator, depth: int, matmul: Any
+) -> tuple[MoEConfig, list[dict[str, jax.Array]]]:
+    """Return the configuration of `depth` layers, and the parameters of each."""
+    config = config_of(problem, comm, grouped_matmul=matmul)
+    keys = jax.random.split(jax.random.key(0), depth)
+    return config, [init_parameters(config, key, jnp.dtype(problem.dtype)) for key in keys]
 
 
 def layer_programs(

@@ -109,9 +109,9 @@ def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 @contextmanager
 def _without_debugging_nans() -> Iterator[None]:
-    """Results that are not written, such as rows after the last group, may be NaN by chance.
+    """Keep `jax_debug_nans` from blaming an op, where JAX runs op by op, for results that it does not write.
 
-    Where JAX runs op by op, `jax_debug_nans` would blame the op for them, instead of what it looks for.
+    Those, such as rows after the last group, may be NaN by chance.
     """
     with jax.debug_nans(False), jax.debug_infs(False):
         yield
