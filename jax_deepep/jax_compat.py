@@ -206,6 +206,14 @@ def let_mosaic_add_tangents() -> None:
     rules.setdefault(add_any_p, rules[jax.lax.add_p])
 
 
+def load_in_rows(ref: Any) -> jax.Array:
+    """Load a value for each row of a wgmma accumulator from global memory, in a kernel of Mosaic GPU."""
+    gpu = pallas_mosaic_gpu()
+    if jax.__version_info__ < (0, 11):
+        return gpu.load(ref, (), optimized=False)
+    return gpu.load(ref, optimized=False)
+
+
 def mosaic_gpu_interpreter() -> Any:
     """Return what simulates kernels of Mosaic GPU on a CPU, their argument `interpret`; races are errors."""
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams

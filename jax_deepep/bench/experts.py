@@ -39,12 +39,15 @@ PRECISIONS = {
 def half_of(part: str, halves: Halves) -> Callable[..., Any]:
     """Return a part of a network as a function of its operands and of group sizes."""
 
+    def ones(rows: Any) -> jax.Array:
+        return jnp.ones(len(rows), jnp.float32)
+
     def first(rows: Any, matrices: Any, others: Any, sizes: Any) -> Any:
-        products, hidden = halves.first(rows, (matrices, others), sizes)
+        products, hidden = halves.first(rows, ones(rows), (matrices, others), sizes)
         return *products, hidden
 
     def of_products(of_y: Any, wo: Any, gate: Any, up: Any, sizes: Any) -> Any:
-        return halves.gradients_of_products((gate, up), wo, sizes, of_y)[0]
+        return halves.gradients_of_products((gate, up), ones(of_y), wo, sizes, of_y)[:2]
 
     def of_rows(gate: Any, up: Any, matrices: Any, others: Any, sizes: Any) -> Any:
         rows = jnp.zeros((len(gate), matrices.shape[1]), gate.dtype)

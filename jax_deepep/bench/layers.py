@@ -89,17 +89,27 @@ def experts_programs(problem: Problem, name: str) -> dict[str, Program]:
     alignment = alignment_for(aligned_as, mean_rows)
     choice = name if function is None else partial(function, block=alignment)
     rows, weights, group_sizes, of_out = rows_of_one_device(problem, alignment)
+    row_weights = jnp.ones(len(rows), jnp.float32)
 
-    def forward(rows, weights, group_sizes):
+    def forward(rows, row_weights, weights, group_sizes):
         return routed_experts(
-            rows, group_sizes, weights, activation=jax.nn.silu, choice=choice, alignment=alignment
+            rows,
+            row_weights,
+            group_sizes,
+            weights,
+            activation=jax.nn.silu,
+            choice=choice,
+            alignment=alignment,
         )
 
-    def step(rows, weights, group_sizes, of_out):
-        out, pull_back = jax.vjp(lambda rows, weights: forward(rows, weights, group_sizes), rows, weights)
+    def step(rows, row_weights, weights, group_sizes, of_out):
+        def experts(rows, row_weights, weights):
+            return forward(rows, row_weights, weights, group_sizes)
+
+        out, pull_back = jax.vjp(experts, rows, row_weights, weights)
         return *pull_back(of_out), out
 
-    operands = (rows, weights, group_sizes)
+    operands = (rows, row_weights, weights, group_sizes)
     return {FORWARD: (forward, operands), FORWARD_BACKWARD: (step, (*operands, of_out))}
 
 

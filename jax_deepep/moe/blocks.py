@@ -17,13 +17,19 @@ from jax_deepep import jax_compat
 from jax_deepep.ops.checks import vary_together
 
 Weights = Any  # a pytree of arrays [L, ...]; of one expert, without the first axis
-Network = Callable[[jax.Array, Weights], jax.Array]  # (rows [B, H], weights of an expert) → [B, H]
+# (rows [B, H], their weights [B], weights of an expert) → [B, H]
+Network = Callable[[jax.Array, jax.Array, Weights], jax.Array]
 
 
 def apply_to_blocks(
-    network: Network, block: int, rows: jax.Array, weights: Weights, group_sizes: jax.Array
+    network: Network,
+    block: int,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    weights: Weights,
+    group_sizes: jax.Array,
 ) -> jax.Array:
-    """Apply to each group of rows the network of its expert. Differentiable in `rows` and `weights`.
+    """Apply to each group of rows the network of its expert. Differentiable, but for `group_sizes`.
 
     The backward pass recomputes the intermediate values.
 
@@ -31,6 +37,7 @@ def apply_to_blocks(
         network: applies one expert to a block of its rows, each row independently.
         block: rows per block.
         rows: [C, H], C a multiple of `block`.
+        row_weights: [C].
         weights: of all experts.
         group_sizes: int32 [L], multiples of `block`.
 
@@ -42,50 +49,57 @@ def apply_to_blocks(
             f"rows: expected a multiple of block={block}, got {rows.shape[0]}; pass alignment={block} to "
             "dispatch."
         )
-    return _apply(network, block, *vary_together(frozenset(), rows, weights, group_sizes))
+    return _apply(network, block, *vary_together(frozenset(), rows, row_weights, weights, group_sizes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(network: Network, block: int, rows: Any, weights: Any, group_sizes: Any) -> jax.Array:
+def _apply(
+    network: Network, block: int, rows: Any, row_weights: Any, weights: Any, group_sizes: Any
+) -> jax.Array:
     def of_expert(expert, out):
         own = _of(weights, expert)
 
         def of_block(number, out):
-            return _written(out, network(_read(out, number, block), own), number, block)
+            of_rows = network(_read(out, number, block), _read(row_weights, number, block), own)
+            return _written(out, of_rows, number, block)
 
         return lax.fori_loop(*_blocks_of(expert, group_sizes, block), of_block, out)
 
     return lax.fori_loop(0, len(group_sizes), of_expert, rows)  # each block of results overwrites its rows
 
 
-def _forward(network, block, rows, weights, group_sizes):
-    return _apply(network, block, rows, weights, group_sizes), (rows, weights, group_sizes)
+def _forward(network, block, *operands):
+    return _apply(network, block, *operands), operands
 
 
 def _backward(network, block, residuals, gradient):
-    rows, weights, group_sizes = residuals
+    rows, row_weights, weights, group_sizes = residuals
 
     def of_expert(expert, gradients):
         own = _of(weights, expert)
 
         def of_block(number, state):
-            of_rows, totals = state
-            _, pull_back = jax.vjp(network, _read(rows, number, block), own)
-            of_block_rows, of_own = pull_back(_read(of_rows, number, block))
+            (of_rows, of_row_weights), totals = state
+            own_rows = (_read(rows, number, block), _read(row_weights, number, block))
+            _, pull_back = jax.vjp(network, *own_rows, own)
+            *of_both, of_own = pull_back(_read(of_rows, number, block))
             totals = jax.tree.map(lambda total, value: total + value.astype(total.dtype), totals, of_own)
-            return _written(of_rows, of_block_rows, number, block), totals
+            both = zip((of_rows, of_row_weights), of_both, strict=True)
+            return tuple(_written(whole, part, number, block) for whole, part in both), totals
 
-        of_rows, of_weights = gradients
+        of_both, of_weights = gradients
         zeros = jax.tree.map(lambda value: _zeros(value.shape, jnp.float32, rows), own)
-        of_rows, totals = lax.fori_loop(*_blocks_of(expert, group_sizes, block), of_block, (of_rows, zeros))
-        return of_rows, jax.tree.map(
+        of_both, totals = lax.fori_loop(*_blocks_of(expert, group_sizes, block), of_block, (of_both, zeros))
+        return of_both, jax.tree.map(
             lambda value, total: lax.dynamic_update_index_in_dim(value, total.astype(value.dtype), expert, 0),
             of_weights,
             totals,
         )
 
     of_weights = jax.tree.map(lambda value: _zeros(value.shape, value.dtype, rows), weights)
-    return *lax.fori_loop(0, len(group_sizes), of_expert, (gradient, of_weights)), None
+    of_both = (gradient, _zeros(row_weights.shape, row_weights.dtype, rows))
+    of_both, of_weights = lax.fori_loop(0, len(group_sizes), of_expert, (of_both, of_weights))
+    return *of_both, of_weights, None
 
 
 _apply.defvjp(_forward, _backward)

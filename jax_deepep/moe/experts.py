@@ -20,7 +20,7 @@ Activation = Callable[[jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
 Products = tuple[jax.Array, ...]
 
-HIDDEN, EXPERT_OUT = "moe_hidden", "moe_expert_out"  # in policies of jax.checkpoint
+HIDDEN = "moe_hidden"  # in policies of jax.checkpoint
 
 
 def check_activation(activation: Any) -> None:
@@ -42,6 +42,7 @@ def check_activation(activation: Any) -> None:
 
 def routed_experts(
     rows: jax.Array,
+    row_weights: jax.Array,
     group_sizes: jax.Array,
     weights: Weights,
     *,
@@ -52,11 +53,13 @@ def routed_experts(
 ) -> jax.Array:
     """Apply to each group of rows the network of its expert.
 
-    activation(rows · wi_0) · wo, or with `wi_1` (activation(rows · wi_0) ⊙ (rows · wi_1)) · wo. Rows after
-    the last group may hold NaN, as may their gradients: they affect nothing else.
+    (row_weights ⊙ activation(rows · wi_0)) · wo, or with `wi_1` (row_weights ⊙ activation(rows · wi_0) ⊙
+    (rows · wi_1)) · wo. Rows after the last group may hold NaN, as may their gradients: they affect nothing
+    else.
 
     Args:
         rows: [C, H].
+        row_weights: float32 [C].
         group_sizes: int32 [L], multiples of `alignment`.
         weights: `wi_0` and optionally `wi_1` [L, H, F], `wo` [L, F, H], of the dtype of rows.
         activation: elementwise; it may return another float dtype.
@@ -69,9 +72,11 @@ def routed_experts(
     """
     if choice == "blocks":
         weights = {name: weights[name] for name in ("wi_0", "wi_1", "wo") if name in weights}
-        return apply_to_blocks(partial(_network, activation), alignment, rows, weights, group_sizes)
+        network = partial(_network, activation)
+        return apply_to_blocks(network, alignment, rows, row_weights, weights, group_sizes)
     halves = halves_of(choice, alignment, activation, rows.dtype, beside_ops=beside_ops)
-    return halves.whole(rows, tuple(input_matrices(weights).values()), weights["wo"], group_sizes)
+    matrices = tuple(input_matrices(weights).values())
+    return halves.whole(rows, row_weights, matrices, weights["wo"], group_sizes)
 
 
 def input_matrices(weights: Weights) -> dict[str, jax.Array]:
@@ -83,7 +88,7 @@ def input_matrices(weights: Weights) -> dict[str, jax.Array]:
 class Halves:
     """The experts' networks in two halves, without blocks, and their gradients one by one.
 
-    Group sizes are int32 [L].
+    Group sizes are int32 [L], weights of rows float32 [C].
 
     Attributes:
         multiply: the grouped matmul.
@@ -94,35 +99,50 @@ class Halves:
     activation: Activation
 
     def first(
-        self, rows: jax.Array, matrices: Products, group_sizes: jax.Array
+        self, rows: jax.Array, row_weights: jax.Array, matrices: Products, group_sizes: jax.Array
     ) -> tuple[Products, jax.Array]:
         """Return rows · each of the matrices, and the operand of wo computed from them, [C, F] each."""
         products = (self.multiply(rows, matrix, group_sizes) for matrix in matrices)
         named = tuple(checkpoint_name(product, HIDDEN) for product in products)
-        return named, self._hidden(named)
+        return named, self._hidden(named, row_weights)
 
-    def _hidden(self, products: Products) -> jax.Array:
+    def _hidden(self, products: Products, row_weights: jax.Array) -> jax.Array:
         hidden = self.activation(products[0])
         for product in products[1:]:
             hidden *= product
-        return hidden.astype(products[0].dtype)
+        return weighted(hidden, row_weights).astype(products[0].dtype)
 
     def second(self, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array) -> jax.Array:
         """Return hidden · wo [C, H]."""
-        return checkpoint_name(self.multiply(hidden, wo, group_sizes), EXPERT_OUT)
+        return self.multiply(hidden, wo, group_sizes)
 
-    def whole(self, rows: jax.Array, matrices: Products, wo: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    def whole(
+        self,
+        rows: jax.Array,
+        row_weights: jax.Array,
+        matrices: Products,
+        wo: jax.Array,
+        group_sizes: jax.Array,
+    ) -> jax.Array:
         """Return the result of both halves, which is differentiable."""
-        _, hidden = self.first(rows, matrices, group_sizes)
+        _, hidden = self.first(rows, row_weights, matrices, group_sizes)
         return self.second(hidden, wo, group_sizes)
 
     def gradients_of_products(
-        self, products: Products, wo: jax.Array, group_sizes: jax.Array, of_y: jax.Array
-    ) -> tuple[Products, jax.Array]:
-        """Return (the gradients of the products, the operand of wo again), given that of the result."""
-        hidden, pull_back = jax.vjp(self._hidden, products)
+        self,
+        products: Products,
+        row_weights: jax.Array,
+        wo: jax.Array,
+        group_sizes: jax.Array,
+        of_y: jax.Array,
+    ) -> tuple[Products, jax.Array, jax.Array]:
+        """Return (the gradients of the products, of the rows' weights, the operand of wo again).
+
+        `of_y` is the gradient of the result.
+        """
+        hidden, pull_back = jax.vjp(self._hidden, products, row_weights)
         of_hidden = _gradient(lambda hidden: self.multiply(hidden, wo, group_sizes), hidden, of_y)
-        return pull_back(of_hidden)[0], hidden
+        return *pull_back(of_hidden), hidden
 
     def gradient_of_rows(
         self, rows: jax.Array, matrices: Products, group_sizes: jax.Array, of_products: Products
@@ -143,6 +163,11 @@ class Halves:
             )
 
         return added([gradient(term) for term in terms])
+
+
+def weighted(hidden: jax.Array, row_weights: jax.Array) -> jax.Array:
+    """Return the product with the weights of the rows, in float32."""
+    return hidden.astype(jnp.float32) * row_weights[:, None]
 
 
 def _gradient(function: Callable[[jax.Array], Any], operand: jax.Array, cotangent: Any) -> Any:
@@ -178,28 +203,31 @@ class FusedHalves(MosaicHalves):
     def _network(self) -> fused.Network:
         return fused.Network(self.activation, self.alignment, self.tiles)
 
-    def first(self, rows, matrices, group_sizes):
+    def first(self, rows, row_weights, matrices, group_sizes):
         """Return the products and the operand of wo."""
         check_operands(rows, matrices, self.alignment)
-        return checkpoint_name(fused.products_and_hidden(self._network, rows, matrices, group_sizes), HIDDEN)
+        products, hidden = fused.products_and_hidden(self._network, rows, row_weights, matrices, group_sizes)
+        return checkpoint_name(products, HIDDEN), hidden
 
     def second(self, hidden, wo, group_sizes):
         """Return the product with wo."""
-        y = times(self.alignment, [(hidden, wo)], group_sizes, transposed=False, tiles=self.tiles)
-        return checkpoint_name(y, EXPERT_OUT)
+        return times(self.alignment, [(hidden, wo)], group_sizes, transposed=False, tiles=self.tiles)
 
-    def whole(self, rows, matrices, wo, group_sizes):
+    def whole(self, rows, row_weights, matrices, wo, group_sizes):
         """Return the result; without a gradient, the products are not written."""
         check_operands(rows, matrices, self.alignment)
-        return _whole(self, *vary_together(frozenset(), rows, matrices, wo, group_sizes))
+        return _whole(self, *vary_together(frozenset(), rows, row_weights, matrices, wo, group_sizes))
 
-    def hidden_alone(self, rows: jax.Array, matrices: Products, group_sizes: jax.Array) -> jax.Array:
+    def hidden_alone(
+        self, rows: jax.Array, row_weights: jax.Array, matrices: Products, group_sizes: jax.Array
+    ) -> jax.Array:
         """Return the operand of wo."""
-        return fused.products_and_hidden(self._network, rows, matrices, group_sizes, keeps=False)[1]
+        operands = (rows, row_weights, matrices, group_sizes)
+        return fused.products_and_hidden(self._network, *operands, keeps=False)[1]
 
-    def gradients_of_products(self, products, wo, group_sizes, of_y):
-        """Return the gradients of the products, and the operand of wo again."""
-        return fused.gradients_of_products(self._network, of_y, wo, products, group_sizes)
+    def gradients_of_products(self, products, row_weights, wo, group_sizes, of_y):
+        """Return the gradients of the products, of the rows' weights, and the operand of wo again."""
+        return fused.gradients_of_products(self._network, of_y, row_weights, wo, products, group_sizes)
 
     def gradient_of_rows(self, rows, matrices, group_sizes, of_products):
         """Return the gradient of the rows."""
@@ -209,26 +237,34 @@ class FusedHalves(MosaicHalves):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _whole(
-    halves: FusedHalves, rows: jax.Array, matrices: Products, wo: jax.Array, group_sizes: jax.Array
+    halves: FusedHalves,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    matrices: Products,
+    wo: jax.Array,
+    group_sizes: jax.Array,
 ) -> jax.Array:
-    return halves.second(halves.hidden_alone(rows, matrices, group_sizes), wo, group_sizes)
+    return halves.second(halves.hidden_alone(rows, row_weights, matrices, group_sizes), wo, group_sizes)
 
 
-def _whole_forward(halves, rows, matrices, wo, group_sizes):
-    products, hidden = halves.first(rows, matrices, group_sizes)
-    return halves.second(hidden, wo, group_sizes), (rows, matrices, wo, group_sizes, products)
+def _whole_forward(halves, rows, row_weights, matrices, wo, group_sizes):
+    products, hidden = halves.first(rows, row_weights, matrices, group_sizes)
+    residuals = (rows, row_weights, matrices, wo, group_sizes, products)
+    return halves.second(hidden, wo, group_sizes), residuals
 
 
 def _whole_backward(halves, residuals, of_y):
-    rows, matrices, wo, group_sizes, products = residuals
-    of_products, hidden = halves.gradients_of_products(products, wo, group_sizes, of_y)
+    rows, row_weights, matrices, wo, group_sizes, products = residuals
+    of_products, of_row_weights, hidden = halves.gradients_of_products(
+        products, row_weights, wo, group_sizes, of_y
+    )
     of_rows = halves.gradient_of_rows(rows, matrices, group_sizes, of_products)
     of_matrices = (
         halves.gradient_of_matrices(matrix, [Term(rows, of, group_sizes)])
         for matrix, of in zip(matrices, of_products, strict=True)
     )
     of_wo = halves.gradient_of_matrices(wo, [Term(hidden, of_y, group_sizes)])
-    return of_rows, tuple(of_matrices), of_wo, None
+    return of_rows, of_row_weights, tuple(of_matrices), of_wo, None
 
 
 _whole.defvjp(_whole_forward, _whole_backward)
@@ -252,12 +288,16 @@ def shared_experts(x: jax.Array, weights: Weights, *, activation: Activation) ->
     own = {
         name.removeprefix("shared_"): value for name, value in weights.items() if name.startswith("shared")
     }
-    return _network(activation, x, own)
+    return _network(activation, x, None, own)
 
 
-def _network(activation: Activation, x: jax.Array, weights: Weights) -> jax.Array:
+def _network(
+    activation: Activation, x: jax.Array, row_weights: jax.Array | None, weights: Weights
+) -> jax.Array:
     """Apply one expert to all rows of x."""
     hidden = activation(x @ weights["wi_0"])
     if "wi_1" in weights:
         hidden *= x @ weights["wi_1"]
+    if row_weights is not None:
+        hidden = weighted(hidden, row_weights)
     return hidden.astype(x.dtype) @ weights["wo"]

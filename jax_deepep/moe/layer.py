@@ -4,10 +4,12 @@ Every device runs
 
     route → dispatch → the experts' networks → combine (+ shared experts)
 
+Rows are weighted inside the networks, before the last product: so combine only adds, and gradients of the
+router's weights need nothing after it: Σ (gradient of y · woᵀ) ⊙ hidden, summed over F.
+
 Policies of `jax.checkpoint` can name: "moe_dispatched", the received rows [C, H] and their routes, without
-which the backward pass dispatches again; "moe_hidden", the products with wi_0 and wi_1, [C, F] each, and with
-grouped_matmul="mosaic" what is computed from them, if it is needed; "moe_expert_out", the operand of combine
-[C, H]. The last two do not exist with grouped_matmul="blocks".
+which the backward pass dispatches again; "moe_hidden", the products with wi_0 and wi_1, [C, F] each (not with
+grouped_matmul="blocks").
 """
 
 import functools

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from jax_deepep.moe.config import MoEConfig
 from jax_deepep.moe.experts import added
-from jax_deepep.moe.steps import Batch, ExpertGradients, Saved, Steps, Weights
+from jax_deepep.moe.steps import Batch, ExpertGradients, Received, Saved, Steps, Weights
 from jax_deepep.ops import autodiff, native
 from jax_deepep.ops.dispatch import checked_request
 from jax_deepep.ops.handle import Handle
@@ -128,8 +128,8 @@ def _apply_one(
 ) -> tuple[jax.Array, Handle[Any]]:
     tokens, handle = autodiff.without_integer_tangents(autodiff.dispatch(steps.shape, steps.wire, x, *batch))
     bias = steps.shared_experts(x, shared) if shared else None
-    y = steps.experts(tokens, weights, handle.group_sizes)
-    out = autodiff.combine(steps.shape, steps.combine_wire, y, handle.weights, bias, handle.routes)
+    y = steps.experts(Received(tokens, handle), weights)
+    out = autodiff.combine(steps.shape, steps.combine_wire, y, None, bias, handle.routes)
     return out, handle
 
 
@@ -174,7 +174,7 @@ def _forward(
         experts_b = partial(steps_b.experts_saved, weights, at_b.handle, saves)
         out, (y_b, of_b) = steps_a.combine(y_a, at_a.handle, bias, None, experts_b, at_b.tokens)
         out, _ = steps_b.combine(y_b, at_b.handle, bias, out)
-        saved = [of_a._replace(y=y_a), of_b._replace(y=y_b)]
+        saved = [of_a, of_b]
     return Applied.of(out, [of.received.handle for of in saved]), (saved, weights, pull_back)
 
 
@@ -186,41 +186,31 @@ def _backward(
     (*others, last), (*other_steps, steps_last) = saved, steps
     of_shared: Any = (None, {})
     if pull_back is None:
-        (of_y, of_entries), _ = steps_last.gradients_of_combine(last, out)
+        of_y, _ = steps_last.gradients_of_combine(last, out)
     else:
-        (of_y, of_entries), of_shared = steps_last.gradients_of_combine(last, out, pull_back, out)
+        of_y, of_shared = steps_last.gradients_of_combine(last, out, pull_back, out)
     experts = partial(steps_last.gradients_of_experts, last, weights)
     of_matrices = partial(steps_last.gradients_of_weights, weights)
     if not others:
         of_experts = experts(of_y)
         of_wo = of_matrices([of_experts.wo])
         of_x, of_batch, of_inputs = steps_last.gradients_of_dispatch(
-            last,
-            of_experts.rows,
-            of_entries,
-            None,
-            of_matrices if of_experts.inputs else None,
-            [of_experts.inputs],
+            last, of_experts, None, of_matrices if of_experts.inputs else None, [of_experts.inputs]
         )
         of_batches, of_blocks = [of_batch], of_experts.weights
     else:
         (a,), (steps_a,) = others, other_steps
-        (of_y_a, of_entries_a), of_experts = steps_a.gradients_of_combine(a, out, experts, of_y)
+        of_y_a, of_experts = steps_a.gradients_of_combine(a, out, experts, of_y)
 
         def experts_a(of_y: jax.Array) -> tuple[ExpertGradients, Weights]:
             of_a = steps_a.gradients_of_experts(a, weights, of_y)
             return of_a, of_matrices([of_a.wo, of_experts.wo])
 
         of_x, of_batch, (of_a, of_wo) = steps_last.gradients_of_dispatch(
-            last, of_experts.rows, of_entries, None, experts_a, of_y_a
+            last, of_experts, None, experts_a, of_y_a
         )
         of_x, of_batch_a, of_inputs = steps_a.gradients_of_dispatch(
-            a,
-            of_a.rows,
-            of_entries_a,
-            of_x,
-            of_matrices if of_a.inputs else None,
-            [of_a.inputs, of_experts.inputs],
+            a, of_a, of_x, of_matrices if of_a.inputs else None, [of_a.inputs, of_experts.inputs]
         )
         of_batches = [of_batch_a, of_batch]
         of_blocks = {

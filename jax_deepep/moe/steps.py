@@ -48,14 +48,13 @@ class Saved(NamedTuple):
     Attributes:
         received: by dispatch.
         products: of the received rows with `input_matrices`; none in blocks.
-        y: the operand of combine.
-        pull_back: in blocks: the cotangent of y → those of the received rows, and of the weights.
+        pull_back: in blocks: the gradient of the output → those of the received rows, of their weights, and
+            of the experts' weights.
     """
 
     received: Received
     products: Products
-    y: jax.Array
-    pull_back: Callable[[jax.Array], tuple[jax.Array, Weights]] | None = None
+    pull_back: Callable[[jax.Array], tuple[jax.Array, jax.Array, Weights]] | None = None
 
 
 class ExpertGradients(NamedTuple):
@@ -63,11 +62,13 @@ class ExpertGradients(NamedTuple):
 
     Attributes:
         rows: the gradients of the received rows.
+        row_weights: those of the rows' weights.
         inputs, wo: terms of the gradients of `input_matrices`, and of wo, by name; none in blocks.
         weights: in blocks: the gradients of the weights.
     """
 
     rows: jax.Array
+    row_weights: jax.Array
     inputs: dict[str, Term]
     wo: dict[str, Term]
     weights: Weights
@@ -119,10 +120,11 @@ class Steps:
         """Return the output of the shared experts [T, H]."""
         return shared_experts(x, weights, activation=self.activation)
 
-    def experts(self, tokens: jax.Array, weights: Weights, group_sizes: jax.Array) -> jax.Array:
-        """Return the output of the routed experts [C, H]."""
+    def experts(self, received: Received, weights: Weights) -> jax.Array:
+        """Return the output of the routed experts [C, H], weighted."""
+        tokens, handle = received
         return routed_experts(
-            tokens, group_sizes, weights,
+            tokens, handle.weights, handle.group_sizes, weights,
             activation=self.activation, choice=self.choice, alignment=self.alignment,
             beside_ops=self.beside_ops,
         )  # fmt: skip
@@ -136,19 +138,21 @@ class Steps:
         self, weights: Weights, handle: Handle[Any], saves: bool, tokens: jax.Array
     ) -> tuple[jax.Array, Saved]:
         """Return (the output of the routed experts, what their gradients need if it `saves` that)."""
-        sizes, received = handle.group_sizes, Received(tokens, handle)
+        received = Received(tokens, handle)
         if not saves:
-            y = self.experts(tokens, weights, sizes)
-            return y, Saved(received, (), y)
+            return self.experts(received, weights), Saved(received, ())
         if self.choice == "blocks":
-            y, pull_back = jax.vjp(
-                lambda tokens, weights: self.experts(tokens, weights, sizes), tokens, weights
-            )
-            return y, Saved(received, (), y, pull_back)
-        halves = self._halves(tokens)
-        products, hidden = halves.first(tokens, tuple(input_matrices(weights).values()), sizes)
-        y = halves.second(hidden, weights["wo"], sizes)
-        return y, Saved(received, products, y)
+
+            def experts(tokens: jax.Array, row_weights: jax.Array, weights: Weights) -> jax.Array:
+                return self.experts(
+                    Received(tokens, dataclasses.replace(handle, weights=row_weights)), weights
+                )
+
+            y, pull_back = jax.vjp(experts, tokens, handle.weights, weights)
+            return y, Saved(received, (), pull_back)
+        halves, sizes, matrices = self._halves(tokens), handle.group_sizes, input_matrices(weights)
+        products, hidden = halves.first(tokens, handle.weights, tuple(matrices.values()), sizes)
+        return halves.second(hidden, weights["wo"], sizes), Saved(received, products)
 
     def combine(
         self, y: jax.Array, handle: Handle[Any], bias: jax.Array | None, into: jax.Array | None,
@@ -158,39 +162,41 @@ class Steps:
 
         Of other batches, the output has the rows of `into`, or arbitrary ones without it.
         """
-        verb, forward = verbs.combine(self.combine_wire), (y, handle.weights, bias, handle.routes)
+        verb, forward = verbs.combine(self.combine_wire), (y, None, bias, handle.routes)
         call = verb.call(self.shape, *forward, **self._rows_in(into))
         results, computed = pairs.run_beside(call, CHANNEL, beside, *operands)
         return verb.outputs(self.shape, forward, results), computed
 
     def gradients_of_combine(
         self, saved: Saved, out: jax.Array, beside: Callable[..., Any] | None = None, *operands: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        """Return ((the gradients of y, and of the rows' weights), the results of `beside`).
+    ) -> tuple[jax.Array, Any]:
+        """Return (the gradient of the experts' output, the results of `beside`).
 
         `out` is the cotangent of the output of all batches; `beside` is as in `gradients_of_dispatch`.
         """
-        verb, handle = verbs.combine(self.combine_wire), saved.received.handle
-        forward = (saved.y, handle.weights, None, handle.routes)  # the gradient of a bias is `out`
+        verb, routes = verbs.combine(self.combine_wire), saved.received.handle.routes
+        forward = (None, None, None, routes)  # the gradient of a bias is `out`
         call = verb.transpose(self.shape, verb.saved(forward, None), out, first_token=self.first_token)
         results, computed = self._run_beside(call, beside, operands)
-        of_y, of_weights, *_ = verb.gradients(forward, call.operands, results)
-        return (of_y, of_weights), computed
+        of_y, *_ = verb.gradients(forward, call.operands, results)
+        return of_y, computed
 
     def gradients_of_experts(self, saved: Saved, weights: Weights, of_y: jax.Array) -> ExpertGradients:
         """Return what a batch contributes, given the gradient of y."""
         if saved.pull_back is not None:
-            of_rows, of_weights = saved.pull_back(of_y)
-            return ExpertGradients(of_rows, {}, {}, of_weights)
+            of_rows, of_row_weights, of_weights = saved.pull_back(of_y)
+            return ExpertGradients(of_rows, of_row_weights, {}, {}, of_weights)
         (tokens, handle), matrices = saved.received, input_matrices(weights)
         sizes, halves = handle.group_sizes, self._halves(tokens)
-        of_products, hidden = halves.gradients_of_products(saved.products, weights["wo"], sizes, of_y)
+        of_products, of_row_weights, hidden = halves.gradients_of_products(
+            saved.products, handle.weights, weights["wo"], sizes, of_y
+        )
         of_rows = halves.gradient_of_rows(tokens, tuple(matrices.values()), sizes, of_products)
         inputs = {
             name: Term(tokens, of_product, sizes)
             for name, of_product in zip(matrices, of_products, strict=True)
         }
-        return ExpertGradients(of_rows, inputs, {"wo": Term(hidden, of_y, sizes)}, {})
+        return ExpertGradients(of_rows, of_row_weights, inputs, {"wo": Term(hidden, of_y, sizes)}, {})
 
     def gradients_of_weights(self, weights: Weights, of_batches: Sequence[dict[str, Term]]) -> Weights:
         """Return the gradients of the weights of which the batches have terms, the sums of these.
@@ -207,20 +213,19 @@ class Steps:
         return gradients
 
     def gradients_of_dispatch(
-        self, saved: Saved, rows: jax.Array, weights: jax.Array, into: jax.Array | None,
+        self, saved: Saved, of_experts: ExpertGradients, into: jax.Array | None,
         beside: Callable[..., Any] | None = None, *operands: Any,
     ) -> tuple[jax.Array, Batch, Any]:  # fmt: skip
         """Return (the gradients of x, and of the batch, the results of `beside`).
 
         Args:
             saved: of the batch.
-            rows: the gradients of its received rows.
-            weights: those of the rows' weights.
+            of_experts: of its routed experts.
             into: the gradients of x, of other batches; None where there are none yet.
             beside, operands: of which all results are computed before the op ends.
         """
         verb, handle = verbs.dispatch(self.wire), saved.received.handle
-        outputs = (rows, dataclasses.replace(handle, weights=weights))
+        outputs = (of_experts.rows, dataclasses.replace(handle, weights=of_experts.row_weights))
         call = verb.transpose(self.shape, handle.routes, outputs, **self._rows_in(into))
         results, computed = self._run_beside(call, beside, operands)
         of_x, *routing = verb.gradients(saved.received, call.operands, results)

@@ -43,19 +43,19 @@ def weights_of(gated: bool, dtype: jnp.dtype) -> dict[str, jax.Array]:
     return {name: jnp.asarray(numbers(*shapes[name], seed=n) / 6, dtype) for n, name in enumerate(names)}
 
 
-def expected(rows, weights):
+def expected(rows, row_weights, weights):
     """Return the result on the rows in groups."""
     own = {name: value[EXPERT] for name, value in weights.items()}
     hidden = jax.nn.silu(jnp.einsum("ch,chf->cf", rows, own["wi_0"]))
     if "wi_1" in own:
         hidden *= jnp.einsum("ch,chf->cf", rows, own["wi_1"])
-    return jnp.einsum("cf,cfh->ch", hidden, own["wo"])
+    return row_weights[:, None] * jnp.einsum("cf,cfh->ch", hidden, own["wo"])
 
 
 @jax.jit
-def expected_with_gradients(rows, weights, gradient):
-    """Return the result, and the gradients of rows and weights."""
-    out, pull_back = jax.vjp(expected, rows, weights)
+def expected_with_gradients(rows, row_weights, weights, gradient):
+    """Return the result, and the gradients of rows, their weights and the experts' weights."""
+    out, pull_back = jax.vjp(expected, rows, row_weights, weights)
     return out, *pull_back(gradient)
 
 
@@ -77,17 +77,22 @@ def test_rows_without_an_expert_affect_nothing(choice, gated: bool) -> None:
     rows = np.where(LIVE[:, None], numbers(CAPACITY, H), 0)
     gradient = np.where(LIVE[:, None], numbers(CAPACITY, H, seed=1), 0)
     rows[in_groups:] = gradient[in_groups:] = np.nan
+    row_weights = np.where(LIVE, np.abs(numbers(CAPACITY, seed=2)), 0)
     weights = weights_of(gated, jnp.float32)
     apply = partial(routed_experts, activation=jax.nn.silu, choice=choice, alignment=BLOCK)
 
     @jax.jit
-    def run(rows, weights, gradient):
-        out, pull_back = jax.vjp(lambda r, w: apply(r, jnp.asarray(GROUP_SIZES, jnp.int32), w), rows, weights)
+    def run(rows, row_weights, weights, gradient):
+        def experts(rows, row_weights, weights):
+            return apply(rows, row_weights, jnp.asarray(GROUP_SIZES, jnp.int32), weights)
+
+        out, pull_back = jax.vjp(experts, rows, row_weights, weights)
         return out, *pull_back(gradient)
 
-    out, of_rows, of_weights = jax.tree.map(np.asarray, run(rows, weights, gradient))
-    of_groups = expected_with_gradients(rows[:in_groups], weights, gradient[:in_groups])
-    assert_close((out[:in_groups], of_rows[:in_groups], of_weights), jax.tree.map(np.asarray, of_groups))
+    *of_all_rows, of_weights = jax.tree.map(np.asarray, run(rows, row_weights, weights, gradient))
+    in_group = (value[:in_groups] for value in (rows, row_weights))
+    exact = expected_with_gradients(*in_group, weights, gradient[:in_groups])
+    assert_close((*(value[:in_groups] for value in of_all_rows), of_weights), jax.tree.map(np.asarray, exact))
 
 
 def test_blocks_are_not_computed_after_the_last_group() -> None:
@@ -104,7 +109,7 @@ def test_blocks_are_not_computed_after_the_last_group() -> None:
     rows = jnp.asarray(numbers(CAPACITY, H))
     jax.block_until_ready(
         jax.jit(partial(routed_experts, activation=activation, choice="blocks", alignment=BLOCK))(
-            rows, jnp.asarray(GROUP_SIZES, jnp.int32), weights_of(True, jnp.float32)
+            rows, jnp.ones(CAPACITY), jnp.asarray(GROUP_SIZES, jnp.int32), weights_of(True, jnp.float32)
         )
     )
     assert len(counts) == GROUP_SIZES.sum() // BLOCK
@@ -119,7 +124,7 @@ def test_gradients_of_weights_are_summed_in_float32(choice: str) -> None:
 
     def run(weights):
         apply = partial(routed_experts, activation=jnp.ones_like, choice=choice, alignment=BLOCK)
-        return apply(rows, group_sizes, weights)[::BLOCK].astype(jnp.float32).sum()
+        return apply(rows, jnp.ones(len(rows)), group_sizes, weights)[::BLOCK].astype(jnp.float32).sum()
 
     of_weights = jax.jit(jax.grad(run))(weights)
     np.testing.assert_array_equal(np.asarray(of_weights["wo"], np.float32), 640)
@@ -132,9 +137,8 @@ def test_an_activation_may_compute_in_float32(choice: str) -> None:
 
     def of_weights(weights):
         apply = partial(routed_experts, activation=activation, choice=choice, alignment=BLOCK)
-        out = apply(
-            jnp.asarray(numbers(len(EXPERT), H), jnp.bfloat16), jnp.asarray(GROUP_SIZES, jnp.int32), weights
-        )
+        rows = jnp.asarray(numbers(len(EXPERT), H), jnp.bfloat16)
+        out = apply(rows, jnp.ones(len(rows)), jnp.asarray(GROUP_SIZES, jnp.int32), weights)
         assert out.dtype == jnp.bfloat16
         return out.astype(jnp.float32).sum(), out
 
@@ -143,7 +147,11 @@ def test_an_activation_may_compute_in_float32(choice: str) -> None:
     )
     rows = numbers(len(EXPERT), H).astype(jnp.bfloat16).astype(np.float32)
     weights = jax.tree.map(lambda value: value.astype(jnp.float32), weights_of(True, jnp.bfloat16))
-    assert_close(np.asarray(out, np.float32), np.asarray(jax.jit(expected)(rows, weights)), tolerance=2e-2)
+    assert_close(
+        np.asarray(out, np.float32),
+        np.asarray(jax.jit(expected)(rows, np.ones(len(rows)), weights)),
+        tolerance=2e-2,
+    )
     assert jax.tree.all(jax.tree.map(lambda value: value.dtype == jnp.bfloat16, gradients))
 
 
@@ -188,7 +196,7 @@ def test_unsupported_sizes() -> None:
         own = weights if alignment == BLOCK else weights_of(True, jnp.float32)
         with pytest.raises(ValueError, match=words):
             routed_experts(
-                rows if alignment == BLOCK else jnp.ones((BLOCK, H)), sizes, own,
+                rows if alignment == BLOCK else jnp.ones((BLOCK, H)), jnp.ones(BLOCK), sizes, own,
                 activation=jax.nn.silu, choice=choice, alignment=alignment,
             )  # fmt: skip
 

@@ -64,10 +64,10 @@ def by_hand(config: MoEConfig) -> Any:
         options = {"comm": config.comm, "capacity": capacity, "alignment": alignment}
         dispatched, handle = ep.dispatch(ep.quantize_dequantize(x, "fp8"), topk_idx, topk_weights, **options)
         y = routed_experts(
-            dispatched.tokens, dispatched.group_sizes, matrices,
+            dispatched.tokens, dispatched.weights, dispatched.group_sizes, matrices,
             activation=config.activation, choice=choice, alignment=alignment,
         )  # fmt: skip
-        out = rounded_backward(ep.combine(y, handle))
+        out = rounded_backward(ep.combine(y, handle, weighted=False))
         if config.shared_intermediate_size:
             out += shared_experts(x, matrices, activation=config.activation)
         return lax.psum(out, config.tensor_axes)

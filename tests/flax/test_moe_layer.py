@@ -184,7 +184,7 @@ def test_checkpoint_policies() -> None:
         "plain": layer,
         "nothing kept": jax.checkpoint(layer),
         "rows kept": jax.checkpoint(layer, policy=keep("moe_dispatched")),
-        "products kept": jax.checkpoint(layer, policy=keep("moe_dispatched", "moe_hidden", "moe_expert_out")),
+        "products kept": jax.checkpoint(layer, policy=keep("moe_dispatched", "moe_hidden")),
     }
     dispatches, products, gradients = {}, {}, {}
     for name, layer in layers.items():
@@ -208,9 +208,9 @@ def test_checkpoint_policies() -> None:
         assert_close(gradients[name], gradients["plain"])
 
 
-@pytest.mark.parametrize(("num_chunks", "products"), [(1, 3 + 6), (2, 3 + 3 + 6)])
+@pytest.mark.parametrize(("num_chunks", "products"), [(1, 3 + 6), (2, 3 + 2 + 6)])
 def test_triton_kernels_in_the_layer(num_chunks: int, products: int, monkeypatch) -> None:
-    """Traced as for a GPU on any platform: forward, recomputed with chunks, and both gradients of each."""
+    """Traced as for a GPU: forward, both gradients, and with chunks the first two products again."""
     mesh = mesh_named("fsdp × expert × tensor")
     sizes = {"num_experts": E, "num_experts_per_tok": K, "max_tokens": MAX_TOKENS, "hidden_size": H}
     config = build_config(

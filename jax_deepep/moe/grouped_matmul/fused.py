@@ -2,9 +2,9 @@
 
 What lies between the matmuls is computed from tiles of their sums, before these are stored:
 
-    forward     hidden = activation(rows · wi_0) ⊙ (rows · wi_1)    one kernel, which stores both products too
-                y = hidden · wo                                     where gradients need them
-    backward    the gradients of the products, and hidden again     one kernel: of y's gradient · woᵀ
+    forward     hidden = w ⊙ activation(rows · wi_0) ⊙ (rows · wi_1)    one kernel, which stores both products
+                y = hidden · wo                                         too where gradients need them
+    backward    the gradients of the products and of w, hidden again    one kernel: of y's gradient · woᵀ
                 the gradient of rows, the sum over both matrices    one kernel
                 the gradient of each matrix                         one kernel each
 
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jax_deepep import jax_compat
@@ -75,14 +76,27 @@ def _hidden_and_gradients(
     return (of_first, of_hidden * value), value * others[0]
 
 
+def _weights(row_weights: Any, place: Place, own_rows: Any) -> jax.Array:
+    """Return the weights of 64 rows of a tile, for each of STORED columns."""
+    own_weights = jax_compat.load_in_rows(row_weights.at[place.rows].at[own_rows])
+    return lax.broadcast_in_dim(own_weights, (SMALLEST_TILE, STORED), (0,))
+
+
 def products_and_hidden(
-    network: Network, rows: jax.Array, matrices: Arrays, group_sizes: jax.Array, *, keeps: bool = True
+    network: Network,
+    rows: jax.Array,
+    row_weights: jax.Array,
+    matrices: Arrays,
+    group_sizes: jax.Array,
+    *,
+    keeps: bool = True,
 ) -> tuple[Arrays, jax.Array]:
-    """Multiply the rows of each group with its matrices, and apply the activation.
+    """Multiply the rows of each group with its matrices, and apply the activation and the rows' weights.
 
     Args:
         network: static.
         rows: [C, H].
+        row_weights: float32 [C].
         matrices: `wi_0` and optionally `wi_1`, [L, H, F] each.
         group_sizes: int32 [L].
         keeps: whether the products are returned.
@@ -94,7 +108,7 @@ def products_and_hidden(
     wide = largest_tile(width, network.tiles.columns // len(matrices))
 
     def tile(place: Place, refs: Sequence[Any]) -> Tile:
-        rows, matrices, outs = refs[0], refs[1 : 1 + number], refs[1 + number :]
+        row_weights, rows, matrices, outs = refs[0], refs[1], refs[2 : 2 + number], refs[2 + number :]
         these_columns = pl.ds(place.beside * wide, wide)
 
         def begin() -> Any:
@@ -110,10 +124,11 @@ def products_and_hidden(
             return of_step
 
         def stores(sums: Sequence[jax.Array], own_rows: Any, further: Any) -> Stores:
+            own_weights = _weights(row_weights, place, own_rows)
             for column in range(0, wide, STORED):
                 products = [total[:, column : column + STORED].astype(dtype) for total in sums]
                 kept = products if keeps else []
-                hidden = _hidden(network.activation, *products)
+                hidden = _hidden(network.activation, *products) * own_weights
                 for values, out in zip((*kept, hidden), outs, strict=True):
                     own_columns = pl.ds(column, STORED)
                     yield values.astype(dtype), out.at[place.rows, these_columns].at[own_rows, own_columns]
@@ -122,22 +137,29 @@ def products_and_hidden(
 
     number, dtype = len(matrices), rows.dtype
     *products, hidden = by_row_blocks(
-        "grouped_hidden", network.block, group_sizes, [rows, *matrices], [width] * (1 + number * keeps), tile,
+        "grouped_hidden", network.block, group_sizes, [row_weights, rows, *matrices],
+        [width] * (1 + number * keeps), tile,
         columns=wide, across=width // wide, transposed=False, tiles=network.tiles, sums=number, plain=False,
     )  # fmt: skip
     return tuple(products), hidden
 
 
 def gradients_of_products(
-    network: Network, of_y: jax.Array, wo: jax.Array, products: Arrays, group_sizes: jax.Array
-) -> tuple[Arrays, jax.Array]:
-    """Return (the gradients of the products, hidden), [C, F] each, from the gradient of hidden · wo."""
+    network: Network,
+    of_y: jax.Array,
+    row_weights: jax.Array,
+    wo: jax.Array,
+    products: Arrays,
+    group_sizes: jax.Array,
+) -> tuple[Arrays, jax.Array, jax.Array]:
+    """Return (the gradients of the products, of the weights, hidden), from the gradient of hidden · wo."""
     jax_compat.let_mosaic_add_tangents()
     width, inner = wo.shape[1:]
     wide = largest_tile(width, network.tiles.columns)
 
     def tile(place: Place, refs: Sequence[Any]) -> Tile:
-        of_y, wo, products, outs = refs[0], refs[1], refs[2 : 2 + number], refs[2 + number :]
+        row_weights, of_y, wo, products = refs[0], refs[1], refs[2], refs[3 : 3 + number]
+        *outs, of_weights = refs[3 + number :]
         these_columns = pl.ds(place.beside * wide, wide)
 
         def begin() -> Any:
@@ -153,21 +175,32 @@ def gradients_of_products(
 
         def stores(sums: Sequence[jax.Array], own_rows: Any, further: Any) -> Stores:
             (total,) = sums
+            own_weights = _weights(row_weights, place, own_rows)
+            of_own_weights = []  # of each chunk
             for index, chunk in enumerate(chunks):
-                of_hidden = total[:, index * STORED : (index + 1) * STORED].astype(dtype)
-                gradients, hidden = _hidden_and_gradients(network.activation, of_hidden, *further(number))
-                for values, out in zip((*gradients, hidden), outs, strict=True):
+                columns = total[:, index * STORED : (index + 1) * STORED]
+                of_hidden = columns.astype(dtype).astype(jnp.float32)
+                gradients, hidden = _hidden_and_gradients(
+                    network.activation, of_hidden * own_weights, *further(number)
+                )
+                of_own_weights.append(jnp.sum(of_hidden * hidden, axis=1))
+                for values, out in zip((*gradients, hidden * own_weights), outs, strict=True):
                     yield values.astype(dtype), out.at[place.rows, chunk].at[own_rows]
+            own = of_weights.at[place.beside, place.rows].at[own_rows]
+            own[...] = sum(of_own_weights[1:], of_own_weights[0])
 
         needed = [product.at[place.rows, chunk] for chunk in chunks for product in products]
         return Tile([Part(inner // DEPTH, begin)], stores, needed)
 
     number, dtype = len(products), of_y.dtype
-    *gradients, hidden = by_row_blocks(
-        "grouped_hidden_gradient", network.block, group_sizes, [of_y, wo, *products], [width] * (1 + number),
-        tile, columns=wide, across=width // wide, transposed=True, tiles=network.tiles, plain=False,
+    # Of each tile, the sum over its columns.
+    of_weights_type = jax.ShapeDtypeStruct((width // wide, len(of_y)), jnp.float32)
+    *gradients, hidden, of_weights = by_row_blocks(
+        "grouped_hidden_gradient", network.block, group_sizes, [row_weights, of_y, wo, *products],
+        [width] * (1 + number), tile, others=[of_weights_type],
+        columns=wide, across=width // wide, transposed=True, tiles=network.tiles, plain=False,
     )  # fmt: skip
-    return tuple(gradients), hidden
+    return tuple(gradients), of_weights.sum(axis=0), hidden
 
 
 def can_fuse(activation: Activation, dtype: Any) -> bool:
@@ -188,11 +221,12 @@ def _lowers(activation: Activation, dtype: Any, platform: str) -> bool:
 def _lower(activation: Activation, dtype: Any, platform: str) -> None:
     size = SMALLEST_TILE
 
-    def kernels(rows: jax.Array, matrices: Arrays, group_sizes: jax.Array) -> Any:
+    def kernels(rows: jax.Array, row_weights: jax.Array, matrices: Arrays, group_sizes: jax.Array) -> Any:
         network = Network(activation, size)
-        products, hidden = products_and_hidden(network, rows, matrices, group_sizes)
-        return gradients_of_products(network, hidden, matrices[0], products, group_sizes)
+        products, hidden = products_and_hidden(network, rows, row_weights, matrices, group_sizes)
+        return gradients_of_products(network, hidden, row_weights, matrices[0], products, group_sizes)
 
     rows, matrix = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((size, size), (1, size, size)))
+    row_weights = jax.ShapeDtypeStruct((size,), jnp.float32)
     sizes = jax.ShapeDtypeStruct((1,), jnp.int32)
-    jax.jit(kernels).trace(rows, (matrix, matrix), sizes).lower(lowering_platforms=(platform,))
+    jax.jit(kernels).trace(rows, row_weights, (matrix, matrix), sizes).lower(lowering_platforms=(platform,))

@@ -159,7 +159,7 @@ def own_tiles(block: Any, num_blocks: int, num_tiles: Any, phases: int) -> tuple
 def multiply(
     product: Product,
     operands: Sequence[jax.Array],
-    shapes: Sequence[tuple[int, ...]],
+    types: Sequence[jax.ShapeDtypeStruct],
     tiles: Tiles,
 ) -> list[jax.Array]:
     """Compute all tiles of a product.
@@ -167,7 +167,7 @@ def multiply(
     Args:
         product: what is computed.
         operands: of the kernel; all that are copied have the dtype of the last one.
-        shapes: of the results, of the same dtype; they are not written where there is no tile.
+        types: of the results; they are not written where there is no tile.
         tiles: what `product` does not say.
 
     Returns:
@@ -199,7 +199,7 @@ def multiply(
     sms = SIMULATED_SMS if simulated else getattr(jax.devices()[0], "core_count", None) or H200_SMS
     kernel = gpu.kernel(
         partial(_kernel, product, gpu, tiles),
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape in shapes],
+        out_type=types,
         grid=(sms * tiles.phases,),
         grid_names=("block",),
         num_threads=workers + 1,

@@ -120,6 +120,7 @@ def by_row_blocks(
     tiles: Tiles,
     sums: int = 1,
     plain: bool = True,
+    others: Sequence[jax.ShapeDtypeStruct] = (),
 ) -> list[jax.Array]:
     """Compute results whose rows are those of the groups; they are not written after the last group.
 
@@ -135,6 +136,7 @@ def by_row_blocks(
         transposed: whether the right operand of a step is.
         tiles: the panel, and what `multiply` needs.
         sums, plain: see `Product`.
+        others: types of further results.
     """
     num_experts, num_rows = len(group_sizes), len(operands[0])
     high = largest_tile(block, LARGEST_ROWS)
@@ -153,7 +155,8 @@ def by_row_blocks(
         name, high, columns, sums, (False, transposed), lambda refs: down(refs) * np.int32(across), of_index,
         plain,
     )  # fmt: skip
-    return multiply(product, (experts, ends, *operands), [(num_rows, width) for width in widths], tiles)
+    results = [jax.ShapeDtypeStruct((num_rows, width), operands[-1].dtype) for width in widths]
+    return multiply(product, (experts, ends, *operands), [*results, *others], tiles)
 
 
 class Term(NamedTuple):
@@ -208,5 +211,6 @@ def outer(terms: Sequence[Term], *, tiles: Tiles | None = None) -> jax.Array:
     operands = [largest_first]
     for first, of_term, term in zip(firsts, steps, terms, strict=True):
         operands += [first, of_term, term.rows, term.gradient]
-    (out,) = multiply(product, operands, [(num_experts, height, width)], tiles)
+    result = jax.ShapeDtypeStruct((num_experts, height, width), terms[0].gradient.dtype)
+    (out,) = multiply(product, operands, [result], tiles)
     return out
