@@ -52,7 +52,7 @@ def calls_of(folder: Path, **options: Any) -> Counter[str]:
         for name in ("before_optimizations", "gpu_after_optimizations")
     )
     calls = Counter(re.findall(CALL, before))
-    assert Counter(re.findall(CALL, after)) == calls
+    assert Counter(re.findall(CALL, after)) <= calls  # less where nothing uses a result
     # Fusions of slices that an op reads are useful, unless results are to have the memory of operands.
     for fusion in re.findall(r"^%dynamic-slice-fusion.*?^}", after, re.MULTILINE | re.DOTALL):
         assert "output_to_operand_aliasing" not in fusion
