@@ -16,9 +16,9 @@ from jax_deepep.bench.layers import FORWARD, FORWARD_BACKWARD, UNFUSED, experts_
 from jax_deepep.bench.problem import WORST, Problem
 from jax_deepep.bench.report import Result, Spread
 from jax_deepep.bench.trials import Timer, interleaved, queued
-from jax_deepep.moe.experts import FusedHalves, Halves
 from jax_deepep.moe.grouped_matmul.mosaic import mosaic_matmul
 from jax_deepep.moe.grouped_matmul.triton import triton_matmul
+from jax_deepep.moe.halves import FusedHalves, Halves
 
 FUSED, TRITON = "mosaic", "triton"
 CASES = (TRITON, UNFUSED, FUSED)

@@ -16,8 +16,8 @@ from jax_deepep.gating import ScoreFunction
 from jax_deepep.moe.aux import MoEAux, Scope
 from jax_deepep.moe.build import build_config
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.experts import Activation
 from jax_deepep.moe.grouped_matmul import Choice
+from jax_deepep.moe.halves import Activation
 from jax_deepep.moe.layer import Router, moe, with_sharding
 from jax_deepep.moe.parameters import Initializer, initializer_of
 from jax_deepep.moe.replicas import physical_parameters

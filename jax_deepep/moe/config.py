@@ -16,8 +16,9 @@ from jax_deepep.checks import ROW_DTYPES, check_array, check_bool, checked_integ
 from jax_deepep.communicator import Communicator
 from jax_deepep.deprecation import renamed_function
 from jax_deepep.gating import ScoreFunction
-from jax_deepep.moe.experts import Activation, check_activation
+from jax_deepep.moe.experts import check_activation
 from jax_deepep.moe.grouped_matmul import Choice, alignment_for, check_choice, chosen
+from jax_deepep.moe.halves import Activation
 from jax_deepep.ops.wire import Wire, checked_wire
 from jax_deepep.quantization.formats import Format
 

@@ -34,7 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepep.moe.config import MoEConfig
-from jax_deepep.moe.experts import added
+from jax_deepep.moe.halves import added
 from jax_deepep.moe.steps import Batch, ExpertGradients, Received, Saved, Steps, Weights
 from jax_deepep.ops import autodiff, native
 from jax_deepep.ops.dispatch import checked_request

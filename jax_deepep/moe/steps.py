@@ -7,16 +7,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_deepep.moe.experts import (
-    Activation,
-    Halves,
-    Products,
-    halves_of,
-    input_matrices,
-    routed_experts,
-    shared_experts,
-)
+from jax_deepep.moe.experts import input_matrices, routed_experts, shared_experts
 from jax_deepep.moe.grouped_matmul.mosaic_products import Term
+from jax_deepep.moe.halves import Activation, Halves, Products, halves_of
 from jax_deepep.ops import pairs, verbs
 from jax_deepep.ops.custom_call import Call
 from jax_deepep.ops.handle import Handle, RouteShape

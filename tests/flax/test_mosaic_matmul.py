@@ -11,12 +11,12 @@ from jax import lax
 
 from jax_deepep import jax_compat
 from jax_deepep.bench.matmuls import SHAPES, TILES
-from jax_deepep.moe.experts import FusedHalves, MosaicHalves, halves_of
 from jax_deepep.moe.grouped_matmul import alignment_for, chosen, fused, mosaic_products
 from jax_deepep.moe.grouped_matmul.fused import can_fuse
 from jax_deepep.moe.grouped_matmul.mosaic import Tiles, missing_reason, mosaic_matmul
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import in_panels, own_tiles
 from jax_deepep.moe.grouped_matmul.mosaic_products import Term, outer
+from jax_deepep.moe.halves import FusedHalves, MosaicHalves, halves_of
 
 DEVICE = jax.devices()[0]
 SIMULATED = DEVICE.platform == "cpu"
