@@ -20,6 +20,7 @@ from jax_deepep.flax import linen
 from jax_deepep.gating import group_limited_topk
 from jax_deepep.moe import MoEConfig, build_config, moe
 from jax_deepep.moe.experts import routed_experts, shared_experts
+from jax_deepep.moe.routing import router_logits
 
 BATCH = (8, 6, H)
 WIRES: dict[str, Any] = {"wire": "fp8", "combine_wire": ep.Wire(None, backward="fp8")}
@@ -54,7 +55,7 @@ def by_hand(config: MoEConfig) -> Any:
     specs = {name: config.spec(name) for name in config.parameters}
 
     def of_device(parameters, x):
-        logits = x @ parameters["gate"]
+        logits = router_logits(config.comm.platform, x, parameters["gate"])
         topk_idx, topk_weights = group_limited_topk(logits, num_experts_per_tok=K, score_function="softmax")
         if config.tensor_axes:  # along which tokens, and so the router, are the same
             x, topk_weights = (lax.pcast(v, config.tensor_axes, to="varying") for v in (x, topk_weights))

@@ -36,8 +36,8 @@ pytestmark = [
 ]
 
 
-def calls_of(folder: Path, **options: Any) -> Counter[str]:
-    """Return how many calls of each op and kernel XLA has, in the end as at first."""
+def compiled(folder: Path, **options: Any) -> tuple[str, str]:
+    """Return the program before and after XLA's passes."""
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
         [sys.executable, TESTS / "compile_for_gpus.py", folder, json.dumps(options)],
@@ -47,14 +47,22 @@ def calls_of(folder: Path, **options: Any) -> Counter[str]:
         timeout=250,
     )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
-    before, after = (
-        next(folder.glob(f"*jit_program*{name}.txt")).read_text()
-        for name in ("before_optimizations", "gpu_after_optimizations")
-    )
+    names = ("before_optimizations", "gpu_after_optimizations")
+    before, after = (next(folder.glob(f"*jit_program*{name}.txt")).read_text() for name in names)
+    return before, after
+
+
+def fusions_of_slices(program: str) -> list[str]:
+    return re.findall(r"^%dynamic-slice-fusion.*?^}", program, re.MULTILINE | re.DOTALL)
+
+
+def calls_of(folder: Path, **options: Any) -> Counter[str]:
+    """Return how many calls of each op and kernel XLA has, in the end as at first."""
+    before, after = compiled(folder, **options)
     calls = Counter(re.findall(CALL, before))
     assert Counter(re.findall(CALL, after)) <= calls  # less where nothing uses a result
     # Fusions of slices that an op reads are useful, unless results are to have the memory of operands.
-    for fusion in re.findall(r"^%dynamic-slice-fusion.*?^}", after, re.MULTILINE | re.DOTALL):
+    for fusion in fusions_of_slices(after):
         assert "output_to_operand_aliasing" not in fusion
         assert "custom_call_has_side_effect" not in fusion
     return calls
@@ -79,6 +87,13 @@ def test_every_op_and_kernel_of_layers_once(
     """XLA would add fusions of these and slices that a loop reads or saves."""
     calls = calls_of(tmp_path, **options, grouped_matmul=grouped_matmul)
     assert calls["jax_deepep_dispatch"] + calls["jax_deepep_dispatch_uncaptured"] > 0
+
+
+def test_a_loop_saves_a_gradient_of_weights_without_a_copy(tmp_path: Path) -> None:
+    """That of wo: those of wi_0 and wi_1 are beside an op, which ends after them."""
+    _, after = compiled(tmp_path, **LOOP, grouped_matmul="mosaic")
+    fusions = [fusion for fusion in fusions_of_slices(after) if "dynamic-update-slice" in fusion]
+    assert [re.findall(CALL, fusion) for fusion in fusions] == [["mosaic_gpu_v2"]]
 
 
 def test_every_choice_of_experts_once(tmp_path: Path) -> None:

@@ -215,10 +215,9 @@ def multiply(
         compiler_params=gpu.CompilerParams(lowering_semantics=gpu.LoweringSemantics.Warpgroup),
         interpret=jax_compat.mosaic_gpu_interpreter() if simulated else None,
     )
-    # Behind barriers, as results of ops are: XLA would run a kernel twice whose result a loop saves. And they
-    # have lost along which mesh axes they vary.
+    # They have lost along which mesh axes they vary.
     axes = jax_compat.varying_axes(operands[-1])
-    return [jax_compat.as_varying(lax.optimization_barrier(result), axes) for result in kernel(*operands)]
+    return [jax_compat.as_varying(result, axes) for result in kernel(*operands)]
 
 
 def _kernel(

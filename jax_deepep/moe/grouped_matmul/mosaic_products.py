@@ -156,7 +156,9 @@ def by_row_blocks(
         plain,
     )  # fmt: skip
     results = [jax.ShapeDtypeStruct((num_rows, width), operands[-1].dtype) for width in widths]
-    return multiply(product, (experts, ends, *operands), [*results, *others], tiles)
+    # Behind barriers, as results of ops are: XLA would run a kernel twice whose result a loop saves and uses.
+    products = multiply(product, (experts, ends, *operands), [*results, *others], tiles)
+    return [lax.optimization_barrier(result) for result in products]
 
 
 class Term(NamedTuple):
@@ -174,7 +176,10 @@ class Term(NamedTuple):
 
 
 def outer(terms: Sequence[Term], *, tiles: Tiles | None = None) -> jax.Array:
-    """Return the sum of the terms [L, H, F], added in float32. `tiles` None = `OUTER`."""
+    """Return the sum of the terms [L, H, F], added in float32. `tiles` None = `OUTER`.
+
+    Without a barrier: what a loop saves of it and does not use, XLA lets the kernel write to its place.
+    """
     tiles = tiles or OUTER
     (num_experts,) = terms[0].group_sizes.shape
     height, width = terms[0].rows.shape[1], terms[0].gradient.shape[1]
