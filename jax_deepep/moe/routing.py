@@ -98,10 +98,15 @@ def router_logits(platform: str, x: jax.Array, gate: jax.Array) -> jax.Array:
     NVIDIA GPUs multiply three bfloat16 parts of each operand on their matrix units: that is faster there than
     HIGHEST, and nearer to float64.
     """
-    exact: Any = lax.Precision.HIGHEST
-    if platform == "cuda":
-        exact = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-    return jnp.matmul(x.astype(jnp.float32), gate.astype(jnp.float32), precision=exact)
+    x, gate = x.astype(jnp.float32), gate.astype(jnp.float32)
+    size = len(gate)
+    if platform != "cuda" or size % 2:
+        return jnp.matmul(x, gate, precision=lax.Precision.HIGHEST)
+    # H as two axes: for several devices XLA (0.11.2, Shardy) forgets the algorithm of a product of matrices,
+    # and multiplies in TF32.
+    halves = x.reshape(-1, 2, size // 2), gate.reshape(2, size // 2, -1)
+    exact = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+    return lax.dot_general(*halves, (((1, 2), (0, 1)), ((), ())), precision=exact)
 
 
 def route(config: MoEConfig, parameters: Any, x: jax.Array, is_token: jax.Array, given: Given) -> Routing:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from dense_moe import numbers
 from jax.experimental import pallas
+from jax.sharding import PartitionSpec as P
+from meshes import fetch, mesh_named, put_on_mesh
 from moe_layer import assert_close
 
 from jax_deepep import jax_compat
@@ -201,10 +203,13 @@ def test_unsupported_sizes() -> None:
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_experts", [64, 256])
-def test_the_router_is_as_exact_as_float32_can_be(num_experts: int) -> None:
-    """On NVIDIA GPUs by a dot algorithm of bfloat16 parts, elsewhere by HIGHEST."""
-    x, gate = numbers(64, 2048), numbers(2048, num_experts) / 2048**0.5
-    logits = jax.jit(partial(router_logits, jax_compat.platform_of(jax.devices()[0])))(x, gate)
+@pytest.mark.parametrize(("hidden_size", "num_experts"), [(2048, 64), (2048, 256), (2047, 64)])
+def test_the_router_is_as_exact_as_float32_can_be(hidden_size: int, num_experts: int) -> None:
+    """On NVIDIA GPUs by a dot algorithm of bfloat16 parts, elsewhere by HIGHEST; on several devices, too."""
+    mesh, split = mesh_named("expert"), P("expert")
+    x, gate = numbers(64, hidden_size), numbers(hidden_size, num_experts) / np.float32(hidden_size**0.5)
+    product = partial(router_logits, jax_compat.platform_of(mesh.devices.flat[0]))
+    per_device = jax.shard_map(product, mesh=mesh, in_specs=(split, P()), out_specs=split)
+    logits = fetch(jax.jit(per_device)(put_on_mesh(x, mesh, split), put_on_mesh(gate, mesh, P())))
     exact = np.asarray(x, np.float64) @ np.asarray(gate, np.float64)
     assert np.abs(np.asarray(logits, np.float64) - exact).max() < 3e-6 * np.abs(exact).max()
