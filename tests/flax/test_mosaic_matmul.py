@@ -261,7 +261,7 @@ def test_lowering(name: str, tiles: str, monkeypatch: pytest.MonkeyPatch) -> Non
     traced = with_gradients(TILES[tiles]).trace(rows, matrices, group_sizes, gradient)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3
-    assert text.count("stablehlo.optimization_barrier") == 2  # not of the gradient of matrices: see the next test
+    assert text.count("stablehlo.optimization_barrier") == 2  # not of the gradient of matrices
 
 
 def gradients_of_loop(rows, matrices, group_sizes):
