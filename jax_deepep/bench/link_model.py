@@ -129,8 +129,8 @@ def phases(
     while they pull, which so far hides little of the sums.
 
     Args:
-        op: a gradient takes as long as the op that moves the same rows the other way, but for that of an
-            expert-major combine: see `overlap_model`.
+        op: a gradient takes as long as the op that moves the same rows the other way. That of a weighted
+            expert-major combine also reads the rows of the forward pass, which is left out: layers have none.
         problem: its tokens, hidden, topk, experts, devices (over all nodes), dtype and layout.
         nodes: G, a divisor of the devices.
         copies: of a token.

@@ -27,11 +27,6 @@ _MOVES: dict[str, Op] = {
     "combine backward": "dispatch", "dispatch backward": "combine",
 }  # fmt: skip
 
-# But the gradient of combine also reads the rows of the forward pass, for the gradients of weights: GB/s of
-# rows of an SM, and of all (470 MB in 616 us with 24 SMs and in 350 with 130: the table with "auto" of
-# results/two_h200_nvlink.md). On four GPUs the link hides it from many SMs (results/four_h200_nvlink.md).
-_SM_GRADIENT, _GRADIENT = 32, 1340
-
 
 @dataclass(frozen=True)
 class Times:
@@ -66,7 +61,6 @@ def modelled(
     product = flop * problem.topk * problem.intermediate / EXPERTS  # with one of wi_0, wi_1, wo
     of_shared = 3 * flop * shared / EXPERTS
     router = flop * problem.experts / ROUTER
-    rows = problem.mean_rows * problem.row_bytes  # bytes
     experts = 3 * product
     copies = uniform_copies(problem, 1)
 
@@ -76,8 +70,6 @@ def modelled(
         # A whole op takes up to three quarters of the SMs: xla_ffi/cuda/block_count.cc.
         num_sms = NUM_SMS["throughput"] if computation else machine.num_sms * 3 // 4
         op_us = phases(_MOVES[name], batch, 1, copies, machine, num_sms=num_sms).pipelined
-        if name == "combine backward":
-            op_us = max(op_us, rows / batches / min(num_sms * _SM_GRADIENT, _GRADIENT) / 1e3)
         return overlapped_us(computation, op_us, num_sms, machine)
 
     computed = router + experts + of_shared
@@ -112,8 +104,6 @@ def _xla_us(name: str, problem: Problem, machine: Machine) -> float:
     op = _MOVES[name]
     if op == "dispatch":  # gathers everyone's tokens, and copies rows out of them
         moved = rows + capacity
-        if name == "combine backward":  # for the gradients of weights, it reads the rows of the forward pass
-            moved += capacity
     else:  # writes a sum of every token, and adds up what it gets from the others
         moved = rows + everyones + everyones + tokens
     link = (problem.devices - 1) * tokens / machine.pulled
