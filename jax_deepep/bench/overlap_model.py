@@ -102,9 +102,8 @@ def _xla_us(name: str, problem: Problem, machine: Machine) -> float:
     everyones = problem.devices * tokens
     rows, capacity = problem.mean_rows * problem.row_bytes, problem.capacity_rows * problem.row_bytes
     op = _MOVES[name]
-    if op == "dispatch":  # gathers everyone's tokens, and copies rows out of them
-        moved = rows + capacity
-    else:  # writes a sum of every token, and adds up what it gets from the others
-        moved = rows + everyones + everyones + tokens
+    # Dispatch gathers everyone's tokens, and copies rows out of them; combine writes a sum of every token,
+    # and adds up what it gets from the others.
+    moved = rows + capacity if op == "dispatch" else rows + everyones + everyones + tokens
     link = (problem.devices - 1) * tokens / machine.pulled
     return START_US["throughput", op] + (link + moved / machine.memory) / 1e3

@@ -99,12 +99,13 @@ def router_logits(platform: str, x: jax.Array, gate: jax.Array) -> jax.Array:
     HIGHEST, and nearer to float64.
     """
     x, gate = x.astype(jnp.float32), gate.astype(jnp.float32)
-    size = len(gate)
-    if platform != "cuda" or size % 2:
+    size, num_experts = gate.shape
+    # XLA multiplies the parts of a single row in bfloat16, and rounds each product to it.
+    if platform != "cuda" or size % 2 or 1 in (len(x), num_experts):
         return jnp.matmul(x, gate, precision=lax.Precision.HIGHEST)
-    # H as two axes: for several devices XLA (0.11.2, Shardy) forgets the algorithm of a product of matrices,
-    # and multiplies in TF32.
-    halves = x.reshape(-1, 2, size // 2), gate.reshape(2, size // 2, -1)
+    # H as two axes: for several devices XLA (0.10.2 to 0.12, Shardy) forgets the algorithm of a product of
+    # matrices, and multiplies in TF32.
+    halves = x.reshape(-1, 2, size // 2), gate.reshape(2, size // 2, num_experts)
     exact = lax.DotAlgorithmPreset.BF16_BF16_F32_X6
     return lax.dot_general(*halves, (((1, 2), (0, 1)), ((), ())), precision=exact)
 

@@ -203,11 +203,19 @@ def test_unsupported_sizes() -> None:
             )  # fmt: skip
 
 
-@pytest.mark.parametrize(("hidden_size", "num_experts"), [(2048, 64), (2048, 256), (2047, 64)])
-def test_the_router_is_as_exact_as_float32_can_be(hidden_size: int, num_experts: int) -> None:
-    """On NVIDIA GPUs by a dot algorithm of bfloat16 parts, elsewhere by HIGHEST; on several devices, too."""
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "num_experts"),
+    [(64, 2048, 64), (64, 2048, 256), (64, 2047, 64), (2, 2048, 64), (1, 2048, 64), (64, 2048, 1)],
+)
+def test_the_router_is_as_exact_as_float32_can_be(
+    num_tokens: int, hidden_size: int, num_experts: int
+) -> None:
+    """On NVIDIA GPUs by a dot algorithm of bfloat16 parts, or by HIGHEST; on each of several devices."""
     mesh, split = mesh_named("expert"), P("expert")
-    x, gate = numbers(64, hidden_size), numbers(hidden_size, num_experts) / np.float32(hidden_size**0.5)
+    x, gate = (
+        numbers(mesh.size * num_tokens, hidden_size),
+        numbers(hidden_size, num_experts) / np.float32(hidden_size**0.5),
+    )
     product = partial(router_logits, jax_compat.platform_of(mesh.devices.flat[0]))
     per_device = jax.shard_map(product, mesh=mesh, in_specs=(split, P()), out_specs=split)
     logits = fetch(jax.jit(per_device)(put_on_mesh(x, mesh, split), put_on_mesh(gate, mesh, P())))

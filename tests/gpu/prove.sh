@@ -20,6 +20,7 @@
 #     alone-N    the same, where each rank sees only its own GPU (CUDA_VISIBLE_DEVICES)
 #     faults     ranks that are killed, raise or stall, without MPS; plain, then captured
 #     layers-N   tests/flax, N ranks with a GPU each
+#     shared-layers-N  the same, N ranks that share the GPU
 #     matmuls    the grouped matmul for Hopper against float64, and its products beside dense ones: two minutes
 #     chain-N    bench ops for few tokens in both modes, captured, N ranks with a GPU each
 #     unit       all of tests/unit with two ranks
@@ -97,6 +98,7 @@ part() {
     two-each-*) two_each "$ranks" "$suite" ;;
     alone-*) spread "$ranks" bash -c "CUDA_VISIBLE_DEVICES=\$JAX_LOCAL_DEVICE_IDS JAX_LOCAL_DEVICE_IDS=0 $suite" ;;
     layers-*) spread "$ranks" python3 -m pytest -q tests/flax ;;
+    shared-layers-*) share "$ranks" bash -c 'NCCL_HOSTID=$JAX_DEEPEP_LAUNCH_RANK exec python3 -m pytest -q tests/flax' ;;
     matmuls) JAX_PLATFORMS=cuda timeout 120 python3 -m pytest -q tests/flax/test_mosaic_matmul.py &&
       JAX_PLATFORMS=cuda timeout 300 python3 -m jax_deepep.bench matmuls --json "$out/matmuls.json" --markdown "$out/matmuls.md" ;;
     chain-*) XLA_FLAGS="--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1" spread "$ranks" \

@@ -77,6 +77,7 @@ def calls_of(folder: Path, **options: Any) -> Counter[str]:
         pytest.param(LOOP, id="loop"),
         pytest.param(LOOP | SHARED | {"remat": True}, id="loop, recomputed"),
         pytest.param(LOOP | {"mode": "low_latency", "num_tokens": 64}, id="loop, low latency"),
+        pytest.param({"num_tokens": 1}, id="a token"),
         pytest.param({"num_chunks": 4}, id="chunks"),
         pytest.param(TWO_BATCHES | SHARED | {"num_chunks": 2}, id="two batches, chunks"),
         pytest.param(LOOP | TWO_BATCHES, id="two batches, loop"),
