@@ -25,8 +25,9 @@ SMALL = Tiles(columns=64, stages=2, panel=2, phases=2, deferred=False)
 runs_here = pytest.mark.skipif(
     not SIMULATED and missing_reason(DEVICE) is not None, reason="needs a Hopper GPU, or none"
 )
-can_transpose = pytest.mark.skipif(
-    SIMULATED and jax.__version_info__ < (0, 12), reason="JAX's simulator cannot transpose before 0.12"
+can_simulate = pytest.mark.skipif(
+    SIMULATED and jax.__version_info__ < (0, 12),
+    reason="JAX's simulator can neither transpose nor load values of rows before 0.12",
 )
 blocks = pytest.mark.parametrize(("block", "tiles"), [(128, None), (64, SMALL)], ids=["128", "64"])
 
@@ -90,7 +91,7 @@ def test_a_product(block: int, tiles: Tiles | None) -> None:
 
 
 @runs_here
-@can_transpose
+@can_simulate
 @blocks
 def test_gradients(block: int, tiles: Tiles | None) -> None:
     """That of the matrices of empty groups is zero."""
@@ -102,7 +103,7 @@ def test_gradients(block: int, tiles: Tiles | None) -> None:
 
 
 @runs_here
-@can_transpose
+@can_simulate
 @blocks
 def test_a_gradient_of_matrices_with_terms_of_two_batches(block: int, tiles: Tiles | None) -> None:
     """Of groups that have rows in both batches, in one of them, or in none."""
@@ -192,6 +193,7 @@ def assert_nearly_all_equal(results: Any, exact: Any, least: float = 0.99) -> No
 
 
 @runs_here
+@can_simulate
 def test_a_network() -> None:
     """Without a gradient, its products are not stored."""
     operands = network_problem(64, jnp.bfloat16, True, 64, 192)
@@ -199,7 +201,7 @@ def test_a_network() -> None:
 
 
 @runs_here
-@can_transpose
+@can_simulate
 @pytest.mark.parametrize(("block", "gated"), [(128, True), (64, False)], ids=["gated", "plain"])
 def test_gradients_of_a_network(block: int, gated: bool) -> None:
     operands = network_problem(block, jnp.bfloat16, gated, 64, 64)
