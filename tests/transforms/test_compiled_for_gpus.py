@@ -18,6 +18,10 @@ from jax_deepep.communicator import native_module
 
 TESTS = Path(__file__).parents[1]
 CALL = r'custom_call_target="((?:jax_deepep|mosaic_gpu)\w*)"'
+# A start (1) or a done (2): its name, its operands, what is said of them, and which of the two it is.
+PART = (
+    r"^ *(%jax_deepep[\w.]+) = .* custom-call\((.*?)\), (.*custom_call_has_side_effect=true.*), ([12])\]> :"
+)
 EXACT = "algorithm=dot_bf16_bf16_f32_x6"  # of the router's products
 LOOP: dict[str, Any] = {"num_layers": 2}
 SHARED: dict[str, Any] = {"shared_intermediate_size": 256}
@@ -58,11 +62,47 @@ def fusions_of_slices(program: str) -> list[str]:
     return re.findall(r"^%dynamic-slice-fusion.*?^}", program, re.MULTILINE | re.DOTALL)
 
 
+def check_parts(program: str) -> None:
+    """Nothing but its done uses what a start returns, and the done has the same operands.
+
+    Otherwise XLA might copy results that are not there yet, or reuse the memory of what the op reads.
+    """
+    program = with_elements(program)
+    parts = re.findall(PART, program, re.MULTILINE)
+    assert len(parts) == program.count("custom_call_has_side_effect=true")
+    starts = {name: (operands_in(text), rest) for name, text, rest, part in parts if part == "1"}
+    dones = [operands_in(text) for _, text, _, part in parts if part == "2"]
+    assert len(starts) == len(dones) == len(parts) / 2
+    for _, _, *operands in dones:  # after the rank, and what the op comes after
+        [name] = {operand.partition("#")[0] for operand in operands} & set(starts)
+        results = [operand for operand in operands if operand.startswith(f"{name}#")]
+        (_, _, *own), rest = starts[name]
+        for index in re.findall(r"\((\d+), {}\)", rest):  # a result has the memory of this operand
+            del own[int(index) - 2]
+        assert operands == own + results
+        assert results == [f"{name}#{index}" for index in range(len(results))]
+        for result in results:
+            assert len(re.findall(rf"{re.escape(result)}\b", program)) == 1
+
+
+def with_elements(program: str) -> str:
+    """Write elements of tuples as XLA does since JAX 0.11, `%name#index`."""
+    element = r"^ *(?:ROOT )?(%[\w.-]+) = .* get-tuple-element\((%[\w.-]+)\), index=(\d+).*$"
+    elements = {name: f"{of}#{index}" for name, of, index in re.findall(element, program, re.MULTILINE)}
+    program = re.sub(element, "", program, flags=re.MULTILINE)
+    return re.sub(r"%[\w.-]+", lambda name: elements.get(name[0], name[0]), program)
+
+
+def operands_in(text: str) -> list[str]:
+    return re.sub(r"/\*index=\d+\*/", "", text).split(", ")
+
+
 def calls_of(folder: Path, **options: Any) -> Counter[str]:
     """Return how many calls of each op and kernel XLA has, in the end as at first."""
     before, after = compiled(folder, **options)
     calls = Counter(re.findall(CALL, before))
     assert Counter(re.findall(CALL, after)) <= calls  # less where nothing uses a result
+    check_parts(after)
     assert after.count(EXACT) >= before.count(EXACT)  # more where a fusion has the product again
     # Fusions of slices that an op reads are useful, unless results are to have the memory of operands.
     for fusion in fusions_of_slices(after):
