@@ -173,14 +173,7 @@ class FusedHalves(MosaicHalves):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _whole(
-    halves: FusedHalves,
-    rows: jax.Array,
-    row_weights: jax.Array,
-    matrices: Products,
-    wo: jax.Array,
-    group_sizes: jax.Array,
-) -> jax.Array:
+def _whole(halves, rows, row_weights, matrices, wo, group_sizes):
     return halves.second(halves.hidden_alone(rows, row_weights, matrices, group_sizes), wo, group_sizes)
 
 

@@ -100,7 +100,7 @@ def router_logits(platform: str, x: jax.Array, gate: jax.Array) -> jax.Array:
     """
     x, gate = x.astype(jnp.float32), gate.astype(jnp.float32)
     size, num_experts = gate.shape
-    # XLA multiplies the parts of a single row in bfloat16, and rounds each product to it.
+    # XLA multiplies the parts of a single row or column in bfloat16, and rounds each product to it.
     if platform != "cuda" or size % 2 or 1 in (len(x), num_experts):
         return jnp.matmul(x, gate, precision=lax.Precision.HIGHEST)
     # H as two axes: for several devices XLA (0.10.2 to 0.12, Shardy) forgets the algorithm of a product of

@@ -186,7 +186,7 @@ def test_checkpoint_policies() -> None:
         "rows kept": jax.checkpoint(layer, policy=keep("moe_dispatched")),
         "products kept": jax.checkpoint(layer, policy=keep("moe_dispatched", "moe_hidden")),
     }
-    dispatches, combines, products, gradients = {}, {}, {}, {}
+    dispatches, products, gradients = {}, {}, {}
     for name, layer in layers.items():
 
         def loss(*operands, layer=layer):
@@ -197,13 +197,13 @@ def test_checkpoint_policies() -> None:
         compiled = traced.lower().compile()
         calls = re.findall(r"custom_call_target=\"jax_deepep_(\w+)\"", compiled.as_text())
         dispatches[name] = calls.count("dispatch")
-        combines[name] = calls.count("combine")
+        # The collective of the balance loss depends on the output, which is not recomputed for it. On GPUs
+        # one of the two is in two parts.
+        assert calls.count("combine") == (2 if config.comm.platform == "cpu" else 3)
         products[name] = str(traced.jaxpr).count("ragged_dot_general[")
         gradients[name] = fetch(compiled(parameters, x))
 
     assert dispatches == {"plain": 1, "nothing kept": 2, "rows kept": 1, "products kept": 1}
-    # The collective of the balance loss depends on the output, which is not recomputed for it.
-    assert len(set(combines.values())) == 1, combines
     assert products["products kept"] < products["rows kept"] == products["nothing kept"]
     for name in layers:
         assert_close(gradients[name], gradients["plain"])
