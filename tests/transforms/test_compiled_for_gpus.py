@@ -98,7 +98,7 @@ def operands_in(text: str) -> list[str]:
 
 
 def calls_of(folder: Path, unused: int = 0, **options: Any) -> Counter[str]:
-    """Return how many calls of each op and kernel XLA has at first; in the end it has as many, used ones."""
+    """Return how many calls of each op and kernel there are; XLA keeps them, but for `unused` kernels."""
     before, after = compiled(folder, **options)
     calls = Counter(re.findall(CALL, before))
     assert Counter(re.findall(CALL, after)) == calls - Counter(mosaic_gpu_v2=unused)
