@@ -270,16 +270,17 @@ def _per_device(
     expert_map: jax.Array | None,
 ) -> tuple[jax.Array, dict[str, Any], tuple[jax.Array | None, jax.Array | None]]:
     """Apply the layer to the tokens [T, H] of one device; return what `MoEAux` has behind it."""
-    weights = {
-        name: value if name in ROUTER else _gathered(config, name, value)
-        for name, value in parameters.items()
-    }
     # Marked here as differing between devices, the gradients of weights are summed over the devices once:
-    # marked inside of the scan, once in every chunk. The router computes the same along the tensor axis.
+    # marked inside of the scan, once in every chunk; and of weights that are gathered, each device sums the
+    # part that it keeps. The router computes the same along the tensor axis.
     weights = {
         name: jax_compat.as_varying(
             value, frozenset(config.token_axes if name in ROUTER else config.mesh.axis_names)
         )
+        for name, value in parameters.items()
+    }
+    weights = {
+        name: value if name in ROUTER else _gathered(config, call.dtype, name, value)
         for name, value in weights.items()
     }
     num_tokens = len(of_tokens[0])
@@ -309,10 +310,29 @@ def _per_device(
     return out, sums, (None, None) if call.aux == "off" else per_token
 
 
-def _gathered(config: MoEConfig, name: str, value: jax.Array) -> jax.Array:
-    """Gather a weight that is sharded over the fsdp axis."""
+def _gathered(config: MoEConfig, dtype: Any, name: str, value: jax.Array) -> jax.Array:
+    """Gather a weight that is sharded over the fsdp axis, for products in `dtype`."""
     _, logical_axes = config.parameters[name]
-    for position, axis in enumerate(logical_axes):
-        if axis == "embed" and config.axis_rules["embed"]:
-            value = lax.all_gather(value, config.axis_rules["embed"], axis=position, tiled=True)
+    fsdp = config.axis_rules["embed"]
+    if fsdp and "embed" in logical_axes:
+        narrowest = min(value.dtype, dtype, key=lambda dtype: dtype.itemsize)
+        value = _gather(fsdp, logical_axes.index("embed"), narrowest, value)
     return value
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(axis_name: str, axis: int, dtype: Any, value: jax.Array) -> jax.Array:
+    """Gather `value` in `dtype`, and return it in its own, in which gradients of devices are summed."""
+    gathered = lax.all_gather(value.astype(dtype), axis_name, axis=axis, tiled=True)
+    return gathered.astype(value.dtype)
+
+
+def _gather_forward(axis_name, axis, dtype, value):
+    return _gather(axis_name, axis, dtype, value), None
+
+
+def _gather_backward(axis_name, axis, dtype, _, gradient):
+    return (lax.psum_scatter(gradient, axis_name, scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

@@ -21,7 +21,7 @@ from moe_layer import assert_close
 
 import jax_deepep as ep
 from jax_deepep import jax_compat
-from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
+from jax_deepep.moe import MoEConfig, build_config, moe
 from jax_deepep.moe.grouped_matmul.triton import triton_matmul
 
 BATCH = (8, 6, H)
@@ -223,32 +223,6 @@ def test_triton_kernels_in_the_layer(num_chunks: int, products: int, monkeypatch
     monkeypatch.setattr(jax_compat, "platform_of", lambda device: "cuda")
     step = jax.grad(lambda *operands: loss_of(moe(config, *operands)[0].astype(jnp.float32)), argnums=(0, 1))
     assert str(jax.make_jaxpr(step)(parameters, x)).count("= pallas_call[") == products
-
-
-def test_initial_parameters_are_sharded() -> None:
-    config = config_of("fsdp × expert × tensor", shared_intermediate_size=8, use_bias_correction=True)
-    parameters = init_parameters(config, jax.random.key(0), jnp.bfloat16)
-    for name, value in parameters.items():
-        assert value.sharding.is_equivalent_to(jax.NamedSharding(config.mesh, config.spec(name)), value.ndim)
-        assert value.dtype == (jnp.float32 if name == "gate_bias" else jnp.bfloat16)
-    assert config.spec("wo") == P(("expert",), "tensor", "fsdp")
-    assert config.spec("gate") == P("fsdp", None)
-    # LeCun's variance 1 / H for each expert by itself.
-    assert 0.8 < np.std(fetch(parameters)["wi_0"].astype(np.float32)) * H**0.5 < 1.2
-
-
-def test_initial_parameters_are_made_sharded() -> None:
-    """On a mesh of Explicit axes, the default of `jax.make_mesh`, with no more memory than on one of Auto."""
-    temporary, values = [], []
-    for axis_types in (AxisType.Auto, AxisType.Explicit):
-        config = build_config(E, K, 64, 256, mesh=mesh_named("expert", axis_types), max_tokens=4)
-        make = jax.jit(lambda key, config=config: init_parameters(config, key))
-        with jax.set_mesh(config.mesh):
-            program = make.lower(jax.random.key(0)).compile()
-            values.append(fetch(program(jax.random.key(0))))
-        temporary.append(program.memory_analysis().temp_size_in_bytes)
-    assert temporary[1] <= temporary[0] < 2 * (3 * E * 64 * 256 * 4) / config.comm.size
-    jax.tree.map(np.testing.assert_array_equal, *values)
 
 
 def test_the_mesh_of_the_program_is_the_default() -> None:
