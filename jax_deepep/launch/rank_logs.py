@@ -1,7 +1,9 @@
 """Output: each rank's lines on the console and in a file, and the launcher's own."""
 
 import os
+import re
 import select
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ _OUT, _ERR = 1, 2
 _PIECE = 4096  # a pipe that can be written takes as much at once
 _PATIENCE_S = 1.0  # with a reader, once the job is to end
 _LONGEST_LINE = 65536
+_BETWEEN_STATES_S = 5.0  # of a line that a program writes over, such as a progress bar
 _SHOWN_LINES = 60
 _FATAL = "Fatal Python error"
 _LINES_BEFORE_FATAL = 15  # where the library that aborted says why
@@ -24,17 +27,24 @@ class RankLog:
         self._file = path.open("wb", buffering=0)
         self._on_console = on_console
         self._partial = b""
+        self._state_shown_s = time.monotonic()
         self._is_lost = False
 
     def write(self, data: bytes) -> None:
-        """Log the bytes; show complete lines."""
+        """Log the bytes; show complete lines, and now and then one that is written over."""
         try:
             self._file.write(data)
         except OSError as error:
             if not self._is_lost:
                 self._is_lost = True
                 say(f"{self.path}: cannot be written ({error.strerror}); the job goes on without it")
-        *lines, self._partial = (self._partial + data).split(b"\n")
+        *lines, partial = (self._partial + data).split(b"\n")
+        lines = [_newest_state(line) for line in lines]
+        self._partial = _newest_state(partial)
+        whole = _newest_state(partial[: len(partial) - len(self._partial)]).rstrip(b"\r")
+        if whole and time.monotonic() - self._state_shown_s >= _BETWEEN_STATES_S:
+            self._state_shown_s = time.monotonic()
+            lines.append(whole)
         if len(self._partial) > _LONGEST_LINE:
             lines.append(self._partial)
             self._partial = b""
@@ -47,6 +57,11 @@ class RankLog:
             show(self.rank, [self._partial])
         self._partial = b""
         self._file.close()
+
+
+def _newest_state(line: bytes) -> bytes:
+    """Return what a program wrote last of a line, over what was there; carriage returns at its end stay."""
+    return line[line.rstrip(b"\r").rfind(b"\r") + 1 :]
 
 
 class Outputs:
@@ -109,7 +124,12 @@ def log_tail(path: Path, length: int) -> list[str]:
     with path.open("rb") as file:
         begin = max(0, length - 262144)
         file.seek(begin)
-        lines = file.read(length - begin).decode(errors="replace").splitlines()
+        text = file.read(length - begin)
+    # A traceback may follow a progress bar on its line.
+    text = re.sub(rb"(\r[^\r\n]+)(Traceback \(most recent call last\))", rb"\1\n\2", text)
+    lines = [_newest_state(line).decode(errors="replace").rstrip() for line in text.split(b"\n")]
+    while lines and not lines[-1]:
+        lines.pop()
     starts = [index for index, line in enumerate(lines) if line.startswith(_TRACEBACKS)]
     start = starts[-1] if starts else max(0, len(lines) - _SHOWN_LINES // 2)
     if starts and lines[start].startswith(_FATAL):

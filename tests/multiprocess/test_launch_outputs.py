@@ -1,5 +1,6 @@
 """The launcher's own output may be closed, full, or read by nobody."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -7,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher_runs import alive, environment, launcher, pids, program, wait_until
+from launcher_runs import alive, environment, launch, launcher, pids, program, wait_until
 from own_processes import starts_its_own_processes
+
+from jax_deepep.launch import rank_logs
 
 pytestmark = starts_its_own_processes
 
@@ -54,3 +57,38 @@ def test_a_job_ends_although_nobody_reads_its_output(tmp_path: Path) -> None:
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=30) == 128 + signal.SIGTERM
     assert not [pid for pid in pids(tmp_path) if alive(pid)]
+
+
+@pytest.mark.parametrize(("size", "between"), [(1, 14), (7, 14), (1000, 0)])
+def test_a_progress_bar_is_shown_now_and_then(size: int, between: int, tmp_path: Path, monkeypatch) -> None:
+    """A line that is written over: in between what is whole, however pipes cut it, and as it ends."""
+    shown: list[bytes] = []
+    monkeypatch.setattr(rank_logs, "show", lambda rank, lines: shown.extend(lines))
+    now = 0.0
+    monkeypatch.setattr(rank_logs.time, "monotonic", lambda: now)
+    log = rank_logs.RankLog(0, tmp_path / "log", lambda: True)
+    written = b"".join(b"\r%3d%%" % percent for percent in range(101)) + b"\nend\r\nno line"
+    for begin in range(0, len(written), size):
+        log.write(written[begin : begin + size])
+        now = begin / 5  # a second for each state
+    log.close()
+    assert shown[-3:] == [b"100%", b"end\r", b"no line"]
+    states = [int(state.removesuffix(b"%")) for state in shown[:-3]]
+    assert len(states) >= between
+    assert all(5 <= later - earlier <= 7 for earlier, later in itertools.pairwise(states))
+    assert (tmp_path / "log").read_bytes() == written
+
+
+BAR = """
+import sys
+for step in range(200):
+    sys.stderr.write(f"\\r{step} of 200 steps")
+raise ValueError("what was wrong")
+"""
+
+
+def test_a_traceback_after_a_progress_bar_is_shown(tmp_path: Path) -> None:
+    status, output = launch("-n", "1", "--", sys.executable, program(tmp_path, BAR), cwd=tmp_path)
+    assert status == 1
+    end = [line.split("] ")[-1] for line in output[output.index("The end of its log") :].splitlines()[1:]]
+    assert (end[0], end[-1]) == ("Traceback (most recent call last):", "ValueError: what was wrong")
