@@ -20,13 +20,13 @@ pytestmark = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 def test_vmap_inside_shard_map(implementation: str) -> None:
     """Each element of the batch is a separate dispatch, with its own routes; with the gradient."""
-    comm = communicator(implementation)
+    comm, native = communicator(implementation), communicator("native")
     inputs = layer_inputs()
     topk_idx = np.stack([np.roll(inputs.topk_idx, shift, axis=1) for shift in range(BATCH)], axis=1)
     x = np.stack([inputs.x * (1 + shift) for shift in range(BATCH)], axis=1)
 
     def one_by_one(x, topk_weights, matrices, bias, topk_idx):
-        layer = functools.partial(moe, communicator("native"), experts=masked_experts)
+        layer = functools.partial(moe, native, experts=masked_experts)
         return jnp.stack([layer(x[i], topk_weights, matrices, bias, topk_idx[i]) for i in range(BATCH)])
 
     def batched(x, *rest):

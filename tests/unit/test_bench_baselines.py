@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from meshes import fetch
 
 from jax_deepep import Communicator, CommunicatorError
 from jax_deepep.bench.baselines import cuda_module, rows
@@ -24,13 +25,14 @@ from jax_deepep.ops import reference
 from jax_deepep.ops.handle import Routes, RouteShape
 
 pytestmark = pytest.mark.collectives
-RANKS, TOKENS, TOPK, EXPERTS, CAPACITY = 4, 6, 3, 12, 32
+RANKS = jax.device_count()
+TOKENS, TOPK, EXPERTS, CAPACITY = 6, 3, 24, 32
 
 
 @pytest.fixture(params=["expert", "token"])
 def routed(request: pytest.FixtureRequest) -> Iterator[tuple[Mesh, RouteShape, np.ndarray, Routes]]:
     """Dispatch a random routing; return the mesh, the shape, the routing and the routes, without pairs."""
-    mesh = Mesh(np.array(jax.devices()[:RANKS]), (AXIS,))
+    mesh = Mesh(np.array(jax.devices()), (AXIS,))
     random = np.random.default_rng(0)
     topk_idx = np.argsort(random.random((RANKS * TOKENS, EXPERTS)), axis=1)[:, :TOPK].astype(np.int32)
     with Communicator(
@@ -47,7 +49,7 @@ def routed(request: pytest.FixtureRequest) -> Iterator[tuple[Mesh, RouteShape, n
 
 
 def by_rank(array: jax.Array) -> np.ndarray:
-    return np.asarray(array).reshape(RANKS, -1, *array.shape[1:])
+    return fetch(array).reshape(RANKS, -1, *array.shape[1:])
 
 
 def test_a_sum_has_every_row_of_its_token_once(routed) -> None:
@@ -131,7 +133,7 @@ def test_the_module_of_the_kernels() -> None:
 
 
 def test_device_time_is_of_gpus() -> None:
-    mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
+    mesh = Mesh(np.array(jax.local_devices()[:1]), (AXIS,))
     sizes = {"num_experts": 1, "num_experts_per_tok": 1, "max_tokens": 1, "hidden_size": 8}
     with (
         Communicator(mesh, AXIS, **sizes, implementation="xla") as comm,

@@ -136,7 +136,7 @@ def test_gradients_of_gradients(comm) -> None:
 def test_lowering_for_another_platform(comm) -> None:
     program = jax.jit(differentiable(comm)).trace(jax.ShapeDtypeStruct((MESH.size, 5, 8), jnp.float32))
     if comm.implementation == "xla":
-        assert "all_gather" in program.lower(lowering_platforms=("tpu",)).as_text()
+        assert ("all_gather" in program.lower(lowering_platforms=("tpu",)).as_text()) == (SIZE > 1)
         return
     for platform in {"cpu", "cuda", "rocm", "tpu"} - {comm.platform}:
         words = rf"comm: expected .* of {platform} devices, .* on {comm.platform}; .*implementation=\"xla\""
