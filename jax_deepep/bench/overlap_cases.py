@@ -104,7 +104,7 @@ def nothing_in_flight() -> Iterator[None]:
     """Let layers that are traced here compute after whole ops what they would compute beside them."""
 
     def one_after_the_other(call, channel, function, *operands):
-        return call.run(), (None, None) if function is None else function(*operands)
+        return call.run(), (None, None) if function is None else pairs.values_of(function(*operands))
 
     with mock.patch.object(pairs, "run_beside", one_after_the_other):
         yield

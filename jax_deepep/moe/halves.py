@@ -14,6 +14,7 @@ from jax_deepep.moe.grouped_matmul.mosaic import check_operands
 from jax_deepep.moe.grouped_matmul.mosaic_kernel import Tiles
 from jax_deepep.moe.grouped_matmul.mosaic_products import BESIDE_OPS, TIMES, Term, outer, times
 from jax_deepep.ops.checks import vary_together
+from jax_deepep.ops.pairs import Ended, values_of
 
 Activation = Callable[[jax.Array], jax.Array]
 Products = tuple[jax.Array, ...]
@@ -91,7 +92,7 @@ class Halves:
             of_products,
         )
 
-    def gradient_of_matrices(self, matrices: jax.Array, terms: Sequence[Term]) -> jax.Array:
+    def gradient_of_matrices(self, matrices: jax.Array, terms: Sequence[Term]) -> jax.Array | Ended:
         """Return the gradient of `matrices`, [L, H, F] or [L, F, H], the sum of the terms."""
 
         def gradient(term: Term) -> jax.Array:
@@ -189,12 +190,12 @@ def _whole_backward(halves, residuals, of_y):
         products, row_weights, wo, group_sizes, of_y
     )
     of_rows = halves.gradient_of_rows(rows, matrices, group_sizes, of_products)
-    of_matrices = (
+    of_matrices = tuple(
         halves.gradient_of_matrices(matrix, [Term(rows, of, group_sizes)])
         for matrix, of in zip(matrices, of_products, strict=True)
     )
     of_wo = halves.gradient_of_matrices(wo, [Term(hidden, of_y, group_sizes)])
-    return of_rows, of_row_weights, tuple(of_matrices), of_wo, None
+    return of_rows, of_row_weights, *values_of((of_matrices, of_wo)), None
 
 
 _whole.defvjp(_whole_forward, _whole_backward)

@@ -40,6 +40,7 @@ from jax_deepep.ops import autodiff, native
 from jax_deepep.ops.dispatch import checked_request
 from jax_deepep.ops.handle import Handle
 from jax_deepep.ops.implementations import implementation_of
+from jax_deepep.ops.pairs import Ended, values_of
 from jax_deepep.ops.wire import checked_wire
 
 
@@ -193,7 +194,7 @@ def _backward(
     of_matrices = partial(steps_last.gradients_of_weights, weights)
     if not others:
         of_experts = experts(of_y)
-        of_wo = of_matrices([of_experts.wo])
+        of_wo = values_of(of_matrices([of_experts.wo]))
         of_x, of_batch, of_inputs = steps_last.gradients_of_dispatch(
             last, of_experts, None, of_matrices if of_experts.inputs else None, [of_experts.inputs]
         )
@@ -202,7 +203,7 @@ def _backward(
         (a,), (steps_a,) = others, other_steps
         of_y_a, of_experts = steps_a.gradients_of_combine(a, out, experts, of_y)
 
-        def experts_a(of_y: jax.Array) -> tuple[ExpertGradients, Weights]:
+        def experts_a(of_y: jax.Array) -> tuple[ExpertGradients, dict[str, jax.Array | Ended]]:
             of_a = steps_a.gradients_of_experts(a, weights, of_y)
             return of_a, of_matrices([of_a.wo, of_experts.wo])
 

@@ -13,7 +13,7 @@ from jax_deepep.moe.halves import Activation, Halves, Products, halves_of
 from jax_deepep.ops import pairs, verbs
 from jax_deepep.ops.custom_call import Call
 from jax_deepep.ops.handle import Handle, RouteShape
-from jax_deepep.ops.pairs import Beside
+from jax_deepep.ops.pairs import Beside, Ended
 from jax_deepep.ops.wire import Wire
 
 CHANNEL = 1  # of ops in flight; whole ops are on channel 0
@@ -191,14 +191,16 @@ class Steps:
         }
         return ExpertGradients(of_rows, of_row_weights, inputs, {"wo": Term(hidden, of_y, sizes)}, {})
 
-    def gradients_of_weights(self, weights: Weights, of_batches: Sequence[dict[str, Term]]) -> Weights:
+    def gradients_of_weights(
+        self, weights: Weights, of_batches: Sequence[dict[str, Term]]
+    ) -> dict[str, jax.Array | Ended]:
         """Return the gradients of the weights of which the batches have terms, the sums of these.
 
         Args:
             weights: of the routed experts.
             of_batches: `ExpertGradients.inputs` or `.wo`.
         """
-        gradients = {}
+        gradients: dict[str, jax.Array | Ended] = {}
         for name, term in of_batches[0].items():
             halves = self._halves(term.rows)
             terms = [of_batch[name] for of_batch in of_batches]

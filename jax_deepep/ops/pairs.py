@@ -234,6 +234,42 @@ def _done_backward(
 done.defvjp(_done_forward, _done_backward)
 
 
+class Ended(NamedTuple):
+    """A value that a kernel has computed where `end` can be read.
+
+    An op in flight waits for `end`, so that nothing is between the value and what uses it: XLA lets the
+    kernel write it where a loop saves it.
+
+    Attributes:
+        value: an array.
+        end: float32 [1], arbitrary: another result of the kernel.
+    """
+
+    value: jax.Array
+    end: jax.Array
+
+
+def values_of(tree: Any) -> Any:
+    """Return the tree with values in place of each `Ended`."""
+    return jax.tree.map(lambda leaf: leaf.value if _is_ended(leaf) else leaf, tree, is_leaf=_is_ended)
+
+
+def _is_ended(leaf: Any) -> bool:
+    return isinstance(leaf, Ended)
+
+
+def _order_after(token: jax.Array, computed: Any) -> tuple[jax.Array, Any]:
+    """Do as `order` with results, of which each `Ended` is known to be computed by its end."""
+    leaves, structure = jax.tree.flatten(computed, is_leaf=_is_ended)
+    ends = [leaf.end.reshape(()) for leaf in leaves if _is_ended(leaf)]
+    others = [None if _is_ended(leaf) else leaf for leaf in leaves]
+    token, others = order(token, others)
+    # Not by a barrier, of which XLA drops what nothing uses.
+    token = functools.reduce(operator.add, ends, token)
+    values = [leaf.value if _is_ended(leaf) else other for leaf, other in zip(leaves, others, strict=True)]
+    return token, jax.tree.unflatten(structure, values)
+
+
 Beside = Callable[..., tuple[Any, Any]]
 
 
@@ -245,17 +281,17 @@ def run_beside(
     Args:
         call: the op.
         channel: on which it is in flight.
-        function: (operands) → (results that are computed before the op ends, further results); None for a
-            whole op, on channel 0.
+        function: (operands) → (results that are computed before the op ends, each an array or `Ended`,
+            further results); None for a whole op, on channel 0.
         operands: pytrees of arrays, not used before the op has started.
 
     Returns:
-        (the results of the op, those of the function; None for both of them without one).
+        (the results of the op, those of the function, as `values_of`; None for both of them without one).
     """
     if function is None:
         return call.run(), (None, None)
     call, results, token = call.start(channel)
     token, operands = order(token, operands)
     computed, others = function(*operands)
-    token, computed = order(token, computed)
+    token, computed = _order_after(token, computed)
     return call.done(channel, results, token), (computed, others)

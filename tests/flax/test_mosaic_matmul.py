@@ -111,7 +111,7 @@ def test_a_gradient_of_matrices_with_terms_of_two_batches(block: int, tiles: Til
     other_sizes = jnp.flip(sizes).at[2].set(block)  # 0, 3, 1, 1 blocks
     others = [jnp.tile(value, (2, 1))[: other_sizes.sum()] for value in (gradient, rows)]
     terms = [Term(rows, gradient, sizes), Term(others[1], others[0], other_sizes)]
-    got = jax.jit(partial(outer, tiles=tiles))(terms)
+    got = jax.jit(partial(outer, tiles=tiles))(terms).value
     exact = sum(expected(term.rows, matrices, term.group_sizes, term.gradient)[2] for term in terms)
     assert_rounded(got, exact)
 

@@ -136,12 +136,28 @@ def test_every_op_and_kernel_of_layers_once(
     assert calls["jax_deepep_dispatch"] + calls["jax_deepep_dispatch_uncaptured"] > 0
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA of JAX 0.10 makes no such fusion")
-def test_a_loop_saves_a_gradient_of_weights_without_a_copy(tmp_path: Path) -> None:
-    """That of wo: those of wi_0 and wi_1 are beside an op, which ends after them."""
-    _, after = compiled(tmp_path, **LOOP, grouped_matmul="mosaic")
-    fusions = [fusion for fusion in fusions_of_slices(after) if "dynamic-update-slice" in fusion]
-    assert [re.findall(CALL, fusion) for fusion in fusions] == [["mosaic_gpu_v2"]]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        pytest.param(LOOP, "start kernel kernel done kernel", id="one batch"),
+        pytest.param(
+            LOOP | TWO_BATCHES, "start done start kernel done start kernel kernel done", id="two batches"
+        ),
+    ],
+)
+def test_a_loop_saves_gradients_of_weights_without_a_copy(
+    options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    """Kernels write them where they are saved, those of wi_0 and wi_1 beside an op that ends after them."""
+    _, after = compiled(tmp_path, **options, grouped_matmul="mosaic")
+    part_or_kernel = PART + r"|^ *%\S+ = \(bf16\[(?:2,)?4,256,256\]\S+ f32\[1\].* (?:custom-call|fusion)\("
+    backward = max(after.split("\n\n"), key=lambda text: len(re.findall(part_or_kernel, text, re.MULTILINE)))
+    found = re.findall(part_or_kernel, backward, re.MULTILINE)
+    events = [{"1": "start", "2": "done", "": "kernel"}[part] for *_, part in found]
+    assert " ".join(events) == expected
+    saving = [fusion for fusion in fusions_of_slices(after) if "dynamic-update-slice" in fusion]
+    if jax.__version_info__ >= (0, 11):  # XLA of JAX 0.10 makes no such fusion
+        assert [re.findall(CALL, fusion) for fusion in saving] == [["mosaic_gpu_v2"]] * 3
 
 
 def test_every_choice_of_experts_once(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def _forward(block, tiles, rows, matrices, group_sizes):
 def _backward(block, tiles, residuals, gradient):
     rows, matrices, group_sizes = residuals
     of_rows = times(block, [(gradient, matrices)], group_sizes, transposed=True, tiles=tiles)
-    return of_rows, outer([Term(rows, gradient, group_sizes)], tiles=tiles), None
+    return of_rows, outer([Term(rows, gradient, group_sizes)], tiles=tiles).value, None
 
 
 _matmul.defvjp(_forward, _backward)

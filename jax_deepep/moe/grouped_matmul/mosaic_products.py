@@ -23,6 +23,7 @@ from jax_deepep.moe.grouped_matmul.mosaic_kernel import (
     largest_tile,
     multiply,
 )
+from jax_deepep.ops.pairs import Ended
 
 TIMES, BESIDE_OPS = Tiles(), Tiles(phases=4)  # some SMs begin late beside an op: bench/RESULTS.md, "Overlap"
 # Sums differ in length: in a model, 0.89 of full speed with groups of 1 / n, not 0.78.
@@ -175,10 +176,10 @@ class Term(NamedTuple):
     group_sizes: jax.Array
 
 
-def outer(terms: Sequence[Term], *, tiles: Tiles | None = None) -> jax.Array:
+def outer(terms: Sequence[Term], *, tiles: Tiles | None = None) -> Ended:
     """Return the sum of the terms [L, H, F], added in float32. `tiles` None = `OUTER`.
 
-    Without a barrier: what a loop saves of it and does not use, XLA lets the kernel write to its place.
+    Without a barrier: what a loop saves and does not use, XLA lets the kernel write to its place.
     """
     tiles = tiles or OUTER
     (num_experts,) = terms[0].group_sizes.shape
@@ -191,7 +192,7 @@ def outer(terms: Sequence[Term], *, tiles: Tiles | None = None) -> jax.Array:
     largest_first = jnp.argsort(-sum(steps[1:], steps[0])).astype(jnp.int32)
 
     def tile(refs: Any, index: Any) -> Tile:
-        largest_first, *of_terms, out = refs
+        largest_first, *of_terms, out, _ = refs
         expert = largest_first[lax.div(index, per_expert)]
         below, beside = in_panels(lax.rem(index, per_expert), np.int32(down), across, tiles.panel)
         these_rows, these_columns = pl.ds(below * high, high), pl.ds(beside * wide, wide)
@@ -217,5 +218,4 @@ def outer(terms: Sequence[Term], *, tiles: Tiles | None = None) -> jax.Array:
     for first, of_term, term in zip(firsts, steps, terms, strict=True):
         operands += [first, of_term, term.rows, term.gradient]
     result = jax.ShapeDtypeStruct((num_experts, height, width), terms[0].gradient.dtype)
-    (out,) = multiply(product, operands, [result], tiles)
-    return out
+    return Ended(*multiply(product, operands, [result, jax.ShapeDtypeStruct((1,), jnp.float32)], tiles))
