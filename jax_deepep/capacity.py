@@ -46,7 +46,8 @@ def bounded_rows(
 
     On average one device receives as many rows as it sends, K · T. At most the worst case.
     """
-    rows = math.ceil(capacity_factor * num_tokens * num_experts_per_tok) + num_local_experts * (alignment - 1)
+    average = num_tokens * num_experts_per_tok
+    rows = math.ceil(float(capacity_factor) * average) + num_local_experts * (alignment - 1)
     worst_case = worst_case_rows(
         layout="expert",
         num_ranks=num_ranks,

@@ -36,10 +36,15 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_is_array(name: str, value: Any) -> None:
-    """Raise unless `value` has a dtype and a shape."""
+    """Raise unless `value` has a dtype and a static shape."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         remedy = f"{name}.dequantize(dtype)" if hasattr(value, "dequantize") else f"jnp.asarray({name})"
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}; pass {remedy}.")
+    if not all(isinstance(size, int | np.integer) for size in value.shape):
+        raise ValueError(
+            f"{name}: expected a static shape, got [{', '.join(map(str, value.shape))}]; trace or export a "
+            "program for each size, and pad to these sizes."
+        )
 
 
 def check_array(

@@ -104,6 +104,7 @@ class MoE(nn.Module):
             self.comm = self._config().comm  # kept, because Linen copies modules while tracing
         super().__post_init__()
 
+    @nn.nowrap  # or Linen would take it for a method whose result can be an intermediate
     def _config(self) -> MoEConfig:
         not_of_config = ("parent", "name", "param_dtype", "gate_init", "kernel_init")
         return build_config(**{

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_deepep.moe.blocks import apply_to_blocks
-from jax_deepep.moe.halves import Activation, halves_of, weighted
+from jax_deepep.moe.halves import Activation, gated, halves_of, weighted
 
 Weights = Mapping[str, jax.Array]
 
@@ -86,9 +86,8 @@ def _network(
     activation: Activation, x: jax.Array, row_weights: jax.Array | None, weights: Weights
 ) -> jax.Array:
     """Apply one expert to all rows of x."""
-    hidden = activation(x @ weights["wi_0"])
-    if "wi_1" in weights:
-        hidden *= x @ weights["wi_1"]
+    products = [x @ matrix for matrix in input_matrices(weights).values()]
+    hidden = gated(activation(products[0]), products[1:])
     if row_weights is not None:
         hidden = weighted(hidden, row_weights)
     return hidden.astype(x.dtype) @ weights["wo"]

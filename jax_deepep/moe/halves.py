@@ -1,6 +1,7 @@
 """The experts' networks without blocks, in two halves, and their gradients."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -45,9 +46,7 @@ class Halves:
         return named, self._hidden(named, row_weights)
 
     def _hidden(self, products: Products, row_weights: jax.Array) -> jax.Array:
-        hidden = self.activation(products[0])
-        for product in products[1:]:
-            hidden *= product
+        hidden = gated(self.activation(products[0]), products[1:])
         return weighted(hidden, row_weights).astype(products[0].dtype)
 
     def second(self, hidden: jax.Array, wo: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -101,6 +100,12 @@ class Halves:
             )
 
         return added([gradient(term) for term in terms])
+
+
+def gated(hidden: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
+    """Return the product with the factors, in the common dtype: activations may return another one."""
+    with jax.numpy_dtype_promotion("standard"):
+        return math.prod(factors, start=hidden)
 
 
 def weighted(hidden: jax.Array, row_weights: jax.Array) -> jax.Array:

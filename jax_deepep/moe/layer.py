@@ -84,6 +84,10 @@ def moe(
         ValueError, TypeError: a wrong argument, or more tokens than the communicator takes.
     """
     _check(config, parameters, x, expert_map)
+    parameters = {name: _with_axis_types(config, value) for name, value in parameters.items()}
+    x, mask, topk_idx, topk_weights, expert_map = (
+        _with_axis_types(config, value) for value in (x, mask, topk_idx, topk_weights, expert_map)
+    )
     if mask is not None:
         check_given(config, Given(mask=mask), x.shape[:-1])
         x = _zero_outside(config, x, mask)
@@ -219,6 +223,8 @@ def _check(config: Any, parameters: Parameters, x: Any, expert_map: Any) -> None
         check_array(name, parameters[name], shape, names=f"[{', '.join(a or '·' for a in axes)}]")
         check_rows_dtype(name, parameters[name])
     check_rows_dtype("x", x)
+    for name, value in {"x": x, **parameters}.items():
+        _check_axes(config, name, value)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: expected shape [..., hidden_size={config.hidden_size}], got {list(x.shape)}.")
     num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks or 1
@@ -246,6 +252,31 @@ def _check_context_mesh(config: MoEConfig) -> None:
         f"comm: expected a communicator of the mesh that jax.set_mesh set, {_described(here)}, got one of "
         f"{_described(own)}; use one mesh for both, with the same axis_types."
     )
+
+
+def _check_axes(config: MoEConfig, name: str, value: Any) -> None:
+    """Raise if an array is typed as sharded over other axes."""
+    mesh, own = jax.typeof(value).sharding.mesh, config.mesh.abstract_mesh
+    same = (mesh.axis_names, mesh.axis_sizes) == (own.axis_names, own.axis_sizes)
+    if AxisType.Explicit in mesh.axis_types and not same:
+        raise ValueError(
+            f"{name}: expected an array on the mesh of the communicator, {_described(own)}, got one on "
+            f"{_described(mesh)}; use one mesh for both, or move it by jax.device_put."
+        )
+
+
+def _with_axis_types(config: MoEConfig, value: Any) -> Any:
+    """Return an array with Explicit axes as one on the layer's mesh, where these may be Auto.
+
+    JAX 0.12 cannot compile both in one program; `jax.make_mesh` makes Explicit axes by default.
+    """
+    if not isinstance(value, jax.Array):
+        return value
+    sharding = jax.typeof(value).sharding
+    kinds = sharding.mesh.axis_types
+    if AxisType.Explicit not in kinds or kinds == config.mesh.axis_types:
+        return value
+    return jax.device_put(value, NamedSharding(config.mesh, sharding.spec))
 
 
 def _described(mesh: Any) -> str:

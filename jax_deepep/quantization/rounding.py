@@ -68,7 +68,8 @@ def quotient(numerator: float, denominator: jax.Array) -> jax.Array:
         rest = -(digits * divisor)
         # Below a power of two floats are twice as dense. Ties do not exist.
         too_large = (2 * rest < -divisor) | ((digits == 0x800000) & (4 * rest < -divisor))
-        bits = bits + (2 * rest > divisor) - too_large
+        too_small = 2 * rest > divisor
+        bits = bits + too_small.astype(bits.dtype) - too_large.astype(bits.dtype)
     return from_bits(bits)
 
 
@@ -109,7 +110,8 @@ def to_e2m1(values: jax.Array) -> jax.Array:
     code = jnp.zeros_like(size)
     for middle, rounds_down in _E2M1_MIDDLES:
         limit = bits_of(jnp.float32(middle))
-        code = code + (size > limit if rounds_down else size >= limit)
+        is_above = size > limit if rounds_down else size >= limit
+        code = code + is_above.astype(code.dtype)
     return (code | jnp.where(bits_of(values) < 0, 8, 0)).astype(jnp.uint8)
 
 

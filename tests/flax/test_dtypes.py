@@ -110,10 +110,16 @@ CALLS = {
         ),
         [BF16, F32, BF16, BF16, BF16],
     ),
+    "quantize_dequantize, fp8": (partial(ep.quantize_dequantize, LOGITS, "fp8"), [F32]),
+    "quantize_dequantize, nvfp4": (partial(ep.quantize_dequantize, LOGITS, "nvfp4"), [F32]),
     "layer in chunks": (layer(None, num_chunks=2), [F32, I32, F32, I32, F32, BF16]),
     "layer with replicas": (
         layer(jnp.bfloat16, num_physical_experts=2 * E, score_function="sigmoid", capacity_factor=1.5,
               shared_intermediate_size=8),
+        [BF16, I32, F32, I32, F32, BF16],
+    ),
+    "layer with an activation in float32": (
+        layer(BF16, activation=lambda x: jax.nn.silu(x.astype(jnp.float32)), shared_intermediate_size=8),
         [BF16, I32, F32, I32, F32, BF16],
     ),
     "native ops": (ops("native", "expert"), OF_OPS),

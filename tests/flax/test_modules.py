@@ -1,6 +1,7 @@
 """The NNX and the Linen module: the same layer, under what Flax does with modules."""
 
 import dataclasses
+import functools
 import inspect
 import warnings
 from pathlib import Path
@@ -65,6 +66,18 @@ def test_the_modules_agree() -> None:
     jax.tree.map(
         np.testing.assert_array_equal, fetch(jax.jit(other.apply)(collections, x)), fetch((out, aux))
     )
+
+
+def test_linen_keeps_the_output_of_the_layer_alone_as_an_intermediate() -> None:
+    layer, x = linen.MoE(*SIZES, comm=COMM, **CHOICES), batch()
+    variables = jax.eval_shape(layer.init, jax.random.key(0), x)
+    apply = functools.partial(
+        layer.apply,
+        mutable=["intermediates"],
+        capture_intermediates=lambda module, _: isinstance(module, linen.MoE),
+    )
+    out, kept = jax.eval_shape(apply, variables, x)
+    assert kept["intermediates"] == {"__call__": (out,)}
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])

@@ -317,3 +317,40 @@ def test_parameters_that_are_no_mapping() -> None:
     config = config_of("data × expert")
     with pytest.raises(TypeError, match="parameters: expected a mapping of names to arrays, got list; i"):
         moe(config, list(parameters_of(config).values()), numbers(*SHAPE, H))
+
+
+@pytest.mark.collectives
+def test_arrays_whose_axes_are_explicit_elsewhere() -> None:
+    """As `jax.make_mesh` makes them by default, while the layer's mesh has Auto ones; with gradients."""
+    config = config_of("data × expert")
+    parameters, x = parameters_of(config), numbers(8, 6, H)
+    topk_idx = np.argsort(numbers(8, 6, E))[..., :K].astype(np.int32)
+    expected = call_of(config, parameters, x, topk_idx=topk_idx)
+    explicit = config_of("data × expert", AxisType.Explicit)
+    arrays = {"topk_idx": sharded(explicit, topk_idx)}
+    gradients, results = step_of(config)(on_mesh(explicit, parameters), sharded(explicit, x), {}, arrays)
+    jax.tree.map(np.testing.assert_array_equal, (fetch(results), fetch(gradients)), expected)
+
+
+def test_arrays_on_other_axes() -> None:
+    config = config_of("expert")
+    other = jax.sharding.Mesh(config.mesh.devices, ("batch",), axis_types=(AxisType.Explicit,))
+    words = (
+        r"x: expected an array on the mesh of the communicator, \[expert=.* \(Auto\)\], got one on \[batch="
+    )
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(
+            functools.partial(moe, config),
+            parameters_of(config),
+            put_on_mesh(numbers(8, H), other, P("batch")),
+        )
+
+
+def test_sizes_that_are_not_static() -> None:
+    config = config_of("expert")
+    (size,) = jax.export.symbolic_shape("size")
+    words = r"x: expected a static shape, got \[size, 16\]; trace or export a program for each size"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(
+            functools.partial(moe, config), parameters_of(config), jax.ShapeDtypeStruct((size, H), np.float32)
+        )

@@ -103,6 +103,11 @@ def test_a_bound_on_rows(factor: float, alignment: int, expected: int) -> None:
     assert rows == expected
 
 
+def test_a_factor_is_a_float_of_python_in_computations() -> None:
+    sizes = {"num_ranks": 2, "num_tokens": 4001, "num_experts_per_tok": 2, "num_local_experts": 4}
+    assert bounded_rows(capacity_factor=np.float16(1.25), alignment=1, **sizes) == 10003  # 10000 in float16
+
+
 def test_groups_of_rows() -> None:
     assert num_groups("expert", 4) == 4
     assert num_groups("token", 4) == 1
