@@ -4,10 +4,12 @@ Supported: JAX 0.10.2 (the last for Python 3.11) to JAX 0.12 (Python 3.12), whos
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax._src import config as _config
 from jax._src import core as _core
 from jax._src import dispatch as _dispatch
 from jax._src import distributed as _distributed
@@ -34,6 +36,16 @@ def keep_listeners(scalar: Callable[..., None], duration: Callable[..., None]) -
         _monitoring.register_scalar_listener(scalar)
     if duration not in _monitoring.get_event_duration_listeners():
         _monitoring.register_event_duration_secs_listener(duration)
+
+
+@contextmanager
+def without_cached_programs() -> Iterator[None]:
+    """Neither write what this thread compiles to JAX's persistent cache, nor send it to other processes."""
+    with (
+        _config.persistent_cache_min_compile_time_secs(float("inf")),
+        _config.share_binary_between_hosts(False),
+    ):
+        yield
 
 
 def register_dce_rule(

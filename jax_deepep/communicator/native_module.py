@@ -4,6 +4,7 @@ A native module is a table of capsules; importing it has no other effect.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import os
@@ -71,12 +72,16 @@ class _Compilations:
     Calls of programs that other threads compile at the same time would be counted too: with several
     processes, one compilation waits for the other. If JAX's listeners are cleared in between, the event of
     its end is lost: so a thread counts as compiling only while the compiling frame is on its stack.
+
+    Every process compiles: XLA:CPU identifies the runs of a program that was loaded by other numbers, and of
+    JAX's persistent cache, which process 0 alone writes, no other process would load it.
     """
 
     def __init__(self, begin_program: Callable[[bool], None]) -> None:
         self._begin_program = begin_program
         self._changed = threading.Condition()
         self._compiling: tuple[int, FrameType] | None = None  # a thread, and the frame that compiles
+        self._settings = contextlib.ExitStack()  # of that thread
 
     def watch(self) -> None:
         """Register the listeners to JAX's compilations, again if they were cleared."""
@@ -89,6 +94,10 @@ class _Compilations:
         with self._changed:
             while self._another_compiles():
                 self._changed.wait(_POLL_S)
+            if self._compiling is None or self._compiling[0] != threading.get_ident():
+                self._settings = contextlib.ExitStack()
+                if jax.process_count() > 1:
+                    self._settings.enter_context(jax_compat.without_cached_programs())
             self._compiling = threading.get_ident(), _frame_that_compiles()
             self._begin_program(threading.current_thread() is threading.main_thread())
 
@@ -107,6 +116,7 @@ class _Compilations:
         with self._changed:
             if self._compiling is not None and self._compiling[0] == threading.get_ident():
                 self._compiling = None
+                self._settings.close()
                 self._changed.notify_all()
 
 
