@@ -345,25 +345,27 @@ def _gathered(config: MoEConfig, dtype: Any, name: str, value: jax.Array) -> jax
     """Gather a weight that is sharded over the fsdp axis, for products in `dtype`."""
     _, logical_axes = config.parameters[name]
     fsdp = config.axis_rules["embed"]
-    if fsdp and "embed" in logical_axes:
-        narrowest = min(value.dtype, dtype, key=lambda dtype: dtype.itemsize)
-        value = _gather(fsdp, logical_axes.index("embed"), narrowest, value)
-    return value
+    if not fsdp or "embed" not in logical_axes:
+        return value
+    axis = logical_axes.index("embed")
+    if dtype.itemsize < value.dtype.itemsize:
+        return _gather_in(dtype, fsdp, axis, value)
+    return lax.all_gather(value, fsdp, axis=axis, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(axis_name: str, axis: int, dtype: Any, value: jax.Array) -> jax.Array:
+def _gather_in(dtype: Any, axis_name: str, axis: int, value: jax.Array) -> jax.Array:
     """Gather `value` in `dtype`, and return it in its own, in which gradients of devices are summed."""
     gathered = lax.all_gather(value.astype(dtype), axis_name, axis=axis, tiled=True)
     return gathered.astype(value.dtype)
 
 
-def _gather_forward(axis_name, axis, dtype, value):
-    return _gather(axis_name, axis, dtype, value), None
+def _gather_forward(dtype, axis_name, axis, value):
+    return _gather_in(dtype, axis_name, axis, value), None
 
 
-def _gather_backward(axis_name, axis, dtype, _, gradient):
+def _gather_backward(dtype, axis_name, axis, _, gradient):
     return (lax.psum_scatter(gradient, axis_name, scatter_dimension=axis, tiled=True),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+_gather_in.defvjp(_gather_forward, _gather_backward)
