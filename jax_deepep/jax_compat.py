@@ -40,8 +40,12 @@ def keep_listeners(scalar: Callable[..., None], duration: Callable[..., None]) -
 
 @contextmanager
 def without_cached_programs() -> Iterator[None]:
-    """Neither write what this thread compiles to JAX's persistent cache, nor send it to other processes."""
+    """Compile what this thread compiles, without JAX's persistent cache, nor sent by another process.
+
+    It is not written to the cache, and with metadata in its key not found there if an older version wrote it.
+    """
     with (
+        _config.compilation_cache_include_metadata_in_key(True),
         _config.persistent_cache_min_compile_time_secs(float("inf")),
         _config.share_binary_between_hosts(False),
     ):

@@ -4,7 +4,6 @@ A native module is a table of capsules; importing it has no other effect.
 """
 
 import atexit
-import contextlib
 import functools
 import importlib
 import os
@@ -81,7 +80,7 @@ class _Compilations:
         self._begin_program = begin_program
         self._changed = threading.Condition()
         self._compiling: tuple[int, FrameType] | None = None  # a thread, and the frame that compiles
-        self._settings = contextlib.ExitStack()  # of that thread
+        self._settings = threading.local()  # `of_compilations`, those that have not ended
 
     def watch(self) -> None:
         """Register the listeners to JAX's compilations, again if they were cleared."""
@@ -94,11 +93,11 @@ class _Compilations:
         with self._changed:
             while self._another_compiles():
                 self._changed.wait(_POLL_S)
-            if self._compiling is None or self._compiling[0] != threading.get_ident():
-                self._settings = contextlib.ExitStack()
-                if jax.process_count() > 1:
-                    self._settings.enter_context(jax_compat.without_cached_programs())
             self._compiling = threading.get_ident(), _frame_that_compiles()
+            if jax.process_count() > 1:
+                setting = jax_compat.without_cached_programs()
+                setting.__enter__()
+                vars(self._settings).setdefault("of_compilations", []).append(setting)
             self._begin_program(threading.current_thread() is threading.main_thread())
 
     def _another_compiles(self) -> bool:
@@ -113,10 +112,11 @@ class _Compilations:
     def _end(self, event: str, *_: Any, **__: Any) -> None:
         if event != COMPILATION:
             return
+        if settings := vars(self._settings).get("of_compilations"):
+            settings.pop().__exit__(None, None, None)
         with self._changed:
             if self._compiling is not None and self._compiling[0] == threading.get_ident():
                 self._compiling = None
-                self._settings.close()
                 self._changed.notify_all()
 
 

@@ -39,9 +39,9 @@ class RankLog:
                 self._is_lost = True
                 say(f"{self.path}: cannot be written ({error.strerror}); the job goes on without it")
         *lines, partial = (self._partial + data).split(b"\n")
-        lines = [_newest_state(line) for line in lines]
+        lines = [_newest_state(line).lstrip(b"\r") for line in lines]
         self._partial = _newest_state(partial)
-        whole = _newest_state(partial[: len(partial) - len(self._partial)]).rstrip(b"\r")
+        whole = _newest_state(partial[: len(partial) - len(self._partial)]).strip(b"\r")
         if whole and time.monotonic() - self._state_shown_s >= _BETWEEN_STATES_S:
             self._state_shown_s = time.monotonic()
             lines.append(whole)
@@ -54,14 +54,17 @@ class RankLog:
     def close(self) -> None:
         """Show an unterminated last line."""
         if self._partial and self._on_console():
-            show(self.rank, [self._partial])
+            show(self.rank, [self._partial.lstrip(b"\r")])
         self._partial = b""
         self._file.close()
 
 
 def _newest_state(line: bytes) -> bytes:
-    """Return what a program wrote last of a line, over what was there; carriage returns at its end stay."""
-    return line[line.rstrip(b"\r").rfind(b"\r") + 1 :]
+    """Return what was written last of a line that begins with a carriage return, as progress bars do.
+
+    Other lines, which may quote such output, are returned whole.
+    """
+    return line[max(0, line.rstrip(b"\r").rfind(b"\r")) :] if line.startswith(b"\r") else line
 
 
 class Outputs:
@@ -126,11 +129,13 @@ def log_tail(path: Path, length: int) -> list[str]:
         file.seek(begin)
         text = file.read(length - begin)
     # A traceback may follow a progress bar on its line.
-    text = re.sub(rb"(\r[^\r\n]+)(Traceback \(most recent call last\))", rb"\1\n\2", text)
-    lines = [_newest_state(line).decode(errors="replace").rstrip() for line in text.split(b"\n")]
-    while lines and not lines[-1]:
-        lines.pop()
+    marks = "|".join(map(re.escape, _TRACEBACKS)).encode()
+    text = re.sub(rb"(\r[^\r\n]+?)(" + marks + rb")", rb"\1\n\2", text)
+    lines = text.decode(errors="replace").splitlines()
     starts = [index for index, line in enumerate(lines) if line.startswith(_TRACEBACKS)]
+    if not starts:  # of a progress bar, its end
+        states = [_newest_state(line.rstrip(b"\r")).lstrip(b"\r") for line in text.split(b"\n")]
+        lines = b"\n".join(states).decode(errors="replace").splitlines()
     start = starts[-1] if starts else max(0, len(lines) - _SHOWN_LINES // 2)
     if starts and lines[start].startswith(_FATAL):
         start = max(0, start - _LINES_BEFORE_FATAL)

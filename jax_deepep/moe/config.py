@@ -79,7 +79,7 @@ class MoEConfig:
         num_physical_experts: P, physical experts on all devices, with replicas of some experts: see
             `jax_deepep.balancing`. The communicator then has P experts. None = E, without replicas.
         fsdp_axis: the mesh axis that also shards the parameters' H; they are gathered along it when used, in
-            `dtype` where that is narrower than theirs, in which their gradients are summed.
+            `dtype` where that is narrower than theirs; their gradients are summed in their own dtype.
             "fsdp" is ignored if the mesh has no such axis; None = none.
         tensor_axis: the mesh axis that shards F; tokens are replicated along it. "tensor" is ignored
             likewise.

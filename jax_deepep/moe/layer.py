@@ -60,7 +60,8 @@ def moe(
             `config.spec(name)`, only the router and rows along the fsdp axis are communicated.
         x: [..., H] float. Tokens are sharded over `config.token_axes`; a batch whose first axis is sharded
             over them in this order is not moved. Uneven numbers of tokens are padded. On a mesh of Explicit
-            axes the output has the sharding of x.
+            axes the output has the sharding of x. On one of Auto axes x may have Explicit ones of the same
+            names and sizes; the output has Auto ones.
         expert_map: int32 [P], the expert of every physical expert, with `config.num_physical_experts`; the
             matrices in `parameters` are then those of physical experts, see `physical_parameters`.
         mask: bool [...], False for what is not a token, such as padding: it goes to no expert, uses no
@@ -84,10 +85,14 @@ def moe(
         ValueError, TypeError: a wrong argument, or more tokens than the communicator takes.
     """
     _check(config, parameters, x, expert_map)
-    parameters = {name: _with_axis_types(config, value) for name, value in parameters.items()}
-    x, mask, topk_idx, topk_weights, expert_map = (
-        _with_axis_types(config, value) for value in (x, mask, topk_idx, topk_weights, expert_map)
-    )
+    given_arrays = {
+        "mask": mask,
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights,
+        "expert_map": expert_map,
+    }
+    for name, value in {"x": x, **parameters, **given_arrays}.items():
+        _check_axes(config, name, value)
     if mask is not None:
         check_given(config, Given(mask=mask), x.shape[:-1])
         x = _zero_outside(config, x, mask)
@@ -109,7 +114,8 @@ def moe(
     num_tokens = x.size // config.hidden_size
     num_chunks = config.chunks_of(-(-num_tokens // config.num_token_shards), dtype)
     call = Call(aux, router_logits, sequence_loss, num_tokens, max(length, 1), jnp.dtype(dtype), num_chunks)
-    return _layer(config, call, parameters, x, expert_map, given)
+    operands = (dict(parameters), x, expert_map, given)
+    return _layer(config, call, *jax.tree.map(functools.partial(_with_axis_types, config), operands))
 
 
 @functools.partial(jax.jit, static_argnums=0)  # for the same reason as `_layer`
@@ -223,8 +229,6 @@ def _check(config: Any, parameters: Parameters, x: Any, expert_map: Any) -> None
         check_array(name, parameters[name], shape, names=f"[{', '.join(a or '·' for a in axes)}]")
         check_rows_dtype(name, parameters[name])
     check_rows_dtype("x", x)
-    for name, value in {"x": x, **parameters}.items():
-        _check_axes(config, name, value)
     if x.ndim < 1 or x.shape[-1] != config.hidden_size:
         raise ValueError(f"x: expected shape [..., hidden_size={config.hidden_size}], got {list(x.shape)}.")
     num_tokens, num_chunks = x.size // config.hidden_size, config.num_chunks or 1
@@ -256,6 +260,8 @@ def _check_context_mesh(config: MoEConfig) -> None:
 
 def _check_axes(config: MoEConfig, name: str, value: Any) -> None:
     """Raise if an array is typed as sharded over other axes."""
+    if not isinstance(value, jax.Array):
+        return
     mesh, own = jax.typeof(value).sharding.mesh, config.mesh.abstract_mesh
     same = (mesh.axis_names, mesh.axis_sizes) == (own.axis_names, own.axis_sizes)
     if AxisType.Explicit in mesh.axis_types and not same:
@@ -266,7 +272,7 @@ def _check_axes(config: MoEConfig, name: str, value: Any) -> None:
 
 
 def _with_axis_types(config: MoEConfig, value: Any) -> Any:
-    """Return an array with Explicit axes as one on the layer's mesh, where these may be Auto.
+    """Return an array with Explicit axes as one on the layer's mesh, of which axes are Auto.
 
     JAX 0.12 cannot compile both in one program; `jax.make_mesh` makes Explicit axes by default.
     """

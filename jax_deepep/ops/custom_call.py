@@ -54,7 +54,7 @@ class Call:
     def bind(self, site: Site, *operands: jax.Array) -> list[jax.Array]:
         """Bind the primitive; `operands` are all but the rank."""
         rank = self.shape.rank()
-        with _without_debugging_nans():
+        with without_debugging_nans():
             results: list[jax.Array] = self.primitive.bind(
                 rank, *operands, shape=self.shape, site=site, **dict(self.flags)
             )
@@ -103,12 +103,12 @@ def _behind_barriers(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     flight. Nor does such a fusion return the memory of operands.
     """
     # One barrier each: the arrays may vary over different axes.
-    with _without_debugging_nans():
+    with without_debugging_nans():
         return [lax.optimization_barrier(array) for array in arrays]
 
 
 @contextmanager
-def _without_debugging_nans() -> Iterator[None]:
+def without_debugging_nans() -> Iterator[None]:
     """Keep `jax_debug_nans` from blaming an op, where JAX runs op by op, for results that it does not write.
 
     Those, such as rows after the last group, may be NaN by chance.

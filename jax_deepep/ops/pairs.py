@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jax_deepep import jax_compat
 from jax_deepep.ops.autodiff import without_integer_tangents
-from jax_deepep.ops.custom_call import Call
+from jax_deepep.ops.custom_call import Call, without_debugging_nans
 from jax_deepep.ops.handle import RouteShape
 
 
@@ -242,7 +242,7 @@ class Ended(NamedTuple):
 
     Attributes:
         value: an array.
-        end: float32 [1], arbitrary: another result of the kernel.
+        end: float32 [1], another result of the kernel, which it does not write: only the dependence counts.
     """
 
     value: jax.Array
@@ -261,11 +261,12 @@ def _is_ended(leaf: Any) -> bool:
 def _order_after(token: jax.Array, computed: Any) -> tuple[jax.Array, Any]:
     """Do as `order` with results, of which each `Ended` is known to be computed by its end."""
     leaves, structure = jax.tree.flatten(computed, is_leaf=_is_ended)
-    ends = [leaf.end.reshape(()) for leaf in leaves if _is_ended(leaf)]
     others = [None if _is_ended(leaf) else leaf for leaf in leaves]
     token, others = order(token, others)
     # Not by a barrier, of which XLA drops what nothing uses.
-    token = functools.reduce(operator.add, ends, token)
+    with without_debugging_nans():
+        ends = [leaf.end.reshape(()) for leaf in leaves if _is_ended(leaf)]
+        token = functools.reduce(operator.add, ends, token)
     values = [leaf.value if _is_ended(leaf) else other for leaf, other in zip(leaves, others, strict=True)]
     return token, jax.tree.unflatten(structure, values)
 

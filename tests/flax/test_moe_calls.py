@@ -331,6 +331,13 @@ def test_arrays_whose_axes_are_explicit_elsewhere() -> None:
     gradients, results = step_of(config)(on_mesh(explicit, parameters), sharded(explicit, x), {}, arrays)
     jax.tree.map(np.testing.assert_array_equal, (fetch(results), fetch(gradients)), expected)
 
+    @jax.jit
+    def with_router(x, parameters):
+        return moe(config, parameters, x, router=lambda x: x @ parameters["gate"])[0]
+
+    out = fetch(with_router(sharded(explicit, x), on_mesh(explicit, parameters)))
+    assert_close(out, fetch(with_router(sharded(config, x), on_mesh(config, parameters))))
+
 
 def test_arrays_on_other_axes() -> None:
     config = config_of("expert")

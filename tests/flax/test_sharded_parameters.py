@@ -71,7 +71,7 @@ def step_of(dtype: Any, param_dtype: Any, **choices: Any) -> tuple[MoEConfig, An
 def test_weights_are_gathered_in_the_narrower_dtype(
     dtype: str, param_dtype: str, gathered: str, scattered: str
 ) -> None:
-    """And their gradients are summed in that of the parameters, of which each device sums its own part."""
+    """And their gradients are summed in that of the parameters."""
     _, step, operands = step_of(dtype, param_dtype, shared_intermediate_size=8)
     program = step.lower(*operands).as_text()
     kinds = {

@@ -83,7 +83,7 @@ BAR = """
 import sys
 for step in range(200):
     sys.stderr.write(f"\\r{step} of 200 steps")
-raise ValueError("what was wrong")
+raise ValueError("what was wrong:\\r  0%\\r100%")
 """
 
 
@@ -91,4 +91,6 @@ def test_a_traceback_after_a_progress_bar_is_shown(tmp_path: Path) -> None:
     status, output = launch("-n", "1", "--", sys.executable, program(tmp_path, BAR), cwd=tmp_path)
     assert status == 1
     end = [line.split("] ")[-1] for line in output[output.index("The end of its log") :].splitlines()[1:]]
-    assert (end[0], end[-1]) == ("Traceback (most recent call last):", "ValueError: what was wrong")
+    assert end[0] == "Traceback (most recent call last):"
+    assert end[-3:] == ["ValueError: what was wrong:", "  0%", "100%"]
+    assert "[0] ValueError: what was wrong:" in output[: output.index("The end of its log")]
