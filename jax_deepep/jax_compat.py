@@ -40,9 +40,9 @@ def keep_listeners(scalar: Callable[..., None], duration: Callable[..., None]) -
 
 @contextmanager
 def without_cached_programs() -> Iterator[None]:
-    """Compile what this thread compiles, without JAX's persistent cache, nor sent by another process.
+    """Let this thread compile every program itself: JAX's persistent cache neither gets nor gives one.
 
-    It is not written to the cache, and with metadata in its key not found there if an older version wrote it.
+    With metadata in its key, no program is found that an older version wrote.
     """
     with (
         _config.compilation_cache_include_metadata_in_key(True),

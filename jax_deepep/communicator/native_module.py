@@ -4,6 +4,7 @@ A native module is a table of capsules; importing it has no other effect.
 """
 
 import atexit
+import contextlib
 import functools
 import importlib
 import os
@@ -65,6 +66,13 @@ def _find_once(platform: str) -> tuple[Any, str]:
     return module, ""
 
 
+class _OfThread(threading.local):
+    """The settings of the compilations of a thread that have not ended, the innermost one last."""
+
+    def __init__(self) -> None:
+        self.settings: list[contextlib.AbstractContextManager[None]] = []
+
+
 class _Compilations:
     """Numbers the custom calls of a program from zero, in its order, the same in all processes of a job.
 
@@ -80,7 +88,7 @@ class _Compilations:
         self._begin_program = begin_program
         self._changed = threading.Condition()
         self._compiling: tuple[int, FrameType] | None = None  # a thread, and the frame that compiles
-        self._settings = threading.local()  # `of_compilations`, those that have not ended
+        self._of_thread = _OfThread()
 
     def watch(self) -> None:
         """Register the listeners to JAX's compilations, again if they were cleared."""
@@ -97,7 +105,7 @@ class _Compilations:
             if jax.process_count() > 1:
                 setting = jax_compat.without_cached_programs()
                 setting.__enter__()
-                vars(self._settings).setdefault("of_compilations", []).append(setting)
+                self._of_thread.settings.append(setting)
             self._begin_program(threading.current_thread() is threading.main_thread())
 
     def _another_compiles(self) -> bool:
@@ -112,8 +120,8 @@ class _Compilations:
     def _end(self, event: str, *_: Any, **__: Any) -> None:
         if event != COMPILATION:
             return
-        if settings := vars(self._settings).get("of_compilations"):
-            settings.pop().__exit__(None, None, None)
+        if self._of_thread.settings:
+            self._of_thread.settings.pop().__exit__(None, None, None)
         with self._changed:
             if self._compiling is not None and self._compiling[0] == threading.get_ident():
                 self._compiling = None

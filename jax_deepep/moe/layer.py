@@ -272,7 +272,7 @@ def _check_axes(config: MoEConfig, name: str, value: Any) -> None:
 
 
 def _with_axis_types(config: MoEConfig, value: Any) -> Any:
-    """Return an array with Explicit axes as one on the layer's mesh, of which axes are Auto.
+    """Return an array with Explicit axes as one on the layer's mesh, where some of these are Auto.
 
     JAX 0.12 cannot compile both in one program; `jax.make_mesh` makes Explicit axes by default.
     """

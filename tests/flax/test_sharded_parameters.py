@@ -14,9 +14,7 @@ from meshes import fetch, mesh_named, put_on_mesh
 
 from jax_deepep.moe import MoEConfig, build_config, init_parameters, moe
 
-# With a fsdp axis of two devices, and no other that sums gradients of routed experts.
-FSDP = {2: "data × fsdp", 8: "fsdp × expert × tensor"}.get(jax.device_count())
-in_twos = pytest.mark.skipif(FSDP is None, reason="needs 2 or 8 devices")
+FSDP = "fsdp × expert × tensor" if jax.device_count() == 8 else "data × fsdp"  # two devices along fsdp
 
 
 def test_initial_parameters_are_sharded() -> None:
@@ -59,7 +57,6 @@ def step_of(dtype: Any, param_dtype: Any, **choices: Any) -> tuple[MoEConfig, An
     return config, step, (on_mesh(config, parameters), x)
 
 
-@in_twos
 @pytest.mark.parametrize(
     ("dtype", "param_dtype", "gathered", "scattered"),
     [
@@ -82,7 +79,7 @@ def test_weights_are_gathered_in_the_narrower_dtype(
     assert kinds == {"all_gather": [gathered] * num_weights, "reduce_scatter": [scattered] * num_weights}
 
 
-@in_twos
+@pytest.mark.skipif(jax.device_count() == 4, reason="sums over four devices have no fixed order")
 @pytest.mark.collectives
 @pytest.mark.parametrize("num_chunks", [1, 2])
 def test_gathering_changes_no_bit(num_chunks: int) -> None:
